@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORE ?= .layerwise
+
+.PHONY: demo test
+
+# Ten betas on a real model of 135M parameters and the text that comes with Python; some minutes on two cores.
+demo: $(VENV)/.ready
+	$(BIN)/layerwise search --model demo --sparsity 0.6 --store $(STORE) --beta-count 6 \
+	    --seqlen 512 --calibration-windows 16 --selection-windows 12 --test-windows 12
+
+test: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@

@@ -1,0 +1,52 @@
+"""Options of the command line, made from the settings' own fields, so that help, form and schema never differ."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def add_options(parser: ArgumentParser, settings: type[BaseModel]) -> None:
+    """One option per field of ``settings``; values are strings until ``read_options`` validates them."""
+    group = parser.add_argument_group(settings.__name__.lower())
+    for name, field in settings.model_fields.items():
+        group.add_argument(
+            _flag(name),
+            required=field.is_required(),
+            metavar=name.rpartition("_")[2].upper(),
+            help=_help(field),
+        )
+
+
+def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
+    """The settings that ``arguments`` spell.
+
+    Raises:
+        ValueError: an option that is not valid, by its name on the command line.
+    """
+    given = {name: getattr(arguments, name) for name in settings.model_fields}
+    values = {name: value.split(",") if name == "betas" else value for name, value in given.items() if value}
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            got = f", got {given[name]!r}" if name in given else ""
+            problems.append(f"{_flag(name) if name else 'settings'}: {problem['msg']}{got}")
+        raise ValueError("; ".join(problems)) from error
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _help(field: FieldInfo) -> str:
+    text = str(field.description).replace("%", "%%")
+    if field.is_required() or field.default is None:
+        return text
+    default = getattr(field.default, "method", field.default)
+    return f"{text} Default: {default}."

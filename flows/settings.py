@@ -1,0 +1,137 @@
+"""What a user can set: the form in Prefect's UI, the options of the command line, the parameters of a deployment.
+
+``Search`` decides the result and is part of the artifacts' keys; ``Runtime`` says where and how, and is not.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from layerwise.allocation import BETA_STEP
+from layerwise.magnitude import Magnitude
+from layerwise.wanda import Wanda
+from tasks.allocate import AllocateSettings
+from tasks.execution import Execution
+from tasks.lane_group import PruneSettings
+
+
+def _method(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+PrunerChoice = Annotated[Wanda | Magnitude, Field(discriminator="method"), BeforeValidator(_method)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Search(_Settings):
+    """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
+
+    model: str = Field(
+        description="Model to prune: a hub id (owner/name[@revision]), a folder, any fsspec URL of a folder "
+        "(s3://, hf://, ...), a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."
+    )
+    sparsity: float = Field(
+        gt=0, lt=1, description="Overall fraction of the decoder linears' weights to remove, between 0 and 1."
+    )
+    pruner: PrunerChoice = Field(
+        default=Wanda(), description="How the weights to remove are chosen: wanda or magnitude."
+    )
+    calibration_mode: Literal["dense", "sequential"] = Field(
+        default="dense",
+        description="dense: one capture of the dense model serves all betas. sequential: every beta calibrates "
+        "each layer on its own pruned model, as the original Wanda code does; about three times the time.",
+    )
+    calibration: str = Field(
+        default="builtin",
+        description="Text for calibration: hf:owner/name[/config][:split], a .txt, .jsonl or .parquet file "
+        "(path or URL), or 'builtin' (the documentation in Python's pydoc_data.topics).",
+    )
+    selection: str = Field(default="builtin", description="Text by which beta is chosen; as for calibration.")
+    test: str = Field(
+        default="builtin", description="Text for the final perplexity, touched once; as for calibration."
+    )
+    calibration_windows: int = Field(default=128, ge=1, description="Number of calibration windows.")
+    selection_windows: int | None = Field(
+        default=64, ge=2, description="Number of selection windows; empty: all that the text gives."
+    )
+    test_windows: int | None = Field(
+        default=None, ge=1, description="Number of test windows; empty: all that the text gives."
+    )
+    seqlen: int = Field(default=2048, ge=2, description="Length of every window, in tokens.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random calibration windows.")
+    betas: tuple[float, ...] | None = Field(
+        default=None, description="These betas, and 0 (uniform) beside them; empty: the grid of beta_step."
+    )
+    beta_count: int | None = Field(
+        default=None, ge=1, description="So many betas, spread evenly over the legal range; empty: the grid."
+    )
+    beta_step: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Step of the grid of betas within the legal range; empty: {BETA_STEP:g}, as in the paper.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="In which the model computes; auto: the checkpoint's own."
+    )
+    retain: Literal["none", "sampled", "all"] = Field(
+        default="none",
+        description="Windows whose hidden states are kept at every layer boundary of the dense model.",
+    )
+
+    @model_validator(mode="after")
+    def _betas_given_once(self) -> "Search":
+        _ = self.allocation
+        return self
+
+    @property
+    def allocation(self) -> AllocateSettings:
+        """Which betas are tried."""
+        step = self.beta_step
+        if step is None and self.betas is None and self.beta_count is None:
+            step = BETA_STEP
+        return AllocateSettings(self.sparsity, self.betas, self.beta_count, step)
+
+    def pruning(self, dtype: str) -> PruneSettings:
+        """How lanes are pruned, with the dtype that ``auto`` stands for."""
+        return PruneSettings(self.sparsity, self.pruner, self.calibration_mode, dtype)
+
+
+class Runtime(_Settings):
+    """Where and how a search runs; changes nothing in its result."""
+
+    store: str = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
+    device: str = Field(
+        default="auto",
+        description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",
+    )
+    hidden_states_gib: float = Field(
+        default=4, ge=0, description="Memory for hidden states, in GiB; what goes beyond lies in files."
+    )
+    scratch: Path | None = Field(
+        default=None,
+        description="Folder for hidden states beyond that; empty: the system's temporary folder.",
+    )
+    boundary_minutes: float = Field(
+        default=5, gt=0, description="Commit a resume point at the first layer after this time, in minutes."
+    )
+    boundary_layers: int | None = Field(
+        default=None, ge=1, description="Also commit one after so many layers; empty: by time only."
+    )
+
+    def execution(self) -> Execution:
+        """The settings as the tasks take them."""
+        import torch
+
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        optional = {} if self.scratch is None else {"scratch": self.scratch}
+        return Execution(
+            device=automatic if self.device == "auto" else self.device,
+            hidden_states_bytes=int(self.hidden_states_gib * 2**30),
+            boundary_layers=self.boundary_layers,
+            boundary_seconds=60 * self.boundary_minutes,
+            **optional,
+        )

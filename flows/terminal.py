@@ -1,0 +1,119 @@
+"""What a person sees in the terminal: results, plans and lists of artifacts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.plan import Plan
+from flows.search import SearchResult, table_rows
+from storage.artifact import Artifact
+from tasks.evaluate import TestResult
+from tasks.select import Selection
+
+
+def open_console() -> Console:
+    """The terminal; wide enough for a table where the output is a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+def show_result(console: Console, result: SearchResult) -> None:
+    """The search's table, its verdict, the test perplexities, where the model is, what the run did."""
+    title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
+    show_selection(console, title, result.selection)
+    show_test(console, result.test)
+    console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
+    console.print(
+        f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
+    )
+    computed = [role for role in result.built if role not in ("allocate", "select")]
+    if not result.built:
+        console.print("Everything was in the store already: no layer was computed, no weight was read.")
+    else:
+        console.print(
+            f"Built {len(result.built)} of {len(result.stages)} artifacts ({', '.join(computed)}), "
+            f"{result.bytes_read / 1e9:.2f} GB of weights read."
+        )
+
+
+def show_selection(console: Console, title: str, selection: Selection) -> None:
+    """One row per beta; the best one stands out."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    rows = table_rows(selection)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for index, row in enumerate(rows):
+        cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()]
+        table.add_row(*cells, style="bold green" if index == selection.best else None)
+    console.print(table)
+    console.print(f"\nOn the selection text (dense: {selection.dense_perplexity:.2f}): {selection.verdict}.")
+
+
+def show_test(console: Console, test: TestResult) -> None:
+    """Test perplexities side by side."""
+    gain = ""
+    if test.gain is not None:
+        t = "" if test.gain.t is None else f", t = {test.gain.t:.1f}"
+        gain = f" ({100 * (1 - test.best / test.uniform):.1f} % below uniform{t})"
+    console.print(
+        f"On the test text, {test.windows} windows: dense {test.dense:.2f}, uniform {test.uniform:.2f}, "
+        f"best {test.best:.2f}{gain}."
+    )
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """What would run, what is there, and what it takes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    table.add_column("state")
+    table.add_column("weights read", justify="right")
+    table.add_column("store grows by", justify="right")
+    for stage in plan.stages:
+        style = None if stage.to_do else "dim"
+        table.add_row(stage.name, stage.state, size(stage.reads), size(stage.writes), style=style)
+    console.print(table)
+    console.print(f"\nbetas: {', '.join(f'{beta:g}' for beta in plan.betas)} (0 is uniform)")
+    parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
+    console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
+    if plan.scratch:
+        console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
+    console.print(f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one")
+
+
+def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
+    """One line per artifact of a store, the newest last."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("artifact", "made", "seconds", "size", "what"):
+        table.add_column(
+            name, justify="right" if name in ("seconds", "size") else "left", no_wrap=name != "what"
+        )
+    for artifact in sorted(artifacts, key=lambda artifact: str(artifact.made.get("at"))):
+        facts = ", ".join(f"{name}: {_plain(value)}" for name, value in artifact.facts.items())
+        made = artifact.made
+        table.add_row(
+            artifact.key, str(made["at"])[:19], f"{made['seconds']:.1f}", size(artifact.size), facts
+        )
+    console.print(table)
+
+
+def size(count: int) -> str:
+    """Bytes for people; nothing for none."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}" if count else ""
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _plain(value: object) -> str:
+    text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _short(path: str) -> str:
+    """A path below this folder without the part that is the same for all."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

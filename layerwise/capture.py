@@ -1,0 +1,51 @@
+"""The dense model's pass over its calibration windows: what every linear of every layer is fed."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.hidden_states import batches
+from layerwise.statistics import InputStatistics, watching
+from layerwise.streaming import StreamedModel
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What was seen of one decoder layer."""
+
+    index: int
+    statistics: Mapping[str, InputStatistics]  # by linear
+
+
+def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor) -> None:
+    """Write the first hidden states of ``input_ids`` (windows, seqlen) into ``hidden_states`` (windows, seqlen, hidden)."""
+    for some_ids, some_states in zip(batches(input_ids), batches(hidden_states), strict=True):
+        some_states.copy_(model.embed(some_ids))
+
+
+def capture_layers(
+    model: StreamedModel,
+    layers: Iterable[Mapping[str, Tensor]],
+    hidden_states: Tensor,
+    calibration_windows: int,
+    first: int = 0,
+) -> Iterator[CapturedLayer]:
+    """Advance ``hidden_states`` in place through the dense model, one layer per step.
+
+    Args:
+        model: computes the layers.
+        layers: weights of the layers from ``first`` on, by name relative to the layer.
+        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's output
+            when the layer is yielded.
+        calibration_windows: how many of the windows, from the front, count in the statistics.
+        first: layer to begin with.
+    """
+    for index, weights in enumerate(layers, first):
+        with model.loaded(index, weights) as layer:
+            with watching(layer, model.linears) as statistics:
+                for states in batches(hidden_states[:calibration_windows]):
+                    states.copy_(model.run_layer(index, layer, states))
+            for states in batches(hidden_states[calibration_windows:]):
+                states.copy_(model.run_layer(index, layer, states))
+        yield CapturedLayer(index, statistics)

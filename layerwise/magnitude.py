@@ -1,0 +1,21 @@
+"""Magnitude pruning: the smallest weights of a matrix go first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from layerwise.masks import removal_levels
+from layerwise.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Compares all weights of one matrix; needs no calibration text."""
+
+    method: Literal["magnitude"] = "magnitude"
+
+    def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
+        """Order in which weights go; ``inputs`` is not looked at. See ``Wanda.removal_levels``."""
+        return removal_levels(weight.abs(), counts, by_row=False)

@@ -1,0 +1,191 @@
+"""A model that runs one decoder layer at a time, with only that layer's weights in memory.
+
+No code per model family: the model's own forward pass runs with recording layers in place of its decoder layers,
+which yields the first hidden states and the exact arguments every layer gets; at the end it runs with one layer
+that injects the last hidden states, so that final norm and head are the model's own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from layerwise.skeleton import UnsupportedModel, build_skeleton, layer_prefix, linears_of
+
+# Positions whose logits are turned into float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
+LOSS_POSITIONS = 256
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _LayersReturnTuples(Exception):
+    """The model takes the first entry of what a layer returns."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: remembers how it is called and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], in_tuple: bool) -> None:
+        super().__init__()
+        self.layer = [layer]  # in a list, so that it is not registered as a submodule
+        self.shape, self.in_tuple = shape, in_tuple
+        self.hidden_states: Tensor | None = None
+        self.arguments: LayerArguments | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        if tuple(hidden_states.shape[:-1]) != self.shape:
+            raise _LayersReturnTuples
+        self.hidden_states, self.arguments = hidden_states, (args, kwargs)
+        return (hidden_states,) if self.in_tuple else hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer[0], name)  # e.g. attention_type, by which some models choose the mask
+
+
+class _Injector(nn.Module):
+    """Stands in for all decoder layers: returns the hidden states it was given."""
+
+    def __init__(self, hidden_states: Tensor, in_tuple: bool) -> None:
+        super().__init__()
+        self.hidden_states, self.in_tuple = hidden_states, in_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (self.hidden_states,) if self.in_tuple else self.hidden_states
+
+
+class StreamedModel:
+    """A causal language model of ``config``; everything outside of its decoder layers is loaded, layers come and go.
+
+    Args:
+        config: the model's configuration.
+        outer: weights outside of the decoder layers by state-dict name; tied ones may be missing.
+        dtype: in which the model computes; weights are cast to it.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, outer: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.model = build_skeleton(config)
+        self.prefix = layer_prefix(self.model)
+        self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
+        self.linears = linears_of(self.layers[0])
+        self.num_layers = len(self.layers)
+        on_device = {name: tensor.to(device, dtype) for name, tensor in outer.items()}
+        self.model.load_state_dict(on_device, strict=False, assign=True)
+        self.model.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        self._check_outer_is_complete()
+        self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
+        self._layers_return_tuples = False
+
+    def _check_outer_is_complete(self) -> None:
+        inside = f"{self.prefix}."
+        missing = [n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(inside)]
+        if missing:
+            raise ValueError(
+                f"{self.model.config.model_type}: no weights were given for {', '.join(missing)}. "
+                "Load every tensor outside of the decoder layers before streaming."
+            )
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``."""
+        try:
+            recorders = self._record(input_ids)
+        except _LayersReturnTuples:
+            self._layers_return_tuples = True  # an older convention: Falcon, BLOOM, GPT-J, MPT
+            recorders = self._record(input_ids)
+        first = recorders[0].hidden_states
+        if first is None or any(recorder.arguments is None for recorder in recorders):
+            raise UnsupportedModel(
+                f"{self.model.config.model_type} does not call all of its {self.num_layers} layers in {self.prefix}; "
+                "it cannot be streamed layer by layer."
+            )
+        self._arguments[tuple(input_ids.shape)] = [r.arguments for r in recorders if r.arguments is not None]
+        return first
+
+    def _record(self, input_ids: Tensor) -> list[_Recorder]:
+        shape = tuple(input_ids.shape)
+        recorders = [_Recorder(layer, shape, self._layers_return_tuples) for layer in self.layers]
+        with self._layers_replaced(recorders):
+            self.model(input_ids=input_ids.to(self.device), use_cache=False)
+        return recorders
+
+    @contextmanager
+    def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with ``weights`` (names relative to the layer), for as long as the block lasts.
+
+        Weights that already have the right dtype and device are used as they are: a change to them is a change to the layer.
+
+        Raises:
+            ValueError: a weight of the layer is missing.
+        """
+        layer = self.layers[index]
+        on_device = {name: tensor.to(self.device, self.dtype) for name, tensor in weights.items()}
+        layer.load_state_dict(on_device, strict=False, assign=True)
+        try:
+            if missing := [name for name, parameter in layer.named_parameters() if parameter.is_meta]:
+                raise ValueError(
+                    f"layer {index} got no weights for {', '.join(missing)}; it got {', '.join(sorted(weights))}. "
+                    "Pass every parameter of the decoder layer."
+                )
+            yield layer
+        finally:
+            for module in layer.modules():  # buffers stay: some layers compute them once, when they are built
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @torch.no_grad()
+    def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Output of ``layer`` at position ``index`` for ``hidden_states``, shape ``(windows, seqlen, hidden_size)``."""
+        shape = tuple(hidden_states.shape[:2])
+        if shape not in self._arguments:
+            # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
+            self.embed(torch.zeros(shape, dtype=torch.long))
+        args, kwargs = self._arguments[shape][index]
+        output = layer(hidden_states.to(self.device), *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
+        with self._layers_replaced([_Injector(hidden_states.to(self.device), self._layers_return_tuples)]):
+            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+
+    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> float:
+        """Mean cross-entropy in nats of one window's ``seqlen - 1`` next tokens, taken in float32.
+
+        Args:
+            hidden_states: the last layer's output, shape ``(1, seqlen, hidden_size)``.
+            input_ids: the window's tokens, shape ``(1, seqlen)``.
+        """
+        logits = self.logits(hidden_states, input_ids)[0, :-1]
+        targets = input_ids[0, 1:].to(logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for some_logits, some_targets in zip(
+            logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
+        ):
+            total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
+        return (total / len(targets)).item()
+
+    @contextmanager
+    def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        """Run with other modules in the place of the decoder layers."""
+        owner, _, leaf = self.prefix.rpartition(".")
+        parent = self.model.get_submodule(owner)
+        setattr(parent, leaf, nn.ModuleList(stand_ins))
+        try:
+            yield
+        finally:
+            setattr(parent, leaf, self.layers)

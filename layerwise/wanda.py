@@ -1,0 +1,36 @@
+"""Wanda: score each weight by its magnitude times the norm of its input (arXiv:2306.11695)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from layerwise.masks import removal_levels
+from layerwise.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Compares the weights of one output row, whatever the other rows hold; the remaining weights stay as they are."""
+
+    method: Literal["wanda"] = "wanda"
+
+    def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
+        """Order in which weights go, for several numbers of removed weights at once (see ``masks.removal_levels``).
+
+        Args:
+            weight: shape ``(out_features, in_features)``; left unchanged.
+            inputs: what calibration saw of the ``in_features`` inputs.
+            counts: ascending numbers of weights to remove.
+
+        Raises:
+            ValueError: no calibration token reached this linear.
+        """
+        if inputs.tokens == 0:
+            raise ValueError(
+                "Wanda needs input statistics, but no calibration token reached this linear. "
+                "Pass at least one window, or use Magnitude, which needs no calibration text."
+            )
+        scores = weight.abs().float()
+        return removal_levels(scores * inputs.norms.to(weight.device), counts, by_row=True)

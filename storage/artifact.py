@@ -1,0 +1,104 @@
+"""An artifact: a committed, immutable set of files, as its manifest describes it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from storage.keys import digest
+from storage.tensor_entry import TensorEntry
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of an artifact.
+
+    Args:
+        path: relative to the store's root.
+        size: in bytes.
+        digest: xxh3_128 of the content, 32 hex digits.
+        tensors: where each tensor lies, for files written by ``write_tensors``.
+    """
+
+    path: str
+    size: int
+    digest: str
+    tensors: dict[str, TensorEntry] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        row: dict[str, object] = {"path": self.path, "size": self.size, "digest": self.digest}
+        if self.tensors is not None:
+            row["tensors"] = {name: entry.to_json() for name, entry in self.tensors.items()}
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict, folder: str) -> "StoredFile":
+        """The file that ``to_json`` wrote.
+
+        Raises:
+            ValueError: if its path is not below ``folder``, or a number is wrong.
+        """
+        checked_name(row["path"].removeprefix(f"{folder}/"))
+        if not row["path"].startswith(f"{folder}/"):
+            raise ValueError(f"the path {row['path']!r} is not below {folder!r}")
+        if type(row["size"]) is not int or row["size"] < 0:
+            raise ValueError(f"{row['path']!r} would have {row['size']!r} bytes")
+        tensors = row.get("tensors")
+        if tensors is not None:
+            tensors = {name: TensorEntry.from_json(entry) for name, entry in tensors.items()}
+        return cls(row["path"], row["size"], row["digest"], tensors)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed, immutable set of files. Small enough to pass between tasks.
+
+    Args:
+        key: its address in the store, ``<stage name>/<digest>``.
+        files: by the name they were written under.
+        facts: small results worth reading without opening a file; plain JSON.
+        recipe: the stage as plain JSON: name, version, settings, inputs.
+        made: when and in how many seconds; not part of what the artifact is.
+    """
+
+    key: str
+    files: dict[str, StoredFile]
+    facts: dict[str, object] = field(default_factory=dict)
+    recipe: dict[str, object] = field(default_factory=dict)
+    made: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """Digest of all bytes: artifacts with equal files have equal content, whatever their key."""
+        return digest({name: [file.size, file.digest] for name, file in self.files.items()})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files.values())
+
+
+def files_to_json(files: Mapping[str, StoredFile]) -> dict[str, object]:
+    return {name: file.to_json() for name, file in files.items()}
+
+
+def files_from_json(rows: Mapping[str, dict], folder: str) -> dict[str, StoredFile]:
+    """The files that ``files_to_json`` wrote.
+
+    Raises:
+        ValueError: if a path is not below ``folder``.
+    """
+    return {name: StoredFile.from_json(row, folder) for name, row in rows.items()}
+
+
+def checked_name(name: str) -> str:
+    """``name``, if it can be the name of a file below a folder on every storage.
+
+    Raises:
+        ValueError: if it is absolute, has an empty, ``.`` or ``..`` part, or unsafe characters.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:
+        raise ValueError(
+            f"{name!r} cannot be the name of a file in an artifact: it could leave its folder. Use a "
+            "relative name of printable characters, without backslashes, empty parts, '.' and '..'."
+        )
+    return name

@@ -1,0 +1,55 @@
+"""Small JSON files that carry their own digest: manifests and resume points."""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+
+from fsspec import AbstractFileSystem
+
+from storage.files import Corrupt
+from storage.keys import digest
+
+FORMAT = 1
+ATTEMPTS = 3  # a small object can come truncated without an error, see STORAGE.md 5
+
+
+def seal(content: Mapping[str, object]) -> bytes:
+    """``content`` as JSON for people, with a unique token and a digest over everything.
+
+    Raises:
+        TypeError: if something in ``content`` is not plain (see ``canonical_json``).
+        ValueError: if a number in it is not finite.
+    """
+    sealed = {"format": FORMAT, **content, "token": uuid.uuid4().hex}
+    return json.dumps({**sealed, "digest": digest(sealed)}, indent=1).encode()
+
+
+def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
+    """The content of a file written by ``seal``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        Corrupt: if it is not what was written, several times in a row, or of an unknown format.
+    """
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(0.1 * 2**attempt)
+        try:
+            return _opened(fs.cat_file(path))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            problem = error
+    raise Corrupt(
+        f"{path} is not readable ({problem}): it is damaged, or was written by another version of layerwise. "
+        "Restore it, or delete it and run again."
+    ) from problem
+
+
+def _opened(data: bytes) -> dict:
+    document = json.loads(data)
+    recorded = document.pop("digest")
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']}, this version reads {FORMAT}")
+    if digest(document) != recorded:
+        raise ValueError("its digest does not match its content")
+    return document

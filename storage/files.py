@@ -1,0 +1,211 @@
+"""Reading from any fsspec file system: every byte that was asked for, or an error that names the range."""
+
+import errno
+import logging
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from fsspec import AbstractFileSystem
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import get_filesystem_class, known_implementations
+
+logger = logging.getLogger(__name__)
+
+PIECE = 16 << 20  # bytes of one ranged request
+WINDOW = 2  # requests under way at once: 32 MB of memory beside the target, near the best rate measured
+GAP = 1 << 20  # unwanted bytes between two wanted ranges that cost less than another request
+ATTEMPTS = 4
+FIRST_DELAY = 0.2  # seconds; doubles with every attempt
+# Asking again is no use after these.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, TypeError, ValueError)
+
+
+class Corrupt(OSError):
+    """Stored bytes are not the bytes that were written, or cannot be had."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[type["Corrupt"], tuple[str]]:
+        return Corrupt, (str(self),)  # OSError would be unpickled with two arguments
+
+
+def open_filesystem(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """The file system of ``url`` and the path of ``url`` on it.
+
+    Options go to fsspec. Credentials come from the environment or the fsspec configuration, not from the URL.
+
+    Raises:
+        ValueError: if the protocol is unknown, or the URL holds a password.
+        ImportError: if the protocol needs a package that is not installed.
+    """
+    url = os.fspath(url)
+    if "://" in url and urlsplit(url).password:
+        raise ValueError(
+            f"the {urlsplit(url).scheme} URL of {urlsplit(url).hostname!r} holds a password, which would end "
+            "up in logs and reports. Put credentials into environment variables or the fsspec configuration."
+        )
+    protocol = split_protocol(url)[0] or "file"
+    _require_protocol(protocol)
+    if protocol not in ("s3", "s3a"):
+        return url_to_fs(url, **options)
+    fs, path = url_to_fs(url, **_patient_s3_options(options))
+    fs.retries = max(fs.retries, 12)  # an attribute of s3fs, not an argument; five give up within seconds
+    return fs, path
+
+
+def is_local(fs: AbstractFileSystem) -> bool:
+    """Whether paths on ``fs`` are paths of this machine."""
+    return isinstance(fs, LocalFileSystem)
+
+
+def read_exactly(fs: AbstractFileSystem, path: str, offset: int, into: memoryview) -> None:
+    """Fill ``into`` with the bytes of ``path`` from ``offset`` on.
+
+    Raises:
+        Corrupt: if the file ends before, or the storage keeps giving another number of bytes.
+    """
+    read_scattered(fs, path, [(offset, into)])
+
+
+def read_scattered(fs: AbstractFileSystem, path: str, targets: Iterable[tuple[int, memoryview]]) -> None:
+    """Fill several buffers, each with the bytes of ``path`` from its offset on.
+
+    On a local disk the kernel writes straight into the buffers. Elsewhere neighbouring ranges are fetched
+    together, in pieces of 16 MB, two at a time; after a piece of the wrong length or an error it asks again.
+
+    Args:
+        targets: (offset in the file, writable buffer) in any order; the ranges must not overlap.
+
+    Raises:
+        Corrupt: if the file ends before, or the storage keeps giving another number of bytes.
+    """
+    ordered = [(offset, into.cast("B")) for offset, into in targets if into.nbytes]
+    ordered.sort(key=lambda target: target[0])
+    if is_local(fs):
+        _read_local(fs._strip_protocol(path), ordered)
+        return
+    pieces = [piece for run in _runs(ordered) for piece in _pieces(run)]
+    for start in range(0, len(pieces), WINDOW):
+        _fetch(fs, path, pieces[start : start + WINDOW])
+
+
+Target = tuple[int, memoryview]  # offset in the file, where its bytes go
+Piece = tuple[int, int, list[Target]]  # begin and end in the file, the targets it fills
+
+
+def _read_local(path: str, targets: Sequence[Target]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for offset, into in targets:
+            done = 0
+            while done < len(into):  # one call gives at most 2 GB
+                count = os.preadv(descriptor, [into[done:]], offset + done)
+                if count == 0:
+                    raise Corrupt(
+                        f"{path} ends at byte {offset + done}, but bytes {offset} to {offset + len(into)} "
+                        "are needed: the file is truncated. Delete the artifact it belongs to and run again."
+                    )
+                done += count
+    finally:
+        os.close(descriptor)
+
+
+def _runs(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Groups of targets that lie close enough to be fetched together."""
+    run: list[Target] = []
+    for offset, into in targets:
+        if run and offset - (run[-1][0] + len(run[-1][1])) > GAP:
+            yield run
+            run = []
+        run.append((offset, into))
+    if run:
+        yield run
+
+
+def _pieces(run: Sequence[Target]) -> Iterator[Piece]:
+    """The ranges that cover a run, none longer than ``PIECE``, each with the parts of targets inside it."""
+    last = run[-1][0] + len(run[-1][1])
+    for begin in range(run[0][0], last, PIECE):
+        end = min(begin + PIECE, last)
+        inside = []
+        for offset, into in run:
+            part_begin, part_end = max(begin, offset), min(end, offset + len(into))
+            if part_begin < part_end:
+                inside.append((part_begin, into[part_begin - offset : part_end - offset]))
+        if inside:
+            yield begin, end, inside
+
+
+def _fetch(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> None:
+    todo = list(pieces)
+    for attempt in range(1, ATTEMPTS + 1):
+        answers = fs.cat_ranges(
+            [path] * len(todo), [piece[0] for piece in todo], [piece[1] for piece in todo], on_error="return"
+        )
+        failed = []
+        for piece, answer in zip(todo, answers, strict=True):
+            if isinstance(answer, FINAL) or (
+                isinstance(answer, BaseException) and not isinstance(answer, Exception)
+            ):
+                raise answer
+            # A shorter or longer body comes without any error from a faulty proxy: STORAGE.md 5.
+            if isinstance(answer, Exception) or len(answer) != piece[1] - piece[0]:
+                failed.append((piece, answer))
+            else:
+                for offset, into in piece[2]:
+                    into[:] = memoryview(answer)[offset - piece[0] : offset - piece[0] + len(into)]
+        if not failed:
+            return
+        (begin, end, _), answer = failed[0]
+        cause = answer if isinstance(answer, Exception) else None
+        reason = repr(answer) if cause else f"{len(answer)} bytes came"
+        if attempt == ATTEMPTS:
+            raise Corrupt(
+                f"{path}: bytes {begin} to {end} could not be read in {ATTEMPTS} attempts ({reason}): the "
+                "file is truncated or the storage is failing. Check the storage; if the file is short, "
+                "delete the artifact it belongs to and run again."
+            ) from cause
+        logger.warning("%s: reading bytes %d to %d failed (%s), trying again", path, begin, end, reason)
+        todo = [piece for piece, _ in failed]
+        time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+
+
+def _require_protocol(protocol: str) -> None:
+    for name in protocol.split("::"):
+        try:
+            get_filesystem_class(name)
+        except ValueError:
+            raise ValueError(
+                f"no storage is known for {name}:// URLs. Use a folder, s3://, gs://, abfs://, hf:// or "
+                "memory://, or install the fsspec package that brings this protocol."
+            ) from None
+        except ImportError as error:
+            extra = "pip install layerwise-pruning[s3]" if name in ("s3", "s3a") else ""
+            advice = extra or known_implementations.get(name, {}).get("err", "install its fsspec package")
+            raise ImportError(
+                f"{name}:// URLs need a package that is not installed ({error}). To get it: {advice}."
+            ) from error
+
+
+def _patient_s3_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that outlive a storage outage of 20 seconds, which the defaults do not (STORAGE.md 5)."""
+    patience = {
+        "retries": {"mode": "standard", "total_max_attempts": 10},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+    }
+    return {
+        "use_listings_cache": False,  # another machine may have written since
+        "fixed_upload_size": True,  # some servers demand parts of one size
+        **options,
+        "config_kwargs": patience | options.get("config_kwargs", {}),
+    }

@@ -1,0 +1,76 @@
+"""Allocate: which sparsity plans are tried."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from layerwise.allocation import SparsityPlan, arithmetic, beta_grid, beta_spread
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+
+PLANS_FILE = "plans.json"
+
+
+@dataclass(frozen=True)
+class AllocateSettings:
+    """Which betas of ATP's arithmetic progression are tried; at most one of the three is given.
+
+    Attributes:
+        target: overall sparsity.
+        betas: these, and 0 (uniform) beside them.
+        count: so many, spread evenly over the legal range.
+        step: multiples of it within the legal range; the paper's grid is .002.
+    """
+
+    target: float
+    betas: tuple[float, ...] | None = None
+    count: int | None = None
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("betas", "count", "step") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"the betas are given by {' and '.join(given) or 'nothing'}; "
+                "give exactly one of a list of betas, their count, or the grid's step."
+            )
+
+    def plans(self, layer_sizes: Sequence[int]) -> tuple[SparsityPlan, ...]:
+        """The plans by rising beta, uniform (beta 0) first.
+
+        Raises:
+            ValueError: a beta outside of the legal range for this target and depth.
+        """
+        if self.betas is not None:
+            betas: Sequence[float] = sorted({0.0, *self.betas})
+        elif self.count is not None:
+            betas = beta_spread(self.target, layer_sizes, self.count)
+        else:
+            assert self.step is not None
+            betas = beta_grid(self.target, layer_sizes, self.step)
+        return tuple(arithmetic(self.target, beta, layer_sizes) for beta in betas)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def allocate(store: ArtifactStore, layer_sizes: Sequence[int], settings: AllocateSettings) -> Artifact:
+    """The plans as an artifact: ``plans.json`` with beta and every layer's sparsity."""
+
+    def build(draft: Draft) -> None:
+        plans = settings.plans(layer_sizes)
+        draft.write(PLANS_FILE, json.dumps([vars(plan) for plan in plans], indent=1).encode())
+        draft.facts |= {"betas": [plan.beta for plan in plans]}
+
+    return store.get_or_build(
+        Stage("allocate", 1, {**vars(settings), "layer_sizes": list(layer_sizes)}), build
+    )
+
+
+def read_plans(store: ArtifactStore, artifact: Artifact) -> tuple[SparsityPlan, ...]:
+    """Plans of an artifact of ``allocate``, uniform first."""
+    rows = json.loads(store.read(artifact, PLANS_FILE))
+    return tuple(SparsityPlan(row["beta"], tuple(row["layers"])) for row in rows)

@@ -1,0 +1,116 @@
+"""Branch: prune one lane per plan and score it on the selection windows, all lanes of a group together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from layerwise.allocation import SparsityPlan
+from layerwise.skeleton import Linear
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tables import read_table, write_table
+from tasks.execution import Execution
+from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
+
+LOSSES_FILE = "losses.parquet"
+LAYERS_FILE = "layers.parquet"
+LINEARS_FILE = "linears.parquet"
+
+
+@dataclass(frozen=True)
+class LaneScore:
+    """How a finished lane did."""
+
+    plan: SparsityPlan
+    artifact: Artifact
+    losses: tuple[float, ...]  # per selection window, in nats
+    realised_sparsity: float  # zeros over weights, all linears together
+
+
+def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) -> Stage:
+    """The stage of one lane. A plan is its numbers: by which method they were found is no part of it."""
+    return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings}, inputs.keys(settings))
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def branch(
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    plans: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> list[LaneScore]:
+    """Run the lanes that the store does not have yet, in one group; return all of them in the order of ``plans``.
+
+    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction error per
+    layer) and ``linears.parquet`` (realised sparsity per linear), and is the same in whatever group it ran.
+    """
+    stages = [lane_stage(plan, inputs, settings) for plan in plans]
+    missing = [number for number, stage in enumerate(stages) if store.find(stage) is None]
+    if missing:
+        group = _group(store, inputs, [plans[number] for number in missing], linears, settings, execution)
+        for position, number in enumerate(missing):
+            store.get_or_build(stages[number], partial(_copy_lane, store, group, position))
+    return [_score(store, plan, stage) for plan, stage in zip(plans, stages, strict=True)]
+
+
+def _group(
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    plans: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> Artifact:
+    lanes = {f"lane {number}": lane_stage(plan, inputs, settings).key for number, plan in enumerate(plans)}
+
+    def build(draft: Draft) -> None:
+        title = f"branch: {len(plans)} betas and the dense model, group 1 of 1"
+        result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
+        for number in range(len(plans)):
+            write_lane(draft, lane_folder(number), result, number + 1, linears)
+
+    return store.get_or_build(Stage("lane_group", 1, None, lanes), build)
+
+
+def write_lane(
+    draft: Draft, folder: str, result: GroupResult, lane: int, linears: Sequence[Sequence[Linear]]
+) -> None:
+    """Write the tables of one lane of ``result`` (0: the dense model) into ``folder``."""
+    losses = result.losses[lane]
+    write_table(draft, f"{folder}/{LOSSES_FILE}", pa.table({"window": range(len(losses)), "loss": losses}))
+    layers = [outcome[lane] for outcome in result.outcomes]
+    table = {
+        "layer": range(len(layers)),
+        "error": [layer.error for layer in layers],
+        "dense_energy": [layer.energy for layer in layers],
+    }
+    write_table(draft, f"{folder}/{LAYERS_FILE}", pa.table(table))
+    rows = [
+        {"layer": index, "linear": linear.name, "weights": linear.numel, "zeros": zeros}
+        for index, (layer, outcome) in enumerate(zip(linears, layers, strict=True))
+        for linear, zeros in zip(layer, outcome.zeros, strict=True)
+    ]
+    write_table(draft, f"{folder}/{LINEARS_FILE}", pa.Table.from_pylist(rows))
+
+
+def _copy_lane(store: ArtifactStore, group: Artifact, position: int, draft: Draft) -> None:
+    folder = f"{lane_folder(position)}/"
+    for name in group.files:
+        if name.startswith(folder):
+            draft.write(name.removeprefix(folder), store.read(group, name))
+
+
+def _score(store: ArtifactStore, plan: SparsityPlan, stage: Stage) -> LaneScore:
+    artifact = store.get(stage.key)
+    losses = read_table(store, artifact, LOSSES_FILE)["loss"].to_pylist()
+    linears = read_table(store, artifact, LINEARS_FILE)
+    realised = sum(linears["zeros"].to_pylist()) / sum(linears["weights"].to_pylist())
+    return LaneScore(plan, artifact, tuple(losses), realised)

@@ -1,0 +1,177 @@
+"""An imported checkpoint, opened for reading one decoder layer at a time."""
+
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from fsspec import AbstractFileSystem
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from storage.artifact import Artifact
+from storage.files import Corrupt
+from storage.keys import digest
+from storage.store import ArtifactStore
+from storage.tensor_entry import TensorEntry
+from storage.tensors import needed_bytes, read_entries
+from tasks.checkpoint_files import copied_files
+from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.folder import Folder
+from tasks.model_config import config_from_document
+
+INDEX_FILE = "checkpoint.json"
+
+
+class Checkpoint:
+    """A model's configuration, tokenizer and tensors, wherever they lie; tensors are checked when read.
+
+    Args:
+        store: where the imported artifact is.
+        artifact: what ``import_checkpoint`` made.
+        folder: the source, for a checkpoint that is read in place; None when its tensors are in the store.
+
+    Attributes:
+        bytes_read: bytes of tensors read so far.
+    """
+
+    def __init__(self, store: ArtifactStore, artifact: Artifact, folder: Folder | None) -> None:
+        self.artifact = artifact
+        self.index = CheckpointIndex.from_json(store.read(artifact, INDEX_FILE))
+        self.bytes_read = 0
+        self._store, self._folder = store, folder
+        self._counting = threading.Lock()
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the configuration and all tensors: the same model elsewhere has the same identity."""
+        return self.index.identity
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return config_from_document(self.index.config, self.artifact.key)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.index.num_layers
+
+    @property
+    def layer_prefix(self) -> str:
+        """Name of the list of decoder layers, e.g. ``model.layers``."""
+        return self.index.layer_prefix
+
+    def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
+        """Where the tensors of one decoder layer lie, by their name inside it."""
+        return self.index.layer_tensors(index)
+
+    def outer_tensors(self) -> dict[str, IndexedTensor]:
+        """Where the tensors outside of the decoder layers lie, by state-dict name."""
+        return self.index.outer_tensors()
+
+    def source_tensors(self) -> dict[int | None, list[IndexedTensor]]:
+        """All tensors by decoder layer (``None``: outside), those the model has no use for included."""
+        return dict(self.index.groups)
+
+    def outer(self) -> dict[str, Tensor]:
+        """Embeddings, final norm and head by state-dict name, in the dtype of the source; tied ones once."""
+        return self.read(self.outer_tensors())
+
+    def layers(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The decoder layers from ``first`` on, the next one read in the background while the caller works.
+
+        Two buffers take turns: tensors are valid only until the next layer is asked for. Closing the iterator
+        early ends the background thread.
+
+        Yields:
+            Tensors by their name inside the layer, in the dtype of the source.
+
+        Raises:
+            Corrupt: if a tensor is not the one that was imported.
+        """
+        layers = [self.layer_tensors(index) for index in range(first, self.num_layers)]
+        size = max((_buffer_size(layer.values()) for layer in layers), default=0)
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(min(2, len(layers)))]
+        with ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader:
+            arriving = [reader.submit(self.read, layers[0], buffers[0])] if layers else []
+            for following in range(1, len(layers) + 1):
+                layer = arriving.pop().result()
+                if following < len(layers):
+                    arriving.append(reader.submit(self.read, layers[following], buffers[following % 2]))
+                yield layer
+
+    def read(self, tensors: Mapping[str, IndexedTensor], buffer: Tensor | None = None) -> dict[str, Tensor]:
+        """Read some tensors under the names given to them.
+
+        Args:
+            buffer: uint8 memory to read into, large enough for ``tensors``; fresh memory if None.
+
+        Raises:
+            Corrupt: if a tensor is not the one that was imported.
+        """
+        if buffer is None:
+            buffer = torch.empty(_buffer_size(tensors.values()), dtype=torch.uint8)
+        found: dict[str, Tensor] = {}  # by the name in the file, which is the one that errors show
+        start = 0
+        for file, entries in _by_file(tensors.values()).items():
+            size = needed_bytes(entries)
+            fs, path = self._place(file)
+            try:
+                found |= read_entries(fs, path, entries, buffer[start : start + size])
+            except FileNotFoundError as error:
+                raise Corrupt(
+                    f"{path} is gone, and {next(iter(entries))} with it, since the checkpoint was imported. "
+                    "Put the file back, or run again with the place where the model is now."
+                ) from error
+            start += size
+        with self._counting:
+            self.bytes_read += sum(tensor.entry.nbytes for tensor in tensors.values())
+        return {name: found[tensor.name] for name, tensor in tensors.items()}
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """Digest of the files that decide how text becomes tokens."""
+        names = set(copied_files(self.artifact.files)) - {"config.json", "generation_config.json"}
+        return digest({name: self.artifact.files[name].digest for name in sorted(names)})
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that came with the model.
+
+        Raises:
+            ValueError: if none came, or it cannot be used without running code that comes with it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for name in copied_files(self.artifact.files):
+                Path(folder, name).write_bytes(self._store.read(self.artifact, name))
+            try:
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{self.artifact.facts.get('source')} has no tokenizer that transformers can open (its "
+                    f"files: {', '.join(copied_files(self.artifact.files))}). Copy tokenizer.json and "
+                    "tokenizer_config.json beside the weights and import again."
+                ) from error
+        return tokenizer
+
+    def _place(self, file: str) -> tuple[AbstractFileSystem, str]:
+        if self._folder is not None:
+            return self._folder.fs, self._folder.path(file)
+        return self._store.fs, f"{self._store.root}/{self._store.file(self.artifact, file).path}"
+
+
+def _by_file(tensors: Iterable[IndexedTensor]) -> dict[str, dict[str, TensorEntry]]:
+    files: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for tensor in tensors:
+        files[tensor.file][tensor.name] = tensor.entry
+    return files
+
+
+def _buffer_size(tensors: Iterable[IndexedTensor]) -> int:
+    return needed_bytes({tensor.name: tensor.entry for tensor in tensors})

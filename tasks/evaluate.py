@@ -1,0 +1,73 @@
+"""Evaluate: test perplexity of the dense, the uniform and the chosen model, on text that nothing was chosen by."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from layerwise.allocation import SparsityPlan
+from layerwise.perplexity import PairedDifference, paired_difference, perplexity
+from layerwise.skeleton import Linear
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from tasks.branch import write_lane
+from tasks.execution import Execution
+from tasks.lane_group import LaneInputs, PruneSettings, advance_group
+
+TEST_FILE = "test.json"
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Perplexity on the test windows.
+
+    Attributes:
+        gain: paired difference of the chosen plan's loss to the uniform plan's, in nats; None if they are one.
+    """
+
+    __test__ = False  # pytest: this is no test class
+
+    windows: int
+    dense: float
+    uniform: float
+    best: float
+    gain: PairedDifference | None
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def evaluate(
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    uniform: SparsityPlan,
+    best: SparsityPlan,
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> Artifact:
+    """Score the dense, the uniform and the best model on ``inputs.scored``, the test windows: once."""
+    plans = [uniform] if best == uniform else [uniform, best]
+    layers = [list(plan.layers) for plan in plans]
+    stage = Stage("evaluate", 1, {"plans": layers, "prune": settings}, inputs.keys(settings))
+
+    def build(draft: Draft) -> None:
+        title = "evaluate: dense, uniform and best on the test windows"
+        result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
+        for lane, name in enumerate(("dense", "uniform", "best")[: len(plans) + 1]):
+            write_lane(draft, name, result, lane, linears)
+        dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
+        gain = None if best == uniform else paired_difference(chosen, plain)
+        test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
+        draft.write(TEST_FILE, json.dumps(asdict(test), indent=1).encode())
+        draft.facts |= {"dense": test.dense, "uniform": test.uniform, "best": test.best}
+
+    return store.get_or_build(stage, build)
+
+
+def read_test(store: ArtifactStore, artifact: Artifact) -> TestResult:
+    """What an artifact of ``evaluate`` holds."""
+    document = json.loads(store.read(artifact, TEST_FILE))
+    return TestResult(**{**document, "gain": document["gain"] and PairedDifference(**document["gain"])})

@@ -1,0 +1,154 @@
+"""Export: the pruned checkpoint in Hugging Face format, written layer by layer in the source's dtype."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from layerwise.allocation import SparsityPlan, removed_per_linear
+from layerwise.perplexity import perplexity
+from layerwise.skeleton import Linear
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tensors import write_tensors
+from tasks.branch import LaneScore
+from tasks.capture import DENSE_PERPLEXITY
+from tasks.checkpoint import Checkpoint
+from tasks.checkpoint_files import copied_files
+from tasks.execution import Execution
+from tasks.lane_group import PruneSettings
+from tasks.model_card import model_card
+from tasks.progress import showing
+from tasks.statistics_table import read_statistics
+
+SPARSITY_FILE = "sparsity.json"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def export(
+    store: ArtifactStore,
+    checkpoint: Checkpoint,
+    capture: Artifact,
+    chosen: LaneScore,
+    uniform: LaneScore,
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> Artifact:
+    """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
+
+    Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go ``sparsity.json`` (plan,
+    realised per linear) and a model card.
+    """
+    sequential = settings.calibration_mode == "sequential"
+    statistics = chosen.artifact if sequential else capture
+    inputs = {
+        "checkpoint": checkpoint.identity,
+        "capture": capture.key,
+        "lane": chosen.artifact.key,
+        "uniform": uniform.artifact.key,  # for the model card
+    }
+
+    def build(draft: Draft) -> None:
+        writer = _Export(store, checkpoint, statistics, chosen.plan, linears, settings, execution)
+        writer.write_weights(draft)
+        for name in copied_files(checkpoint.artifact.files):
+            draft.write(name, store.read(checkpoint.artifact, name))
+        realised = sum(row["zeros"] for row in writer.rows) / sum(row["weights"] for row in writer.rows)
+        report = {
+            "target": settings.target,
+            "beta": chosen.plan.beta,
+            "pruner": settings.pruner.method,
+            "calibration": settings.calibration_mode,
+            "realised": realised,
+            "layers": list(chosen.plan.layers),
+            "linears": writer.rows,
+        }
+        draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
+        scores = {
+            "dense": float(str(capture.facts[DENSE_PERPLEXITY])),
+            "uniform": perplexity(uniform.losses),
+            "pruned": perplexity(chosen.losses),
+        }
+        source = str(checkpoint.artifact.facts["source"])
+        draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
+        draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
+
+    return store.get_or_build(Stage("export", 1, {"prune": settings}, inputs), build)
+
+
+class _Export:
+    """A checkpoint being written, one shard per decoder layer."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        checkpoint: Checkpoint,
+        statistics: Artifact,
+        plan: SparsityPlan,
+        linears: Sequence[Sequence[Linear]],
+        settings: PruneSettings,
+        execution: Execution,
+    ) -> None:
+        self.store, self.checkpoint, self.statistics, self.linears = store, checkpoint, statistics, linears
+        self.pruner, self.device = settings.pruner, execution.torch_device
+        sizes = [[linear.numel for linear in layer] for layer in linears]
+        self.removed = removed_per_linear(plan, settings.target, sizes)
+        self.rows: list[dict] = []  # of sparsity.json
+
+    def write_weights(self, draft: Draft) -> None:
+        source = self.checkpoint.source_tensors()
+        total = self.checkpoint.num_layers
+        place: dict[str, str] = {}
+        size = 0
+        with showing("export: pruned checkpoint", total) as step:
+            for shard, (index, tensors) in enumerate(self._pruned_groups(), 1):
+                name = f"model-{shard:05d}-of-{len(source):05d}.safetensors"
+                write_tensors(draft, name, tensors, metadata={"format": "pt"})
+                place |= dict.fromkeys(tensors, name)
+                size += sum(tensor.nbytes for tensor in tensors.values())
+                if index is not None:
+                    step(index + 1)
+        document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
+        draft.write(WEIGHTS_INDEX, json.dumps(document, indent=2).encode())
+
+    def _pruned_groups(self) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+        """Tensors by their name in the source: those outside of the layers, then each layer with its zeros."""
+        source = self.checkpoint.source_tensors()
+        if None in source:
+            yield None, self.checkpoint.read({tensor.name: tensor for tensor in source[None]})
+        for index, weights in enumerate(self.checkpoint.layers()):
+            self._prune(index, weights)
+            names = {
+                relative: tensor.name for relative, tensor in self.checkpoint.layer_tensors(index).items()
+            }
+            unused = {tensor.name: tensor for tensor in source[index] if tensor.model_name is None}
+            yield (
+                index,
+                {names[name]: weight for name, weight in weights.items()} | self.checkpoint.read(unused),
+            )
+
+    @torch.no_grad()
+    def _prune(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Zero in place what the plan removes from one layer; note what became of every linear."""
+        statistics = read_statistics(self.store, self.statistics, index)
+        for linear, count in zip(self.linears[index], self.removed[index], strict=True):
+            weight = linear.oriented(weights[linear.weight_name])
+            levels = self.pruner.removal_levels(weight.to(self.device), statistics[linear.name], [count])
+            weight.masked_fill_(levels.to(weight.device) == 0, 0)
+            zeros = weight.numel() - int(weight.count_nonzero())
+            self.rows.append(
+                {
+                    "layer": index,
+                    "linear": linear.name,
+                    "weights": linear.numel,
+                    "zeros": zeros,
+                    "sparsity": zeros / linear.numel,
+                }
+            )

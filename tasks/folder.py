@@ -1,0 +1,82 @@
+"""A folder of files on any fsspec file system, listed once."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from storage.files import is_local, read_exactly
+
+# What changes when a file's bytes do, under the names that file systems use for it; the surest first.
+VERSION_FIELDS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "modified", "created")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Size in bytes of a file, and what changes with its content: an ETag, blob id or modification time."""
+
+    size: int
+    version: str | int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files directly inside one folder."""
+
+    fs: AbstractFileSystem
+    root: str
+    name: str  # for people: never holds credentials
+    files: Mapping[str, FileState]
+
+    def path(self, name: str) -> str:
+        """Path of a file on ``fs``."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a small file."""
+        content = bytearray(self.files[name].size)
+        read_exactly(self.fs, self.path(name), 0, memoryview(content))
+        return bytes(content)
+
+
+def list_folder(fs: AbstractFileSystem, root: str, name: str) -> Folder:
+    """List ``root``; ``name`` is what errors call it.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or nothing in it.
+    """
+    root = root.rstrip("/")
+    fs.invalidate_cache(root)  # a listing that is remembered would hide a changed file
+    entries = fs.ls(root, detail=True) if fs.isdir(root) else []
+    files = {
+        entry["name"].rsplit("/", 1)[-1]: FileState(entry["size"], file_version(fs, entry))
+        for entry in entries
+        if entry["type"] == "file"
+    }
+    if not files:
+        raise FileNotFoundError(
+            f"{name} is not a folder with files in it, so it holds no model. Give a folder with config.json "
+            "and *.safetensors, a hub id such as HuggingFaceTB/SmolLM2-135M, a .gguf file, or demo."
+        )
+    return Folder(fs, root, name, files)
+
+
+def file_version(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> str | int:
+    """What identifies the content of a listed file, without reading it.
+
+    Raises:
+        ValueError: if the file system tells nothing that changes with the content.
+    """
+    if is_local(fs):
+        return os.stat(entry["name"]).st_mtime_ns
+    for field in VERSION_FIELDS:
+        if (version := entry.get(field)) is not None:
+            return version.isoformat() if isinstance(version, datetime) else str(version)
+    raise ValueError(
+        f"{type(fs).__name__} tells neither an ETag nor a modification time for "
+        f"{entry['name'].rsplit('/', 1)[-1]}, so a changed file could not be told from the one that was "
+        "imported. Copy the model to a local folder or S3."
+    )

@@ -1,0 +1,96 @@
+"""The index of a checkpoint that lies in a folder."""
+
+import json
+from dataclasses import replace
+
+from xxhash import xxh3_128
+
+from layerwise.skeleton import build_skeleton, layer_prefix
+from storage.draft import Draft
+from storage.files import read_exactly
+from storage.store import ArtifactStore
+from tasks.checkpoint_files import stored_tensors
+from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.folder import Folder
+from tasks.model_config import config_from_document, read_config_document
+from tasks.tensor_matching import match_tensors
+
+PIECE = 32 << 20  # bytes in memory while a digest is computed: one window of requests to a remote storage
+DIGESTS = "digests.json"
+
+
+def describe_folder(folder: Folder) -> CheckpointIndex:
+    """The index of ``folder`` without digests: reads ``config.json`` and the headers of the tensor files.
+
+    Raises:
+        ValueError: if the files do not make a model that can be pruned.
+        Corrupt: if a file contradicts its own header.
+    """
+    document = read_config_document(folder)
+    model = build_skeleton(config_from_document(document, folder.name))
+    prefix = layer_prefix(model)
+    tensors = match_tensors(stored_tensors(folder), model, folder.name)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return CheckpointIndex(document, prefix, num_layers, in_place=True, tensors=tensors)
+
+
+def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> CheckpointIndex:
+    """The index of ``folder`` with the digest of every tensor, whose bytes are read once, in pieces.
+
+    A resume point is left after every file.
+
+    Raises:
+        ValueError: if the files do not make a model that can be pruned.
+        Corrupt: if a file contradicts its own header or cannot be read.
+    """
+    index = describe_folder(folder)
+    check_tied_copies(folder, index)
+    digests: dict[str, str] = json.loads(store.read(draft.resumed.state, DIGESTS)) if draft.resumed else {}
+    for step, file in enumerate(dict.fromkeys(tensor.file for tensor in index.tensors), start=1):
+        todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
+        digests |= {tensor.name: _digest(folder, tensor) for tensor in todo}
+        if todo:
+            _save(draft, step, digests)
+    tensors = (
+        replace(tensor, entry=replace(tensor.entry, digest=digests[tensor.name])) for tensor in index.tensors
+    )
+    return replace(index, tensors=tuple(tensors))
+
+
+def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
+    """Refuse weights that the configuration ties, but the files hold with different values.
+
+    Raises:
+        ValueError: naming both.
+    """
+    named = {tensor.name: tensor for tensor in index.tensors}
+    for copy in index.tensors:
+        if copy.copy_of is None:
+            continue
+        original = named[copy.copy_of]
+        same_kind = (copy.entry.dtype, copy.entry.shape) == (original.entry.dtype, original.entry.shape)
+        if not same_kind or _digest(folder, copy) != _digest(folder, original):
+            raise ValueError(
+                f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
+                "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
+                f"to false there; if not, remove {copy.name} from {copy.file}."
+            )
+
+
+def _digest(folder: Folder, tensor: IndexedTensor) -> str:
+    digest, entry = xxh3_128(), tensor.entry
+    piece = memoryview(bytearray(min(PIECE, entry.nbytes)))
+    for start in range(0, entry.nbytes, PIECE):
+        part = piece[: min(PIECE, entry.nbytes - start)]
+        read_exactly(folder.fs, folder.path(tensor.file), entry.offset + start, part)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _save(draft: Draft, step: int, digests: dict[str, str]) -> None:
+    content = json.dumps(digests).encode()
+
+    def write_state(state: Draft) -> None:
+        state.write(DIGESTS, content)
+
+    draft.save_progress(step, write_state)

@@ -1,0 +1,94 @@
+"""Import a checkpoint: find every tensor, check it against the configuration, record its digest.
+
+A folder is used in place; its bytes are read once for their digests. A hub repository, a GGUF file and the
+demo model go into the store, one shard per decoder layer, with never more than a layer in memory.
+"""
+
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from tasks.checkpoint import INDEX_FILE, Checkpoint
+from tasks.checkpoint_files import copied_files
+from tasks.checkpoint_index import CheckpointIndex
+from tasks.copy_into_store import convert_gguf, copy_into_store
+from tasks.folder import Folder
+from tasks.folder_index import check_tied_copies, describe_folder, index_in_place
+from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, Source, find_source
+
+
+def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:
+    """Open ``model`` for pruning; imported first unless the store already has it.
+
+    Args:
+        model: see ``find_source``.
+
+    Raises:
+        ValueError: for a model that cannot be pruned, or files that make none; the message says what to do.
+        OSError: if the model cannot be reached or read.
+    """
+    source = find_source(model)
+    artifact = store.get_or_build(_stage(source), lambda draft: _build(store, draft, source))
+    return Checkpoint(store, artifact, source.folder if isinstance(source, FolderSource) else None)
+
+
+def import_stage(model: str) -> Stage:
+    """The stage that imports ``model``: ask the store for it to know whether it is there."""
+    return _stage(find_source(model))
+
+
+def _stage(source: Source) -> Stage:
+    return Stage("import_checkpoint", 1, source.identity)
+
+
+def inspect_source(model: str) -> CheckpointIndex:
+    """The configuration and every tensor's shape, without reading tensor data and without a store.
+
+    The index has no digests, hence no identity, and the places of tensors are those in the source (none for
+    GGUF). The demo model's file is downloaded if need be.
+
+    Raises:
+        ValueError: as ``import_checkpoint``.
+        OSError: as ``import_checkpoint``.
+    """
+    source = find_source(model)
+    match source:
+        case FolderSource():
+            return describe_folder(source.folder)
+        case HubSource():
+            return describe_folder(source.open())
+        case GgufSource() | DemoSource():
+            from tasks.gguf_weights import GgufWeights  # gguf takes its time, and only these sources need it
+
+            return GgufWeights(source.local_gguf()).index
+
+
+def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
+    match source:
+        case FolderSource():
+            index = index_in_place(store, draft, source.folder)
+            _copy_small_files(draft, source.folder)
+        case HubSource():
+            folder = source.open()
+            described = describe_folder(folder)
+            check_tied_copies(folder, described)
+            index = copy_into_store(draft, folder, described)
+            _copy_small_files(draft, folder)
+        case GgufSource() | DemoSource():
+            from tasks.gguf_weights import GgufWeights
+
+            weights = GgufWeights(source.local_gguf())
+            index = convert_gguf(draft, weights)
+            for name, content in weights.small_files().items():
+                draft.write(name, content)
+    draft.write(INDEX_FILE, index.to_json())
+    draft.facts |= {
+        "source": source.label,
+        "identity": index.identity,
+        "num_layers": index.num_layers,
+        "parameters": index.parameters,
+    }
+
+
+def _copy_small_files(draft: Draft, folder: Folder) -> None:
+    for name in copied_files(folder.files):
+        draft.write(name, folder.read(name))

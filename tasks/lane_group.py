@@ -1,0 +1,192 @@
+"""Take a group of lanes through the model: what branches and the final evaluation have in common."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from layerwise.allocation import SparsityPlan, removed_per_linear
+from layerwise.capture import embed_windows
+from layerwise.hidden_states import HiddenStatesRoom
+from layerwise.lanes import Lane, LaneLayer, run_lanes
+from layerwise.magnitude import Magnitude
+from layerwise.perplexity import window_losses
+from layerwise.skeleton import Linear
+from layerwise.statistics import InputStatistics
+from layerwise.wanda import Wanda
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.store import ArtifactStore
+from storage.tensors import read_tensors, write_tensors
+from tasks.checkpoint import Checkpoint
+from tasks.execution import BoundaryClock, Execution
+from tasks.progress import showing
+from tasks.sample_tokens import read_input_ids
+from tasks.statistics_table import read_statistics, write_statistics
+from tasks.streamed import streamed_model
+
+STATES_FILE = "hidden_states.safetensors"
+OUTCOMES_FILE = "outcomes.json"
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How lanes are pruned, the same for all of them.
+
+    Attributes:
+        target: overall sparsity, the fraction of all linears' weights that is removed.
+        pruner: chooses the weights that go.
+        calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane
+            calibrates each layer on the hidden states that its own pruned layers made.
+        dtype: in which the model computes.
+    """
+
+    target: float
+    pruner: Wanda | Magnitude
+    calibration_mode: Literal["dense", "sequential"]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LaneInputs:
+    """What a group of lanes reads, apart from the plans."""
+
+    checkpoint: Checkpoint
+    capture: Artifact
+    calibration: Artifact  # windows; looked at only by sequential calibration
+    scored: Artifact  # windows
+
+    def keys(self, settings: PruneSettings) -> dict[str, str]:
+        """Inputs by role, for a stage's key: only what the calibration mode looks at."""
+        common = {"checkpoint": self.checkpoint.identity, "scored": self.scored.content}
+        if settings.calibration_mode == "dense":
+            return common | {"capture": self.capture.key}
+        return common | {"calibration": self.calibration.content}
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What became of the lanes; lane 0 is the dense model, then the plans in their order."""
+
+    losses: list[list[float]]  # by lane and scored window
+    outcomes: list[tuple[LaneLayer, ...]]  # by layer and lane
+
+
+def advance_group(
+    store: ArtifactStore,
+    draft: Draft,
+    inputs: LaneInputs,
+    plans: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+    title: str,
+) -> GroupResult:
+    """Advance the dense model and all ``plans`` together; leaves resume points in ``draft`` and goes on from one.
+
+    With sequential calibration, writes every lane's own statistics into ``draft``
+    (``lane_folder(n)``/statistics, ``n`` from 0 in the order of the plans).
+
+    Args:
+        linears: the prunable weights, by layer.
+        title: what the progress display says.
+    """
+    linear_sizes = [[linear.numel for linear in layer] for layer in linears]
+    removed = [removed_per_linear(plan, settings.target, linear_sizes) for plan in plans]
+    group = _Group(store, inputs, removed, settings, execution)
+    first = group.start(draft)
+    clock = BoundaryClock(execution)
+    read_before = inputs.checkpoint.bytes_read
+    total = group.model.num_layers
+    with showing(title, total, first) as step:
+        for index, outcome in enumerate(group.layers(first), first):
+            group.finish_layer(draft, index, outcome)
+            if clock.due() and index + 1 < total:
+                draft.save_progress(index + 1, group.write_state)
+            step(index + 1)
+    draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
+    return GroupResult(group.losses(), group.outcomes)
+
+
+def lane_folder(plan: int) -> str:
+    """Folder of one plan's files in its group's artifact."""
+    return f"lane-{plan:03d}"
+
+
+class _Group:
+    """Lanes on their way."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        inputs: LaneInputs,
+        removed: Sequence[tuple[tuple[int, ...], ...]],
+        settings: PruneSettings,
+        execution: Execution,
+    ) -> None:
+        self.store, self.inputs, self.settings = store, inputs, settings
+        self.scored = read_input_ids(store, inputs.scored)
+        sequential = settings.calibration_mode == "sequential"
+        own = read_input_ids(store, inputs.calibration) if sequential else self.scored[:0]
+        self.calibration_windows = len(own)
+        self.input_ids = torch.cat([own, self.scored])
+        self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
+        room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
+        shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
+        self.lanes = [Lane(counts, room.empty(shape, self.model.dtype)) for counts in (None, *removed)]
+        self.outcomes: list[tuple[LaneLayer, ...]] = []
+
+    def start(self, draft: Draft) -> int:
+        """The layer to begin with; the lanes' hidden states are those that go into it."""
+        if draft.resumed is None:
+            embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states)
+            for lane in self.lanes[1:]:
+                lane.hidden_states.copy_(self.lanes[0].hidden_states)
+            return 0
+        state = draft.resumed.state
+        for number, lane in enumerate(self.lanes):
+            name = _lane_tensor(number)
+            lane.hidden_states.copy_(read_tensors(self.store, state, STATES_FILE, [name])[name])
+        for row in json.loads(self.store.read(state, OUTCOMES_FILE)):
+            self.outcomes.append(tuple(LaneLayer(**{**lane, "zeros": tuple(lane["zeros"])}) for lane in row))
+        return draft.resumed.step
+
+    def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
+        statistics_of = self._captured if self.settings.calibration_mode == "dense" else None
+        return run_lanes(
+            self.model,
+            self.inputs.checkpoint.layers(first),
+            self.lanes,
+            self.settings.pruner,
+            statistics_of,
+            self.calibration_windows,
+            first,
+        )
+
+    def finish_layer(self, draft: Draft, index: int, outcome: tuple[LaneLayer, ...]) -> None:
+        self.outcomes.append(outcome)
+        for plan, lane in enumerate(self.lanes[1:]):
+            if lane.statistics:
+                write_statistics(draft, index, lane.statistics.pop(), f"{lane_folder(plan)}/statistics")
+
+    def write_state(self, state: Draft) -> None:
+        write_tensors(
+            state, STATES_FILE, ((_lane_tensor(n), lane.hidden_states) for n, lane in enumerate(self.lanes))
+        )
+        rows = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
+        state.write(OUTCOMES_FILE, json.dumps(rows).encode())
+
+    def losses(self) -> list[list[float]]:
+        return [
+            window_losses(self.model, lane.hidden_states[self.calibration_windows :], self.scored)
+            for lane in self.lanes
+        ]
+
+    def _captured(self, layer: int) -> Mapping[str, InputStatistics]:
+        return read_statistics(self.store, self.inputs.capture, layer)
+
+
+def _lane_tensor(lane: int) -> str:
+    return f"lane-{lane:03d}"

@@ -1,0 +1,93 @@
+"""Progress that a person sees: on the terminal, in the log, and as a Prefect progress artifact."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, cast
+from uuid import UUID
+
+import psutil
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger(__name__)
+
+# An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every layer.
+SECONDS_BETWEEN_REPORTS = 10.0
+
+
+class Step(Protocol):
+    """Call after each layer."""
+
+    def __call__(self, completed: int) -> None: ...
+
+
+@contextmanager
+def showing(title: str, total: int, start: int = 0) -> Iterator[Step]:
+    """Show that ``completed`` of ``total`` layers are done, with the time left and the memory in use.
+
+    Args:
+        title: what is going on, e.g. "branch: 11 lanes, group 1 of 1".
+        total: number of layers.
+        start: layers that an earlier attempt had done.
+    """
+    reports = _Reports(title, total, start)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[memory]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(title, total=total, completed=start, memory=_memory())
+
+        def step(completed: int) -> None:
+            bars.update(bar, completed=completed, memory=_memory())
+            reports.report(completed, to_stderr=not console.is_terminal)
+
+        yield step
+
+
+class _Reports:
+    """Reports to the log, to Prefect, and as plain lines where there is no terminal."""
+
+    def __init__(self, title: str, total: int, start: int) -> None:
+        self._title, self._total, self._start = title, total, start
+        self._began, self._last = time.monotonic(), 0.0
+        # Outside of a task run there is no server to tell; a test calls the plain function.
+        self._artifact = (
+            cast(UUID, create_progress_artifact(0.0, description=title)) if TaskRunContext.get() else None
+        )
+
+    def report(self, completed: int, to_stderr: bool) -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_REPORTS and completed < self._total:
+            return
+        self._last = now
+        left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
+        line = f"{self._title}: layer {completed} of {self._total}, {left:.0f} s left, {_memory()}"
+        logger.info(line)
+        if to_stderr:
+            sys.stderr.write(f"{line}\n")
+        if self._artifact is not None:
+            update_progress_artifact(self._artifact, 100 * completed / self._total)
+
+
+def _memory() -> str:
+    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"

@@ -1,0 +1,112 @@
+"""Select: the beta with the lowest loss on the selection windows, and how sure that choice is."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from layerwise.perplexity import PairedDifference, paired_difference, perplexity
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from tasks.branch import LaneScore
+
+SELECTION_FILE = "selection.json"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One beta's line in the result table.
+
+    Attributes:
+        loss: mean over the selection windows, in nats.
+        above_best: paired difference of this beta's loss to the best one's; None for the best itself.
+    """
+
+    beta: float
+    loss: float
+    perplexity: float
+    above_best: PairedDifference | None
+    realised_sparsity: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen among which."""
+
+    rows: tuple[ScoreRow, ...]  # in the order of the plans, uniform (beta 0) first
+    best: int
+    runner_up: int | None  # None if only one plan was tried
+    dense_perplexity: float
+
+    @property
+    def best_row(self) -> ScoreRow:
+        return self.rows[self.best]
+
+    @property
+    def uniform_row(self) -> ScoreRow:
+        return self.rows[0]
+
+    @property
+    def verdict(self) -> str:
+        """The choice in one sentence, with its uncertainty."""
+        if self.runner_up is None:
+            return f"beta {self.best_row.beta:g} was the only one tried"
+        parts = [self._compared(self.runner_up, "the runner-up, ")]
+        if self.best != 0 and self.runner_up != 0:
+            parts.append(self._compared(0, "uniform, "))
+        return f"beta {self.best_row.beta:g}: {'; '.join(parts)}"
+
+    def _compared(self, other: int, role: str) -> str:
+        row = self.rows[other]
+        difference = row.above_best
+        assert difference is not None, "only the best row has no difference to the best"
+        gain = 100 * (1 - self.best_row.perplexity / row.perplexity)
+        t = "undefined" if difference.t is None else f"{difference.t:.1f}"
+        significance = "significant" if difference.significant else "not significant"
+        return f"perplexity {gain:.1f} % below {role}beta {row.beta:g} (t = {t}: {significance})"
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
+    """Choose the plan with the lowest mean loss; of equal ones the flattest."""
+    lanes = {f"lane {number:03d}": score.artifact.key for number, score in enumerate(scores)}
+    betas = [score.plan.beta for score in scores]
+
+    def build(draft: Draft) -> None:
+        selection = compare(scores, dense_perplexity)
+        draft.write(SELECTION_FILE, json.dumps(asdict(selection), indent=1).encode())
+        draft.facts |= {"verdict": selection.verdict}
+
+    return store.get_or_build(Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes), build)
+
+
+def compare(scores: Sequence[LaneScore], dense_perplexity: float) -> Selection:
+    """All plans against the best one, window by window."""
+    means = [sum(score.losses) / len(score.losses) for score in scores]
+    by_loss = sorted(range(len(scores)), key=lambda index: (means[index], index))
+    best = by_loss[0]
+    rows = tuple(
+        ScoreRow(
+            score.plan.beta,
+            means[index],
+            perplexity(score.losses),
+            None if index == best else paired_difference(score.losses, scores[best].losses),
+            score.realised_sparsity,
+        )
+        for index, score in enumerate(scores)
+    )
+    return Selection(rows, best, by_loss[1] if len(by_loss) > 1 else None, dense_perplexity)
+
+
+def read_selection(store: ArtifactStore, artifact: Artifact) -> Selection:
+    """What an artifact of ``select`` holds."""
+    document = json.loads(store.read(artifact, SELECTION_FILE))
+    rows = tuple(
+        ScoreRow(**{**row, "above_best": row["above_best"] and PairedDifference(**row["above_best"])})
+        for row in document["rows"]
+    )
+    return Selection(rows, document["best"], document["runner_up"], document["dense_perplexity"])

@@ -1,0 +1,140 @@
+"""Which stored tensor is which weight of the model, checked against the shapes the configuration asks for."""
+
+import logging
+import re
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from layerwise.skeleton import expected_tensors, layer_prefix
+from tasks.checkpoint_files import StoredTensor
+from tasks.checkpoint_index import IndexedTensor
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = ("F16", "BF16", "F32")
+# Buffers that older versions of transformers saved and newer ones compute.
+COMPUTED_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
+
+
+def match_tensors(
+    stored: Mapping[str, StoredTensor], model: PreTrainedModel, source: str
+) -> tuple[IndexedTensor, ...]:
+    """Find the model's weights among the stored tensors.
+
+    A name means itself, or itself with or without the prefix of the base model: ``layers.0`` in a checkpoint
+    saved from the base model is ``model.layers.0``. Of tied weights it does not matter which one is stored.
+
+    Args:
+        model: the model on the meta device.
+        source: what errors call the checkpoint.
+
+    Raises:
+        ValueError: for a missing tensor, a shape or dtype that does not fit, two tensors for one weight, or
+            layers beyond those of the configuration.
+    """
+    expected = expected_tensors(model)
+    model_names = _model_names(stored, expected, model, source)
+    _check_complete(expected, model_names, source)
+    _check_fit(stored, expected, model_names, source)
+    copies = _tied_copies(model_names, stored, model)
+    unused = sorted(name for name in stored if name not in model_names and name not in copies)
+    if unexplained := [name for name in unused if not COMPUTED_BUFFERS.fullmatch(name)]:
+        logger.warning(
+            "%s: %d tensors have no place in the model: %s", source, len(unexplained), unexplained[:8]
+        )
+    layers = {name: _layer_of(name, model, source) for name in stored}
+    ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].entry.offset))
+    return tuple(
+        IndexedTensor(name, model_names.get(name), layers[name], place.file, place.entry, copies.get(name))
+        for name, place in ordered
+    )
+
+
+def _aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _model_names(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
+) -> dict[str, str]:
+    """Stored name -> state-dict name."""
+    found: dict[str, str] = {}  # state-dict name -> stored name
+    for name in stored:
+        model_name = next((alias for alias in _aliases(name, model) if alias in expected), None)
+        if model_name is None:
+            continue
+        if model_name in found:
+            raise ValueError(
+                f"{source} holds two tensors for {model_name}: {found[model_name]} and {name}. Remove one of "
+                "them, or save the model again with save_pretrained."
+            )
+        found[model_name] = name
+    for name in stored:  # tied weights of which only the other one was saved
+        for alias in _aliases(name, model):
+            tied_to = model.all_tied_weights_keys.get(alias)
+            if tied_to is not None and tied_to in expected:
+                found.setdefault(tied_to, name)
+    return {name: model_name for model_name, name in found.items()}
+
+
+def _tied_copies(
+    model_names: Mapping[str, str], stored: Mapping[str, StoredTensor], model: PreTrainedModel
+) -> dict[str, str]:
+    """Stored tensors that repeat another one because the model ties them: copy -> other."""
+    stored_as = {model_name: name for name, model_name in model_names.items()}
+    return {
+        name: stored_as[tied_to]
+        for name in stored
+        for alias in _aliases(name, model)
+        if name not in model_names and (tied_to := model.all_tied_weights_keys.get(alias)) in stored_as
+    }
+
+
+def _check_complete(expected: Mapping[str, object], model_names: Mapping[str, str], source: str) -> None:
+    missing = sorted(set(expected) - set(model_names.values()))
+    if not missing:
+        return
+    hint = "Download the checkpoint again; if it is an adapter (LoRA), merge it into its base model first."
+    if all("lm_head" in name or "embed_out" in name for name in missing):
+        hint = 'If head and embedding are shared, set "tie_word_embeddings": true in config.json.'
+    raise ValueError(
+        f"{source} lacks {len(missing)} of the {len(expected)} tensors its config.json asks for: "
+        f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. {hint}"
+    )
+
+
+def _check_fit(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    model_names: Mapping[str, str],
+    source: str,
+) -> None:
+    for name, model_name in model_names.items():
+        entry = stored[name].entry
+        if tuple(entry.shape) != expected[model_name]:
+            raise ValueError(
+                f"{name} in {stored[name].file} of {source} has the shape {tuple(entry.shape)}, but "
+                f"config.json asks for {expected[model_name]}. Weights and config.json are from different "
+                "models: copy both again."
+            )
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{name} in {stored[name].file} of {source} is stored as {entry.dtype}; weights must be one "
+                f"of {', '.join(WEIGHT_DTYPES)} to be pruned. Give the original model, not a quantized one."
+            )
+
+
+def _layer_of(name: str, model: PreTrainedModel, source: str) -> int | None:
+    pattern = re.compile(rf"{re.escape(layer_prefix(model))}\.(\d+)\.")
+    matches = [match for alias in _aliases(name, model) if (match := pattern.match(alias))]
+    if not matches:
+        return None
+    layer, num_layers = int(matches[0][1]), model.config.get_text_config().num_hidden_layers
+    if layer >= num_layers:
+        raise ValueError(
+            f"{source} holds {name}, but config.json says the model has {num_layers} layers (the last is "
+            f"number {num_layers - 1}). Weights and config.json are from different models: copy both again."
+        )
+    return layer

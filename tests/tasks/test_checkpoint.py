@@ -1,0 +1,63 @@
+"""Reading an imported checkpoint: layer by layer, and never a byte that is not the imported one."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from storage.files import Corrupt
+from tasks.import_checkpoint import import_checkpoint
+
+
+def test_the_tokenizer_comes_with_the_checkpoint(store, save_model):
+    checkpoint = import_checkpoint(store, str(save_model()))
+    assert checkpoint.tokenizer()("hello big world")["input_ids"] == [1, 0, 2]
+
+
+def test_a_missing_tokenizer_is_reported_when_it_is_needed(local_store, llama, tmp_path):
+    llama().save_pretrained(tmp_path / "bare")
+    checkpoint = import_checkpoint(local_store, str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="tokenizer_config.json beside the weights"):
+        checkpoint.tokenizer()
+
+
+def test_layers_can_be_started_in_the_middle_and_reads_are_counted(local_store, llama, save_model):
+    model = llama(num_hidden_layers=3)
+    checkpoint = import_checkpoint(local_store, str(save_model(model)))
+    ((_, last),) = enumerate(checkpoint.layers(first=2))
+    assert torch.equal(last["mlp.up_proj.weight"], model.model.layers[2].mlp.up_proj.weight)
+    assert checkpoint.bytes_read == sum(weight.nbytes for weight in model.model.layers[2].parameters())
+    assert list(checkpoint.layers(first=3)) == []
+
+
+def test_closing_the_layers_early_leaves_no_thread(local_store, save_model):
+    checkpoint = import_checkpoint(local_store, str(save_model()))
+    layers = checkpoint.layers()
+    next(layers)
+    assert any(thread.name.startswith("layer-reader") for thread in threading.enumerate())
+    layers.close()
+    assert not any(thread.name.startswith("layer-reader") for thread in threading.enumerate())
+
+
+def test_weights_that_change_after_the_import_are_never_used(local_store, save_model):
+    folder = save_model()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    file = folder / "model.safetensors"
+    place = checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # nothing shows it but the bytes
+    layers = import_checkpoint(local_store, str(folder)).layers()
+    next(layers)
+    with pytest.raises(Corrupt, match=r"model\.safetensors.*model\.layers\.1\.mlp\.down_proj\.weight"):
+        next(layers)
+
+
+def test_a_file_that_disappears_is_named(local_store, save_model):
+    folder = save_model()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(Corrupt, match=r"model\.safetensors is gone"):
+        list(checkpoint.layers())

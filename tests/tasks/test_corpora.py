@@ -1,0 +1,215 @@
+"""Corpora by name: built in and in files on any storage; who gets which part of them."""
+
+import gzip
+import hashlib
+import json
+import os
+
+import pyarrow as pa
+import pytest
+from pyarrow.parquet import write_table
+
+from tasks.corpora import assign_parts, open_corpus, read_text
+from tasks.file_corpus import without_credentials
+from tasks.hub_corpus import HubCorpus
+
+DOCUMENTS = ["One.", "", "Zwei: ä\r\nund drei."]
+JOINED = "One.\n\n\n\nZwei: ä\r\nund drei."
+
+
+def as_parquet(rows):
+    sink = pa.BufferOutputStream()
+    write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def as_json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def place(store):
+    """Writes a file beside the store and gives its URL: corpora may lie wherever artifacts may."""
+
+    def put(name, data):
+        path = f"{store.root}/corpora/{name}"
+        store.fs.makedirs(f"{store.root}/corpora", exist_ok=True)
+        store.fs.pipe_file(path, data)
+        return store.fs.unstrip_protocol(path)
+
+    return put
+
+
+def test_a_plain_text_is_one_document_with_its_line_ends_as_they_are(place):
+    assert read_text(open_corpus(place("a.txt", JOINED.encode()), "test")).content == JOINED
+
+
+def test_json_lines_and_parquet_are_joined_by_a_blank_line_with_empty_documents_kept(place):
+    rows = [{"text": document, "url": "x"} for document in DOCUMENTS]
+    files = {
+        "a.jsonl": as_json_lines(rows),
+        "a.jsonl.gz": gzip.compress(as_json_lines(rows)),
+        "a.parquet": as_parquet(rows),
+    }
+    for name, data in files.items():
+        text = read_text(open_corpus(place(name, data), "test"))
+        assert text.content == JOINED
+        assert text.sha256 == hashlib.sha256(JOINED.encode()).hexdigest()
+        assert not text.truncated
+
+
+def test_a_replaced_file_is_another_corpus_even_if_it_has_the_same_size(place):
+    before = open_corpus(place("a.txt", b"one"), "test")
+    after = open_corpus(place("a.txt", b"two"), "test")
+    assert before.identity != after.identity
+    assert assign_parts({"selection": before, "test": after}) == {"selection": (0, 1), "test": (0, 1)}
+
+
+def test_a_file_that_is_replaced_during_a_run_is_refused(place):
+    corpus = open_corpus(place("a.txt", b"one"), "test")
+    place("a.txt", b"two")
+    with pytest.raises(OSError, match="a.txt changed while it was in use"):
+        read_text(corpus)
+
+
+def test_a_missing_file_is_named(place):
+    url = place("a.txt", b"one").replace("a.txt", "b.txt")
+    with pytest.raises(FileNotFoundError, match="no corpus at .*b.txt"):
+        open_corpus(url, "test")
+
+
+def test_a_copy_in_another_folder_has_the_same_identity_if_name_time_and_contents_are_equal(tmp_path):
+    identities = []
+    for folder, text in (("one", "text"), ("two", "text"), ("three", "TEXT")):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "a.txt"
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+        identities.append(open_corpus(str(file), "test").identity)
+    assert identities[0] == identities[1]
+    assert identities[0] != identities[2]  # the same name, size and time: archives give many files one time
+    assert str(tmp_path) not in json.dumps(identities)
+
+
+def test_reading_stops_at_the_limit_and_says_so(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(as_json_lines([{"text": "abc"}, {"text": "def"}]) + b"this line is never read")
+    corpus = open_corpus(str(file), "test")
+    assert (read_text(corpus, limit=7).content, read_text(corpus, limit=7).truncated) == ("abc\n\nde", True)
+    with pytest.raises(ValueError, match="row 3 is not JSON"):
+        read_text(corpus, limit=8)
+
+
+def test_a_text_as_long_as_the_limit_is_not_truncated(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdef")
+    corpus = open_corpus(str(tmp_path / "a.txt"), "test")
+    assert not read_text(corpus, limit=6).truncated
+    assert read_text(corpus, limit=5).truncated
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"body": "x", "url": "y"}', r"row 1: there is no field 'text', only \['body', 'url'\]"),
+        ("a.parquet", as_parquet([{"body": "x"}]), r"schema: there is no field 'text', only \['body'\]"),
+        ("a.jsonl", as_json_lines([{"text": "x"}, {"text": None}]), "row 2: field 'text' holds NoneType"),
+        ("a.parquet", as_parquet([{"text": 1}]), "row 1: field 'text' holds int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"', "row 2 is not JSON"),
+        ("a.jsonl", b'["x"]', "row 1 holds list, not an object"),
+        ("a.parquet", b"PAR1 but no more", "can't be read as Parquet"),
+        ("a.txt", "ä".encode("latin-1"), "is not UTF-8: byte 0xe4"),
+        ("a.txt", b" \n", "holds no text"),
+        ("a.jsonl", rb'{"text": "a\ud800"}', "half a surrogate pair, '.ud800', at character 1"),
+    ],
+)
+def test_what_is_not_text_is_refused_with_its_place(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_text(open_corpus(str(tmp_path / name), "test"))
+    assert name in str(error.value)
+
+
+def test_compressed_text_that_is_cut_off_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_json_lines([{"text": "x"}]))[:-9])
+    with pytest.raises(OSError, match="a.jsonl.gz is cut off"):
+        read_text(open_corpus(str(tmp_path / "a.jsonl.gz"), "test"))
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "corpus.csv", "s3://bucket/folder", "a.parquet.gz"])
+def test_a_name_that_means_nothing_is_refused_with_what_there_is(name):
+    with pytest.raises(ValueError, match="is no corpus. Use 'builtin', 'hf:owner/name.*jsonl"):
+        open_corpus(name, "test")
+
+
+def test_a_folder_is_not_a_corpus(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(ValueError, match="is a directory, not a file"):
+        open_corpus(str(tmp_path / "a.txt"), "test")
+
+
+@pytest.mark.parametrize(
+    ("url", "label"),
+    [
+        ("https://me:secret@host/a.txt?token=secret#secret", "https://host/a.txt"),
+        ("s3://AKIA:se/cr/et@bucket/a.txt", "s3://bucket/a.txt"),
+        ("simplecache::https://host/a.txt?sig=secret", "simplecache::https://host/a.txt"),
+        ("hf://datasets/owner/name@main/a.txt", "hf://datasets/owner/name@main/a.txt"),
+        ("/home/me@work/a.txt", "/home/me@work/a.txt"),
+    ],
+)
+def test_labels_have_no_credentials_in_them(url, label):
+    assert without_credentials(url) == label
+
+
+def test_a_signed_url_shows_its_signature_neither_in_errors_nor_in_the_corpus():
+    with pytest.raises(ValueError, match="is no corpus") as error:
+        open_corpus("https://host/folder?X-Amz-Signature=secret", "test")
+    assert "secret" not in str(error.value)
+    corpus = open_corpus_of_memory("signed.txt")
+    assert "memory:" not in repr(corpus)
+
+
+def open_corpus_of_memory(name):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file(f"/{name}", b"text")
+    return open_corpus(f"memory://{name}", "test")
+
+
+def test_the_builtin_corpus_is_known_by_its_text_and_needs_neither_network_nor_files():
+    corpus = open_corpus("builtin", "calibration")
+    text = read_text(corpus)
+    assert corpus.identity == {"builtin": text.sha256}
+    assert len(text.content) > 300_000
+    assert 'The "assert" statement' in text.content
+
+
+def hub(split, commit="c"):
+    return HubCorpus("owner/name", "config", split, commit)
+
+
+def test_roles_with_corpora_of_their_own_get_all_of_them():
+    corpora = {"calibration": hub("train"), "selection": hub("validation"), "test": hub("test")}
+    assert set(assign_parts(corpora).values()) == {(0.0, 1.0)}
+
+
+def test_roles_that_share_a_corpus_get_consecutive_parts_by_their_shares():
+    shared = open_corpus("builtin", "test")
+    assert assign_parts({"test": shared, "selection": shared, "calibration": shared}) == {
+        "calibration": (0.0, 0.5),
+        "selection": (0.5, 0.75),
+        "test": (0.75, 1.0),
+    }
+
+
+def test_shares_are_renormalised_over_the_roles_that_share():
+    parts = assign_parts({"calibration": hub("train"), "selection": hub("train"), "test": hub("test")})
+    assert parts == {"calibration": (0.0, 2 / 3), "selection": (2 / 3, 1.0), "test": (0.0, 1.0)}
+
+
+def test_a_split_that_stands_in_for_another_is_shared_with_the_role_it_belongs_to():
+    own, stand_in = (
+        hub("validation"),
+        HubCorpus("owner/name", "config", "validation", "c", note="no test split"),
+    )
+    assert assign_parts({"selection": own, "test": stand_in}) == {"selection": (0, 0.5), "test": (0.5, 1)}

@@ -1,0 +1,122 @@
+"""Corpora on the Hugging Face hub, read without network from a datasets cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.corpora import open_corpus
+from tasks.hub_corpus import choose_split
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("role", "splits", "chosen"),
+    [
+        ("calibration", ["test", "train", "validation"], "train"),
+        ("selection", ["test", "train", "validation"], "validation"),
+        ("test", ["test", "train", "validation"], "test"),
+        ("test", ["train", "validation"], "validation"),  # allenai/c4
+        ("selection", ["test", "train"], "train"),  # never the test split while there is another
+        ("calibration", ["test", "validation"], "validation"),
+        ("selection", ["test"], "test"),
+        ("test", ["corpus"], "corpus"),
+    ],
+)
+def test_each_role_takes_its_own_split_or_a_documented_one_in_its_stead(role, splits, chosen):
+    split, note = choose_split(role, splits, None, "hf:owner/name")
+    assert split == chosen
+    assert bool(note) == (split != {"calibration": "train", "selection": "validation", "test": "test"}[role])
+
+
+def test_a_split_that_is_not_there_or_not_certain_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"no split 'dev' for test, only \['test', 'train'\]"):
+        choose_split("test", ["train", "test"], "dev", "hf:owner/name")
+    with pytest.raises(ValueError, match=r"for test, only \['clean', 'other'\]. Name one of them"):
+        choose_split("test", ["clean", "other"], None, "hf:owner/name")
+
+
+@pytest.mark.parametrize("name", ["hf:wikitext", "hf:", "hf:a/b/c/d", "hf:a/b:c:d", "hf:a/b@main"])
+def test_a_hub_name_that_cannot_be_read_is_refused_with_the_form(name):
+    with pytest.raises(ValueError, match="Write hf:owner/name"):
+        open_corpus(name, "test")
+
+
+QUESTIONS = """
+import json, sys
+from tasks.corpora import open_corpus, read_text
+answers = {}
+for name in ("hf:Salesforce/wikitext", "hf:Salesforce/wikitext/wikitext-2-raw-v1:test"):
+    corpus = open_corpus(name, "test")
+    answers[name] = [corpus.identity, corpus.label, read_text(corpus).content]
+answers["selection"] = open_corpus("hf:Salesforce/wikitext", "selection").split
+answers["stand-in"] = open_corpus("hf:nyu-mll/glue", "test").facts
+for name in ("hf:Salesforce/wikitext/nope", "hf:Salesforce/wikitext:nope", "hf:nobody/nothing"):
+    try:
+        open_corpus(name, "test")
+    except (ValueError, ConnectionError) as error:
+        answers[name] = f"{type(error).__name__}: {error}"
+try:
+    read_text(open_corpus("hf:nyu-mll/glue", "selection"))
+except ValueError as error:
+    answers["no text"] = str(error)
+json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def offline_answers(tmp_path_factory):
+    """What a process without network gets out of a datasets cache, as one online run leaves it."""
+    script = SHARED_DATA / "offline_datasets.py"
+    assert script.is_file(), (
+        f"{script} is missing: it writes the datasets cache that this test reads. "
+        "Put the folder shared beside the repository."
+    )
+    folder = tmp_path_factory.mktemp("hub")
+    environment = os.environ | {
+        "HF_HOME": str(folder / "home"),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    subprocess.run(
+        [sys.executable, script, folder / "cache"], env=environment, check=True, capture_output=True
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", QUESTIONS], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert asked.returncode == 0, asked.stderr
+    return json.loads(asked.stdout)
+
+
+def test_wikitext_by_its_official_name_gives_the_text_of_the_published_perplexities(offline_answers):
+    identity, label, content = offline_answers["hf:Salesforce/wikitext"]
+    raw = (SHARED_DATA / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    rows = [line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1]]
+    assert len(rows) == 4358
+    assert content == "\n\n".join(rows)
+    assert identity == {
+        "repo": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+        "commit": "0" * 40,  # the cache's folder
+    }
+    assert offline_answers[label] == [identity, label, content]
+
+
+def test_a_hub_split_follows_the_role_and_a_stand_in_is_told(offline_answers):
+    assert offline_answers["selection"] == "validation"
+    assert offline_answers["stand-in"]["split"] == "validation"
+    assert offline_answers["stand-in"]["split_note"] == "for test: 'validation', as there is no 'test'"
+
+
+def test_what_a_hub_data_set_does_not_have_is_named_with_what_it_has(offline_answers):
+    assert "wikitext-2-raw-v1" in offline_answers["hf:Salesforce/wikitext/nope"]
+    assert "['test', 'train', 'validation']" in offline_answers["hf:Salesforce/wikitext:nope"]
+    assert offline_answers["hf:nobody/nothing"].startswith("ConnectionError: hf:nobody/nothing can't be read")
+    assert "there is no field 'text', only ['idx', 'label', 'sentence1'" in offline_answers["no text"]

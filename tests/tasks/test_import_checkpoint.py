@@ -1,0 +1,154 @@
+"""Importing checkpoints from folders: what comes back, and what is shared."""
+
+import logging
+import os
+import uuid
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaModel,
+)
+
+from storage.files import open_filesystem
+from tasks.import_checkpoint import import_checkpoint, inspect_source
+
+
+def all_weights(checkpoint) -> dict[str, torch.Tensor]:
+    weights = dict(checkpoint.outer())
+    for number, layer in enumerate(checkpoint.layers()):
+        weights |= {f"{checkpoint.layer_prefix}.{number}.{name}": t.clone() for name, t in layer.items()}
+    return weights
+
+
+def assert_same(weights, expected) -> None:
+    assert set(weights) == set(expected)
+    for name, weight in weights.items():
+        assert weight.dtype == expected[name].dtype
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "30KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_weight_comes_back_as_it_was_saved(local_store, llama, save_model, dtype, shards):
+    model = llama().to(dtype)
+    folder = save_model(model, **shards)
+    assert (folder / "model.safetensors.index.json").exists() == bool(shards)
+    checkpoint = import_checkpoint(local_store, str(folder))
+    assert_same(all_weights(checkpoint), model.state_dict())
+    assert checkpoint.config.to_dict() == model.config.from_pretrained(folder).to_dict()
+    assert (checkpoint.num_layers, checkpoint.layer_prefix) == (2, "model.layers")
+
+
+def test_a_checkpoint_is_opened_from_every_kind_of_store(store, llama, save_model):
+    model = llama()
+    folder = str(save_model(model))
+    import_checkpoint(store, folder)
+    assert_same(all_weights(import_checkpoint(store, folder)), model.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["memory", "s3"])
+def test_a_checkpoint_on_remote_storage_is_read_in_place(request, local_store, llama, save_model, backend):
+    bucket = request.getfixturevalue("s3_bucket") if backend == "s3" else "models"
+    url = f"{backend}://{bucket}/{uuid.uuid4().hex}"
+    model = llama()
+    fs, path = open_filesystem(url)
+    fs.put(str(save_model(model, max_shard_size="30KB")), path, recursive=True)
+    checkpoint = import_checkpoint(local_store, url)
+    assert_same(all_weights(checkpoint), model.state_dict())
+    assert not [name for name in checkpoint.artifact.files if name.endswith(".safetensors")]
+    assert import_checkpoint(local_store, url).artifact == checkpoint.artifact
+
+
+def test_tied_embeddings_are_stored_once(local_store, llama, save_model):
+    model = llama(tie_word_embeddings=True)
+    checkpoint = import_checkpoint(local_store, str(save_model(model)))
+    assert list(checkpoint.outer()) == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert checkpoint.artifact.facts["parameters"] == model.num_parameters()
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(local_store, llama, save_model, edit_tensors):
+    model = llama(tie_word_embeddings=True)
+    folder = save_model(model)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    outer = import_checkpoint(local_store, str(folder)).outer()
+    assert torch.equal(outer["model.embed_tokens.weight"], model.lm_head.weight)
+
+
+def test_an_equal_copy_of_a_tied_embedding_is_kept_but_not_used(
+    local_store, llama, save_model, edit_tensors, caplog
+):
+    folder = save_model(llama(tie_word_embeddings=True))
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    checkpoint = import_checkpoint(local_store, str(folder))
+    assert "lm_head.weight" not in checkpoint.outer()
+    assert "lm_head.weight" in [tensor.name for tensor in checkpoint.source_tensors()[None]]
+    assert not caplog.records
+
+
+def test_names_saved_from_the_base_model_are_found(local_store, llama, save_model):
+    base = LlamaModel(llama(tie_word_embeddings=True).config)
+    checkpoint = import_checkpoint(local_store, str(save_model(base)))
+    assert_same(all_weights(checkpoint), {f"model.{name}": t for name, t in base.state_dict().items()})
+    assert checkpoint.layer_tensors(1)["mlp.up_proj.weight"].name == "layers.1.mlp.up_proj.weight"
+
+
+def test_buffers_that_the_model_computes_are_indexed_but_not_loaded(
+    local_store, save_model, edit_tensors, caplog
+):
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    folder = save_model(model)
+    edit_tensors(folder, lambda t: t.update({"h.1.attn.bias": torch.ones(16, 16, dtype=torch.bool)}))
+    checkpoint = import_checkpoint(local_store, str(folder))
+    state = model.state_dict()
+    del state["lm_head.weight"]  # tied
+    assert_same(all_weights(checkpoint), state)
+    (buffer,) = [tensor for tensor in checkpoint.source_tensors()[1] if tensor.model_name is None]
+    assert buffer.name == "h.1.attn.bias"
+    assert torch.equal(checkpoint.read({"mask": buffer})["mask"], torch.ones(16, 16, dtype=torch.bool))
+    assert not caplog.records
+
+
+def test_tensors_without_a_place_in_the_model_are_named_in_a_warning(
+    local_store, save_model, edit_tensors, caplog
+):
+    folder = save_model()
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}))
+    with caplog.at_level(logging.WARNING):
+        import_checkpoint(local_store, str(folder))
+    assert "model.layers.0.self_attn.q_proj.bias" in caplog.text
+
+
+def test_identity_is_that_of_the_weights_not_of_the_files(tmp_path, local_store, llama, save_model):
+    torch.manual_seed(5)
+    model = llama()
+    one = import_checkpoint(local_store, str(save_model(model, "one")))
+    shards = import_checkpoint(local_store, str(save_model(model, "shards", max_shard_size="30KB")))
+    assert one.artifact.key != shards.artifact.key
+    assert one.identity == shards.identity == one.artifact.facts["identity"]
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    assert import_checkpoint(local_store, str(save_model(model, "changed"))).identity != one.identity
+
+
+def test_other_files_of_the_folder_do_not_matter(local_store, save_model):
+    folder = save_model()
+    first = import_checkpoint(local_store, str(folder)).artifact
+    (folder / "README.md").write_text("new")
+    assert import_checkpoint(local_store, str(folder)).artifact == first
+    config = folder / "config.json"
+    os.utime(config, ns=(0, config.stat().st_mtime_ns + 1))
+    assert import_checkpoint(local_store, str(folder)).artifact.key != first.key
+
+
+def test_inspecting_tells_the_shape_without_reading_weights(save_model, llama):
+    model = llama()
+    index = inspect_source(str(save_model(model)))
+    layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    assert index.layer_bytes == (layer, layer)
+    assert index.outer_bytes == 2 * 97 * 32 * 4 + 32 * 4
+    assert index.parameters == model.num_parameters()
+    assert {tensor.entry.digest for tensor in index.tensors} == {None}

@@ -1,0 +1,210 @@
+"""Windows of token ids out of a corpus, as artifacts."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+
+from storage.store import ArtifactStore
+from tasks.corpora import assign_parts, open_corpus
+from tasks.sample_tokens import TokenRequest, read_input_ids, sample_tokens, token_stage
+
+IDENTITY = "0123456789abcdef"
+
+
+def tiny_tokenizer(words, bos=False, **options):
+    """One token per word: word ``w7`` has id 7; the ids after the words are <unk> and <s>."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{number}": number for number in range(words)} | {"<unk>": words, "<s>": words + 1}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if bos:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words + 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", model_max_length=16, **options
+    )
+
+
+def numbered_words(count, start=0):
+    """A text in which every word occurs once, so that a token tells where it is from."""
+    return " ".join(f"w{number}" for number in range(start, start + count))
+
+
+@pytest.fixture
+def words_100(tmp_path):
+    """A corpus of a hundred different words."""
+    (tmp_path / "words.txt").write_text(numbered_words(100))
+    return open_corpus(str(tmp_path / "words.txt"), "test")
+
+
+def sample(store, request, words=100, **options):
+    return sample_tokens(store, lambda: tiny_tokenizer(words, **options), IDENTITY, request)
+
+
+def never():
+    raise AssertionError("the tokenizer was loaded, although the windows are in the store")
+
+
+def test_scoring_takes_consecutive_windows_and_drops_the_tail(store, words_100):
+    artifact = sample(store, TokenRequest("test", words_100, windows=None, seqlen=30))
+    assert read_input_ids(store, artifact).tolist() == torch.arange(90).reshape(3, 30).tolist()
+    assert read_input_ids(store, artifact).dtype == torch.int64
+
+
+def test_documents_are_tokenised_as_one_text(store, tmp_path):
+    lines = [json.dumps({"text": numbered_words(5, start)}) for start in (0, 5, 10)]
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    request = TokenRequest("selection", open_corpus(str(tmp_path / "words.jsonl"), "selection"), 2, seqlen=6)
+    assert read_input_ids(store, sample(store, request)).tolist() == torch.arange(12).reshape(2, 6).tolist()
+
+
+def test_windows_that_are_in_the_store_need_neither_tokenizer_nor_text(store, tmp_path, words_100):
+    request = TokenRequest("test", words_100, windows=2, seqlen=10)
+    built = sample(store, request)
+    (tmp_path / "words.txt").unlink()
+    assert sample_tokens(store, never, IDENTITY, request) == built
+
+
+def test_a_plan_can_ask_whether_windows_are_there(store, words_100):
+    request = TokenRequest("test", words_100, windows=2, seqlen=10)
+    assert store.find(token_stage(IDENTITY, request)) is None
+    assert store.find(token_stage(IDENTITY, request)) is None  # asking builds nothing
+    assert sample(store, request) == store.find(token_stage(IDENTITY, request))
+
+
+def test_the_three_splits_of_one_corpus_have_no_token_in_common(store, tmp_path):
+    (tmp_path / "words.txt").write_text(numbered_words(997))
+    roles = ("calibration", "selection", "test")
+    corpora = {role: open_corpus(str(tmp_path / "words.txt"), role) for role in roles}
+    parts = assign_parts(corpora)
+    windows = {"calibration": 62, "selection": 31, "test": 31}
+    tokens = {}
+    for role in roles:
+        seed = 3 if role == "calibration" else None
+        request = TokenRequest(role, corpora[role], windows[role], seqlen=8, part=parts[role], seed=seed)
+        tokens[role] = set(read_input_ids(store, sample(store, request, words=997)).flatten().tolist())
+        assert len(tokens[role]) == windows[role] * 8
+    assert not tokens["calibration"] & tokens["selection"]
+    assert not tokens["calibration"] & tokens["test"]
+    assert not tokens["selection"] & tokens["test"]
+
+
+def test_calibration_windows_follow_their_seed(store, words_100):
+    def calibration(seed):
+        return sample(store, TokenRequest("calibration", words_100, windows=4, seqlen=8, seed=seed))
+
+    assert calibration(1).content != calibration(2).content
+    other = ArtifactStore("memory://another-store-with-the-same-seed")
+    repeated = sample(other, TokenRequest("calibration", words_100, windows=4, seqlen=8, seed=1))
+    assert repeated.content == calibration(1).content
+    assert repeated.key == calibration(1).key
+
+
+def test_the_same_text_in_another_file_has_another_key_but_equal_content(store, tmp_path, words_100):
+    (tmp_path / "copy.txt").write_text(numbered_words(100))
+    copy = open_corpus(str(tmp_path / "copy.txt"), "test")
+    first, second = (sample(store, TokenRequest("test", corpus, 3, 8)) for corpus in (words_100, copy))
+    assert first.key != second.key
+    assert first.content == second.content
+
+
+def test_every_setting_and_the_tokenizer_have_a_part_in_the_key(words_100):
+    requests = [
+        TokenRequest("test", words_100, 2, 8),
+        TokenRequest("selection", words_100, 2, 8),
+        TokenRequest("test", words_100, 3, 8),
+        TokenRequest("test", words_100, None, 8),
+        TokenRequest("test", words_100, 2, 9),
+        TokenRequest("test", words_100, 2, 8, part=(0.5, 1.0)),
+        TokenRequest("test", open_corpus("builtin", "test"), 2, 8),
+        TokenRequest("calibration", words_100, 2, 8, seed=0),
+        TokenRequest("calibration", words_100, 2, 8, seed=1),
+    ]
+    keys = {token_stage(IDENTITY, request).key for request in requests}
+    assert len(keys) == len(requests)
+    assert token_stage("another tokenizer", requests[0]).key not in keys
+
+
+def test_the_recipe_holds_no_place(words_100, tmp_path):
+    recipe = token_stage(IDENTITY, TokenRequest("test", words_100, 2, 8)).recipe
+    assert str(tmp_path) not in json.dumps(recipe)
+    assert "words.txt" in json.dumps(recipe)
+
+
+def test_facts_say_what_was_tokenised(store, words_100):
+    facts = sample(store, TokenRequest("test", words_100, 2, 8, part=(0.5, 1.0))).facts
+    assert facts["corpus"].endswith("words.txt")
+    assert re.fullmatch("[0-9a-f]{64}", facts["text_sha256"])
+    expected = {
+        "role": "test",
+        "characters": len(numbered_words(100)),
+        "truncated": False,
+        "text_tokens": 100,
+        "part_tokens": [50, 100],
+        "windows": 2,
+        "seqlen": 8,
+        "text_starts_with_bos": False,
+    }
+    assert {name: facts[name] for name in expected} == expected
+
+
+def test_the_text_has_one_bos_at_its_start_and_windows_have_none_of_their_own(store, words_100):
+    artifact = sample(store, TokenRequest("test", words_100, None, 10), bos=True)
+    input_ids = read_input_ids(store, artifact)
+    assert input_ids.flatten().tolist() == [101, *range(99)]
+    assert artifact.facts["text_starts_with_bos"] is True
+    assert artifact.facts["text_tokens"] == 101
+
+
+def test_a_tokenizer_that_truncates_and_pads_by_itself_does_not_here(store, words_100):
+    tokenizer = tiny_tokenizer(100)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=16)
+    tokenizer.backend_tokenizer.enable_padding(length=512)
+    artifact = sample_tokens(store, lambda: tokenizer, IDENTITY, TokenRequest("test", words_100, None, 10))
+    assert artifact.facts["text_tokens"] == 100
+
+
+def test_a_text_longer_than_the_model_s_context_brings_no_warning(store, words_100, caplog):
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)  # it does not propagate to the root logger
+    try:
+        sample(store, TokenRequest("test", words_100, None, 10))
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "longer than" not in caplog.text
+
+
+def test_too_little_text_is_an_error_with_the_count_needed(store, words_100):
+    message = r"words.txt for calibration \(tokens 0 to 50 of 100\) has 50 tokens, but 7 x 8 = 56 are needed"
+    request = TokenRequest("calibration", words_100, 7, 8, part=(0.0, 0.5), seed=0)
+    with pytest.raises(ValueError, match=message):
+        sample(store, request)
+    assert store.find(token_stage(IDENTITY, request)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"role": "training"}, "no role 'training'"),
+        ({"seqlen": 1}, "windows of 1 tokens"),
+        ({"windows": 0}, "0 windows were asked for"),
+        ({"part": (0.5, 0.5)}, "the part 0.5 to 0.5 of"),
+        ({"part": (-0.1, 0.5)}, "0 <= start < end <= 1"),
+        ({"part": (0.5, 1.1)}, "0 <= start < end <= 1"),
+        ({"seed": 1}, "test windows are not random, but there is a seed, 1"),
+        ({"role": "calibration"}, "need a seed, not None"),
+        ({"role": "calibration", "seed": -1}, "need a seed, not -1"),
+        ({"role": "calibration", "seed": 0, "windows": None}, "windows is None"),
+    ],
+)
+def test_a_request_that_makes_no_sense_cannot_be_built(values, message):
+    builtin = open_corpus("builtin", "test")
+    with pytest.raises(ValueError, match=message):
+        TokenRequest(**({"role": "test", "corpus": builtin, "windows": 2, "seqlen": 8} | values))
