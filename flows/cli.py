@@ -8,8 +8,9 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from flows.embedded_server import ServerStart, prefer_quiet_prefect
 
 EXAMPLE = """example:
-  layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
-      --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --test hf:Salesforce/wikitext --device cuda
+  layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix
+      \\ --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --test hf:Salesforce/wikitext --device
+      cuda
 """
 
 

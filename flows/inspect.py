@@ -43,7 +43,8 @@ def _newest_search(store: ArtifactStore) -> Artifact:
     searches = [artifact for artifact in store.artifacts() if artifact.recipe.get("name") == RESULT_STAGE]
     if not searches:
         raise KeyError(
-            f"{store.url} holds no finished search. Run `layerwise search`, or name an artifact that `layerwise ls` lists."
+            f"{store.url} holds no finished search. Run `layerwise search`, "
+            "or name an artifact that `layerwise ls` lists."
         )
     return max(searches, key=lambda artifact: str(artifact.made.get("at")))
 

@@ -57,7 +57,7 @@ class SearchResult:
 
 @flow(name="search", flow_run_name="{settings.model} at {settings.sparsity}", persist_result=False)
 def search(settings: Search, runtime: Runtime) -> SearchResult:
-    """Prune ``settings.model`` with every beta in turn, choose the best, export and test it. Safe to stop and start again."""
+    """Prune ``settings.model`` with every beta, choose the best, export and test it. Safe to stop and start again."""
     store = ArtifactStore(runtime.store)
     execution = runtime.execution()
     requests = token_requests(settings)
@@ -114,7 +114,8 @@ def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
     """Import the model unless the store has it; open it for reading.
 
     Raises:
-        ValueError: a model that cannot be pruned, or betas that its depth does not allow; before anything is copied.
+        ValueError: a model that cannot be pruned, or betas that its depth does not allow; before anything is
+        copied.
     """
     if store.find(import_stage(settings.model)) is None:
         sizes = layer_sizes_of(linears_by_layer(inspect_source(settings.model)))

@@ -1,4 +1,5 @@
-"""What a user can set: the form in Prefect's UI, the options of the command line, the parameters of a deployment.
+"""What a user can set: the form in Prefect's UI, the options of the command line, the parameters of a
+deployment.
 
 ``Search`` decides the result and is part of the artifacts' keys; ``Runtime`` says where and how, and is not.
 """

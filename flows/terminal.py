@@ -90,10 +90,14 @@ def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
             name, justify="right" if name in ("seconds", "size") else "left", no_wrap=name != "what"
         )
     for artifact in sorted(artifacts, key=lambda artifact: str(artifact.made.get("at"))):
-        facts = ", ".join(f"{name}: {_plain(value)}" for name, value in artifact.facts.items())
+        shown = [f"{name} {_plain(value)}" for name, value in artifact.facts.items() if _worth_a_line(value)]
         made = artifact.made
         table.add_row(
-            artifact.key, str(made["at"])[:19], f"{made['seconds']:.1f}", size(artifact.size), facts
+            artifact.key,
+            str(made["at"])[:19],
+            f"{made['seconds']:.1f}",
+            size(artifact.size),
+            ", ".join(shown),
         )
     console.print(table)
 
@@ -108,9 +112,13 @@ def size(count: int) -> str:
     return f"{value:.3g} TB"
 
 
+def _worth_a_line(value: object) -> bool:
+    """Digests, lists and sentences are for ``show``."""
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) < 32)
+
+
 def _plain(value: object) -> str:
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _short(path: str) -> str:

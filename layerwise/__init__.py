@@ -1,1 +1,1 @@
-"""Layer-by-layer pruning of decoder-only language models: numerics on torch and transformers, no storage, no Prefect."""
+"""Layer-by-layer pruning of decoder-only language models: numerics on torch and transformers, nothing else."""

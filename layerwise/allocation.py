@@ -32,8 +32,9 @@ def mean_depth(layer_sizes: Sequence[int]) -> float:
 def largest_beta(target: float, layer_sizes: Sequence[int]) -> float:
     """Largest common difference that leaves every layer's sparsity within [0, 1].
 
-    Both bounds: the first layer must not fall below 0, the last one not rise above 1. For layers of equal size it is
-    ``2 min(S, 1 - S) / (L - 1)``; in general the arithmetic progression turns about the parameter-weighted mean depth.
+    Both bounds: the first layer must not fall below 0, the last one not rise above 1. For layers of equal
+    size it is ``2 min(S, 1 - S) / (L - 1)``; in general the arithmetic progression turns about the
+    parameter-weighted mean depth.
 
     Args:
         target: overall sparsity S, in [0, 1].
@@ -48,7 +49,8 @@ def largest_beta(target: float, layer_sizes: Sequence[int]) -> float:
 def arithmetic(target: float, beta: float, layer_sizes: Sequence[int]) -> SparsityPlan:
     """ATP: sparsity grows by ``beta`` from each layer to the next (arXiv:2502.14770, equation 1).
 
-    The parameter-weighted mean over the layers is ``target`` whatever ``beta`` is; beta 0 is the uniform plan.
+    The parameter-weighted mean over the layers is ``target`` whatever ``beta`` is; beta 0 is the uniform
+    plan.
 
     Raises:
         ValueError: a beta outside of the legal range, with the range; a target outside [0, 1).
@@ -72,7 +74,8 @@ def beta_grid(target: float, layer_sizes: Sequence[int], step: float = BETA_STEP
     """Multiples of ``step`` in the legal range, 0 (uniform) first: the grid of the paper with the default step."""
     if step <= 0:
         raise ValueError(f"the step of the beta grid is {step:g}; it must be positive, e.g. {BETA_STEP:g}.")
-    # The paper's own bounds fall on grid points (2 x .3 / 30 = .02), which floating point may miss by one unit.
+    # The paper's own bounds fall on grid points (2 x .3 / 30 = .02), which floating point may miss by one
+    # unit.
     count = math.floor(largest_beta(target, layer_sizes) / step + 1e-9)
     return tuple(round(step * index, 12) for index in range(count + 1))
 
@@ -80,7 +83,8 @@ def beta_grid(target: float, layer_sizes: Sequence[int], step: float = BETA_STEP
 def beta_spread(target: float, layer_sizes: Sequence[int], count: int) -> tuple[float, ...]:
     """0 (uniform) and ``count`` betas spread evenly over the legal range, its upper end included.
 
-    Deep models have a short range that a fixed step covers coarsely (3 points for 80 layers at 70 %); a count does not.
+    Deep models have a short range that a fixed step covers coarsely (3 points for 80 layers at 70 %); a
+    count does not.
     """
     if count < 1:
         raise ValueError(f"{count} betas were asked for; at least 1 is needed beside beta 0.")
@@ -93,8 +97,8 @@ def removed_per_linear(
 ) -> tuple[tuple[int, ...], ...]:
     """How many weights of every linear of every layer are removed: exactly ``round(target * total)`` in all.
 
-    Every linear gets its layer's sparsity to within one weight; the units that rounding down leaves over go to the
-    largest remainders, the earlier linear first among equal ones.
+    Every linear gets its layer's sparsity to within one weight; the units that rounding down leaves over go
+    to the largest remainders, the earlier linear first among equal ones.
 
     Args:
         plan: sparsity of every layer; its parameter-weighted mean is ``target``.

@@ -18,10 +18,19 @@ class CapturedLayer:
     statistics: Mapping[str, InputStatistics]  # by linear
 
 
-def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor) -> None:
-    """Write the first hidden states of ``input_ids`` (windows, seqlen) into ``hidden_states`` (windows, seqlen, hidden)."""
-    for some_ids, some_states in zip(batches(input_ids), batches(hidden_states), strict=True):
-        some_states.copy_(model.embed(some_ids))
+def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor, first_part: int) -> None:
+    """Write the first hidden states of all windows; the model's embedding is released afterwards.
+
+    Args:
+        input_ids: shape ``(windows, seqlen)``.
+        hidden_states: shape ``(windows, seqlen, hidden_size)``; written to.
+        first_part: so many windows from the front go through the layers apart from the others, so that no
+            batch holds windows of both.
+    """
+    for part in (slice(0, first_part), slice(first_part, None)):
+        for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
+            some_states.copy_(model.embed(some_ids))
+    model.release_embedding()
 
 
 def capture_layers(
@@ -36,8 +45,8 @@ def capture_layers(
     Args:
         model: computes the layers.
         layers: weights of the layers from ``first`` on, by name relative to the layer.
-        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's output
-            when the layer is yielded.
+        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's
+            output when the layer is yielded.
         calibration_windows: how many of the windows, from the front, count in the statistics.
         first: layer to begin with.
     """

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Tokens per forward pass of one layer: enough to keep the matrix products busy, small beside a layer's weights.
-# A constant and no setting: the batch's shape decides the order of additions, and so the last bits of every result.
+# Tokens per forward pass of one layer: enough to keep the matrix products busy, small beside a layer's
+# weights.
+# A constant and no setting: the batch's shape decides the order of additions, and so the last bits of every
+# result.
 TOKENS_PER_FORWARD = 4096
 
 

@@ -25,8 +25,10 @@ class Lane:
 
     Attributes:
         removed: number of weights to remove from every linear of every layer; None for the dense model.
-        hidden_states: shape ``(windows, seqlen, hidden_size)``; its own calibration windows, if any, come first.
-        statistics: what this lane's own calibration saw, by layer and linear; only with sequential calibration.
+        hidden_states: shape ``(windows, seqlen, hidden_size)``; its own calibration windows, if any, come
+        first.
+        statistics: what this lane's own calibration saw, by layer and linear; only with sequential
+        calibration.
     """
 
     removed: tuple[tuple[int, ...], ...] | None
@@ -39,8 +41,9 @@ class LaneLayer:
     """What one layer did in one lane.
 
     Attributes:
-        error: squared Frobenius norm of the difference to the dense model's output of this layer, over all scored
-            windows, each lane fed with its own hidden states (ATP, section 3: accumulated reconstruction error).
+        error: squared Frobenius norm of the difference to the dense model's output of this layer, over all
+            scored windows, each lane fed with its own hidden states (ATP, section 3: accumulated
+            reconstruction error).
         energy: squared Frobenius norm of the dense model's output.
         zeros: zero weights of every linear after pruning.
     """
@@ -51,10 +54,11 @@ class LaneLayer:
 
 
 class GradualZeroing:
-    """Brings one weight, in place, from one lane's mask to the next, keeping only the values that a later lane needs again.
+    """Brings one weight, in place, from one lane's mask to the next, keeping only the values that a later
+    lane needs again.
 
-    Lanes are visited by rising sparsity of the layer, so nearly always more weights go and none comes back; rounding
-    to whole weights can put two lanes of equal sparsity the other way round for single linears.
+    Lanes are visited by rising sparsity of the layer, so nearly always more weights go and none comes back;
+    rounding to whole weights can put two lanes of equal sparsity the other way round for single linears.
 
     Args:
         weight: changed in place.
@@ -100,7 +104,8 @@ def run_lanes(
         pruner: chooses the weights that go.
         statistics_of: the dense model's input statistics of a layer; None lets every lane calibrate itself on
             its own hidden states (sequential calibration).
-        calibration_windows: windows at the front of every lane's hidden states that serve its own calibration.
+        calibration_windows: windows at the front of every lane's hidden states that serve its own
+        calibration.
         first: layer to begin with.
     """
     if lanes[0].removed is not None:
@@ -190,7 +195,7 @@ class _Advance:
         inputs: InputStatistics,
         counts: Sequence[int],
     ) -> Tensor:
-        """Rank by the checkpoint's own values, as the export will: casting them first could make ties of different ones."""
+        """Rank by the checkpoint's own values, as the export will: casting could make ties of different ones."""
         stored = weights[linear.weight_name]
         if stored.dtype != parameter.dtype:
             parameter = linear.oriented(stored).to(parameter.device)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from layerwise.masks import removal_levels
@@ -18,4 +19,4 @@ class Magnitude:
 
     def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
         """Order in which weights go; ``inputs`` is not looked at. See ``Wanda.removal_levels``."""
-        return removal_levels(weight.abs(), counts, by_row=False)
+        return removal_levels(weight, torch.abs, counts, by_row=False)

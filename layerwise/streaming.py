@@ -1,11 +1,11 @@
 """A model that runs one decoder layer at a time, with only that layer's weights in memory.
 
-No code per model family: the model's own forward pass runs with recording layers in place of its decoder layers,
-which yields the first hidden states and the exact arguments every layer gets; at the end it runs with one layer
-that injects the last hidden states, so that final norm and head are the model's own.
+No code per model family: the model's own forward pass runs with recording layers in place of its decoder
+layers, which yields the first hidden states and the exact arguments every layer gets; at the end it runs
+with one layer that injects the last hidden states, so that final norm and head are the model's own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -60,11 +60,17 @@ class _Injector(nn.Module):
 
 
 class StreamedModel:
-    """A causal language model of ``config``; everything outside of its decoder layers is loaded, layers come and go.
+    """A causal language model of ``config`` whose decoder layers come and go; what lies outside of them is
+    loaded.
+
+    The input embedding and the head of a large vocabulary outweigh a decoder layer. Unless they are tied,
+    the head is loaded when the first loss is taken, and the embedding can be released once all windows are
+    embedded.
 
     Args:
         config: the model's configuration.
-        outer: weights outside of the decoder layers by state-dict name; tied ones may be missing.
+        outer: weights outside of the decoder layers by state-dict name; tied ones may be missing. An entry
+            is looked up when it is needed, so that the mapping may read it from a file.
         dtype: in which the model computes; weights are cast to it.
         device: where it computes.
     """
@@ -78,9 +84,11 @@ class StreamedModel:
         self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
         self.linears = linears_of(self.layers[0])
         self.num_layers = len(self.layers)
-        on_device = {name: tensor.to(device, dtype) for name, tensor in outer.items()}
-        self.model.load_state_dict(on_device, strict=False, assign=True)
-        self.model.tie_weights()
+        self._outer = outer
+        self._embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape[1]
+        self._embedding = self._untied(self.model.get_input_embeddings())
+        self._head = self._untied(self.model.get_output_embeddings())
+        self._load([name for name in outer if name != self._head])
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -88,18 +96,42 @@ class StreamedModel:
         self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
         self._layers_return_tuples = False
 
+    def _untied(self, module: nn.Module | None) -> str | None:
+        """State-dict name of the weight of ``module`` if it is a parameter of its own."""
+        weight = getattr(module, "weight", None)
+        tied = self.model.all_tied_weights_keys
+        names = [name for name, parameter in self.model.named_parameters() if parameter is weight]
+        return names[0] if names and names[0] not in {*tied, *tied.values()} else None
+
+    def _load(self, names: Iterable[str]) -> None:
+        weights = {name: self._outer[name].to(self.device, self.dtype) for name in names}
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+
+    def _require(self, name: str | None) -> None:
+        if name is not None and self.model.get_parameter(name).is_meta:
+            self._load([name])
+
     def _check_outer_is_complete(self) -> None:
         inside = f"{self.prefix}."
-        missing = [n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(inside)]
+        parameters = dict(self.model.named_parameters())
+        needed = [name for name in parameters if not name.startswith(inside)]
+        missing = [name for name in needed if parameters[name].is_meta and name not in self._outer]
         if missing:
             raise ValueError(
                 f"{self.model.config.model_type}: no weights were given for {', '.join(missing)}. "
-                "Load every tensor outside of the decoder layers before streaming."
+                "Pass every tensor outside of the decoder layers."
             )
+
+    def release_embedding(self) -> None:
+        """Free the input embedding, unless it is tied to the head; it is loaded again if windows are embedded again."""
+        if self._embedding is not None:
+            _to_meta(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
         """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``."""
+        self._require(self._embedding)
         try:
             recorders = self._record(input_ids)
         except _LayersReturnTuples:
@@ -123,9 +155,11 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with ``weights`` (names relative to the layer), for as long as the block lasts.
+        """Decoder layer ``index`` with ``weights`` (names relative to the layer), for as long as the block
+        lasts.
 
-        Weights that already have the right dtype and device are used as they are: a change to them is a change to the layer.
+        Weights that already have the right dtype and device are used as they are: a change to them is a
+        change to the layer.
 
         Raises:
             ValueError: a weight of the layer is missing.
@@ -141,10 +175,8 @@ class StreamedModel:
                 )
             yield layer
         finally:
-            for module in layer.modules():  # buffers stay: some layers compute them once, when they are built
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for module in layer.modules():
+                _to_meta(module)
 
     @torch.no_grad()
     def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -158,10 +190,14 @@ class StreamedModel:
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
-    def logits(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
-        with self._layers_replaced([_Injector(hidden_states.to(self.device), self._layers_return_tuples)]):
-            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        self._require(self._head)
+        states = hidden_states.to(self.device)
+        with self._layers_replaced([_Injector(states, self._layers_return_tuples)]):
+            # Replaced by the injector, whatever their values; this way no embedding has to be loaded.
+            inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
+            return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
     def loss(self, hidden_states: Tensor, input_ids: Tensor) -> float:
         """Mean cross-entropy in nats of one window's ``seqlen - 1`` next tokens, taken in float32.
@@ -170,7 +206,7 @@ class StreamedModel:
             hidden_states: the last layer's output, shape ``(1, seqlen, hidden_size)``.
             input_ids: the window's tokens, shape ``(1, seqlen)``.
         """
-        logits = self.logits(hidden_states, input_ids)[0, :-1]
+        logits = self.logits(hidden_states)[0, :-1]
         targets = input_ids[0, 1:].to(logits.device)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for some_logits, some_targets in zip(
@@ -189,3 +225,10 @@ class StreamedModel:
             yield
         finally:
             setattr(parent, leaf, self.layers)
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Free the module's own parameters. Its buffers stay: some are computed once, when the module is built."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

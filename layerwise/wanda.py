@@ -17,7 +17,8 @@ class Wanda:
     method: Literal["wanda"] = "wanda"
 
     def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
-        """Order in which weights go, for several numbers of removed weights at once (see ``masks.removal_levels``).
+        """Order in which weights go, for several numbers of removed weights at once (see
+        ``masks.removal_levels``).
 
         Args:
             weight: shape ``(out_features, in_features)``; left unchanged.
@@ -32,5 +33,5 @@ class Wanda:
                 "Wanda needs input statistics, but no calibration token reached this linear. "
                 "Pass at least one window, or use Magnitude, which needs no calibration text."
             )
-        scores = weight.abs().float()
-        return removal_levels(scores * inputs.norms.to(weight.device), counts, by_row=True)
+        norms = inputs.norms.to(weight.device)
+        return removal_levels(weight, lambda rows: rows.abs().float() * norms, counts, by_row=True)

@@ -189,10 +189,9 @@ def _require_protocol(protocol: str) -> None:
                 "memory://, or install the fsspec package that brings this protocol."
             ) from None
         except ImportError as error:
-            extra = "pip install layerwise-pruning[s3]" if name in ("s3", "s3a") else ""
-            advice = extra or known_implementations.get(name, {}).get("err", "install its fsspec package")
+            advice = known_implementations.get(name, {}).get("err", "Install the fsspec package for it")
             raise ImportError(
-                f"{name}:// URLs need a package that is not installed ({error}). To get it: {advice}."
+                f"{name}:// URLs need a package that is not installed ({error}). {advice} (pip install ...)."
             ) from error
 
 

@@ -196,8 +196,8 @@ def _publish_remote(fs: AbstractFileSystem, path: str, pieces: Iterator[memoryvi
         file.close()
         file.commit()
     except BaseException:
-        file.closed = True  # or its finaliser would upload the rest
         with contextlib.suppress(Exception):  # the first error is the one to tell
+            file.closed = True  # or its finaliser would upload the rest
             file.discard()
         raise
 

@@ -37,7 +37,8 @@ class ArtifactStore:
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url
-        self.fs, self.root = open_filesystem(url, **options)
+        self.fs, root = open_filesystem(url, **options)
+        self.root = root.rstrip("/")
         self.built: set[str] = set()
 
     def __repr__(self) -> str:

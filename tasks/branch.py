@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from layerwise.allocation import SparsityPlan
+from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.draft import Draft
@@ -47,17 +48,20 @@ def branch(
     settings: PruneSettings,
     execution: Execution,
 ) -> list[LaneScore]:
-    """Run the lanes that the store does not have yet, in one group; return all of them in the order of ``plans``.
+    """Run the lanes that the store does not have yet, in one group; return all of them in the order of
+    ``plans``.
 
-    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction error per
-    layer) and ``linears.parquet`` (realised sparsity per linear), and is the same in whatever group it ran.
+    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction
+    error per layer) and ``linears.parquet`` (realised sparsity per linear), and is the same in whatever
+    group it ran.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
     missing = [number for number, stage in enumerate(stages) if store.find(stage) is None]
     if missing:
         group = _group(store, inputs, [plans[number] for number in missing], linears, settings, execution)
         for position, number in enumerate(missing):
-            store.get_or_build(stages[number], partial(_copy_lane, store, group, position))
+            build = partial(_copy_lane, store, group, position, plans[number])
+            store.get_or_build(stages[number], build)
     return [_score(store, plan, stage) for plan, stage in zip(plans, stages, strict=True)]
 
 
@@ -101,11 +105,15 @@ def write_lane(
     write_table(draft, f"{folder}/{LINEARS_FILE}", pa.Table.from_pylist(rows))
 
 
-def _copy_lane(store: ArtifactStore, group: Artifact, position: int, draft: Draft) -> None:
+def _copy_lane(
+    store: ArtifactStore, group: Artifact, position: int, plan: SparsityPlan, draft: Draft
+) -> None:
     folder = f"{lane_folder(position)}/"
     for name in group.files:
         if name.startswith(folder):
             draft.write(name.removeprefix(folder), store.read(group, name))
+    losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
+    draft.facts |= {"beta": plan.beta, "selection perplexity": perplexity(losses)}
 
 
 def _score(store: ArtifactStore, plan: SparsityPlan, stage: Stage) -> LaneScore:

@@ -66,9 +66,10 @@ def capture(
     """Statistics of every linear's inputs, the dense loss per selection window, hidden states as retained.
 
     Returns:
-        An artifact with ``statistics/layer-*.parquet`` (calibration windows), ``losses.parquet`` (selection windows)
-        and, as retained, ``hidden_states/boundary-*.safetensors``: what goes into layer ``n`` (and, last, into the
-        final norm), ``calibration`` and ``selection`` of shape ``(windows, seqlen, hidden_size)``.
+        An artifact with ``statistics/layer-*.parquet`` (calibration windows), ``losses.parquet`` (selection
+        windows) and, as retained, ``hidden_states/boundary-*.safetensors``: what goes into layer ``n`` (and,
+        last, into the final norm), ``calibration`` and ``selection`` of shape ``(windows, seqlen,
+        hidden_size)``.
     """
 
     def build(draft: Draft) -> None:
@@ -123,8 +124,8 @@ class _Capture:
 
     def _start(self, draft: Draft) -> int:
         """The layer to begin with; the hidden states are those that go into it."""
+        embed_windows(self.model, self.input_ids, self.hidden_states, self.calibration_windows)
         if draft.resumed is None:
-            embed_windows(self.model, self.input_ids, self.hidden_states)
             self._retain(draft, 0)
             return 0
         stored = read_tensors(self.store, draft.resumed.state, STATES_FILE)

@@ -26,7 +26,8 @@ class TestResult:
     """Perplexity on the test windows.
 
     Attributes:
-        gain: paired difference of the chosen plan's loss to the uniform plan's, in nats; None if they are one.
+        gain: paired difference of the chosen plan's loss to the uniform plan's, in nats; None if they are
+        one.
     """
 
     __test__ = False  # pytest: this is no test class

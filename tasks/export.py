@@ -43,8 +43,8 @@ def export(
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
-    Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go ``sparsity.json`` (plan,
-    realised per linear) and a model card.
+    Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go
+    ``sparsity.json`` (plan, realised per linear) and a model card.
     """
     sequential = settings.calibration_mode == "sequential"
     statistics = chosen.artifact if sequential else capture

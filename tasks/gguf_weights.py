@@ -71,9 +71,7 @@ class GgufWeights:
             ValueError: if its shape does not fit the configuration.
         """
         stored = self._stored[model_name]
-        extra: dict[str, Any] = {
-            "tensors": {}
-        }  # GPT-2's processor puts the head there instead of returning it
+        extra: dict[str, Any] = {"tensors": {}}  # where GPT-2's processor puts the head
         processed = self._processor.process(
             weights=dequantize(stored.data, stored.tensor_type),
             name=stored.name,
@@ -182,7 +180,7 @@ def _architecture(reader: GGUFReader, path: Path) -> str:
     if experts := _metadata(reader, f"{architecture}.expert_count"):
         raise UnsupportedModel(
             f"{path.name} is a mixture of experts ({architecture} with {experts} experts); experts that see "
-            "few calibration tokens need their own treatment, which layerwise does not have. Use a dense model."
+            "few calibration tokens need a treatment that layerwise does not have. Use a dense model."
         )
     readable = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
     if architecture not in readable:

@@ -35,20 +35,20 @@ def open_repository(repo: str, commit: str) -> Folder:
     Raises:
         OSError: as ``resolve_commit``.
     """
-    from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub import HfFileSystem
 
     with _hub_errors(repo, commit):
-        HfApi(endpoint=_endpoint()).auth_check(
-            repo
-        )  # a gated repository lists its files, but does not give them
         fs = HfFileSystem(endpoint=_endpoint(), block_size=READ_AHEAD)
-        return list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}")
+        folder = list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}")
+        # A gated repository lists its files for everybody, and refuses only to give them: ask for one byte.
+        largest = max(folder.files, key=lambda name: folder.files[name].size)
+        fs.cat_file(folder.path(largest), 0, 1)
+        return folder
 
 
 def _endpoint() -> str | None:
-    return (
-        os.environ.get("HF_ENDPOINT") or None
-    )  # asked for at every call: huggingface_hub reads it at import only
+    # Asked for at every call: huggingface_hub reads it once, when it is imported.
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 @contextmanager

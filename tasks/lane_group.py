@@ -84,7 +84,8 @@ def advance_group(
     execution: Execution,
     title: str,
 ) -> GroupResult:
-    """Advance the dense model and all ``plans`` together; leaves resume points in ``draft`` and goes on from one.
+    """Advance the dense model and all ``plans`` together; leaves resume points in ``draft`` and goes on from
+    one.
 
     With sequential calibration, writes every lane's own statistics into ``draft``
     (``lane_folder(n)``/statistics, ``n`` from 0 in the order of the plans).
@@ -140,8 +141,8 @@ class _Group:
 
     def start(self, draft: Draft) -> int:
         """The layer to begin with; the lanes' hidden states are those that go into it."""
+        embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states, self.calibration_windows)
         if draft.resumed is None:
-            embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states)
             for lane in self.lanes[1:]:
                 lane.hidden_states.copy_(self.lanes[0].hidden_states)
             return 0

@@ -23,9 +23,9 @@ tags: [pruning, sparsity, atp, {settings.pruner.method}]
 
 # {source}, {100 * realised:.1f} % sparse
 
-Made from `{source}` by layerwise: one-shot pruning with {settings.pruner.method}, the sparsity rising from layer to
-layer by beta = {beta:g} (ATP, [arXiv:2502.14770](https://arxiv.org/abs/2502.14770)). Embeddings, norms and the
-head are dense. The licence of the dense model applies.
+Made from `{source}` by layerwise: one-shot pruning with {settings.pruner.method}, the sparsity rising from
+layer to layer by beta = {beta:g} (ATP, [arXiv:2502.14770](https://arxiv.org/abs/2502.14770)). Embeddings,
+norms and the head are dense. The licence of the dense model applies.
 
 | | perplexity on the selection text |
 |---|---|
@@ -33,8 +33,8 @@ head are dense. The licence of the dense model applies.
 | uniform sparsity | {perplexities["uniform"]:.2f} |
 | **this model** (beta {beta:g}) | **{perplexities["pruned"]:.2f}** |
 
-`sparsity.json` holds the plan and the realised sparsity of every linear. The zeros are stored as zeros: the files are as
-large as those of the dense model.
+`sparsity.json` holds the plan and the realised sparsity of every linear. The zeros are stored as zeros: the
+files are as large as those of the dense model.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -23,7 +23,8 @@ from rich.progress import (
 
 logger = logging.getLogger(__name__)
 
-# An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every layer.
+# An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every
+# layer.
 SECONDS_BETWEEN_REPORTS = 10.0
 
 

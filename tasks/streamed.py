@@ -1,8 +1,9 @@
 """Open a checkpoint as a model that runs one layer at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from layerwise.skeleton import Linear, build_skeleton, linears_of
 from layerwise.streaming import StreamedModel
@@ -16,7 +17,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def streamed_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> StreamedModel:
     """The model of ``checkpoint`` without its decoder layers, computing in ``dtype``, e.g. "bfloat16"."""
-    return StreamedModel(checkpoint.config, checkpoint.outer(), DTYPES[dtype], execution.torch_device)
+    outer = OuterTensors(checkpoint)
+    return StreamedModel(checkpoint.config, outer, DTYPES[dtype], execution.torch_device)
+
+
+class OuterTensors(Mapping[str, Tensor]):
+    """The tensors outside of the decoder layers, each read when it is looked up."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._tensors = checkpoint, checkpoint.outer_tensors()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read({name: self._tensors[name]})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def linears_by_layer(index: CheckpointIndex) -> list[tuple[Linear, ...]]:

@@ -51,6 +51,9 @@ def s3_bucket(tmp_path_factory) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGKILL)  # it can ignore SIGTERM
             server.wait()
+            shutil.rmtree(folder, ignore_errors=True)  # hundreds of MB, which pytest would keep
+            for socket_file in [f for port in ports for f in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]:
+                socket_file.unlink(missing_ok=True)
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -136,8 +136,6 @@ class _HubRequest(BaseHTTPRequestHandler):
         allowed = not self.hub.gated or self.headers.get("Authorization") == "Bearer secret-token"
         if not re.match(r"(/api/models)?/tiny/llama(/|$)", path):
             self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        elif path.endswith("/auth-check"):
-            self._json(200, {}) if allowed else self._gated()
         elif match := re.fullmatch(r"/api/models/tiny/llama(?:/revision/(.+))?", path):
             known = match[1] in (None, "main", COMMIT)
             answer = {"id": "tiny/llama", "_id": "1", "sha": COMMIT, "tags": [], "siblings": []}

@@ -3,9 +3,12 @@
 import logging
 import os
 import uuid
+from typing import ClassVar
 
 import pytest
 import torch
+from fsspec import register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -152,3 +155,39 @@ def test_inspecting_tells_the_shape_without_reading_weights(save_model, llama):
     assert index.outer_bytes == 2 * 97 * 32 * 4 + 32 * 4
     assert index.parameters == model.num_parameters()
     assert {tensor.entry.digest for tensor in index.tensors} == {None}
+
+
+class OutOfOrder(MemoryFileSystem):
+    """Memory storage that remembers which files' tensors were read, and can fail on one of them."""
+
+    protocol = "outoforder"
+    reads: ClassVar[list[str]] = []
+    failing = "nothing"
+
+    def cat_file(self, path, start=None, end=None, **options):
+        name = path.rsplit("/", 1)[-1]
+        if start:  # headers are at the beginning
+            if name == self.failing:
+                raise PermissionError("out of order")
+            self.reads.append(name)
+        return super().cat_file(path, start, end, **options)
+
+
+def test_an_interrupted_import_goes_on_with_the_next_file(local_store, llama, save_model, monkeypatch):
+    register_implementation("outoforder", OutOfOrder, clobber=True)
+    shards = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    fs, path = open_filesystem("outoforder://interrupted")
+    model = llama()
+    fs.put(str(save_model(model, max_shard_size="30KB")), path, recursive=True)
+    monkeypatch.setattr(OutOfOrder, "failing", shards[2])
+    with pytest.raises(PermissionError):
+        import_checkpoint(local_store, "outoforder://interrupted")
+    assert set(OutOfOrder.reads) == set(shards[:2])
+    OutOfOrder.reads.clear()
+    monkeypatch.setattr(OutOfOrder, "failing", "nothing")
+    checkpoint = import_checkpoint(local_store, "outoforder://interrupted")
+    assert set(OutOfOrder.reads) == set(shards[2:])
+    assert_same(all_weights(checkpoint), model.state_dict())
+    OutOfOrder.reads.clear()
+    import_checkpoint(local_store, "outoforder://interrupted")
+    assert not OutOfOrder.reads
