@@ -67,7 +67,6 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         ValueError: whatever a search would refuse about these settings before it computes.
     """
     store = ArtifactStore(runtime.store)
-    runtime.execution()
     requests = token_requests(settings)
     imported = store.find(import_stage(settings.model))
     checkpoint = import_checkpoint(store, settings.model) if imported else None

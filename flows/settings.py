@@ -124,13 +124,25 @@ class Runtime(_Settings):
     )
 
     def execution(self) -> Execution:
-        """The settings as the tasks take them."""
+        """The settings as the tasks take them.
+
+        Raises:
+            ValueError: a device on which torch cannot compute here.
+        """
         import torch
 
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        device = automatic if self.device == "auto" else self.device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"torch cannot compute on device {device!r} here ({str(error).splitlines()[0]}). "
+                "Use cpu, or install torch for this machine's accelerator."
+            ) from error
         optional = {} if self.scratch is None else {"scratch": self.scratch}
         return Execution(
-            device=automatic if self.device == "auto" else self.device,
+            device=device,
             hidden_states_bytes=int(self.hidden_states_gib * 2**30),
             boundary_layers=self.boundary_layers,
             boundary_seconds=60 * self.boundary_minutes,

@@ -77,6 +77,36 @@ def read_tensors(
         return read_entries(store.fs, f"{store.root}/{file.path}", entries)
 
 
+def read_tensor_into(
+    store: ArtifactStore, artifact: Artifact, name: str, key: str, destination: Tensor
+) -> None:
+    """Read one tensor of an artifact into memory that is there already, checked against the manifest.
+
+    Args:
+        key: of the tensor in the file.
+        destination: contiguous CPU tensor of the same dtype and shape.
+
+    Raises:
+        KeyError: if the artifact has no such file, or the file no such tensor.
+        ValueError: if the tensor has another dtype or shape.
+        Corrupt: as for ``read_tensors``.
+    """
+    file = store.file(artifact, name)
+    if key not in (file.tensors or {}):
+        raise KeyError(f"{artifact.key}: {name!r} has no tensor {key!r}; it has {sorted(file.tensors or {})}")
+    assert file.tensors is not None, "a file with that tensor has tensors"
+    entry = file.tensors[key]
+    if (entry.torch_dtype, entry.shape) != (destination.dtype, tuple(destination.shape)):
+        raise ValueError(
+            f"{artifact.key}: tensor {key!r} of {name!r} is {entry.dtype} of shape {entry.shape}, but the destination "
+            f"is {destination.dtype} of shape {tuple(destination.shape)}. Read it with read_tensors."
+        )
+    path, span = f"{store.root}/{file.path}", destination.view(-1).view(torch.uint8).numpy().data
+    with store.naming_missing_files(artifact, name):
+        read_exactly(store.fs, path, entry.offset, span)
+        _check(store.fs, path, key, entry, span)
+
+
 def needed_bytes(entries: Mapping[str, TensorEntry]) -> int:
     """How large a buffer ``read_entries`` needs for these tensors."""
     return sum(_aligned(entry.nbytes) for entry in entries.values())

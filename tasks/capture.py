@@ -17,7 +17,7 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import write_table
-from storage.tensors import read_tensors, write_tensors
+from storage.tensors import read_tensor_into, write_tensors
 from tasks.checkpoint import Checkpoint
 from tasks.execution import BoundaryClock, Execution
 from tasks.progress import showing
@@ -128,8 +128,8 @@ class _Capture:
         if draft.resumed is None:
             self._retain(draft, 0)
             return 0
-        stored = read_tensors(self.store, draft.resumed.state, STATES_FILE)
-        self.hidden_states.copy_(stored["hidden_states"])
+        state = draft.resumed.state
+        read_tensor_into(self.store, state, STATES_FILE, "hidden_states", self.hidden_states)
         return draft.resumed.step
 
     def _write_state(self, state: Draft) -> None:

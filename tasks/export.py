@@ -24,7 +24,7 @@ from tasks.execution import Execution
 from tasks.lane_group import PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
-from tasks.statistics_table import read_statistics
+from tasks.statistics_table import read_statistics, statistics_identity
 
 SPARSITY_FILE = "sparsity.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -50,10 +50,11 @@ def export(
     statistics = chosen.artifact if sequential else capture
     inputs = {
         "checkpoint": checkpoint.identity,
-        "capture": capture.key,
+        "statistics": statistics_identity(statistics),
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
+    dense_perplexity = float(str(capture.facts[DENSE_PERPLEXITY]))
 
     def build(draft: Draft) -> None:
         writer = _Export(store, checkpoint, statistics, chosen.plan, linears, settings, execution)
@@ -72,7 +73,7 @@ def export(
         }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         scores = {
-            "dense": float(str(capture.facts[DENSE_PERPLEXITY])),
+            "dense": dense_perplexity,
             "uniform": perplexity(uniform.losses),
             "pruned": perplexity(chosen.losses),
         }
@@ -80,7 +81,9 @@ def export(
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
         draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
 
-    return store.get_or_build(Stage("export", 1, {"prune": settings}, inputs), build)
+    return store.get_or_build(
+        Stage("export", 1, {"prune": settings, "dense": dense_perplexity}, inputs), build
+    )
 
 
 class _Export:

@@ -19,12 +19,12 @@ from layerwise.wanda import Wanda
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.store import ArtifactStore
-from storage.tensors import read_tensors, write_tensors
+from storage.tensors import read_tensor_into, write_tensors
 from tasks.checkpoint import Checkpoint
 from tasks.execution import BoundaryClock, Execution
 from tasks.progress import showing
 from tasks.sample_tokens import read_input_ids
-from tasks.statistics_table import read_statistics, write_statistics
+from tasks.statistics_table import read_statistics, statistics_identity, write_statistics
 from tasks.streamed import streamed_model
 
 STATES_FILE = "hidden_states.safetensors"
@@ -62,7 +62,7 @@ class LaneInputs:
         """Inputs by role, for a stage's key: only what the calibration mode looks at."""
         common = {"checkpoint": self.checkpoint.identity, "scored": self.scored.content}
         if settings.calibration_mode == "dense":
-            return common | {"capture": self.capture.key}
+            return common | {"statistics": statistics_identity(self.capture)}
         return common | {"calibration": self.calibration.content}
 
 
@@ -148,8 +148,7 @@ class _Group:
             return 0
         state = draft.resumed.state
         for number, lane in enumerate(self.lanes):
-            name = _lane_tensor(number)
-            lane.hidden_states.copy_(read_tensors(self.store, state, STATES_FILE, [name])[name])
+            read_tensor_into(self.store, state, STATES_FILE, _lane_tensor(number), lane.hidden_states)
         for row in json.loads(self.store.read(state, OUTCOMES_FILE)):
             self.outcomes.append(tuple(LaneLayer(**{**lane, "zeros": tuple(lane["zeros"])}) for lane in row))
         return draft.resumed.step

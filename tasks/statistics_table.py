@@ -9,12 +9,18 @@ import torch
 from layerwise.statistics import InputStatistics
 from storage.artifact import Artifact
 from storage.draft import Draft
+from storage.keys import digest
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 
 
 def statistics_file(layer: int, folder: str = "statistics") -> str:
     return f"{folder}/layer-{layer:05d}.parquet"
+
+
+def statistics_identity(artifact: Artifact, folder: str = "statistics") -> str:
+    """Digest of the statistics that an artifact holds, whatever else is in it: the input key of what prunes by them."""
+    return digest({n: file.digest for n, file in artifact.files.items() if n.startswith(f"{folder}/")})
 
 
 def write_statistics(

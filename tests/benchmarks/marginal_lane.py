@@ -1,0 +1,66 @@
+"""What another beta costs: nine lanes together against one, on SmolLM2-135M, the weights read once.
+
+    .venv/bin/python tests/benchmarks/marginal_lane.py --store .layerwise
+
+Interleaved runs in one process, each on fresh keys (another overall sparsity); exits with 1 if nine lanes take
+more than six times the time of one, or read a layer's weights more than once.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from flows.search import load_checkpoint, sample_windows, token_requests
+from flows.settings import Runtime, Search
+from layerwise.allocation import arithmetic
+from storage.store import ArtifactStore
+from tasks.branch import branch
+from tasks.capture import CaptureSettings, capture
+from tasks.lane_group import LaneInputs
+from tasks.streamed import layer_sizes_of, linears_by_layer
+
+ROUNDS = 3
+BETAS = tuple(0.001 * index for index in range(9))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    store = ArtifactStore(str(parser.parse_args().store))
+    settings = Search(
+        model="demo", sparsity=0.5, seqlen=512, calibration_windows=8, selection_windows=8, test_windows=8
+    )
+    execution = Runtime(store=store.url).execution()
+    checkpoint = load_checkpoint.fn(store, settings)
+    windows = sample_windows.fn(store, checkpoint, token_requests(settings))
+    linears = linears_by_layer(checkpoint.index)
+    calibration, selection = windows["calibration"], windows["selection"]
+    captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
+    inputs = LaneInputs(checkpoint, captured, calibration, selection)
+    layers = sum(checkpoint.index.layer_bytes)
+    ratios = []
+    salt = time.time() % 1e-3  # another target every time, so that no lane is in the store already
+    for index in range(ROUNDS):
+        seconds = {}
+        for count in (1, len(BETAS)):
+            target = 0.5 + salt + 1e-4 * index + 1e-5 * count
+            plans = [arithmetic(target, beta, layer_sizes_of(linears)) for beta in BETAS[:count]]
+            pruning = settings.model_copy(update={"sparsity": target}).pruning("bfloat16")
+            read, began = checkpoint.bytes_read, time.monotonic()
+            branch.fn(store, inputs, plans, linears, pruning, execution)
+            seconds[count] = time.monotonic() - began
+            read = checkpoint.bytes_read - read
+            print(
+                f"{count} lanes: {seconds[count]:.1f} s, {read / 1e6:.0f} MB read (decoder layers: {layers / 1e6:.0f})"
+            )
+            if read >= 2 * layers:
+                sys.exit("the weights were read more than once")
+        ratios.append(seconds[len(BETAS)] / seconds[1])
+    print(f"nine lanes take {statistics.median(ratios):.2f} times the time of one (at most 6)")
+    sys.exit(statistics.median(ratios) > 6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Peak memory does not grow with depth: a 4-layer and a 16-layer random model of LLaMA-7B width, bf16, from disk.
+
+    .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth
+
+Needs 9 GB of disk and about fifteen minutes. Each depth runs import, capture, branch and export in a process of its
+own; its peak is what that process had at most, less what it had before the first stage (Python, torch, transformers).
+Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from flows.settings import Search
+from layerwise.allocation import arithmetic
+from storage.stage import Stage
+from storage.store import Artifact, ArtifactStore
+from storage.tensors import write_tensors
+from tasks.branch import branch
+from tasks.capture import CaptureSettings, capture
+from tasks.execution import Execution
+from tasks.export import export
+from tasks.import_checkpoint import import_checkpoint
+from tasks.lane_group import LaneInputs
+from tasks.sample_tokens import TOKENS_FILE
+from tasks.streamed import layer_sizes_of, linears_by_layer
+
+WINDOWS, SEQLEN = 2, 256
+BETAS = (0.0, 0.005)
+DEPTHS = (4, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--depth", type=int, help="measure one depth in this process")
+    arguments = parser.parse_args()
+    if arguments.depth:
+        sys.stdout.write(json.dumps(measure(arguments.folder, arguments.depth)))
+        return
+    found = {}
+    for depth in DEPTHS:
+        write_model(arguments.folder / f"model-{depth}", depth)
+        command = [sys.executable, __file__, "--folder", arguments.folder, "--depth", str(depth)]
+        found[depth] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"{depth} layers: {found[depth]}")
+    first, last = (found[depth] for depth in DEPTHS)
+    limit = 3 * last["layer"] + last["hidden states"]
+    growth = last["peak"] / first["peak"] - 1
+    print(
+        f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit"
+    )
+    sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
+
+
+def write_model(folder: Path, depth: int) -> None:
+    """A random LLaMA of 7B width; every layer has the same values, which no measurement here depends on."""
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(num_hidden_layers=depth, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes |= {
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    layer = {
+        f"{name}.weight": torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shapes.items()
+    }
+    layer |= {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in NORMS}
+    outer = {
+        "model.embed_tokens.weight": torch.randn(config.vocab_size, width, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
+        "lm_head.weight": torch.randn(config.vocab_size, width, dtype=torch.bfloat16) * 0.02,
+    }
+    groups = [outer, *({f"model.layers.{n}.{name}": t for name, t in layer.items()} for n in range(depth))]
+    place = {}
+    for number, tensors in enumerate(groups):
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+        place |= dict.fromkeys(tensors, f"model-{number:05d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    (folder / "config.json").write_text(config.to_json_string())
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def measure(folder: Path, depth: int) -> dict[str, int]:
+    """Bytes: the peak above the start, a layer's weights, all hidden states."""
+    store = ArtifactStore(str(folder / f"store-{depth}"))
+    before = memory("VmRSS")
+    checkpoint = import_checkpoint(store, str(folder / f"model-{depth}"))
+    linears = linears_by_layer(checkpoint.index)
+    calibration, selection = (
+        tokens(store, role, checkpoint.config.vocab_size) for role in ("calibration", "selection")
+    )
+    execution = Execution()
+    settings = Search(model="-", sparsity=0.5).pruning("bfloat16")
+    captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
+    plans = [arithmetic(0.5, beta, layer_sizes_of(linears)) for beta in BETAS]
+    inputs = LaneInputs(checkpoint, captured, calibration, selection)
+    scores = branch.fn(store, inputs, plans, linears, settings, execution)
+    export.fn(store, checkpoint, captured, scores[1], scores[0], linears, settings, execution)
+    window = SEQLEN * checkpoint.config.hidden_size * 2
+    return {
+        "peak": memory("VmHWM") - before,
+        "layer": checkpoint.index.layer_bytes[0],
+        "hidden states": window * WINDOWS * (len(BETAS) + 1),
+    }
+
+
+def tokens(store: ArtifactStore, role: str, vocabulary: int) -> Artifact:
+    """Random windows in the form that sample_tokens writes."""
+    windows = torch.randint(vocabulary, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(len(role)))
+    return store.get_or_build(
+        Stage("random_tokens", 1, role),
+        lambda draft: write_tensors(draft, TOKENS_FILE, {"input_ids": windows}),
+    )
+
+
+def memory(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"Linux reports {field}"
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    main()

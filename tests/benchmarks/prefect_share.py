@@ -1,0 +1,73 @@
+"""How much of a search is Prefect's own work: the flow's time less the time inside its tasks' functions.
+
+    .venv/bin/python tests/benchmarks/prefect_share.py --store /tmp/prefect_share
+
+Runs the demo into an empty store; exits with 1 above 5 % of the wall time. The embedded server's start is shown apart.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.embedded_server import ServerStart, prefer_quiet_prefect
+
+prefer_quiet_prefect()
+
+from flows import search as flow_module  # noqa: E402 - Prefect reads its settings when it is imported
+from flows.settings import Runtime, Search  # noqa: E402
+
+TASKS = ("load_checkpoint", "sample_windows", "allocate", "capture", "branch", "select", "export", "evaluate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    store = parser.parse_args().store
+    if store.exists():
+        sys.exit(
+            f"{store} exists; the share is that of a search that computes everything. Name a new folder."
+        )
+    server = ServerStart()
+    server.wait()
+    inside: list[float] = []
+    for name in TASKS:
+        task = getattr(flow_module, name)
+        task.fn = timed(task.fn, inside)
+    settings = Search(
+        model="demo",
+        sparsity=0.6,
+        beta_count=6,
+        seqlen=512,
+        calibration_windows=16,
+        selection_windows=12,
+        test_windows=12,
+    )
+    began = time.monotonic()
+    flow_module.search(settings, Runtime(store=str(store)))
+    total = time.monotonic() - began
+    share = 1 - sum(inside) / total
+    print(
+        f"{total:.1f} s, {sum(inside):.1f} s of it inside the tasks: Prefect's share {100 * share:.1f} % (at most 5)"
+    )
+    print(f"the embedded server's start took {server.seconds:.1f} s more")
+    sys.exit(share > 0.05)
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def timing(*args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds.append(time.monotonic() - began)
+
+    return timing
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Random models of every family, small enough for a laptop, and what transformers itself computes with them."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from layerwise.streaming import StreamedModel
+
+VOCABULARY = 61
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "max_position_embeddings": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODERN = TOKENS | SHAPE | HEADS | {"tie_word_embeddings": False}
+OPT = TOKENS | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+GPT2 = TOKENS | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+FALCON = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+# Configuration, and the name of the list of decoder layers, as written down in the family's own model file.
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
+    "llama": (LlamaConfig, MODERN, "model.layers"),
+    "llama-tied": (LlamaConfig, MODERN | {"tie_word_embeddings": True}, "model.layers"),
+    "mistral-window": (MistralConfig, MODERN | {"head_dim": 8, "sliding_window": 5}, "model.layers"),
+    "qwen2": (Qwen2Config, MODERN, "model.layers"),
+    "qwen3": (Qwen3Config, MODERN | {"head_dim": 16}, "model.layers"),
+    "gemma": (GemmaConfig, MODERN | {"head_dim": 16, "tie_word_embeddings": True}, "model.layers"),
+    "gemma2-window": (
+        Gemma2Config,
+        MODERN | {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
+        "model.layers",
+    ),
+    "phi3": (Phi3Config, MODERN, "model.layers"),
+    "opt": (OPTConfig, OPT | {"word_embed_proj_dim": 32}, "model.decoder.layers"),
+    "opt-projected": (  # as OPT-350m
+        OPTConfig,
+        OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        "model.decoder.layers",
+    ),
+    "gpt-neox": (GPTNeoXConfig, TOKENS | SHAPE | {"num_attention_heads": 4}, "gpt_neox.layers"),
+    "gpt-neo": (
+        GPTNeoConfig,
+        TOKENS
+        | {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 64}
+        | {"attention_types": [[["global", "local"], 2]], "window_size": 5},
+        "transformer.h",
+    ),
+    "gpt2": (GPT2Config, GPT2, "transformer.h"),
+    "falcon": (FalconConfig, FALCON | {"alibi": False}, "transformer.h"),
+    "falcon-alibi": (FalconConfig, FALCON | {"alibi": True, "multi_query": False}, "transformer.h"),
+    "bloom": (BloomConfig, TOKENS | {"hidden_size": 32, "n_layer": 4, "n_head": 4}, "transformer.h"),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model of transformers with random weights, and the same weights as a checkpoint holds them."""
+
+    reference: PreTrainedModel
+    layers_name: str
+    checkpoint: dict[str, Tensor]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.reference.get_submodule(self.layers_name))
+
+    def outer(self) -> dict[str, Tensor]:
+        """Weights outside of the decoder layers, by name."""
+        return {
+            name: weight.clone()
+            for name, weight in self.checkpoint.items()
+            if not name.startswith(f"{self.layers_name}.")
+        }
+
+    def layers(self, first: int = 0) -> list[dict[str, Tensor]]:
+        """Fresh copies of the weights of the layers from ``first`` on, by name within the layer."""
+        prefixes = [f"{self.layers_name}.{index}." for index in range(first, self.num_layers)]
+        return [
+            {
+                name.removeprefix(prefix): weight.clone()
+                for name, weight in self.checkpoint.items()
+                if name.startswith(prefix)
+            }
+            for prefix in prefixes
+        ]
+
+    def streamed(self, dtype: torch.dtype = torch.float32) -> StreamedModel:
+        config = deepcopy(self.reference.config)
+        return StreamedModel(config, self.outer(), dtype, torch.device("cpu"))
+
+    def cast(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The reference with its parameters in ``dtype``, its buffers as they are: what from_pretrained gives."""
+        model = deepcopy(self.reference)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., TinyModel]:
+    """Build a model of one of the FAMILIES; keywords go to its configuration."""
+
+    def build(family: str = "llama", **settings) -> TinyModel:
+        config_class, defaults, layers_name = FAMILIES[family]
+        config = config_class(**(defaults | settings))
+        generator = torch.Generator().manual_seed(0)
+        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        for parameter in reference.parameters():
+            # Far from the initial values: every weight, norm and bias has to matter.
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        named = dict(reference.named_parameters())
+        checkpoint = {name: named[name].detach().clone() for name in named if name not in tied}
+        return TinyModel(reference, layers_name, checkpoint)
+
+    return build
+
+
+@pytest.fixture
+def random_windows_of() -> Callable[..., Tensor]:
+    """Random token ids, shape ``(windows, seqlen)``."""
+
+    def draw(windows: int, seqlen: int = 16, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, VOCABULARY, (windows, seqlen), generator=generator)
+
+    return draw
+
+
+@pytest.fixture
+def layer_outputs() -> Callable[[PreTrainedModel, str, Tensor], list[Tensor]]:
+    """What the decoder layers of a model of transformers put out, one tensor per layer."""
+
+    def run(model: PreTrainedModel, layers_name: str, input_ids: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+
+        def remember(_module, _inputs, output) -> None:
+            outputs.append((output if isinstance(output, Tensor) else output[0]).clone())
+
+        hooks = [layer.register_forward_hook(remember) for layer in model.get_submodule(layers_name)]
+        with torch.no_grad():
+            model(input_ids=input_ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    return run
