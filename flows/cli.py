@@ -1,6 +1,7 @@
 """The command line: a thin door to the flows."""
 
 import logging
+import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -8,9 +9,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from flows.embedded_server import ServerStart, prefer_quiet_prefect
 
 EXAMPLE = """example:
-  layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix
-      \\ --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --test hf:Salesforce/wikitext --device
-      cuda
+  layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
+      --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --device cuda
 """
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Entry point of the command ``layerwise``."""
     began = time.monotonic()
     prefer_quiet_prefect()
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    _log_to_terminal()
     arguments = sys.argv[1:]
     server = ServerStart() if arguments[:1] == ["search"] and not {"-h", "--help"} & set(arguments) else None
     parsed = _parser().parse_args(arguments)
@@ -28,9 +28,32 @@ def main() -> None:
             _search(parsed, server, began)
         else:
             {"plan": _plan, "ls": _list, "show": _show}[parsed.command](parsed)
-    except (ValueError, OSError, KeyError) as error:
+    except KeyboardInterrupt:
+        sys.exit("layerwise: stopped; nothing is lost, the same command goes on from the last resume point")
+    except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"layerwise: {message}")
+    except Exception as error:
+        if not type(error).__module__.startswith(
+            "botocore."
+        ):  # no OSErrors: missing credentials, an unknown region
+            raise
+        sys.exit(
+            f"layerwise: the S3 storage cannot be used ({error}). Check credentials, region and endpoint."
+        )
+
+
+def _log_to_terminal() -> None:
+    """Show warnings, but not what Prefect logs.
+
+    Prefect keeps its log with the run. On the terminal there are progress, the result, or one line by ``main`` that
+    says what is wrong; Prefect would add the same error twice, each time with a traceback.
+    """
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
+        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[handler])
 
 
 def _parser() -> ArgumentParser:

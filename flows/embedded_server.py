@@ -15,7 +15,6 @@ PREFERENCES = {
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",  # the store is the only cache
     "PREFECT_TASKS_DEFAULT_NO_CACHE": "true",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,layerwise,storage",
-    "PREFECT_LOGGING_LEVEL": "ERROR",  # the terminal shows progress and the result; errors are printed once, by us
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 

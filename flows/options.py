@@ -28,7 +28,7 @@ def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
         ValueError: an option that is not valid, by its name on the command line.
     """
     given = {name: getattr(arguments, name) for name in settings.model_fields}
-    values = {name: value.split(",") if name == "betas" else value for name, value in given.items() if value}
+    values = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -38,6 +38,13 @@ def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
             got = f", got {given[name]!r}" if name in given else ""
             problems.append(f"{_flag(name) if name else 'settings'}: {problem['msg']}{got}")
         raise ValueError("; ".join(problems)) from error
+
+
+def _parsed(name: str, value: str) -> str | list[str] | None:
+    """An empty option is no value, which is not the same as the default where that is a number."""
+    if not value:
+        return None
+    return value.split(",") if name == "betas" else value
 
 
 def _flag(name: str) -> str:

@@ -1,23 +1,29 @@
 """Plan: what a search would run, what the store already has, and what it will take. Runs nothing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PretrainedConfig
 
 from flows.search import token_requests
 from flows.settings import Runtime, Search
 from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
-from storage.stage import Stage
 from storage.store import ArtifactStore
-from tasks.branch import lane_stage
-from tasks.capture import SAMPLED_WINDOWS, CaptureSettings, capture_stage
+from tasks.branch import lane_stage, read_score
+from tasks.capture import DENSE_PERPLEXITY, SAMPLED_WINDOWS, CaptureSettings, capture_stage
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_index import CheckpointIndex
 from tasks.documents import Role
+from tasks.evaluate import evaluate_stage
+from tasks.export import export_stage
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.lane_group import LaneInputs
-from tasks.sample_tokens import token_stage
+from tasks.model_config import config_from_document
+from tasks.sample_tokens import TokenRequest, token_stage
+from tasks.select import compare, select_stage
 from tasks.streamed import DTYPES, layer_sizes_of, linears_by_layer
 
 GIB = 2**30
@@ -51,6 +57,8 @@ class Plan:
         memory: peak bytes beside Python's own, by what they hold.
         scratch: bytes of hidden states beyond the memory budget, in files.
         resume_point: bytes of one resume point of the largest stage.
+        uncounted: roles whose windows are in none of these figures: all that the text gives, which is known once it
+            is tokenised.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -58,6 +66,7 @@ class Plan:
     memory: Mapping[str, int]
     scratch: int
     resume_point: int
+    uncounted: tuple[Role, ...] = ()
 
 
 def plan_search(settings: Search, runtime: Runtime) -> Plan:
@@ -78,32 +87,56 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         role: store.find(token_stage(checkpoint.tokenizer_identity, request)) if checkpoint else None
         for role, request in requests.items()
     }
-    captured, lanes_there = _look_up(store, checkpoint, windows, settings, plans, dtype)
-    sizes = _Sizes(settings, index, linears, dtype, len(plans) + 1)
+    found = _look_up(store, checkpoint, windows, settings, plans, dtype)
+    counts = {role: _count(request, windows[role]) for role, request in requests.items()}
+    sizes = _Sizes(settings, index, linears, dtype, len(plans) + 1, counts)
     weights = sum(index.layer_bytes) + index.outer_bytes
-    missing = len(plans) - lanes_there
+    missing = len(plans) - found.lanes
     stages = [
         _stage(
             "import_checkpoint", imported is not None, "import", weights, 0 if index.in_place else weights
         ),
-        *(_stage(f"sample_tokens: {role}", found is not None, "sample") for role, found in windows.items()),
-        _stage("capture", captured, "run the dense model", weights, sizes.capture),
-        _stage(f"branch: {len(plans)} betas", missing == 0, f"prune and score {missing} of them", weights),
-        PlannedStage("select, export", "once the branches are in", weights, weights),
-        PlannedStage("evaluate", "dense, uniform and best on the test windows", weights),
+        *(_stage(f"sample_tokens: {role}", there is not None, "sample") for role, there in windows.items()),
+        _stage("capture", found.captured, "run the dense model", weights, sizes.capture),
+        _stage(
+            f"branch: {len(plans)} betas",
+            missing == 0,
+            f"prune and score {missing} of them",
+            weights,
+            sizes.lanes_files(missing),
+        ),
+        _stage("select", found.selected, "choose the best of them"),
+        _stage("export", found.exported, "write the pruned checkpoint", weights, weights),
+        _stage("evaluate", found.evaluated, "dense, uniform and best on the test windows", weights),
     ]
-    if missing == 0:
-        stages[-2:] = [
-            PlannedStage("select, export, evaluate", "in the store if this search was finished before")
-        ]
     budget = int(runtime.hidden_states_gib * GIB)
     states = sizes.hidden_states
     memory = sizes.memory | {"hidden states": min(states, budget)}
-    return Plan(tuple(stages), tuple(plan.beta for plan in plans), memory, max(states - budget, 0), states)
+    uncounted = tuple(role for role, count in counts.items() if count is None)
+    betas = tuple(plan.beta for plan in plans)
+    return Plan(tuple(stages), betas, memory, max(states - budget, 0), states, uncounted)
 
 
 def _stage(name: str, there: bool, todo: str, reads: int = 0, writes: int = 0) -> PlannedStage:
     return PlannedStage(name, "in the store") if there else PlannedStage(name, todo, reads, writes)
+
+
+def _count(request: TokenRequest, windows: Artifact | None) -> int | None:
+    """How many windows a role has; None where nobody knows yet."""
+    if request.windows is None and windows is not None:
+        return int(str(windows.facts["windows"]))
+    return request.windows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What of a search is in the store already."""
+
+    captured: bool = False
+    lanes: int = 0
+    selected: bool = False
+    exported: bool = False
+    evaluated: bool = False
 
 
 def _look_up(
@@ -113,20 +146,30 @@ def _look_up(
     settings: Search,
     plans: Sequence[SparsityPlan],
     dtype: str,
-) -> tuple[bool, int]:
-    """Whether the capture is in the store, and how many of the lanes are."""
-    calibration, selection = windows["calibration"], windows["selection"]
+) -> _Found:
+    calibration, selection, test = windows["calibration"], windows["selection"], windows["test"]
     if checkpoint is None or calibration is None or selection is None:
-        return False, 0
+        return _Found()
     captured = store.find(
         capture_stage(checkpoint.identity, calibration, selection, CaptureSettings(dtype, settings.retain))
     )
     if captured is None:
-        return False, 0
+        return _Found()
+    pruning = settings.pruning(dtype)
     inputs = LaneInputs(checkpoint, captured, calibration, selection)
-    find: Callable[[Stage], Artifact | None] = store.find
-    lanes = [find(lane_stage(plan, inputs, settings.pruning(dtype))) for plan in plans]
-    return True, sum(lane is not None for lane in lanes)
+    lanes = [store.find(lane_stage(plan, inputs, pruning)) for plan in plans]
+    there = [lane for lane in lanes if lane is not None]
+    if len(there) < len(plans):
+        return _Found(captured=True, lanes=len(there))
+    scores = [read_score(store, plan, lane) for plan, lane in zip(plans, there, strict=True)]
+    dense = float(str(captured.facts[DENSE_PERPLEXITY]))
+    chosen, uniform = scores[compare(scores, dense).best], scores[0]
+    stages = [select_stage(scores, dense), export_stage(checkpoint, captured, chosen, uniform, pruning)]
+    if test is not None:
+        testing = LaneInputs(checkpoint, captured, calibration, test)
+        stages.append(evaluate_stage(testing, uniform.plan, chosen.plan, pruning))
+    selected, exported, evaluated = ([store.find(stage) is not None for stage in stages] + [False])[:3]
+    return _Found(True, len(there), selected, exported, evaluated)
 
 
 @dataclass(frozen=True)
@@ -138,44 +181,56 @@ class _Sizes:
     linears: Sequence[Sequence[Linear]]
     dtype: str
     lanes: int
+    windows: Mapping[Role, int | None]
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return config_from_document(self.index.config, "the checkpoint").get_text_config()
 
     @property
     def window(self) -> int:
         """Hidden states of one window."""
-        config = self.index.config
-        hidden_size = config.get("hidden_size") or config["n_embd"]
-        return self.settings.seqlen * hidden_size * DTYPES[self.dtype].itemsize
-
-    @property
-    def selection_windows(self) -> int:
-        return self.settings.selection_windows or 0
+        return self.settings.seqlen * self.config.hidden_size * DTYPES[self.dtype].itemsize
 
     @property
     def hidden_states(self) -> int:
-        own = self.settings.calibration_windows if self.settings.calibration_mode == "sequential" else 0
-        capture = self.settings.calibration_windows + self.selection_windows
-        return self.window * max(self.lanes * (own + self.selection_windows), capture)
+        """Of the stage that has the most of them."""
+        calibration, selection, test = (
+            self.windows[role] or 0 for role in ("calibration", "selection", "test")
+        )
+        own = calibration if self.settings.calibration_mode == "sequential" else 0
+        evaluated = min(self.lanes, 3)  # dense, uniform and best
+        return self.window * max(
+            calibration + selection, self.lanes * (own + selection), evaluated * (own + test)
+        )
+
+    @property
+    def statistics(self) -> int:
+        """Of one calibration: 20 bytes a channel, before compression."""
+        return 20 * sum(linear.in_features for layer in self.linears for linear in layer)
 
     @property
     def capture(self) -> int:
-        """Statistics (20 bytes a channel before compression) and retained hidden states."""
-        channels = sum(linear.in_features for layer in self.linears for linear in layer)
-        windows = [self.settings.calibration_windows, self.selection_windows]
+        """Statistics and retained hidden states."""
+        windows = [self.windows["calibration"] or 0, self.windows["selection"] or 0]
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
-        return 20 * channels + (self.index.num_layers + 1) * count * self.window
+        return self.statistics + (self.index.num_layers + 1) * count * self.window
+
+    def lanes_files(self, lanes: int) -> int:
+        """Statistics of lanes that calibrate themselves, in their group's artifact and in their own."""
+        return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
 
     @property
     def memory(self) -> dict[str, int]:
         largest = max(self.index.layer_bytes)
         itemsize = DTYPES[self.dtype].itemsize
         weights = max(layer_sizes_of(self.linears))
-        vocabulary = self.index.config.get("vocab_size", 0)
         cast = 0 if self.dtype == self.index.dtype else weights * itemsize
         return {
             "layer in use": largest + cast,
             "layer arriving": largest,
             "order of removal": weights,  # one byte a weight
             "embeddings and head": self.index.outer_bytes,
-            "logits of one window": self.settings.seqlen * vocabulary * itemsize,
+            "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }

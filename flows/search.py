@@ -139,7 +139,7 @@ def token_requests(settings: Search) -> dict[Role, TokenRequest]:
     names: dict[Role, str] = {
         "calibration": settings.calibration,
         "selection": settings.selection,
-        "test": settings.test,
+        "test": settings.test or settings.selection,
     }
     windows = {
         "calibration": settings.calibration_windows,

@@ -52,8 +52,10 @@ class Search(_Settings):
         "(path or URL), or 'builtin' (the documentation in Python's pydoc_data.topics).",
     )
     selection: str = Field(default="builtin", description="Text by which beta is chosen; as for calibration.")
-    test: str = Field(
-        default="builtin", description="Text for the final perplexity, touched once; as for calibration."
+    test: str | None = Field(
+        default=None,
+        description="Text for the final perplexity, touched once; empty: as for selection, of which it gets a part "
+        "of its own (the test split of a hub data set).",
     )
     calibration_windows: int = Field(default=128, ge=1, description="Number of calibration windows.")
     selection_windows: int | None = Field(

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.plan import Plan
 from flows.search import SearchResult, table_rows
@@ -12,11 +14,14 @@ from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.select import Selection
 
+FILE_WIDTH = 200  # columns; so that a line of ``ls`` stays one line for grep
+KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
+
 
 def open_console() -> Console:
     """The terminal; wide enough for a table where the output is a file."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, FILE_WIDTH))
 
 
 def show_result(console: Console, result: SearchResult) -> None:
@@ -25,9 +30,10 @@ def show_result(console: Console, result: SearchResult) -> None:
     show_selection(console, title, result.selection)
     show_test(console, result.test)
     console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
-    console.print(
-        f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
-    )
+    if "://" not in result.pruned:  # transformers opens no URL
+        console.print(
+            f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
+        )
     computed = [role for role in result.built if role not in ("allocate", "select")]
     if not result.built:
         console.print("Everything was in the store already: no layer was computed, no weight was read.")
@@ -74,30 +80,38 @@ def show_plan(console: Console, plan: Plan) -> None:
         style = None if stage.to_do else "dim"
         table.add_row(stage.name, stage.state, size(stage.reads), size(stage.writes), style=style)
     console.print(table)
-    console.print(f"\nbetas: {', '.join(f'{beta:g}' for beta in plan.betas)} (0 is uniform)")
+    betas = ", ".join(f"{beta:g}" for beta in plan.betas)
+    console.print(f"\nbetas: {betas} (0 is uniform)", soft_wrap=True)
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
     console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
     if plan.scratch:
         console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
     console.print(f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one")
+    if plan.uncounted:
+        roles = " and ".join(plan.uncounted)
+        console.print(f"not in these figures: the windows for {roles}, as many as the text will give")
 
 
 def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
     """One line per artifact of a store, the newest last."""
+    by_age = sorted(artifacts, key=lambda artifact: str(artifact.made.get("at")))
+    if not by_age:
+        console.print("no artifacts here")
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("artifact", "made", "seconds", "size", "what"):
-        table.add_column(
-            name, justify="right" if name in ("seconds", "size") else "left", no_wrap=name != "what"
-        )
-    for artifact in sorted(artifacts, key=lambda artifact: str(artifact.made.get("at"))):
+        # A column that may wrap shrinks first; the text in it is cut instead, so that a line stays a line.
+        justify: Literal["left", "right"] = "right" if name in ("seconds", "size") else "left"
+        table.add_column(name, justify=justify, no_wrap=name != "what")
+    for artifact in by_age:
         shown = [f"{name} {_plain(value)}" for name, value in artifact.facts.items() if _worth_a_line(value)]
         made = artifact.made
         table.add_row(
-            artifact.key,
-            str(made["at"])[:19],
+            artifact.key[: artifact.key.index("/") + 1 + KEY_DIGITS],
+            str(made["at"])[:16].replace("T", " "),
             f"{made['seconds']:.1f}",
             size(artifact.size),
-            ", ".join(shown),
+            Text(", ".join(shown), no_wrap=True, overflow="ellipsis"),
         )
     console.print(table)
 

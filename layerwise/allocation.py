@@ -76,8 +76,9 @@ def beta_grid(target: float, layer_sizes: Sequence[int], step: float = BETA_STEP
         raise ValueError(f"the step of the beta grid is {step:g}; it must be positive, e.g. {BETA_STEP:g}.")
     # The paper's own bounds fall on grid points (2 x .3 / 30 = .02), which floating point may miss by one
     # unit.
-    count = math.floor(largest_beta(target, layer_sizes) / step + 1e-9)
-    return tuple(round(step * index, 12) for index in range(count + 1))
+    largest = largest_beta(target, layer_sizes)
+    count = math.floor(largest / step + 1e-9)
+    return tuple(min(round(step * index, 12), largest) for index in range(count + 1))
 
 
 def beta_spread(target: float, layer_sizes: Sequence[int], count: int) -> tuple[float, ...]:
@@ -89,6 +90,8 @@ def beta_spread(target: float, layer_sizes: Sequence[int], count: int) -> tuple[
     if count < 1:
         raise ValueError(f"{count} betas were asked for; at least 1 is needed beside beta 0.")
     largest = largest_beta(target, layer_sizes)
+    if largest == 0:
+        return (0.0,)
     return (0.0, *(largest * (index + 1) / count for index in range(count)))
 
 

@@ -52,7 +52,7 @@ def capture_layers(
     """
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
-            with watching(layer, model.linears) as statistics:
+            with watching(layer, model.linears[index]) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
             for states in batches(hidden_states[calibration_windows:]):

@@ -141,7 +141,7 @@ class _Advance:
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
         zeroings = []
         with torch.no_grad():
-            for position, linear in enumerate(self.model.linears):
+            for position, linear in enumerate(self.model.linears[index]):
                 counts = [self._removed(lane, index)[position] for lane in order]
                 distinct = sorted(set(counts))
                 parameter = linear.oriented(_weight_of(layer, linear))
@@ -162,15 +162,17 @@ class _Advance:
     ) -> tuple[LaneLayer, ...]:
         """Every lane first sees the layer unpruned with its own calibration windows, then prunes by what it saw."""
         for lane in self.lanes[1:]:
-            with watching(layer, self.model.linears) as statistics:
+            with watching(layer, self.model.linears[index]) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
         outcomes = [self._run(0, index, layer)]
         with torch.no_grad():
-            dense = [linear.oriented(_weight_of(layer, linear)).clone() for linear in self.model.linears]
+            dense = [
+                linear.oriented(_weight_of(layer, linear)).clone() for linear in self.model.linears[index]
+            ]
             for number, lane in enumerate(self.lanes[1:], 1):
-                for position, linear in enumerate(self.model.linears):
+                for position, linear in enumerate(self.model.linears[index]):
                     parameter = linear.oriented(_weight_of(layer, linear))
                     count = self._removed(number, index)[position]
                     levels = self._levels(
@@ -178,7 +180,7 @@ class _Advance:
                     )
                     parameter.masked_fill_(levels == 0, 0)
                 outcomes.append(self._run(number, index, layer))
-                for original, linear in zip(dense, self.model.linears, strict=True):
+                for original, linear in zip(dense, self.model.linears[index], strict=True):
                     linear.oriented(_weight_of(layer, linear)).copy_(original)
         return tuple(outcomes)
 
@@ -216,7 +218,7 @@ class _Advance:
             energy += reference.square().sum().item()
         zeros = tuple(
             weight.numel() - int(weight.count_nonzero())
-            for weight in (_weight_of(layer, linear) for linear in self.model.linears)
+            for weight in (_weight_of(layer, linear) for linear in self.model.linears[index])
         )
         return LaneLayer(error, energy, zeros)
 

@@ -44,7 +44,7 @@ def removal_levels(
         return _levels_of_rows(score(weight).reshape(1, -1), counts, [0] * len(counts)).reshape(weight.shape)
     rows, columns = weight.shape
     levels = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    step = max(1, SORTED_ENTRIES // columns)
+    step = max(1, SORTED_ENTRIES // max(columns, 1))
     for first in range(0, rows, step):
         scores = score(weight[first : first + step])
         extra = [min(max(count % rows - first, 0), len(scores)) for count in counts]

@@ -101,9 +101,9 @@ def layer_prefix(model: PreTrainedModel) -> str:
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """State-dict name and shape of every parameter a checkpoint must hold; tied ones are left out."""
+    """State-dict name and shape of every tensor that a checkpoint must hold; tied ones are left out."""
     tied = set(model.all_tied_weights_keys)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def linears_of(layer: nn.Module) -> tuple[Linear, ...]:

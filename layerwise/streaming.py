@@ -6,57 +6,25 @@ with one layer that injects the last hidden states, so that final norm and head 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, suppress
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from layerwise.skeleton import UnsupportedModel, build_skeleton, layer_prefix, linears_of
+from layerwise.stand_ins import (
+    Injector,
+    LastLayerReached,
+    LayerArguments,
+    OtherShape,
+    Recorder,
+    same_arguments,
+)
 
 # Positions whose logits are turned into float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
 LOSS_POSITIONS = 256
-
-LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _LayersReturnTuples(Exception):
-    """The model takes the first entry of what a layer returns."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: remembers how it is called and passes the hidden states on."""
-
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...], in_tuple: bool) -> None:
-        super().__init__()
-        self.layer = [layer]  # in a list, so that it is not registered as a submodule
-        self.shape, self.in_tuple = shape, in_tuple
-        self.hidden_states: Tensor | None = None
-        self.arguments: LayerArguments | None = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        if tuple(hidden_states.shape[:-1]) != self.shape:
-            raise _LayersReturnTuples
-        self.hidden_states, self.arguments = hidden_states, (args, kwargs)
-        return (hidden_states,) if self.in_tuple else hidden_states
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.layer[0], name)  # e.g. attention_type, by which some models choose the mask
-
-
-class _Injector(nn.Module):
-    """Stands in for all decoder layers: returns the hidden states it was given."""
-
-    def __init__(self, hidden_states: Tensor, in_tuple: bool) -> None:
-        super().__init__()
-        self.hidden_states, self.in_tuple = hidden_states, in_tuple
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        return (self.hidden_states,) if self.in_tuple else self.hidden_states
 
 
 class StreamedModel:
@@ -82,10 +50,10 @@ class StreamedModel:
         self.model = build_skeleton(config)
         self.prefix = layer_prefix(self.model)
         self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
-        self.linears = linears_of(self.layers[0])
+        self.linears = tuple(linears_of(layer) for layer in self.layers)
         self.num_layers = len(self.layers)
         self._outer = outer
-        self._embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape[1]
+        self._vocabulary, self._embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape
         self._embedding = self._untied(self.model.get_input_embeddings())
         self._head = self._untied(self.model.get_output_embeddings())
         self._load([name for name in outer if name != self._head])
@@ -108,8 +76,11 @@ class StreamedModel:
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
 
+    def _is_released(self, name: str | None) -> bool:
+        return name is not None and self.model.get_parameter(name).is_meta
+
     def _require(self, name: str | None) -> None:
-        if name is not None and self.model.get_parameter(name).is_meta:
+        if name is not None and self._is_released(name):
             self._load([name])
 
     def _check_outer_is_complete(self) -> None:
@@ -130,28 +101,43 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``."""
+        """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``.
+
+        Raises:
+            UnsupportedModel: the layers are not called in the way that streaming needs.
+        """
         self._require(self._embedding)
-        try:
-            recorders = self._record(input_ids)
-        except _LayersReturnTuples:
-            self._layers_return_tuples = True  # an older convention: Falcon, BLOOM, GPT-J, MPT
-            recorders = self._record(input_ids)
+        recorders = self._record(input_ids)
         first = recorders[0].hidden_states
-        if first is None or any(recorder.arguments is None for recorder in recorders):
-            raise UnsupportedModel(
-                f"{self.model.config.model_type} does not call all of its {self.num_layers} layers in {self.prefix}; "
-                "it cannot be streamed layer by layer."
-            )
-        self._arguments[tuple(input_ids.shape)] = [r.arguments for r in recorders if r.arguments is not None]
+        arguments = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
+        if first is None or len(arguments) < self.num_layers:
+            raise self._unsupported(f"does not call all of its {self.num_layers} layers in {self.prefix}")
+        if tuple(input_ids.shape) not in self._arguments:
+            others = self._record((input_ids + 1) % self._vocabulary)
+            if not same_arguments(arguments, [recorder.arguments for recorder in others]):
+                raise self._unsupported("gives its layers arguments that depend on the tokens")
+            self._arguments[tuple(input_ids.shape)] = arguments
         return first
 
-    def _record(self, input_ids: Tensor) -> list[_Recorder]:
+    def _unsupported(self, reason: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.model.config.model_type} {reason}; it cannot be streamed layer by layer. Use another model."
+        )
+
+    def _record(self, input_ids: Tensor) -> list[Recorder]:
         shape = tuple(input_ids.shape)
-        recorders = [_Recorder(layer, shape, self._layers_return_tuples) for layer in self.layers]
-        with self._layers_replaced(recorders):
-            self.model(input_ids=input_ids.to(self.device), use_cache=False)
-        return recorders
+        # Tuples are the older convention: Falcon, BLOOM, GPT-J, MPT.
+        for in_tuple in (self._layers_return_tuples, True):
+            last = self.layers[-1]
+            recorders = [Recorder(layer, shape, in_tuple, layer is last) for layer in self.layers]
+            try:
+                with self._layers_replaced(recorders), suppress(LastLayerReached):
+                    self.model(input_ids=input_ids.to(self.device), use_cache=False)
+            except OtherShape:
+                continue
+            self._layers_return_tuples = in_tuple
+            return recorders
+        raise self._unsupported("changes the shape of the windows between its layers")
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -168,10 +154,10 @@ class StreamedModel:
         on_device = {name: tensor.to(self.device, self.dtype) for name, tensor in weights.items()}
         layer.load_state_dict(on_device, strict=False, assign=True)
         try:
-            if missing := [name for name, parameter in layer.named_parameters() if parameter.is_meta]:
+            if missing := sorted(set(layer.state_dict()) - set(weights)):
                 raise ValueError(
                     f"layer {index} got no weights for {', '.join(missing)}; it got {', '.join(sorted(weights))}. "
-                    "Pass every parameter of the decoder layer."
+                    "Pass every parameter and stored buffer of the decoder layer."
                 )
             yield layer
         finally:
@@ -183,18 +169,24 @@ class StreamedModel:
         """Output of ``layer`` at position ``index`` for ``hidden_states``, shape ``(windows, seqlen, hidden_size)``."""
         shape = tuple(hidden_states.shape[:2])
         if shape not in self._arguments:
+            released = self._is_released(self._embedding)
             # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
             self.embed(torch.zeros(shape, dtype=torch.long))
+            if released:
+                self.release_embedding()
         args, kwargs = self._arguments[shape][index]
         output = layer(hidden_states.to(self.device), *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        if isinstance(output, Tensor):
+            return output
+        self._layers_return_tuples = True  # a model of one layer has no second one to notice it by
+        return output[0]
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
         self._require(self._head)
         states = hidden_states.to(self.device)
-        with self._layers_replaced([_Injector(states, self._layers_return_tuples)]):
+        with self._layers_replaced([Injector(states, self._layers_return_tuples)]):
             # Replaced by the injector, whatever their values; this way no embedding has to be loaded.
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

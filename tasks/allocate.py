@@ -14,6 +14,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 
 PLANS_FILE = "plans.json"
+MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte (layerwise.masks)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class AllocateSettings:
         """The plans by rising beta, uniform (beta 0) first.
 
         Raises:
-            ValueError: a beta outside of the legal range for this target and depth.
+            ValueError: a beta outside of the legal range for this target and depth, or too many of them.
         """
         if self.betas is not None:
             betas: Sequence[float] = sorted({0.0, *self.betas})
@@ -53,6 +54,11 @@ class AllocateSettings:
         else:
             assert self.step is not None
             betas = beta_grid(self.target, layer_sizes, self.step)
+        if len(betas) > MOST_PLANS:
+            raise ValueError(
+                f"these are {len(betas)} betas, and at most {MOST_PLANS} can be tried together. Give a count of betas, "
+                "a wider step, or a list."
+            )
         return tuple(arithmetic(self.target, beta, layer_sizes) for beta in betas)
 
 

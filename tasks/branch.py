@@ -58,11 +58,20 @@ def branch(
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
     missing = [number for number, stage in enumerate(stages) if store.find(stage) is None]
     if missing:
-        group = _group(store, inputs, [plans[number] for number in missing], linears, settings, execution)
-        for position, number in enumerate(missing):
-            build = partial(_copy_lane, store, group, position, plans[number])
+        # A process that dies while it commits the lanes of a finished group leaves some of them missing.
+        whole = store.find(_group_stage(stages))
+        members = missing if whole is None else list(range(len(plans)))
+        run = [plans[number] for number in members]
+        group = whole or _group(store, inputs, run, linears, settings, execution)
+        for number in missing:
+            build = partial(_copy_lane, store, group, members.index(number), plans[number])
             store.get_or_build(stages[number], build)
-    return [_score(store, plan, stage) for plan, stage in zip(plans, stages, strict=True)]
+    return [read_score(store, plan, store.get(stage.key)) for plan, stage in zip(plans, stages, strict=True)]
+
+
+def _group_stage(lanes: Sequence[Stage]) -> Stage:
+    """The stage that runs these lanes together."""
+    return Stage("lane_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)})
 
 
 def _group(
@@ -73,15 +82,13 @@ def _group(
     settings: PruneSettings,
     execution: Execution,
 ) -> Artifact:
-    lanes = {f"lane {number}": lane_stage(plan, inputs, settings).key for number, plan in enumerate(plans)}
-
     def build(draft: Draft) -> None:
         title = f"branch: {len(plans)} betas and the dense model, group 1 of 1"
         result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
         for number in range(len(plans)):
             write_lane(draft, lane_folder(number), result, number + 1, linears)
 
-    return store.get_or_build(Stage("lane_group", 1, None, lanes), build)
+    return store.get_or_build(_group_stage([lane_stage(plan, inputs, settings) for plan in plans]), build)
 
 
 def write_lane(
@@ -116,8 +123,8 @@ def _copy_lane(
     draft.facts |= {"beta": plan.beta, "selection perplexity": perplexity(losses)}
 
 
-def _score(store: ArtifactStore, plan: SparsityPlan, stage: Stage) -> LaneScore:
-    artifact = store.get(stage.key)
+def read_score(store: ArtifactStore, plan: SparsityPlan, artifact: Artifact) -> LaneScore:
+    """What the artifact of the lane of ``plan`` holds."""
     losses = read_table(store, artifact, LOSSES_FILE)["loss"].to_pylist()
     linears = read_table(store, artifact, LINEARS_FILE)
     realised = sum(linears["zeros"].to_pylist()) / sum(linears["weights"].to_pylist())

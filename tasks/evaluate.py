@@ -39,6 +39,18 @@ class TestResult:
     gain: PairedDifference | None
 
 
+def evaluate_stage(
+    inputs: LaneInputs, uniform: SparsityPlan, best: SparsityPlan, settings: PruneSettings
+) -> Stage:
+    """The stage of an evaluation; the dense model is in every one of them."""
+    layers = [list(plan.layers) for plan in _distinct(uniform, best)]
+    return Stage("evaluate", 1, {"plans": layers, "prune": settings}, inputs.keys(settings))
+
+
+def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
+    return [uniform] if best == uniform else [uniform, best]
+
+
 @task(cache_policy=NO_CACHE, persist_result=False)
 def evaluate(
     store: ArtifactStore,
@@ -50,9 +62,7 @@ def evaluate(
     execution: Execution,
 ) -> Artifact:
     """Score the dense, the uniform and the best model on ``inputs.scored``, the test windows: once."""
-    plans = [uniform] if best == uniform else [uniform, best]
-    layers = [list(plan.layers) for plan in plans]
-    stage = Stage("evaluate", 1, {"plans": layers, "prune": settings}, inputs.keys(settings))
+    plans = _distinct(uniform, best)
 
     def build(draft: Draft) -> None:
         title = "evaluate: dense, uniform and best on the test windows"
@@ -65,7 +75,7 @@ def evaluate(
         draft.write(TEST_FILE, json.dumps(asdict(test), indent=1).encode())
         draft.facts |= {"dense": test.dense, "uniform": test.uniform, "best": test.best}
 
-    return store.get_or_build(stage, build)
+    return store.get_or_build(evaluate_stage(inputs, uniform, best, settings), build)
 
 
 def read_test(store: ArtifactStore, artifact: Artifact) -> TestResult:

@@ -13,6 +13,7 @@ from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.draft import Draft
+from storage.keys import digest
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import write_tensors
@@ -28,6 +29,22 @@ from tasks.statistics_table import read_statistics, statistics_identity
 
 SPARSITY_FILE = "sparsity.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def export_stage(
+    checkpoint: Checkpoint, capture: Artifact, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings
+) -> Stage:
+    """The stage that writes the pruned checkpoint of the lane ``chosen``."""
+    copied = copied_files(checkpoint.artifact.files)
+    inputs = {
+        "checkpoint": checkpoint.identity,
+        # The identity is that of the weights; the same ones may come with another tokenizer or chat template.
+        "copied files": digest({name: checkpoint.artifact.files[name].digest for name in copied}),
+        "statistics": statistics_identity(_statistics_of(chosen, capture, settings)),
+        "lane": chosen.artifact.key,
+        "uniform": uniform.artifact.key,  # for the model card
+    }
+    return Stage("export", 1, {"prune": settings, "dense": _dense_perplexity(capture)}, inputs)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -46,15 +63,8 @@ def export(
     Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go
     ``sparsity.json`` (plan, realised per linear) and a model card.
     """
-    sequential = settings.calibration_mode == "sequential"
-    statistics = chosen.artifact if sequential else capture
-    inputs = {
-        "checkpoint": checkpoint.identity,
-        "statistics": statistics_identity(statistics),
-        "lane": chosen.artifact.key,
-        "uniform": uniform.artifact.key,  # for the model card
-    }
-    dense_perplexity = float(str(capture.facts[DENSE_PERPLEXITY]))
+    statistics = _statistics_of(chosen, capture, settings)
+    dense_perplexity = _dense_perplexity(capture)
 
     def build(draft: Draft) -> None:
         writer = _Export(store, checkpoint, statistics, chosen.plan, linears, settings, execution)
@@ -81,9 +91,16 @@ def export(
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
         draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
 
-    return store.get_or_build(
-        Stage("export", 1, {"prune": settings, "dense": dense_perplexity}, inputs), build
-    )
+    return store.get_or_build(export_stage(checkpoint, capture, chosen, uniform, settings), build)
+
+
+def _statistics_of(lane: LaneScore, capture: Artifact, settings: PruneSettings) -> Artifact:
+    """Where the statistics lie by which ``lane`` was pruned."""
+    return lane.artifact if settings.calibration_mode == "sequential" else capture
+
+
+def _dense_perplexity(capture: Artifact) -> float:
+    return float(str(capture.facts[DENSE_PERPLEXITY]))
 
 
 class _Export:

@@ -96,10 +96,10 @@ def advance_group(
     """
     linear_sizes = [[linear.numel for linear in layer] for layer in linears]
     removed = [removed_per_linear(plan, settings.target, linear_sizes) for plan in plans]
+    read_before = inputs.checkpoint.bytes_read
     group = _Group(store, inputs, removed, settings, execution)
     first = group.start(draft)
     clock = BoundaryClock(execution)
-    read_before = inputs.checkpoint.bytes_read
     total = group.model.num_layers
     with showing(title, total, first) as step:
         for index, outcome in enumerate(group.layers(first), first):
@@ -107,8 +107,13 @@ def advance_group(
             if clock.due() and index + 1 < total:
                 draft.save_progress(index + 1, group.write_state)
             step(index + 1)
+    losses = []
+    with showing(f"{title}: losses", len(group.lanes), unit="lane") as step:
+        for lane in range(len(group.lanes)):
+            losses.append(group.losses(lane))
+            step(lane + 1)
     draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
-    return GroupResult(group.losses(), group.outcomes)
+    return GroupResult(losses, group.outcomes)
 
 
 def lane_folder(plan: int) -> str:
@@ -178,11 +183,9 @@ class _Group:
         rows = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
         state.write(OUTCOMES_FILE, json.dumps(rows).encode())
 
-    def losses(self) -> list[list[float]]:
-        return [
-            window_losses(self.model, lane.hidden_states[self.calibration_windows :], self.scored)
-            for lane in self.lanes
-        ]
+    def losses(self, lane: int) -> list[float]:
+        states = self.lanes[lane].hidden_states[self.calibration_windows :]
+        return window_losses(self.model, states, self.scored)
 
     def _captured(self, layer: int) -> Mapping[str, InputStatistics]:
         return read_statistics(self.store, self.inputs.capture, layer)

@@ -11,6 +11,7 @@ from uuid import UUID
 import psutil
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,20 +36,21 @@ class Step(Protocol):
 
 
 @contextmanager
-def showing(title: str, total: int, start: int = 0) -> Iterator[Step]:
-    """Show that ``completed`` of ``total`` layers are done, with the time left and the memory in use.
+def showing(title: str, total: int, start: int = 0, unit: str = "layer") -> Iterator[Step]:
+    """Show that ``completed`` of ``total`` are done, with the time left and the memory in use.
 
     Args:
         title: what is going on, e.g. "branch: 11 lanes, group 1 of 1".
         total: number of layers.
-        start: layers that an earlier attempt had done.
+        start: how many an earlier attempt had done.
+        unit: what is counted.
     """
-    reports = _Reports(title, total, start)
+    reports = _Reports(title, total, start, unit)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("layers"),
+        TextColumn(f"{unit}s"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
@@ -68,13 +70,13 @@ def showing(title: str, total: int, start: int = 0) -> Iterator[Step]:
 class _Reports:
     """Reports to the log, to Prefect, and as plain lines where there is no terminal."""
 
-    def __init__(self, title: str, total: int, start: int) -> None:
-        self._title, self._total, self._start = title, total, start
+    def __init__(self, title: str, total: int, start: int, unit: str) -> None:
+        self._title, self._total, self._start, self._unit = title, total, start, unit
         self._began, self._last = time.monotonic(), 0.0
         # Outside of a task run there is no server to tell; a test calls the plain function.
-        self._artifact = (
-            cast(UUID, create_progress_artifact(0.0, description=title)) if TaskRunContext.get() else None
-        )
+        in_task_run = TaskRunContext.get() is not None
+        self._artifact = cast(UUID, create_progress_artifact(0.0, description=title)) if in_task_run else None
+        self._log = get_run_logger() if in_task_run else logger
 
     def report(self, completed: int, to_stderr: bool) -> None:
         now = time.monotonic()
@@ -82,8 +84,8 @@ class _Reports:
             return
         self._last = now
         left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
-        line = f"{self._title}: layer {completed} of {self._total}, {left:.0f} s left, {_memory()}"
-        logger.info(line)
+        line = f"{self._title}: {self._unit} {completed} of {self._total}, {left:.0f} s left, {_memory()}"
+        self._log.info(line)
         if to_stderr:
             sys.stderr.write(f"{line}\n")
         if self._artifact is not None:

@@ -70,18 +70,23 @@ class Selection:
         return f"perplexity {gain:.1f} % below {role}beta {row.beta:g} (t = {t}: {significance})"
 
 
+def select_stage(scores: Sequence[LaneScore], dense_perplexity: float) -> Stage:
+    """The stage of a choice among these lanes."""
+    lanes = {f"lane {number:03d}": score.artifact.key for number, score in enumerate(scores)}
+    betas = [score.plan.beta for score in scores]
+    return Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes)
+
+
 @task(cache_policy=NO_CACHE, persist_result=False)
 def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
     """Choose the plan with the lowest mean loss; of equal ones the flattest."""
-    lanes = {f"lane {number:03d}": score.artifact.key for number, score in enumerate(scores)}
-    betas = [score.plan.beta for score in scores]
 
     def build(draft: Draft) -> None:
         selection = compare(scores, dense_perplexity)
         draft.write(SELECTION_FILE, json.dumps(asdict(selection), indent=1).encode())
         draft.facts |= {"verdict": selection.verdict}
 
-    return store.get_or_build(Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes), build)
+    return store.get_or_build(select_stage(scores, dense_perplexity), build)
 
 
 def compare(scores: Sequence[LaneScore], dense_perplexity: float) -> Selection:

@@ -30,6 +30,9 @@ class OuterTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._checkpoint.read({name: self._tensors[name]})[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own looks the tensor up, and so reads it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

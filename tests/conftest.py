@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flows.embedded_server import PREFERENCES
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 
@@ -76,6 +77,21 @@ def store(fresh_store_url) -> ArtifactStore:
 def quick_retries(monkeypatch):
     """Ask a failing storage again without waiting."""
     monkeypatch.setattr("storage.files.FIRST_DELAY", 0.001)
+
+
+@pytest.fixture(scope="session")
+def prefect_backend(tmp_path_factory) -> Iterator[str]:
+    """The URL of a real Prefect server with an empty database; flows of this process report to it."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in PREFERENCES.items():
+            environment.setenv(name, value)
+        environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        # 16 s on two idle cores.
+        with prefect_test_harness(server_startup_timeout=120):
+            yield PREFECT_API_URL.value()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -54,9 +54,7 @@ def main() -> None:
     first, last = (found[depth] for depth in DEPTHS)
     limit = 3 * last["layer"] + last["hidden states"]
     growth = last["peak"] / first["peak"] - 1
-    print(
-        f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit"
-    )
+    print(f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit")
     sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 
 DENSE = 28.82
 HALF = {0: 59.18, 0.002: 57.65, 0.004: 56.66, 0.006: 56.96, 0.008: 58.07, 0.012: 63.29, 0.016: 73.58}
-SEVENTY = (0.0, 0.004, 0.008, 0.012)
+SEVENTY = (
+    0.0,
+    0.002,
+    0.004,
+    0.006,
+    0.008,
+    0.01,
+    0.012,
+    0.014,
+)  # of the paper's grid, up to beyond the minimum
 
 
 def main() -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
@@ -24,7 +25,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from layerwise.streaming import StreamedModel
 
@@ -48,6 +51,17 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
     "gemma2-window": (
         Gemma2Config,
         MODERN | {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
+        "model.layers",
+    ),
+    "gemma4": (  # a trained buffer in every layer; the last one attends to everything, with wider heads
+        Gemma4TextConfig,
+        MODERN
+        | {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16, "sliding_window": 5},
+        "model.layers",
+    ),
+    "recurrent-gemma": (  # two layers with a recurrent block, one with attention
+        RecurrentGemmaConfig,
+        MODERN | {"lru_width": 32, "head_dim": 8, "attention_window_size": 5},
         "model.layers",
     ),
     "phi3": (Phi3Config, MODERN, "model.layers"),
@@ -129,8 +143,10 @@ def tiny_model() -> Callable[..., TinyModel]:
             # Far from the initial values: every weight, norm and bias has to matter.
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        named = dict(reference.named_parameters())
-        checkpoint = {name: named[name].detach().clone() for name in named if name not in tied}
+        state = {name: tensor for name, tensor in reference.state_dict().items() if name not in tied}
+        for name in state.keys() - dict(reference.named_parameters()).keys():
+            state[name].mul_(0.75)  # trained buffers matter too
+        checkpoint = {name: tensor.clone() for name, tensor in state.items()}
         return TinyModel(reference, layers_name, checkpoint)
 
     return build
@@ -145,6 +161,62 @@ def random_windows_of() -> Callable[..., Tensor]:
         return torch.randint(3, VOCABULARY, (windows, seqlen), generator=generator)
 
     return draw
+
+
+@pytest.fixture
+def published_wanda_mask() -> Callable[[Tensor, list[Tensor], float], Tensor]:
+    """Wanda's mask by its definition in arXiv:2306.11695, written independently of ``layerwise``."""
+
+    def mask_of(weight: Tensor, sequences: list[Tensor], sparsity: float) -> Tensor:
+        """Mask of ``weight`` (out_features, in_features), given the inputs of every sequence (tokens, in_features).
+
+        The squared norm of each input channel is averaged over the sequences as they come, in the way of the
+        official implementation, and the lowest scores of every row go.
+        """
+        mean = torch.zeros(weight.shape[1])
+        for number, tokens in enumerate(sequences):
+            mean = mean * (number / (number + 1)) + tokens.float().norm(p=2, dim=0) ** 2 / (number + 1)
+        metric = weight.float().abs() * mean.sqrt()
+        mask = torch.zeros(weight.shape, dtype=torch.bool)
+        for row in range(len(weight)):
+            ascending = torch.sort(metric[row], stable=True).indices
+            mask[row, ascending[: int(weight.shape[1] * sparsity)]] = True
+        return mask
+
+    return mask_of
+
+
+@pytest.fixture
+def linear_inputs() -> Callable[[PreTrainedModel, str, Tensor], dict[str, list[Tensor]]]:
+    """What the linears of one layer of a model of transformers are fed, by name: one tensor per sequence."""
+
+    def run(model: PreTrainedModel, layer_name: str, input_ids: Tensor) -> dict[str, list[Tensor]]:
+        layer, inputs, hooks = model.get_submodule(layer_name), {}, []
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                inputs[name] = []
+                hooks.append(module.register_forward_pre_hook(_remembering(inputs[name])))
+        with torch.no_grad():
+            for sequence in input_ids:
+                model(input_ids=sequence[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return inputs
+
+    return run
+
+
+def _remembering(kept: list[Tensor]) -> Callable:
+    def remember(_module, inputs: tuple[Tensor]) -> None:
+        kept.append(inputs[0].reshape(-1, inputs[0].shape[-1]).clone())  # OPT's are flat already
+
+    return remember
+
+
+@pytest.fixture
+def two_windows_at_a_time(monkeypatch) -> None:
+    """Batches of two windows of 16 tokens, so that five windows leave a remainder."""
+    monkeypatch.setattr("layerwise.hidden_states.TOKENS_PER_FORWARD", 32)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, CpmAntConfig
 
+from layerwise.skeleton import UnsupportedModel
 from layerwise.streaming import StreamedModel
 
 FAMILIES = [
@@ -13,6 +15,8 @@ FAMILIES = [
     "qwen3",
     "gemma",
     "gemma2-window",
+    "gemma4",
+    "recurrent-gemma",
     "phi3",
     "opt",
     "opt-projected",
@@ -57,7 +61,10 @@ def test_a_sliding_window_shorter_than_the_sequence_is_kept(tiny_model, random_w
     assert (logits - reference_logits(wide.reference, input_ids)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "falcon", "bloom"],
+)
 def test_a_model_of_a_single_layer_is_streamed_like_any_other(tiny_model, random_windows_of, family):
     tiny, input_ids = tiny_model(family, num_hidden_layers=1), random_windows_of(3)
     logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
@@ -226,6 +233,17 @@ def test_missing_weights_of_a_layer_are_named_and_the_model_stays_usable(tiny_mo
     assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
+def test_a_missing_trained_buffer_of_a_layer_is_named(tiny_model):
+    tiny = tiny_model("gemma4")
+    incomplete = tiny.layers()[2]
+    del incomplete["layer_scalar"]
+    with (
+        pytest.raises(ValueError, match="layer 2 got no weights for layer_scalar"),
+        tiny.streamed().loaded(2, incomplete),
+    ):
+        pass
+
+
 def test_a_layer_does_not_keep_what_an_earlier_layer_had(tiny_model):
     tiny = tiny_model()
     model = tiny.streamed()
@@ -233,3 +251,31 @@ def test_a_layer_does_not_keep_what_an_earlier_layer_had(tiny_model):
         pass
     with pytest.raises(ValueError, match="layer 0 got no weights for .*self_attn"), model.loaded(0, {}):
         pytest.fail("the layer was handed out")
+
+
+def test_a_model_whose_layers_look_at_the_tokens_is_refused_by_name(tiny_model, random_windows_of):
+    """Gemma-4's small models feed every layer an embedding of the tokens of its own."""
+    tiny = tiny_model("gemma4", hidden_size_per_layer_input=8, vocab_size_per_layer_input=61)
+    with pytest.raises(UnsupportedModel, match="gemma4_text"):
+        tiny.streamed().embed(random_windows_of(2))
+
+
+def test_a_model_whose_layers_do_not_keep_the_shape_of_the_windows_is_refused_by_name(random_windows_of):
+    """CPM-Ant puts prompt tokens of its own in front of every window."""
+    config = CpmAntConfig(
+        hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=4, vocab_size=61
+    )
+    reference = AutoModelForCausalLM.from_config(config)
+    outer = {name: weight for name, weight in reference.state_dict().items() if ".layers." not in name}
+    with pytest.raises(UnsupportedModel, match="cpmant"):
+        StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(2))
+
+
+def test_a_new_shape_does_not_bring_the_embedding_back(tiny_model, random_windows_of, layer_outputs):
+    """A run that goes on from the middle embeds nothing; a large vocabulary's embedding takes gigabytes."""
+    tiny, model = tiny_model(), tiny_model().streamed()
+    model.release_embedding()
+    states = layer_outputs(tiny.reference, tiny.layers_name, random_windows_of(2))[0]
+    with model.loaded(1, tiny.layers()[1]) as layer:
+        model.run_layer(1, layer, states)
+    assert model.model.get_input_embeddings().weight.is_meta

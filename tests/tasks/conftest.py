@@ -1,11 +1,16 @@
-"""Small models in folders, in GGUF files and on a hub of our own, for the tests of imports."""
+"""Small models in folders, in GGUF files and on a hub of our own, and the stages that prune them."""
 
 import json
 import os
+import pkgutil
 import re
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,8 +27,25 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from layerwise.allocation import SparsityPlan, arithmetic
+from layerwise.skeleton import Linear
+from layerwise.streaming import StreamedModel
+from layerwise.wanda import Wanda
+from storage.artifact import Artifact
+from storage.copies import copy_files
+from storage.stage import Stage
 from storage.store import ArtifactStore
+from storage.tensors import write_tensors
+from tasks.branch import LaneScore, branch
+from tasks.capture import CaptureSettings, Retention, capture
 from tasks.checkpoint import Checkpoint
+from tasks.evaluate import evaluate
+from tasks.execution import Execution
+from tasks.export import export
+from tasks.import_checkpoint import import_checkpoint
+from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.sample_tokens import TOKENS_FILE, read_input_ids
+from tasks.streamed import layer_sizes_of, linears_by_layer
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -198,3 +220,152 @@ def hub(save_model, monkeypatch) -> Iterator[Hub]:
     hub.server.shutdown()
     hub.server.server_close()
     HfFileSystem.clear_instance_cache()
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A small checkpoint and windows of random tokens in a store, and the stages a search takes them through."""
+
+    store: ArtifactStore
+    folder: Path
+    checkpoint: Checkpoint
+    windows: Mapping[str, Artifact]  # by role
+    pruning: PruneSettings
+    linears: Sequence[Sequence[Linear]]
+
+    def input_ids(self, role: str) -> torch.Tensor:
+        return read_input_ids(self.store, self.windows[role])
+
+    def transformers_model(self, folder: Path | None = None) -> PreTrainedModel:
+        """The checkpoint, or another in ``folder``, as transformers itself opens it, in the dtype of the run."""
+        dtype = getattr(torch, self.pruning.dtype)
+        return AutoModelForCausalLM.from_pretrained(folder or self.folder, dtype=dtype).eval()
+
+    def capture(self, retention: Retention = "none", **execution) -> Artifact:
+        settings = CaptureSettings(self.pruning.dtype, retention)
+        calibration, selection = self.windows["calibration"], self.windows["selection"]
+        where = Execution(**execution)
+        return capture.fn(self.store, self.checkpoint, calibration, selection, settings, where)
+
+    def plans(self, betas: Sequence[float]) -> tuple[SparsityPlan, ...]:
+        sizes = layer_sizes_of(self.linears)
+        return tuple(arithmetic(self.pruning.target, beta, sizes) for beta in betas)
+
+    def inputs(self, scored: str = "selection") -> LaneInputs:
+        return LaneInputs(self.checkpoint, self.capture(), self.windows["calibration"], self.windows[scored])
+
+    def branch(self, *betas: float, **execution) -> list[LaneScore]:
+        plans, where = self.plans(betas), Execution(**execution)
+        return branch.fn(self.store, self.inputs(), plans, self.linears, self.pruning, where)
+
+    def exported_model(self, lane: LaneScore, folder: Path) -> PreTrainedModel:
+        """The model that a lane is: exported, copied to ``folder`` and opened by transformers."""
+        copy_files(self.store, self.export(lane), str(folder))
+        return self.transformers_model(folder)
+
+    def losses(self, model: PreTrainedModel, role: str) -> list[float]:
+        """Loss per window by transformers' own computation."""
+        with torch.no_grad():
+            return [model(input_ids=i[None], labels=i[None]).loss.item() for i in self.input_ids(role)]
+
+    def export(self, chosen: LaneScore, uniform: LaneScore | None = None) -> Artifact:
+        lanes = chosen, uniform or chosen
+        where = Execution()
+        return export.fn(
+            self.store, self.checkpoint, self.capture(), *lanes, self.linears, self.pruning, where
+        )
+
+    def evaluate(self, uniform: float, best: float, **execution) -> Artifact:
+        plans, where = self.plans((uniform, best)), Execution(**execution)
+        return evaluate.fn(self.store, self.inputs("test"), *plans, self.linears, self.pruning, where)
+
+    def files(self) -> set[str]:
+        """Every file in the store."""
+        return set(self.store.fs.find(self.store.root))
+
+
+def lively(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with weights, norms and biases so large that each of them matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.fixture
+def small_run(local_store, save_model) -> Callable[..., SmallRun]:
+    """Import a small model (three layers of LLaMA) and make windows of 12 tokens for each role."""
+
+    def make(
+        model: PreTrainedModel | Path | None = None,
+        store: ArtifactStore = local_store,
+        max_shard_size: str = "1GB",
+        **pruning,
+    ) -> SmallRun:
+        if not isinstance(model, Path):
+            model = lively(model or small_llama(num_hidden_layers=3, initializer_range=0.2))
+            model = save_model(model, max_shard_size=max_shard_size)
+        checkpoint = import_checkpoint(store, str(model))
+        windows = {
+            role: _random_windows(store, role, count, checkpoint.config.vocab_size)
+            for role, count in (("calibration", 5), ("selection", 3), ("test", 2))
+        }
+        defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}
+        settings = PruneSettings(**(defaults | {"dtype": checkpoint.index.dtype} | pruning))
+        return SmallRun(store, model, checkpoint, windows, settings, linears_by_layer(checkpoint.index))
+
+    return make
+
+
+def _random_windows(store: ArtifactStore, role: str, windows: int, vocabulary: int) -> Artifact:
+    generator = torch.Generator().manual_seed(len(role))
+    input_ids = torch.randint(vocabulary, (windows, 12), generator=generator)
+    return store.get_or_build(
+        Stage("sample_tokens", 1, f"random tokens: {role}"),
+        lambda draft: write_tensors(draft, TOKENS_FILE, {"input_ids": input_ids}),
+    )
+
+
+@pytest.fixture
+def another_store() -> Callable[[], ArtifactStore]:
+    """Make an empty store, to build something a second time in."""
+    return lambda: ArtifactStore(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def computed_layers(monkeypatch) -> list[int]:
+    """The index of every decoder layer that is put to work, in order."""
+    computed: list[int] = []
+    loaded = StreamedModel.loaded
+
+    def counted(model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor]):
+        computed.append(index)
+        return loaded(model, index, weights)
+
+    monkeypatch.setattr(StreamedModel, "loaded", counted)
+    return computed
+
+
+class MachineDied(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+@pytest.fixture
+def dying_at(monkeypatch) -> Callable[[str, int], AbstractContextManager]:
+    """Run a block that the ``call``-th call of a function (by its dotted name) ends."""
+
+    @contextmanager
+    def run(function: str, call: int) -> Iterator[None]:
+        original, calls = pkgutil.resolve_name(function), count(1)
+
+        def dying(*arguments, **options):
+            if next(calls) == call:
+                raise MachineDied
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(function, dying)
+            with pytest.raises(MachineDied):
+                yield
+
+    return run

@@ -1,0 +1,88 @@
+"""A tiny model and a text for whole searches, and one finished search that the tests look at."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from flows.search import SearchResult, search
+from flows.settings import Runtime, Search
+
+WORDS = [f"w{number}" for number in range(96)]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder with a model (three layers of LLaMA), a mixture of experts and a text of 2000 words."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text.txt"
+
+    def parameters(self, **changes) -> dict:
+        """Settings of a small search, as plain JSON."""
+        text = str(self.text)
+        small = {"calibration_windows": 6, "selection_windows": 4, "test_windows": 3, "seqlen": 16}
+        texts = {"calibration": text, "selection": text}
+        model = {"model": str(self.model), "sparsity": 0.5, "betas": [0.1, 0.25]}
+        return model | texts | small | changes
+
+    def settings(self, **changes) -> Search:
+        return Search.model_validate(self.parameters(**changes))
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    words = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS, 1)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    models = {
+        "model": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.2)),
+        "experts": MixtralForCausalLM(MixtralConfig(**SHAPE, **HEADS, num_local_experts=2)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / name)
+    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
+    return Workshop(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(workshop, prefect_backend, tmp_path_factory) -> tuple[SearchResult, Runtime]:
+    """A search that built everything in an empty store, and where it ran. Tests add to the store, and never remove."""
+    runtime = Runtime(store=str(tmp_path_factory.mktemp("finished") / "store"))
+    return search(workshop.settings(), runtime), runtime
+
+
+@pytest.fixture
+def run_search(prefect_backend, workshop, finished) -> Callable[..., SearchResult]:
+    """Search with some settings changed, in the store of the finished search unless it is given."""
+
+    def run(store: str | None = None, **changes) -> SearchResult:
+        runtime = finished[1] if store is None else Runtime(store=store)
+        return search(workshop.settings(**changes), runtime)
+
+    return run

@@ -1,0 +1,241 @@
+"""The search flow as a whole, on a real Prefect server."""
+
+import json
+import math
+
+import pytest
+import torch
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.exceptions import ParameterTypeError
+from transformers import AutoModelForCausalLM
+
+from flows.search import RESULT_FILE, search, table_rows
+from flows.settings import Runtime
+from storage.copies import copy_files
+from storage.store import ArtifactStore
+from tasks.import_checkpoint import import_checkpoint
+from tasks.sample_tokens import read_input_ids
+
+ROLES = ["checkpoint", "calibration", "selection", "test", "allocate", "capture"]
+LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
+END = ["select", "export", "evaluate"]
+
+
+def keys_of(result):
+    return {role: artifact.key for role, artifact in result.stages.items()}
+
+
+def content_of(result):
+    return {role: artifact.content for role, artifact in result.stages.items() if role != "checkpoint"}
+
+
+def test_the_first_search_builds_everything(finished):
+    result, _ = finished
+    assert list(result.stages) == ROLES + LANES + END
+    assert list(result.built) == ROLES + LANES + END
+    assert [row.beta for row in result.selection.rows] == [0.0, 0.1, 0.25]
+    assert {row.realised_sparsity for row in result.selection.rows} == {0.5}
+
+
+def test_weights_are_read_once_for_each_pass(finished, workshop):
+    """Dense model, lanes, export and test; the digests of the import are not counted."""
+    result, runtime = finished
+    index = import_checkpoint(ArtifactStore(runtime.store), str(workshop.model)).index
+    assert result.bytes_read == 4 * (sum(index.layer_bytes) + index.outer_bytes)
+
+
+def test_the_second_search_builds_nothing_and_reads_no_weights(finished, run_search):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    before = store.fs.find(store.root)
+    again = run_search()
+    assert again.built == ()
+    assert again.bytes_read == 0
+    assert (again.selection, again.test, again.pruned) == (result.selection, result.test, result.pruned)
+    assert keys_of(again) == keys_of(result)
+    assert store.fs.find(store.root) == before
+
+
+@pytest.mark.parametrize("fresh_store_url", ["memory", "s3"], indirect=True)
+def test_another_kind_of_store_holds_the_same_artifacts(finished, run_search, fresh_store_url):
+    result, _ = finished
+    there = run_search(fresh_store_url)
+    assert keys_of(there) == keys_of(result)
+    assert content_of(there) == content_of(result)
+    assert there.pruned.startswith(fresh_store_url)
+    assert run_search(fresh_store_url).built == ()
+
+
+def test_the_exported_model_has_the_losses_that_were_reported(finished, tmp_path):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    model = AutoModelForCausalLM.from_pretrained(result.pruned)
+    for role, perplexity in (
+        ("selection", result.selection.best_row.perplexity),
+        ("test", result.test.best),
+    ):
+        input_ids = read_input_ids(store, result.stages[role])
+        with torch.no_grad():
+            losses = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in input_ids]
+        assert math.exp(sum(losses) / len(losses)) == pytest.approx(perplexity, rel=1e-5)
+    copy_files(store, result.stages["export"], str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "sparsity.json").exists()
+
+
+def test_no_token_of_the_test_is_in_another_split_and_only_the_evaluation_has_it_as_input(finished):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    windows = {
+        role: read_input_ids(store, result.stages[role]) for role in ("calibration", "selection", "test")
+    }
+    assert [tuple(ids.shape) for ids in windows.values()] == [(6, 16), (4, 16), (3, 16)]
+    test = result.stages["test"]
+    readers = [
+        artifact.recipe["name"]
+        for artifact in store.artifacts()
+        if {test.key, test.content} & set(artifact.recipe["inputs"].values())
+    ]
+    assert sorted(set(readers)) == ["evaluate", "search"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "built"),
+    [
+        ({"test_windows": 2}, ["test", "evaluate"]),
+        ({"betas": [0.1, 0.2, 0.25]}, ["allocate", "lane beta 0.2", "select"]),
+        ({"retain": "sampled"}, ["capture"]),
+        ({"seed": 1}, ["calibration", "capture", *LANES, *END]),
+        ({"pruner": {"method": "magnitude"}}, [*LANES, *END]),
+        ({"calibration_mode": "sequential"}, [*LANES, *END]),
+        ({"sparsity": 0.4}, ["allocate", *LANES, *END]),
+        ({"dtype": "bfloat16"}, ["capture", *LANES, *END]),
+    ],
+)
+def test_only_what_a_setting_changes_is_built_anew(finished, run_search, changes, built):
+    result = run_search(**changes)
+    expected = [role for role in result.stages if role in built]
+    assert expected
+    # A new beta that is the best one is exported, too.
+    extra = END if result.selection.best_row.beta != finished[0].selection.best_row.beta else []
+    assert [role for role in result.built if role not in extra] == [
+        role for role in expected if role not in extra
+    ]
+    assert run_search(**changes).built == ()
+
+
+def test_a_search_that_died_goes_on_from_its_last_resume_point(
+    finished, workshop, tmp_path, monkeypatch, prefect_backend
+):
+    runtime = Runtime(store=str(tmp_path / "store"), boundary_layers=1)
+    computed = []
+    read_statistics = __import__("tasks.lane_group", fromlist=["read_statistics"]).read_statistics
+
+    def dying(store, artifact, layer, *rest):
+        computed.append(layer)
+        if layer == 1 and len(computed) == 2:
+            raise OSError("the machine died")
+        return read_statistics(store, artifact, layer, *rest)
+
+    monkeypatch.setattr("tasks.lane_group.read_statistics", dying)
+    with pytest.raises(OSError, match="the machine died"):
+        search(workshop.settings(), runtime)
+    result = search(workshop.settings(), runtime)
+    assert computed[:5] == [0, 1, 1, 2, 0]  # the last one is the evaluation's
+    assert list(result.built) == [*LANES, *END]
+    assert content_of(result) == content_of(finished[0])
+
+
+def test_prefect_has_the_result_table_and_a_link_to_the_model(finished, run_search):
+    result = run_search()
+    with get_client(sync_client=True) as client:
+        newest = {
+            key: client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}), limit=1)[0]
+            for key in ("search-result", "pruned-model")
+        }
+    assert newest["search-result"].type == "table"
+    assert json.loads(newest["search-result"].data) == table_rows(result.selection)
+    assert result.selection.verdict in newest["search-result"].description
+    assert result.pruned in newest["pruned-model"].data
+
+
+def test_the_result_table_can_be_checked_by_hand(finished):
+    selection = finished[0].selection
+    rows = table_rows(selection)
+    assert [row["beta"] for row in rows] == [0.0, 0.1, 0.25]
+    assert [row["plan"] for row in rows] == ["uniform", "ATP", "ATP"]
+    assert [row["above best"] == "best" for row in rows] == [i == selection.best for i in range(3)]
+    for row, score in zip(rows, selection.rows, strict=True):
+        assert row["perplexity"] == pytest.approx(math.exp(score.loss), abs=0.006)
+        assert row["realised sparsity"] == 0.5
+        if score.above_best is not None:
+            assert float(row["above best"]) == pytest.approx(score.loss - selection.best_row.loss, abs=1e-4)
+
+
+def test_the_result_is_in_the_store_as_well(finished, workshop):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    documents = [
+        json.loads(store.read(artifact, RESULT_FILE))
+        for artifact in store.artifacts()
+        if artifact.recipe["name"] == "search"
+    ]
+    (document,) = [d for d in documents if d["stages"] == keys_of(result)]
+    assert document["settings"] == workshop.settings().model_dump(mode="json")
+    assert document["verdict"] == result.selection.verdict
+    assert document["test"]["best"] == result.test.best
+
+
+def refused(workshop, message, **changes):
+    return pytest.param(changes, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "in_store"),
+    [
+        ({"betas": [0.6]}, r"beta 0.6 is outside of the legal range \[0, 0.50000\]", set()),
+        ({"betas": None, "beta_step": 0.001}, "at most 255", set()),
+        ({"model": "experts"}, "mixtral is a mixture of experts", set()),
+        ({"model": "nowhere"}, "no such model|neither a file or folder", set()),
+        ({"seqlen": 400}, r"1000 tokens, but 6 x 400 = 2400 are needed", {"import_checkpoint"}),
+        (
+            {"selection_windows": 32},
+            r"500 tokens, but 32 x 16 = 512 are needed",
+            {"import_checkpoint", "sample_tokens"},
+        ),
+        ({"calibration": "nowhere.txt"}, "there is no corpus at nowhere.txt", set()),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    workshop, prefect_backend, tmp_path, changes, message, in_store
+):
+    if changes.get("model") == "experts":
+        changes = {"model": str(workshop.folder / "experts")}
+    runtime = Runtime(store=str(tmp_path / "store"))
+    with pytest.raises((ValueError, OSError), match=message):
+        search(workshop.settings(**changes), runtime)
+    store = ArtifactStore(runtime.store)
+    assert {artifact.recipe["name"] for artifact in store.artifacts()} == in_store
+
+
+def test_a_device_that_is_not_there_is_refused(workshop, prefect_backend, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), device="xpu:7")
+    with pytest.raises(ValueError, match="cannot compute on device 'xpu:7'"):
+        search(workshop.settings(), runtime)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sparsity": 1.5}, {"sparsty": 0.5}, {"pruner": {"method": "wanda", "blocks": 3}}]
+)
+def test_prefect_refuses_parameters_that_mean_nothing(workshop, prefect_backend, tmp_path, changes):
+    with pytest.raises(ParameterTypeError, match=next(iter(changes))):
+        search(settings=workshop.parameters(**changes), runtime={"store": str(tmp_path / "store")})
+
+
+def test_a_run_is_named_after_model_and_sparsity(finished, run_search, workshop):
+    run_search()
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name={"any_": [f"{workshop.model} at 0.5"]}), limit=1
+        )
+    assert runs[0].state.is_completed()

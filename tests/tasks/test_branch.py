@@ -1,0 +1,216 @@
+"""Branch: lanes are run once, whatever group they are in and however often the run is interrupted."""
+
+import pytest
+
+from layerwise.magnitude import Magnitude
+from storage.tables import read_table
+from tasks.branch import branch
+from tasks.execution import Execution
+
+MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
+
+# Called once for every layer (dense), once for every layer and lane (sequential).
+READS_STATISTICS = "tasks.lane_group.read_statistics"
+WRITES_STATISTICS = "tasks.lane_group.write_statistics"
+
+
+def errors_of(run, lane):
+    return read_table(run.store, lane.artifact, "layers.parquet")["error"].to_pylist()
+
+
+def zeros_of(run, lane):
+    """Number of zeros by layer and linear."""
+    rows = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
+    return {(row["layer"], row["linear"]): row["zeros"] for row in rows}
+
+
+@MODES
+def test_every_lane_has_a_loss_per_window_an_error_per_layer_and_zeros_per_linear(small_run, mode):
+    run = small_run(calibration_mode=mode)
+    for lane in run.branch(0.0, 0.2):
+        assert len(lane.losses) == 3
+        layers = read_table(run.store, lane.artifact, "layers.parquet")
+        assert layers["layer"].to_pylist() == [0, 1, 2]
+        linears = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
+        names = [(index, linear.name) for index, layer in enumerate(run.linears) for linear in layer]
+        assert [(row["layer"], row["linear"]) for row in linears] == names
+        assert [row["weights"] for row in linears] == [
+            linear.numel for layer in run.linears for linear in layer
+        ]
+
+
+@MODES
+@pytest.mark.parametrize("pruner", [None, Magnitude()])
+@pytest.mark.parametrize("target", [0.5, 0.617])
+def test_as_many_weights_are_zero_as_the_target_says_whatever_beta_is(small_run, mode, pruner, target):
+    run = small_run(calibration_mode=mode, target=target, **({"pruner": pruner} if pruner else {}))
+    weights = sum(linear.numel for layer in run.linears for linear in layer)
+    for lane in run.branch(0.0, 0.1, 0.3):
+        assert sum(zeros_of(run, lane).values()) == round(target * weights)
+        assert lane.realised_sparsity == round(target * weights) / weights
+
+
+def test_sparsity_rises_with_depth_where_beta_says_so(small_run):
+    run = small_run()
+    uniform, steep = run.branch(0.0, 0.25)
+    for lane, expected in ((uniform, [0.5, 0.5, 0.5]), (steep, [0.25, 0.5, 0.75])):
+        zeros = zeros_of(run, lane)
+        for layer, linears in enumerate(run.linears):
+            removed = sum(zeros[layer, linear.name] for linear in linears)
+            assert removed / sum(linear.numel for linear in linears) == pytest.approx(
+                expected[layer], abs=1e-3
+            )
+
+
+@MODES
+def test_reconstruction_errors_pile_up_along_the_depth_and_grow_with_sparsity(small_run, mode):
+    lanes = [
+        (run, lane)
+        for run in (small_run(calibration_mode=mode, target=target) for target in (0.2, 0.7))
+        for lane in run.branch(0.0)
+    ]
+    light, heavy = (errors_of(run, lane) for run, lane in lanes)
+    for errors in (light, heavy):
+        assert 0 < errors[0] < errors[1] < errors[2]
+    assert all(low < high for low, high in zip(light, heavy, strict=True))
+
+
+def test_a_lane_that_removes_nothing_is_the_dense_model(small_run):
+    run = small_run(target=0.0)
+    (lane,) = run.branch(0.0)
+    dense = read_table(run.store, run.capture(), "losses.parquet")["loss"].to_pylist()
+    assert errors_of(run, lane) == [0.0, 0.0, 0.0]
+    assert list(lane.losses) == pytest.approx(dense, rel=1e-6)
+
+
+@MODES
+def test_lanes_that_the_store_has_are_not_run_again(small_run, computed_layers, mode):
+    run = small_run(calibration_mode=mode)
+    first = run.branch(0.0, 0.1)
+    computed_layers.clear()
+    read = run.checkpoint.bytes_read
+    assert run.branch(0.0, 0.1) == first
+    assert computed_layers == []
+    assert run.checkpoint.bytes_read == read
+
+
+@MODES
+def test_adding_a_beta_runs_only_that_one(small_run, mode):
+    run = small_run(calibration_mode=mode)
+    before = run.branch(0.0, 0.1)
+    run.store.built.clear()
+    after = run.branch(0.0, 0.05, 0.1)
+    assert [after[0], after[2]] == before
+    assert {key for key in run.store.built if key.startswith("lane/")} == {after[1].artifact.key}
+    (group,) = (run.store.get(key) for key in run.store.built if key.startswith("lane_group/"))
+    assert {name.split("/")[0] for name in group.files} == {"lane-000"}
+
+
+@MODES
+def test_a_lane_is_the_same_alone_and_in_any_group(small_run, another_store, mode):
+    together = small_run(calibration_mode=mode)
+    lanes = together.branch(0.0, 0.1, 0.3)
+    backwards = small_run(together.folder, another_store(), calibration_mode=mode).branch(0.3, 0.1, 0.0)
+    for lane, other in zip(lanes, reversed(backwards), strict=True):
+        alone = small_run(together.folder, another_store(), calibration_mode=mode)
+        (single,) = alone.branch(lane.plan.beta)
+        assert lane.artifact.content == single.artifact.content == other.artifact.content
+        assert lane.artifact.key == single.artifact.key == other.artifact.key
+
+
+@pytest.mark.parametrize("finished_layers", [1, 2])
+def test_interrupted_lanes_go_on_from_their_last_boundary(
+    store, small_run, another_store, dying_at, computed_layers, finished_layers
+):
+    run = small_run(store=store)
+    run.capture()
+    computed_layers.clear()
+    with dying_at(READS_STATISTICS, call=finished_layers + 1):
+        run.branch(0.0, 0.2, boundary_layers=1)
+    assert computed_layers == list(range(finished_layers + 1))
+    computed_layers.clear()
+    resumed = run.branch(0.0, 0.2, boundary_layers=1)
+    assert computed_layers == list(range(finished_layers, 3))
+    undisturbed = small_run(run.folder, another_store()).branch(0.0, 0.2)
+    assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
+    assert resumed[1].losses == undisturbed[1].losses
+
+
+def test_interrupted_sequential_lanes_go_on_from_their_last_boundary(
+    small_run, another_store, dying_at, computed_layers
+):
+    run = small_run(calibration_mode="sequential")
+    run.capture()
+    computed_layers.clear()
+    with dying_at(WRITES_STATISTICS, call=4):  # of the second lane, in the second layer
+        run.branch(0.0, 0.2, boundary_layers=1)
+    computed_layers.clear()
+    resumed = run.branch(0.0, 0.2, boundary_layers=1)
+    assert computed_layers == [1, 2]
+    undisturbed = small_run(run.folder, another_store(), calibration_mode="sequential").branch(0.0, 0.2)
+    assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
+
+
+def test_lanes_whose_group_is_finished_are_not_computed_again(small_run, dying_at, computed_layers):
+    run = small_run()
+    run.capture()
+    with dying_at("tasks.branch.perplexity", call=2):  # while the second lane is being committed
+        run.branch(0.0, 0.1, 0.3)
+    computed_layers.clear()
+    lanes = run.branch(0.0, 0.1, 0.3)
+    assert computed_layers == []
+    assert [lane.plan.beta for lane in lanes] == [0.0, 0.1, 0.3]
+    assert len({lane.artifact.content for lane in lanes}) == 3
+
+
+def test_weights_are_read_once_however_many_lanes_there_are(small_run, another_store):
+    few = small_run()
+    many = small_run(few.folder, another_store())
+    weights = sum(few.checkpoint.index.layer_bytes) + few.checkpoint.index.outer_bytes
+    for run, betas in ((few, [0.0]), (many, [0.0, 0.1, 0.2, 0.3, 0.4])):
+        run.capture()
+        before = run.checkpoint.bytes_read
+        run.branch(*betas)
+        assert run.checkpoint.bytes_read - before == weights
+        (group,) = (run.store.get(key) for key in run.store.built if key.startswith("lane_group/"))
+        assert group.facts["weights read, bytes"] == weights
+
+
+def test_hidden_states_beyond_the_memory_budget_change_nothing(small_run, another_store, tmp_path):
+    run = small_run()
+    on_disk = small_run(run.folder, another_store())
+    spilled = on_disk.branch(0.0, 0.3, hidden_states_bytes=0, scratch=tmp_path)
+    assert [s.artifact.content for s in spilled] == [lane.artifact.content for lane in run.branch(0.0, 0.3)]
+
+
+@MODES
+def test_settings_that_change_a_lane_change_its_key(small_run, mode):
+    base = small_run(calibration_mode=mode)
+    variants = [
+        base,
+        small_run(base.folder, calibration_mode=mode, target=0.4),
+        small_run(base.folder, calibration_mode=mode, pruner=Magnitude()),
+        small_run(base.folder, calibration_mode=mode, dtype="bfloat16"),
+        small_run(base.folder, calibration_mode="sequential" if mode == "dense" else "dense"),
+    ]
+    assert len({run.branch(0.1)[0].artifact.key for run in variants}) == len(variants)
+
+
+def test_the_way_a_lane_is_run_is_no_part_of_its_key(small_run):
+    run = small_run()
+    (lane,) = run.branch(0.1)
+    (again,) = run.branch(0.1, hidden_states_bytes=0, boundary_layers=1)
+    assert again.artifact == lane.artifact
+
+
+def test_what_a_lane_calibrates_itself_by_is_in_its_artifact(small_run):
+    sequential = small_run(calibration_mode="sequential")
+    (lane,) = sequential.branch(0.1)
+    assert sum(name.startswith("statistics/") for name in lane.artifact.files) == 3
+    dense = small_run(sequential.folder)
+    assert not [name for name in dense.branch(0.1)[0].artifact.files if name.startswith("statistics/")]
+
+
+def test_no_plans_are_no_lanes(small_run):
+    run = small_run()
+    assert branch.fn(run.store, run.inputs(), [], run.linears, run.pruning, Execution()) == []

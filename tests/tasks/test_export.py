@@ -1,0 +1,219 @@
+"""Export: the folder that transformers loads, and what it says about itself."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from layerwise.magnitude import Magnitude
+from storage.copies import copy_files
+from storage.tables import read_table
+from tasks.checkpoint_files import copied_files
+
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
+QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
+QWEN2_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.fixture
+def sources(llama):
+    """What can be exported: a model and the options it is saved with, by name."""
+
+    def make(name):
+        match name:
+            case "sharded":
+                return llama(num_hidden_layers=3, initializer_range=0.2), {"max_shard_size": "30KB"}
+            case "tied, bfloat16":
+                model = llama(num_hidden_layers=3, initializer_range=0.2, tie_word_embeddings=True)
+                return model.to(torch.bfloat16), {}
+            case "float16":
+                return llama(num_hidden_layers=3, initializer_range=0.2).to(torch.float16), {}
+            case "GPT-2":
+                return GPT2LMHeadModel(GPT2Config(**GPT2)), {}
+            case "GPT-2 without its head":  # its tensors are h.0..., not transformer.h.0...
+                return GPT2Model(GPT2Config(**GPT2)), {}
+            case "biases":
+                return Qwen2ForCausalLM(Qwen2Config(**QWEN2, **QWEN2_HEADS)), {}
+
+    return make
+
+
+SOURCES = ["sharded", "tied, bfloat16", "float16", "GPT-2", "GPT-2 without its head", "biases"]
+MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
+
+
+@pytest.fixture(params=SOURCES)
+def run(request, sources, small_run):
+    """A run with each source. Its default is the source's dtype."""
+    model, options = sources(request.param)
+    return small_run(model, **options)
+
+
+def exported(run, lane, folder):
+    copy_files(run.store, run.export(lane), str(folder))
+    return folder
+
+
+def tensors_of(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def pruned_names(run):
+    """Layer and linear by the name of the weight in the files of the source."""
+    return {
+        run.checkpoint.layer_tensors(index)[linear.weight_name].name: (index, linear)
+        for index, layer in enumerate(run.linears)
+        for linear in layer
+    }
+
+
+@MODES
+def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, small_run, tmp_path, mode):
+    run = small_run(run.folder, calibration_mode=mode)
+    lane = run.branch(0.0, 0.25)[1]
+    folder = exported(run, lane, tmp_path / "exported")
+    precision = 1e-5 if run.pruning.dtype == "float32" else 1e-3
+    assert list(lane.losses) == pytest.approx(
+        run.losses(run.transformers_model(folder), "selection"), rel=precision
+    )
+    tokenizers = [AutoTokenizer.from_pretrained(place)("hello big world") for place in (folder, run.folder)]
+    assert tokenizers[0]["input_ids"] == tokenizers[1]["input_ids"]
+
+
+def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run, tmp_path):
+    folder = exported(run, run.branch(0.25)[0], tmp_path / "exported")
+    source, result, pruned = tensors_of(run.folder), tensors_of(folder), pruned_names(run)
+    assert set(result) == set(source)
+    for name, weight in source.items():
+        assert result[name].dtype == weight.dtype
+        if name in pruned:
+            kept = result[name] != 0
+            assert torch.equal(result[name][kept], weight[kept])
+        else:
+            assert torch.equal(result[name].view(torch.uint8), weight.view(torch.uint8))
+    names = [file.name for file in run.folder.iterdir()]
+    assert set(copied_files(names)) >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    for name in copied_files(names):
+        assert (folder / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run, tmp_path):
+    lane = run.branch(0.25)[0]
+    folder = exported(run, lane, tmp_path / "exported")
+    report, result = json.loads((folder / "sparsity.json").read_text()), tensors_of(folder)
+    counted = {
+        (index, linear.name): (result[name].numel(), int((result[name] == 0).sum()))
+        for name, (index, linear) in pruned_names(run).items()
+    }
+    assert {(r["layer"], r["linear"]): (r["weights"], r["zeros"]) for r in report["linears"]} == counted
+    for row in report["linears"]:
+        assert row["sparsity"] == row["zeros"] / row["weights"]
+    zeros, weights = (sum(pair[i] for pair in counted.values()) for i in (1, 0))
+    assert zeros == round(0.5 * weights)
+    assert report["realised"] == zeros / weights == lane.realised_sparsity
+    assert report["layers"] == list(lane.plan.layers)
+    assert (report["beta"], report["target"], report["pruner"]) == (0.25, 0.5, "wanda")
+    assert report["calibration"] == "dense"
+
+
+def test_the_zeros_are_those_that_the_lane_counted(run, tmp_path):
+    lane = run.branch(0.25)[0]
+    report = json.loads(run.store.read(run.export(lane), "sparsity.json"))
+    counted = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
+    assert [{name: row[name] for name in counted[0]} for row in report["linears"]] == counted
+
+
+def test_the_files_are_one_shard_per_layer_in_the_way_of_hugging_face(small_run, tmp_path):
+    run = small_run()
+    folder = exported(run, run.branch(0.0)[0], tmp_path / "exported")
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert shards == [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(folder).values())
+    for shard in shards:
+        with safe_open(folder / shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert {name for name, place in index["weight_map"].items() if place == shard} == set(file.keys())
+            layers = {name.split(".")[2] for name in file.keys() if name.startswith("model.layers.")}  # noqa: SIM118
+            assert len(layers) == (0 if shard == shards[0] else 1)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_kept(small_run, save_model, edit_tensors, tmp_path):
+    folder = save_model()
+    buffers = {
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
+        "model.rotary_emb.inv_freq": torch.arange(5.0),
+    }
+    edit_tensors(folder, lambda tensors: tensors.update(buffers))
+    run = small_run(folder)
+    result = tensors_of(exported(run, run.branch(0.0)[0], tmp_path / "exported"))
+    for name, buffer in buffers.items():
+        assert torch.equal(result[name], buffer)
+
+
+def test_magnitude_removes_the_smallest_weights_of_every_linear(small_run, tmp_path):
+    run = small_run(pruner=Magnitude())
+    result = tensors_of(exported(run, run.branch(0.0)[0], tmp_path / "exported"))
+    source = tensors_of(run.folder)
+    for name in pruned_names(run):
+        removed = result[name] == 0
+        assert source[name][removed].abs().max() <= source[name][~removed].abs().min()
+
+
+def test_the_model_card_tells_the_truth(small_run, tmp_path):
+    run = small_run()
+    uniform, lane = run.branch(0.0, 0.25)
+    card = run.store.read(run.export(lane, uniform), "README.md").decode()
+    losses = {
+        "dense": run.losses(run.transformers_model(), "selection"),
+        "uniform sparsity": run.losses(run.exported_model(uniform, tmp_path / "uniform"), "selection"),
+        "**this model** (beta 0.25)": run.losses(run.exported_model(lane, tmp_path / "best"), "selection"),
+    }
+    cells = [line.split("|") for line in card.splitlines() if line.count("|") == 3]
+    rows = {name.strip(): value.strip(" *") for _, name, value, _ in cells}
+    for name, values in losses.items():
+        perplexity = torch.tensor(values).mean().exp().item()
+        assert float(rows[name]) == pytest.approx(perplexity, abs=0.006, rel=1e-4)
+    assert f"# {run.folder}, 50.0 % sparse" in card
+    assert "one-shot pruning with wanda" in card
+
+
+def test_a_second_export_reads_nothing(small_run):
+    run = small_run()
+    (lane,) = run.branch(0.25)
+    first, read = run.export(lane), run.checkpoint.bytes_read
+    assert run.export(lane) == first
+    assert run.checkpoint.bytes_read == read
+
+
+def test_a_model_with_another_tokenizer_is_exported_with_that_one(small_run):
+    """Weights and configuration, hence the checkpoint's identity, are the same."""
+    before = small_run()
+    first = before.export(before.branch(0.25)[0])
+    (before.folder / "chat_template.jinja").write_text("{{ messages }}")
+    after = small_run(before.folder)
+    assert after.checkpoint.identity == before.checkpoint.identity
+    second = after.export(after.branch(0.25)[0])
+    assert "chat_template.jinja" not in first.files
+    assert after.store.read(second, "chat_template.jinja") == b"{{ messages }}"
+
+
+def test_a_store_anywhere_gives_the_same_files(store, small_run, another_store):
+    here = small_run(store=store)
+    there = small_run(here.folder, another_store())
+    first, second = (run.export(run.branch(0.25)[0]) for run in (here, there))
+    assert first.content == second.content
+    assert first.key == second.key

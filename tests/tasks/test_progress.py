@@ -1,0 +1,96 @@
+"""Progress: plain lines where there is no terminal, a bar where there is one, an artifact and a log in Prefect."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from uuid import UUID
+
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, LogFilter
+from prefect.context import TaskRunContext
+from prefect.logging.handlers import APILogHandler
+
+from tasks import progress
+from tasks.progress import showing
+
+
+@pytest.fixture
+def every_step_reported(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
+
+
+def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):
+    with showing("branch: 3 betas", total=2) as step:
+        step(1)
+        step(2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, last = captured.err.splitlines()
+    assert re.fullmatch(r"branch: 3 betas: layer 1 of 2, \d+ s left, \d+\.\d GiB", first)
+    assert re.fullmatch(r"branch: 3 betas: layer 2 of 2, 0 s left, \d+\.\d GiB", last)
+
+
+def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):
+    with showing("export", total=50) as step:
+        for layer in range(1, 51):
+            step(layer)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"layer \d+ of 50", line)[0] for line in lines] == ["layer 1 of 50", "layer 50 of 50"]
+
+
+def test_the_time_left_counts_only_what_this_attempt_did(capsys, monkeypatch, every_step_reported):
+    seconds = iter([100.0, 110.0])  # the start, and after the first layer of this attempt
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    with showing("capture", total=80, start=60) as step:
+        step(61)
+    assert "layer 61 of 80, 190 s left" in capsys.readouterr().err
+
+
+def test_an_error_in_the_middle_is_passed_on():
+    with pytest.raises(KeyError), showing("capture", total=2):
+        raise KeyError("layer")
+
+
+def test_on_a_terminal_there_is_a_bar_with_layers_and_memory(pytestconfig):
+    parent, child = pty.openpty()
+    code = "from tasks.progress import showing\nwith showing('capture', 2) as step:\n step(1)\n step(2)"
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stderr=child, cwd=pytestconfig.rootpath, env=environment, check=False
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while piece := os.read(parent, 4096):
+            shown += piece
+    except OSError:  # the other end is closed
+        pass
+    os.close(parent)
+    assert done.returncode == 0
+    assert re.search(r"capture .*2/2.* layers .*left.* GiB", shown.decode())
+
+
+def test_in_a_task_run_prefect_has_a_progress_artifact_and_the_log(prefect_backend, every_step_reported):
+    @task
+    def half_done() -> UUID:
+        with showing("capture: dense model", total=4) as step:
+            step(1)
+            step(2)
+        return TaskRunContext.get().task_run.id
+
+    @flow
+    def one_task() -> UUID:
+        return half_done()
+
+    task_run = one_task()
+    with get_client(sync_client=True) as client:
+        (artifact,) = client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id={"any_": [task_run]}))
+        APILogHandler().flush()
+        logs = client.read_logs(LogFilter(task_run_id={"any_": [task_run]}))
+    assert (artifact.type, artifact.data, artifact.description) == ("progress", 50.0, "capture: dense model")
+    lines = [log.message for log in logs if "capture: dense model" in log.message]
+    assert [re.search(r"layer \d of 4", line)[0] for line in lines] == ["layer 1 of 4", "layer 2 of 4"]

@@ -1,0 +1,97 @@
+"""Select: which beta is chosen, and how sure that is, for losses that can be checked by hand."""
+
+import math
+
+import pytest
+
+from layerwise.allocation import SparsityPlan
+from storage.artifact import Artifact
+from tasks.branch import LaneScore
+from tasks.select import compare, read_selection, select
+
+
+def lane(beta, *losses):
+    return LaneScore(SparsityPlan(beta, (0.5, 0.5)), Artifact(f"lane/{beta} {losses}", {}), losses, 0.5)
+
+
+# Differences to beta 0.1: 0.1, 0.3, 0.2 (mean 0.2, standard error 0.1 / sqrt 3) and 1, 1, 4 (mean 2, error 1).
+UNIFORM, BEST, STEEP = lane(0.0, 2.0, 3.0, 7.0), lane(0.1, 1.0, 2.0, 3.0), lane(0.2, 1.1, 2.3, 3.2)
+
+
+def test_the_lowest_mean_loss_wins_and_the_next_one_is_the_runner_up():
+    selection = compare([UNIFORM, BEST, STEEP], dense_perplexity=5.0)
+    assert (selection.best, selection.runner_up) == (1, 2)
+    assert selection.best_row.beta == 0.1
+    assert selection.uniform_row.beta == 0.0
+    assert [row.loss for row in selection.rows] == pytest.approx([4.0, 2.0, 2.2])
+    assert [row.perplexity for row in selection.rows] == pytest.approx([math.e**4, math.e**2, math.e**2.2])
+    assert selection.dense_perplexity == 5.0
+
+
+def test_every_row_is_compared_with_the_best_window_by_window():
+    uniform, best, steep = compare([UNIFORM, BEST, STEEP], 5.0).rows
+    assert best.above_best is None
+    assert (uniform.above_best.mean, uniform.above_best.t) == pytest.approx((2.0, 2.0))
+    assert (steep.above_best.mean, steep.above_best.t) == pytest.approx((0.2, 0.2 / (0.1 / math.sqrt(3))))
+
+
+def test_the_verdict_names_runner_up_and_uniform_with_their_uncertainty():
+    assert compare([UNIFORM, BEST, STEEP], 5.0).verdict == (
+        "beta 0.1: perplexity 18.1 % below the runner-up, beta 0.2 (t = 3.5: significant); "
+        "perplexity 86.5 % below uniform, beta 0 (t = 2.0: not significant)"
+    )
+
+
+def test_a_verdict_says_only_once_that_uniform_is_the_runner_up():
+    assert compare([UNIFORM, BEST], 5.0).verdict == (
+        "beta 0.1: perplexity 86.5 % below the runner-up, beta 0 (t = 2.0: not significant)"
+    )
+
+
+def test_uniform_may_be_the_best():
+    selection = compare([lane(0.0, 1.0, 2.0), lane(0.1, 1.5, 3.0)], 5.0)
+    assert selection.best == 0
+    assert (
+        selection.verdict == "beta 0: perplexity 52.8 % below the runner-up, beta 0.1 (t = 3.0: significant)"
+    )
+
+
+def test_of_equal_losses_the_flattest_plan_is_chosen():
+    selection = compare(
+        [lane(0.0, 3.0, 3.0), lane(0.1, 1.0, 2.0), lane(0.2, 2.0, 1.0), lane(0.3, 1.0, 2.0)], 5.0
+    )
+    assert (selection.best, selection.runner_up) == (1, 2)
+    assert selection.rows[3].above_best.t is None
+    assert "(t = 0.0: not significant)" in selection.verdict
+
+
+def test_where_there_is_no_spread_t_is_undefined_and_nothing_significant():
+    selection = compare([lane(0.0, 2.0, 3.0), lane(0.1, 1.0, 2.0)], 5.0)
+    assert selection.rows[0].above_best.t is None
+    assert "(t = undefined: not significant)" in selection.verdict
+
+
+def test_one_plan_is_chosen_without_a_comparison():
+    selection = compare([UNIFORM], 5.0)
+    assert (selection.best, selection.runner_up) == (0, None)
+    assert selection.verdict == "beta 0 was the only one tried"
+
+
+def test_lanes_of_different_windows_cannot_be_compared():
+    with pytest.raises(ValueError, match="got 3 and 2 losses"):
+        compare([UNIFORM, lane(0.1, 1.0, 2.0)], 5.0)
+
+
+@pytest.mark.parametrize("lanes", [[UNIFORM, BEST, STEEP], [UNIFORM]])
+def test_a_selection_comes_out_of_the_store_as_it_went_in(store, lanes):
+    artifact = select.fn(store, lanes, 5.0)
+    assert read_selection(store, artifact) == compare(lanes, 5.0)
+    assert artifact.facts["verdict"] == compare(lanes, 5.0).verdict
+
+
+def test_other_lanes_are_another_selection(local_store):
+    keys = {
+        select.fn(local_store, lanes, dense).key
+        for lanes, dense in (([UNIFORM, BEST], 5.0), ([UNIFORM, STEEP], 5.0), ([UNIFORM, BEST], 6.0))
+    }
+    assert len(keys) == 3
