@@ -112,7 +112,10 @@ class Runtime(_Settings):
         description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",
     )
     hidden_states_gib: float = Field(
-        default=4, ge=0, description="Memory for hidden states, in GiB; what goes beyond lies in files."
+        default=4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Memory for hidden states, in GiB; what goes beyond lies in files.",
     )
     scratch: Path | None = Field(
         default=None,

@@ -82,15 +82,16 @@ def quick_retries(monkeypatch):
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory) -> Iterator[str]:
     """The URL of a real Prefect server with an empty database; flows of this process report to it."""
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in PREFERENCES.items():
             environment.setenv(name, value)
         environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        # 16 s on two idle cores.
-        with prefect_test_harness(server_startup_timeout=120):
+        # The server takes 16 s on two idle cores; the heartbeat would hold up the end of every flow for a second.
+        quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with prefect_test_harness(server_startup_timeout=120), quick:
             yield PREFECT_API_URL.value()
 
 

@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.exceptions import ParameterTypeError
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.deployments.runner import EntrypointType
+from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from transformers import AutoModelForCausalLM
 
 from flows.search import RESULT_FILE, search, table_rows
 from flows.settings import Runtime
 from storage.copies import copy_files
+from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.import_checkpoint import import_checkpoint
 from tasks.sample_tokens import read_input_ids
@@ -63,7 +68,8 @@ def test_another_kind_of_store_holds_the_same_artifacts(finished, run_search, fr
     there = run_search(fresh_store_url)
     assert keys_of(there) == keys_of(result)
     assert content_of(there) == content_of(result)
-    assert there.pruned.startswith(fresh_store_url)
+    fs, folder = open_filesystem(there.pruned)
+    assert {"config.json", "tokenizer.json", "README.md"} <= {path.split("/")[-1] for path in fs.find(folder)}
     assert run_search(fresh_store_url).built == ()
 
 
@@ -186,10 +192,6 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
     assert document["test"]["best"] == result.test.best
 
 
-def refused(workshop, message, **changes):
-    return pytest.param(changes, message, id=message)
-
-
 @pytest.mark.parametrize(
     ("changes", "message", "in_store"),
     [
@@ -232,10 +234,45 @@ def test_prefect_refuses_parameters_that_mean_nothing(workshop, prefect_backend,
         search(settings=workshop.parameters(**changes), runtime={"store": str(tmp_path / "store")})
 
 
-def test_a_run_is_named_after_model_and_sparsity(finished, run_search, workshop):
-    run_search()
+def test_a_run_is_named_after_model_and_sparsity(finished, workshop):
+    state = search(workshop.settings(), finished[1], return_state=True)
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(name={"any_": [f"{workshop.model} at 0.5"]}), limit=1
-        )
-    assert runs[0].state.is_completed()
+        run = client.read_flow_run(state.state_details.flow_run_id)
+    assert run.state.is_completed()
+    assert run.name == f"{workshop.model} at 0.5"
+
+
+def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_backend, pytestconfig):
+    """As on a worker: another process imports the flow by its module path and gets nothing but JSON."""
+    result, runtime = finished
+    deployment = search.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    parameters = {"settings": workshop.parameters(seed=2), "runtime": {"store": runtime.store}}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+        command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run.id)]
+        environment = {**os.environ, "PREFECT_API_URL": prefect_backend}
+        subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, check=True)
+        assert client.read_flow_run(run.id).state.is_completed()
+    again = search(workshop.settings(seed=2), runtime)
+    assert again.built == ()
+    assert keys_of(again)["calibration"] != keys_of(result)["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sparsity": 2}, "sparsity"),
+        ({"sparsty": 0.5}, "sparsty"),
+        ({"pruner": {"method": "random"}}, "pruner"),
+    ],
+)
+def test_a_deployment_refuses_parameters_that_mean_nothing_when_a_run_is_created(
+    prefect_backend, workshop, changes, named
+):
+    deployment = search.to_deployment("checked", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    parameters = {"settings": workshop.parameters(**changes), "runtime": {"store": "memory://unused"}}
+    with (
+        get_client(sync_client=True) as client,
+        pytest.raises(PrefectHTTPStatusError, match=f"409[^$]*{named}"),
+    ):
+        client.create_flow_run_from_deployment(deployment, parameters=parameters)

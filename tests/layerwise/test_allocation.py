@@ -144,6 +144,18 @@ def test_a_single_layer_has_the_target_and_no_slope():
         arithmetic(0.7, 0.002, [10])
 
 
+@pytest.mark.parametrize(
+    "num_layers, target, points", [(26, 0.8, 8), (41, 0.8, 5), (21, 0.9, 5), (81, 0.92, 1)]
+)
+def test_a_bound_that_is_a_grid_point_belongs_to_the_grid_whatever_floating_point_makes_of_it(
+    num_layers, target, points
+):
+    # 2 x .2 / 25 = .016, 2 x .2 / 40 = .01, 2 x .1 / 20 = .01, 2 x .08 / 80 = .002: all multiples of .002.
+    grid = beta_grid(target, equal_layers(num_layers))
+    assert grid == pytest.approx([0.002 * k for k in range(points + 1)])
+    assert arithmetic(target, grid[-1], equal_layers(num_layers)).layers[-1] == pytest.approx(1)
+
+
 SHAPES = [(n, s) for n in (2, 3, 31, 32, 80, 91) for s in (0.0, 0.1, 0.3, 0.5, 0.65, 0.7, 0.9, 0.99)]
 
 

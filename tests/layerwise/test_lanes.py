@@ -19,8 +19,10 @@ def removed_of(tiny_model):
     """Numbers of removed weights, from one sparsity per layer."""
 
     def count(tiny, sparsities) -> tuple[tuple[int, ...], ...]:
-        sizes = [linear.numel for linear in tiny.streamed().linears[0]]
-        return tuple(tuple(round(sparsity * size) for size in sizes) for sparsity in sparsities)
+        layers = zip(sparsities, tiny.streamed().linears, strict=True)
+        return tuple(
+            tuple(round(sparsity * linear.numel) for linear in linears) for sparsity, linears in layers
+        )
 
     return count
 
@@ -55,7 +57,7 @@ def advance(random_windows_of, statistics_of):
 
 
 def plans_of_atp(tiny, target=0.6, betas=(0.0, 0.05, 0.1, 0.2)) -> list[tuple[tuple[int, ...], ...]]:
-    sizes = [[linear.numel for linear in tiny.streamed().linears[0]]] * tiny.num_layers
+    sizes = [[linear.numel for linear in linears] for linears in tiny.streamed().linears]
     layer_sizes = [sum(layer) for layer in sizes]
     return [removed_per_linear(arithmetic(target, beta, layer_sizes), target, sizes) for beta in betas]
 
@@ -66,8 +68,7 @@ def same(lane, other) -> bool:
 
 def prune_reference(tiny, removed, masks_of) -> None:
     """Zero weights of the reference, layer by layer; ``masks_of`` gives a mask by layer, linear and weight."""
-    linears = tiny.streamed().linears[0]
-    for index, counts in enumerate(removed):
+    for index, (counts, linears) in enumerate(zip(removed, tiny.streamed().linears, strict=True)):
         for linear, count in zip(linears, counts, strict=True):
             module = tiny.reference.get_submodule(f"{tiny.layers_name}.{index}.{linear.name}")
             weight = module.weight.T if linear.transposed else module.weight
@@ -96,7 +97,7 @@ def test_a_lane_with_nothing_removed_is_the_dense_lane(tiny_model, removed_of, a
     assert all(outcome[2] == outcome[0] for outcome in outcomes)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gemma4", "recurrent-gemma"])
 def test_wandas_lane_is_the_model_pruned_by_the_published_definition(
     tiny_model,
     random_windows_of,
@@ -107,7 +108,10 @@ def test_wandas_lane_is_the_model_pruned_by_the_published_definition(
     advance,
     family,
 ):
-    """For GPT-2 this means: per output feature, which is a column of the stored weight."""
+    """For GPT-2 this means: per output feature, which is a column of the stored weight.
+
+    In Gemma-4 and RecurrentGemma not all layers have the same linears.
+    """
     tiny = tiny_model(family)
     removed = removed_of(tiny, SPARSITIES)
     lanes, outcomes = advance(tiny, [removed])
@@ -212,8 +216,8 @@ def test_zeros_are_exactly_what_the_plan_removes(tiny_model, advance):
     _, outcomes = advance(tiny, plans)
     for number, plan in enumerate(plans, 1):
         assert [outcome[number].zeros for outcome in outcomes] == list(plan)
-        sizes = sum(linear.numel for linear in tiny.streamed().linears[0]) * 4
-        assert abs(sum(map(sum, plan)) / sizes - 0.6) <= 1e-4
+        total = sum(linear.numel for linears in tiny.streamed().linears for linear in linears)
+        assert abs(sum(map(sum, plan)) / total - 0.6) <= 1e-4
     assert all(sum(outcome[0].zeros) == 0 for outcome in outcomes)
 
 

@@ -43,8 +43,8 @@ def advance(embedded):
 
 
 def removed_of(tiny, sparsities) -> tuple[tuple[int, ...], ...]:
-    sizes = [linear.numel for linear in tiny.streamed().linears[0]]
-    return tuple(tuple(round(sparsity * size) for size in sizes) for sparsity in sparsities)
+    layers = zip(sparsities, tiny.streamed().linears, strict=True)
+    return tuple(tuple(round(sparsity * linear.numel) for linear in linears) for sparsity, linears in layers)
 
 
 def sequential_wanda(tiny, calibration, sparsities, linear_inputs, published_wanda_mask):
@@ -54,7 +54,7 @@ def sequential_wanda(tiny, calibration, sparsities, linear_inputs, published_wan
         layer_name = f"{tiny.layers_name}.{index}"
         masks.append({})
         inputs = linear_inputs(tiny.reference, layer_name, calibration)
-        for linear in tiny.streamed().linears[0]:
+        for linear in tiny.streamed().linears[index]:
             module = tiny.reference.get_submodule(f"{layer_name}.{linear.name}")
             weight = module.weight.T if linear.transposed else module.weight
             mask = published_wanda_mask(weight, inputs[linear.name], sparsity)
@@ -64,7 +64,7 @@ def sequential_wanda(tiny, calibration, sparsities, linear_inputs, published_wan
 
 
 @pytest.mark.parametrize("sparsities", [SPARSITIES, (0.5,) * 4, SPARSITIES[::-1]])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma4"])
 def test_masks_are_those_of_the_published_sequential_wanda(
     tiny_model, windows, layer_outputs, linear_inputs, published_wanda_mask, advance, family, sparsities
 ):
@@ -76,12 +76,12 @@ def test_masks_are_those_of_the_published_sequential_wanda(
     masks = sequential_wanda(tiny, windows[:CALIBRATION], sparsities, linear_inputs, published_wanda_mask)
     agreeing = total = 0
     for index, weights in enumerate(layers):
-        for linear, count in zip(tiny.streamed().linears[0], removed[index], strict=True):
+        for linear, count in zip(tiny.streamed().linears[index], removed[index], strict=True):
             weight = linear.oriented(weights[linear.weight_name])
             inputs = lanes[2].statistics[index][linear.name]
             mask = Wanda().removal_levels(weight, inputs, [count]) == 0
             agreeing += int((mask == masks[index][linear.name]).sum())
-            total += count and linear.numel
+            total += linear.numel
     assert agreeing >= 0.999 * total
     assert [outcome[2].zeros for outcome in outcomes] == list(removed)
     expected = layer_outputs(tiny.reference, tiny.layers_name, windows)[-1]
@@ -113,7 +113,7 @@ def test_errors_count_the_scored_windows_alone(tiny_model, windows, layer_output
     _, outcomes = advance(tiny, [removed], Magnitude())
     dense = layer_outputs(tiny.reference, tiny.layers_name, windows[CALIBRATION:])
     for index, counts in enumerate(removed):
-        for linear, count in zip(tiny.streamed().linears[0], counts, strict=True):
+        for linear, count in zip(tiny.streamed().linears[index], counts, strict=True):
             weight = tiny.reference.get_submodule(f"{tiny.layers_name}.{index}.{linear.name}").weight
             weight[weight.abs() <= weight.abs().flatten().kthvalue(count).values] = 0
     pruned = layer_outputs(tiny.reference, tiny.layers_name, windows[CALIBRATION:])

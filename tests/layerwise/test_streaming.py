@@ -123,6 +123,30 @@ def test_hidden_states_need_not_have_been_embedded_by_the_same_process(
     assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
+UNSEEN_TUPLE = pytest.mark.xfail(
+    strict=True, raises=IndexError, reason="tuples are noticed when windows are embedded"
+)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gpt-neox",
+        pytest.param("falcon", marks=UNSEEN_TUPLE),
+        pytest.param("bloom", marks=UNSEEN_TUPLE),
+    ],
+)
+def test_norm_and_head_need_no_layer_to_have_run_in_the_same_process(
+    tiny_model, random_windows_of, layer_outputs, family
+):
+    tiny, input_ids = tiny_model(family), random_windows_of(3)
+    last = layer_outputs(tiny.reference, tiny.layers_name, input_ids)[-1]
+    logits = tiny.streamed().logits(last)
+    assert logits.shape == (3, 16, 61)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
 def test_what_was_embedded_last_does_not_change_what_a_layer_does(tiny_model, random_windows_of):
     tiny = tiny_model("gemma2-window")
     model, weights = tiny.streamed(), tiny.layers()[0]

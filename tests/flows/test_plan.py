@@ -1,0 +1,164 @@
+"""Plan: says before, between and after what there is to do, and leaves no trace."""
+
+import pytest
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from flows.plan import plan_search
+from flows.search import search
+from flows.settings import Runtime
+from storage.store import ArtifactStore
+
+STAGES = [
+    "import_checkpoint",
+    "sample_tokens: calibration",
+    "sample_tokens: selection",
+    "sample_tokens: test",
+]
+STAGES += ["capture", "branch: 3 betas", "select", "export", "evaluate"]
+
+
+def to_do(plan):
+    return [stage.name for stage in plan.stages if stage.to_do]
+
+
+def stage_of(plan, name):
+    (stage,) = (stage for stage in plan.stages if stage.name.startswith(name))
+    return stage
+
+
+def test_before_a_search_everything_is_to_do_and_nothing_is_written(workshop, fresh_store_url):
+    store = ArtifactStore(fresh_store_url)
+    plan = plan_search(workshop.settings(), Runtime(store=fresh_store_url))
+    assert [stage.name for stage in plan.stages] == STAGES
+    assert to_do(plan) == STAGES
+    assert plan.betas == (0.0, 0.1, 0.25)
+    assert list(store.artifacts()) == []
+    if not fresh_store_url.startswith("s3"):  # a bucket has no folders that could be left empty
+        assert not store.fs.exists(store.root)
+
+
+def test_between_it_knows_what_is_there(workshop, prefect_backend, tmp_path, monkeypatch):
+    runtime = Runtime(store=str(tmp_path / "store"))
+
+    def dying(*_):
+        raise OSError("the machine died")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the machine died"):  # noqa: PT012
+        patch.setattr("tasks.lane_group.read_statistics", dying)
+        search(workshop.settings(), runtime)
+    plan = plan_search(workshop.settings(), runtime)
+    assert to_do(plan) == ["branch: 3 betas", "select", "export", "evaluate"]
+    assert stage_of(plan, "branch").state == "prune and score 3 of them"
+
+
+def test_after_it_nothing_is_to_do(workshop, finished):
+    plan = plan_search(workshop.settings(), finished[1])
+    assert to_do(plan) == []
+    assert {(stage.state, stage.reads, stage.writes) for stage in plan.stages} == {("in the store", 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"betas": [0.1, 0.15, 0.25]}, ["branch: 4 betas", "select", "export", "evaluate"]),
+        ({"test_windows": 1}, ["sample_tokens: test", "evaluate"]),
+        (
+            {"seed": 7},
+            ["sample_tokens: calibration", "capture", "branch: 3 betas", "select", "export", "evaluate"],
+        ),
+    ],
+)
+def test_a_changed_setting_leaves_what_depends_on_it_to_do(workshop, finished, changes, left):
+    plan = plan_search(workshop.settings(**changes), finished[1])
+    assert to_do(plan) == left
+    if "betas" in changes:
+        assert stage_of(plan, "branch").state == "prune and score 1 of them"
+
+
+def test_a_plan_writes_nothing_into_a_store_that_is_in_use(workshop, finished):
+    store = ArtifactStore(finished[1].store)
+    before = store.fs.find(store.root, detail=True)
+    plan_search(workshop.settings(seed=8), finished[1])
+    assert store.fs.find(store.root, detail=True) == before
+
+
+def test_bytes_are_about_those_that_the_search_reads_and_writes(workshop, prefect_backend, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"))
+    settings = workshop.settings(retain="all")
+    plan = plan_search(settings, runtime)
+    result = search(settings, runtime)
+    reads = sum(stage.reads for stage in plan.stages if stage.name != "import_checkpoint")
+    assert reads == result.bytes_read
+    capture = result.stages["capture"]
+    # Parquet's own header weighs more than three tiny layers; hidden states count fully.
+    assert stage_of(plan, "capture").writes == pytest.approx(capture.size, rel=0.25)
+    weights = sum(
+        f.size for name, f in result.stages["export"].files.items() if name.endswith(".safetensors")
+    )
+    assert stage_of(plan, "export").writes == pytest.approx(weights, rel=0.1)
+
+
+def test_lanes_that_calibrate_themselves_write_their_statistics(workshop, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"))
+    assert stage_of(plan_search(workshop.settings(), runtime), "branch").writes == 0
+    plan = plan_search(workshop.settings(calibration_mode="sequential"), runtime)
+    channels = 3 * (3 * 32 + 32 + 2 * 32 + 48)  # q, k, v; o; gate, up; down
+    assert stage_of(plan, "branch").writes == 2 * 3 * 20 * channels
+
+
+def test_memory_follows_from_the_settings(workshop, tmp_path):
+    def memory(gib=4.0, **changes):
+        return plan_search(workshop.settings(**changes), Runtime(store=str(tmp_path), hidden_states_gib=gib))
+
+    window = 16 * 32 * 4  # tokens, width, bytes
+    plan = memory()
+    assert (
+        plan.memory["hidden states"] == 4 * 4 * window
+    )  # the dense model and three betas, four windows each
+    assert plan.resume_point == plan.memory["hidden states"]
+    assert plan.scratch == 0
+    layer = sum(
+        p.nbytes for p in AutoModelForCausalLM.from_pretrained(workshop.model).model.layers[0].parameters()
+    )
+    assert plan.memory["layer in use"] == plan.memory["layer arriving"] == layer
+    sequential = memory(calibration_mode="sequential")
+    assert sequential.memory["hidden states"] == 4 * (6 + 4) * window
+    spilled = memory(gib=2 * window / 2**30)
+    assert (spilled.memory["hidden states"], spilled.scratch) == (2 * window, 14 * window)
+    tested = memory(test_windows=30)
+    assert tested.memory["hidden states"] == 3 * 30 * window  # dense, uniform and best
+    half = memory(dtype="bfloat16")
+    assert half.memory["hidden states"] == plan.memory["hidden states"] / 2
+    assert half.memory["layer in use"] > layer
+
+
+def test_windows_that_nobody_has_counted_yet_are_named(workshop, finished, tmp_path, run_search):
+    settings = workshop.settings(test_windows=None)
+    assert plan_search(settings, Runtime(store=str(tmp_path))).uncounted == ("test",)
+    run_search(test_windows=None)
+    plan = plan_search(settings, finished[1])
+    assert plan.uncounted == ()
+    windows = 2000 // 4 // 16  # of a quarter of the text
+    assert plan.memory["hidden states"] == 3 * windows * 16 * 32 * 4
+
+
+def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(workshop, tmp_path):
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64)
+    ).save_pretrained(tmp_path / "gpt2")
+    plan = plan_search(
+        workshop.settings(model=str(tmp_path / "gpt2")), Runtime(store=str(tmp_path / "store"))
+    )
+    assert plan.memory["hidden states"] == 4 * 4 * 16 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"betas": [0.6]}, "outside of the legal range"), ({"model": "experts"}, "mixture of experts")],
+)
+def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes, message):
+    if "model" in changes:
+        changes = {"model": str(workshop.folder / "experts")}
+    with pytest.raises(ValueError, match=message):
+        plan_search(workshop.settings(**changes), Runtime(store=str(tmp_path / "store")))
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,87 @@
+"""Settings: what a form, a JSON document or the command line may hold."""
+
+import pytest
+from pydantic import ValidationError
+
+from flows.search import search
+from flows.settings import Runtime, Search
+from layerwise.magnitude import Magnitude
+from layerwise.wanda import Wanda
+
+LEAST = {"model": "demo", "sparsity": 0.5}
+
+
+@pytest.mark.parametrize("settings", [Search, Runtime])
+def test_every_field_says_what_it_is_in_the_form_that_prefect_shows(settings):
+    definition = search.parameters.model_dump()["definitions"][settings.__name__]
+    assert set(definition["properties"]) == set(settings.model_fields)
+    for name, field in definition["properties"].items():
+        assert field.get("description", "").rstrip().endswith((".", ").")), name
+        assert "default" in field or name in definition["required"], name
+
+
+def test_a_model_and_a_sparsity_are_enough():
+    assert Search.model_json_schema()["required"] == ["model", "sparsity"]
+    assert Runtime.model_json_schema()["required"] == ["store"]
+    settings = Search(**LEAST)
+    assert settings.pruner == Wanda()
+    assert settings.allocation.step == 0.002
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sparsity": 0.0}, "sparsity"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"sparsity": "half"}, "sparsity"),
+        ({"sparsty": 0.5}, "sparsty"),
+        ({"pruner": "random"}, "pruner"),
+        ({"pruner": {"method": "wanda", "block_size": 3}}, "block_size"),
+        ({"calibration_mode": "none"}, "calibration_mode"),
+        ({"calibration_windows": 0}, "calibration_windows"),
+        ({"selection_windows": 1}, "selection_windows"),
+        ({"seqlen": 1}, "seqlen"),
+        ({"betas": ["steep"]}, "betas"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"betas": [0.1], "beta_step": 0.1}, "betas and step"),
+        ({"beta_count": 3, "beta_step": 0.1}, "count and step"),
+    ],
+)
+def test_a_search_that_means_nothing_is_refused_by_the_name_of_its_field(changes, named):
+    with pytest.raises(ValidationError, match=named):
+        Search.model_validate(LEAST | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_states_gib": -1}, "hidden_states_gib"),
+        ({"hidden_states_gib": float("inf")}, "hidden_states_gib"),
+        ({"boundary_minutes": 0}, "boundary_minutes"),
+        ({"boundary_layers": 0}, "boundary_layers"),
+        ({"devise": "cpu"}, "devise"),
+    ],
+)
+def test_a_runtime_that_means_nothing_is_refused_by_the_name_of_its_field(changes, named):
+    with pytest.raises(ValidationError, match=named):
+        Runtime.model_validate({"store": "anywhere"} | changes)
+
+
+def test_settings_survive_json():
+    settings = Search(**LEAST, pruner="magnitude", betas=(0.1, 0.2), test_windows=None)
+    assert settings.pruner == Magnitude()
+    assert Search.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Search(**LEAST).sparsity = 0.6
+
+
+def test_a_runtime_becomes_what_the_tasks_take(tmp_path):
+    runtime = Runtime(store="s", device="cpu", hidden_states_gib=0.5, scratch=tmp_path, boundary_minutes=2)
+    execution = runtime.execution()
+    assert execution.hidden_states_bytes == 2**29
+    assert execution.scratch == tmp_path
+    assert (execution.boundary_seconds, execution.boundary_layers) == (120, None)
