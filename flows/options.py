@@ -35,7 +35,7 @@ def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
         problems = []
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
-            got = f", got {given[name]!r}" if name in given else ""
+            got = f", got {given[name]!r}" if name in given and problem["type"] != "credentials" else ""
             problems.append(f"{_flag(name) if name else 'settings'}: {problem['msg']}{got}")
         raise ValueError("; ".join(problems)) from error
 

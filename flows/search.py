@@ -90,7 +90,7 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
         **windows,
         "allocate": allocation,
         "capture": captured,
-        **{f"lane beta {score.plan.beta:g}": score.artifact for score in scores},
+        **{f"lane beta {score.plan.beta:.12g}": score.artifact for score in scores},
         "select": selected,
         "export": exported,
         "evaluate": tested,

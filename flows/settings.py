@@ -8,30 +8,48 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from layerwise.allocation import BETA_STEP
 from layerwise.magnitude import Magnitude
 from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
 from tasks.execution import Execution
+from tasks.file_corpus import without_credentials
 from tasks.lane_group import PruneSettings
+from tasks.sources import SECRET_IN_QUERY
 
 
 def _method(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) else value
 
 
+def _bare_url(value: Any) -> Any:
+    """Refuse credentials in a URL before it becomes a parameter of a flow run, a file of the store or a log line."""
+    for link in value.split("::") if isinstance(value, str) else ():
+        place = link.partition("?")[0]
+        if without_credentials(place) != place or SECRET_IN_QUERY.search(link):
+            raise PydanticCustomError(
+                "credentials",
+                "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
+                "environment or the fsspec configuration and give the bare URL",
+            )
+    return value
+
+
+BareUrl = Annotated[str, BeforeValidator(_bare_url)]
 PrunerChoice = Annotated[Wanda | Magnitude, Field(discriminator="method"), BeforeValidator(_method)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An error must not show what was given: it might be a URL with a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Search(_Settings):
     """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
 
-    model: str = Field(
+    model: BareUrl = Field(
         description="Model to prune: a hub id (owner/name[@revision]), a folder, any fsspec URL of a folder "
         "(s3://, hf://, ...), a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."
     )
@@ -46,13 +64,15 @@ class Search(_Settings):
         description="dense: one capture of the dense model serves all betas. sequential: every beta calibrates "
         "each layer on its own pruned model, as the original Wanda code does; about three times the time.",
     )
-    calibration: str = Field(
+    calibration: BareUrl = Field(
         default="builtin",
         description="Text for calibration: hf:owner/name[/config][:split], a .txt, .jsonl or .parquet file "
         "(path or URL), or 'builtin' (the documentation in Python's pydoc_data.topics).",
     )
-    selection: str = Field(default="builtin", description="Text by which beta is chosen; as for calibration.")
-    test: str | None = Field(
+    selection: BareUrl = Field(
+        default="builtin", description="Text by which beta is chosen; as for calibration."
+    )
+    test: BareUrl | None = Field(
         default=None,
         description="Text for the final perplexity, touched once; empty: as for selection, of which it gets a part "
         "of its own (the test split of a hub data set).",
@@ -67,7 +87,9 @@ class Search(_Settings):
     seqlen: int = Field(default=2048, ge=2, description="Length of every window, in tokens.")
     seed: int = Field(default=0, ge=0, description="Seed of the random calibration windows.")
     betas: tuple[float, ...] | None = Field(
-        default=None, description="These betas, and 0 (uniform) beside them; empty: the grid of beta_step."
+        default=None,
+        min_length=1,
+        description="These betas, and 0 (uniform) beside them; empty: the grid of beta_step.",
     )
     beta_count: int | None = Field(
         default=None, ge=1, description="So many betas, spread evenly over the legal range; empty: the grid."
@@ -106,7 +128,7 @@ class Search(_Settings):
 class Runtime(_Settings):
     """Where and how a search runs; changes nothing in its result."""
 
-    store: str = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
+    store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
     device: str = Field(
         default="auto",
         description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from layerwise.skeleton import UnsupportedModel, build_skeleton, layer_prefix, linears_of
+from layerwise.skeleton import UnsupportedModel, build_skeleton, expected_tensors, layer_prefix, linears_of
 from layerwise.stand_ins import (
     Injector,
     LastLayerReached,
@@ -85,9 +85,8 @@ class StreamedModel:
 
     def _check_outer_is_complete(self) -> None:
         inside = f"{self.prefix}."
-        parameters = dict(self.model.named_parameters())
-        needed = [name for name in parameters if not name.startswith(inside)]
-        missing = [name for name in needed if parameters[name].is_meta and name not in self._outer]
+        needed = [name for name in expected_tensors(self.model) if not name.startswith(inside)]
+        missing = [name for name in needed if name not in self._outer]
         if missing:
             raise ValueError(
                 f"{self.model.config.model_type}: no weights were given for {', '.join(missing)}. "
@@ -135,6 +134,8 @@ class StreamedModel:
                     self.model(input_ids=input_ids.to(self.device), use_cache=False)
             except OtherShape:
                 continue
+            except ValueError as error:
+                raise self._unsupported(f"takes more from its layers than hidden states ({error})") from error
             self._layers_return_tuples = in_tuple
             return recorders
         raise self._unsupported("changes the shape of the windows between its layers")
@@ -167,24 +168,28 @@ class StreamedModel:
     @torch.no_grad()
     def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         """Output of ``layer`` at position ``index`` for ``hidden_states``, shape ``(windows, seqlen, hidden_size)``."""
-        shape = tuple(hidden_states.shape[:2])
-        if shape not in self._arguments:
-            released = self._is_released(self._embedding)
-            # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
-            self.embed(torch.zeros(shape, dtype=torch.long))
-            if released:
-                self.release_embedding()
-        args, kwargs = self._arguments[shape][index]
+        args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
         output = layer(hidden_states.to(self.device), *args, **kwargs)
         if isinstance(output, Tensor):
             return output
         self._layers_return_tuples = True  # a model of one layer has no second one to notice it by
         return output[0]
 
+    def _arguments_for(self, shape: tuple[int, ...]) -> list[LayerArguments]:
+        if shape not in self._arguments:
+            released = self._is_released(self._embedding)
+            # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
+            self.embed(torch.zeros(shape, dtype=torch.long))
+            if released:
+                self.release_embedding()
+        return self._arguments[shape]
+
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
         self._require(self._head)
+        if not self._arguments:
+            self._arguments_for(tuple(hidden_states.shape[:2]))  # finds out what the model's layers return
         states = hidden_states.to(self.device)
         with self._layers_replaced([Injector(states, self._layers_return_tuples)]):
             # Replaced by the injector, whatever their values; this way no embedding has to be loaded.

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Protocol, cast
 from uuid import UUID
 
+import httpx
 import psutil
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import (
@@ -75,7 +77,10 @@ class _Reports:
         self._began, self._last = time.monotonic(), 0.0
         # Outside of a task run there is no server to tell; a test calls the plain function.
         in_task_run = TaskRunContext.get() is not None
-        self._artifact = cast(UUID, create_progress_artifact(0.0, description=title)) if in_task_run else None
+        self._artifact: UUID | None = None
+        if in_task_run:
+            with _going_on_without_prefect():
+                self._artifact = cast(UUID, create_progress_artifact(0.0, description=title))
         self._log = get_run_logger() if in_task_run else logger
 
     def report(self, completed: int, to_stderr: bool) -> None:
@@ -89,7 +94,17 @@ class _Reports:
         if to_stderr:
             sys.stderr.write(f"{line}\n")
         if self._artifact is not None:
-            update_progress_artifact(self._artifact, 100 * completed / self._total)
+            with _going_on_without_prefect():
+                update_progress_artifact(self._artifact, 100 * completed / self._total)
+
+
+@contextmanager
+def _going_on_without_prefect() -> Iterator[None]:
+    """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        logger.warning("Prefect's server did not take a progress report (%r); the work goes on", error)
 
 
 def _memory() -> str:

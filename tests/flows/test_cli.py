@@ -47,9 +47,11 @@ class Done:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a user who has never used Prefect."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return own | {"PREFECT_HOME": str(tmp_path_factory.mktemp("home")), "COLUMNS": "100"}
+    """Of a user who has never used Prefect and has no bucket."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
+    home = str(tmp_path_factory.mktemp("home"))
+    no_aws = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": f"{home}/none"}
+    return own | no_aws | {"PREFECT_HOME": home, "COLUMNS": "100"}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,9 @@ def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Do
         "no model": ["plan", *options(model="nowhere"), "--store", empty],
         "no text": ["plan", *options(selection="nowhere.txt"), "--store", empty],
         "experts": ["plan", *options(model=workshop.folder / "experts"), "--store", empty],
+        "a secret": ["plan", *options(calibration="s3://key:SECRET@bucket/text.txt"), "--store", empty],
         "unknown storage": ["ls", "nosuch://bucket"],
+        "no S3 credentials": ["ls", "s3://bucket/prefix"],
         "no package": ["ls", "gs://bucket/prefix"],
         "help": ["--help"],
         **{f"help {command}": [command, "--help"] for command in ("search", "plan", "ls", "show")},
@@ -243,7 +247,9 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("show an unknown key", "0 artifacts of .* have a key that begins with 'capture/ffff'"),
         ("show an ambiguous key", r"\d+ artifacts of .* have a key that begins with 'sample_tokens/'"),
         ("show nothing", "holds no finished search"),
+        ("a secret", "--calibration: the URL holds credentials \\(not shown\\).* give the bare URL$"),
         ("unknown storage", "no storage is known for nosuch:// URLs"),
+        ("no S3 credentials", "the S3 storage cannot be used .*Unable to locate credentials"),
         ("no package", "gs:// URLs need a package that is not installed"),
         ("infinite", "--hidden-states-gib: Input should be a finite number"),
     ],

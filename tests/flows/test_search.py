@@ -152,17 +152,16 @@ def test_a_search_that_died_goes_on_from_its_last_resume_point(
     assert content_of(result) == content_of(finished[0])
 
 
-def test_prefect_has_the_result_table_and_a_link_to_the_model(finished, run_search):
-    result = run_search()
+def test_prefect_has_the_result_table_and_a_link_to_the_model(finished, workshop):
+    state = search(workshop.settings(), finished[1], return_state=True)
+    result, run = state.result(), state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
-        newest = {
-            key: client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}), limit=1)[0]
-            for key in ("search-result", "pruned-model")
-        }
-    assert newest["search-result"].type == "table"
-    assert json.loads(newest["search-result"].data) == table_rows(result.selection)
-    assert result.selection.verdict in newest["search-result"].description
-    assert result.pruned in newest["pruned-model"].data
+        ours = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [run]}))
+    artifacts = {artifact.key: artifact for artifact in ours}
+    assert artifacts["search-result"].type == "table"
+    assert json.loads(artifacts["search-result"].data) == table_rows(result.selection)
+    assert result.selection.verdict in artifacts["search-result"].description
+    assert result.pruned in artifacts["pruned-model"].data
 
 
 def test_the_result_table_can_be_checked_by_hand(finished):

@@ -43,6 +43,7 @@ def test_a_model_and_a_sparsity_are_enough():
         ({"selection_windows": 1}, "selection_windows"),
         ({"seqlen": 1}, "seqlen"),
         ({"betas": ["steep"]}, "betas"),
+        ({"betas": []}, "betas"),
         ({"dtype": "int8"}, "dtype"),
         ({"betas": [0.1], "beta_step": 0.1}, "betas and step"),
         ({"beta_count": 3, "beta_step": 0.1}, "count and step"),
@@ -66,6 +67,41 @@ def test_a_search_that_means_nothing_is_refused_by_the_name_of_its_field(changes
 def test_a_runtime_that_means_nothing_is_refused_by_the_name_of_its_field(changes, named):
     with pytest.raises(ValidationError, match=named):
         Runtime.model_validate({"store": "anywhere"} | changes)
+
+
+SECRETS = [
+    "s3://key:SECRET@bucket/text.txt",
+    "s3://key:SEC/RET@bucket/text.txt",
+    "https://user:SECRET@host/text.txt",
+    "https://host/text.txt?X-Amz-Signature=SECRET",
+    "https://host/text.txt?sv=1&sig=SECRET",
+    "simplecache::https://host/text.txt?token=SECRET",
+]
+
+
+@pytest.mark.parametrize("url", SECRETS)
+@pytest.mark.parametrize("field", ["model", "calibration", "selection", "test", "store"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(field, url):
+    """They would be a parameter of the flow run, in Prefect's database, and in the store's result.json."""
+    settings, least = (Runtime, {}) if field == "store" else (Search, LEAST)
+    with pytest.raises(ValidationError, match="holds credentials") as caught:
+        settings.model_validate(least | {field: url})
+    assert "SEC" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hf:Salesforce/wikitext:validation",
+        "hf://datasets/owner/name@main/text.txt",
+        "s3://bucket/text.txt",
+        "https://host/text.txt?download=true",
+        "/home/me@work/text.txt",
+        "owner/name@main",
+    ],
+)
+def test_other_places_are_left_as_they_are(url):
+    assert Search(**LEAST, calibration=url).calibration == url
 
 
 def test_settings_survive_json():

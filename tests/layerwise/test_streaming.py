@@ -123,19 +123,9 @@ def test_hidden_states_need_not_have_been_embedded_by_the_same_process(
     assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
-UNSEEN_TUPLE = pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="tuples are noticed when windows are embedded"
-)
-
-
 @pytest.mark.parametrize(
     "family",
-    [
-        "llama",
-        "gpt-neox",
-        pytest.param("falcon", marks=UNSEEN_TUPLE),
-        pytest.param("bloom", marks=UNSEEN_TUPLE),
-    ],
+    ["llama", "gpt-neox", "falcon", "bloom"],
 )
 def test_norm_and_head_need_no_layer_to_have_run_in_the_same_process(
     tiny_model, random_windows_of, layer_outputs, family

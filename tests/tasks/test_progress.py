@@ -7,6 +7,7 @@ import subprocess
 import sys
 from uuid import UUID
 
+import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
@@ -94,3 +95,38 @@ def test_in_a_task_run_prefect_has_a_progress_artifact_and_the_log(prefect_backe
     assert (artifact.type, artifact.data, artifact.description) == ("progress", 50.0, "capture: dense model")
     lines = [log.message for log in logs if "capture: dense model" in log.message]
     assert [re.search(r"layer \d of 4", line)[0] for line in lines] == ["layer 1 of 4", "layer 2 of 4"]
+
+
+def test_a_report_that_prefect_cannot_take_does_not_end_the_work(
+    prefect_backend, every_step_reported, caplog
+):
+    @task
+    def outlives_its_artifact() -> str:
+        with showing("branch", total=2) as step:
+            step(1)
+            with get_client(sync_client=True) as client:
+                task_run = TaskRunContext.get().task_run.id
+                (artifact,) = client.read_artifacts(
+                    artifact_filter=ArtifactFilter(task_run_id={"any_": [task_run]})
+                )
+                client.delete_artifact(artifact.id)
+            step(2)
+        return "done"
+
+    assert flow(lambda: outlives_its_artifact(), name="outlives")() == "done"
+    assert caplog.text.count("the work goes on") == 1
+
+
+def test_a_server_that_is_gone_does_not_end_the_work(prefect_backend, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise httpx.ConnectError("connection refused")
+
+    @task
+    def outlives_the_server() -> str:
+        with showing("branch", total=2) as step:
+            step(2)
+        return "done"
+
+    monkeypatch.setattr(progress, "create_progress_artifact", refused)
+    assert flow(lambda: outlives_the_server(), name="outlives")() == "done"
+    assert caplog.text.count("the work goes on") == 1
