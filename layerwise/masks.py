@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Entries that are scored and ranked at a time: 17 bytes each while they are sorted, so about 36 MB of them.
-SORTED_ENTRIES = 1 << 21
+# Entries that are scored and ranked at a time: 17 bytes each while they are sorted, so about 18 MB of them.
+SORTED_ENTRIES = 1 << 20
 
 
 def removal_levels(

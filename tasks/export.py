@@ -1,7 +1,7 @@
 """Export: the pruned checkpoint in Hugging Face format, written layer by layer in the source's dtype."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from prefect import task
@@ -123,36 +123,36 @@ class _Export:
         self.rows: list[dict] = []  # of sparsity.json
 
     def write_weights(self, draft: Draft) -> None:
-        source = self.checkpoint.source_tensors()
+        """Write one shard per tensor outside of the layers (each may outweigh a layer) and one per layer."""
+        outer = self.checkpoint.source_tensors().get(None, [])
         total = self.checkpoint.num_layers
         place: dict[str, str] = {}
         size = 0
+
+        def write(tensors: dict[str, Tensor]) -> None:
+            nonlocal size
+            number = len(set(place.values())) + 1
+            name = f"model-{number:05d}-of-{len(outer) + total:05d}.safetensors"
+            write_tensors(draft, name, tensors, metadata={"format": "pt"})
+            place.update(dict.fromkeys(tensors, name))
+            size += sum(tensor.nbytes for tensor in tensors.values())
+
+        for tensor in outer:
+            write(self.checkpoint.read({tensor.name: tensor}))
         with showing("export: pruned checkpoint", total) as step:
-            for shard, (index, tensors) in enumerate(self._pruned_groups(), 1):
-                name = f"model-{shard:05d}-of-{len(source):05d}.safetensors"
-                write_tensors(draft, name, tensors, metadata={"format": "pt"})
-                place |= dict.fromkeys(tensors, name)
-                size += sum(tensor.nbytes for tensor in tensors.values())
-                if index is not None:
-                    step(index + 1)
+            for index, weights in enumerate(self.checkpoint.layers()):
+                self._prune(index, weights)
+                write(self._by_source_name(index, weights))
+                step(index + 1)
         document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         draft.write(WEIGHTS_INDEX, json.dumps(document, indent=2).encode())
 
-    def _pruned_groups(self) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-        """Tensors by their name in the source: those outside of the layers, then each layer with its zeros."""
-        source = self.checkpoint.source_tensors()
-        if None in source:
-            yield None, self.checkpoint.read({tensor.name: tensor for tensor in source[None]})
-        for index, weights in enumerate(self.checkpoint.layers()):
-            self._prune(index, weights)
-            names = {
-                relative: tensor.name for relative, tensor in self.checkpoint.layer_tensors(index).items()
-            }
-            unused = {tensor.name: tensor for tensor in source[index] if tensor.model_name is None}
-            yield (
-                index,
-                {names[name]: weight for name, weight in weights.items()} | self.checkpoint.read(unused),
-            )
+    def _by_source_name(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's tensors as the source calls them, with those that the model has no use for."""
+        names = {relative: tensor.name for relative, tensor in self.checkpoint.layer_tensors(index).items()}
+        group = self.checkpoint.source_tensors()[index]
+        unused = {tensor.name: tensor for tensor in group if tensor.name not in names.values()}
+        return {names[name]: weight for name, weight in weights.items()} | self.checkpoint.read(unused)
 
     @torch.no_grad()
     def _prune(self, index: int, weights: dict[str, Tensor]) -> None:

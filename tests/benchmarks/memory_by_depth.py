@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth
 
 Needs 9 GB of disk and about fifteen minutes. Each depth runs import, capture, branch and export in a process of its
-own; its peak is what that process had at most, less what it had before the first stage (Python, torch, transformers).
+own, after a tiny model that loads all code; its peak is what that process had at most, less what it had before.
 Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states.
 """
 
@@ -25,6 +25,7 @@ from storage.store import Artifact, ArtifactStore
 from storage.tensors import write_tensors
 from tasks.branch import branch
 from tasks.capture import CaptureSettings, capture
+from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint
@@ -58,12 +59,14 @@ def main() -> None:
     sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
 
 
-def write_model(folder: Path, depth: int) -> None:
-    """A random LLaMA of 7B width; every layer has the same values, which no measurement here depends on."""
+def write_model(folder: Path, depth: int, **sizes: int) -> None:
+    """A random LLaMA, of 7B width by default; every layer has the same values, on which nothing here depends."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(num_hidden_layers=depth, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        num_hidden_layers=depth, dtype="bfloat16", architectures=["LlamaForCausalLM"], **sizes
+    )
     width, inner = config.hidden_size, config.intermediate_size
     shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     shapes |= {
@@ -94,9 +97,23 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 def measure(folder: Path, depth: int) -> dict[str, int]:
     """Bytes: the peak above the start, a layer's weights, all hidden states."""
-    store = ArtifactStore(str(folder / f"store-{depth}"))
+    write_model(folder / "model-small", 2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    run_stages(
+        ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small")
+    )  # loads all code
     before = memory("VmRSS")
-    checkpoint = import_checkpoint(store, str(folder / f"model-{depth}"))
+    checkpoint = run_stages(ArtifactStore(str(folder / f"store-{depth}")), str(folder / f"model-{depth}"))
+    window = SEQLEN * checkpoint.config.hidden_size * 2
+    return {
+        "peak": memory("VmHWM") - before,
+        "layer": checkpoint.index.layer_bytes[0],
+        "hidden states": window * WINDOWS * (len(BETAS) + 1),
+    }
+
+
+def run_stages(store: ArtifactStore, model: str) -> Checkpoint:
+    """Import, capture, branch and export."""
+    checkpoint = import_checkpoint(store, model)
     linears = linears_by_layer(checkpoint.index)
     calibration, selection = (
         tokens(store, role, checkpoint.config.vocab_size) for role in ("calibration", "selection")
@@ -108,12 +125,7 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
     inputs = LaneInputs(checkpoint, captured, calibration, selection)
     scores = branch.fn(store, inputs, plans, linears, settings, execution)
     export.fn(store, checkpoint, captured, scores[1], scores[0], linears, settings, execution)
-    window = SEQLEN * checkpoint.config.hidden_size * 2
-    return {
-        "peak": memory("VmHWM") - before,
-        "layer": checkpoint.index.layer_bytes[0],
-        "hidden states": window * WINDOWS * (len(BETAS) + 1),
-    }
+    return checkpoint
 
 
 def tokens(store: ArtifactStore, role: str, vocabulary: int) -> Artifact:

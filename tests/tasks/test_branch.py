@@ -2,9 +2,10 @@
 
 import pytest
 
+from layerwise.allocation import SparsityPlan
 from layerwise.magnitude import Magnitude
 from storage.tables import read_table
-from tasks.branch import branch
+from tasks.branch import branch, lane_stage
 from tasks.execution import Execution
 
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
@@ -194,6 +195,16 @@ def test_settings_that_change_a_lane_change_its_key(small_run, mode):
         small_run(base.folder, calibration_mode="sequential" if mode == "dense" else "dense"),
     ]
     assert len({run.branch(0.1)[0].artifact.key for run in variants}) == len(variants)
+
+
+def test_a_lane_is_its_layers_sparsity_however_it_was_found(small_run):
+    run = small_run()
+    inputs = run.inputs()
+    rising, falling = SparsityPlan(0.1, (0.4, 0.5, 0.6)), SparsityPlan(0.1, (0.6, 0.5, 0.4))
+    renamed = SparsityPlan(0.2, rising.layers)
+    keys = [lane_stage(plan, inputs, run.pruning).key for plan in (rising, falling, renamed)]
+    assert keys[0] == keys[2]
+    assert keys[0] != keys[1]
 
 
 def test_the_way_a_lane_is_run_is_no_part_of_its_key(small_run):
