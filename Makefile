@@ -5,7 +5,7 @@ STORE ?= .layerwise
 
 .PHONY: demo test
 
-# Ten betas on a real model of 135M parameters and the text that comes with Python; some minutes on two cores.
+# Seven betas on a real model of 135M parameters and the text that comes with Python; some minutes on two cores.
 demo: $(VENV)/.ready
 	$(BIN)/layerwise search --model demo --sparsity 0.6 --store $(STORE) --beta-count 6 \
 	    --seqlen 512 --calibration-windows 16 --selection-windows 12 --test-windows 12

@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
-from flows.embedded_server import ServerStart, prefer_quiet_prefect
+from flows.embedded_server import ServerStart
 
 EXAMPLE = """example:
   layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
@@ -17,7 +17,6 @@ EXAMPLE = """example:
 def main() -> None:
     """Entry point of the command ``layerwise``."""
     began = time.monotonic()
-    prefer_quiet_prefect()
     _log_to_terminal()
     arguments = sys.argv[1:]
     server = ServerStart() if arguments[:1] == ["search"] and not {"-h", "--help"} & set(arguments) else None

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from flows.search import token_requests
 from flows.settings import Runtime, Search
 from layerwise.allocation import SparsityPlan
+from layerwise.masks import SORTED_ENTRIES
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
@@ -80,7 +81,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     imported = store.find(import_stage(settings.model))
     checkpoint = import_checkpoint(store, settings.model) if imported else None
     index = checkpoint.index if checkpoint else inspect_source(settings.model)
-    linears = linears_by_layer(index)
+    linears = linears_by_layer(index, settings.seqlen)
     plans = settings.allocation.plans(layer_sizes_of(linears))
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
     windows: dict[Role, Artifact | None] = {
@@ -222,15 +223,22 @@ class _Sizes:
         return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
 
     @property
+    def ranking(self) -> int:
+        """Wanda ranks some rows at a time, magnitude a whole matrix: scores, order and levels of every entry."""
+        entries = max(linear.numel for layer in self.linears for linear in layer)
+        return 17 * (min(entries, SORTED_ENTRIES) if self.settings.pruner.method == "wanda" else entries)
+
+    @property
     def memory(self) -> dict[str, int]:
         largest = max(self.index.layer_bytes)
         itemsize = DTYPES[self.dtype].itemsize
         weights = max(layer_sizes_of(self.linears))
         cast = 0 if self.dtype == self.index.dtype else weights * itemsize
+        restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         return {
-            "layer in use": largest + cast,
+            "layer in use": largest + cast + restored,
             "layer arriving": largest,
-            "order of removal": weights,  # one byte a weight
+            "order of removal": weights + self.ranking,  # one byte a weight, and what is being sorted
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }

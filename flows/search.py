@@ -10,6 +10,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.settings import Runtime, Search
+from layerwise.perplexity import DIVERGED
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
@@ -24,6 +25,7 @@ from tasks.evaluate import TestResult, evaluate, read_test
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.lane_group import LaneInputs
+from tasks.progress import going_on_without_prefect
 from tasks.sample_tokens import TokenRequest, sample_tokens
 from tasks.select import Selection, read_selection, select
 from tasks.streamed import layer_sizes_of, linears_by_layer
@@ -63,7 +65,7 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
     requests = token_requests(settings)
     checkpoint = load_checkpoint(store, settings)
     windows = sample_windows(store, checkpoint, requests)
-    linears = linears_by_layer(checkpoint.index)
+    linears = linears_by_layer(checkpoint.index, settings.seqlen)
     dtype = checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
     pruning = settings.pruning(dtype)
 
@@ -118,7 +120,7 @@ def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
         copied.
     """
     if store.find(import_stage(settings.model)) is None:
-        sizes = layer_sizes_of(linears_by_layer(inspect_source(settings.model)))
+        sizes = layer_sizes_of(linears_by_layer(inspect_source(settings.model), settings.seqlen))
         settings.allocation.plans(sizes)
     return import_checkpoint(store, settings.model)
 
@@ -172,19 +174,21 @@ def publish_result(store: ArtifactStore, result: SearchResult) -> None:
         "test": asdict(result.test),
         "stages": keys,
     }
-    stage = Stage(RESULT_STAGE, 1, None, {role.replace(" ", "-"): key for role, key in keys.items()})
+    settings = {"settings": document["settings"], "source": result.source}
+    stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 
     def build(draft: Draft) -> None:
         draft.write(RESULT_FILE, json.dumps(document, indent=1).encode())
         draft.facts |= {"verdict": result.selection.verdict, "source": result.source}
 
     store.get_or_build(stage, build)
-    create_table_artifact(
-        key="search-result",
-        table=table_rows(result.selection),
-        description=f"{result.source} at sparsity {result.settings.sparsity:g}: {result.selection.verdict}",
-    )
-    create_link_artifact(key="pruned-model", link=result.pruned, description="The exported checkpoint")
+    with going_on_without_prefect():
+        create_table_artifact(
+            key="search-result",
+            table=table_rows(result.selection),
+            description=f"{result.source} at sparsity {result.settings.sparsity:g}: {result.selection.verdict}",
+        )
+        create_link_artifact(key="pruned-model", link=result.pruned, description="The exported checkpoint")
 
 
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
@@ -196,7 +200,7 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
             {
                 "beta": row.beta,
                 "loss": round(row.loss, 4),
-                "perplexity": round(row.perplexity, 2),
+                "perplexity": "diverged" if row.loss >= DIVERGED else round(row.perplexity, 2),
                 "above best": "best" if difference is None else f"{difference.mean:+.4f}",
                 "t": "" if difference is None or difference.t is None else f"{difference.t:.1f}",
                 "realised sparsity": round(row.realised_sparsity, 5),

@@ -8,18 +8,37 @@ from torch import Tensor
 
 from layerwise.streaming import StreamedModel
 
+# Nats; counted for a window whose loss is not finite (a lane can overflow float16, or prune a layer to nothing).
+# Worse than any real loss, and its perplexity is still a number: such a lane loses, and the others are compared.
+DIVERGED = 700.0
+
+# Two-sided 5 % points of Student's t by degrees of freedom; between two, the stricter one.
+T_BOUNDS = {
+    1: 12.71,
+    2: 4.31,
+    3: 3.19,
+    4: 2.78,
+    5: 2.58,
+    6: 2.45,
+    8: 2.31,
+    10: 2.23,
+    15: 2.14,
+    20: 2.09,
+    30: 2.05,
+    60: 2.0,
+}
+
 
 def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor) -> list[float]:
-    """Mean cross-entropy of each window, in nats, from the last layer's output.
+    """Mean cross-entropy of each window, in nats, from the last layer's output; ``DIVERGED`` where it is not finite.
 
     Args:
         hidden_states: shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
     """
-    return [
-        model.loss(states, ids)
-        for states, ids in zip(hidden_states.split(1), input_ids.split(1), strict=True)
-    ]
+    windows = zip(hidden_states.split(1), input_ids.split(1), strict=True)
+    losses = [model.loss(states, ids) for states, ids in windows]
+    return [min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED for loss in losses]
 
 
 def perplexity(losses: Sequence[float]) -> float:
@@ -34,15 +53,19 @@ class PairedDifference:
     Attributes:
         mean: mean over the windows of (loss - other's loss), in nats; negative if the first is better.
         t: the mean over its standard error; None where it is undefined (one window, or no spread).
+        windows: how many were compared.
     """
 
     mean: float
     t: float | None
+    windows: int
 
     @property
     def significant(self) -> bool:
-        """Beyond two standard errors."""
-        return self.t is not None and abs(self.t) > 2
+        """Beyond the two-sided 5 % point of Student's t for so many windows."""
+        if self.t is None:
+            return False
+        return abs(self.t) > T_BOUNDS[max(degrees for degrees in T_BOUNDS if degrees < self.windows)]
 
 
 def paired_difference(losses: Sequence[float], others: Sequence[float]) -> PairedDifference:
@@ -59,7 +82,7 @@ def paired_difference(losses: Sequence[float], others: Sequence[float]) -> Paire
     differences = [loss - other for loss, other in zip(losses, others, strict=True)]
     mean = math.fsum(differences) / len(differences)
     if len(differences) < 2:
-        return PairedDifference(mean, None)
+        return PairedDifference(mean, None, len(differences))
     variance = math.fsum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
     error = math.sqrt(variance / len(differences))
-    return PairedDifference(mean, mean / error if error > 0 else None)
+    return PairedDifference(mean, mean / error if error > 0 else None, len(differences))

@@ -115,3 +115,23 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
         elif isinstance(module, Conv1D):
             found.append(Linear(name, module.nf, module.nx, transposed=True))
     return tuple(found)
+
+
+def require_positions(model: PreTrainedModel, seqlen: int) -> None:
+    """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); rotary ones have no end.
+
+    Raises:
+        ValueError: ``seqlen`` tokens do not fit.
+    """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known is None or seqlen <= known:
+        return
+    # A table may have a few rows more than positions: OPT's first two are for padding.
+    tables = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - known <= 8
+    ]
+    if any(table is not model.get_input_embeddings() for table in tables):
+        raise ValueError(
+            f"{model.config.model_type} has learned {known} positions, and a window has {seqlen} tokens. "
+            f"Set the window's length (--seqlen) to {known} or less."
+        )

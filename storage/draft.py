@@ -32,6 +32,10 @@ class Progress:
     step: int
     state: Artifact
 
+    def holds(self, error: Corrupt) -> bool:
+        """Whether it is this state's own files that ``error`` is about."""
+        return any(file.path in str(error) for file in self.state.files.values())
+
 
 class Draft:
     """Files of an artifact that is still being written. Nobody else can see them.

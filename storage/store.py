@@ -72,9 +72,7 @@ class ArtifactStore:
         if artifact := self.find(stage):
             return artifact
         self.built.add(stage.key)
-        draft = Draft(self.fs, self.root, stage)
-        draft.resume()
-        build(draft)
+        draft = self._built_draft(stage, build)
         manifest = {
             "key": stage.key,
             "recipe": stage.recipe,
@@ -88,6 +86,19 @@ class ArtifactStore:
         assert committed is not None, "a manifest that was created must be readable"
         draft.remove_progress()
         return committed
+
+    def _built_draft(self, stage: Stage, build: Callable[[Draft], None]) -> Draft:
+        draft = Draft(self.fs, self.root, stage)
+        draft.resume()
+        try:
+            build(draft)
+        except Corrupt as error:
+            if draft.resumed is None or not draft.resumed.holds(error):
+                raise
+            logger.warning("%s starts afresh, its resume point is damaged: %s", stage.key, error)
+            draft = Draft(self.fs, self.root, stage)
+            build(draft)
+        return draft
 
     def read(self, artifact: Artifact, name: str) -> bytes:
         """The content of one file, checked; for files that fit into memory easily.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.capture import capture_layers, embed_windows
 from layerwise.hidden_states import HiddenStatesRoom
-from layerwise.perplexity import perplexity, window_losses
+from layerwise.perplexity import DIVERGED, perplexity, window_losses
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
@@ -111,9 +111,15 @@ class _Capture:
                 self._retain(draft, layer.index + 1)
                 if clock.due() and layer.index + 1 < total:
                     draft.save_progress(layer.index + 1, self._write_state)
+                    clock.restart()
                 step(layer.index + 1)
         scored = slice(self.calibration_windows, None)
         losses = window_losses(self.model, self.hidden_states[scored], self.input_ids[scored])
+        if DIVERGED in losses:
+            raise ValueError(
+                f"the dense model's loss is not finite on {losses.count(DIVERGED)} of {len(losses)} selection "
+                f"windows in {self.settings.dtype}. Compute in another dtype: --dtype bfloat16 or float32."
+            )
         write_table(draft, LOSSES_FILE, pa.table({"window": range(len(losses)), "loss": losses}))
         draft.facts |= {
             DENSE_PERPLEXITY: perplexity(losses),

@@ -39,10 +39,11 @@ class BoundaryClock:
         self._last_time, self._since = time.monotonic(), 0
 
     def due(self) -> bool:
-        """Call once after every layer; starts counting anew when it answers yes."""
+        """Call once after every layer; ``restart`` after the resume point is committed."""
         self._since += 1
         by_layers = self._layers is not None and self._since >= self._layers
-        if not by_layers and time.monotonic() - self._last_time < self._seconds:
-            return False
+        return by_layers or time.monotonic() - self._last_time >= self._seconds
+
+    def restart(self) -> None:
+        """Count anew from here: time spent on committing a resume point must not make the next one due."""
         self._last_time, self._since = time.monotonic(), 0
-        return True

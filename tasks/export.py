@@ -25,6 +25,7 @@ from tasks.execution import Execution
 from tasks.lane_group import PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
+from tasks.sources import HUB_ID, DemoSource
 from tasks.statistics_table import read_statistics, statistics_identity
 
 SPARSITY_FILE = "sparsity.json"
@@ -44,7 +45,8 @@ def export_stage(
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
-    return Stage("export", 1, {"prune": settings, "dense": _dense_perplexity(capture)}, inputs)
+    card = {"source": source_name(checkpoint), "dense": _dense_perplexity(capture)}
+    return Stage("export", 1, {"prune": settings, "card": card}, inputs)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -87,11 +89,20 @@ def export(
             "uniform": perplexity(uniform.losses),
             "pruned": perplexity(chosen.losses),
         }
-        source = str(checkpoint.artifact.facts["source"])
+        source = source_name(checkpoint)
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
         draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
 
     return store.get_or_build(export_stage(checkpoint, capture, chosen, uniform, settings), build)
+
+
+def source_name(checkpoint: Checkpoint) -> str:
+    """What the model card calls the dense model: of a place on somebody's disk or bucket the last part only."""
+    source = str(checkpoint.artifact.facts["source"])
+    if source == DemoSource.label:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    on_the_hub = HUB_ID.fullmatch(source) is not None
+    return source if on_the_hub else source.rstrip("/").rpartition("/")[2]
 
 
 def _statistics_of(lane: LaneScore, capture: Artifact, settings: PruneSettings) -> Artifact:

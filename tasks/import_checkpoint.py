@@ -4,6 +4,8 @@ A folder is used in place; its bytes are read once for their digests. A hub repo
 demo model go into the store, one shard per decoder layer, with never more than a layer in memory.
 """
 
+from dataclasses import replace
+
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
@@ -55,7 +57,7 @@ def inspect_source(model: str) -> CheckpointIndex:
         case FolderSource():
             return describe_folder(source.folder)
         case HubSource():
-            return describe_folder(source.open())
+            return replace(describe_folder(source.open()), in_place=False)
         case GgufSource() | DemoSource():
             from tasks.gguf_weights import GgufWeights  # gguf takes its time, and only these sources need it
 

@@ -106,6 +106,7 @@ def advance_group(
             group.finish_layer(draft, index, outcome)
             if clock.due() and index + 1 < total:
                 draft.save_progress(index + 1, group.write_state)
+                clock.restart()
             step(index + 1)
     losses = []
     with showing(f"{title}: losses", len(group.lanes), unit="lane") as step:

@@ -79,7 +79,7 @@ class _Reports:
         in_task_run = TaskRunContext.get() is not None
         self._artifact: UUID | None = None
         if in_task_run:
-            with _going_on_without_prefect():
+            with going_on_without_prefect():
                 self._artifact = cast(UUID, create_progress_artifact(0.0, description=title))
         self._log = get_run_logger() if in_task_run else logger
 
@@ -94,17 +94,17 @@ class _Reports:
         if to_stderr:
             sys.stderr.write(f"{line}\n")
         if self._artifact is not None:
-            with _going_on_without_prefect():
+            with going_on_without_prefect():
                 update_progress_artifact(self._artifact, 100 * completed / self._total)
 
 
 @contextmanager
-def _going_on_without_prefect() -> Iterator[None]:
+def going_on_without_prefect() -> Iterator[None]:
     """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
     try:
         yield
     except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("Prefect's server did not take a progress report (%r); the work goes on", error)
+        logger.warning("Prefect's server did not take a report (%r); the work goes on", error)
 
 
 def _memory() -> str:

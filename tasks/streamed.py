@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.skeleton import Linear, build_skeleton, linears_of
+from layerwise.skeleton import Linear, build_skeleton, linears_of, require_positions
 from layerwise.streaming import StreamedModel
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_index import CheckpointIndex
@@ -40,9 +40,14 @@ class OuterTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def linears_by_layer(index: CheckpointIndex) -> list[tuple[Linear, ...]]:
-    """The prunable weights of every decoder layer, in the order of ``StreamedModel.linears``."""
+def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, ...]]:
+    """The prunable weights of every decoder layer, in the order of ``StreamedModel.linears``.
+
+    Raises:
+        ValueError: the model has no positions for windows of ``seqlen`` tokens.
+    """
     model = build_skeleton(config_from_document(index.config, "the checkpoint"))
+    require_positions(model, seqlen)
     return [linears_of(layer) for layer in model.get_submodule(index.layer_prefix).children()]
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     execution = Runtime(store=store.url).execution()
     checkpoint = load_checkpoint.fn(store, settings)
     windows = sample_windows.fn(store, checkpoint, token_requests(settings))
-    linears = linears_by_layer(checkpoint.index)
+    linears = linears_by_layer(checkpoint.index, settings.seqlen)
     calibration, selection = windows["calibration"], windows["selection"]
     captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
     inputs = LaneInputs(checkpoint, captured, calibration, selection)

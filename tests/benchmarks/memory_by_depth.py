@@ -114,7 +114,7 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
 def run_stages(store: ArtifactStore, model: str) -> Checkpoint:
     """Import, capture, branch and export."""
     checkpoint = import_checkpoint(store, model)
-    linears = linears_by_layer(checkpoint.index)
+    linears = linears_by_layer(checkpoint.index, SEQLEN)
     calibration, selection = (
         tokens(store, role, checkpoint.config.vocab_size) for role in ("calibration", "selection")
     )

@@ -13,12 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.embedded_server import ServerStart, prefer_quiet_prefect
-
-prefer_quiet_prefect()
-
-from flows import search as flow_module  # noqa: E402 - Prefect reads its settings when it is imported
-from flows.settings import Runtime, Search  # noqa: E402
+from flows import search as flow_module
+from flows.embedded_server import ServerStart
+from flows.settings import Runtime, Search
 
 TASKS = ("load_checkpoint", "sample_windows", "allocate", "capture", "branch", "select", "export", "evaluate")
 

@@ -70,7 +70,7 @@ def test_the_paired_difference_of_three_windows_by_hand():
     difference = paired_difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
     assert difference.mean == pytest.approx(2)
     assert difference.t == pytest.approx(2 * 3**0.5)
-    assert difference.significant
+    assert not difference.significant  # Student's t for 2 degrees of freedom: 4.303
 
 
 def test_the_better_plan_has_a_negative_difference():
@@ -89,21 +89,30 @@ def test_what_all_windows_have_in_common_does_not_blur_the_comparison():
 
 
 def test_one_window_says_nothing_about_the_spread():
-    assert paired_difference([2.0], [1.5]) == PairedDifference(0.5, None)
+    assert paired_difference([2.0], [1.5]) == PairedDifference(0.5, None, 1)
     assert not paired_difference([2.0], [1.5]).significant
 
 
 def test_equal_plans_differ_by_nothing_and_not_significantly():
     same = paired_difference([2.0, 3.0], [2.0, 3.0])
-    assert same == PairedDifference(0, None)
+    assert same == PairedDifference(0, None, 2)
     assert not same.significant
 
 
 @pytest.mark.parametrize(
-    "t, significant", [(1.99, False), (-1.99, False), (2.01, True), (-2.01, True), (None, False)]
+    "t, windows, significant",
+    [
+        (1.95, 1000, False),
+        (-2.01, 1000, True),
+        (2.01, 16, False),  # Student's t, 15 degrees of freedom: 2.131
+        (-2.2, 16, True),
+        (12.0, 2, False),  # 1 degree of freedom: 12.706
+        (13.0, 2, True),
+        (None, 16, False),
+    ],
 )
-def test_beyond_two_standard_errors_a_difference_is_significant(t, significant):
-    assert PairedDifference(0.1, t).significant is significant
+def test_a_difference_is_significant_beyond_students_t_for_its_windows(t, windows, significant):
+    assert PairedDifference(0.1, t, windows).significant is significant
 
 
 @pytest.mark.parametrize("losses, others", [([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0]), ([], [])])

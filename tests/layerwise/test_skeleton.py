@@ -20,6 +20,7 @@ from layerwise.skeleton import (
     expected_tensors,
     layer_prefix,
     linears_of,
+    require_positions,
 )
 
 FAMILIES = ["llama", "llama-tied", "gemma2-window", "phi3", "opt-projected", "gpt-neox", "gpt2", "bloom"]
@@ -124,3 +125,19 @@ def test_a_model_without_one_list_of_decoder_layers_is_refused_by_name():
 def test_a_model_that_is_no_language_model_is_refused_by_name():
     with pytest.raises(UnsupportedModel, match="no causal language model for 'vit'"):
         build_skeleton(ViTConfig())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt-projected"])
+def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, family):
+    skeleton = build_skeleton(tiny_model(family).reference.config)
+    positions = skeleton.config.max_position_embeddings
+    require_positions(skeleton, positions)
+    with pytest.raises(
+        ValueError, match=f"learned {positions} positions, and a window has {positions + 1} tokens"
+    ):
+        require_positions(skeleton, positions + 1)
+
+
+def test_rotary_positions_have_no_end(tiny_model):
+    skeleton = build_skeleton(tiny_model("llama").reference.config)
+    require_positions(skeleton, skeleton.config.max_position_embeddings + 1)

@@ -111,9 +111,18 @@ def empty_progress(store):
     store.fs.pipe_file(progress_path(store), b"")
 
 
+def flip_a_byte_of_the_state(store):
+    (path,) = [
+        path for path in store.fs.find(f"{store.root}/{STAGE.key}") if path.endswith("state.safetensors")
+    ]
+    content = store.fs.cat_file(path)
+    store.fs.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (flip_a_byte_of_the_state, "state.safetensors: tensor 'total' has digest"),
         (truncate_state, "state.safetensors has"),
         (remove_layer, "layer-0.bin is missing"),
         (break_progress, "progress.json is not readable"),

@@ -312,7 +312,7 @@ def small_run(local_store, save_model) -> Callable[..., SmallRun]:
         }
         defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}
         settings = PruneSettings(**(defaults | {"dtype": checkpoint.index.dtype} | pruning))
-        return SmallRun(store, model, checkpoint, windows, settings, linears_by_layer(checkpoint.index))
+        return SmallRun(store, model, checkpoint, windows, settings, linears_by_layer(checkpoint.index, 8))
 
     return make
 

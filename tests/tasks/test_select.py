@@ -5,6 +5,7 @@ import math
 import pytest
 
 from layerwise.allocation import SparsityPlan
+from layerwise.perplexity import DIVERGED
 from storage.artifact import Artifact
 from tasks.branch import LaneScore
 from tasks.select import compare, read_selection, select
@@ -37,7 +38,7 @@ def test_every_row_is_compared_with_the_best_window_by_window():
 
 def test_the_verdict_names_runner_up_and_uniform_with_their_uncertainty():
     assert compare([UNIFORM, BEST, STEEP], 5.0).verdict == (
-        "beta 0.1: perplexity 18.1 % below the runner-up, beta 0.2 (t = 3.5: significant); "
+        "beta 0.1: perplexity 18.1 % below the runner-up, beta 0.2 (t = 3.5: not significant); "
         "perplexity 86.5 % below uniform, beta 0 (t = 2.0: not significant)"
     )
 
@@ -49,11 +50,18 @@ def test_a_verdict_says_only_once_that_uniform_is_the_runner_up():
 
 
 def test_uniform_may_be_the_best():
-    selection = compare([lane(0.0, 1.0, 2.0), lane(0.1, 1.5, 3.0)], 5.0)
+    # Differences .5 and .51: mean .505, standard error .005.
+    selection = compare([lane(0.0, 1.0, 2.0), lane(0.1, 1.5, 2.51)], 5.0)
     assert selection.best == 0
-    assert (
-        selection.verdict == "beta 0: perplexity 52.8 % below the runner-up, beta 0.1 (t = 3.0: significant)"
+    assert selection.verdict == (
+        "beta 0: perplexity 39.6 % below the runner-up, beta 0.1 (t = 101.0: significant)"
     )
+
+
+def test_a_lane_that_diverged_loses_and_the_others_are_compared():
+    selection = compare([lane(0.0, DIVERGED, DIVERGED), lane(0.1, 1.5, 2.5), lane(0.2, 1.0, 2.0)], 5.0)
+    assert (selection.best, selection.runner_up) == (2, 1)
+    assert "perplexity 100.0 % below uniform" in selection.verdict
 
 
 def test_of_equal_losses_the_flattest_plan_is_chosen():
