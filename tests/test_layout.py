@@ -57,8 +57,9 @@ def test_every_module_can_be_imported(module):
     assert importlib.import_module(module).__doc__
 
 
-@pytest.mark.parametrize("package", BELOW)
+@pytest.mark.parametrize("package", ["tasks", "layerwise", "storage"])
 def test_a_package_s_own_file_is_one_docstring(package):
+    """That of flows sets Prefect's environment too, as any of its modules may be the first to import Prefect."""
     (statement,) = ast.parse((ROOT / package / "__init__.py").read_text()).body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Constant)

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -28,7 +30,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with a model (three layers of LLaMA), a mixture of experts and a text of 2000 words."""
+    """A folder with a model (three layers of LLaMA), two that cannot be used, and a text of 2000 words."""
 
     folder: Path
 
@@ -61,6 +63,7 @@ def workshop(tmp_path_factory) -> Workshop:
     tokenizer.pre_tokenizer = Whitespace()
     models = {
         "model": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.2)),
+        "short": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=8)),
         "experts": MixtralForCausalLM(MixtralConfig(**SHAPE, **HEADS, num_local_experts=2)),
     }
     for name, model in models.items():

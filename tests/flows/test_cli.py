@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ def first_search(start, options, tmp_path_factory):
         return store, done[0]
 
     yield wait
-    if process.poll() is None:
-        process.kill()
+    if process.poll() is None:  # a test failed; a killed process would leave its server behind
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
 
 
 def search_that_made(finished) -> str:

@@ -197,6 +197,7 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
         ({"betas": [0.6]}, r"beta 0.6 is outside of the legal range \[0, 0.50000\]", set()),
         ({"betas": None, "beta_step": 0.001}, "at most 255", set()),
         ({"model": "experts"}, "mixtral is a mixture of experts", set()),
+        ({"model": "short"}, "gpt2 has learned 8 positions, and a window has 16 tokens", set()),
         ({"model": "nowhere"}, "no such model|neither a file or folder", set()),
         ({"seqlen": 400}, r"1000 tokens, but 6 x 400 = 2400 are needed", {"import_checkpoint"}),
         (
@@ -210,8 +211,8 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     workshop, prefect_backend, tmp_path, changes, message, in_store
 ):
-    if changes.get("model") == "experts":
-        changes = {"model": str(workshop.folder / "experts")}
+    if changes.get("model") in ("experts", "short"):
+        changes = {"model": str(workshop.folder / changes["model"])}
     runtime = Runtime(store=str(tmp_path / "store"))
     with pytest.raises((ValueError, OSError), match=message):
         search(workshop.settings(**changes), runtime)

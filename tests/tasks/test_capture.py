@@ -167,6 +167,31 @@ def test_a_killed_process_leaves_a_capture_that_another_one_finishes(
     assert finished.content == undisturbed.content
 
 
+def test_a_damaged_resume_point_is_not_used(small_run, another_store, dying_at, computed_layers):
+    run = small_run()
+    with dying_at("tasks.capture.write_statistics", call=3):
+        run.capture(boundary_layers=1)
+    (state,) = (path for path in run.files() if path.endswith("hidden_states.safetensors"))
+    content = bytearray(run.store.fs.cat_file(state))
+    content[-1] ^= 1
+    run.store.fs.pipe_file(state, bytes(content))
+    computed_layers.clear()
+    captured = run.capture(boundary_layers=1)
+    assert computed_layers == [0, 1, 2]
+    assert captured.content == small_run(run.folder, another_store()).capture().content
+
+
+def test_a_dense_model_that_overflows_its_dtype_is_refused(small_run, llama):
+    model = llama(num_hidden_layers=3)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e5
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e5
+    run = small_run(model, dtype="float16")
+    with pytest.raises(
+        ValueError, match="not finite on 3 of 3 selection windows in float16.*--dtype bfloat16"
+    ):
+        run.capture()
+
+
 def test_nothing_but_the_artifact_is_left_of_a_capture_with_resume_points(small_run):
     run = small_run()
     before = run.files()
