@@ -7,12 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
 
 from tasks.corpora import open_corpus
 from tasks.hub_corpus import choose_split
 
 REPOSITORY = Path(__file__).parents[2]
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+# Rows as Salesforce/wikitext has them: a line each, with its leading space and its end; "" where it is blank.
+WIKITEXT = {
+    "train": ["", " = A train = \n", "", " It left . \n"],
+    "validation": ["", " = A choice = \n", " It was made . \n"],
+    "test": ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He acts . \n"],
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
@@ -69,24 +76,41 @@ json.dump(answers, sys.stdout)
 """
 
 
+def cache_data_set(cache: Path, repo: str, config: str, splits: dict[str, dict[str, list]]) -> None:
+    """Write a data set where an online run of datasets leaves it: Arrow files in a folder named after the commit."""
+    owner, name = repo.split("/")
+    folder = cache / f"{owner}___{name}" / config / "0.0.0" / COMMIT
+    folder.mkdir(parents=True)
+    infos = SplitDict(dataset_name=name)
+    for split, columns in splits.items():
+        rows = Dataset.from_dict(columns)
+        rows.save_to_disk(folder / f"saved-{split}")
+        (arrow,) = (folder / f"saved-{split}").glob("data-*.arrow")
+        arrow.rename(folder / f"{name}-{split}.arrow")
+        infos[split] = SplitInfo(
+            name=split, num_bytes=rows.data.nbytes, num_examples=len(rows), dataset_name=name
+        )
+        features = rows.features
+    info = DatasetInfo(
+        features=features, splits=infos, builder_name="parquet", dataset_name=name, config_name=config
+    )
+    info.write_to_directory(folder)
+
+
 @pytest.fixture(scope="module")
 def offline_answers(tmp_path_factory):
     """What a process without network gets out of a datasets cache, as one online run leaves it."""
-    script = SHARED_DATA / "offline_datasets.py"
-    assert script.is_file(), (
-        f"{script} is missing: it writes the datasets cache that this test reads. "
-        "Put the folder shared beside the repository."
-    )
     folder = tmp_path_factory.mktemp("hub")
+    wikitext = {split: {"text": rows} for split, rows in WIKITEXT.items()}
+    cache_data_set(folder / "cache", "Salesforce/wikitext", "wikitext-2-raw-v1", wikitext)
+    pairs = {"idx": [0], "label": [1], "sentence1": ["It rains."], "sentence2": ["It is wet."]}
+    cache_data_set(folder / "cache", "nyu-mll/glue", "rte", {"train": pairs, "validation": pairs})
     environment = os.environ | {
         "HF_HOME": str(folder / "home"),
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(REPOSITORY),
     }
-    subprocess.run(
-        [sys.executable, script, folder / "cache"], env=environment, check=True, capture_output=True
-    )
     asked = subprocess.run(
         [sys.executable, "-c", QUESTIONS], env=environment, cwd=folder, capture_output=True, text=True
     )
@@ -94,17 +118,16 @@ def offline_answers(tmp_path_factory):
     return json.loads(asked.stdout)
 
 
-def test_wikitext_by_its_official_name_gives_the_text_of_the_published_perplexities(offline_answers):
+def test_wikitext_by_its_official_name_is_its_rows_joined_by_a_blank_line(offline_answers):
     identity, label, content = offline_answers["hf:Salesforce/wikitext"]
-    raw = (SHARED_DATA / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
-    rows = [line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1]]
-    assert len(rows) == 4358
-    assert content == "\n\n".join(rows)
+    assert content == (
+        "\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English actor . \n\n\n He acts . \n"
+    )
     assert identity == {
         "repo": "Salesforce/wikitext",
         "config": "wikitext-2-raw-v1",
         "split": "test",
-        "commit": "0" * 40,  # the cache's folder
+        "commit": COMMIT,  # the cache's folder
     }
     assert offline_answers[label] == [identity, label, content]
 
