@@ -180,6 +180,9 @@ def format_of(url: str) -> FileFormat:
     )
 
 
+AZURE = ("abfs", "abfss", "wasb", "wasbs")  # their URLs say container@account, which is no secret
+
+
 def without_credentials(url: str) -> str:
     """``url`` without user, password, query and fragment, in every link of a chained URL."""
     return "::".join(_without_credentials(link) for link in url.split("::"))
@@ -191,6 +194,8 @@ def _without_credentials(link: str) -> str:
         return link
     rest = rest.split("?")[0].split("#")[0]
     before, at, after = rest.rpartition("@")
+    if protocol in AZURE and ":" not in before:
+        return f"{protocol}://{rest}"
     # AWS secrets hold slashes, so a password may reach beyond the first one: cut at the last "@".
     if at and (":" in before or "/" not in before):
         rest = after

@@ -12,6 +12,7 @@ from storage.files import is_local, open_filesystem
 from storage.keys import digest
 from tasks.checkpoint_files import identifying_files
 from tasks.demo_model import WHEEL_SHA256, demo_gguf
+from tasks.file_corpus import without_credentials
 from tasks.folder import FileState, Folder, file_version, list_folder
 from tasks.hub import open_repository, resolve_commit
 from tasks.user_cache import cache_folder, fetch_once
@@ -159,7 +160,8 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
 
 def _refuse_credentials(url: str) -> None:
     for part in url.split("::"):
-        if "@" in urlsplit(part).netloc or SECRET_IN_QUERY.search(part):
+        place = part.partition("?")[0]
+        if without_credentials(place) != place or SECRET_IN_QUERY.search(part):
             raise ValueError(
                 f"the {urlsplit(part).scheme}:// URL of the model holds credentials (not shown), which would "
                 "end up in logs and reports. Put them into the environment or the fsspec configuration and "

@@ -121,3 +121,10 @@ def test_a_runtime_becomes_what_the_tasks_take(tmp_path):
     assert execution.hidden_states_bytes == 2**29
     assert execution.scratch == tmp_path
     assert (execution.boundary_seconds, execution.boundary_layers) == (120, None)
+
+
+def test_the_container_in_an_azure_url_is_no_credential():
+    url = "abfs://container@account.dfs.core.windows.net/folder"
+    assert Search(model=url, sparsity=0.5, selection=f"{url}/text.txt").model == url
+    with pytest.raises(ValidationError, match="holds credentials"):
+        Search(model="abfs://container:key@account.dfs.core.windows.net/folder", sparsity=0.5)
