@@ -140,4 +140,5 @@ def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, famil
 
 def test_rotary_positions_have_no_end(tiny_model):
     skeleton = build_skeleton(tiny_model("llama").reference.config)
-    require_positions(skeleton, skeleton.config.max_position_embeddings + 1)
+    beyond = skeleton.config.max_position_embeddings + 1
+    assert require_positions(skeleton, beyond) is None
