@@ -47,10 +47,6 @@ class Selection:
         return self.rows[self.best]
 
     @property
-    def uniform_row(self) -> ScoreRow:
-        return self.rows[0]
-
-    @property
     def verdict(self) -> str:
         """The choice in one sentence, with its uncertainty."""
         if self.runner_up is None:

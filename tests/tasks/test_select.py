@@ -23,7 +23,7 @@ def test_the_lowest_mean_loss_wins_and_the_next_one_is_the_runner_up():
     selection = compare([UNIFORM, BEST, STEEP], dense_perplexity=5.0)
     assert (selection.best, selection.runner_up) == (1, 2)
     assert selection.best_row.beta == 0.1
-    assert selection.uniform_row.beta == 0.0
+    assert selection.rows[0].beta == 0.0
     assert [row.loss for row in selection.rows] == pytest.approx([4.0, 2.0, 2.2])
     assert [row.perplexity for row in selection.rows] == pytest.approx([math.e**4, math.e**2, math.e**2.2])
     assert selection.dense_perplexity == 5.0
