@@ -101,6 +101,7 @@ class Draft:
             "seconds": self.seconds,
         }
         overwrite(self._fs, self._progress_path, seal(document))
+        logger.debug("%s: resume point %d committed", self._stage.key, step)
         self._remove_state()
         self._state = state.files
 

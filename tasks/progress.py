@@ -84,6 +84,7 @@ class _Reports:
         self._log = get_run_logger() if in_task_run else logger
 
     def report(self, completed: int, to_stderr: bool) -> None:
+        logger.debug("%s: %s %d of %d done", self._title, self._unit, completed, self._total)
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_REPORTS and completed < self._total:
             return
