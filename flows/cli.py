@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
 from flows.embedded_server import ServerStart
 
@@ -20,26 +22,40 @@ def main() -> None:
     _log_to_terminal()
     arguments = sys.argv[1:]
     server = ServerStart() if arguments[:1] == ["search"] and not {"-h", "--help"} & set(arguments) else None
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser(arguments[:1]).parse_args(arguments)
     try:
         if parsed.command == "search":
             assert server is not None, "a search that is not asked for its help starts the server"
             _search(parsed, server, began)
         else:
-            {"plan": _plan, "ls": _list, "show": _show}[parsed.command](parsed)
+            run = {"plan": _plan, "ls": _list, "show": _show, "gc": _collect, "verify": _verify}[
+                parsed.command
+            ]
+            run(parsed)
     except KeyboardInterrupt:
-        sys.exit("layerwise: stopped; nothing is lost, the same command goes on from the last resume point")
+        _stop("stopped by the keyboard; the layers since the last resume point are done again", 130)
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"layerwise: {message}")
-    except Exception as error:
-        if not type(error).__module__.startswith(
-            "botocore."
-        ):  # no OSErrors: missing credentials, an unknown region
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
-        sys.exit(
-            f"layerwise: the S3 storage cannot be used ({error}). Check credentials, region and endpoint."
+        _stop(
+            f"not enough memory ({str(error).splitlines()[0]}). `layerwise plan` shows what a search needs: use fewer "
+            "windows or betas, a smaller --hidden-states-gib, or another machine",
+            1,
         )
+
+
+def _stop(why: str, status: int) -> None:
+    sys.stderr.write(f"layerwise: {why}. Resume with:\n  {shlex.join(['layerwise', *sys.argv[1:]])}\n")
+    sys.exit(status)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, CUDA's and that of torch's allocator for the CPU, which has no class of its own."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def _log_to_terminal() -> None:
@@ -55,10 +71,8 @@ def _log_to_terminal() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[handler])
 
 
-def _parser() -> ArgumentParser:
-    from flows.options import add_options
-    from flows.settings import Runtime, Search
-
+def _parser(command: Sequence[str]) -> ArgumentParser:
+    """All commands; the options of those that import transformers only if ``command`` may be one of them."""
     parser = ArgumentParser(
         prog="layerwise",
         description="Layer-wise sparsity for large language models.",
@@ -70,9 +84,13 @@ def _parser() -> ArgumentParser:
         "search", help="find the best beta for a sparsity and export the pruned model"
     )
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
-    for command in (search, plan):
-        add_options(command, Search)
-        add_options(command, Runtime)
+    if not set(command) <= {"ls", "show", "gc", "verify"}:
+        from flows.options import add_options
+        from flows.settings import Runtime, Search
+
+        for each in (search, plan):
+            add_options(each, Search)
+            add_options(each, Runtime)
     listing = commands.add_parser("ls", help="the artifacts of a store")
     listing.add_argument("store", help="Folder or fsspec URL of the store.")
     show = commands.add_parser("show", help="one artifact, or the result of a search")
@@ -80,6 +98,19 @@ def _parser() -> ArgumentParser:
     show.add_argument(
         "key", nargs="?", help="Key as ls prints it (or its beginning); the newest search if left out."
     )
+    collection = commands.add_parser("gc", help="what nobody can reach in a store; deletes it on request")
+    collection.add_argument("store", help="Folder or fsspec URL of the store.")
+    collection.add_argument("--apply", action="store_true", help="Delete it; only shown if left out.")
+    collection.add_argument(
+        "--results-only",
+        action="store_true",
+        help="Of finished searches keep the result (choice, pruned model, test), and no other artifact.",
+    )
+    collection.add_argument(
+        "--grace-minutes", type=float, default=60, help="What was modified in this time stays (default: 60)."
+    )
+    verification = commands.add_parser("verify", help="read a whole store through; tells what is damaged")
+    verification.add_argument("store", help="Folder or fsspec URL of the store.")
     return parser
 
 
@@ -88,12 +119,18 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
     from flows.settings import Runtime, Search
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    from flows.console import open_console
     from flows.search import search
-    from flows.terminal import open_console, show_result
+    from flows.terminal import show_result
+    from tasks.stopping import TerminationSignal, stopping_on_sigterm
 
-    server.wait()
-    flow_began = time.monotonic()
-    result = search(settings, runtime)
+    try:
+        with stopping_on_sigterm():  # the flow's own begins later and ends earlier
+            server.wait()
+            flow_began = time.monotonic()
+            result = search(settings, runtime)
+    except TerminationSignal:
+        _stop("stopped by SIGTERM after the layer that was under way; nothing that was finished is lost", 143)
     flow_seconds = time.monotonic() - flow_began
     console = open_console()
     show_result(console, result)
@@ -104,16 +141,18 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
 
 
 def _plan(arguments: Namespace) -> None:
+    from flows.console import open_console
     from flows.options import read_options
     from flows.plan import plan_search
     from flows.settings import Runtime, Search
-    from flows.terminal import open_console, show_plan
+    from flows.terminal import show_plan
 
     show_plan(open_console(), plan_search(read_options(arguments, Search), read_options(arguments, Runtime)))
 
 
 def _list(arguments: Namespace) -> None:
-    from flows.terminal import open_console, show_artifacts
+    from flows.console import open_console
+    from flows.terminal import show_artifacts
     from storage.store import ArtifactStore
 
     show_artifacts(open_console(), ArtifactStore(arguments.store).artifacts())
@@ -123,6 +162,19 @@ def _show(arguments: Namespace) -> None:
     from flows.inspect import show_key
 
     show_key(arguments.store, arguments.key)
+
+
+def _collect(arguments: Namespace) -> None:
+    from flows.housekeeping import collect_garbage
+
+    grace_seconds = 60 * arguments.grace_minutes
+    sys.exit(collect_garbage(arguments.store, arguments.apply, arguments.results_only, grace_seconds))
+
+
+def _verify(arguments: Namespace) -> None:
+    from flows.housekeeping import verify_store
+
+    sys.exit(verify_store(arguments.store))
 
 
 if __name__ == "__main__":

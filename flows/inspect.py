@@ -2,8 +2,9 @@
 
 import json
 
+from flows.console import open_console, size
 from flows.search import RESULT_FILE, RESULT_STAGE
-from flows.terminal import open_console, show_selection, show_test, size
+from flows.terminal import show_selection, show_test
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test

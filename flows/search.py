@@ -5,14 +5,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_link_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
+from flows.mending import mending
 from flows.settings import Runtime, Search
 from layerwise.perplexity import DIVERGED
 from storage.artifact import Artifact
 from storage.draft import Draft
+from storage.running import announced
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.allocate import allocate, read_plans
@@ -22,12 +23,15 @@ from tasks.checkpoint import Checkpoint
 from tasks.corpora import assign_parts, open_corpus
 from tasks.documents import Role
 from tasks.evaluate import TestResult, evaluate, read_test
+from tasks.execution import Execution
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.lane_group import LaneInputs
 from tasks.progress import going_on_without_prefect
 from tasks.sample_tokens import TokenRequest, sample_tokens
 from tasks.select import Selection, read_selection, select
+from tasks.stage_task import stage_task
+from tasks.stopping import stopping_on_sigterm
 from tasks.streamed import layer_sizes_of, linears_by_layer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,13 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
     """Prune ``settings.model`` with every beta, choose the best, export and test it. Safe to stop and start again."""
     store = ArtifactStore(runtime.store)
     execution = runtime.execution()
+    what = f"search: {settings.model} at sparsity {settings.sparsity:g}"
+    with stopping_on_sigterm(), announced(store.fs, store.root, what):
+        return mending(store, lambda: run_stages(store, settings, execution))
+
+
+def run_stages(store: ArtifactStore, settings: Search, execution: Execution) -> SearchResult:
+    """The stages of a search, one after the other; those that the store has are not run again."""
     requests = token_requests(settings)
     checkpoint = load_checkpoint(store, settings)
     windows = sample_windows(store, checkpoint, requests)
@@ -111,7 +122,7 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
     return result
 
 
-@task(name="import_checkpoint", cache_policy=NO_CACHE, persist_result=False)
+@stage_task(name="import_checkpoint")
 def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
     """Import the model unless the store has it; open it for reading.
 
@@ -125,7 +136,7 @@ def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
     return import_checkpoint(store, settings.model)
 
 
-@task(name="sample_tokens", cache_policy=NO_CACHE, persist_result=False)
+@stage_task(name="sample_tokens")
 def sample_windows(
     store: ArtifactStore, checkpoint: Checkpoint, requests: Mapping[Role, TokenRequest]
 ) -> dict[Role, Artifact]:

@@ -8,20 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import size
 from flows.plan import Plan
 from flows.search import SearchResult, table_rows
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.select import Selection
 
-FILE_WIDTH = 200  # columns; so that a line of ``ls`` stays one line for grep
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
-
-
-def open_console() -> Console:
-    """The terminal; wide enough for a table where the output is a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, FILE_WIDTH))
 
 
 def show_result(console: Console, result: SearchResult) -> None:
@@ -114,16 +108,6 @@ def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
             Text(", ".join(shown), no_wrap=True, overflow="ellipsis"),
         )
     console.print(table)
-
-
-def size(count: int) -> str:
-    """Bytes for people; nothing for none."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}" if count else ""
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def _worth_a_line(value: object) -> bool:

@@ -57,6 +57,7 @@ class Artifact:
         facts: small results worth reading without opening a file; plain JSON.
         recipe: the stage as plain JSON: name, version, settings, inputs.
         made: when and in how many seconds; not part of what the artifact is.
+        token: of the manifest, tells it from one that another attempt wrote.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Artifact:
     facts: dict[str, object] = field(default_factory=dict)
     recipe: dict[str, object] = field(default_factory=dict)
     made: dict[str, object] = field(default_factory=dict)
+    token: str = ""
 
     @property
     def content(self) -> str:

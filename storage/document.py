@@ -9,6 +9,7 @@ from fsspec import AbstractFileSystem
 
 from storage.files import Corrupt
 from storage.keys import digest
+from storage.unreachable import reaching
 
 FORMAT = 1
 ATTEMPTS = 3  # a small object can come truncated without an error, see STORAGE.md 5
@@ -31,12 +32,15 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
     Raises:
         FileNotFoundError: if there is no such file.
         Corrupt: if it is not what was written, several times in a row, or of an unknown format.
+        Unreachable: if the storage does not answer.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(0.1 * 2**attempt)
         try:
-            return _opened(fs.cat_file(path))
+            with reaching(fs, path):
+                content = fs.cat_file(path)
+            return _opened(content)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             problem = error
     raise Corrupt(

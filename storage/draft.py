@@ -1,40 +1,34 @@
 """An artifact that is still being written, and the resume points it leaves on the way."""
 
 import logging
+import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from storage.artifact import Artifact, StoredFile, checked_name, files_from_json, files_to_json
+from storage.artifact import Artifact, StoredFile, checked_name
+from storage.copies import copy_within
 from storage.document import read_sealed, seal
 from storage.files import Corrupt
+from storage.progress import PROGRESS, Progress
 from storage.publishing import overwrite, publish, remove_quietly
 from storage.stage import Stage
 from storage.tensor_entry import TensorEntry
+from storage.unreachable import reaching
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"
+MANIFEST = "manifest.json"
+LOOKS_AT_ONCE = 16  # questions for the sizes of stored files
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where an earlier attempt of the same stage stopped.
-
-    Args:
-        step: the number it was saved under.
-        state: the files needed to go on; read them like those of any artifact.
-    """
-
-    step: int
-    state: Artifact
-
-    def holds(self, error: Corrupt) -> bool:
-        """Whether it is this state's own files that ``error`` is about."""
-        return any(file.path in str(error) for file in self.state.files.values())
+class Committed(Exception):
+    """Another process has committed the artifact that this one is still working on."""
 
 
 class Draft:
@@ -53,6 +47,7 @@ class Draft:
         self._fs, self._root, self._stage = fs, root, stage
         self._attempt = f"{stage.key}/{uuid.uuid4().hex}"
         self._state: dict[str, StoredFile] = {}  # of the last resume point, to be deleted after the next one
+        self._unusable: Set[str] = frozenset()  # tokens of resume points whose state could not be read
         self._started, self._seconds_before = time.monotonic(), 0.0
 
     def write(
@@ -85,34 +80,75 @@ class Draft:
     def save_progress(self, step: int, write_state: Callable[["Draft"], None]) -> None:
         """Commit a resume point: a new attempt will have all files written so far and go on from here.
 
+        Nothing is written if another process, at work on the same stage, is further on.
+
         Args:
             step: what ``resumed.step`` will be; the number of the next piece of work, say.
             write_state: writes what is needed to go on into a draft of its own. These files live until the
                 next resume point, and are no part of the artifact.
+
+        Raises:
+            Committed: another process has finished the artifact.
         """
+        self._require_uncommitted()
+        standing = self._standing()
+        if standing is not None and standing.step > step:
+            logger.debug("%s: %s is at %d already", self._stage.key, standing.host, standing.step)
+            return
         state = Draft(self._fs, self._root, self._stage)
         write_state(state)
-        document = {
-            "key": self._stage.key,
-            "step": step,
-            "files": files_to_json(self.files),
-            "facts": self.facts,
-            "state": {"files": files_to_json(state.files), "facts": state.facts},
-            "seconds": self.seconds,
-        }
-        overwrite(self._fs, self._progress_path, seal(document))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        progress = Progress(
+            step,
+            Artifact(f"{self._stage.key}/{PROGRESS}", state.files, state.facts),
+            self.files,
+            self.facts,
+            self.seconds,
+            now,
+            socket.gethostname(),
+        )
+        overwrite(self._fs, self._progress_path, seal(progress.to_json(self._stage.key)))
         logger.debug("%s: resume point %d committed", self._stage.key, step)
         self._remove_state()
         self._state = state.files
 
-    def resume(self) -> None:
-        """Go on from the resume point of an earlier attempt, if there is one and all its files are there."""
-        try:
-            self._adopt(read_sealed(self._fs, self._progress_path))
-        except FileNotFoundError:
+    def resume(self, unusable: Set[str] = frozenset()) -> None:
+        """Go on from the resume point of an earlier attempt, if there is one and all its files are there.
+
+        Args:
+            unusable: tokens of resume points that were tried and found damaged.
+        """
+        self._unusable = unusable
+        progress = self._standing()
+        if progress is None:
             return
+        try:
+            self._require_sizes([*progress.files.values(), *progress.state.files.values()])
         except Corrupt as error:
             logger.warning("%s starts afresh, its resume point is unusable: %s", self._stage.key, error)
+            self._unusable = {*unusable, progress.token}
+            return
+        self.files, self.facts, self.resumed = dict(progress.files), dict(progress.facts), progress
+        self._state, self._seconds_before = dict(progress.state.files), progress.seconds
+
+    def gather(self) -> None:
+        """Bring the files of earlier attempts into this attempt's folder, by copies on the storage itself.
+
+        For artifacts whose folder is opened by programs that know no manifest.
+        """
+        for name, file in self.files.items():
+            path = f"{self._attempt}/{name}"
+            if file.path != path:
+                copy_within(self._fs, f"{self._root}/{file.path}", f"{self._root}/{path}")
+                self.files[name] = replace(file, path=path)
+
+    def require_files(self) -> None:
+        """Look once more, before the manifest names them, whether all files are there.
+
+        Raises:
+            Corrupt: one is missing or has another size; naming it.
+        """
+        self._require_sizes(list(self.files.values()))
 
     def remove_progress(self) -> None:
         """Delete the resume point; the artifact was committed."""
@@ -128,32 +164,37 @@ class Draft:
     def _progress_path(self) -> str:
         return f"{self._root}/{self._stage.key}/{PROGRESS}"
 
-    def _adopt(self, document: dict) -> None:
-        key = self._stage.key
+    def _standing(self) -> Progress | None:
+        """The stage's present resume point, whoever wrote it; None if there is no usable one."""
         try:
-            if document["key"] != key:
-                raise ValueError(f"it belongs to {document['key']}")
-            files = files_from_json(document["files"], key)
-            state = files_from_json(document["state"]["files"], key)
-            progress = Progress(
-                int(document["step"]), Artifact(f"{key}/{PROGRESS}", state, document["state"]["facts"])
-            )
-            facts, seconds = dict(document["facts"]), float(document["seconds"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Corrupt(f"{self._progress_path} is not a resume point of this stage ({error})") from error
-        self._require_sizes([*files.values(), *state.values()])
-        self.files, self.facts, self.resumed = files, facts, progress
-        self._state, self._seconds_before = state, seconds
+            progress = Progress.from_json(read_sealed(self._fs, self._progress_path), self._stage.key)
+        except FileNotFoundError:
+            return None
+        except Corrupt as error:
+            logger.warning("%s has an unusable resume point: %s", self._stage.key, error)
+            return None
+        return None if progress.token in self._unusable else progress
+
+    def _require_uncommitted(self) -> None:
+        try:
+            read_sealed(self._fs, f"{self._root}/{self._stage.key}/{MANIFEST}")
+        except (FileNotFoundError, Corrupt):
+            return
+        raise Committed(self._stage.key)
 
     def _require_sizes(self, files: list[StoredFile]) -> None:
-        for file in files:
-            path = f"{self._root}/{file.path}"
-            try:
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+            list(pool.map(self._require_size, files))
+
+    def _require_size(self, file: StoredFile) -> None:
+        path = f"{self._root}/{file.path}"
+        try:
+            with reaching(self._fs, path):
                 size = self._fs.info(path)["size"]
-            except FileNotFoundError as error:
-                raise Corrupt(f"{path} is missing") from error
-            if size != file.size:
-                raise Corrupt(f"{path} has {size} bytes, not the {file.size} that were written")
+        except FileNotFoundError as error:
+            raise Corrupt(f"{path} is missing") from error
+        if size != file.size:
+            raise Corrupt(f"{path} has {size} bytes, not the {file.size} that were written")
 
     def _remove_state(self) -> None:
         remove_quietly(self._fs, [f"{self._root}/{file.path}" for file in self._state.values()])

@@ -1,6 +1,5 @@
 """Reading from any fsspec file system: every byte that was asked for, or an error that names the range."""
 
-import errno
 import logging
 import os
 import random
@@ -14,6 +13,10 @@ from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import get_filesystem_class, known_implementations
 
+from storage.corrupt import Corrupt
+from storage.s3_options import RETRIES, patient_s3_options
+from storage.unreachable import RANGE_TOO_FAR, Unreachable, endpoint_of, reaching, status_of
+
 logger = logging.getLogger(__name__)
 
 PIECE = 16 << 20  # bytes of one ranged request
@@ -21,21 +24,10 @@ WINDOW = 2  # requests under way at once: 32 MB of memory beside the target, nea
 GAP = 1 << 20  # unwanted bytes between two wanted ranges that cost less than another request
 ATTEMPTS = 4
 FIRST_DELAY = 0.2  # seconds; doubles with every attempt
+PATIENCE = 60  # seconds of asking in vain after which there is no further attempt: the client repeats, too
+LIMIT = 600  # seconds for one window, whatever the client's own repetitions: they can multiply to hours
 # Asking again is no use after these.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, TypeError, ValueError)
-
-
-class Corrupt(OSError):
-    """Stored bytes are not the bytes that were written, or cannot be had."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(errno.EIO, message)
-
-    def __str__(self) -> str:
-        return str(self.args[1])
-
-    def __reduce__(self) -> tuple[type["Corrupt"], tuple[str]]:
-        return Corrupt, (str(self),)  # OSError would be unpickled with two arguments
 
 
 def open_filesystem(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
@@ -57,8 +49,8 @@ def open_filesystem(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     _require_protocol(protocol)
     if protocol not in ("s3", "s3a"):
         return url_to_fs(url, **options)
-    fs, path = url_to_fs(url, **_patient_s3_options(options))
-    fs.retries = max(fs.retries, 12)  # an attribute of s3fs, not an argument; five give up within seconds
+    fs, path = url_to_fs(url, **patient_s3_options(options))
+    fs.retries = max(fs.retries, RETRIES)
     return fs, path
 
 
@@ -71,7 +63,9 @@ def read_exactly(fs: AbstractFileSystem, path: str, offset: int, into: memoryvie
     """Fill ``into`` with the bytes of ``path`` from ``offset`` on.
 
     Raises:
-        Corrupt: if the file ends before, or the storage keeps giving another number of bytes.
+        Corrupt: if the file ends before.
+        Unreachable: if the storage fails, or keeps giving another number of bytes.
+        OSError: as for ``reaching``.
     """
     read_scattered(fs, path, [(offset, into)])
 
@@ -86,12 +80,15 @@ def read_scattered(fs: AbstractFileSystem, path: str, targets: Iterable[tuple[in
         targets: (offset in the file, writable buffer) in any order; the ranges must not overlap.
 
     Raises:
-        Corrupt: if the file ends before, or the storage keeps giving another number of bytes.
+        Corrupt: if the file ends before.
+        Unreachable: if the storage fails, or keeps giving another number of bytes.
+        OSError: as for ``reaching``.
     """
     ordered = [(offset, into.cast("B")) for offset, into in targets if into.nbytes]
     ordered.sort(key=lambda target: target[0])
     if is_local(fs):
-        _read_local(fs._strip_protocol(path), ordered)
+        path = fs._strip_protocol(path)
+        _read_local(path, ordered)
         return
     pieces = [piece for run in _runs(ordered) for piece in _pieces(run)]
     for start in range(0, len(pieces), WINDOW):
@@ -146,17 +143,12 @@ def _pieces(run: Sequence[Target]) -> Iterator[Piece]:
 
 
 def _fetch(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> None:
-    todo = list(pieces)
+    todo, began = list(pieces), time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
-        answers = fs.cat_ranges(
-            [path] * len(todo), [piece[0] for piece in todo], [piece[1] for piece in todo], on_error="return"
-        )
         failed = []
-        for piece, answer in zip(todo, answers, strict=True):
-            if isinstance(answer, FINAL) or (
-                isinstance(answer, BaseException) and not isinstance(answer, Exception)
-            ):
-                raise answer
+        for piece, answer in zip(todo, _answers(fs, path, todo), strict=True):
+            if isinstance(answer, BaseException):
+                answer = _passing_failure(fs, path, answer)
             # A shorter or longer body comes without any error from a faulty proxy: STORAGE.md 5.
             if isinstance(answer, Exception) or len(answer) != piece[1] - piece[0]:
                 failed.append((piece, answer))
@@ -166,17 +158,56 @@ def _fetch(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> None:
         if not failed:
             return
         (begin, end, _), answer = failed[0]
-        cause = answer if isinstance(answer, Exception) else None
-        reason = repr(answer) if cause else f"{len(answer)} bytes came"
-        if attempt == ATTEMPTS:
-            raise Corrupt(
-                f"{path}: bytes {begin} to {end} could not be read in {ATTEMPTS} attempts ({reason}): the "
-                "file is truncated or the storage is failing. Check the storage; if the file is short, "
-                "delete the artifact it belongs to and run again."
-            ) from cause
+        reason = str(answer) if isinstance(answer, Exception) else f"{len(answer)} bytes came"
+        if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
+            raise _lasting_failure(fs, path, (begin, end), attempt, answer) from None
         logger.warning("%s: reading bytes %d to %d failed (%s), trying again", path, begin, end, reason)
         todo = [piece for piece, _ in failed]
         time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+
+
+def _answers(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> Sequence[Any]:
+    begins, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+    # The blocking form of a coroutine, which fsspec sets on the object itself, takes a time limit.
+    limit = {"timeout": LIMIT} if "cat_ranges" in vars(fs) else {}
+    try:
+        return fs.cat_ranges([path] * len(pieces), begins, ends, on_error="return", **limit)
+    except TimeoutError as error:
+        return [error] * len(pieces)
+
+
+def _passing_failure(fs: AbstractFileSystem, path: str, answer: BaseException) -> Exception:
+    """``answer`` as ``reaching`` tells it, if asking again can help; raises it if not."""
+    try:
+        with reaching(fs, path):
+            raise answer
+    except FINAL:
+        raise
+    except Exception as error:
+        return error
+
+
+def _lasting_failure(
+    fs: AbstractFileSystem, path: str, span: tuple[int, int], attempts: int, answer: Any
+) -> Exception:
+    begin, end = span
+    if isinstance(answer, Unreachable):
+        return Unreachable(f"bytes {begin} to {end} of {answer}")
+    if isinstance(answer, Exception) and status_of(answer) != RANGE_TOO_FAR:
+        return answer
+    with reaching(fs, path):
+        size = fs.info(path)["size"]
+    if size < end:
+        return Corrupt(
+            f"{path} ends at byte {size}, but bytes {begin} to {end} are needed: the file is truncated. "
+            "Delete the artifact it belongs to and run again."
+        )
+    reason = repr(answer) if isinstance(answer, Exception) else f"{len(answer)} bytes came"
+    return Unreachable(
+        f"bytes {begin} to {end} of {path} at {endpoint_of(fs)} could not be read in {attempts} attempts "
+        f"({reason}), although the file has {size} bytes: the server, or a proxy before it, answers wrongly. "
+        "Check them, then start the same command again: nothing that was committed is lost."
+    )
 
 
 def _require_protocol(protocol: str) -> None:
@@ -193,18 +224,3 @@ def _require_protocol(protocol: str) -> None:
             raise ImportError(
                 f"{name}:// URLs need a package that is not installed ({error}). {advice} (pip install ...)."
             ) from error
-
-
-def _patient_s3_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that outlive a storage outage of 20 seconds, which the defaults do not (STORAGE.md 5)."""
-    patience = {
-        "retries": {"mode": "standard", "total_max_attempts": 10},
-        "connect_timeout": 10,
-        "read_timeout": 60,
-    }
-    return {
-        "use_listings_cache": False,  # another machine may have written since
-        "fixed_upload_size": True,  # some servers demand parts of one size
-        **options,
-        "config_kwargs": patience | options.get("config_kwargs", {}),
-    }

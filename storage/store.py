@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -9,15 +11,18 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
+from storage.damage import Damaged
 from storage.document import read_sealed, seal
-from storage.draft import Draft
+from storage.draft import MANIFEST, Committed, Draft
 from storage.files import Corrupt, is_local, open_filesystem, read_exactly
-from storage.publishing import create_once
-from storage.stage import Stage
+from storage.probe import require_exclusive_creation
+from storage.publishing import create_once, overwrite
+from storage.stage import STAGE_NAME, Stage
+from storage.unreachable import reaching
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+KEY = re.compile(rf"{STAGE_NAME.pattern}/[0-9a-f]{{32}}")
 
 
 class ArtifactStore:
@@ -40,6 +45,7 @@ class ArtifactStore:
         self.fs, root = open_filesystem(url, **options)
         self.root = root.rstrip("/")
         self.built: set[str] = set()
+        self._writable = False  # not asked yet
 
     def __repr__(self) -> str:
         return f"ArtifactStore({self.url!r})"  # without the options: they may hold a secret
@@ -59,7 +65,7 @@ class ArtifactStore:
             KeyError: if there is none.
             Corrupt: as for ``find``.
         """
-        artifact = self._find(key)
+        artifact = self._find(key) if KEY.fullmatch(key) else None
         if artifact is None:
             raise KeyError(f"{self!r} has no artifact {key!r}. Build it first, or check the store's URL.")
         return artifact
@@ -68,37 +74,74 @@ class ArtifactStore:
         """The artifact of ``stage``; calls ``build`` only if no one has committed it yet.
 
         If another process commits the same stage meanwhile, its artifact is returned and ours is dropped.
+
+        Raises:
+            OSError: the storage cannot be written, or does not create files exclusively; before any work.
+            Damaged: an artifact that ``build`` reads is damaged (see ``set_aside``).
         """
         if artifact := self.find(stage):
             return artifact
+        self._require_writable()
         self.built.add(stage.key)
         draft = self._built_draft(stage, build)
-        manifest = {
-            "key": stage.key,
-            "recipe": stage.recipe,
-            "files": files_to_json(draft.files),
-            "facts": draft.facts,
-            "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": draft.seconds},
-        }
-        if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
-            logger.info("%s was committed by another process first; using that one", stage.key)
-        committed = self.find(stage)
-        assert committed is not None, "a manifest that was created must be readable"
-        draft.remove_progress()
-        return committed
+        if draft is not None:
+            manifest = {
+                "key": stage.key,
+                "recipe": stage.recipe,
+                "files": files_to_json(draft.files),
+                "facts": draft.facts,
+                "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": draft.seconds},
+            }
+            if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
+                logger.info("%s was committed by another process first; using that one", stage.key)
+            draft.remove_progress()
+        return self.get(stage.key)
 
-    def _built_draft(self, stage: Stage, build: Callable[[Draft], None]) -> Draft:
-        draft = Draft(self.fs, self.root, stage)
-        draft.resume()
+    def _built_draft(self, stage: Stage, build: Callable[[Draft], None]) -> Draft | None:
+        """What ``build`` made, ready for its manifest; None if another process was first."""
+        unusable: set[str] = set()
+        while True:
+            draft = self.draft(stage)
+            draft.resume(unusable)
+            try:
+                build(draft)
+                draft.require_files()
+                return draft
+            except Committed:
+                logger.info("%s was committed by another process meanwhile; using that one", stage.key)
+                draft.remove_progress()
+                return None
+            except Damaged as error:
+                if draft.resumed is None or error.key != draft.resumed.state.key:
+                    raise
+                # Damaged, or deleted by another process at work on this stage, which has left a newer one.
+                logger.warning("%s: its resume point cannot be used: %s", stage.key, error)
+                unusable.add(draft.resumed.token)
+
+    def draft(self, stage: Stage) -> Draft:
+        """A draft of ``stage`` that is committed by nobody: for its resume point."""
+        return Draft(self.fs, self.root, stage)
+
+    def set_aside(self, damaged: Damaged) -> bool:
+        """Take a damaged artifact out of use: the next ``get_or_build`` of its stage builds it anew.
+
+        Its manifest is kept under another name, for people; ``layerwise gc`` collects it.
+
+        Returns:
+            False if it was replaced since it was judged: look again.
+        """
+        path = self._manifest_path(damaged.key)
         try:
-            build(draft)
-        except Corrupt as error:
-            if draft.resumed is None or not draft.resumed.holds(error):
-                raise
-            logger.warning("%s starts afresh, its resume point is damaged: %s", stage.key, error)
-            draft = Draft(self.fs, self.root, stage)
-            build(draft)
-        return draft
+            if read_sealed(self.fs, path)["token"] != damaged.token:
+                return False
+        except FileNotFoundError:
+            return False
+        except Corrupt:
+            pass
+        with reaching(self.fs, path):
+            overwrite(self.fs, f"{path}.damaged-{uuid.uuid4().hex}", self.fs.cat_file(path))
+            self.fs.rm_file(path)
+        return True
 
     def read(self, artifact: Artifact, name: str) -> bytes:
         """The content of one file, checked; for files that fit into memory easily.
@@ -109,22 +152,19 @@ class ArtifactStore:
         """
         file = self.file(artifact, name)
         path = f"{self.root}/{file.path}"
-        with self.naming_missing_files(artifact, name):
-            size = self.fs.info(path)["size"]
+        with self.blaming(artifact, name):
+            with reaching(self.fs, path):
+                size = self.fs.info(path)["size"]
             if size != file.size:
-                raise Corrupt(
-                    f"{artifact.key}: {name!r} ({path}) has {size} bytes, but {file.size} were written: it "
-                    "was truncated or replaced. Delete the artifact's manifest and run again."
-                )
+                raise Corrupt(f"{path} has {size} bytes, but {file.size} were written")
             content = bytearray(size)
             for _ in range(2):  # bits flip on the way, too
                 read_exactly(self.fs, path, 0, memoryview(content))
                 if xxh3_128_hexdigest(content) == file.digest:
                     return bytes(content)
-        raise Corrupt(
-            f"{artifact.key}: {name!r} ({path}) has digest {xxh3_128_hexdigest(content)}, but {file.digest} "
-            "was recorded: it was damaged or replaced. Delete the artifact's manifest and run again."
-        )
+            raise Corrupt(
+                f"{path} has digest {xxh3_128_hexdigest(content)}, but {file.digest} was recorded, twice in a row"
+            )
 
     def file(self, artifact: Artifact, name: str) -> StoredFile:
         """The manifest's entry of one file.
@@ -154,8 +194,8 @@ class ArtifactStore:
         """Where a file is, for people: a plain path on a local disk, a URL elsewhere.
 
         Args:
-            name: of the file; "" for the folder that holds all files, which is the attempt's folder unless
-                the artifact was finished by a second attempt (``storage.copies`` makes one folder of it).
+            name: of the file; "" for the folder that holds all files: the attempt's folder, or, of an artifact
+                that was finished by a second attempt and not gathered (``Draft.gather``), its stage's.
         """
         if name:
             path = self.file(artifact, name).path
@@ -166,40 +206,53 @@ class ArtifactStore:
         return full if is_local(self.fs) else str(self.fs.unstrip_protocol(full))
 
     @contextlib.contextmanager
-    def naming_missing_files(self, artifact: Artifact, name: str) -> Iterator[None]:
-        """Report a missing file of a committed artifact as ``Corrupt``, by name."""
+    def blaming(self, artifact: Artifact, name: str) -> Iterator[None]:
+        """Report that a file of a committed artifact is missing or corrupt as ``Damaged``, by the artifact's key."""
         try:
             yield
-        except FileNotFoundError as error:
-            raise Corrupt(
-                f"{artifact.key}: its file {name!r} ({self.root}/{self.file(artifact, name).path}) is "
-                "missing from the store. Restore it, or delete the artifact's manifest and run again."
+        except (FileNotFoundError, Corrupt) as error:
+            missing = f"{self.root}/{self.file(artifact, name).path} is missing"
+            what = missing if isinstance(error, FileNotFoundError) else str(error)
+            raise Damaged(
+                f"{artifact.key}: its file {name!r} is damaged: {what}. Check the storage; "
+                "`layerwise verify` reads all of it. A search builds the artifact anew.",
+                artifact.key,
+                artifact.token,
             ) from error
 
     def _find(self, key: str) -> Artifact | None:
         path = self._manifest_path(key)
+        token = ""
         try:
             manifest = read_sealed(self.fs, path)
-        except FileNotFoundError:
-            return None
-        try:
+            token = manifest["token"]
             if manifest["key"] != key:
                 raise ValueError(f"it belongs to {manifest['key']}")
             files = files_from_json(manifest["files"], key)
             facts, recipe, made = (dict(manifest[part]) for part in ("facts", "recipe", "made"))
-            return Artifact(key, files, facts, recipe, made)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Corrupt(
-                f"{path} is not the manifest of {key} ({error}): it was copied or edited. "
-                "Delete it and run again."
+            return Artifact(key, files, facts, recipe, made, token)
+        except FileNotFoundError:
+            return None
+        except (Corrupt, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Damaged(
+                f"{path} is not the manifest of {key} ({error}): it was damaged, copied or edited. Restore it; "
+                "a search builds the artifact anew.",
+                key,
+                token,
             ) from error
+
+    def _require_writable(self) -> None:
+        if not self._writable:
+            require_exclusive_creation(self.fs, self.root)
+            self._writable = True
 
     def _manifest_path(self, key: str) -> str:
         return f"{self.root}/{key}/{MANIFEST}"
 
     def _subfolders(self, path: str) -> list[str]:
         try:
-            rows = self.fs.ls(path, detail=True)
+            with reaching(self.fs, path):
+                rows = self.fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
         return sorted(row["name"] for row in rows if row["type"] == "directory")

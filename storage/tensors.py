@@ -73,7 +73,7 @@ def read_tensors(
     if unknown := [key for key in wanted if key not in file.tensors]:
         raise KeyError(f"{artifact.key}: {name!r} has no tensor {unknown}; it has {sorted(file.tensors)}")
     entries = {key: file.tensors[key] for key in wanted}
-    with store.naming_missing_files(artifact, name):
+    with store.blaming(artifact, name):
         return read_entries(store.fs, f"{store.root}/{file.path}", entries)
 
 
@@ -102,7 +102,7 @@ def read_tensor_into(
             f"is {destination.dtype} of shape {tuple(destination.shape)}. Read it with read_tensors."
         )
     path, span = f"{store.root}/{file.path}", destination.view(-1).view(torch.uint8).numpy().data
-    with store.naming_missing_files(artifact, name):
+    with store.blaming(artifact, name):
         read_exactly(store.fs, path, entry.offset, span)
         _check(store.fs, path, key, entry, span)
 

@@ -4,14 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from layerwise.allocation import SparsityPlan, arithmetic, beta_grid, beta_spread
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
+from tasks.stage_task import stage_task
 
 PLANS_FILE = "plans.json"
 MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte (layerwise.masks)
@@ -62,7 +60,7 @@ class AllocateSettings:
         return tuple(arithmetic(self.target, beta, layer_sizes) for beta in betas)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def allocate(store: ArtifactStore, layer_sizes: Sequence[int], settings: AllocateSettings) -> Artifact:
     """The plans as an artifact: ``plans.json`` with beta and every layer's sparsity."""
 

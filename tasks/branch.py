@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import pyarrow as pa
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import perplexity
@@ -18,10 +17,12 @@ from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
 from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
+from tasks.stage_task import stage_task
 
 LOSSES_FILE = "losses.parquet"
 LAYERS_FILE = "layers.parquet"
 LINEARS_FILE = "linears.parquet"
+GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) 
     return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings}, inputs.keys(settings))
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def branch(
     store: ArtifactStore,
     inputs: LaneInputs,
@@ -56,17 +57,49 @@ def branch(
     group it ran.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
-    missing = [number for number, stage in enumerate(stages) if store.find(stage) is None]
-    if missing:
-        # A process that dies while it commits the lanes of a finished group leaves some of them missing.
-        whole = store.find(_group_stage(stages))
-        members = missing if whole is None else list(range(len(plans)))
+    while missing := [number for number, stage in enumerate(stages) if store.find(stage) is None]:
+        members = _members(store, stages, missing)
         run = [plans[number] for number in members]
-        group = whole or _group(store, inputs, run, linears, settings, execution)
-        for number in missing:
-            build = partial(_copy_lane, store, group, members.index(number), plans[number])
-            store.get_or_build(stages[number], build)
+        group = _group(store, inputs, run, linears, settings, execution)
+        for position, number in enumerate(members):
+            if number in missing:
+                build = partial(_copy_lane, store, group, position, plans[number])
+                store.get_or_build(stages[number], build)
     return [read_score(store, plan, store.get(stage.key)) for plan, stage in zip(plans, stages, strict=True)]
+
+
+def _members(store: ArtifactStore, stages: Sequence[Stage], missing: Sequence[int]) -> list[int]:
+    """Which lanes to run together: those that an earlier attempt ran with the first missing one, or all missing ones.
+
+    With whom a lane was begun is noted in its resume point, so that a group goes on even if some of its lanes are
+    committed already, or others have been asked for since.
+    """
+    begun = _noted_group(store, stages, stages[missing[0]])
+    if begun and _has_progress(store, _group_stage([stages[number] for number in begun])):
+        return begun
+    together = [stages[number].key for number in missing]
+
+    def note(state: Draft) -> None:
+        state.facts[GROUP] = together
+
+    for number in missing:
+        store.draft(stages[number]).save_progress(0, note)
+    return list(missing)
+
+
+def _noted_group(store: ArtifactStore, stages: Sequence[Stage], lane: Stage) -> list[int]:
+    """The lanes that ``lane`` was begun with; none if one of them is not asked for any more."""
+    draft = store.draft(lane)
+    draft.resume()
+    keys = [] if draft.resumed is None else cast(list[str], draft.resumed.state.facts[GROUP])
+    number_of = {stage.key: number for number, stage in enumerate(stages)}
+    return [number_of[key] for key in keys] if all(key in number_of for key in keys) else []
+
+
+def _has_progress(store: ArtifactStore, group: Stage) -> bool:
+    draft = store.draft(group)
+    draft.resume()
+    return draft.resumed is not None or store.find(group) is not None
 
 
 def _group_stage(lanes: Sequence[Stage]) -> Stage:

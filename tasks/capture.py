@@ -5,8 +5,6 @@ from typing import Literal
 
 import pyarrow as pa
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from layerwise.capture import capture_layers, embed_windows
@@ -18,10 +16,12 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import write_table
 from storage.tensors import read_tensor_into, write_tensors
+from tasks.boundaries import boundaries
 from tasks.checkpoint import Checkpoint
-from tasks.execution import BoundaryClock, Execution
+from tasks.execution import Execution
 from tasks.progress import showing
 from tasks.sample_tokens import read_input_ids
+from tasks.stage_task import stage_task
 from tasks.statistics_table import write_statistics
 from tasks.streamed import streamed_model
 
@@ -54,7 +54,7 @@ def capture_stage(
     return Stage("capture", 1, settings, inputs)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def capture(
     store: ArtifactStore,
     checkpoint: Checkpoint,
@@ -101,18 +101,17 @@ class _Capture:
 
     def run(self, draft: Draft) -> None:
         first = self._start(draft)
-        clock = BoundaryClock(self.execution)
         layers = self.checkpoint.layers(first)
-        total = self.model.num_layers
-        with showing("capture: dense model", total, first) as step:
+        with (
+            boundaries(draft, self.execution, self._write_state) as reached,
+            showing("capture: dense model", self.model.num_layers, first, draft.resumed) as show,
+        ):
             captured = capture_layers(self.model, layers, self.hidden_states, self.calibration_windows, first)
             for layer in captured:
                 write_statistics(draft, layer.index, layer.statistics)
                 self._retain(draft, layer.index + 1)
-                if clock.due() and layer.index + 1 < total:
-                    draft.save_progress(layer.index + 1, self._write_state)
-                    clock.restart()
-                step(layer.index + 1)
+                show(layer.index + 1)
+                reached(layer.index + 1)
         scored = slice(self.calibration_windows, None)
         losses = window_losses(self.model, self.hidden_states[scored], self.input_ids[scored])
         if DIVERGED in losses:

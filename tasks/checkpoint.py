@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from fsspec import AbstractFileSystem
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from storage.artifact import Artifact
-from storage.files import Corrupt
 from storage.keys import digest
 from storage.store import ArtifactStore
 from storage.tensor_entry import TensorEntry
@@ -78,10 +76,6 @@ class Checkpoint:
         """All tensors by decoder layer (``None``: outside), those the model has no use for included."""
         return dict(self.index.groups)
 
-    def outer(self) -> dict[str, Tensor]:
-        """Embeddings, final norm and head by state-dict name, in the dtype of the source; tied ones once."""
-        return self.read(self.outer_tensors())
-
     def layers(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
         """The decoder layers from ``first`` on, the next one read in the background while the caller works.
 
@@ -112,7 +106,8 @@ class Checkpoint:
             buffer: uint8 memory to read into, large enough for ``tensors``; fresh memory if None.
 
         Raises:
-            Corrupt: if a tensor is not the one that was imported.
+            Corrupt: if a tensor is not the one that was imported; ``Damaged`` if it lies in the store.
+            SourceChanged: if a file that is read in place has changed since the checkpoint was opened.
         """
         if buffer is None:
             buffer = torch.empty(_buffer_size(tensors.values()), dtype=torch.uint8)
@@ -120,14 +115,7 @@ class Checkpoint:
         start = 0
         for file, entries in _by_file(tensors.values()).items():
             size = needed_bytes(entries)
-            fs, path = self._place(file)
-            try:
-                found |= read_entries(fs, path, entries, buffer[start : start + size])
-            except FileNotFoundError as error:
-                raise Corrupt(
-                    f"{path} is gone, and {next(iter(entries))} with it, since the checkpoint was imported. "
-                    "Put the file back, or run again with the place where the model is now."
-                ) from error
+            found |= self._read_file(file, entries, buffer[start : start + size])
             start += size
         with self._counting:
             self.bytes_read += sum(tensor.entry.nbytes for tensor in tensors.values())
@@ -160,10 +148,13 @@ class Checkpoint:
                 ) from error
         return tokenizer
 
-    def _place(self, file: str) -> tuple[AbstractFileSystem, str]:
+    def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:
-            return self._folder.fs, self._folder.path(file)
-        return self._store.fs, f"{self._store.root}/{self._store.file(self.artifact, file).path}"
+            self._folder.require_unchanged(file)
+            return read_entries(self._folder.fs, self._folder.path(file), entries, buffer)
+        with self._store.blaming(self.artifact, file):
+            path = f"{self._store.root}/{self._store.file(self.artifact, file).path}"
+            return read_entries(self._store.fs, path, entries, buffer)
 
 
 def _by_file(tensors: Iterable[IndexedTensor]) -> dict[str, dict[str, TensorEntry]]:

@@ -11,6 +11,8 @@ from storage.draft import Draft
 from storage.tensors import needed_bytes, read_entries, write_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
+from tasks.progress import showing
+from tasks.stopping import stop, stop_deferred
 
 if TYPE_CHECKING:
     from tasks.gguf_weights import GgufWeights
@@ -67,13 +69,21 @@ def _write_shards(
     read: Callable[[Shard], dict[str, Tensor]],
 ) -> CheckpointIndex:
     located = []
-    for step, (file, shard) in enumerate(shards.items(), start=1):
-        if file not in draft.files:
-            write_tensors(draft, file, read(shard), metadata={"format": "pt"})
-            draft.save_progress(step, lambda state: None)  # the shards written so far are all that is needed
-        entries = draft.files[file].tensors
-        assert entries is not None, "write_tensors records where tensors lie"
-        located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
+    done = len(draft.files)
+    title = "import: copy into the store"
+    with stop_deferred() as asked_to_stop, showing(title, len(shards), done, draft.resumed, "shard") as show:
+        for step, (file, shard) in enumerate(shards.items(), start=1):
+            if file not in draft.files:
+                write_tensors(draft, file, read(shard), metadata={"format": "pt"})
+                show(step)
+                draft.save_progress(
+                    step, lambda state: None
+                )  # the shards written so far are all that is needed
+            if asked_to_stop():
+                stop()
+            entries = draft.files[file].tensors
+            assert entries is not None, "write_tensors records where tensors lie"
+            located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
     return replace(index, in_place=False, tensors=tuple(located))
 
 

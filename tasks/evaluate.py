@@ -4,9 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import PairedDifference, paired_difference, perplexity
 from layerwise.skeleton import Linear
@@ -17,6 +14,7 @@ from storage.store import ArtifactStore
 from tasks.branch import write_lane
 from tasks.execution import Execution
 from tasks.lane_group import LaneInputs, PruneSettings, advance_group
+from tasks.stage_task import stage_task
 
 TEST_FILE = "test.json"
 
@@ -51,7 +49,7 @@ def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
     return [uniform] if best == uniform else [uniform, best]
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def evaluate(
     store: ArtifactStore,
     inputs: LaneInputs,

@@ -1,7 +1,6 @@
 """Where and how work is done. Nothing here changes a result, so nothing here is part of a key."""
 
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,21 +28,3 @@ class Execution:
     @property
     def torch_device(self) -> torch.device:
         return torch.device(self.device)
-
-
-class BoundaryClock:
-    """Says at which layer boundaries a resume point is due."""
-
-    def __init__(self, execution: Execution) -> None:
-        self._layers, self._seconds = execution.boundary_layers, execution.boundary_seconds
-        self._last_time, self._since = time.monotonic(), 0
-
-    def due(self) -> bool:
-        """Call once after every layer; ``restart`` after the resume point is committed."""
-        self._since += 1
-        by_layers = self._layers is not None and self._since >= self._layers
-        return by_layers or time.monotonic() - self._last_time >= self._seconds
-
-    def restart(self) -> None:
-        """Count anew from here: time spent on committing a resume point must not make the next one due."""
-        self._last_time, self._since = time.monotonic(), 0

@@ -4,8 +4,6 @@ import json
 from collections.abc import Sequence
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from layerwise.allocation import SparsityPlan, removed_per_linear
@@ -17,6 +15,7 @@ from storage.keys import digest
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import write_tensors
+from tasks.boundaries import boundaries
 from tasks.branch import LaneScore
 from tasks.capture import DENSE_PERPLEXITY
 from tasks.checkpoint import Checkpoint
@@ -26,9 +25,11 @@ from tasks.lane_group import PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
 from tasks.sources import HUB_ID, DemoSource
+from tasks.stage_task import stage_task
 from tasks.statistics_table import read_statistics, statistics_identity
 
 SPARSITY_FILE = "sparsity.json"
+ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json up to then
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -49,7 +50,7 @@ def export_stage(
     return Stage("export", 1, {"prune": settings, "card": card}, inputs)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def export(
     store: ArtifactStore,
     checkpoint: Checkpoint,
@@ -73,6 +74,7 @@ def export(
         writer.write_weights(draft)
         for name in copied_files(checkpoint.artifact.files):
             draft.write(name, store.read(checkpoint.artifact, name))
+        draft.gather()
         realised = sum(row["zeros"] for row in writer.rows) / sum(row["weights"] for row in writer.rows)
         report = {
             "target": settings.target,
@@ -128,7 +130,7 @@ class _Export:
         execution: Execution,
     ) -> None:
         self.store, self.checkpoint, self.statistics, self.linears = store, checkpoint, statistics, linears
-        self.pruner, self.device = settings.pruner, execution.torch_device
+        self.pruner, self.execution = settings.pruner, execution
         sizes = [[linear.numel for linear in layer] for layer in linears]
         self.removed = removed_per_linear(plan, settings.target, sizes)
         self.rows: list[dict] = []  # of sparsity.json
@@ -137,26 +139,31 @@ class _Export:
         """Write one shard per tensor outside of the layers (each may outweigh a layer) and one per layer."""
         outer = self.checkpoint.source_tensors().get(None, [])
         total = self.checkpoint.num_layers
-        place: dict[str, str] = {}
-        size = 0
+        if draft.resumed is not None:
+            self.rows += json.loads(self.store.read(draft.resumed.state, ROWS_FILE))
+        first = draft.resumed.step if draft.resumed else 0  # number of the first shard to write
 
         def write(tensors: dict[str, Tensor]) -> None:
-            nonlocal size
-            number = len(set(place.values())) + 1
-            name = f"model-{number:05d}-of-{len(outer) + total:05d}.safetensors"
+            name = f"model-{len(draft.files) + 1:05d}-of-{len(outer) + total:05d}.safetensors"
             write_tensors(draft, name, tensors, metadata={"format": "pt"})
-            place.update(dict.fromkeys(tensors, name))
-            size += sum(tensor.nbytes for tensor in tensors.values())
 
-        for tensor in outer:
-            write(self.checkpoint.read({tensor.name: tensor}))
-        with showing("export: pruned checkpoint", total) as step:
-            for index, weights in enumerate(self.checkpoint.layers()):
+        first_layer = max(first - len(outer), 0)
+        with (
+            boundaries(draft, self.execution, self._write_rows) as reached,
+            showing("export: pruned checkpoint", total, first_layer, draft.resumed) as show,
+        ):
+            for shard, tensor in enumerate(outer[first:], first + 1):
+                write(self.checkpoint.read({tensor.name: tensor}))
+                reached(shard)
+            for index, weights in enumerate(self.checkpoint.layers(first_layer), first_layer):
                 self._prune(index, weights)
                 write(self._by_source_name(index, weights))
-                step(index + 1)
-        document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
-        draft.write(WEIGHTS_INDEX, json.dumps(document, indent=2).encode())
+                show(index + 1)
+                reached(len(outer) + index + 1)
+        draft.write(WEIGHTS_INDEX, json.dumps(_weights_index(draft), indent=2).encode())
+
+    def _write_rows(self, state: Draft) -> None:
+        state.write(ROWS_FILE, json.dumps(self.rows).encode())
 
     def _by_source_name(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """A layer's tensors as the source calls them, with those that the model has no use for."""
@@ -171,7 +178,9 @@ class _Export:
         statistics = read_statistics(self.store, self.statistics, index)
         for linear, count in zip(self.linears[index], self.removed[index], strict=True):
             weight = linear.oriented(weights[linear.weight_name])
-            levels = self.pruner.removal_levels(weight.to(self.device), statistics[linear.name], [count])
+            levels = self.pruner.removal_levels(
+                weight.to(self.execution.torch_device), statistics[linear.name], [count]
+            )
             weight.masked_fill_(levels.to(weight.device) == 0, 0)
             zeros = weight.numel() - int(weight.count_nonzero())
             self.rows.append(
@@ -183,3 +192,13 @@ class _Export:
                     "sparsity": zeros / linear.numel,
                 }
             )
+
+
+def _weights_index(shards: Draft) -> dict[str, object]:
+    """What transformers reads first: in which file each tensor is, and how many bytes all of them have."""
+    place: dict[str, str] = {}
+    size = 0
+    for name, file in shards.files.items():
+        place |= dict.fromkeys(file.tensors or (), name)
+        size += sum(entry.nbytes for entry in (file.tensors or {}).values())
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}

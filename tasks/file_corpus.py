@@ -12,6 +12,7 @@ from fsspec import AbstractFileSystem
 from fsspec.utils import infer_compression
 
 from storage.files import open_filesystem
+from storage.unreachable import reaching
 from tasks.documents import TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
 
 FileFormat = Literal["text", "json lines", "parquet"]
@@ -67,13 +68,14 @@ class FileCorpus:
         """
         filesystem, path = open_filesystem(self.url)
         try:
-            match self.file_format:
-                case "text":
-                    yield self._plain_text(filesystem, path)
-                case "json lines":
-                    yield from self._json_lines(filesystem, path)
-                case "parquet":
-                    yield from self._parquet_rows(filesystem, path)
+            with reaching(filesystem, path):
+                match self.file_format:
+                    case "text":
+                        yield self._plain_text(filesystem, path)
+                    case "json lines":
+                        yield from self._json_lines(filesystem, path)
+                    case "parquet":
+                        yield from self._parquet_rows(filesystem, path)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{self.label} is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason}). "
@@ -152,7 +154,8 @@ def open_file(url: str) -> FileCorpus:
     filesystem, path = open_filesystem(url)
     filesystem.invalidate_cache(path)  # a bucket may answer from an earlier listing, even for a replaced file
     try:
-        information = filesystem.info(path)
+        with reaching(filesystem, path):
+            information = filesystem.info(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
     if information["type"] != "file":

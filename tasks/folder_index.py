@@ -13,6 +13,7 @@ from tasks.checkpoint_files import stored_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
 from tasks.model_config import config_from_document, read_config_document
+from tasks.stopping import stop, stop_deferred
 from tasks.tensor_matching import match_tensors
 
 PIECE = 32 << 20  # bytes in memory while a digest is computed: one window of requests to a remote storage
@@ -42,15 +43,20 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     Raises:
         ValueError: if the files do not make a model that can be pruned.
         Corrupt: if a file contradicts its own header or cannot be read.
+        SourceChanged: if a file changes meanwhile.
     """
     index = describe_folder(folder)
     check_tied_copies(folder, index)
     digests: dict[str, str] = json.loads(store.read(draft.resumed.state, DIGESTS)) if draft.resumed else {}
-    for step, file in enumerate(dict.fromkeys(tensor.file for tensor in index.tensors), start=1):
-        todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
-        digests |= {tensor.name: _digest(folder, tensor) for tensor in todo}
-        if todo:
-            _save(draft, step, digests)
+    with stop_deferred() as asked_to_stop:
+        for step, file in enumerate(dict.fromkeys(tensor.file for tensor in index.tensors), start=1):
+            todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
+            digests |= {tensor.name: _digest(folder, tensor) for tensor in todo}
+            folder.require_unchanged(file)
+            if todo:
+                _save(draft, step, digests)
+            if asked_to_stop():
+                stop()
     tensors = (
         replace(tensor, entry=replace(tensor.entry, digest=digests[tensor.name])) for tensor in index.tensors
     )

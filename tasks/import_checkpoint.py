@@ -80,6 +80,8 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
 
             weights = GgufWeights(source.local_gguf())
             index = convert_gguf(draft, weights)
+            if isinstance(source, GgufSource):
+                source.require_unchanged()
             for name, content in weights.small_files().items():
                 draft.write(name, content)
     draft.write(INDEX_FILE, index.to_json())

@@ -20,8 +20,9 @@ from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.store import ArtifactStore
 from storage.tensors import read_tensor_into, write_tensors
+from tasks.boundaries import boundaries
 from tasks.checkpoint import Checkpoint
-from tasks.execution import BoundaryClock, Execution
+from tasks.execution import Execution
 from tasks.progress import showing
 from tasks.sample_tokens import read_input_ids
 from tasks.statistics_table import read_statistics, statistics_identity, write_statistics
@@ -98,23 +99,23 @@ def advance_group(
     removed = [removed_per_linear(plan, settings.target, linear_sizes) for plan in plans]
     read_before = inputs.checkpoint.bytes_read
     group = _Group(store, inputs, removed, settings, execution)
-    first = group.start(draft)
-    clock = BoundaryClock(execution)
-    total = group.model.num_layers
-    with showing(title, total, first) as step:
-        for index, outcome in enumerate(group.layers(first), first):
-            group.finish_layer(draft, index, outcome)
-            if clock.due() and index + 1 < total:
-                draft.save_progress(index + 1, group.write_state)
-                clock.restart()
-            step(index + 1)
-    losses = []
-    with showing(f"{title}: losses", len(group.lanes), unit="lane") as step:
-        for lane in range(len(group.lanes)):
-            losses.append(group.losses(lane))
-            step(lane + 1)
+    group.start(draft)
+    total, lanes = group.model.num_layers, len(group.lanes)
+    with boundaries(draft, execution, group.write_state) as reached:
+        first = len(group.outcomes)
+        with showing(title, total, first, draft.resumed) as show:
+            for index, outcome in enumerate(group.layers(first), first):
+                group.finish_layer(draft, index, outcome)
+                show(index + 1)
+                reached(index + 1)
+        scored = len(group.losses)
+        with showing(f"{title}: losses", lanes, scored, draft.resumed, unit="lane") as show:
+            for lane in range(scored, lanes):
+                group.score(lane)
+                show(lane + 1)
+                reached(total + lane + 1)
     draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
-    return GroupResult(losses, group.outcomes)
+    return GroupResult(group.losses, group.outcomes)
 
 
 def lane_folder(plan: int) -> str:
@@ -143,21 +144,23 @@ class _Group:
         room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
         self.lanes = [Lane(counts, room.empty(shape, self.model.dtype)) for counts in (None, *removed)]
-        self.outcomes: list[tuple[LaneLayer, ...]] = []
+        self.outcomes: list[tuple[LaneLayer, ...]] = []  # by layer that is done
+        self.losses: list[list[float]] = []  # by lane that is scored
 
-    def start(self, draft: Draft) -> int:
-        """The layer to begin with; the lanes' hidden states are those that go into it."""
+    def start(self, draft: Draft) -> None:
+        """Make the hidden states those that go into the first layer that is not done."""
         embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states, self.calibration_windows)
         if draft.resumed is None:
             for lane in self.lanes[1:]:
                 lane.hidden_states.copy_(self.lanes[0].hidden_states)
-            return 0
+            return
         state = draft.resumed.state
         for number, lane in enumerate(self.lanes):
             read_tensor_into(self.store, state, STATES_FILE, _lane_tensor(number), lane.hidden_states)
-        for row in json.loads(self.store.read(state, OUTCOMES_FILE)):
+        done = json.loads(self.store.read(state, OUTCOMES_FILE))
+        for row in done["outcomes"]:
             self.outcomes.append(tuple(LaneLayer(**{**lane, "zeros": tuple(lane["zeros"])}) for lane in row))
-        return draft.resumed.step
+        self.losses += done["losses"]
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
         statistics_of = self._captured if self.settings.calibration_mode == "dense" else None
@@ -181,12 +184,12 @@ class _Group:
         write_tensors(
             state, STATES_FILE, ((_lane_tensor(n), lane.hidden_states) for n, lane in enumerate(self.lanes))
         )
-        rows = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
-        state.write(OUTCOMES_FILE, json.dumps(rows).encode())
+        outcomes = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
+        state.write(OUTCOMES_FILE, json.dumps({"outcomes": outcomes, "losses": self.losses}).encode())
 
-    def losses(self, lane: int) -> list[float]:
+    def score(self, lane: int) -> None:
         states = self.lanes[lane].hidden_states[self.calibration_windows :]
-        return window_losses(self.model, states, self.scored)
+        self.losses.append(window_losses(self.model, states, self.scored))
 
     def _captured(self, layer: int) -> Mapping[str, InputStatistics]:
         return read_statistics(self.store, self.inputs.capture, layer)

@@ -24,6 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from storage.progress import Progress as Resumed
+
 logger = logging.getLogger(__name__)
 
 # An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every
@@ -38,13 +40,16 @@ class Step(Protocol):
 
 
 @contextmanager
-def showing(title: str, total: int, start: int = 0, unit: str = "layer") -> Iterator[Step]:
+def showing(
+    title: str, total: int, start: int = 0, resumed: Resumed | None = None, unit: str = "layer"
+) -> Iterator[Step]:
     """Show that ``completed`` of ``total`` are done, with the time left and the memory in use.
 
     Args:
         title: what is going on, e.g. "branch: 11 lanes, group 1 of 1".
         total: number of layers.
         start: how many an earlier attempt had done.
+        resumed: the resume point that the earlier attempt left.
         unit: what is counted.
     """
     reports = _Reports(title, total, start, unit)
@@ -59,6 +64,8 @@ def showing(title: str, total: int, start: int = 0, unit: str = "layer") -> Iter
         TextColumn("{task.fields[memory]}"),
     )
     console = Console(stderr=True)
+    if resumed is not None and start:
+        reports.say(f"{title}: goes on from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, total=total, completed=start, memory=_memory())
 
@@ -91,12 +98,16 @@ class _Reports:
         self._last = now
         left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
         line = f"{self._title}: {self._unit} {completed} of {self._total}, {left:.0f} s left, {_memory()}"
-        self._log.info(line)
-        if to_stderr:
-            sys.stderr.write(f"{line}\n")
+        self.say(line, to_stderr)
         if self._artifact is not None:
             with going_on_without_prefect():
                 update_progress_artifact(self._artifact, 100 * completed / self._total)
+
+    def say(self, line: str, to_stderr: bool = True) -> None:
+        """One line for the run's log, and for whoever watches."""
+        self._log.info(line)
+        if to_stderr:
+            sys.stderr.write(f"{line}\n")
 
 
 @contextmanager

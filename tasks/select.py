@@ -4,15 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from layerwise.perplexity import PairedDifference, paired_difference, perplexity
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.branch import LaneScore
+from tasks.stage_task import stage_task
 
 SELECTION_FILE = "selection.json"
 
@@ -73,7 +71,7 @@ def select_stage(scores: Sequence[LaneScore], dense_perplexity: float) -> Stage:
     return Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@stage_task()
 def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
     """Choose the plan with the lowest mean loss; of equal ones the flattest."""
 

@@ -10,10 +10,11 @@ from fsspec import AbstractFileSystem
 
 from storage.files import is_local, open_filesystem
 from storage.keys import digest
+from storage.unreachable import reaching
 from tasks.checkpoint_files import identifying_files
 from tasks.demo_model import WHEEL_SHA256, demo_gguf
 from tasks.file_corpus import without_credentials
-from tasks.folder import FileState, Folder, file_version, list_folder
+from tasks.folder import FileState, Folder, file_version, list_folder, require_unchanged
 from tasks.hub import open_repository, resolve_commit
 from tasks.user_cache import cache_folder, fetch_once
 
@@ -91,6 +92,14 @@ class GgufSource:
     def identity(self) -> dict[str, object]:
         return {"gguf": [self.file_name, self.state.size, self.state.version], "dtype": "BF16"}
 
+    def require_unchanged(self) -> None:
+        """Look whether the file is still the one that was named.
+
+        Raises:
+            SourceChanged: it has another size, ETag or modification time, or is gone.
+        """
+        require_unchanged(self.fs, self.path, self.state)
+
     def local_gguf(self) -> Path:
         """The file itself, or a copy of a remote one in the user's cache folder."""
         if is_local(self.fs):
@@ -98,7 +107,8 @@ class GgufSource:
         target = cache_folder() / "gguf" / digest(self.identity) / self.file_name
 
         def download(folder: Path) -> Path:
-            self.fs.get_file(self.path, str(folder / self.file_name))
+            with reaching(self.fs, self.path):
+                self.fs.get_file(self.path, str(folder / self.file_name))
             return folder / self.file_name
 
         return fetch_once(target, lambda path: path.stat().st_size == self.state.size, download)
@@ -144,13 +154,16 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
     fs, path = open_filesystem(url)
     if label.endswith(".gguf"):
         try:
-            entry = fs.info(path)
+            with reaching(fs, path):
+                entry = fs.info(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"there is no file {label}. Check the spelling, and for remote files the access rights."
             ) from error
         return GgufSource(fs, path, label, FileState(entry["size"], file_version(fs, entry)))
-    if fs.isfile(path):
+    with reaching(fs, path):
+        is_file = fs.isfile(path)
+    if is_file:
         raise ValueError(
             f"{label} is a single file. Give the folder that holds config.json and the *.safetensors files, "
             "or a .gguf file."

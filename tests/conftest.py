@@ -18,6 +18,7 @@ import torch
 from flows.embedded_server import PREFERENCES
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
+from tests.fault_proxy import FaultProxy
 
 BUCKET = "layerwise-tests"
 START_LIMIT = 60  # seconds; one to four on an idle machine
@@ -71,6 +72,18 @@ def fresh_store_url(request, tmp_path) -> str:
 def store(fresh_store_url) -> ArtifactStore:
     """An empty store, once for each backend."""
     return ArtifactStore(fresh_store_url)
+
+
+@pytest.fixture
+def fault_proxy(s3_bucket, monkeypatch) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server; S3 clients opened from now on, here and in subprocesses, go through it."""
+    from s3fs import S3FileSystem
+
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        S3FileSystem.clear_instance_cache()  # no client of the other endpoint is to be used again
+        yield proxy
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("show nothing", "holds no finished search"),
         ("a secret", "--calibration: the URL holds credentials \\(not shown\\).* give the bare URL$"),
         ("unknown storage", "no storage is known for nosuch:// URLs"),
-        ("no S3 credentials", "the S3 storage cannot be used .*Unable to locate credentials"),
+        ("no S3 credentials", "bucket/prefix at .* was refused .*Unable to locate credentials.*AWS_PROFILE"),
         ("no package", "gs:// URLs need a package that is not installed"),
         ("infinite", "--hidden-states-gib: Input should be a finite number"),
     ],

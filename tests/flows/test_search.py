@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from flows.search import RESULT_FILE, search, table_rows
 from flows.settings import Runtime
-from storage.copies import copy_files
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.import_checkpoint import import_checkpoint
@@ -85,8 +84,6 @@ def test_the_exported_model_has_the_losses_that_were_reported(finished, tmp_path
         with torch.no_grad():
             losses = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in input_ids]
         assert math.exp(sum(losses) / len(losses)) == pytest.approx(perplexity, rel=1e-5)
-    copy_files(store, result.stages["export"], str(tmp_path / "copy"))
-    assert (tmp_path / "copy" / "sparsity.json").exists()
 
 
 def test_no_token_of_the_test_is_in_another_split_and_only_the_evaluation_has_it_as_input(finished):

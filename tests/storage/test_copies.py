@@ -1,27 +1,43 @@
-"""A copy has all files in one folder, and only good ones."""
+"""A resumed artifact can be brought into one folder, without its bytes coming to this machine."""
 
 import pytest
 
-from storage.copies import copy_files
-from storage.files import Corrupt
+from storage.copies import copy_within
 from storage.stage import Stage
 
+STAGE = Stage("export", 1)
 
-def build(draft):
-    draft.write("config.json", b"{}")
+
+def dies(draft):
     draft.write("weights/layer-0.bin", bytes(9 << 20))
+    draft.save_progress(1, lambda state: None)
+    raise RuntimeError("the machine is lost")
 
 
-def test_all_files_arrive_under_their_names(store, tmp_path):
-    copy_files(store, store.get_or_build(Stage("export", 1), build), str(tmp_path / "model"))
-    assert (tmp_path / "model/config.json").read_bytes() == b"{}"
-    assert (tmp_path / "model/weights/layer-0.bin").read_bytes() == bytes(9 << 20)
+def finishes(draft):
+    draft.write("config.json", b"{}")
+    draft.gather()
 
 
-def test_a_damaged_file_is_not_copied(store, tmp_path):
-    artifact = store.get_or_build(Stage("export", 1), build)
-    path = f"{store.root}/{artifact.files['weights/layer-0.bin'].path}"
-    store.fs.pipe_file(path, b"1" + bytes((9 << 20) - 1))
-    with pytest.raises(Corrupt, match=r"'weights/layer-0\.bin'"):
-        copy_files(store, artifact, str(tmp_path / "model"))
-    assert [file.name for file in (tmp_path / "model").rglob("*") if file.is_file()] == ["config.json"]
+def test_files_of_all_attempts_lie_in_one_folder(store):
+    with pytest.raises(RuntimeError, match="the machine is lost"):
+        store.get_or_build(STAGE, dies)
+    artifact = store.get_or_build(STAGE, finishes)
+    assert store.read(artifact, "weights/layer-0.bin") == bytes(9 << 20)
+    folder = store.location(artifact)
+    names = ["config.json", "weights/layer-0.bin"]
+    assert [store.location(artifact, name) for name in names] == [f"{folder}/{name}" for name in names]
+
+
+def test_the_copy_stays_when_the_first_attempt_is_collected(store):
+    with pytest.raises(RuntimeError, match="the machine is lost"):
+        store.get_or_build(STAGE, dies)
+    (first,) = [path for path in store.fs.find(store.root) if path.endswith("layer-0.bin")]
+    artifact = store.get_or_build(STAGE, finishes)
+    store.fs.rm_file(first)
+    assert store.read(artifact, "weights/layer-0.bin") == bytes(9 << 20)
+
+
+def test_a_file_that_is_not_there_cannot_be_copied(store):
+    with pytest.raises(FileNotFoundError):
+        copy_within(store.fs, f"{store.root}/nothing", f"{store.root}/something")

@@ -2,13 +2,17 @@
 
 import pickle
 import sys
+import traceback
 
 import pytest
+import requests
+from aiohttp import ClientPayloadError
+from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from xxhash import xxh3_128_hexdigest
 
-from storage.files import Corrupt, open_filesystem, read_exactly, read_scattered
+from storage.files import Corrupt, Unreachable, open_filesystem, reaching, read_exactly, read_scattered
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensor_entry import TensorEntry
@@ -59,10 +63,57 @@ def test_passing_faults_are_outlived(faulty, faults):
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("fault", [broken, short, whole])
-def test_a_lasting_fault_is_an_error_that_names_path_and_range(faulty, fault):
+def test_a_lasting_fault_is_an_error_that_names_path_and_range_and_is_no_damage(faulty, fault):
     faulty.faults = [fault] * 99
-    with pytest.raises(Corrupt, match="/file: bytes 3 to 103 could not be read in 4 attempts"):
+    with pytest.raises(Unreachable, match="bytes 3 to 103 of /file at faulty://"):
         read_exactly(faulty, "/file", 3, memoryview(bytearray(100)))
+    assert len(faulty.faults) == 95
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_file_that_is_too_short_is_damaged_whatever_else_goes_wrong(faulty):
+    faulty.faults = [broken, short]
+    with pytest.raises(Corrupt, match="/file ends at byte 2048, but bytes 2000 to 2100 are needed"):
+        read_exactly(faulty, "/file", 2000, memoryview(bytearray(100)))
+
+
+def test_a_refusal_is_told_at_once_and_only_once(faulty):
+    def refused(content):
+        raise PermissionError(13, "no")
+
+    faulty.faults = [refused] * 99
+    with (
+        pytest.raises(PermissionError, match="/file at faulty:// was refused .*no.: the cred") as error,
+        reaching(faulty, "/"),
+    ):
+        read_exactly(faulty, "/file", 3, memoryview(bytearray(100)))
+    assert str(error.value).count("was refused") == 1
+    assert len(faulty.faults) == 98
+
+
+def test_errors_of_clients_that_are_no_oserrors_name_path_and_server_and_hide_secrets(faulty):
+    faulty.secret = "geheim"
+    url = "http://user:geheim@host/file?signature=geheim"
+    for error in (ClientPayloadError(url), EndpointConnectionError(endpoint_url=url), requests.Timeout(url)):
+        with (
+            pytest.raises(Unreachable, match="/file at faulty:// cannot be reached") as told,
+            reaching(faulty, "/file"),
+        ):
+            raise error
+        assert "geheim" not in "".join(traceback.format_exception(told.value))
+
+
+def test_errors_that_are_not_about_the_storage_pass_as_they_are(faulty):
+    for error in (
+        KeyError("a"),
+        ValueError("b"),
+        FileNotFoundError(2, "c"),
+        Corrupt("d"),
+        ZeroDivisionError(),
+    ):
+        with pytest.raises(type(error)) as passed, reaching(faulty, "/file"):
+            raise error
+        assert passed.value is error
 
 
 def test_a_bit_flipped_on_the_way_is_read_again(faulty):
@@ -136,8 +187,11 @@ def test_s3_is_patient_and_keeps_the_options_of_the_user():
     assert fs.config_kwargs["retries"]["total_max_attempts"] == 10
 
 
-def test_an_error_travels_between_processes():
-    assert str(pickle.loads(pickle.dumps(Corrupt("file is short")))) == "file is short"
+@pytest.mark.parametrize("kind", [Corrupt, Unreachable])
+def test_an_error_travels_between_processes(kind):
+    copy = pickle.loads(pickle.dumps(kind("file is short")))
+    assert type(copy) is kind
+    assert str(copy) == "file is short"
 
 
 def test_a_store_travels_between_processes_and_hides_its_options(store):

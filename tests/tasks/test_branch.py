@@ -225,3 +225,59 @@ def test_what_a_lane_calibrates_itself_by_is_in_its_artifact(small_run):
 def test_no_plans_are_no_lanes(small_run):
     run = small_run()
     assert branch.fn(run.store, run.inputs(), [], run.linears, run.pruning, Execution()) == []
+
+
+def committed_lanes(run):
+    return {artifact.key for artifact in run.store.artifacts() if artifact.recipe["name"] == "lane"}
+
+
+def test_a_death_while_the_lanes_are_committed_costs_no_layer(small_run, dying_at, computed_layers):
+    run = small_run()
+    run.branch(0.0)
+    computed_layers.clear()
+    with dying_at("tasks.branch._copy_lane", call=2):
+        run.branch(0.0, 0.1, 0.2)
+    assert computed_layers == [0, 1, 2]
+    assert len(committed_lanes(run)) == 2
+    run.branch(0.0, 0.1, 0.2)
+    assert computed_layers == [0, 1, 2]
+    assert len(committed_lanes(run)) == 3
+
+
+def test_betas_that_are_added_after_a_death_do_not_throw_the_others_work_away(
+    small_run, dying_at, computed_layers
+):
+    run = small_run()
+    run.capture()
+    computed_layers.clear()
+    with dying_at(READS_STATISTICS, call=3):
+        run.branch(0.0, 0.2, boundary_layers=1)
+    computed_layers.clear()
+    run.branch(0.0, 0.1, 0.2, boundary_layers=1)
+    assert computed_layers == [2, 0, 1, 2]  # the first two betas go on, then the new one
+
+
+def test_lanes_that_got_nowhere_run_together_with_those_that_were_added(small_run, dying_at, computed_layers):
+    run = small_run()
+    run.capture()
+    computed_layers.clear()
+    with dying_at(READS_STATISTICS, call=1):
+        run.branch(0.0, 0.2)
+    computed_layers.clear()
+    run.branch(0.0, 0.1, 0.2)
+    assert computed_layers == [0, 1, 2]
+
+
+def test_a_death_between_the_losses_of_two_lanes_computes_no_layer_again(
+    small_run, another_store, dying_at, computed_layers
+):
+    run = small_run()
+    run.capture()
+    computed_layers.clear()
+    with dying_at("tasks.lane_group.window_losses", call=2):
+        run.branch(0.0, 0.2, boundary_layers=1)
+    assert computed_layers == [0, 1, 2]
+    resumed = run.branch(0.0, 0.2, boundary_layers=1)
+    assert computed_layers == [0, 1, 2]
+    undisturbed = small_run(run.folder, another_store()).branch(0.0, 0.2)
+    assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]

@@ -2,11 +2,13 @@
 
 import os
 import threading
+import uuid
 
 import pytest
 import torch
 
-from storage.files import Corrupt
+from storage.files import Corrupt, open_filesystem
+from tasks.folder import SourceChanged
 from tasks.import_checkpoint import import_checkpoint
 
 
@@ -59,5 +61,35 @@ def test_a_file_that_disappears_is_named(local_store, save_model):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(Corrupt, match=r"model\.safetensors is gone"):
+    with pytest.raises(SourceChanged, match=r"model\.safetensors is gone"):
+        list(checkpoint.layers())
+
+
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_a_checkpoint_that_changes_under_a_run_stops_it(local_store, save_model, change):
+    folder = save_model()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    layers = checkpoint.layers()
+    next(layers)  # the second one is on its way, too
+    file = folder / "model.safetensors"
+    if change == "time":
+        os.utime(file, ns=(1, 1))
+    else:
+        file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(
+        SourceChanged, match=r"model\.safetensors has changed since this run began: \d+ bytes"
+    ):
+        list(checkpoint.layers())
+
+
+def test_a_checkpoint_that_is_replaced_on_s3_stops_the_run(local_store, save_model, s3_bucket):
+    fs, place = open_filesystem(f"s3://{s3_bucket}/{uuid.uuid4().hex}")
+    for file in save_model().iterdir():
+        fs.put_file(str(file), f"{place}/{file.name}")
+    checkpoint = import_checkpoint(local_store, f"s3://{place}")
+    assert len(list(checkpoint.layers())) == 2
+    content = bytearray(fs.cat_file(f"{place}/model.safetensors"))
+    content[-1] ^= 1
+    fs.pipe_file(f"{place}/model.safetensors", bytes(content))
+    with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
         list(checkpoint.layers())

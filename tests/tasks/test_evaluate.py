@@ -13,14 +13,14 @@ MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
 
 @MODES
-def test_the_three_perplexities_are_those_of_the_three_models(small_run, tmp_path, mode):
+def test_the_three_perplexities_are_those_of_the_three_models(small_run, mode):
     run = small_run(calibration_mode=mode)
     uniform, best = run.branch(0.0, 0.25)
     test = read_test(run.store, run.evaluate(0.0, 0.25))
     models = {
         "dense": run.transformers_model(),
-        "uniform": run.exported_model(uniform, tmp_path / "uniform"),
-        "best": run.exported_model(best, tmp_path / "best"),
+        "uniform": run.exported_model(uniform),
+        "best": run.exported_model(best),
     }
     losses = {name: torch.tensor(run.losses(model, "test")) for name, model in models.items()}
     assert test.windows == 2
@@ -55,7 +55,7 @@ def test_nothing_but_the_evaluation_needs_the_test_windows(small_run):
     run = small_run()
     run.store.fs.rm(f"{run.store.root}/{run.windows['test'].files[TOKENS_FILE].path}")
     run.export(run.branch(0.25)[0])
-    with pytest.raises(Corrupt, match="missing from the store"):
+    with pytest.raises(Corrupt, match="is missing"):
         run.evaluate(0.0, 0.25)
 
 
@@ -74,7 +74,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_last_boundary(
     run = small_run(calibration_mode=mode)
     run.capture()
     computed_layers.clear()
-    with dying_at("tasks.lane_group.BoundaryClock.due", call=3):
+    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
         run.evaluate(0.0, 0.25, boundary_layers=1)
     computed_layers.clear()
     resumed = run.evaluate(0.0, 0.25, boundary_layers=1)

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from layerwise.magnitude import Magnitude
-from storage.copies import copy_files
 from storage.tables import read_table
 from tasks.checkpoint_files import copied_files
 
@@ -60,9 +59,8 @@ def run(request, sources, small_run):
     return small_run(model, **options)
 
 
-def exported(run, lane, folder):
-    copy_files(run.store, run.export(lane), str(folder))
-    return folder
+def exported(run, lane):
+    return Path(run.store.location(run.export(lane)))
 
 
 def tensors_of(folder):
@@ -82,10 +80,10 @@ def pruned_names(run):
 
 
 @MODES
-def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, small_run, tmp_path, mode):
+def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, small_run, mode):
     run = small_run(run.folder, calibration_mode=mode)
     lane = run.branch(0.0, 0.25)[1]
-    folder = exported(run, lane, tmp_path / "exported")
+    folder = exported(run, lane)
     precision = 1e-5 if run.pruning.dtype == "float32" else 1e-3
     assert list(lane.losses) == pytest.approx(
         run.losses(run.transformers_model(folder), "selection"), rel=precision
@@ -94,8 +92,8 @@ def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, sma
     assert tokenizers[0]["input_ids"] == tokenizers[1]["input_ids"]
 
 
-def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run, tmp_path):
-    folder = exported(run, run.branch(0.25)[0], tmp_path / "exported")
+def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run):
+    folder = exported(run, run.branch(0.25)[0])
     source, result, pruned = tensors_of(run.folder), tensors_of(folder), pruned_names(run)
     assert set(result) == set(source)
     for name, weight in source.items():
@@ -111,9 +109,9 @@ def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run, tmp_path):
         assert (folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
-def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run, tmp_path):
+def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run):
     lane = run.branch(0.25)[0]
-    folder = exported(run, lane, tmp_path / "exported")
+    folder = exported(run, lane)
     report, result = json.loads((folder / "sparsity.json").read_text()), tensors_of(folder)
     counted = {
         (index, linear.name): (result[name].numel(), int((result[name] == 0).sum()))
@@ -130,16 +128,16 @@ def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run, tmp_path):
     assert report["calibration"] == "dense"
 
 
-def test_the_zeros_are_those_that_the_lane_counted(run, tmp_path):
+def test_the_zeros_are_those_that_the_lane_counted(run):
     lane = run.branch(0.25)[0]
     report = json.loads(run.store.read(run.export(lane), "sparsity.json"))
     counted = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
     assert [{name: row[name] for name in counted[0]} for row in report["linears"]] == counted
 
 
-def test_the_files_are_a_shard_per_outer_tensor_and_per_layer_in_the_way_of_hugging_face(small_run, tmp_path):
+def test_the_files_are_a_shard_per_outer_tensor_and_per_layer_in_the_way_of_hugging_face(small_run):
     run = small_run()
-    folder = exported(run, run.branch(0.0)[0], tmp_path / "exported")
+    folder = exported(run, run.branch(0.0)[0])
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     # Embedding, final norm, head, and three layers.
     assert shards == [f"model-0000{number}-of-00006.safetensors" for number in range(1, 7)]
@@ -153,7 +151,7 @@ def test_the_files_are_a_shard_per_outer_tensor_and_per_layer_in_the_way_of_hugg
             assert len(layers) == (0 if shard in shards[:3] else 1)
 
 
-def test_tensors_that_the_model_has_no_use_for_are_kept(small_run, save_model, edit_tensors, tmp_path):
+def test_tensors_that_the_model_has_no_use_for_are_kept(small_run, save_model, edit_tensors):
     folder = save_model()
     buffers = {
         "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
@@ -161,28 +159,28 @@ def test_tensors_that_the_model_has_no_use_for_are_kept(small_run, save_model, e
     }
     edit_tensors(folder, lambda tensors: tensors.update(buffers))
     run = small_run(folder)
-    result = tensors_of(exported(run, run.branch(0.0)[0], tmp_path / "exported"))
+    result = tensors_of(exported(run, run.branch(0.0)[0]))
     for name, buffer in buffers.items():
         assert torch.equal(result[name], buffer)
 
 
-def test_magnitude_removes_the_smallest_weights_of_every_linear(small_run, tmp_path):
+def test_magnitude_removes_the_smallest_weights_of_every_linear(small_run):
     run = small_run(pruner=Magnitude())
-    result = tensors_of(exported(run, run.branch(0.0)[0], tmp_path / "exported"))
+    result = tensors_of(exported(run, run.branch(0.0)[0]))
     source = tensors_of(run.folder)
     for name in pruned_names(run):
         removed = result[name] == 0
         assert source[name][removed].abs().max() <= source[name][~removed].abs().min()
 
 
-def test_the_model_card_tells_the_truth(small_run, tmp_path):
+def test_the_model_card_tells_the_truth(small_run):
     run = small_run()
     uniform, lane = run.branch(0.0, 0.25)
     card = run.store.read(run.export(lane, uniform), "README.md").decode()
     losses = {
         "dense": run.losses(run.transformers_model(), "selection"),
-        "uniform sparsity": run.losses(run.exported_model(uniform, tmp_path / "uniform"), "selection"),
-        "**this model** (beta 0.25)": run.losses(run.exported_model(lane, tmp_path / "best"), "selection"),
+        "uniform sparsity": run.losses(run.exported_model(uniform), "selection"),
+        "**this model** (beta 0.25)": run.losses(run.exported_model(lane), "selection"),
     }
     cells = [line.split("|") for line in card.splitlines() if line.count("|") == 3]
     rows = {name.strip(): value.strip(" *") for _, name, value, _ in cells}
@@ -220,3 +218,26 @@ def test_a_store_anywhere_gives_the_same_files(store, small_run, another_store):
     first, second = (run.export(run.branch(0.25)[0]) for run in (here, there))
     assert first.content == second.content
     assert first.key == second.key
+
+
+@pytest.mark.parametrize("written", [1, 4])
+def test_an_interrupted_export_goes_on_with_the_next_shard_and_ends_in_one_folder(
+    store, small_run, another_store, dying_at, written
+):
+    """Two tensors outside of the layers, then three layers; every shard is a boundary here."""
+    run = small_run(store=store)
+    (lane,) = run.branch(0.25)
+    with dying_at("tasks.export.write_tensors", call=written + 1):
+        run.export(lane, boundary_layers=1)
+    read_before = run.checkpoint.bytes_read
+    resumed = run.export(lane, boundary_layers=1)
+    groups = run.checkpoint.source_tensors()
+    shards = [*([tensor] for tensor in groups[None]), *(groups[layer] for layer in range(3))]
+    rest = sum(tensor.entry.nbytes for shard in shards[written:] for tensor in shard)
+    assert run.checkpoint.bytes_read - read_before == rest
+    undisturbed = small_run(run.folder, another_store())
+    assert resumed.content == undisturbed.export(undisturbed.branch(0.25)[0]).content
+    folder = store.location(resumed)
+    assert {store.location(resumed, name) for name in resumed.files} == {
+        f"{folder}/{name}" for name in resumed.files
+    }

@@ -20,7 +20,7 @@ from tasks.import_checkpoint import import_checkpoint, inspect_source
 
 
 def all_weights(checkpoint) -> dict[str, torch.Tensor]:
-    weights = dict(checkpoint.outer())
+    weights = dict(checkpoint.read(checkpoint.outer_tensors()))
     for number, layer in enumerate(checkpoint.layers()):
         weights |= {f"{checkpoint.layer_prefix}.{number}.{name}": t.clone() for name, t in layer.items()}
     return weights
@@ -68,7 +68,10 @@ def test_a_checkpoint_on_remote_storage_is_read_in_place(request, local_store, l
 def test_tied_embeddings_are_stored_once(local_store, llama, save_model):
     model = llama(tie_word_embeddings=True)
     checkpoint = import_checkpoint(local_store, str(save_model(model)))
-    assert list(checkpoint.outer()) == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert list(checkpoint.read(checkpoint.outer_tensors())) == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
     assert checkpoint.artifact.facts["parameters"] == model.num_parameters()
 
 
@@ -76,7 +79,8 @@ def test_a_tied_embedding_may_be_stored_as_the_head(local_store, llama, save_mod
     model = llama(tie_word_embeddings=True)
     folder = save_model(model)
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
-    outer = import_checkpoint(local_store, str(folder)).outer()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    outer = checkpoint.read(checkpoint.outer_tensors())
     assert torch.equal(outer["model.embed_tokens.weight"], model.lm_head.weight)
 
 
@@ -86,7 +90,7 @@ def test_an_equal_copy_of_a_tied_embedding_is_kept_but_not_used(
     folder = save_model(llama(tie_word_embeddings=True))
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     checkpoint = import_checkpoint(local_store, str(folder))
-    assert "lm_head.weight" not in checkpoint.outer()
+    assert "lm_head.weight" not in checkpoint.read(checkpoint.outer_tensors())
     assert "lm_head.weight" in [tensor.name for tensor in checkpoint.source_tensors()[None]]
     assert not caplog.records
 

@@ -40,12 +40,12 @@ def inputs_of(layer, linears, model, input_ids):
 
 
 @MODES
-def test_reconstruction_errors_are_those_of_the_pruned_model_against_the_dense_one(small_run, tmp_path, mode):
+def test_reconstruction_errors_are_those_of_the_pruned_model_against_the_dense_one(small_run, mode):
     run = small_run(calibration_mode=mode)
     lane = run.branch(0.0, 0.3)[1]
     selection, prefix = run.input_ids("selection"), run.checkpoint.layer_prefix
     dense = hidden_states(run.transformers_model(), prefix, selection)
-    pruned = hidden_states(run.exported_model(lane, tmp_path / "exported"), prefix, selection)
+    pruned = hidden_states(run.exported_model(lane), prefix, selection)
     layers = read_table(run.store, lane.artifact, "layers.parquet").to_pylist()
     for row, expected, output in zip(layers, dense, pruned, strict=True):
         assert row["error"] == pytest.approx((output - expected).square().sum().item(), rel=1e-4)
@@ -53,20 +53,18 @@ def test_reconstruction_errors_are_those_of_the_pruned_model_against_the_dense_o
 
 
 @MODES
-def test_losses_are_those_of_the_pruned_model(small_run, tmp_path, mode):
+def test_losses_are_those_of_the_pruned_model(small_run, mode):
     run = small_run(calibration_mode=mode)
     lane = run.branch(0.0, 0.3)[1]
-    model = run.exported_model(lane, tmp_path / "exported")
+    model = run.exported_model(lane)
     assert list(lane.losses) == pytest.approx(run.losses(model, "selection"), rel=1e-5)
 
 
-def test_with_sequential_calibration_a_layer_is_judged_by_what_the_pruned_layers_before_it_give(
-    small_run, tmp_path
-):
+def test_with_sequential_calibration_a_layer_is_judged_by_what_the_pruned_layers_before_it_give(small_run):
     """As in the published Wanda: layers below n are pruned, layer n is not yet."""
     run = small_run(calibration_mode="sequential")
     lane = run.branch(0.0, 0.3)[1]
-    pruned = run.exported_model(lane, tmp_path / "exported")
+    pruned = run.exported_model(lane)
     for index in range(3):
         model = run.transformers_model()
         for below in range(index):
@@ -97,13 +95,14 @@ def test_how_many_windows_are_computed_at_a_time_is_of_no_importance(small_run, 
     assert list(other.branch(0.3)[0].losses) == pytest.approx(lane.losses, rel=1e-5)
 
 
-def test_lanes_in_another_dtype_than_the_checkpoint_have_the_mask_of_the_export(small_run, tmp_path):
+def test_lanes_in_another_dtype_than_the_checkpoint_have_the_mask_of_the_export(small_run):
     """In bfloat16 many float32 weights become equal; they are ranked by the values in the files."""
     run = small_run(dtype="bfloat16")
     lane = run.branch(0.0, 0.3)[1]
-    weights = run.exported_model(lane, tmp_path / "exported").state_dict()
+    model = run.exported_model(lane)
+    weights = model.state_dict()
     for row in read_table(run.store, lane.artifact, "linears.parquet").to_pylist():
         weight = weights[f"model.layers.{row['layer']}.{row['linear']}.weight"]
         assert row["zeros"] == int((weight == 0).sum())
-    exported = run.losses(run.transformers_model(tmp_path / "exported"), "selection")
+    exported = run.losses(model, "selection")
     assert list(lane.losses) == pytest.approx(exported, rel=1e-3)

@@ -1,0 +1,154 @@
+"""House-keeping of a store: delete what nobody can reach, read everything through.
+
+Imports neither Prefect nor transformers, which take five of seven seconds of start-up: this is run often.
+"""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from flows.console import open_console, size
+from storage.artifact import Artifact
+from storage.collect import Collected, Collection, collect, plan_collection
+from storage.garbage import KINDS
+from storage.store import ArtifactStore
+from storage.verify import Finding, Tally, verify
+
+GRACE_SECONDS = 3600.0
+LISTED = 20  # files that are not ours which are named; the others are counted
+# What `layerwise show` reads of a search, and what a search is made for.
+RESULT_ROLES = ("select", "export", "evaluate")
+
+
+def collect_garbage(
+    store_url: str, apply: bool, results_only: bool, grace_seconds: float = GRACE_SECONDS
+) -> int:
+    """Show what nobody can reach in a store; delete it if ``apply``.
+
+    Args:
+        results_only: of finished searches keep the result, and of everything else nothing.
+        grace_seconds: whatever was modified in this time stays.
+
+    Returns:
+        The exit code: 1 if something could not be deleted.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``store_url``.
+        OSError: if the storage cannot be used, or, with ``results_only``, if a process works in the store.
+        ValueError: with ``results_only``, if artifacts are damaged.
+    """
+    store, console = _open_store(store_url), open_console()
+    collection = plan_collection(store, keys_of_results if results_only else None, grace_seconds)
+    _show_collection(console, collection)
+    if not collection.garbage:
+        console.print("nothing to delete")
+        return 0
+    if not apply:
+        console.print("nothing was deleted; add --apply")
+        return 0
+    return _show_collected(console, collect(store, collection))
+
+
+def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
+    """Keys of all finished searches, and of what they found."""
+    from flows.search import RESULT_STAGE  # brings Prefect
+
+    keys: set[str] = set()
+    for artifact in artifacts:
+        if artifact.recipe.get("name") == RESULT_STAGE:
+            inputs = artifact.recipe["inputs"]
+            assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
+            keys |= {artifact.key, *(inputs[role] for role in RESULT_ROLES)}
+    return keys
+
+
+def verify_store(store_url: str) -> int:
+    """Read a store through, and print what is damaged.
+
+    Returns:
+        The exit code: 1 if something is damaged, or could not be read.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``store_url``.
+        OSError: if the store cannot be listed.
+    """
+    store, console = _open_store(store_url), open_console()
+    tally, began = Tally(), time.monotonic()
+    found = dict.fromkeys(("damaged", "unread", "unfinished"), 0)
+    progress = Live(
+        console=console, get_renderable=lambda: Text(_progress(tally)), refresh_per_second=4, transient=True
+    )
+    if console.is_terminal:
+        progress.start()
+    try:
+        for finding in verify(store, tally):
+            found[finding.kind] += 1
+            console.print(_line(finding), soft_wrap=True)
+    finally:
+        progress.stop()
+    console.print(
+        f"{tally.artifacts} artifacts and {tally.resume_points} resume points with {tally.files} files, "
+        f"{size(tally.bytes) or '0 B'}, read in {time.monotonic() - began:.1f} s: {_verdict(found)}"
+    )
+    return 1 if found["damaged"] or found["unread"] else 0
+
+
+def _open_store(url: str) -> ArtifactStore:
+    store = ArtifactStore(url)
+    if not store.fs.exists(store.root):
+        raise FileNotFoundError(f"{url} holds no store: nothing is there. Check the path or URL.")
+    return store
+
+
+def _show_collection(console: Console, collection: Collection) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("size", justify="right")
+    for kind in KINDS:
+        if of_kind := collection.of_kind(kind):
+            table.add_row(kind, str(len(of_kind)), size(sum(each.size for each in of_kind)))
+    if collection.garbage:
+        table.add_row("all", str(len(collection.garbage)), size(collection.size), style="bold")
+        console.print(table)
+    for process in collection.running:
+        console.print(Text(f"in use by {process}: all that is younger stays"), soft_wrap=True)
+    for key, problem in collection.damaged.items():
+        console.print(Text(f"{key} is damaged and stays as it is: run verify ({problem})"), soft_wrap=True)
+    for path in collection.not_ours[:LISTED]:
+        console.print(Text(f"not ours: left alone: {path}"), soft_wrap=True)
+    if len(collection.not_ours) > LISTED:
+        console.print(f"not ours: left alone: {len(collection.not_ours) - LISTED} more")
+
+
+def _show_collected(console: Console, collected: Collected) -> int:
+    for failure in collected.failures:
+        console.print(Text(f"not deleted: {failure.path}: {failure.problem}"), soft_wrap=True)
+    freed = size(sum(each.size for each in collected.garbage)) or "0 B"
+    failed = f"; {len(collected.failures)} could not be deleted" if collected.failures else ""
+    console.print(f"{len(collected.garbage)} deleted, {freed}{failed}")
+    return 1 if collected.failures else 0
+
+
+def _progress(tally: Tally) -> str:
+    done = tally.artifacts + tally.resume_points
+    return f"{done} of {tally.folders} artifacts and resume points, {tally.files} files, {size(tally.bytes) or '0 B'}"
+
+
+def _line(finding: Finding) -> Text:
+    words = {"damaged": "damaged", "unread": "could not be read", "unfinished": "unfinished"}
+    style = "red" if finding.kind == "damaged" else ""
+    return Text(f"{words[finding.kind]}: {finding.key} {finding.name}: {finding.problem}", style=style)
+
+
+def _verdict(found: dict[str, int]) -> str:
+    parts = []
+    if found["damaged"]:
+        parts.append(f"{found['damaged']} files are damaged; the next search that needs it builds it anew")
+    if found["unread"]:
+        parts.append(f"{found['unread']} files could not be read; start again when the storage answers")
+    return ". ".join(parts) or "nothing is damaged"

@@ -1,0 +1,71 @@
+"""Resume points: where an earlier attempt at an artifact stopped, and what is needed to go on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
+from storage.damage import Damaged
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an earlier attempt of the same stage stopped.
+
+    Args:
+        step: the number it was saved under.
+        state: the files needed to go on; read them like those of any artifact.
+        files: of the artifact, written up to then.
+        facts: of the artifact, known up to then.
+        seconds: spent up to then.
+        at: when it was saved (ISO 8601, UTC), and by which machine.
+        token: tells it from other resume points of the stage.
+    """
+
+    step: int
+    state: Artifact
+    files: Mapping[str, StoredFile]
+    facts: Mapping[str, object]
+    seconds: float
+    at: str
+    host: str
+    token: str = ""
+
+    def to_json(self, key: str) -> dict[str, object]:
+        """The content of the file that ``from_json`` reads."""
+        return {
+            "key": key,
+            "step": self.step,
+            "files": files_to_json(self.files),
+            "facts": self.facts,
+            "state": {"files": files_to_json(self.state.files), "facts": self.state.facts},
+            "seconds": self.seconds,
+            "at": self.at,
+            "host": self.host,
+        }
+
+    @classmethod
+    def from_json(cls, document: dict, key: str) -> "Progress":
+        """The resume point that ``to_json`` wrote for the stage ``key``.
+
+        Raises:
+            Damaged: it is of another stage, or names files that are not the stage's own.
+        """
+        name = f"{key}/{PROGRESS}"
+        try:
+            if document["key"] != key:
+                raise ValueError(f"it belongs to {document['key']}")
+            state = files_from_json(document["state"]["files"], key)
+            return cls(
+                int(document["step"]),
+                Artifact(name, state, dict(document["state"]["facts"]), token=document["token"]),
+                files_from_json(document["files"], key),
+                dict(document["facts"]),
+                float(document["seconds"]),
+                str(document["at"]),
+                str(document["host"]),
+                document["token"],
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Damaged(f"{name} is not a resume point of this stage ({error})", name) from error

@@ -1,0 +1,163 @@
+"""Which processes work in a store: each leaves a sign of life there, so that house-keeping takes nothing from them."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fsspec import AbstractFileSystem
+
+from storage.document import read_sealed, seal
+from storage.files import Corrupt, is_local
+from storage.inventory import RUNNING_FILE, modified
+from storage.publishing import overwrite, remove_quietly
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "running"
+EVERY = 60.0  # seconds between two signs of life
+STALE_AFTER = 600.0  # seconds without one: ten were missed
+LAST_WAIT = 10.0  # seconds that a sign of life under way may hold up the end of the work
+
+
+@dataclass(frozen=True)
+class RunningProcess:
+    """A process that works in the store, as it announced itself; all times are the storage's.
+
+    Args:
+        what: it does, for people.
+        since: when it began; at the beginning of all times if its file cannot be understood.
+        last_sign: when it last rewrote its file.
+    """
+
+    host: str
+    pid: int
+    what: str
+    since: datetime
+    last_sign: datetime
+
+    def __str__(self) -> str:
+        since, last = (f"{each:%Y-%m-%d %H:%M:%S} UTC" for each in (self.since, self.last_sign))
+        return f"{self.what!r}, process {self.pid} on {self.host}, since {since} (last sign of life {last})"
+
+
+@contextlib.contextmanager
+def announced(fs: AbstractFileSystem, root: str, what: str) -> Iterator[None]:
+    """Tell others that this process works in the store at ``root`` until the block is left.
+
+    A store that cannot be written is used all the same, with a warning.
+
+    Args:
+        what: it does, for people; without credentials.
+    """
+    sign = _Sign(fs, root, what)
+    sign.give()
+    done = threading.Event()
+    thread = threading.Thread(target=sign.keep_giving, args=(done,), name="sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(LAST_WAIT)  # it removes the file; on a storage that hangs the file goes stale
+
+
+def running_processes(fs: AbstractFileSystem, root: str, now: float) -> list[RunningProcess]:
+    """The processes that gave a sign of life in the last ten minutes, the oldest first.
+
+    Args:
+        now: by the storage's clock (see ``storage_clock``), in seconds since 1970.
+    """
+    try:
+        rows = fs.ls(f"{root}/{FOLDER}", detail=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for row in rows:
+        ours = RUNNING_FILE.fullmatch(row["name"][len(root) + 1 :])
+        if ours and modified(fs, row) > now - STALE_AFTER:
+            with contextlib.suppress(FileNotFoundError):  # it has ended since
+                found.append(_read(fs, row["name"], modified(fs, row)))
+    return sorted(found, key=lambda process: process.since)
+
+
+def storage_clock(fs: AbstractFileSystem, root: str) -> float:
+    """Now in seconds since 1970, by the clock that the storage dates files with.
+
+    Raises:
+        OSError: if nothing can be written to the storage.
+    """
+    path = f"{root}/{uuid.uuid4().hex}.clock"
+    if is_local(fs):
+        # Empty, and no folder is made for it: this must work on a full disk, and not make a store of a wrong path.
+        os.close(os.open(fs._strip_protocol(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    else:
+        fs.pipe_file(path, b"now")
+    try:
+        return modified(fs, fs.info(path))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)  # not remove_quietly, which would take an empty root with it
+
+
+class _Sign:
+    """The file of one process."""
+
+    def __init__(self, fs: AbstractFileSystem, root: str, what: str) -> None:
+        self._fs, self._root, self._what = fs, root, what
+        self._path = f"{root}/{FOLDER}/{uuid.uuid4().hex}.json"
+        self._began = time.monotonic()
+        self._since: datetime | None = None  # unknown until the storage's clock could be read
+        self._failed = False
+
+    def give(self) -> None:
+        try:
+            overwrite(self._fs, self._path, seal(self._content()))
+        except Exception as error:  # whatever it is, the work goes on; clients raise more than OSErrors
+            if not self._failed:
+                logger.warning(
+                    "%s cannot be written (%s): the work goes on, but `layerwise gc` does not know of it. "
+                    "Do not run that now with a short grace.",
+                    self._path,
+                    error,
+                )
+            self._failed = True
+
+    def keep_giving(self, done: threading.Event) -> None:
+        while not done.wait(EVERY):
+            self.give()
+        remove_quietly(self._fs, [self._path])
+
+    def _content(self) -> dict[str, object]:
+        if self._since is None:
+            self._since = self._start()
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "what": self._what,
+            "since": self._since.isoformat(),
+        }
+
+    def _start(self) -> datetime:
+        # The file's own time is lost with every rewriting, and this machine's clock may be wrong.
+        overwrite(self._fs, self._path, seal({"what": self._what}))
+        written = modified(self._fs, self._fs.info(self._path))
+        return datetime.fromtimestamp(written - (time.monotonic() - self._began), UTC)
+
+
+def _read(fs: AbstractFileSystem, path: str, last_sign: float) -> RunningProcess:
+    last = datetime.fromtimestamp(last_sign, UTC)
+    try:
+        content = read_sealed(fs, path)
+        since = datetime.fromisoformat(content["since"])
+        return RunningProcess(content["host"], content["pid"], content["what"], since, last)
+    except (Corrupt, ValueError, TypeError, KeyError) as error:
+        # Somebody is at work there: until when their files may be old is not known.
+        began = datetime.fromtimestamp(0, UTC)
+        return RunningProcess("an unknown machine", 0, f"{path} cannot be read: {error}", began, last)

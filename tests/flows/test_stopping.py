@@ -1,0 +1,79 @@
+"""SIGTERM to a search in a process of its own: what is printed resumes it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+
+from flows.search import search
+from flows.settings import Runtime
+from storage.store import ArtifactStore
+
+# A search that gets the signal while it reads the second layer of its second pass, the lanes'.
+STOPPED_IN_THE_LANES = """
+import os, signal, sys
+from tasks.checkpoint import Checkpoint
+
+read, passes = Checkpoint.layers, []
+
+def layers(checkpoint, first=0):
+    passes.append(first)
+    for index, layer in enumerate(read(checkpoint, first), first):
+        if len(passes) == 2 and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield layer
+
+Checkpoint.layers = layers
+from flows.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def start(prefect_backend, pytestconfig, tmp_path):
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        home = tmp_path / f"home-{len(list(tmp_path.iterdir()))}"  # another machine each time
+        environment = os.environ | {"PREFECT_API_URL": prefect_backend, "PREFECT_HOME": str(home)}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=pytestconfig.rootpath,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finished, workshop, tmp_path):
+    store = str(tmp_path / "store")
+    parameters = workshop.parameters(betas="0.1,0.25")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
+    stopped = start("-c", STOPPED_IN_THE_LANES, "search", *options, "--store", store)
+    assert stopped.returncode == 143
+    assert stopped.stdout == ""
+    said, command = stopped.stderr.splitlines()[-2:]
+    assert said.startswith("layerwise: stopped by SIGTERM")
+    assert said.endswith("Resume with:")
+
+    name, *arguments = shlex.split(command)
+    assert name == "layerwise"
+    resumed = start("-m", "flows.cli", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"^branch: 3 betas.* goes on from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
+    assert finished[0].selection.verdict in resumed.stdout
+    found = search(workshop.settings(), Runtime(store=store))
+    assert found.built == ()
+    assert {role: artifact.content for role, artifact in found.stages.items()} == {
+        role: artifact.content for role, artifact in finished[0].stages.items()
+    }
+    assert ArtifactStore(store).fs.find(f"{store}/running") == []
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": ["CRASHED"]}}))
+    assert store in [run.parameters["runtime"]["store"] for run in runs]

@@ -1,0 +1,91 @@
+"""A damaged artifact is named by its key, set aside and built anew."""
+
+import pickle
+
+import pytest
+
+from storage.damage import Damaged
+from storage.stage import Stage
+
+STAGE = Stage("capture", 1)
+
+
+@pytest.fixture
+def artifact(store):
+    return build(store)
+
+
+def build(store):
+    return store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", b"weights"))
+
+
+def flip(store, artifact):
+    store.fs.pipe_file(f"{store.root}/{artifact.files['weights.bin'].path}", b"weightz")
+
+
+def damage_of(store, artifact):
+    with pytest.raises(Damaged) as caught:
+        store.read(artifact, "weights.bin")
+    return caught.value
+
+
+def test_the_error_knows_which_artifact_it_is_about(store, artifact):
+    flip(store, artifact)
+    damaged = damage_of(store, artifact)
+    assert (damaged.key, damaged.token) == (artifact.key, artifact.token)
+    assert artifact.key in str(damaged)
+    assert "weights.bin" in str(damaged)
+    copy = pickle.loads(pickle.dumps(damaged))  # as between processes
+    assert (str(copy), copy.key, copy.token) == (str(damaged), damaged.key, damaged.token)
+
+
+def test_what_is_set_aside_is_built_anew_and_its_manifest_is_kept_for_people(store, artifact):
+    flip(store, artifact)
+    damaged = damage_of(store, artifact)
+    manifest = f"{store.root}/{artifact.key}/manifest.json"
+    content = store.fs.cat_file(manifest)
+    assert store.set_aside(damaged)
+    assert store.find(STAGE) is None
+    (aside,) = [path for path in store.fs.find(store.root) if "manifest.json.damaged-" in path]
+    assert store.fs.cat_file(aside) == content
+    rebuilt = build(store)
+    assert store.read(rebuilt, "weights.bin") == b"weights"
+    assert rebuilt.content == artifact.content
+
+
+def test_what_another_process_has_built_anew_meanwhile_stays(store, artifact):
+    flip(store, artifact)
+    damaged = damage_of(store, artifact)
+    assert store.set_aside(damaged)
+    rebuilt = build(store)
+    assert not store.set_aside(damaged)
+    assert store.find(STAGE) == rebuilt
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}'])
+def test_a_damaged_manifest_is_set_aside_as_well(store, artifact, content):
+    store.fs.pipe_file(f"{store.root}/{artifact.key}/manifest.json", content)
+    with pytest.raises(Damaged, match=r"manifest\.json") as caught:
+        store.find(STAGE)
+    assert store.set_aside(caught.value)
+    assert build(store).content == artifact.content
+
+
+def test_the_manifest_of_another_artifact_is_set_aside(store, artifact):
+    other = store.get_or_build(Stage("capture", 2), lambda draft: draft.write("weights.bin", b"others"))
+    path = f"{store.root}/{artifact.key}/manifest.json"
+    store.fs.pipe_file(path, store.fs.cat_file(f"{store.root}/{other.key}/manifest.json"))
+    with pytest.raises(Damaged, match=f"it belongs to {other.key}") as caught:
+        store.find(STAGE)
+    assert caught.value.key == artifact.key
+    assert store.set_aside(caught.value)
+    assert store.find(STAGE) is None
+    assert store.find(Stage("capture", 2)) == other
+
+
+@pytest.mark.parametrize(
+    "key", ["../secret", "capture/../../etc", "/etc/passwd", "capture/manifest.json", ""]
+)
+def test_a_key_that_is_none_leads_nowhere(store, artifact, key):
+    with pytest.raises(KeyError):
+        store.get(key)

@@ -1,0 +1,122 @@
+"""SIGTERM: a stage stops after the layer that is under way, and the next start goes on from there."""
+
+import os
+import signal
+
+import pytest
+
+from storage.draft import Draft
+from storage.stage import Stage
+from tasks.boundaries import boundaries
+from tasks.checkpoint import Checkpoint
+from tasks.execution import Execution
+from tasks.stopping import Stopped, stop_deferred, stopping_on_sigterm
+
+
+@pytest.fixture(autouse=True)
+def handled():
+    with stopping_on_sigterm():
+        yield
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_where_nothing_is_under_way_it_stops_at_once():
+    with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is lost"):
+        terminate()
+
+
+def test_work_that_ends_before_its_boundary_stops_at_its_end():
+    asked = []
+
+    def work():
+        with stop_deferred() as asked_to_stop:
+            asked.append(asked_to_stop())
+            terminate()
+            asked.append(asked_to_stop())
+
+    with pytest.raises(Stopped):
+        work()
+    assert asked == [False, True]
+
+
+def test_nested_work_is_not_torn_apart():
+    done = []
+
+    def work():
+        with stop_deferred():
+            with stop_deferred():
+                terminate()
+            done.append("outer work goes on")
+
+    with pytest.raises(Stopped):
+        work()
+    assert done == ["outer work goes on"]
+
+
+def test_the_handler_of_before_is_back_afterwards():
+    ours = signal.getsignal(signal.SIGTERM)
+    with stopping_on_sigterm():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == ours
+
+
+def test_a_boundary_is_committed_before_it_stops(local_store):
+    draft = Draft(local_store.fs, local_store.root, Stage("capture", 1))
+
+    def work():
+        hourly = Execution(boundary_seconds=3600)
+        with boundaries(draft, hourly, lambda state: state.write("state", b"s")) as reached:
+            reached(1)
+            terminate()
+            reached(2)
+            raise AssertionError("it goes on after it was asked to stop")
+
+    with pytest.raises(Stopped):
+        work()
+    again = local_store.draft(Stage("capture", 1))
+    again.resume()
+    assert again.resumed.step == 2
+
+
+STAGES = {
+    "capture": lambda run: run.capture(),
+    "branch": lambda run: run.branch(0.25)[0].artifact,
+    "export": lambda run: run.export(run.branch(0.25)[0]),
+    "evaluate": lambda run: run.evaluate(0.0, 0.25),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
+    small_run, another_store, monkeypatch, computed_layers, capsys, stage
+):
+    run = small_run()
+    before = {"capture": [], "branch": ["capture"], "export": ["branch"], "evaluate": ["branch"]}
+    for each in before[stage]:
+        STAGES[each](run)
+    read = Checkpoint.layers
+
+    def with_a_signal_in_the_second_layer(checkpoint, first=0):
+        for index, layer in enumerate(read(checkpoint, first), first):
+            if index == 1:
+                terminate()
+            yield layer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "layers", with_a_signal_in_the_second_layer)
+        with pytest.raises(Stopped):
+            STAGES[stage](run)
+    computed_layers.clear()
+    read_before = run.checkpoint.bytes_read
+    resumed = STAGES[stage](run)
+    assert "goes on from layer 2 of 3, saved " in capsys.readouterr().err
+    if stage == "export":
+        (last,) = read(run.checkpoint, 2)
+        assert run.checkpoint.bytes_read - read_before == 2 * sum(weight.nbytes for weight in last.values())
+    else:
+        assert computed_layers == [2]
+    undisturbed = small_run(run.folder, another_store())
+    assert STAGES[stage](undisturbed).content == resumed.content
