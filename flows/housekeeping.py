@@ -16,6 +16,7 @@ from storage.artifact import Artifact
 from storage.collect import Collected, Collection, collect, plan_collection
 from storage.garbage import KINDS
 from storage.store import ArtifactStore
+from storage.unreachable import reaching
 from storage.verify import Finding, Tally, verify
 
 GRACE_SECONDS = 3600.0
@@ -99,7 +100,9 @@ def verify_store(store_url: str) -> int:
 
 def _open_store(url: str) -> ArtifactStore:
     store = ArtifactStore(url)
-    if not store.fs.exists(store.root):
+    with reaching(store.fs, store.root):
+        there = store.fs.exists(store.root)
+    if not there:
         raise FileNotFoundError(f"{url} holds no store: nothing is there. Check the path or URL.")
     return store
 

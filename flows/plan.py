@@ -58,6 +58,8 @@ class Plan:
         memory: peak bytes beside Python's own, by what they hold.
         scratch: bytes of hidden states beyond the memory budget, in files.
         resume_point: bytes of one resume point of the largest stage.
+        resume_bytes_an_hour: bytes of resume points that are written in an hour, each replacing the one before.
+        resume_bytes_a_stage: the same for those after so many layers; 0 if they are committed by time only.
         uncounted: roles whose windows are in none of these figures: all that the text gives, which is known once it
             is tokenised.
     """
@@ -67,6 +69,8 @@ class Plan:
     memory: Mapping[str, int]
     scratch: int
     resume_point: int
+    resume_bytes_an_hour: float
+    resume_bytes_a_stage: int
     uncounted: tuple[Role, ...] = ()
 
 
@@ -115,7 +119,18 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     memory = sizes.memory | {"hidden states": min(states, budget)}
     uncounted = tuple(role for role, count in counts.items() if count is None)
     betas = tuple(plan.beta for plan in plans)
-    return Plan(tuple(stages), betas, memory, max(states - budget, 0), states, uncounted)
+    an_hour = 60 / runtime.boundary_minutes * states
+    by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
+    return Plan(
+        tuple(stages),
+        betas,
+        memory,
+        max(states - budget, 0),
+        states,
+        an_hour,
+        by_layers * states,
+        uncounted,
+    )
 
 
 def _stage(name: str, there: bool, todo: str, reads: int = 0, writes: int = 0) -> PlannedStage:

@@ -80,7 +80,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
     if plan.scratch:
         console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
-    console.print(f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one")
+    by_layers = (
+        f", and {size(plan.resume_bytes_a_stage)} a stage by layers" if plan.resume_bytes_a_stage else ""
+    )
+    console.print(
+        f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one; "
+        f"written by time {size(round(plan.resume_bytes_an_hour))} an hour{by_layers}"
+    )
     if plan.uncounted:
         roles = " and ".join(plan.uncounted)
         console.print(f"not in these figures: the windows for {roles}, as many as the text will give")

@@ -1,10 +1,10 @@
 """Copies on the storage itself: no byte comes to this machine."""
 
-import os
-
 from fsspec import AbstractFileSystem
 
 from storage.files import is_local
+from storage.local_disk import link_file
+from storage.unreachable import reaching
 
 
 def copy_within(fs: AbstractFileSystem, source: str, target: str) -> None:
@@ -15,10 +15,10 @@ def copy_within(fs: AbstractFileSystem, source: str, target: str) -> None:
     Raises:
         FileNotFoundError: there is no ``source``.
         FileExistsError: there is a ``target`` already, on a local disk.
+        OSError: the storage refuses, or cannot be reached.
     """
     if is_local(fs):
-        target = fs._strip_protocol(target)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.link(fs._strip_protocol(source), target)
+        link_file(fs._strip_protocol(source), fs._strip_protocol(target))
     else:
-        fs.cp_file(source, target)
+        with reaching(fs, target):
+            fs.cp_file(source, target)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 from fsspec import AbstractFileSystem
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from storage.keys import digest
-from storage.unreachable import reaching
+from storage.unreachable import RANGE_TOO_FAR, reaching, status_of
 
 FORMAT = 1
+LONGEST = 1 << 30  # bytes
 ATTEMPTS = 3  # a small object can come truncated without an error, see STORAGE.md 5
 
 
@@ -34,15 +35,21 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
         Corrupt: if it is not what was written, several times in a row, or of an unknown format.
         Unreachable: if the storage does not answer.
     """
+    problem: Exception
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(0.1 * 2**attempt)
         try:
             with reaching(fs, path):
-                content = fs.cat_file(path)
+                # A range, as S3 clients ask for the size first where they want the whole, and list for what is missing.
+                content = fs.cat_file(path, start=0, end=LONGEST)
             return _opened(content)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Corrupt) as error:
             problem = error
+        except OSError as error:
+            if status_of(error) != RANGE_TOO_FAR:
+                raise
+            problem = ValueError("it is empty")
     raise Corrupt(
         f"{path} is not readable ({problem}): it is damaged, or was written by another version of layerwise. "
         "Restore it, or delete it and run again."

@@ -9,6 +9,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from storage.stage import STAGE_NAME
+from storage.unreachable import reaching
 
 _ID = "[0-9a-f]{32}"
 _DOCUMENT = r"(?:manifest|progress)\.json"
@@ -113,9 +114,15 @@ class Inventory:
 
 
 def take_inventory(fs: AbstractFileSystem, root: str) -> Inventory:
-    """List a store, once and recursively; links and special files on a local disk are not ours."""
+    """List a store, once and recursively; links and special files on a local disk are not ours.
+
+    Raises:
+        OSError: if the storage cannot be reached.
+    """
     inventory = Inventory()
-    for name, row in fs.find(root, detail=True).items():
+    with reaching(fs, root):
+        rows = fs.find(root, detail=True)
+    for name, row in rows.items():
         path = name[len(root) + 1 :]
         if row["type"] == "directory":
             continue  # an empty store on SeaweedFS

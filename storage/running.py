@@ -16,7 +16,9 @@ from fsspec import AbstractFileSystem
 from storage.document import read_sealed, seal
 from storage.files import Corrupt, is_local
 from storage.inventory import RUNNING_FILE, modified
+from storage.local_disk import explaining_refusals
 from storage.publishing import overwrite, remove_quietly
+from storage.unreachable import Unreachable, reaching
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +53,16 @@ class RunningProcess:
 def announced(fs: AbstractFileSystem, root: str, what: str) -> Iterator[None]:
     """Tell others that this process works in the store at ``root`` until the block is left.
 
-    A store that cannot be written is used all the same, with a warning.
+    A store that cannot be written is used all the same, with a warning: what is needed may be there.
 
     Args:
         what: it does, for people; without credentials.
+
+    Raises:
+        Unreachable: the storage does not answer.
     """
     sign = _Sign(fs, root, what)
-    sign.give()
+    sign.give(first=True)
     done = threading.Event()
     thread = threading.Thread(target=sign.keep_giving, args=(done,), name="sign of life", daemon=True)
     thread.start()
@@ -73,9 +78,13 @@ def running_processes(fs: AbstractFileSystem, root: str, now: float) -> list[Run
 
     Args:
         now: by the storage's clock (see ``storage_clock``), in seconds since 1970.
+
+    Raises:
+        OSError: if the storage cannot be reached.
     """
     try:
-        rows = fs.ls(f"{root}/{FOLDER}", detail=True)
+        with reaching(fs, f"{root}/{FOLDER}"):
+            rows = fs.ls(f"{root}/{FOLDER}", detail=True)
     except FileNotFoundError:
         return []
     found = []
@@ -91,18 +100,21 @@ def storage_clock(fs: AbstractFileSystem, root: str) -> float:
     """Now in seconds since 1970, by the clock that the storage dates files with.
 
     Raises:
-        OSError: if nothing can be written to the storage.
+        OSError: if nothing can be written to the storage, or it cannot be reached.
     """
     path = f"{root}/{uuid.uuid4().hex}.clock"
     if is_local(fs):
         # Empty, and no folder is made for it: this must work on a full disk, and not make a store of a wrong path.
-        os.close(os.open(fs._strip_protocol(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        with explaining_refusals(path):
+            os.close(os.open(fs._strip_protocol(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     else:
-        fs.pipe_file(path, b"now")
+        with reaching(fs, path):
+            fs.pipe_file(path, b"now")
     try:
-        return modified(fs, fs.info(path))
+        with reaching(fs, path):
+            return modified(fs, fs.info(path))
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(Exception):  # the next collection takes it
             fs.rm_file(path)  # not remove_quietly, which would take an empty root with it
 
 
@@ -116,10 +128,12 @@ class _Sign:
         self._since: datetime | None = None  # unknown until the storage's clock could be read
         self._failed = False
 
-    def give(self) -> None:
+    def give(self, first: bool = False) -> None:
         try:
             overwrite(self._fs, self._path, seal(self._content()))
         except Exception as error:  # whatever it is, the work goes on; clients raise more than OSErrors
+            if first and isinstance(error, Unreachable):
+                raise
             if not self._failed:
                 logger.warning(
                     "%s cannot be written (%s): the work goes on, but `layerwise gc` does not know of it. "

@@ -8,6 +8,7 @@ from fsspec import AbstractFileSystem
 
 from storage.files import Corrupt, read_exactly
 from storage.tensor_entry import TensorEntry
+from storage.unreachable import reaching
 
 LENGTH = struct.Struct("<Q")  # the file begins with the length of its header
 LONGEST = 100_000_000  # bytes of a header; the official reader has the same limit
@@ -25,7 +26,8 @@ def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
         Corrupt: if the tensors do not fill the file exactly: truncated, overlapping, with gaps, of another
             size than type and shape say, of an unknown type; or if the header cannot be read at all.
     """
-    size = fs.info(path)["size"]
+    with reaching(fs, path):
+        size = fs.info(path)["size"]
     start = bytearray(min(size, FIRST_READ))
     read_exactly(fs, path, 0, memoryview(start))
     length = LENGTH.unpack(start[:8])[0] if size >= 8 else LONGEST + 1

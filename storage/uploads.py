@@ -8,6 +8,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from storage.inventory import ATTEMPT_FILE, STAGE_FILE
+from storage.unreachable import reaching
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def open_uploads(fs: AbstractFileSystem, root: str, stage_names: set[str]) -> li
     below = f"{prefix}/" if prefix else ""
     prefixes = [below] if below else [f"{name}/" for name in sorted(stage_names)]
     try:
-        rows = [row for each in prefixes for row in _list(fs, bucket, each)]
+        with reaching(fs, root):
+            rows = [row for each in prefixes for row in _list(fs, bucket, each)]
     except (OSError, NotImplementedError) as error:
         logger.warning("open uploads below %s cannot be listed (%s): they are left alone", root, error)
         return []

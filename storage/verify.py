@@ -15,6 +15,7 @@ from storage.inventory import StageFolder, take_inventory
 from storage.progress import PROGRESS
 from storage.reachable import read_progress
 from storage.store import ArtifactStore
+from storage.unreachable import reaching
 
 BUFFER = WINDOW * PIECE  # bytes in memory for each folder under way
 AT_ONCE = 4  # folders, on a remote storage: small files would wait for its answers most of the time
@@ -160,7 +161,8 @@ def _read_file(
 ) -> Iterator[Finding]:
     path = f"{store.root}/{file.path}"
     try:
-        size = store.fs.info(path)["size"]
+        with reaching(store.fs, path):
+            size = store.fs.info(path)["size"]
         if size != file.size:
             yield Finding(key, name, f"{path} has {size} bytes, but {file.size} were written")
             return

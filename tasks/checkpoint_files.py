@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "*.model",
     "chat_template*",
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
 NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter_model).*|.*\.(fp16|bf16|fp32|int8|int4)(-\d+-of-\d+)?\.safetensors"
 )
@@ -39,9 +39,12 @@ class StoredTensor:
 
 
 def copied_files(names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that are configuration or tokenizer files: an import copies them byte for byte."""
+    """Those of ``names`` that are configuration or tokenizer files: an import copies them byte for byte.
+
+    Never a file that might be a pickle, whatever it is called before its suffix: someone might open it.
+    """
     wanted = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
-    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted))
+    return sorted(name for name in names if _matches(name, wanted) and not _matches(name, PICKLES))
 
 
 def identifying_files(folder: Folder) -> list[str]:
@@ -109,9 +112,7 @@ def _only_file(folder: Folder) -> str:
             f"{folder.name} has no safetensors but {_some(ggufs)}. Give the path or URL of one .gguf file "
             "instead of the folder (hf://owner/name/file.gguf on the hub)."
         )
-    if pickles := sorted(
-        name for name in folder.files if any(fnmatchcase(name, pattern) for pattern in PICKLES)
-    ):
+    if pickles := sorted(name for name in folder.files if _matches(name, PICKLES)):
         raise ValueError(
             f"{folder.name} holds its weights as {_some(pickles)}: pickle files and their like can run code "
             'when opened and are not read. Convert them where you trust them: python -c "from transformers '
@@ -123,6 +124,10 @@ def _only_file(folder: Folder) -> str:
         f"{folder.name} has no *.safetensors file (it has {_some(sorted(folder.files))}). Give the folder "
         "that save_pretrained wrote."
     )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _some(names: list[str], most: int = 4) -> str:

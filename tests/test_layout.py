@@ -53,6 +53,16 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_nothing_opens_a_pickle(module):
+    imported = {name.partition(".")[0] for name in imported_modules(module)}
+    assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert "torch.load" not in text
+    assert "allow_pickle" not in text
+    assert "trust_remote_code=True" not in text
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_every_module_can_be_imported(module):
     assert importlib.import_module(module).__doc__
 

@@ -47,10 +47,7 @@ def truncate(path: Path) -> None:
 def test_what_is_damaged_is_named_and_built_anew(finished, run_search, copied, caplog, role, name, damage):
     result = finished[0]
     artifact = result.stages[role]
-    if name == "manifest.json":
-        path = copied / artifact.key / name
-    else:
-        path = copied / artifact.files[name].path
+    path = copied / (f"{artifact.key}/{name}" if name == "manifest.json" else artifact.files[name].path)
     damage(path)
     with caplog.at_level(logging.WARNING):
         again = run_search(str(copied))

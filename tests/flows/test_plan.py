@@ -116,6 +116,10 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
         plan.memory["hidden states"] == 4 * 4 * window
     )  # the dense model and three betas, four windows each
     assert plan.resume_point == plan.memory["hidden states"]
+    assert plan.resume_bytes_an_hour == 12 * plan.resume_point  # every five minutes
+    assert plan.resume_bytes_a_stage == 0
+    every_second = plan_search(workshop.settings(), Runtime(store=str(tmp_path), boundary_layers=2))
+    assert every_second.resume_bytes_a_stage == plan.resume_point  # of three layers
     assert plan.scratch == 0
     layer = sum(
         p.nbytes for p in AutoModelForCausalLM.from_pretrained(workshop.model).model.layers[0].parameters()

@@ -1,105 +1,23 @@
-"""Garbage collection: what somebody can reach or is still writing stays, everything else of ours goes."""
+"""Garbage collection: what somebody can reach stays, everything else of ours goes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from storage.collect import StoreInUse, collect, plan_collection
-from storage.document import read_sealed, seal
-from storage.garbage import (
-    ARTIFACTS,
-    ATTEMPTS,
-    BOUNDARIES,
-    SET_ASIDE,
-    STALE,
-    TEMPORARY,
-    UPLOADS,
-)
+from storage.collect import collect, plan_collection
+from storage.garbage import ATTEMPTS, BOUNDARIES, SET_ASIDE, STALE, TEMPORARY, UPLOADS
 from storage.publishing import overwrite
-from storage.running import announced, storage_clock
-from storage.stage import Stage
 from storage.store import ArtifactStore
-
-DAY = 86400.0
-STAGE = Stage("capture", 1)
-OTHER = Stage("branch", 1, settings={"beta": 0.1}, inputs={"capture": STAGE.key})
-WRITER = """
-import json, sys
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
-
-store = ArtifactStore(sys.argv[1])
-
-def told(line):
-    print(line, flush=True)
-    assert sys.stdin.readline()
-
-def build(draft):
-    draft.write("inherited.bin", b"i" * 1000)
-    draft.save_progress(1, lambda state: state.write("state.bin", b"s" * 1000))
-    for number in range(3):
-        told(f"round {number}")
-        draft.write(f"layer-{number}.bin", str(number).encode() * 1000)
-        told(f"written {number}")
-        draft.save_progress(number + 2, lambda state: state.write("state.bin", b"s" * 1000))
-    told("before the commit")
-
-with announced(store.fs, store.root, "a search"):
-    store.get_or_build(Stage("capture", 1), build)
-    told("committed")
-"""
-
-
-class Killed(BaseException):
-    """The process is gone: nothing tidies up after it."""
-
-
-def paths_in(store):
-    prefix = f"{store.root}/"
-    rows = store.fs.find(store.root, detail=True)
-    return {path.removeprefix(prefix) for path, row in rows.items() if row["type"] == "file"}
-
-
-def plan(store, later=DAY, grace_seconds=0.0, **kwargs):
-    """What would be deleted in a day, when everything that there is now is old."""
-    return plan_collection(
-        store, grace_seconds=grace_seconds, now=storage_clock(store.fs, store.root) + later, **kwargs
-    )
-
-
-def collect_all(store, **kwargs):
-    collected = collect(store, plan(store, **kwargs))
-    assert collected.failures == ()
-    return collected
-
-
-def kinds_of(collection):
-    return {each.kind for each in collection.garbage}
-
-
-def build_weights(store, stage=STAGE, content=b"wwww"):
-    return store.get_or_build(stage, lambda draft: draft.write("weights.bin", content))
-
-
-def die_in_attempt(store, stage=STAGE, boundaries=0):
-    """An attempt that is killed after so many resume points, in the middle of a layer."""
-
-    def build(draft):
-        for layer in range(boundaries):
-            draft.write(f"layer-{layer}.bin", b"layer")
-            draft.save_progress(layer + 1, lambda state: state.write("state.bin", b"state"))
-        draft.write("layer-unnamed.bin", b"layer")
-        raise Killed
-
-    with pytest.raises(Killed):
-        store.get_or_build(stage, build)
+from tests.leftovers import (
+    OTHER,
+    STAGE,
+    build_weights,
+    collect_all,
+    die_in_attempt,
+    kinds_of,
+    paths_in,
+    plan,
+)
 
 
 def finish(store, stage=STAGE):
@@ -221,38 +139,6 @@ def test_a_sign_of_life_goes_when_it_is_stale(store):
     assert (garbage.kind, garbage.path) == (STALE, path)
 
 
-def test_what_was_modified_in_the_time_of_grace_stays(store):
-    die_in_attempt(store)
-    build_weights(store, OTHER)
-    assert plan(store, later=3500.0, grace_seconds=3600.0).garbage == ()
-    assert len(plan(store, later=3700.0, grace_seconds=3600.0).garbage) == 1
-    assert plan_collection(store).garbage == ()
-
-
-def test_an_attempt_is_judged_by_its_newest_file(tmp_path):
-    store = ArtifactStore(str(tmp_path))
-    build_weights(store)
-    attempt = tmp_path / STAGE.key / ("b" * 32)
-    attempt.mkdir()
-    for name, age in [("old.bin", 10 * DAY), ("new.bin", 0.0)]:
-        (attempt / name).write_bytes(b"x")
-        os.utime(attempt / name, (storage_clock(store.fs, store.root) - age,) * 2)
-    assert plan_collection(store).garbage == ()
-    os.utime(attempt / "new.bin", (storage_clock(store.fs, store.root) - DAY,) * 2)
-    assert {each.path.rpartition("/")[2] for each in plan_collection(store).garbage} == {"old.bin", "new.bin"}
-
-
-def test_a_folder_without_a_manifest_stays_whole_while_somebody_is_at_work_there(tmp_path):
-    """A running process may have taken over old files that no resume point names any more."""
-    store = ArtifactStore(str(tmp_path))
-    die_in_attempt(store)
-    for path in paths_in(store):
-        os.utime(tmp_path / path, (1e9, 1e9))
-    assert len(plan_collection(store).garbage) == 1
-    die_in_attempt(store)
-    assert plan_collection(store).garbage == ()
-
-
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
 def test_a_folder_whose_document_is_damaged_is_kept_and_named(store, name):
     if name == "manifest.json":
@@ -303,108 +189,12 @@ def test_links_on_a_local_disk_are_not_followed_and_not_removed(tmp_path):
     assert (tmp_path / "store" / STAGE.key / ("b" * 32) / "link.bin").read_bytes() == b"precious"
 
 
-def keep(*stages):
-    return lambda artifacts: {stage.key for stage in stages}
-
-
-def test_everything_but_the_artifacts_to_keep_goes_on_request(store):
-    build_weights(store)
-    kept = build_weights(store, OTHER)
-    die_in_attempt(store, Stage("export", 1), boundaries=1)
-    seen = []
-
-    def keys_to_keep(artifacts):
-        seen.extend(sorted(artifact.key for artifact in artifacts))
-        return {OTHER.key}
-
-    collection = plan(store, keys_to_keep=keys_to_keep)
-    assert seen == sorted([STAGE.key, OTHER.key])
-    assert {each.key for each in collection.of_kind(ARTIFACTS)} == {STAGE.key, Stage("export", 1).key}
-    assert collect(store, collection).failures == ()
-    assert paths_in(store) == {f"{OTHER.key}/manifest.json", kept.files["weights.bin"].path}
-    assert store.read(kept, "weights.bin") == b"wwww"
-
-
-def test_young_artifacts_stay_even_if_only_results_are_to_stay(store):
-    build_weights(store)
-    assert plan_collection(store, keep()).garbage == ()
-
-
-def test_artifacts_stay_while_a_process_may_need_them(store):
-    build_weights(store)
-    old = plan(store, keys_to_keep=keep())
-    assert old.garbage
-    before = paths_in(store)
-    with announced(store.fs, store.root, "search demo"):
-        with pytest.raises(StoreInUse, match=rf"'search demo', process {os.getpid()} on .*, since \d{{4}}-"):
-            plan(store, later=0.0, keys_to_keep=keep())
-        with pytest.raises(StoreInUse, match="--results-only"):
-            collect(store, old)
-        assert before < paths_in(store)
-    assert paths_in(store) == before
-
-
-def test_artifacts_stay_when_a_damaged_one_might_need_them(store):
-    build_weights(store)
-    build_weights(store, OTHER)
-    overwrite(store.fs, f"{store.root}/{OTHER.key}/manifest.json", b"{")
-    with pytest.raises(ValueError, match=f"1 artifacts are damaged.*{OTHER.key}"):
-        plan(store, keys_to_keep=keep(STAGE))
-
-
-def test_files_of_an_artifact_stay_when_its_manifest_cannot_be_deleted(tmp_path, monkeypatch):
-    store = ArtifactStore(str(tmp_path))
-    artifact = build_weights(store)
-    build_weights(store, OTHER)
-    remove = store.fs.rm_file
-
-    def refusing(path):
-        if path.endswith(f"{STAGE.key}/manifest.json"):
-            raise PermissionError("not yours")
-        remove(path)
-
-    monkeypatch.setattr(store.fs, "rm_file", refusing)
-    collected = collect(store, plan(store, keys_to_keep=keep()))
-    assert [(each.path, each.problem) for each in collected.failures] == [
-        (f"{STAGE.key}/manifest.json", "not yours")
-    ]
-    assert {each.key for each in collected.garbage} == {OTHER.key}
-    assert store.read(artifact, "weights.bin") == b"wwww"
-
-
-def test_what_has_come_into_use_since_the_plan_stays(store):
-    """The manifest that names the files is committed after the plan was made."""
-    die_in_attempt(store)
-    [path] = paths_in(store)
-    collection = plan(store)
-    assert [each.path for each in collection.garbage] == [path]
-
-    build_weights(store, OTHER)
-    manifest = read_sealed(store.fs, f"{store.root}/{OTHER.key}/manifest.json")
-    file = next(iter(manifest["files"].values())) | {"path": path}
-    document = {**manifest, "key": STAGE.key, "files": {"layer-unnamed.bin": file}}
-    overwrite(store.fs, f"{store.root}/{STAGE.key}/manifest.json", seal(document))
-    assert collect(store, collection).garbage == ()
-    assert path in paths_in(store)
-
-
-def test_two_collections_at_once_delete_everything_once(store):
-    for number in range(20):
-        die_in_attempt(store, Stage("branch", 1, settings=number))
-    artifact = build_weights(store)
-    collections = [plan(store), plan(ArtifactStore(store.url))]
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(collect, [store, ArtifactStore(store.url)], collections))
-    assert [each.failures for each in done] == [(), ()]
-    assert paths_in(store) == {f"{STAGE.key}/manifest.json", artifact.files["weights.bin"].path}
-
-
 def test_a_plan_changes_nothing(store):
     die_in_attempt(store, boundaries=1)
     build_weights(store, OTHER)
     before = {path: store.fs.info(path) for path in store.fs.find(store.root)}
     plan(store)
-    plan(store, keys_to_keep=keep())
+    plan(store, keys_to_keep=lambda artifacts: set())
     assert {path: store.fs.info(path) for path in store.fs.find(store.root)} == before
 
 
@@ -438,74 +228,3 @@ def test_uploads_that_were_left_open_are_aborted_and_those_of_others_are_not(s3_
     collect_all(store)
     left = [row["Key"] for row in store.fs.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]]
     assert sorted(left) == sorted(others)
-
-
-@pytest.fixture
-def writer(pytestconfig):
-    """A real process that builds an artifact in a store step by step, each on our word."""
-    started = []
-
-    def start(store):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, store.url],
-            cwd=pytestconfig.rootpath,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(params=["local", "s3"])
-def shared_store(request, tmp_path) -> ArtifactStore:
-    """A store that several processes can use."""
-    if request.param == "local":
-        return ArtifactStore(str(tmp_path / "store"))
-    return ArtifactStore(f"s3://{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}")
-
-
-def test_collecting_takes_nothing_from_a_process_at_work(shared_store, writer):
-    store = shared_store
-    die_in_attempt(store, OTHER)
-    process = writer(store)
-    lines = []
-    while not lines or lines[-1] != "committed":
-        lines.append(process.stdout.readline().strip())
-        assert process.poll() is None
-        # For all that is known here the process may be as old as the garbage: nothing but the horizon protects it.
-        collection = plan(store, later=60.0)
-        assert collection.running[0].pid == process.pid
-        assert collect(store, collection).failures == ()
-        process.stdin.write("go on\n")
-        process.stdin.flush()
-    assert lines[-2:] == ["before the commit", "committed"]
-    assert process.wait() == 0
-    artifact = store.get(STAGE.key)
-    assert sorted(artifact.files) == ["inherited.bin", "layer-0.bin", "layer-1.bin", "layer-2.bin"]
-    assert [store.read(artifact, f"layer-{n}.bin") for n in range(3)] == [
-        str(n).encode() * 1000 for n in range(3)
-    ]
-
-
-def test_what_a_killed_process_leaves_goes_once_it_is_stale(shared_store, writer):
-    store = shared_store
-    process = writer(store)
-    for line in ("round 0", "written 0"):
-        assert process.stdout.readline().strip() == line
-        process.stdin.write("go on\n")
-        process.stdin.flush()
-    assert process.stdout.readline().strip() == "round 1"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = paths_in(store)
-    assert plan(store, later=300.0).garbage == ()
-    collected = collect_all(store, later=700.0)
-    assert kinds_of(collected) == {STALE}, "the rest is its resume point"
-    assert before - paths_in(store) == {each.path for each in collected.garbage}
-    assert json.loads(store.fs.cat_file(f"{store.root}/{STAGE.key}/progress.json"))["step"] == 2

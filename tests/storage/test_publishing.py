@@ -128,12 +128,14 @@ def test_a_folder_that_others_remove_before_the_file_is_in_it_is_made_again(tmp_
 
     with ThreadPoolExecutor(1) as others:
         others.submit(remove_three_times)
-        for index in range(1000):
-            publish(LocalFileSystem(), f"{folder}/{index}", [b"content"])
-            if len(removed) == 3:
-                break
-            remove_quietly(LocalFileSystem(), [f"{folder}/{index}"])
-        done.set()
+        try:
+            for index in range(1000):
+                publish(LocalFileSystem(), f"{folder}/{index}", [b"content"])
+                if len(removed) == 3:
+                    break
+                remove_quietly(LocalFileSystem(), [f"{folder}/{index}"])
+        finally:
+            done.set()
     assert len(removed) == 3
     assert (folder / str(index)).read_bytes() == b"content"
 

@@ -1,0 +1,186 @@
+"""An attempt: one search in a process of its own, as on a machine of its own, that can be killed at any moment.
+
+Importing torch, transformers and Prefect takes seven seconds, several times what the small search takes. So one process
+imports them once and is then forked for each attempt, which imports our own code, has a Prefect home of its own, and
+says what it does, one line each: a line that was said is read even if the process is killed.
+"""
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMPORTED_ONCE = [
+    "gguf",
+    "prefect",
+    "prefect.flow_engine",
+    "prefect.task_engine",
+    "pyarrow.parquet",
+    "s3fs",
+    "transformers.modeling_gguf_pytorch_utils",
+    "transformers.models.llama.modeling_llama",
+]
+READY, RESULT = "ready", "result "
+WORK_LIMIT = 1800.0  # seconds; the small search takes five
+LOGGED = {"tasks": logging.DEBUG, "storage": logging.DEBUG, "prefect.task_runs": logging.INFO}
+
+processes = get_context("forkserver")
+processes.set_forkserver_preload(IMPORTED_ONCE)
+
+
+class Attempt:
+    """A process that searches when it is told to.
+
+    Args:
+        folder: a new folder for its Prefect home, its log and its errors.
+        prefect_url: the Prefect server it reports to.
+
+    Attributes:
+        lines: what it has said since it began, with the seconds since then.
+    """
+
+    def __init__(self, folder: Path, prefect_url: str) -> None:
+        home = folder / "prefect-home"
+        home.mkdir(parents=True)
+        self.folder, self.lines = folder, list[tuple[float, str]]()
+        own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": prefect_url, "OMP_NUM_THREADS": "1"}
+        self._pipe, theirs = processes.Pipe()
+        self._process = processes.Process(target=_work, args=(theirs, {**os.environ, **own}, str(folder)))
+        self._process.start()
+        theirs.close()  # or its death would not be noticed
+        self._began = time.monotonic()
+
+    def begin(self, settings: dict, runtime: dict) -> None:
+        """Let it search, once it is ready.
+
+        Args:
+            settings: of the search, as plain JSON.
+            runtime: where and how it runs, as plain JSON.
+        """
+        self.prepare()
+        self.lines.clear()
+        self._began = time.monotonic()
+        self._pipe.send((settings, runtime))
+
+    def prepare(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            RuntimeError: it has ended instead; with its last errors.
+        """
+        said_before = any(line == READY for _, line in self.lines)
+        if not said_before and not self.wait_for(lambda line: line == READY):
+            raise RuntimeError(f"a process did not get ready: {self.errors()}")
+
+    def wait_for(self, wanted: Callable[[str], bool]) -> bool:
+        """Wait until it says a wanted line; False if it has ended instead.
+
+        Raises:
+            TimeoutError: it did neither in half an hour.
+        """
+        deadline = time.monotonic() + WORK_LIMIT
+        while self._listen(deadline):
+            if wanted(self.lines[-1][1]):
+                return True
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"not done after {WORK_LIMIT:.0f} s: {self.errors()}")
+        return False
+
+    def run_for(self, seconds: float) -> bool:
+        """Wait for ``seconds``; False if it has ended before."""
+        deadline = time.monotonic() + seconds
+        while self._listen(deadline):
+            pass
+        return time.monotonic() >= deadline
+
+    def kill(self) -> bool:
+        """SIGKILL for it and everything it has started; False if it had ended before, or had only to leave."""
+        if self._process.is_alive():
+            assert self._process.pid is not None, "it was started"
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self.end() == -signal.SIGKILL and not self._results()
+
+    def end(self) -> int:
+        """Wait until it has ended; its exit code. All it has said is in ``lines`` then."""
+        self.wait_for(lambda line: False)
+        self._process.join()
+        (self.folder / "log").write_text("".join(f"{at:8.3f} {line}\n" for at, line in self.lines))
+        assert self._process.exitcode is not None, "it has ended"
+        return self._process.exitcode
+
+    def result(self) -> dict:
+        """Wait until it has ended; what it found: roles that were built, the verdict, contents by role.
+
+        Raises:
+            RuntimeError: it failed; with its last errors.
+        """
+        code = self.end()
+        if code not in (0, -signal.SIGKILL) or not self._results():
+            raise RuntimeError(
+                f"a search ended with exit code {code}; its log: {self.folder}\n{self.errors()}"
+            )
+        return json.loads(self._results()[0])
+
+    def errors(self) -> str:
+        """The end of its standard error."""
+        file = self.folder / "errors"
+        return file.read_text(errors="replace")[-4000:] if file.exists() else "it said nothing"
+
+    def _results(self) -> list[str]:
+        return [line.removeprefix(RESULT) for _, line in self.lines if line.startswith(RESULT)]
+
+    def _listen(self, deadline: float) -> bool:
+        """Take its next line; False if there is none before ``deadline``, or ever."""
+        if not self._pipe.poll(max(deadline - time.monotonic(), 0)):
+            return False
+        try:
+            line = self._pipe.recv()
+        except EOFError:
+            return False
+        self.lines.append((time.monotonic() - self._began, line))
+        return True
+
+
+class _Said(logging.Handler):
+    """Says what is logged."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        task = getattr(record, "task_name", "-")
+        self._pipe.send(f"{record.levelname} {record.name} {task} {record.getMessage()}")
+
+
+def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
+    """The process itself."""
+    os.setsid()  # a group of its own: whatever it starts is killed with it
+    with open(f"{folder}/errors", "wb") as errors:
+        for descriptor in (1, 2):
+            os.dup2(errors.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+    import flows.search as ours
+    import tasks.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
+    from flows.settings import Runtime, Search
+
+    assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not what is to be tested: {ROOT}"
+    for name, level in LOGGED.items():
+        logging.getLogger(name).addHandler(_Said(pipe))
+        logging.getLogger(name).setLevel(level)
+    pipe.send(READY)
+    settings, runtime = pipe.recv()
+    result = ours.search(Search(**settings), Runtime(**runtime))
+    found = {"built": result.built, "verdict": result.selection.verdict}
+    contents = {role: artifact.content for role, artifact in result.stages.items()}
+    pipe.send(RESULT + json.dumps({**found, "contents": contents}))

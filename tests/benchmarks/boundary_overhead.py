@@ -1,0 +1,176 @@
+"""What safety costs: the share of a search's wall time that goes into checksums, resume points and fsync.
+
+    .venv/bin/python tests/benchmarks/boundary_overhead.py --store /tmp/boundary_overhead
+
+Runs the demo into an empty store; exits with 1 if checksums and resume points take more than 5 % of the wall time. The
+search leaves a resume point every five minutes unless --boundary-minutes or --boundary-layers say otherwise, which on
+the demo is only one after every shard of the import: with --boundary-layers 1 one sees the cost of a single one.
+"""
+
+import argparse
+import os
+import pkgutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import xxhash
+
+import storage
+import tasks
+from flows import search as flow_module
+from flows.embedded_server import ServerStart
+from flows.settings import Runtime, Search
+from storage.draft import Draft
+from storage.files import open_filesystem
+
+LIMIT = 0.05
+CHECKSUMS, RESUME_POINTS, FSYNC = "checksums", "resume points", "fsync"
+OF_RESUME_POINTS = (
+    "resume",
+    "save_progress",
+    "gather",
+    "require_files",
+    "remove_progress",
+)  # methods of a draft
+
+
+class Stopwatch:
+    """Seconds by what was done and by whether the work waited for it.
+
+    A checksum or an fsync within a resume point counts as the former; so no second is counted twice.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[tuple[str, bool]] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.in_resume_points = 0.0  # of fsync
+        self._here = threading.local()
+
+    @property
+    def safety(self) -> float:
+        """Seconds that the work waited for checksums and resume points."""
+        waited = self.seconds[CHECKSUMS, False] + self.seconds[RESUME_POINTS, False]
+        return waited + self.in_resume_points
+
+    @contextmanager
+    def measuring(self, what: str) -> Iterator[None]:
+        outer = getattr(self._here, "inside", None)
+        self._here.inside, began, before = what, time.perf_counter(), getattr(self._here, "within", 0.0)
+        self._here.within = 0.0  # seconds of what is measured inside of this
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            background = threading.current_thread() is not threading.main_thread()
+            self.seconds[what, background] += seconds - self._here.within
+            self.calls[what] += 1
+            if what == FSYNC and outer == RESUME_POINTS:
+                self.in_resume_points += seconds
+            self._here.inside, self._here.within = outer, before + seconds
+
+    def timed(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            with self.measuring(what):
+                return function(*args, **kwargs)
+
+        return timing
+
+    def hasher(self, kind: Callable[..., Any]) -> Callable[..., Any]:
+        """A class like xxh3_128 whose updates are timed."""
+        watch = self
+
+        class Hasher:
+            def __init__(self, *data: Any) -> None:
+                self._hasher = kind()
+                for piece in data:
+                    self.update(piece)
+
+            def update(self, piece: Any) -> None:
+                with watch.measuring(CHECKSUMS):
+                    self._hasher.update(piece)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._hasher, name)
+
+        return Hasher
+
+    def install(self) -> None:
+        """Measure from now on."""
+        os.fsync = self.timed(os.fsync, FSYNC)
+        for name in OF_RESUME_POINTS:
+            setattr(Draft, name, self.timed(getattr(Draft, name), RESUME_POINTS))
+        replaced = {
+            "xxh3_128_hexdigest": self.timed(xxhash.xxh3_128_hexdigest, CHECKSUMS),
+            "xxh3_128": self.hasher(xxhash.xxh3_128),
+        }
+        for module in [*modules_of(storage), *modules_of(tasks)]:
+            for name, replacement in replaced.items():
+                if getattr(module, name, None) is getattr(xxhash, name):
+                    setattr(module, name, replacement)
+
+
+def modules_of(package: ModuleType) -> list[ModuleType]:
+    return [
+        import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, help="a folder or URL where nothing is yet")
+    parser.add_argument("--boundary-minutes", type=float)
+    parser.add_argument("--boundary-layers", type=int)
+    arguments = parser.parse_args()
+    fs, root = open_filesystem(arguments.store)
+    if fs.exists(root):
+        sys.exit(
+            f"{arguments.store} exists; what counts is a search that computes everything. Name a new one."
+        )
+    server = ServerStart()
+    server.wait()
+    settings = Search(
+        model="demo",
+        sparsity=0.6,
+        beta_count=6,
+        seqlen=512,
+        calibration_windows=16,
+        selection_windows=12,
+        test_windows=12,
+    )
+    chosen = {name: value for name, value in vars(arguments).items() if value is not None}
+    watch = Stopwatch()
+    watch.install()
+    began = time.monotonic()
+    flow_module.search(settings, Runtime(**chosen))
+    total = time.monotonic() - began
+    sys.stdout.write(report(watch, total))
+    sys.exit(watch.safety > LIMIT * total)
+
+
+def report(watch: Stopwatch, total: float) -> str:
+    lines = [f"{total:.1f} s in all"]
+    for what in (CHECKSUMS, RESUME_POINTS, FSYNC):
+        waited, beside = watch.seconds[what, False], watch.seconds[what, True]
+        lines.append(
+            f"{what}: {watch.calls[what]} times, {waited:.2f} s = {100 * waited / total:.2f} %, and {beside:.2f} s "
+            f"({100 * beside / total:.2f} %) in the background, beside the computation"
+        )
+    lines.append(
+        f"checksums and resume points with the {watch.in_resume_points:.2f} s of fsync in them: "
+        f"{100 * watch.safety / total:.2f} % (at most {100 * LIMIT:.0f})"
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Searches on a real S3 server behind a proxy: what they ask for, and what they make of an unreliable network."""
+
+import random
+import uuid
+
+import pytest
+
+from tests.fault_proxy import FaultProxy, Request
+from tests.faults import cut_body, duplicate, error, flip_bit, lose_answer, stall_in_body, truncate
+
+FAULTS = [cut_body, duplicate, error(500), error(503), flip_bit, lose_answer, stall_in_body(1), truncate]
+
+
+@pytest.fixture
+def url(s3_bucket) -> str:
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}"
+
+
+def content_of(result):
+    return {role: artifact.content for role, artifact in result.stages.items() if role != "checkpoint"}
+
+
+def is_listing(request: Request) -> bool:
+    of_the_bucket = request.method == "GET" and request.path.count("/") < 2
+    return of_the_bucket or bool({"list-type", "prefix", "delimiter"} & set(request.query))
+
+
+def test_no_search_lists_anything_however_many_objects_there_are(run_search, fault_proxy: FaultProxy, url):
+    assert run_search(url).built
+    first, fault_proxy.requests = fault_proxy.requests, []
+    assert run_search(url).built == ()
+    again = fault_proxy.requests
+    assert len(first) > len(again) > 10
+    assert [request for request in first + again if is_listing(request)] == []
+
+
+def test_a_search_over_a_bad_network_ends_with_the_right_result(
+    finished, run_search, fault_proxy: FaultProxy, url
+):
+    """One in ten requests meets a fault, of all kinds."""
+    chance = random.Random(0)
+    for number, fault in enumerate(FAULTS):
+        left = len(FAULTS) - number  # so that each kind catches the same share
+        fault_proxy.inject(fault, lambda _, left=left: chance.random() < 0.1 / left, times=float("inf"))
+    result = run_search(url)
+    assert len(fault_proxy.caught) > 20
+    assert content_of(result) == content_of(finished[0])
+    fault_proxy.heal()
+    assert run_search(url).selection == finished[0].selection

@@ -1,0 +1,94 @@
+"""Credentials: searched for in everything that a search leaves behind, on S3, when it ends well and when it fails."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from storage.files import open_filesystem
+
+HUB_TOKEN = "hf_thisTokenIsASecret0123456789"
+WRONG = "thisWrongSecret0123456789"
+
+
+@pytest.fixture(scope="module")
+def bucket_of_secrets(s3_bucket):
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="module")
+def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
+    """Run the command line with every log there is on the terminal; returns exit code and what was printed."""
+
+    def search(store: str, **environment: str) -> tuple[int, str]:
+        own = {
+            "PREFECT_API_URL": prefect_backend,
+            "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
+            "PREFECT_LOGGING_LEVEL": "DEBUG",
+            "HF_TOKEN": HUB_TOKEN,
+        }
+        options = [f"--{n.replace('_', '-')}={v}" for n, v in workshop.parameters(betas="0.1").items()]
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "search", *options, "--store", store, "--boundary-layers=1"],
+            cwd=pytestconfig.rootpath,
+            env=os.environ | own | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return search
+
+
+def secrets() -> list[str]:
+    return [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], HUB_TOKEN, WRONG]
+
+
+def found_in(text: str) -> list[str]:
+    return [secret for secret in secrets() if secret in text]
+
+
+def all_that_prefect_knows() -> str:
+    """Runs with their parameters and states, logs, artifacts: what its interface and its database show."""
+    documents: list[object] = []
+    with get_client(sync_client=True) as client:
+        for what in ("flow_runs", "task_runs", "logs", "artifacts", "deployments", "flows"):
+            offset = 0
+            while page := client.request(
+                "POST", f"/{what}/filter", json={"limit": 200, "offset": offset}
+            ).json():
+                documents += page
+                offset += len(page)
+    return json.dumps(documents)
+
+
+def test_no_credential_is_anywhere_after_a_search_on_s3(run, bucket_of_secrets):
+    code, printed = run(bucket_of_secrets)
+    assert code == 0, printed
+    assert "capture" in printed
+    assert found_in(printed) == []
+
+    fs, root = open_filesystem(bucket_of_secrets)
+    objects = fs.find(root)
+    assert len(objects) > 20
+    for path in objects:
+        content = fs.cat_file(path).decode(errors="replace")
+        assert found_in(path + content) == [], path
+
+    known = all_that_prefect_knows()
+    assert bucket_of_secrets in known
+    assert found_in(known) == []
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_no_credential_is_told_when_the_storage_refuses_them(run, bucket_of_secrets, name):
+    code, printed = run(f"{bucket_of_secrets}/refused", **{name: WRONG})
+    assert code == 1
+    assert "credentials" in printed
+    assert found_in(printed) == []
+    assert found_in(all_that_prefect_knows()) == []

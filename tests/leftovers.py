@@ -1,0 +1,56 @@
+"""What attempts that died leave in a store, and a collection of it in a day from now."""
+
+import pytest
+
+from storage.collect import collect, plan_collection
+from storage.running import storage_clock
+from storage.stage import Stage
+
+DAY = 86400.0
+STAGE = Stage("capture", 1)
+OTHER = Stage("branch", 1, settings={"beta": 0.1}, inputs={"capture": STAGE.key})
+
+
+class Killed(BaseException):
+    """The process is gone: nothing tidies up after it."""
+
+
+def paths_in(store):
+    prefix = f"{store.root}/"
+    rows = store.fs.find(store.root, detail=True)
+    return {path.removeprefix(prefix) for path, row in rows.items() if row["type"] == "file"}
+
+
+def plan(store, later=DAY, grace_seconds=0.0, **kwargs):
+    """What would be deleted in a day, when everything that there is now is old."""
+    return plan_collection(
+        store, grace_seconds=grace_seconds, now=storage_clock(store.fs, store.root) + later, **kwargs
+    )
+
+
+def collect_all(store, **kwargs):
+    collected = collect(store, plan(store, **kwargs))
+    assert collected.failures == ()
+    return collected
+
+
+def kinds_of(collection):
+    return {each.kind for each in collection.garbage}
+
+
+def build_weights(store, stage=STAGE, content=b"wwww"):
+    return store.get_or_build(stage, lambda draft: draft.write("weights.bin", content))
+
+
+def die_in_attempt(store, stage=STAGE, boundaries=0):
+    """An attempt that is killed after so many resume points, in the middle of a layer."""
+
+    def build(draft):
+        for layer in range(boundaries):
+            draft.write(f"layer-{layer}.bin", b"layer")
+            draft.save_progress(layer + 1, lambda state: state.write("state.bin", b"state"))
+        draft.write("layer-unnamed.bin", b"layer")
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.get_or_build(stage, build)
