@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from storage.damage import Damaged
+from storage.set_aside import set_aside
 from storage.store import ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -26,5 +27,5 @@ def mending(store: ArtifactStore, run: Callable[[], Result]) -> Result:
             if damaged.key in mended:
                 raise
             mended.add(damaged.key)
-            if store.set_aside(damaged):
+            if set_aside(store, damaged):
                 logger.warning("%s It is set aside and built anew.", damaged)

@@ -2,30 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-from transformers import PretrainedConfig
 
 from flows.search import token_requests
+from flows.search_sizes import SearchSizes
 from flows.settings import Runtime, Search
 from layerwise.allocation import SparsityPlan
-from layerwise.masks import SORTED_ENTRIES
-from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.branch import lane_stage, read_score
-from tasks.capture import DENSE_PERPLEXITY, SAMPLED_WINDOWS, CaptureSettings, capture_stage
+from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
 from tasks.checkpoint import Checkpoint
-from tasks.checkpoint_index import CheckpointIndex
 from tasks.documents import Role
 from tasks.evaluate import evaluate_stage
 from tasks.export import export_stage
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.lane_group import LaneInputs
-from tasks.model_config import config_from_document
 from tasks.sample_tokens import TokenRequest, token_stage
 from tasks.select import compare, select_stage
-from tasks.streamed import DTYPES, layer_sizes_of, linears_by_layer
+from tasks.streamed import layer_sizes_of, linears_by_layer
 
 GIB = 2**30
 
@@ -94,7 +88,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     }
     found = _look_up(store, checkpoint, windows, settings, plans, dtype)
     counts = {role: _count(request, windows[role]) for role, request in requests.items()}
-    sizes = _Sizes(settings, index, linears, dtype, len(plans) + 1, counts)
+    sizes = SearchSizes(settings, index, linears, dtype, len(plans) + 1, counts)
     weights = sum(index.layer_bytes) + index.outer_bytes
     missing = len(plans) - found.lanes
     stages = [
@@ -186,74 +180,3 @@ def _look_up(
         stages.append(evaluate_stage(testing, uniform.plan, chosen.plan, pruning))
     selected, exported, evaluated = ([store.find(stage) is not None for stage in stages] + [False])[:3]
     return _Found(True, len(there), selected, exported, evaluated)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes that a search needs, from shapes alone."""
-
-    settings: Search
-    index: CheckpointIndex
-    linears: Sequence[Sequence[Linear]]
-    dtype: str
-    lanes: int
-    windows: Mapping[Role, int | None]
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        return config_from_document(self.index.config, "the checkpoint").get_text_config()
-
-    @property
-    def window(self) -> int:
-        """Hidden states of one window."""
-        return self.settings.seqlen * self.config.hidden_size * DTYPES[self.dtype].itemsize
-
-    @property
-    def hidden_states(self) -> int:
-        """Of the stage that has the most of them."""
-        calibration, selection, test = (
-            self.windows[role] or 0 for role in ("calibration", "selection", "test")
-        )
-        own = calibration if self.settings.calibration_mode == "sequential" else 0
-        evaluated = min(self.lanes, 3)  # dense, uniform and best
-        return self.window * max(
-            calibration + selection, self.lanes * (own + selection), evaluated * (own + test)
-        )
-
-    @property
-    def statistics(self) -> int:
-        """Of one calibration: 20 bytes a channel, before compression."""
-        return 20 * sum(linear.in_features for layer in self.linears for linear in layer)
-
-    @property
-    def capture(self) -> int:
-        """Statistics and retained hidden states."""
-        windows = [self.windows["calibration"] or 0, self.windows["selection"] or 0]
-        kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
-        count = sum(min(kept, number) for number in windows)
-        return self.statistics + (self.index.num_layers + 1) * count * self.window
-
-    def lanes_files(self, lanes: int) -> int:
-        """Statistics of lanes that calibrate themselves, in their group's artifact and in their own."""
-        return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
-
-    @property
-    def ranking(self) -> int:
-        """Wanda ranks some rows at a time, magnitude a whole matrix: scores, order and levels of every entry."""
-        entries = max(linear.numel for layer in self.linears for linear in layer)
-        return 17 * (min(entries, SORTED_ENTRIES) if self.settings.pruner.method == "wanda" else entries)
-
-    @property
-    def memory(self) -> dict[str, int]:
-        largest = max(self.index.layer_bytes)
-        itemsize = DTYPES[self.dtype].itemsize
-        weights = max(layer_sizes_of(self.linears))
-        cast = 0 if self.dtype == self.index.dtype else weights * itemsize
-        restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
-        return {
-            "layer in use": largest + cast + restored,
-            "layer arriving": largest,
-            "order of removal": weights + self.ranking,  # one byte a weight, and what is being sorted
-            "embeddings and head": self.index.outer_bytes,
-            "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
-        }

@@ -52,7 +52,7 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
             problem = ValueError("it is empty")
     raise Corrupt(
         f"{path} is not readable ({problem}): it is damaged, or was written by another version of layerwise. "
-        "Restore it, or delete it and run again."
+        "Restore it; a search builds anew what it is about."
     ) from problem
 
 

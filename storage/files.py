@@ -109,7 +109,7 @@ def _read_local(path: str, targets: Sequence[Target]) -> None:
                 if count == 0:
                     raise Corrupt(
                         f"{path} ends at byte {offset + done}, but bytes {offset} to {offset + len(into)} "
-                        "are needed: the file is truncated. Delete the artifact it belongs to and run again."
+                        "are needed: the file is truncated. Restore it and run again."
                     )
                 done += count
     finally:
@@ -200,7 +200,7 @@ def _lasting_failure(
     if size < end:
         return Corrupt(
             f"{path} ends at byte {size}, but bytes {begin} to {end} are needed: the file is truncated. "
-            "Delete the artifact it belongs to and run again."
+            "Restore it and run again; what lies in a store, a search builds anew."
         )
     reason = repr(answer) if isinstance(answer, Exception) else f"{len(answer)} bytes came"
     return Unreachable(

@@ -26,7 +26,8 @@ def replace_file(path: str, pieces: Iterable[memoryview]) -> None:
     except BaseException:
         _remove(temporary)
         raise
-    _sync_directory(os.path.dirname(path))
+    with contextlib.suppress(FileNotFoundError):  # removed by another process already, and its folder with it
+        _sync_directory(os.path.dirname(path))
 
 
 def create_file(path: str, document: bytes) -> bool:

@@ -66,8 +66,19 @@ def publish(fs: AbstractFileSystem, path: str, pieces: Iterable[bytes | memoryvi
 
 
 def overwrite(fs: AbstractFileSystem, path: str, document: bytes) -> None:
-    """Replace a small file; readers see the old content or the new one, never a mixture."""
-    publish(fs, path, [document])
+    """Replace a small file; readers see the old content or the new one, never a mixture.
+
+    Other processes may replace or remove it at the same time: what is stored afterwards may be theirs, or nothing.
+
+    Raises:
+        OSError: as for ``publish``.
+    """
+    if is_local(fs):
+        replace_file(fs._strip_protocol(path), [memoryview(document)])
+    else:
+        with reaching(fs, path):
+            fs.pipe_file(path, document)
+    fs.invalidate_cache(fs._parent(path))
 
 
 def create_once(fs: AbstractFileSystem, path: str, document: bytes) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +15,7 @@ from storage.document import read_sealed, seal
 from storage.draft import MANIFEST, Committed, Draft
 from storage.files import Corrupt, is_local, open_filesystem, read_exactly
 from storage.probe import require_exclusive_creation
-from storage.publishing import create_once, overwrite
+from storage.publishing import create_once
 from storage.stage import STAGE_NAME, Stage
 from storage.unreachable import reaching
 
@@ -77,7 +76,7 @@ class ArtifactStore:
 
         Raises:
             OSError: the storage cannot be written, or does not create files exclusively; before any work.
-            Damaged: an artifact that ``build`` reads is damaged (see ``set_aside``).
+            Damaged: an artifact that ``build`` reads is damaged (see ``storage.set_aside``).
         """
         if artifact := self.find(stage):
             return artifact
@@ -121,27 +120,6 @@ class ArtifactStore:
     def draft(self, stage: Stage) -> Draft:
         """A draft of ``stage`` that is committed by nobody: for its resume point."""
         return Draft(self.fs, self.root, stage)
-
-    def set_aside(self, damaged: Damaged) -> bool:
-        """Take a damaged artifact out of use: the next ``get_or_build`` of its stage builds it anew.
-
-        Its manifest is kept under another name, for people; ``layerwise gc`` collects it.
-
-        Returns:
-            False if it was replaced since it was judged: look again.
-        """
-        path = self._manifest_path(damaged.key)
-        try:
-            if read_sealed(self.fs, path)["token"] != damaged.token:
-                return False
-        except FileNotFoundError:
-            return False
-        except Corrupt:
-            pass
-        with reaching(self.fs, path):
-            overwrite(self.fs, f"{path}.damaged-{uuid.uuid4().hex}", self.fs.cat_file(path))
-            self.fs.rm_file(path)
-        return True
 
     def read(self, artifact: Artifact, name: str) -> bytes:
         """The content of one file, checked; for files that fit into memory easily.

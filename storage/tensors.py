@@ -151,7 +151,7 @@ def _check(fs: AbstractFileSystem, path: str, key: str, entry: TensorEntry, span
     if (found := xxh3_128_hexdigest(span)) != entry.digest:
         raise Corrupt(
             f"{path}: tensor {key!r} has digest {found}, but {entry.digest} was recorded, twice in a row: "
-            "the file was damaged or replaced. Restore it, or delete its artifact, and run again."
+            "the file was damaged or replaced. Restore it and run again; what lies in a store, a search builds anew."
         )
 
 

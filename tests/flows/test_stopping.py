@@ -77,3 +77,25 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": ["CRASHED"]}}))
     assert store in [run.parameters["runtime"]["store"] for run in runs]
+
+
+# torch's own allocator refuses more than any machine has.
+OUT_OF_MEMORY = """
+import torch
+from layerwise.hidden_states import HiddenStatesRoom
+
+HiddenStatesRoom.empty = lambda room, shape, dtype: torch.empty(1 << 60, dtype=dtype)
+from flows.cli import main
+main()
+"""
+
+
+def test_a_machine_without_enough_memory_says_what_to_do(start, workshop, tmp_path):
+    options = [f"--{name.replace('_', '-')}={v}" for name, v in workshop.parameters(betas="0.1").items()]
+    done = start("-c", OUT_OF_MEMORY, "search", *options, "--store", str(tmp_path / "store"))
+    assert (done.returncode, done.stdout) == (1, "")
+    said, command = done.stderr.splitlines()[-2:]
+    assert re.match(
+        r"layerwise: not enough memory \(.*can't allocate memory.*\)\. `layerwise plan` shows", said
+    )
+    assert command.startswith("  layerwise search --model=")

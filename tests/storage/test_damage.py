@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from storage.damage import Damaged
+from storage.set_aside import set_aside
 from storage.stage import Stage
 
 STAGE = Stage("capture", 1)
@@ -44,7 +45,7 @@ def test_what_is_set_aside_is_built_anew_and_its_manifest_is_kept_for_people(sto
     damaged = damage_of(store, artifact)
     manifest = f"{store.root}/{artifact.key}/manifest.json"
     content = store.fs.cat_file(manifest)
-    assert store.set_aside(damaged)
+    assert set_aside(store, damaged)
     assert store.find(STAGE) is None
     (aside,) = [path for path in store.fs.find(store.root) if "manifest.json.damaged-" in path]
     assert store.fs.cat_file(aside) == content
@@ -56,9 +57,9 @@ def test_what_is_set_aside_is_built_anew_and_its_manifest_is_kept_for_people(sto
 def test_what_another_process_has_built_anew_meanwhile_stays(store, artifact):
     flip(store, artifact)
     damaged = damage_of(store, artifact)
-    assert store.set_aside(damaged)
+    assert set_aside(store, damaged)
     rebuilt = build(store)
-    assert not store.set_aside(damaged)
+    assert not set_aside(store, damaged)
     assert store.find(STAGE) == rebuilt
 
 
@@ -67,7 +68,7 @@ def test_a_damaged_manifest_is_set_aside_as_well(store, artifact, content):
     store.fs.pipe_file(f"{store.root}/{artifact.key}/manifest.json", content)
     with pytest.raises(Damaged, match=r"manifest\.json") as caught:
         store.find(STAGE)
-    assert store.set_aside(caught.value)
+    assert set_aside(store, caught.value)
     assert build(store).content == artifact.content
 
 
@@ -78,7 +79,7 @@ def test_the_manifest_of_another_artifact_is_set_aside(store, artifact):
     with pytest.raises(Damaged, match=f"it belongs to {other.key}") as caught:
         store.find(STAGE)
     assert caught.value.key == artifact.key
-    assert store.set_aside(caught.value)
+    assert set_aside(store, caught.value)
     assert store.find(STAGE) is None
     assert store.find(Stage("capture", 2)) == other
 

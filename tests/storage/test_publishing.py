@@ -148,3 +148,20 @@ def test_a_disk_without_hard_links_is_refused_with_what_to_do(tmp_path, monkeypa
     with pytest.raises(OSError, match="no hard links .* Put the store on a local disk"):
         create_once(LocalFileSystem(), f"{tmp_path}/manifest.json", b"document")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_replace_and_remove_one_file_at_the_same_time_do_not_disturb_each_other(store):
+    """As two that work on one stage do with its resume point."""
+    path = f"{store.root}/progress.json"
+    documents = [bytes([letter]) * (1000 + letter) for letter in b"abcd"]
+
+    def work(document: bytes) -> None:
+        for _ in range(10):
+            overwrite(store.fs, path, document)
+            if document[0] == ord("a"):
+                remove_quietly(store.fs, [path])
+
+    with ThreadPoolExecutor(len(documents)) as pool:
+        list(pool.map(work, documents))
+    overwrite(store.fs, path, documents[0])
+    assert store.fs.cat_file(path) == documents[0]

@@ -1,0 +1,80 @@
+"""Does a search start as fast in a store with 100,000 objects as in an empty one?
+
+    .venv/bin/python tests/benchmarks/big_store.py --store /tmp/big_store
+    .venv/bin/python tests/benchmarks/big_store.py --store s3://bucket/big_store
+
+Measures, in turns in both stores, what the beginning of a search asks of its store: look up stages that are there and
+ones that are not, build one, announce itself. Exits with 1 if the full store takes more than 1.5 times as long.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from storage.files import is_local
+from storage.running import announced
+from storage.stage import Stage
+from storage.store import ArtifactStore
+
+ROUNDS = 15
+LOOKUPS = 20
+LIMIT = 1.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, help="folder or URL that does not exist yet")
+    parser.add_argument("--objects", type=int, default=100_000)
+    arguments = parser.parse_args()
+    empty, full = (ArtifactStore(f"{arguments.store}/{name}") for name in ("empty", "full"))
+    began = time.monotonic()
+    fill(full, arguments.objects)
+    print(f"{arguments.objects} objects written in {time.monotonic() - began:.0f} s")
+    seconds: dict[str, list[float]] = {"empty": [], "full": []}
+    for round_number in range(ROUNDS):
+        for name, store in (("empty", empty), ("full", full)):
+            began = time.monotonic()
+            start(ArtifactStore(store.url), round_number)
+            seconds[name].append(time.monotonic() - began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio = medians["full"] / medians["empty"]
+    print(
+        f"{LOOKUPS} lookups, a build and an announcement: empty {1000 * medians['empty']:.0f} ms, "
+        f"full {1000 * medians['full']:.0f} ms, ratio {ratio:.2f} (at most {LIMIT})"
+    )
+    sys.exit(ratio > LIMIT)
+
+
+def fill(store: ArtifactStore, objects: int) -> None:
+    """Artifacts of earlier runs: a manifest and nine files each, all in the folder of one stage."""
+    per_artifact = 10
+
+    def write(number: int) -> None:
+        folder = f"{store.root}/lane/{number:032x}"
+        if number == 0:
+            store.get_or_build(Stage("lane", 1, "first"), lambda draft: draft.write("x", b"x"))
+        for name in ["manifest.json", *(f"{uuid.uuid4().hex}/{n}" for n in range(per_artifact - 1))]:
+            path = f"{folder}/{name}"
+            if is_local(store.fs):
+                store.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            store.fs.pipe_file(path, b"{}")
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(write, range(objects // per_artifact)))
+
+
+def start(store: ArtifactStore, round_number: int) -> None:
+    """What a search asks of its store before it computes anything."""
+    with announced(store.fs, store.root, "benchmark"):
+        for number in range(LOOKUPS):
+            store.find(Stage("lane", 1, number))
+        store.get_or_build(Stage("lane", 1, ["round", round_number]), lambda draft: draft.write("x", b"x"))
+
+
+if __name__ == "__main__":
+    main()
