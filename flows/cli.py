@@ -33,7 +33,7 @@ def main() -> None:
             ]
             run(parsed)
     except KeyboardInterrupt:
-        _stop("stopped by the keyboard; the layers since the last resume point are done again", 130)
+        _stop("stopped by the keyboard; what was committed stays", 130)
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"layerwise: {message}")
@@ -111,6 +111,11 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
     )
     verification = commands.add_parser("verify", help="read a whole store through; tells what is damaged")
     verification.add_argument("store", help="Folder or fsspec URL of the store.")
+    verification.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="Take damaged artifacts out of use, so that the next search builds anew those it needs.",
+    )
     return parser
 
 
@@ -174,7 +179,7 @@ def _collect(arguments: Namespace) -> None:
 def _verify(arguments: Namespace) -> None:
     from flows.housekeeping import verify_store
 
-    sys.exit(verify_store(arguments.store))
+    sys.exit(verify_store(arguments.store, arguments.set_aside))
 
 
 if __name__ == "__main__":

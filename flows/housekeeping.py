@@ -14,7 +14,9 @@ from rich.text import Text
 from flows.console import open_console, size
 from storage.artifact import Artifact
 from storage.collect import Collected, Collection, collect, plan_collection
+from storage.damage import Damaged
 from storage.garbage import KINDS
+from storage.set_aside import set_aside
 from storage.store import ArtifactStore
 from storage.unreachable import reaching
 from storage.verify import Finding, Tally, verify
@@ -67,8 +69,11 @@ def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
     return keys
 
 
-def verify_store(store_url: str) -> int:
+def verify_store(store_url: str, put_aside: bool = False) -> int:
     """Read a store through, and print what is damaged.
+
+    Args:
+        put_aside: take damaged artifacts out of use, so that the next search builds anew those it needs.
 
     Returns:
         The exit code: 1 if something is damaged, or could not be read.
@@ -80,6 +85,7 @@ def verify_store(store_url: str) -> int:
     store, console = _open_store(store_url), open_console()
     tally, began = Tally(), time.monotonic()
     found = dict.fromkeys(("damaged", "unread", "unfinished"), 0)
+    keys = set()
     progress = Live(
         console=console, get_renderable=lambda: Text(_progress(tally)), refresh_per_second=4, transient=True
     )
@@ -88,14 +94,30 @@ def verify_store(store_url: str) -> int:
     try:
         for finding in verify(store, tally):
             found[finding.kind] += 1
+            if finding.kind == "damaged":
+                keys.add(finding.key)
             console.print(_line(finding), soft_wrap=True)
     finally:
         progress.stop()
     console.print(
         f"{tally.artifacts} artifacts and {tally.resume_points} resume points with {tally.files} files, "
-        f"{size(tally.bytes) or '0 B'}, read in {time.monotonic() - began:.1f} s: {_verdict(found)}"
+        f"{size(tally.bytes) or '0 B'}, read in {time.monotonic() - began:.1f} s: {_verdict(found)}",
+        soft_wrap=True,
     )
+    if put_aside:
+        count = sum(_put_aside(store, key) for key in sorted(keys))
+        console.print(f"{count} artifacts were set aside")
     return 1 if found["damaged"] or found["unread"] else 0
+
+
+def _put_aside(store: ArtifactStore, key: str) -> bool:
+    try:
+        artifact = store.get(key)
+        return set_aside(store, Damaged("", key, artifact.token))
+    except Damaged as damaged:
+        return set_aside(store, damaged)
+    except KeyError:
+        return False  # a damaged resume point, which nobody uses
 
 
 def _open_store(url: str) -> ArtifactStore:
@@ -151,7 +173,10 @@ def _line(finding: Finding) -> Text:
 def _verdict(found: dict[str, int]) -> str:
     parts = []
     if found["damaged"]:
-        parts.append(f"{found['damaged']} files are damaged; the next search that needs it builds it anew")
+        parts.append(
+            f"{found['damaged']} files are damaged; a search builds anew what it reads of them, and after "
+            "--set-aside also what it only made, such as an exported model"
+        )
     if found["unread"]:
         parts.append(f"{found['unread']} files could not be read; start again when the storage answers")
     return ". ".join(parts) or "nothing is damaged"

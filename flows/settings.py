@@ -15,9 +15,8 @@ from layerwise.magnitude import Magnitude
 from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
 from tasks.execution import Execution
-from tasks.file_corpus import without_credentials
 from tasks.lane_group import PruneSettings
-from tasks.sources import SECRET_IN_QUERY
+from tasks.sources import holds_credentials
 
 
 def _method(value: Any) -> Any:
@@ -26,14 +25,12 @@ def _method(value: Any) -> Any:
 
 def _bare_url(value: Any) -> Any:
     """Refuse credentials in a URL before it becomes a parameter of a flow run, a file of the store or a log line."""
-    for link in value.split("::") if isinstance(value, str) else ():
-        place = link.partition("?")[0]
-        if without_credentials(place) != place or SECRET_IN_QUERY.search(link):
-            raise PydanticCustomError(
-                "credentials",
-                "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
-                "environment or the fsspec configuration and give the bare URL",
-            )
+    if isinstance(value, str) and holds_credentials(value):
+        raise PydanticCustomError(
+            "credentials",
+            "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
+            "environment or the fsspec configuration and give the bare URL",
+        )
     return value
 
 

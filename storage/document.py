@@ -9,7 +9,7 @@ from fsspec import AbstractFileSystem
 
 from storage.corrupt import Corrupt
 from storage.keys import digest
-from storage.unreachable import RANGE_TOO_FAR, reaching, status_of
+from storage.unreachable import RANGE_TOO_FAR, Unreachable, reaching, status_of
 
 FORMAT = 1
 LONGEST = 1 << 30  # bytes
@@ -36,6 +36,7 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
         Unreachable: if the storage does not answer.
     """
     problem: Exception
+    content = b""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(0.1 * 2**attempt)
@@ -50,6 +51,13 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
             if status_of(error) != RANGE_TOO_FAR:
                 raise
             problem = ValueError("it is empty")
+    with reaching(fs, path):
+        size = fs.info(path)["size"]
+    if len(content) < size:
+        raise Unreachable(
+            f"{path} comes as {len(content)} bytes, although it has {size}: the server, or a proxy before it, answers "
+            "wrongly. Check them, then start the same command again: nothing that was committed is lost."
+        )
     raise Corrupt(
         f"{path} is not readable ({problem}): it is damaged, or was written by another version of layerwise. "
         "Restore it; a search builds anew what it is about."

@@ -1,30 +1,30 @@
 """An artifact that is still being written, and the resume points it leaves on the way."""
 
+import json
 import logging
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
 from storage.artifact import Artifact, StoredFile, checked_name
+from storage.checking import require_content, require_sizes
 from storage.copies import copy_within
+from storage.corrupt import Corrupt
+from storage.damage import Damaged
 from storage.document import read_sealed, seal
-from storage.files import Corrupt
-from storage.progress import PROGRESS, Progress
+from storage.progress import PROGRESS, Progress, read_progress
 from storage.publishing import overwrite, publish, remove_quietly
 from storage.stage import Stage
 from storage.tensor_entry import TensorEntry
-from storage.unreachable import reaching
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-LOOKS_AT_ONCE = 16  # questions for the sizes of stored files
 
 
 class Committed(Exception):
@@ -38,16 +38,19 @@ class Draft:
         files: what was written so far, including the files of an earlier attempt that left a resume point.
         facts: small results for the manifest; plain JSON.
         resumed: where an earlier attempt stopped; None on a fresh start.
+        tokens: of that resume point, and of those that this attempt left.
     """
 
     def __init__(self, fs: AbstractFileSystem, root: str, stage: Stage) -> None:
         self.files: dict[str, StoredFile] = {}
         self.facts: dict[str, object] = {}
         self.resumed: Progress | None = None
+        self.tokens: set[str] = set()
         self._fs, self._root, self._stage = fs, root, stage
         self._attempt = f"{stage.key}/{uuid.uuid4().hex}"
         self._state: dict[str, StoredFile] = {}  # of the last resume point, to be deleted after the next one
-        self._unusable: Set[str] = frozenset()  # tokens of resume points whose state could not be read
+        self._unusable: set[str] = set()  # tokens of resume points whose files are missing or damaged
+        self._inherited: frozenset[str] = frozenset()  # names of files that an earlier attempt wrote
         self._started, self._seconds_before = time.monotonic(), 0.0
 
     def write(
@@ -75,12 +78,13 @@ class Draft:
         pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         size, digest = publish(self._fs, f"{self._root}/{path}", pieces)
         self.files[name] = StoredFile(path, size, digest, tensors)
+        self._inherited -= {name}
         return self.files[name]
 
     def save_progress(self, step: int, write_state: Callable[["Draft"], None]) -> None:
         """Commit a resume point: a new attempt will have all files written so far and go on from here.
 
-        Nothing is written if another process, at work on the same stage, is further on.
+        Nothing is committed if another process, at work on the same stage, is further on.
 
         Args:
             step: what ``resumed.step`` will be; the number of the next piece of work, say.
@@ -90,24 +94,25 @@ class Draft:
         Raises:
             Committed: another process has finished the artifact.
         """
-        self._require_uncommitted()
-        standing = self._standing()
-        if standing is not None and standing.step > step:
-            logger.debug("%s: %s is at %d already", self._stage.key, standing.host, standing.step)
+        if self._is_behind(step):
             return
         state = Draft(self._fs, self._root, self._stage)
         write_state(state)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._is_behind(step):  # look again: gigabytes of state take their time
+            state.remove_files()
+            return
         progress = Progress(
             step,
             Artifact(f"{self._stage.key}/{PROGRESS}", state.files, state.facts),
             self.files,
             self.facts,
             self.seconds,
-            now,
+            datetime.now(UTC).isoformat(timespec="seconds"),
             socket.gethostname(),
         )
-        overwrite(self._fs, self._progress_path, seal(progress.to_json(self._stage.key)))
+        document = seal(progress.to_json(self._stage.key))
+        overwrite(self._fs, self._progress_path, document)
+        self.tokens.add(json.loads(document)["token"])
         logger.debug("%s: resume point %d committed", self._stage.key, step)
         self._remove_state()
         self._state = state.files
@@ -118,18 +123,20 @@ class Draft:
         Args:
             unusable: tokens of resume points that were tried and found damaged.
         """
-        self._unusable = unusable
-        progress = self._standing()
-        if progress is None:
+        self._unusable = set(unusable)
+        while progress := self._standing():
+            try:
+                require_sizes(self._fs, self._root, progress.all_files)
+            except Corrupt as error:
+                # Another process at work on this stage may have replaced it, and deleted its state, meanwhile.
+                self._unusable.add(progress.token)
+                logger.warning("%s: a resume point cannot be used: %s", self._stage.key, error)
+                continue
+            self.files, self.facts, self.resumed = dict(progress.files), dict(progress.facts), progress
+            self._inherited = frozenset(progress.files)
+            self.tokens.add(progress.token)
+            self._state, self._seconds_before = dict(progress.state.files), progress.seconds
             return
-        try:
-            self._require_sizes([*progress.files.values(), *progress.state.files.values()])
-        except Corrupt as error:
-            logger.warning("%s starts afresh, its resume point is unusable: %s", self._stage.key, error)
-            self._unusable = {*unusable, progress.token}
-            return
-        self.files, self.facts, self.resumed = dict(progress.files), dict(progress.facts), progress
-        self._state, self._seconds_before = dict(progress.state.files), progress.seconds
 
     def gather(self) -> None:
         """Bring the files of earlier attempts into this attempt's folder, by copies on the storage itself.
@@ -142,18 +149,45 @@ class Draft:
                 copy_within(self._fs, f"{self._root}/{file.path}", f"{self._root}/{path}")
                 self.files[name] = replace(file, path=path)
 
+    def check_inherited(self) -> None:
+        """Read the files of earlier attempts through; for artifacts that this program never reads itself.
+
+        Raises:
+            Damaged: one of them is not what was written; the resume point that names it is useless.
+        """
+        for name in sorted(self._inherited):
+            try:
+                require_content(self._fs, self._root, self.files[name])
+            except Corrupt as error:
+                raise self._useless(error) from error
+
     def require_files(self) -> None:
         """Look once more, before the manifest names them, whether all files are there.
 
         Raises:
-            Corrupt: one is missing or has another size; naming it.
+            Damaged: one of an earlier attempt is not; the resume point that names it is useless.
+            Corrupt: one of this attempt is not.
         """
-        self._require_sizes(list(self.files.values()))
+        for names in (self._inherited, self.files.keys() - self._inherited):
+            try:
+                require_sizes(self._fs, self._root, [self.files[name] for name in sorted(names)])
+            except Corrupt as error:
+                if names is self._inherited:
+                    raise self._useless(error) from error
+                raise Corrupt(
+                    f"{self._stage.key} cannot be committed: {error}. Somebody has removed or changed it since it was "
+                    "written a moment ago. Run again, and leave the cleaning of the store to `layerwise gc`."
+                ) from error
 
     def remove_progress(self) -> None:
         """Delete the resume point; the artifact was committed."""
         remove_quietly(self._fs, [self._progress_path])
         self._remove_state()
+
+    def remove_files(self) -> None:
+        """Delete what was written; nobody will need it."""
+        remove_quietly(self._fs, [f"{self._root}/{file.path}" for file in self.files.values()])
+        self.files = {}
 
     @property
     def seconds(self) -> float:
@@ -167,34 +201,28 @@ class Draft:
     def _standing(self) -> Progress | None:
         """The stage's present resume point, whoever wrote it; None if there is no usable one."""
         try:
-            progress = Progress.from_json(read_sealed(self._fs, self._progress_path), self._stage.key)
-        except FileNotFoundError:
-            return None
+            progress = read_progress(self._fs, self._root, self._stage.key)
         except Corrupt as error:
-            logger.warning("%s has an unusable resume point: %s", self._stage.key, error)
+            logger.warning("%s has a resume point that cannot be used: %s", self._stage.key, error)
             return None
-        return None if progress.token in self._unusable else progress
+        return None if progress is None or progress.token in self._unusable else progress
 
-    def _require_uncommitted(self) -> None:
+    def _is_behind(self, step: int) -> bool:
+        """Whether another process at work on this stage has come further.
+
+        Raises:
+            Committed: it has finished the artifact.
+        """
         try:
             read_sealed(self._fs, f"{self._root}/{self._stage.key}/{MANIFEST}")
         except (FileNotFoundError, Corrupt):
-            return
+            standing = self._standing()
+            return standing is not None and standing.step > step
         raise Committed(self._stage.key)
 
-    def _require_sizes(self, files: list[StoredFile]) -> None:
-        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-            list(pool.map(self._require_size, files))
-
-    def _require_size(self, file: StoredFile) -> None:
-        path = f"{self._root}/{file.path}"
-        try:
-            with reaching(self._fs, path):
-                size = self._fs.info(path)["size"]
-        except FileNotFoundError as error:
-            raise Corrupt(f"{path} is missing") from error
-        if size != file.size:
-            raise Corrupt(f"{path} has {size} bytes, not the {file.size} that were written")
+    def _useless(self, error: Corrupt) -> Damaged:
+        assert self.resumed is not None, "only a resume point brings files of earlier attempts"
+        return Damaged(str(error), self.resumed.state.key, self.resumed.token)
 
     def _remove_state(self) -> None:
         remove_quietly(self._fs, [f"{self._root}/{file.path}" for file in self._state.values()])

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fsspec import AbstractFileSystem
+
 from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
 from storage.damage import Damaged
+from storage.document import read_sealed
 
 PROGRESS = "progress.json"
 
@@ -31,6 +34,11 @@ class Progress:
     at: str
     host: str
     token: str = ""
+
+    @property
+    def all_files(self) -> list[StoredFile]:
+        """Everything that is needed to go on, and for the artifact."""
+        return [*self.files.values(), *self.state.files.values()]
 
     def to_json(self, key: str) -> dict[str, object]:
         """The content of the file that ``from_json`` reads."""
@@ -69,3 +77,16 @@ class Progress:
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(f"{name} is not a resume point of this stage ({error})", name) from error
+
+
+def read_progress(fs: AbstractFileSystem, root: str, key: str) -> Progress | None:
+    """The present resume point of a stage, whoever wrote it; None if there is none.
+
+    Raises:
+        Corrupt: if it is damaged.
+        Unreachable: if the storage does not answer.
+    """
+    try:
+        return Progress.from_json(read_sealed(fs, f"{root}/{key}/{PROGRESS}"), key)
+    except FileNotFoundError:
+        return None

@@ -10,9 +10,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from xxhash import xxh3_128
 
-from storage.files import Corrupt, is_local, reaching, read_exactly
+from storage.corrupt import Corrupt
+from storage.files import is_local, read_exactly
 from storage.local_disk import create_file, replace_file
-from storage.unreachable import status_of
+from storage.unreachable import reaching, status_of
 
 BLOCK = 16 << 20  # bytes of one part of an upload; S3 allows 10,000 parts, so 160 GB a file
 SLICE = 8 << 20  # most bytes handed over at once: an upload copies what it is given

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storage.artifact import Artifact, StoredFile, files_from_json
+from storage.corrupt import Corrupt
 from storage.document import read_sealed
-from storage.files import Corrupt
 from storage.inventory import Entry
-from storage.progress import PROGRESS, Progress
+from storage.progress import Progress, read_progress
 from storage.store import ArtifactStore
 
 
@@ -28,7 +28,7 @@ class Documents:
     @property
     def files_of_progress(self) -> set[str]:
         """Paths of all files the resume point names."""
-        return set() if self.progress is None else paths_of(resume_files(self.progress))
+        return set() if self.progress is None else paths_of(self.progress.all_files)
 
     @property
     def in_use(self) -> set[str]:
@@ -47,7 +47,7 @@ def read_documents(store: ArtifactStore, key: str) -> Documents:
     # The resume point first: it is deleted after the manifest was created, so one of them is seen.
     progress, unusable = None, ""
     try:
-        progress = read_progress(store, key)
+        progress = read_progress(store.fs, store.root, key)
     except Corrupt as error:
         unusable = str(error)
     try:
@@ -56,18 +56,6 @@ def read_documents(store: ArtifactStore, key: str) -> Documents:
         return Documents(None, progress, unusable)
     except Corrupt as error:
         return Documents(None, progress, str(error))
-
-
-def read_progress(store: ArtifactStore, key: str) -> Progress | None:
-    """The resume point of a stage folder; None if there is none.
-
-    Raises:
-        Corrupt: if it is damaged.
-    """
-    try:
-        return Progress.from_json(read_sealed(store.fs, f"{store.root}/{key}/{PROGRESS}"), key)
-    except FileNotFoundError:
-        return None
 
 
 def files_set_aside(store: ArtifactStore, key: str, entries: Iterable[Entry]) -> set[str]:
@@ -80,11 +68,6 @@ def files_set_aside(store: ArtifactStore, key: str, entries: Iterable[Entry]) ->
         except (FileNotFoundError, Corrupt, ValueError, TypeError, KeyError, AttributeError):
             continue  # they are counted as files that nobody names
     return named
-
-
-def resume_files(progress: Progress) -> list[StoredFile]:
-    """The files that are needed to go on."""
-    return [*progress.files.values(), *progress.state.files.values()]
 
 
 def paths_of(files: Iterable[StoredFile]) -> set[str]:

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
+from storage.corrupt import Corrupt
 from storage.document import read_sealed, seal
-from storage.files import Corrupt, is_local
+from storage.files import is_local
 from storage.inventory import RUNNING_FILE, modified
 from storage.local_disk import explaining_refusals
 from storage.publishing import overwrite, remove_quietly

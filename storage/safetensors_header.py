@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from fsspec import AbstractFileSystem
 
-from storage.files import Corrupt, read_exactly
+from storage.corrupt import Corrupt
+from storage.files import read_exactly
 from storage.tensor_entry import TensorEntry
 from storage.unreachable import reaching
 

@@ -6,7 +6,8 @@ from storage.corrupt import Corrupt
 from storage.damage import Damaged
 from storage.document import read_sealed
 from storage.draft import MANIFEST
-from storage.publishing import overwrite
+from storage.progress import PROGRESS
+from storage.publishing import overwrite, remove_quietly
 from storage.store import ArtifactStore
 from storage.unreachable import reaching
 
@@ -22,15 +23,35 @@ def set_aside(store: ArtifactStore, damaged: Damaged) -> bool:
     Raises:
         OSError: if the storage refuses, or cannot be reached.
     """
-    path = f"{store.root}/{damaged.key}/{MANIFEST}"
+    folder = f"{store.root}/{damaged.key}"
+    path = f"{folder}/{MANIFEST}"
     try:
-        if read_sealed(store.fs, path)["token"] != damaged.token:
+        manifest = _content(store, path, damaged.token)
+        if manifest is None:
             return False
+        # One that was left beside the manifest would lead the rebuilding to the damaged files.
+        remove_quietly(store.fs, [f"{folder}/{PROGRESS}"])
+        overwrite(store.fs, f"{path}.damaged-{uuid.uuid4().hex}", manifest)
+        if _content(store, path, damaged.token) != manifest:
+            return False
+        with reaching(store.fs, path):
+            store.fs.rm_file(path)
     except FileNotFoundError:
         return False
+    return True
+
+
+def _content(store: ArtifactStore, path: str, token: str) -> bytes | None:
+    """The manifest as it is stored; None if it can be read and is not the one with ``token``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    try:
+        if read_sealed(store.fs, path)["token"] != token:
+            return None
     except Corrupt:
         pass
     with reaching(store.fs, path):
-        overwrite(store.fs, f"{path}.damaged-{uuid.uuid4().hex}", store.fs.cat_file(path))
-        store.fs.rm_file(path)
-    return True
+        content: bytes = store.fs.cat_file(path)
+    return content

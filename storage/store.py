@@ -10,11 +10,13 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
+from storage.corrupt import Corrupt
 from storage.damage import Damaged
 from storage.document import read_sealed, seal
 from storage.draft import MANIFEST, Committed, Draft
-from storage.files import Corrupt, is_local, open_filesystem, read_exactly
+from storage.files import is_local, open_filesystem, read_exactly
 from storage.probe import require_exclusive_creation
+from storage.progress import Progress, read_progress
 from storage.publishing import create_once
 from storage.stage import STAGE_NAME, Stage
 from storage.unreachable import reaching
@@ -78,23 +80,12 @@ class ArtifactStore:
             OSError: the storage cannot be written, or does not create files exclusively; before any work.
             Damaged: an artifact that ``build`` reads is damaged (see ``storage.set_aside``).
         """
-        if artifact := self.find(stage):
-            return artifact
-        self._require_writable()
-        self.built.add(stage.key)
-        draft = self._built_draft(stage, build)
-        if draft is not None:
-            manifest = {
-                "key": stage.key,
-                "recipe": stage.recipe,
-                "files": files_to_json(draft.files),
-                "facts": draft.facts,
-                "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": draft.seconds},
-            }
-            if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
-                logger.info("%s was committed by another process first; using that one", stage.key)
-            draft.remove_progress()
-        return self.get(stage.key)
+        while (artifact := self.find(stage)) is None:
+            self._require_writable()
+            self.built.add(stage.key)
+            if draft := self._built_draft(stage, build):
+                self._commit(stage, draft)
+        return artifact
 
     def _built_draft(self, stage: Stage, build: Callable[[Draft], None]) -> Draft | None:
         """What ``build`` made, ready for its manifest; None if another process was first."""
@@ -115,11 +106,30 @@ class ArtifactStore:
                     raise
                 # Damaged, or deleted by another process at work on this stage, which has left a newer one.
                 logger.warning("%s: its resume point cannot be used: %s", stage.key, error)
-                unusable.add(draft.resumed.token)
+                unusable |= draft.tokens
+
+    def _commit(self, stage: Stage, draft: Draft) -> None:
+        manifest = {
+            "key": stage.key,
+            "recipe": stage.recipe,
+            "files": files_to_json(draft.files),
+            "facts": draft.facts,
+            "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": draft.seconds},
+        }
+        if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
+            logger.info("%s was committed by another process first; using that one", stage.key)
+        draft.remove_progress()
 
     def draft(self, stage: Stage) -> Draft:
-        """A draft of ``stage`` that is committed by nobody: for its resume point."""
+        """A draft of ``stage`` that is not committed by it: to leave a resume point."""
         return Draft(self.fs, self.root, stage)
+
+    def progress(self, stage: Stage) -> Progress | None:
+        """The resume point of ``stage``; None if there is none that can be read."""
+        try:
+            return read_progress(self.fs, self.root, stage.key)
+        except Corrupt:
+            return None
 
     def read(self, artifact: Artifact, name: str) -> bytes:
         """The content of one file, checked; for files that fit into memory easily.

@@ -8,8 +8,9 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from storage.artifact import Artifact
+from storage.corrupt import Corrupt
 from storage.draft import Draft
-from storage.files import Corrupt, read_exactly, read_scattered
+from storage.files import read_exactly, read_scattered
 from storage.safetensors_header import METADATA, encode_header
 from storage.store import ArtifactStore
 from storage.tensor_entry import DTYPE_NAMES, TensorEntry

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
 
-from xxhash import xxh3_128
-
 from storage.artifact import StoredFile
+from storage.checking import require_content
+from storage.corrupt import Corrupt
 from storage.draft import MANIFEST
-from storage.files import PIECE, WINDOW, Corrupt, is_local, read_exactly
+from storage.files import is_local
 from storage.inventory import StageFolder, take_inventory
-from storage.progress import PROGRESS
-from storage.reachable import read_progress
+from storage.progress import PROGRESS, read_progress
 from storage.store import ArtifactStore
-from storage.unreachable import reaching
 
-BUFFER = WINDOW * PIECE  # bytes in memory for each folder under way
 AT_ONCE = 4  # folders, on a remote storage: small files would wait for its answers most of the time
 LOOKS = 3  # at a folder that others change while it is read
 
@@ -140,7 +137,7 @@ def _committed_files(
             if isinstance(inputs, Mapping):
                 read_by.update(dict.fromkeys(map(str, inputs.values()), folder.key))
             return (artifact.token, list(artifact.files.items())), []
-        if folder.progress and (progress := read_progress(store, folder.key)):
+        if folder.progress and (progress := read_progress(store.fs, store.root, folder.key)):
             return (progress.token, [*progress.files.items(), *progress.state.files.items()]), []
         return None, []
     except KeyError:
@@ -159,33 +156,10 @@ def _token(store: ArtifactStore, folder: StageFolder) -> str:
 def _read_file(
     store: ArtifactStore, key: str, name: str, file: StoredFile, tally: Tally
 ) -> Iterator[Finding]:
-    path = f"{store.root}/{file.path}"
     try:
-        with reaching(store.fs, path):
-            size = store.fs.info(path)["size"]
-        if size != file.size:
-            yield Finding(key, name, f"{path} has {size} bytes, but {file.size} were written")
-            return
-        found = _digest(store, path, size, tally)
-        if found != file.digest:
-            found = _digest(store, path, size, tally)  # bits flip on the way, too
-        if found != file.digest:
-            problem = f"{path} has digest {found}, but {file.digest} was recorded, twice in a row"
-            yield Finding(key, name, problem)
+        require_content(store.fs, store.root, file, lambda size: tally.add(bytes=size))
         tally.add(files=1)
-    except FileNotFoundError:
-        yield Finding(key, name, f"{path} is missing")
     except Corrupt as error:
         yield Finding(key, name, str(error))
     except Exception as error:  # clients raise more than OSErrors; the other files are read all the same
-        yield Finding(key, name, f"{path} could not be read: {error}", "unread")
-
-
-def _digest(store: ArtifactStore, path: str, size: int, tally: Tally) -> str:
-    hasher, buffer = xxh3_128(), memoryview(bytearray(min(size, BUFFER)))
-    for start in range(0, size, BUFFER):
-        piece = buffer[: min(BUFFER, size - start)]
-        read_exactly(store.fs, path, start, piece)
-        hasher.update(piece)
-        tally.add(bytes=len(piece))
-    return hasher.hexdigest()
+        yield Finding(key, name, f"{store.root}/{file.path} could not be read: {error}", "unread")

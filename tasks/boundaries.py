@@ -37,19 +37,29 @@ def boundaries(
         write_state: see ``Draft.save_progress``.
 
     Yields:
-        A function to call after every layer, with the number of the next one.
+        A function to call after every layer, with the number of the next one. What is done in the block after its
+        last call must be possible to do again.
 
     Raises:
         Stopped: the process was asked to end; the resume point was committed.
     """
-    clock = BoundaryClock(execution)
+    clock, reached_step, committed_step = BoundaryClock(execution), -1, -1
     with stop_deferred() as asked_to_stop:
 
+        def commit() -> None:
+            nonlocal committed_step
+            draft.save_progress(reached_step, write_state)
+            committed_step = reached_step
+
         def reached(step: int) -> None:
+            nonlocal reached_step
+            reached_step = step
             if clock.due() or asked_to_stop():
-                draft.save_progress(step, write_state)
+                commit()
                 clock.restart()
             if asked_to_stop():
                 stop()
 
         yield reached
+        if asked_to_stop() and reached_step > committed_step:
+            commit()

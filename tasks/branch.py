@@ -11,7 +11,7 @@ from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
-from storage.draft import Draft
+from storage.draft import Committed, Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
@@ -57,26 +57,36 @@ def branch(
     group it ran.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
-    while missing := [number for number, stage in enumerate(stages) if store.find(stage) is None]:
-        members = _members(store, stages, missing)
+    while None in (lanes := [store.find(stage) for stage in stages]):
+        missing = [number for number, lane in enumerate(lanes) if lane is None]
+        try:
+            members = _members(store, stages, missing)
+        except Committed:
+            continue  # another process has just finished one of them
         run = [plans[number] for number in members]
         group = _group(store, inputs, run, linears, settings, execution)
         for position, number in enumerate(members):
             if number in missing:
                 build = partial(_copy_lane, store, group, position, plans[number])
                 store.get_or_build(stages[number], build)
-    return [read_score(store, plan, store.get(stage.key)) for plan, stage in zip(plans, stages, strict=True)]
+    return [
+        read_score(store, plan, lane) for plan, lane in zip(plans, lanes, strict=True) if lane is not None
+    ]
 
 
 def _members(store: ArtifactStore, stages: Sequence[Stage], missing: Sequence[int]) -> list[int]:
-    """Which lanes to run together: those that an earlier attempt ran with the first missing one, or all missing ones.
+    """Which lanes to run together: a group that an earlier attempt has begun, or all missing ones.
 
     With whom a lane was begun is noted in its resume point, so that a group goes on even if some of its lanes are
     committed already, or others have been asked for since.
+
+    Raises:
+        Committed: another process has finished one of the missing lanes.
     """
-    begun = _noted_group(store, stages, stages[missing[0]])
-    if begun and _has_progress(store, _group_stage([stages[number] for number in begun])):
-        return begun
+    begun = [list(range(len(stages))), *(_noted_group(store, stages, number) for number in missing)]
+    for members in begun:
+        if set(members) & set(missing) and _has_progress(store, [stages[number] for number in members]):
+            return members
     together = [stages[number].key for number in missing]
 
     def note(state: Draft) -> None:
@@ -87,19 +97,17 @@ def _members(store: ArtifactStore, stages: Sequence[Stage], missing: Sequence[in
     return list(missing)
 
 
-def _noted_group(store: ArtifactStore, stages: Sequence[Stage], lane: Stage) -> list[int]:
-    """The lanes that ``lane`` was begun with; none if one of them is not asked for any more."""
-    draft = store.draft(lane)
-    draft.resume()
-    keys = [] if draft.resumed is None else cast(list[str], draft.resumed.state.facts[GROUP])
+def _noted_group(store: ArtifactStore, stages: Sequence[Stage], lane: int) -> list[int]:
+    """The lanes that this one was begun with; none if one of them is not asked for any more."""
+    progress = store.progress(stages[lane])
+    keys = [] if progress is None else cast(list[str], progress.state.facts[GROUP])
     number_of = {stage.key: number for number, stage in enumerate(stages)}
     return [number_of[key] for key in keys] if all(key in number_of for key in keys) else []
 
 
-def _has_progress(store: ArtifactStore, group: Stage) -> bool:
-    draft = store.draft(group)
-    draft.resume()
-    return draft.resumed is not None or store.find(group) is not None
+def _has_progress(store: ArtifactStore, lanes: Sequence[Stage]) -> bool:
+    group = _group_stage(lanes)
+    return store.find(group) is not None or store.progress(group) is not None
 
 
 def _group_stage(lanes: Sequence[Stage]) -> Stage:

@@ -112,8 +112,8 @@ class _Capture:
                 self._retain(draft, layer.index + 1)
                 show(layer.index + 1)
                 reached(layer.index + 1)
-        scored = slice(self.calibration_windows, None)
-        losses = window_losses(self.model, self.hidden_states[scored], self.input_ids[scored])
+            scored = slice(self.calibration_windows, None)
+            losses = window_losses(self.model, self.hidden_states[scored], self.input_ids[scored])
         if DIVERGED in losses:
             raise ValueError(
                 f"the dense model's loss is not finite on {losses.count(DIVERGED)} of {len(losses)} selection "

@@ -46,8 +46,13 @@ def copy_into_store(draft: Draft, folder: Folder, index: CheckpointIndex) -> Che
     return _write_shards(draft, index, shards, read)
 
 
-def convert_gguf(draft: Draft, weights: "GgufWeights") -> CheckpointIndex:
+def convert_gguf(
+    draft: Draft, weights: "GgufWeights", require_unchanged: Callable[[], None]
+) -> CheckpointIndex:
     """Dequantize a GGUF file into the store.
+
+    Args:
+        require_unchanged: raises an error if the file has changed; asked before a shard is written.
 
     Returns:
         The index with the places of the dequantized weights.
@@ -57,7 +62,9 @@ def convert_gguf(draft: Draft, weights: "GgufWeights") -> CheckpointIndex:
     """
 
     def dequantize(shard: Shard) -> dict[str, Tensor]:
-        return {tensor.name: weights.tensor(tensor.name) for tensor in shard}
+        tensors = {tensor.name: weights.tensor(tensor.name) for tensor in shard}
+        require_unchanged()
+        return tensors
 
     return _write_shards(draft, weights.index, _shards(weights.index), dequantize)
 

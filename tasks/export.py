@@ -10,6 +10,7 @@ from layerwise.allocation import SparsityPlan, removed_per_linear
 from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
+from storage.checking import require_whole
 from storage.draft import Draft
 from storage.keys import digest
 from storage.stage import Stage
@@ -74,7 +75,6 @@ def export(
         writer.write_weights(draft)
         for name in copied_files(checkpoint.artifact.files):
             draft.write(name, store.read(checkpoint.artifact, name))
-        draft.gather()
         realised = sum(row["zeros"] for row in writer.rows) / sum(row["weights"] for row in writer.rows)
         report = {
             "target": settings.target,
@@ -95,7 +95,9 @@ def export(
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
         draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
 
-    return store.get_or_build(export_stage(checkpoint, capture, chosen, uniform, settings), build)
+    exported = store.get_or_build(export_stage(checkpoint, capture, chosen, uniform, settings), build)
+    require_whole(store.fs, store.root, exported)  # nothing else here would ever look at its files
+    return exported
 
 
 def source_name(checkpoint: Checkpoint) -> str:
@@ -147,6 +149,7 @@ class _Export:
             name = f"model-{len(draft.files) + 1:05d}-of-{len(outer) + total:05d}.safetensors"
             write_tensors(draft, name, tensors, metadata={"format": "pt"})
 
+        draft.gather()
         first_layer = max(first - len(outer), 0)
         with (
             boundaries(draft, self.execution, self._write_rows) as reached,
@@ -160,6 +163,11 @@ class _Export:
                 write(self._by_source_name(index, weights))
                 show(index + 1)
                 reached(len(outer) + index + 1)
+        if draft.resumed is not None:
+            draft.save_progress(
+                len(outer) + total, self._write_rows
+            )  # reading what is there may take its time
+            draft.check_inherited()
         draft.write(WEIGHTS_INDEX, json.dumps(_weights_index(draft), indent=2).encode())
 
     def _write_rows(self, state: Draft) -> None:

@@ -35,6 +35,7 @@ class Folder:
     root: str
     name: str  # for people: never holds credentials
     files: Mapping[str, FileState]
+    pinned: bool = False  # one commit of a repository: its files cannot change
 
     def path(self, name: str) -> str:
         """Path of a file on ``fs``.
@@ -54,12 +55,18 @@ class Folder:
         Raises:
             SourceChanged: it has another size, ETag or modification time, or is gone.
         """
-        require_unchanged(self.fs, self.path(name), self.files[name])
+        if not self.pinned:
+            require_unchanged(self.fs, self.path(name), self.files[name])
 
     def read(self, name: str) -> bytes:
-        """All bytes of a small file."""
+        """All bytes of a small file.
+
+        Raises:
+            SourceChanged: as ``require_unchanged``.
+        """
         content = bytearray(self.files[name].size)
         read_exactly(self.fs, self.path(name), 0, memoryview(content))
+        self.require_unchanged(name)
         return bytes(content)
 
 
@@ -86,8 +93,11 @@ def require_unchanged(fs: AbstractFileSystem, path: str, listed: FileState) -> N
         )
 
 
-def list_folder(fs: AbstractFileSystem, root: str, name: str) -> Folder:
+def list_folder(fs: AbstractFileSystem, root: str, name: str, pinned: bool = False) -> Folder:
     """List ``root``; ``name`` is what errors call it.
+
+    Args:
+        pinned: its files cannot change.
 
     Raises:
         FileNotFoundError: if there is no such folder, or nothing in it.
@@ -106,7 +116,7 @@ def list_folder(fs: AbstractFileSystem, root: str, name: str) -> Folder:
             f"{name} is not a folder with files in it, so it holds no model. Give a folder with config.json "
             "and *.safetensors, a hub id such as HuggingFaceTB/SmolLM2-135M, a .gguf file, or demo."
         )
-    return Folder(fs, root, name, files)
+    return Folder(fs, root, name, files, pinned)
 
 
 def file_version(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> str | int:

@@ -13,6 +13,7 @@ from tasks.checkpoint_files import stored_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
 from tasks.model_config import config_from_document, read_config_document
+from tasks.progress import showing
 from tasks.stopping import stop, stop_deferred
 from tasks.tensor_matching import match_tensors
 
@@ -48,15 +49,24 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     index = describe_folder(folder)
     check_tied_copies(folder, index)
     digests: dict[str, str] = json.loads(store.read(draft.resumed.state, DIGESTS)) if draft.resumed else {}
-    with stop_deferred() as asked_to_stop:
-        for step, file in enumerate(dict.fromkeys(tensor.file for tensor in index.tensors), start=1):
+    files = list(dict.fromkeys(tensor.file for tensor in index.tensors))
+    total = len(index.tensors)
+    title = "import: checksums"
+    with (
+        stop_deferred() as asked_to_stop,
+        showing(title, total, len(digests), draft.resumed, "tensor") as show,
+    ):
+        for step, file in enumerate(files, start=1):
             todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
-            digests |= {tensor.name: _digest(folder, tensor) for tensor in todo}
-            folder.require_unchanged(file)
-            if todo:
-                _save(draft, step, digests)
-            if asked_to_stop():
-                stop()
+            for tensor in todo:
+                digest = _digest(folder, tensor)
+                folder.require_unchanged(file)
+                digests[tensor.name] = digest
+                show(len(digests))
+                if asked_to_stop() or tensor is todo[-1]:
+                    _save(draft, step, digests)
+                if asked_to_stop():
+                    stop()
     tensors = (
         replace(tensor, entry=replace(tensor.entry, digest=digests[tensor.name])) for tensor in index.tensors
     )

@@ -39,7 +39,7 @@ def open_repository(repo: str, commit: str) -> Folder:
 
     with _hub_errors(repo, commit):
         fs = HfFileSystem(endpoint=_endpoint(), block_size=READ_AHEAD)
-        folder = list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}")
+        folder = list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}", pinned=True)
         # A gated repository lists its files for everybody, and refuses only to give them: ask for one byte.
         largest = max(folder.files, key=lambda name: folder.files[name].size)
         fs.cat_file(folder.path(largest), 0, 1)

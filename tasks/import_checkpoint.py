@@ -79,9 +79,7 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             from tasks.gguf_weights import GgufWeights
 
             weights = GgufWeights(source.local_gguf())
-            index = convert_gguf(draft, weights)
-            if isinstance(source, GgufSource):
-                source.require_unchanged()
+            index = convert_gguf(draft, weights, source.require_unchanged)
             for name, content in weights.small_files().items():
                 draft.write(name, content)
     draft.write(INDEX_FILE, index.to_json())

@@ -109,7 +109,8 @@ def advance_group(
                 show(index + 1)
                 reached(index + 1)
         scored = len(group.losses)
-        with showing(f"{title}: losses", lanes, scored, draft.resumed, unit="lane") as show:
+        found = draft.resumed if scored else None
+        with showing(f"{title}: losses", lanes, scored, found, unit="lane") as show:
             for lane in range(scored, lanes):
                 group.score(lane)
                 show(lane + 1)

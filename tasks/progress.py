@@ -64,7 +64,7 @@ def showing(
         TextColumn("{task.fields[memory]}"),
     )
     console = Console(stderr=True)
-    if resumed is not None and start:
+    if resumed is not None:
         reports.say(f"{title}: goes on from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, total=total, completed=start, memory=_memory())

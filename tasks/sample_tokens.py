@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from layerwise.windows import consecutive_windows, part_bounds, random_windows, require_tokens
+from storage.artifact import Artifact
+from storage.draft import Draft
 from storage.stage import Stage
-from storage.store import Artifact, ArtifactStore, Draft
+from storage.store import ArtifactStore
 from storage.tensors import read_tensors, write_tensors
 from tasks.corpora import SHARES, Corpus, read_text
 from tasks.documents import TEXT_LIMIT, Role

@@ -39,6 +39,9 @@ class DemoSource:
     def local_gguf(self) -> Path:
         return demo_gguf()
 
+    def require_unchanged(self) -> None:
+        """The file is known by its checksum, and nobody changes it."""
+
 
 @dataclass(frozen=True)
 class HubSource:
@@ -109,6 +112,7 @@ class GgufSource:
         def download(folder: Path) -> Path:
             with reaching(self.fs, self.path):
                 self.fs.get_file(self.path, str(folder / self.file_name))
+            self.require_unchanged()
             return folder / self.file_name
 
         return fetch_once(target, lambda path: path.stat().st_size == self.state.size, download)
@@ -171,12 +175,18 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
     return FolderSource(list_folder(fs, path, label))
 
 
+def holds_credentials(url: str) -> bool:
+    """Whether a link of a URL, which may be a chain of them, has a user, a password, or a secret in its query."""
+    return any(
+        without_credentials(place := link.partition("?")[0]) != place or SECRET_IN_QUERY.search(link)
+        for link in url.split("::")
+    )
+
+
 def _refuse_credentials(url: str) -> None:
-    for part in url.split("::"):
-        place = part.partition("?")[0]
-        if without_credentials(place) != place or SECRET_IN_QUERY.search(part):
-            raise ValueError(
-                f"the {urlsplit(part).scheme}:// URL of the model holds credentials (not shown), which would "
-                "end up in logs and reports. Put them into the environment or the fsspec configuration and "
-                "give the bare URL."
-            )
+    if holds_credentials(url):
+        raise ValueError(
+            f"the {urlsplit(url).scheme}:// URL of the model holds credentials (not shown), which would "
+            "end up in logs and reports. Put them into the environment or the fsspec configuration and "
+            "give the bare URL."
+        )

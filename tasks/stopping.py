@@ -55,12 +55,17 @@ def stopping_on_sigterm() -> Iterator[None]:
 def stop_deferred() -> Iterator[Callable[[], bool]]:
     """Work that stops at its own boundaries: gives a function that says whether a stop was asked for.
 
-    Whoever gets True commits what there is and calls ``stop``; if the work ends before that, ``Stopped`` is
-    raised at its end.
+    Whoever gets True commits what there is and calls ``stop``. If the work ends before that, by itself or by an
+    error, ``Stopped`` is raised at its end.
     """
     _request.deferred += 1
     try:
         yield lambda: _request.asked
+    except Exception as error:
+        if _request.asked and _request.deferred == 1:
+            _request.asked = False
+            raise Stopped from error
+        raise
     finally:
         _request.deferred -= 1
     if _request.asked and not _request.deferred:

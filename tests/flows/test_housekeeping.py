@@ -129,7 +129,16 @@ def test_damage_is_told_in_a_line_each_and_by_the_exit_code(store, capsys):
     assert verify_store(store.url) == 1
     finding, closing = capsys.readouterr().out.splitlines()
     assert finding.startswith(f"damaged: {STAGE.key} weights.bin: {path} has digest")
-    assert closing.endswith("1 files are damaged; the next search that needs it builds it anew")
+    assert "1 files are damaged; a search builds anew what it reads of them" in closing
+
+
+def test_what_is_damaged_can_be_set_aside(store, capsys):
+    path = store.location(store.get(STAGE.key), "weights.bin")
+    Path(path).write_bytes(b"wwwv")
+    assert verify_store(store.url, put_aside=True) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 artifacts were set aside"
+    assert store.find(STAGE) is None
+    assert verify_store(store.url) == 0
 
 
 @pytest.mark.parametrize("arguments", [["gc"], ["verify"]])

@@ -9,8 +9,8 @@ import pytest
 
 from flows.search import search
 from flows.settings import Runtime
+from storage.corrupt import Corrupt
 from storage.damage import Damaged
-from storage.files import Corrupt
 from storage.store import ArtifactStore
 from storage.tensors import read_tensors
 

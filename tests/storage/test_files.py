@@ -12,11 +12,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from xxhash import xxh3_128_hexdigest
 
-from storage.files import Corrupt, Unreachable, open_filesystem, reaching, read_exactly, read_scattered
+from storage.corrupt import Corrupt
+from storage.files import open_filesystem, read_exactly, read_scattered
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensor_entry import TensorEntry
 from storage.tensors import read_entries
+from storage.unreachable import Unreachable, reaching
 
 CONTENT = bytes(range(256)) * 8
 

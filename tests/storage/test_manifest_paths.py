@@ -5,8 +5,8 @@ import json
 import pytest
 
 from storage.artifact import Artifact, StoredFile, files_from_json
+from storage.corrupt import Corrupt
 from storage.document import seal
-from storage.files import Corrupt
 from storage.stage import Stage
 
 STAGE = Stage("prune-layer", 1)

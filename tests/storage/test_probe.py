@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from storage.files import Unreachable, open_filesystem
+from storage.files import open_filesystem
 from storage.probe import require_exclusive_creation
+from storage.unreachable import Unreachable
 from tests.faults import error, ignore_condition, lose_answer
 
 ALWAYS = float("inf")

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from storage.stage import Stage
 from storage.tensors import read_tensors, write_tensors
 

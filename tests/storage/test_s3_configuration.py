@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.files import Unreachable, open_filesystem, reaching, read_exactly
+from storage.files import open_filesystem, read_exactly
 from storage.publishing import create_once, publish
 from storage.stage import Stage
 from storage.store import ArtifactStore
+from storage.unreachable import Unreachable, reaching
 from tests.fault_proxy import FaultProxy
 from tests.faults import error
 

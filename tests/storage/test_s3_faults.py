@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from storage.artifact import Artifact
+from storage.corrupt import Corrupt
 from storage.draft import Draft
-from storage.files import Corrupt, Unreachable
 from storage.publishing import publish
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import read_tensor_into, read_tensors, write_tensors
+from storage.unreachable import Unreachable
 from tests.fault_proxy import FaultProxy, Request
 from tests.faults import (
     cut_body,

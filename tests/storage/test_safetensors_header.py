@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from storage.safetensors_header import read_header
 from storage.tensors import read_entries
 

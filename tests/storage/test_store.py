@@ -5,7 +5,7 @@ import logging
 import pytest
 from fsspec.core import url_to_fs
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from storage.stage import Stage
 from storage.store import ArtifactStore
 

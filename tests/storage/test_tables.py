@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from storage.stage import Stage
 from storage.tables import read_table, write_table
 

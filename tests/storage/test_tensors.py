@@ -4,7 +4,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from storage.files import Corrupt, is_local
+from storage.corrupt import Corrupt
+from storage.files import is_local
 from storage.stage import Stage
 from storage.tensor_entry import TORCH_DTYPES
 from storage.tensors import needed_bytes, read_entries, read_tensors, write_tensors

@@ -69,7 +69,7 @@ def test_an_empty_store_has_no_findings(store):
 
 
 def test_a_file_larger_than_what_is_read_at_once_is_read_to_its_end(store, monkeypatch):
-    monkeypatch.setattr("storage.verify.BUFFER", 1000)
+    monkeypatch.setattr("storage.checking.BUFFER", 1000)
     artifact = store.get_or_build(CAPTURE, lambda draft: draft.write("large.bin", bytes(2500)))
     assert list(verify(store)) == []
     path = f"{store.root}/{artifact.files['large.bin'].path}"

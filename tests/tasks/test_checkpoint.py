@@ -7,7 +7,8 @@ import uuid
 import pytest
 import torch
 
-from storage.files import Corrupt, open_filesystem
+from storage.corrupt import Corrupt
+from storage.files import open_filesystem
 from tasks.folder import SourceChanged
 from tasks.import_checkpoint import import_checkpoint
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from tasks.evaluate import read_test
 from tasks.sample_tokens import TOKENS_FILE
 

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from flows.mending import mending
 from layerwise.magnitude import Magnitude
 from storage.tables import read_table
 from tasks.checkpoint_files import copied_files
@@ -241,3 +242,27 @@ def test_an_interrupted_export_goes_on_with_the_next_shard_and_ends_in_one_folde
     assert {store.location(resumed, name) for name in resumed.files} == {
         f"{folder}/{name}" for name in resumed.files
     }
+
+
+def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
+    """No stage reads an export, so that its files are looked for whenever it is asked for."""
+    run = small_run()
+    (lane,) = run.branch(0.25)
+    exported = run.export(lane)
+    shard = Path(run.store.location(exported, "model-00003-of-00006.safetensors"))
+    content = shard.read_bytes()
+    shard.unlink()
+    again = mending(run.store, lambda: run.export(lane))
+    assert Path(run.store.location(again, shard.name)).read_bytes() == content
+
+
+def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, another_store, dying_at):
+    run = small_run()
+    (lane,) = run.branch(0.25)
+    with dying_at("tasks.export.write_tensors", call=4):
+        run.export(lane, boundary_layers=1)
+    shard = next(Path(run.store.root).rglob("model-00002-of-00006.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    undisturbed = small_run(run.folder, another_store())
+    expected = undisturbed.export(undisturbed.branch(0.25)[0])
+    assert run.export(lane, boundary_layers=1).content == expected.content

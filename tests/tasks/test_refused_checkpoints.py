@@ -12,7 +12,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from storage.files import Corrupt
+from storage.corrupt import Corrupt
 from tasks.import_checkpoint import import_checkpoint
 
 

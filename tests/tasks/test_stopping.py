@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+import tasks.capture as capture_module
 from storage.draft import Draft
 from storage.stage import Stage
 from tasks.boundaries import boundaries
@@ -120,3 +121,33 @@ def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
         assert computed_layers == [2]
     undisturbed = small_run(run.folder, another_store())
     assert STAGES[stage](undisturbed).content == resumed.content
+
+
+def test_a_signal_while_the_losses_are_taken_loses_no_layer(small_run, monkeypatch, computed_layers):
+    run = small_run()
+    window_losses = capture_module.window_losses
+
+    def with_a_signal(*arguments):
+        terminate()
+        return window_losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "window_losses", with_a_signal)
+        with pytest.raises(Stopped):
+            run.capture()
+    computed_layers.clear()
+    run.capture()
+    assert computed_layers == []
+
+
+def test_work_that_fails_after_it_was_asked_to_stop_stops():
+    def work():
+        with stop_deferred():
+            terminate()
+            raise OSError("the storage is away")
+
+    with pytest.raises(Stopped) as caught:
+        work()
+    assert str(caught.value.__cause__) == "the storage is away"
+    with stop_deferred() as asked_to_stop:
+        assert not asked_to_stop()

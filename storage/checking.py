@@ -1,0 +1,82 @@
+"""Whether stored files are what was written: their sizes, and, by reading them through, their digests."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from fsspec import AbstractFileSystem
+from xxhash import xxh3_128
+
+from storage.artifact import Artifact, StoredFile
+from storage.corrupt import Corrupt
+from storage.damage import Damaged
+from storage.files import PIECE, WINDOW, read_exactly
+from storage.unreachable import reaching
+
+BUFFER = PIECE * WINDOW  # bytes in memory: as much as is asked for at once
+LOOKS_AT_ONCE = 16
+
+
+def require_sizes(fs: AbstractFileSystem, root: str, files: Iterable[StoredFile]) -> None:
+    """Look whether all ``files`` are there with the sizes they were written with.
+
+    Raises:
+        Corrupt: if one is not; names it.
+        Unreachable: if the storage does not answer.
+    """
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        for _ in pool.map(lambda file: _require_size(fs, f"{root}/{file.path}", file.size), files):
+            pass
+
+
+def require_whole(fs: AbstractFileSystem, root: str, artifact: Artifact) -> None:
+    """Look whether all files of a committed artifact are there with their sizes, without reading them.
+
+    Raises:
+        Damaged: if one is not.
+        Unreachable: if the storage does not answer.
+    """
+    try:
+        require_sizes(fs, root, artifact.files.values())
+    except Corrupt as error:
+        raise Damaged(f"{artifact.key} is damaged: {error}.", artifact.key, artifact.token) from error
+
+
+def require_content(
+    fs: AbstractFileSystem, root: str, file: StoredFile, count: Callable[[int], None] = lambda size: None
+) -> None:
+    """Read ``file`` through, in pieces, and compare its size and digest with those it was written with.
+
+    Args:
+        count: called with the size of every piece that was read.
+
+    Raises:
+        Corrupt: if it is missing or another, twice in a row; names it.
+        Unreachable: if the storage does not answer.
+    """
+    path = f"{root}/{file.path}"
+    _require_size(fs, path, file.size)
+    for _ in range(2):  # bits flip on the way, too
+        found = _digest(fs, path, file.size, count)
+        if found == file.digest:
+            return
+    raise Corrupt(f"{path} has digest {found}, but {file.digest} was recorded, twice in a row")
+
+
+def _require_size(fs: AbstractFileSystem, path: str, expected: int) -> None:
+    try:
+        with reaching(fs, path):
+            size = fs.info(path)["size"]
+    except FileNotFoundError as error:
+        raise Corrupt(f"{path} is missing") from error
+    if size != expected:
+        raise Corrupt(f"{path} has {size} bytes, but {expected} were written")
+
+
+def _digest(fs: AbstractFileSystem, path: str, size: int, count: Callable[[int], None]) -> str:
+    hasher, buffer = xxh3_128(), memoryview(bytearray(min(size, BUFFER)))
+    for start in range(0, size, BUFFER):
+        piece = buffer[: min(BUFFER, size - start)]
+        read_exactly(fs, path, start, piece)
+        hasher.update(piece)
+        count(len(piece))
+    return hasher.hexdigest()

@@ -1,0 +1,65 @@
+"""Two processes that run the same lanes: what one of them does in between must not end the other."""
+
+from dataclasses import replace
+
+import tasks.branch as branch_module
+from storage.damage import Damaged
+from storage.set_aside import set_aside
+from storage.store import ArtifactStore
+
+BETAS = (0.0, 0.1, 0.2)
+
+
+def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
+    small_run, monkeypatch, dying_at, computed_layers
+):
+    run = small_run()
+    with dying_at("tasks.branch._copy_lane", call=1):
+        run.branch(*BETAS)
+    computed_layers.clear()
+    other = replace(run, store=ArtifactStore(run.store.url))
+    members, done = branch_module._members, []
+
+    def after_the_other(store, stages, missing):
+        if store is run.store and not done:
+            done.append(other.branch(*BETAS))
+        return members(store, stages, missing)
+
+    monkeypatch.setattr("tasks.branch._members", after_the_other)
+    assert run.branch(*BETAS) == done[0]
+    assert computed_layers == []
+
+
+def test_the_other_sets_a_damaged_lane_aside_while_this_one_reads_the_lanes(small_run, monkeypatch):
+    run = small_run()
+    lanes = run.branch(*BETAS)
+    read_score = branch_module.read_score
+
+    def after_the_other(store, plan, artifact):
+        if artifact.key == lanes[0].artifact.key:
+            damaged = lanes[1].artifact
+            set_aside(ArtifactStore(store.url), Damaged("damaged", damaged.key, damaged.token))
+        return read_score(store, plan, artifact)
+
+    monkeypatch.setattr("tasks.branch.read_score", after_the_other)
+    assert run.branch(*BETAS) == lanes
+
+
+def test_a_group_goes_on_although_a_beta_was_added_before_its_own(small_run, dying_at, computed_layers):
+    run = small_run()
+    run.branch(0.0)
+    with dying_at("tasks.lane_group.read_statistics", call=3):
+        run.branch(*BETAS, boundary_layers=1)
+    computed_layers.clear()
+    run.branch(0.0, 0.05, 0.1, 0.2, boundary_layers=1)
+    assert computed_layers == [2, 0, 1, 2]
+
+
+def test_a_damaged_lane_is_copied_again_from_its_group(small_run, computed_layers):
+    run = small_run()
+    lanes = run.branch(*BETAS)
+    damaged = lanes[1].artifact
+    assert set_aside(run.store, Damaged("damaged", damaged.key, damaged.token))
+    computed_layers.clear()
+    assert run.branch(*BETAS)[1].artifact.content == damaged.content
+    assert computed_layers == []
