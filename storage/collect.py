@@ -195,18 +195,12 @@ def _uncommit(
         return ([], [], failures) if failures else (first, rest, [])
     try:
         documents = read_documents(store, group[0].key)
-    except (
-        Exception
-    ) as error:  # clients of storages raise more than OSErrors; the other folders are judged all the same
+    except Exception as error:  # clients raise more than OSErrors; the other folders are judged all the same
         return [], [], [Failure(group[0].key, str(error))]
     if documents.problem:
         return [], [], [Failure(group[0].key, documents.problem)]
     if documents.artifact is None and any(each.path.endswith(f"/{PROGRESS}") for each in rest):
-        return (
-            [],
-            [],
-            [],
-        )  # the manifest was set aside meanwhile: who builds the artifact anew goes on from there
+        return [], [], []  # the manifest was set aside meanwhile, and somebody is building the artifact anew
     named = documents.in_use
     return [], [each for each in rest if each.path not in named], []
 

@@ -60,7 +60,7 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
         )
     raise Corrupt(
         f"{path} is not readable ({problem}): it is damaged, or was written by another version of layerwise. "
-        "Restore it; a search builds anew what it is about."
+        "Restore it."
     ) from problem
 
 

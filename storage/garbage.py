@@ -65,9 +65,8 @@ def garbage_of(
         return  # somebody is at work there, and may have taken over older files
     in_use = documents.in_use
     if folder.progress and folder.progress.modified >= horizon:
-        in_use |= (
-            documents.files_of_progress
-        )  # by a second builder that has not noticed the first one's commit
+        # By a second builder that has not noticed the first one's commit.
+        in_use |= documents.files_of_progress
     found = [(SET_ASIDE, each) for each in folder.set_aside] + [
         (TEMPORARY, each) for each in folder.temporary
     ]

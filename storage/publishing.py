@@ -132,9 +132,8 @@ def _create_remote(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
 
 def _content(fs: AbstractFileSystem, path: str) -> bytearray:
     content = bytearray(fs.info(path)["size"])
-    read_exactly(
-        fs, path, 0, memoryview(content)
-    )  # a short answer must not look like somebody else's document
+    # In full: a short answer must not look like somebody else's document.
+    read_exactly(fs, path, 0, memoryview(content))
     return content
 
 

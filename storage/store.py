@@ -221,10 +221,12 @@ class ArtifactStore:
             return Artifact(key, files, facts, recipe, made, token)
         except FileNotFoundError:
             return None
-        except (Corrupt, ValueError, TypeError, KeyError, AttributeError) as error:
+        except Corrupt as error:
+            raise Damaged(f"{error} A search builds the artifact anew.", key) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(
-                f"{path} is not the manifest of {key} ({error}): it was damaged, copied or edited. Restore it; "
-                "a search builds the artifact anew.",
+                f"{path} is not the manifest of {key} ({error}): it was copied or edited. Restore it; a search "
+                "builds the artifact anew.",
                 key,
                 token,
             ) from error

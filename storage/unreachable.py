@@ -98,9 +98,8 @@ def explained(fs: AbstractFileSystem, path: str, error: Exception) -> Exception:
             f"{where} was refused with HTTP status {status} ({reason}). Check the store's URL, the endpoint URL "
             "(AWS_ENDPOINT_URL) and the region (AWS_DEFAULT_REGION).",
         )
-    if _is_about(
-        error, ("FlexibleChecksumError",)
-    ):  # of whole objects only, by the checksum stored with them
+    # Of whole objects only, by the checksum stored with them.
+    if _is_about(error, ("FlexibleChecksumError",)):
         return Corrupt(
             f"{where} came with other bytes than were stored ({reason}). Check the storage, or delete it."
         )

@@ -69,6 +69,10 @@ def convert_gguf(
     return _write_shards(draft, weights.index, _shards(weights.index), dequantize)
 
 
+def _no_state(state: Draft) -> None:
+    """The shards written so far are all that is needed to go on."""
+
+
 def _write_shards(
     draft: Draft,
     index: CheckpointIndex,
@@ -83,9 +87,7 @@ def _write_shards(
             if file not in draft.files:
                 write_tensors(draft, file, read(shard), metadata={"format": "pt"})
                 show(step)
-                draft.save_progress(
-                    step, lambda state: None
-                )  # the shards written so far are all that is needed
+                draft.save_progress(step, _no_state)
             if asked_to_stop():
                 stop()
             entries = draft.files[file].tensors

@@ -8,11 +8,8 @@ from prefect.cache_policies import NO_CACHE
 
 from storage.unreachable import Unreachable
 
-RETRY_DELAYS = [
-    10.0,
-    60.0,
-    240.0,
-]  # seconds; the client of the storage has asked for a minute before each of them
+# In seconds; the client of the storage has asked for a minute before each of them.
+RETRY_DELAYS = [10.0, 60.0, 240.0]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
