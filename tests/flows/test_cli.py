@@ -274,8 +274,9 @@ def test_a_search_that_fails_says_so_in_one_line(said):
     """Prefect logs the same error twice, with tracebacks: into its own log, not on the terminal."""
     done = said["search that fails"]
     assert (done.code, done.out) == (1, "")
-    (line,) = done.err.splitlines()
+    *progress, line = done.err.splitlines()
     assert re.match(r"layerwise: .*1000 tokens, but 6 x 400 = 2400 are needed", line)
+    assert all(re.match(r"import: checksums: tensor \d+ of \d+", each) for each in progress)
 
 
 def test_a_second_search_finds_everything_done(said, finished):

@@ -61,11 +61,11 @@ def test_what_is_damaged_is_named_and_built_anew(finished, run_search, copied, c
         assert "set aside and built anew" in line
 
 
-def test_statistics_that_a_new_beta_needs_are_captured_anew(finished, run_search, copied):
+def test_statistics_that_a_new_beta_needs_are_captured_anew(finished, run_search, copied, tmp_path):
     capture = finished[0].stages["capture"]
     flip(copied / capture.files["statistics/layer-00001.parquet"].path)
     result = run_search(str(copied), betas=[0.1, 0.2, 0.25])
-    undamaged = run_search(betas=[0.1, 0.2, 0.25])
+    undamaged = run_search(str(tmp_path / "other"), betas=[0.1, 0.2, 0.25])
     assert {"capture", "lane beta 0.2"} <= set(result.built)
     assert content_of(result) == content_of(undamaged)
 

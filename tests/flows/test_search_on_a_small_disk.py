@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,7 +33,7 @@ for step in json.loads(sys.argv[1]):
 def said(finished, workshop, prefect_backend, pytestconfig, tmp_path_factory) -> list[str]:
     """What each command printed, with its exit code at the end."""
     disk = tmp_path_factory.mktemp("disk")
-    needed = sum(file.stat().st_size for file in Path(finished[1].store).rglob("*") if file.is_file())
+    needed = sum(artifact.size for artifact in finished[0].stages.values())
     options = [f"--{name.replace('_', '-')}={v}" for name, v in workshop.parameters(betas="0.1,0.25").items()]
     search = ["search", *options, "--store", f"{disk}/store"]
     verify = ["verify", f"{disk}/store"]

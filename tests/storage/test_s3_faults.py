@@ -1,5 +1,7 @@
 """Faults between us and S3: the right content, or an error that names the object; never a wrong number."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -191,3 +193,22 @@ def test_a_fault_that_lasts_ends_writing_with_an_error_that_names_the_object(
     fault_proxy.heal()
     healed = open_store(s3_bucket, f"write {file} {name}", attempts=3, read_timeout=60)
     read_all(healed, build_in_two_attempts(healed) if healed.find(STAGE) is None else healed.find(STAGE))
+
+
+def test_stalls_of_30_seconds_are_outlived_with_the_patience_that_a_search_has(
+    fault_proxy: FaultProxy, s3_bucket
+):
+    """In real time; all readers and the writer wait together."""
+    store = ArtifactStore(f"s3://{s3_bucket}/stalled", skip_instance_cache=True)
+    artifact = build_in_two_attempts(store)
+    fault_proxy.inject(stall_before_head(30), lambda request: reads_data(request) and "notes" in request.path)
+    fault_proxy.inject(stall_in_body(30), lambda request: reads_data(request) and "layer" in request.path)
+    fault_proxy.inject(stall_before_head(30), lambda request: request.writes)
+    with ThreadPoolExecutor(3) as pool:
+        notes = pool.submit(store.read, artifact, "notes.bin")
+        weight = pool.submit(read_tensors, store, artifact, "layer.safetensors")
+        written = pool.submit(publish, store.fs, f"{store.root}/new.bin", [NOTES])
+        assert notes.result() == NOTES
+        assert weight.result()["weight"].equal(WEIGHT)
+        assert written.result()[0] == len(NOTES)
+    assert len(fault_proxy.caught) == 3

@@ -9,7 +9,7 @@ import torch
 
 from storage.corrupt import Corrupt
 from storage.files import open_filesystem
-from tasks.folder import SourceChanged
+from tasks.folder import SourceChanged, list_folder
 from tasks.import_checkpoint import import_checkpoint
 
 
@@ -94,3 +94,11 @@ def test_a_checkpoint_that_is_replaced_on_s3_stops_the_run(local_store, save_mod
     fs.pipe_file(f"{place}/model.safetensors", bytes(content))
     with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
         list(checkpoint.layers())
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "nowhere.safetensors"])
+def test_no_index_leads_out_of_the_folder(save_model, tmp_path, name):
+    (tmp_path / "secret").write_text("not for this program")
+    fs, path = open_filesystem(str(save_model()))
+    with pytest.raises(FileNotFoundError, match="has no file"):
+        list_folder(fs, path, "the model").path(name)
