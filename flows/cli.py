@@ -106,9 +106,6 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         action="store_true",
         help="Of finished searches keep the result (choice, pruned model, test), and no other artifact.",
     )
-    collection.add_argument(
-        "--grace-minutes", type=float, default=60, help="What was modified in this time stays (default: 60)."
-    )
     verification = commands.add_parser("verify", help="read a whole store through; tells what is damaged")
     verification.add_argument("store", help="Folder or fsspec URL of the store.")
     verification.add_argument(
@@ -172,8 +169,7 @@ def _show(arguments: Namespace) -> None:
 def _collect(arguments: Namespace) -> None:
     from flows.housekeeping import collect_garbage
 
-    grace_seconds = 60 * arguments.grace_minutes
-    sys.exit(collect_garbage(arguments.store, arguments.apply, arguments.results_only, grace_seconds))
+    sys.exit(collect_garbage(arguments.store, arguments.apply, arguments.results_only))
 
 
 def _verify(arguments: Namespace) -> None:

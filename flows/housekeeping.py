@@ -21,20 +21,16 @@ from storage.store import ArtifactStore
 from storage.unreachable import reaching
 from storage.verify import Finding, Tally, verify
 
-GRACE_SECONDS = 3600.0
 LISTED = 20  # files that are not ours which are named; the others are counted
 # What `layerwise show` reads of a search, and what a search is made for.
 RESULT_ROLES = ("select", "export", "evaluate")
 
 
-def collect_garbage(
-    store_url: str, apply: bool, results_only: bool, grace_seconds: float = GRACE_SECONDS
-) -> int:
+def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
     """Show what nobody can reach in a store; delete it if ``apply``.
 
     Args:
         results_only: of finished searches keep the result, and of everything else nothing.
-        grace_seconds: whatever was modified in this time stays.
 
     Returns:
         The exit code: 1 if something could not be deleted.
@@ -45,7 +41,7 @@ def collect_garbage(
         ValueError: with ``results_only``, if artifacts are damaged.
     """
     store, console = _open_store(store_url), open_console()
-    collection = plan_collection(store, keys_of_results if results_only else None, grace_seconds)
+    collection = plan_collection(store, keys_of_results if results_only else None)
     _show_collection(console, collection)
     if not collection.garbage:
         console.print("nothing to delete")

@@ -24,7 +24,7 @@ def require_sizes(fs: AbstractFileSystem, root: str, files: Iterable[StoredFile]
         Unreachable: if the storage does not answer.
     """
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        for _ in pool.map(lambda file: _require_size(fs, f"{root}/{file.path}", file.size), files):
+        for _ in pool.map(lambda file: require_size(fs, root, file), files):
             pass
 
 
@@ -53,8 +53,8 @@ def require_content(
         Corrupt: if it is missing or another, twice in a row; names it.
         Unreachable: if the storage does not answer.
     """
+    require_size(fs, root, file)
     path = f"{root}/{file.path}"
-    _require_size(fs, path, file.size)
     for _ in range(2):  # bits flip on the way, too
         found = _digest(fs, path, file.size, count)
         if found == file.digest:
@@ -62,14 +62,21 @@ def require_content(
     raise Corrupt(f"{path} has digest {found}, but {file.digest} was recorded, twice in a row")
 
 
-def _require_size(fs: AbstractFileSystem, path: str, expected: int) -> None:
+def require_size(fs: AbstractFileSystem, root: str, file: StoredFile) -> None:
+    """Look whether ``file`` is there with the size it was written with.
+
+    Raises:
+        Corrupt: if it is not; names it.
+        Unreachable: if the storage does not answer.
+    """
+    path = f"{root}/{file.path}"
     try:
         with reaching(fs, path):
             size = fs.info(path)["size"]
     except FileNotFoundError as error:
         raise Corrupt(f"{path} is missing") from error
-    if size != expected:
-        raise Corrupt(f"{path} has {size} bytes, but {expected} were written")
+    if size != file.size:
+        raise Corrupt(f"{path} has {size} bytes, but {file.size} were written")
 
 
 def _digest(fs: AbstractFileSystem, path: str, size: int, count: Callable[[int], None]) -> str:

@@ -19,6 +19,7 @@ from storage.store import ArtifactStore
 from storage.uploads import abort_upload, open_uploads
 
 AT_ONCE = 16  # requests to a remote storage
+GRACE_SECONDS = 3600.0
 
 
 class StoreInUse(OSError):
@@ -70,7 +71,7 @@ class Collected:
 def plan_collection(
     store: ArtifactStore,
     keys_to_keep: Callable[[Sequence[Artifact]], AbstractSet[str]] | None = None,
-    grace_seconds: float = 3600.0,
+    grace_seconds: float = GRACE_SECONDS,
     now: float | None = None,
 ) -> Collection:
     """Find what nobody can reach; nothing is deleted. Lists the store once, and reads every manifest.

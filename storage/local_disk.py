@@ -4,7 +4,10 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Made = TypeVar("Made")
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -57,14 +60,7 @@ def link_file(source: str, target: str) -> None:
     """
     with explaining_refusals(target):
         os.utime(source)  # both names: whoever looks for leftovers must see that somebody is at work here
-        for last in (False,) * (REMOVALS - 1) + (True,):
-            _make_directory(os.path.dirname(target))
-            try:
-                _link(source, target)
-                break
-            except FileNotFoundError:  # another process may remove the folder while it is empty
-                if last or not os.path.exists(source):
-                    raise
+        _in_its_folder(target, lambda: _link(source, target))
     _sync_directory(os.path.dirname(target))
 
 
@@ -95,7 +91,8 @@ def _write_beside(path: str, pieces: Iterable[memoryview]) -> str:
     """Write a temporary file to disk in the folder of ``path``: only there is a rename atomic."""
     temporary, written = f"{path}.{uuid.uuid4().hex}.tmp", 0
     with explaining_refusals(path):
-        descriptor = _create_with_folder(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = _in_its_folder(temporary, lambda: os.open(temporary, flags, 0o666))
     try:
         for piece in pieces:  # not inside explaining_refusals: they may come from another disk
             rest = piece
@@ -113,13 +110,13 @@ def _write_beside(path: str, pieces: Iterable[memoryview]) -> str:
     return temporary
 
 
-def _create_with_folder(path: str) -> int:
-    """A descriptor of the new, empty file ``path``, whose folders are made."""
+def _in_its_folder(path: str, make: Callable[[], Made]) -> Made:
+    """Make the file ``path`` after its folders."""
     for _ in range(REMOVALS):
         # Another process may remove the folder while it is empty.
         with contextlib.suppress(FileNotFoundError):
             _make_directory(os.path.dirname(path))
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            return make()
     raise FileNotFoundError(
         errno.ENOENT,
         f"{path} cannot be written: its folder was removed {REMOVALS} times while the file was being made. "

@@ -23,7 +23,6 @@ class Progress:
         facts: of the artifact, known up to then.
         seconds: spent up to then.
         at: when it was saved (ISO 8601, UTC), and by which machine.
-        token: tells it from other resume points of the stage.
     """
 
     step: int
@@ -33,7 +32,11 @@ class Progress:
     seconds: float
     at: str
     host: str
-    token: str = ""
+
+    @property
+    def token(self) -> str:
+        """Tells it from other resume points of the stage; "" before it is written."""
+        return self.state.token
 
     @property
     def all_files(self) -> list[StoredFile]:
@@ -73,7 +76,6 @@ class Progress:
                 float(document["seconds"]),
                 str(document["at"]),
                 str(document["host"]),
-                document["token"],
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(f"{name} is not a resume point of this stage ({error})", name) from error

@@ -138,7 +138,7 @@ class _Sign:
             if not self._failed:
                 logger.warning(
                     "%s cannot be written (%s): the work goes on, but `layerwise gc` does not know of it. "
-                    "Do not run that now with a short grace.",
+                    "Do not run that now.",
                     self._path,
                     error,
                 )

@@ -10,6 +10,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
+from storage.checking import require_size
 from storage.corrupt import Corrupt
 from storage.damage import Damaged
 from storage.document import read_sealed, seal
@@ -141,11 +142,8 @@ class ArtifactStore:
         file = self.file(artifact, name)
         path = f"{self.root}/{file.path}"
         with self.blaming(artifact, name):
-            with reaching(self.fs, path):
-                size = self.fs.info(path)["size"]
-            if size != file.size:
-                raise Corrupt(f"{path} has {size} bytes, but {file.size} were written")
-            content = bytearray(size)
+            require_size(self.fs, self.root, file)
+            content = bytearray(file.size)
             for _ in range(2):  # bits flip on the way, too
                 read_exactly(self.fs, path, 0, memoryview(content))
                 if xxh3_128_hexdigest(content) == file.digest:

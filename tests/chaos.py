@@ -22,21 +22,13 @@ from pathlib import Path
 from flows.embedded_server import prefer_quiet_prefect
 from storage.store import ArtifactStore
 from tests.attempts import Attempt
+from tests.demo_search import DEMO
 from tests.small_search import small_search
 from tests.work_log import END, STAGES, START, Log, Run, mark_of
 
 # Kills come within the next third of a run: then they fall on all of it alike, not mostly on its end.
 SHARE_AHEAD = 1 / 3
 SHARE_AT_START = 0.1  # of the kills comes before any work
-DEMO = {
-    "model": "demo",
-    "sparsity": 0.6,
-    "beta_count": 3,
-    "seqlen": 512,
-    "calibration_windows": 16,
-    "selection_windows": 12,
-    "test_windows": 12,
-}
 
 
 @dataclass(frozen=True)
@@ -234,7 +226,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     model = arguments.model
-    settings = small_search(folder / "model") if model == "small" else DEMO | {"model": model}
+    settings = (
+        small_search(folder / "model") if model == "small" else DEMO | {"model": model, "beta_count": 3}
+    )
     stores = arguments.stores.split(",") if arguments.stores else [str(folder / "stores")]
     with prefect_test_harness(server_startup_timeout=120):
         chaos = Chaos(settings, stores, folder / "attempts", str(PREFECT_API_URL.value()), arguments.seed)

@@ -29,6 +29,7 @@ from flows.embedded_server import ServerStart
 from flows.settings import Runtime, Search
 from storage.draft import Draft
 from storage.files import open_filesystem
+from tests.demo_search import DEMO
 
 LIMIT = 0.05
 CHECKSUMS, RESUME_POINTS, FSYNC = "checksums", "resume points", "fsync"
@@ -138,15 +139,7 @@ def main() -> None:
         )
     server = ServerStart()
     server.wait()
-    settings = Search(
-        model="demo",
-        sparsity=0.6,
-        beta_count=6,
-        seqlen=512,
-        calibration_windows=16,
-        selection_windows=12,
-        test_windows=12,
-    )
+    settings = Search.model_validate(DEMO)
     chosen = {name: value for name, value in vars(arguments).items() if value is not None}
     watch = Stopwatch()
     watch.install()

@@ -16,6 +16,7 @@ from typing import Any
 from flows import search as flow_module
 from flows.embedded_server import ServerStart
 from flows.settings import Runtime, Search
+from tests.demo_search import DEMO
 
 TASKS = ("load_checkpoint", "sample_windows", "allocate", "capture", "branch", "select", "export", "evaluate")
 
@@ -34,15 +35,7 @@ def main() -> None:
     for name in TASKS:
         task = getattr(flow_module, name)
         task.fn = timed(task.fn, inside)
-    settings = Search(
-        model="demo",
-        sparsity=0.6,
-        beta_count=6,
-        seqlen=512,
-        calibration_windows=16,
-        selection_windows=12,
-        test_windows=12,
-    )
+    settings = Search.model_validate(DEMO)
     began = time.monotonic()
     flow_module.search(settings, Runtime(store=str(store)))
     total = time.monotonic() - began
