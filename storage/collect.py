@@ -46,14 +46,6 @@ class Collection:
     horizon: float
     results_only: bool = False
 
-    def of_kind(self, kind: str) -> list[Garbage]:
-        return [each for each in self.garbage if each.kind == kind]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all of it."""
-        return sum(each.size for each in self.garbage)
-
 
 @dataclass(frozen=True)
 class Collected:

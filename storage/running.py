@@ -1,4 +1,7 @@
-"""Which processes work in a store: each leaves a sign of life there, so that house-keeping takes nothing from them."""
+"""Which processes work in a store: each leaves a sign of life there, which says what it is doing.
+
+House-keeping takes nothing from them, people see them, and whoever waits for one notices its death.
+"""
 
 import contextlib
 import logging
@@ -24,9 +27,12 @@ from storage.unreachable import Unreachable, reaching
 logger = logging.getLogger(__name__)
 
 FOLDER = "running"
-EVERY = 60.0  # seconds between two signs of life
-STALE_AFTER = 600.0  # seconds without one: ten were missed
+EVERY = 5.0  # seconds between two signs of life; on S3 less than ten cents a day
+SILENT = 60.0  # seconds without one: twelve were missed; whoever waits for it takes it for dead
+STALE_AFTER = 600.0  # seconds without one: by a dead process, not by a storage that was gone for minutes
 LAST_WAIT = 10.0  # seconds that a sign of life under way may hold up the end of the work
+
+_doing = ""  # what this process is doing right now
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class RunningProcess:
         what: it does, for people.
         since: when it began; at the beginning of all times if its file cannot be understood.
         last_sign: when it last rewrote its file.
+        doing: what it was doing then, for people; "" if that is not known.
     """
 
     host: str
@@ -44,28 +51,46 @@ class RunningProcess:
     what: str
     since: datetime
     last_sign: datetime
+    doing: str = ""
 
     def __str__(self) -> str:
         since, last = (f"{each:%Y-%m-%d %H:%M:%S} UTC" for each in (self.since, self.last_sign))
         return f"{self.what!r}, process {self.pid} on {self.host}, since {since} (last sign of life {last})"
 
 
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of life of one process.
+
+    Args:
+        token: another one with every sign, so that whoever watches needs no clock but their own; "" if the file is
+            damaged, and then all the rest is unknown, too.
+        doing: as in ``RunningProcess``.
+    """
+
+    token: str
+    host: str
+    doing: str
+    pid: int
+
+
 @contextlib.contextmanager
-def announced(fs: AbstractFileSystem, root: str, what: str) -> Iterator[None]:
+def announced(fs: AbstractFileSystem, root: str, what: str, name: str | None = None) -> Iterator[None]:
     """Tell others that this process works in the store at ``root`` until the block is left.
 
     A store that cannot be written is used all the same, with a warning: what is needed may be there.
 
     Args:
         what: it does, for people; without credentials.
+        name: by which others look for this process, 32 hex digits; None if nobody will.
 
     Raises:
         Unreachable: the storage does not answer.
     """
-    sign = _Sign(fs, root, what)
-    sign.give(first=True)
+    giver = _SignGiver(fs, root, what, _path(root, name or uuid.uuid4().hex))
+    giver.give(first=True)
     done = threading.Event()
-    thread = threading.Thread(target=sign.keep_giving, args=(done,), name="sign of life", daemon=True)
+    thread = threading.Thread(target=giver.keep_giving, args=(done,), name="sign of life", daemon=True)
     thread.start()
     try:
         yield
@@ -74,11 +99,50 @@ def announced(fs: AbstractFileSystem, root: str, what: str) -> Iterator[None]:
         thread.join(LAST_WAIT)  # it removes the file; on a storage that hangs the file goes stale
 
 
-def running_processes(fs: AbstractFileSystem, root: str, now: float) -> list[RunningProcess]:
-    """The processes that gave a sign of life in the last ten minutes, the oldest first.
+def doing(text: str) -> None:
+    """Say what this process is doing right now; others read it with its next sign of life.
+
+    Args:
+        text: for people; "" if there is nothing to say any more.
+    """
+    global _doing
+    _doing = text
+
+
+def read_sign(fs: AbstractFileSystem, root: str, name: str) -> Sign | None:
+    """The last sign of life of the process that was announced as ``name``, by one request.
+
+    Returns:
+        None if there is none: the process has ended, or not begun.
+
+    Raises:
+        OSError: if the storage does not answer (``Unreachable``), or refuses.
+    """
+    try:
+        content = read_sealed(fs, _path(root, name))
+        return Sign(content["token"], content["host"], content["doing"], content["pid"])
+    except FileNotFoundError:
+        return None
+    except (Corrupt, KeyError):
+        return Sign("", "", "", 0)
+
+
+def remove_sign(fs: AbstractFileSystem, root: str, name: str) -> None:
+    """Remove the sign of life of a process that is known to be dead; one that is not gives another one.
+
+    What cannot be removed stays, and goes stale.
+    """
+    remove_quietly(fs, [_path(root, name)])
+
+
+def running_processes(
+    fs: AbstractFileSystem, root: str, now: float, within: float = STALE_AFTER
+) -> list[RunningProcess]:
+    """The processes that gave a sign of life lately, the oldest first.
 
     Args:
         now: by the storage's clock (see ``storage_clock``), in seconds since 1970.
+        within: how many seconds are lately.
 
     Raises:
         OSError: if the storage cannot be reached.
@@ -91,7 +155,7 @@ def running_processes(fs: AbstractFileSystem, root: str, now: float) -> list[Run
     found = []
     for row in rows:
         ours = RUNNING_FILE.fullmatch(row["name"][len(root) + 1 :])
-        if ours and modified(fs, row) > now - STALE_AFTER:
+        if ours and modified(fs, row) > now - within:
             with contextlib.suppress(FileNotFoundError):  # it has ended since
                 found.append(_read(fs, row["name"], modified(fs, row)))
     return sorted(found, key=lambda process: process.since)
@@ -119,12 +183,11 @@ def storage_clock(fs: AbstractFileSystem, root: str) -> float:
             fs.rm_file(path)  # not remove_quietly, which would take an empty root with it
 
 
-class _Sign:
-    """The file of one process."""
+class _SignGiver:
+    """Keeps the file of one process up to date."""
 
-    def __init__(self, fs: AbstractFileSystem, root: str, what: str) -> None:
-        self._fs, self._root, self._what = fs, root, what
-        self._path = f"{root}/{FOLDER}/{uuid.uuid4().hex}.json"
+    def __init__(self, fs: AbstractFileSystem, root: str, what: str, path: str) -> None:
+        self._fs, self._root, self._what, self._path = fs, root, what, path
         self._began = time.monotonic()
         self._since: datetime | None = None  # unknown until the storage's clock could be read
         self._failed = False
@@ -152,18 +215,25 @@ class _Sign:
     def _content(self) -> dict[str, object]:
         if self._since is None:
             self._since = self._start()
-        return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "what": self._what,
-            "since": self._since.isoformat(),
-        }
+        return {**self._known(), "since": self._since.isoformat()}
+
+    def _known(self) -> dict[str, object]:
+        return {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
 
     def _start(self) -> datetime:
         # The file's own time is lost with every rewriting, and this machine's clock may be wrong.
-        overwrite(self._fs, self._path, seal({"what": self._what}))
+        overwrite(self._fs, self._path, seal(self._known()))
         written = modified(self._fs, self._fs.info(self._path))
         return datetime.fromtimestamp(written - (time.monotonic() - self._began), UTC)
+
+
+def _path(root: str, name: str) -> str:
+    path = f"{FOLDER}/{name}.json"
+    if not RUNNING_FILE.fullmatch(path):
+        raise ValueError(
+            f"a process cannot be announced as {name!r}: its name must be 32 hex digits, as of a UUID."
+        )
+    return f"{root}/{path}"
 
 
 def _read(fs: AbstractFileSystem, path: str, last_sign: float) -> RunningProcess:
@@ -171,7 +241,8 @@ def _read(fs: AbstractFileSystem, path: str, last_sign: float) -> RunningProcess
     try:
         content = read_sealed(fs, path)
         since = datetime.fromisoformat(content["since"])
-        return RunningProcess(content["host"], content["pid"], content["what"], since, last)
+        doing = content.get("doing", "")  # older versions do not say it
+        return RunningProcess(content["host"], content["pid"], content["what"], since, last, doing)
     except (Corrupt, ValueError, TypeError, KeyError) as error:
         # Somebody is at work there: until when their files may be old is not known.
         began = datetime.fromtimestamp(0, UTC)

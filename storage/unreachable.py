@@ -156,9 +156,14 @@ def _is_about(error: Exception, words: tuple[str, ...]) -> bool:
     return any(word in name for word in words for name in names)
 
 
+def without_secrets(text: str) -> str:
+    """``text`` without what stands in its URLs for nobody to see: passwords and signatures."""
+    text = re.sub(r"//[^/\s@]+@", "//***@", text)
+    return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']+", r"\1?***", text)
+
+
 def _without_secrets(fs: AbstractFileSystem, text: str) -> str:
     for name in ("secret", "token", "key", "password"):
         if isinstance(value := getattr(fs, name, None), str) and value:
             text = text.replace(value, "***")
-    text = re.sub(r"//[^/\s@]+@", "//***@", text)  # a password in a URL
-    return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']+", r"\1?***", text)  # a signature in a query
+    return without_secrets(text)

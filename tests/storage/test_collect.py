@@ -103,7 +103,7 @@ def test_files_that_were_being_written_go(store):
     }
     for path in left:
         overwrite(store.fs, f"{store.root}/{path}", b"half")
-    assert {each.path for each in plan(store).of_kind(TEMPORARY)} == left
+    assert {each.path for each in plan(store).garbage if each.kind == TEMPORARY} == left
     assert kinds_of(collect_all(store)) == {TEMPORARY}
     assert store.read(artifact, "weights.bin") == b"wwww"
 
@@ -122,7 +122,7 @@ def test_a_manifest_that_was_set_aside_goes_with_the_files_that_only_it_names(st
     store.fs.rm_file(f"{store.root}/{STAGE.key}/manifest.json")
     artifact = build_weights(store, content=b"anew")
     collection = plan(store)
-    assert {each.path for each in collection.of_kind(SET_ASIDE)} == {
+    assert {each.path for each in collection.garbage if each.kind == SET_ASIDE} == {
         f"{STAGE.key}/manifest.json.damaged-{'a' * 32}",
         damaged.files["weights.bin"].path,
     }

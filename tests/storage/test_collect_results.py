@@ -36,7 +36,10 @@ def test_everything_but_the_artifacts_to_keep_goes_on_request(store):
 
     collection = plan(store, keys_to_keep=keys_to_keep)
     assert seen == sorted([STAGE.key, OTHER.key])
-    assert {each.key for each in collection.of_kind(ARTIFACTS)} == {STAGE.key, Stage("export", 1).key}
+    assert {each.key for each in collection.garbage if each.kind == ARTIFACTS} == {
+        STAGE.key,
+        Stage("export", 1).key,
+    }
     assert collect(store, collection).failures == ()
     assert paths_in(store) == {f"{OTHER.key}/manifest.json", kept.files["weights.bin"].path}
     assert store.read(kept, "weights.bin") == b"wwww"

@@ -13,9 +13,20 @@ import pytest
 
 from storage.document import read_sealed
 from storage.publishing import overwrite
-from storage.running import announced, running_processes, storage_clock
+from storage.running import (
+    Sign,
+    announced,
+    doing,
+    read_sign,
+    remove_sign,
+    running_processes,
+    storage_clock,
+)
 from storage.store import ArtifactStore
+from storage.unreachable import Unreachable
+from tests.faults import error
 
+NAME = "0123456789abcdef" * 2
 MINUTES = 60.0
 LIMIT = 60.0  # seconds of waiting for another thread or process
 HOLDER = """
@@ -89,10 +100,106 @@ def test_several_processes_are_seen(store):
         assert {process.what for process in running_in(store)} == {"first", "second"}
 
 
+def wait_for_sign(store, wanted):
+    deadline = time.monotonic() + LIMIT
+    while not wanted(sign := read_sign(store.fs, store.root, NAME)):
+        assert time.monotonic() < deadline, f"the last sign is {sign}"
+        time.sleep(0.02)
+    return sign
+
+
+def test_a_process_is_found_by_its_name_while_it_works(store):
+    assert read_sign(store.fs, store.root, NAME) is None
+    with announced(store.fs, store.root, "branch 0.1", NAME):
+        sign = read_sign(store.fs, store.root, NAME)
+        assert sign == Sign(sign.token, socket.gethostname(), "", os.getpid())
+        assert sign.token
+        assert [process.what for process in running_in(store)] == ["branch 0.1"]
+    assert read_sign(store.fs, store.root, NAME) is None
+
+
+def test_every_sign_has_another_token_and_says_what_the_process_is_doing(store, monkeypatch):
+    monkeypatch.setattr("storage.running.EVERY", 0.05)
+    with announced(store.fs, store.root, "branch 0.1", NAME):
+        first = read_sign(store.fs, store.root, NAME)
+        wait_for_sign(store, lambda sign: sign.token != first.token)
+        doing("layer 3 of 30")
+        second = wait_for_sign(store, lambda sign: sign.doing)
+        assert (second.doing, second.host, second.pid) == ("layer 3 of 30", first.host, first.pid)
+        assert [process.doing for process in running_in(store)] == ["layer 3 of 30"]
+        doing("")
+        wait_for_sign(store, lambda sign: not sign.doing)
+
+
+def test_what_a_process_is_doing_stands_in_its_first_sign(store):
+    doing("reading the model")
+    try:
+        with announced(store.fs, store.root, "a search"):
+            assert [process.doing for process in running_in(store)] == ["reading the model"]
+    finally:
+        doing("")
+
+
+@pytest.mark.parametrize("name", ["", "a" * 31, "A" * 32, f"../{'a' * 32}"])
+def test_a_name_that_cannot_be_listed_is_refused(store, name):
+    if name:
+        with (
+            pytest.raises(ValueError, match="must be 32 hex digits"),
+            announced(store.fs, store.root, "x", name),
+        ):
+            pass
+    with pytest.raises(ValueError, match="must be 32 hex digits"):
+        read_sign(store.fs, store.root, name)
+    assert files_of(store) == {}
+
+
+def test_a_damaged_sign_is_one_without_a_token_until_the_next(store, monkeypatch):
+    monkeypatch.setattr("storage.running.EVERY", 0.05)
+    path = f"{store.root}/running/{NAME}.json"
+    overwrite(store.fs, path, b"{")
+    assert read_sign(store.fs, store.root, NAME) == Sign("", "", "", 0)
+    with announced(store.fs, store.root, "branch 0.1", NAME):
+        assert read_sign(store.fs, store.root, NAME).pid == os.getpid()
+
+
+def test_the_sign_of_a_dead_process_can_be_removed_and_a_living_one_gives_another(store, monkeypatch):
+    monkeypatch.setattr("storage.running.EVERY", 0.2)
+    remove_sign(store.fs, store.root, NAME)
+    with announced(store.fs, store.root, "branch 0.1", NAME):
+        first = read_sign(store.fs, store.root, NAME)
+        remove_sign(store.fs, store.root, NAME)
+        wait_for_sign(store, lambda sign: sign and sign.token != first.token)
+    assert files_of(store) == {}
+
+
+def test_looking_for_a_sign_is_one_request_whether_or_not_there_is_one(fault_proxy, s3_bucket):
+    store = ArtifactStore(f"s3://{s3_bucket}/one-request")
+
+    def requests() -> int:
+        return sum(request.path.startswith(f"/{store.root}") for request in fault_proxy.requests)
+
+    assert read_sign(store.fs, store.root, NAME) is None
+    assert requests() == 1
+    with announced(store.fs, store.root, "branch 0.1", NAME):
+        before = requests()
+        assert read_sign(store.fs, store.root, NAME).pid == os.getpid()
+        assert requests() == before + 1
+
+
+def test_a_storage_that_does_not_answer_is_not_taken_for_the_end_of_a_process(fault_proxy, s3_bucket):
+    store = ArtifactStore(f"s3://{s3_bucket}/silent", config_kwargs={"retries": {"total_max_attempts": 1}})
+    fault_proxy.inject(error(503), times=float("inf"))
+    with pytest.raises(Unreachable):
+        read_sign(store.fs, store.root, NAME)
+
+
 def test_a_process_without_a_sign_for_ten_minutes_is_not_running(store):
     with announced(store.fs, store.root, "a search"):
         assert len(running_in(store, later=9 * MINUTES)) == 1
-        assert running_in(store, later=11 * MINUTES) == []
+        later = now_in(store) + 11 * MINUTES
+        assert running_processes(store.fs, store.root, later) == []
+        [silent] = running_processes(store.fs, store.root, later, within=12 * MINUTES)
+        assert silent.pid == os.getpid()
 
 
 def test_a_sign_of_life_that_cannot_be_read_counts_as_a_process_of_unknown_age(store):
