@@ -60,7 +60,12 @@ class AllocateSettings:
         return tuple(arithmetic(self.target, beta, layer_sizes) for beta in betas)
 
 
-@stage_task()
+def allocate_stage(layer_sizes: Sequence[int], settings: AllocateSettings) -> Stage:
+    """The stage of an allocation."""
+    return Stage("allocate", 1, {**vars(settings), "layer_sizes": list(layer_sizes)})
+
+
+@stage_task(about=lambda layer_sizes, settings, **_: f"at {settings.target:g}, {len(layer_sizes)} layers")
 def allocate(store: ArtifactStore, layer_sizes: Sequence[int], settings: AllocateSettings) -> Artifact:
     """The plans as an artifact: ``plans.json`` with beta and every layer's sparsity."""
 
@@ -69,9 +74,7 @@ def allocate(store: ArtifactStore, layer_sizes: Sequence[int], settings: Allocat
         draft.write(PLANS_FILE, json.dumps([vars(plan) for plan in plans], indent=1).encode())
         draft.facts |= {"betas": [plan.beta for plan in plans]}
 
-    return store.get_or_build(
-        Stage("allocate", 1, {**vars(settings), "layer_sizes": list(layer_sizes)}), build
-    )
+    return store.get_or_build(allocate_stage(layer_sizes, settings), build)
 
 
 def read_plans(store: ArtifactStore, artifact: Artifact) -> tuple[SparsityPlan, ...]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import pyarrow as pa
 
@@ -16,13 +15,14 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
+from tasks.grouping import begun_groups, group_stage, note_group
 from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
+from tasks.run_names import betas_title, model_title
 from tasks.stage_task import stage_task
 
 LOSSES_FILE = "losses.parquet"
 LAYERS_FILE = "layers.parquet"
 LINEARS_FILE = "linears.parquet"
-GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) 
     return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings}, inputs.keys(settings))
 
 
-@stage_task()
+@stage_task(
+    about=lambda inputs, plans, settings, **_: (
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}: {betas_title([plan.beta for plan in plans])}"
+    )
+)
 def branch(
     store: ArtifactStore,
     inputs: LaneInputs,
@@ -59,10 +63,13 @@ def branch(
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
     while None in (lanes := [store.find(stage) for stage in stages]):
         missing = [number for number, lane in enumerate(lanes) if lane is None]
-        try:
-            members = _members(store, stages, missing)
-        except Committed:
-            continue  # another process has just finished one of them
+        members = next(begun_groups(store, stages, missing), None)
+        if members is None:
+            members = missing
+            try:
+                note_group(store, [stages[number] for number in members])
+            except Committed:
+                continue  # another process has just finished one of them
         run = [plans[number] for number in members]
         group = _group(store, inputs, run, linears, settings, execution)
         for position, number in enumerate(members):
@@ -74,47 +81,6 @@ def branch(
     ]
 
 
-def _members(store: ArtifactStore, stages: Sequence[Stage], missing: Sequence[int]) -> list[int]:
-    """Which lanes to run together: a group that an earlier attempt has begun, or all missing ones.
-
-    With whom a lane was begun is noted in its resume point, so that a group goes on even if some of its lanes are
-    committed already, or others have been asked for since.
-
-    Raises:
-        Committed: another process has finished one of the missing lanes.
-    """
-    begun = [list(range(len(stages))), *(_noted_group(store, stages, number) for number in missing)]
-    for members in begun:
-        if set(members) & set(missing) and _has_progress(store, [stages[number] for number in members]):
-            return members
-    together = [stages[number].key for number in missing]
-
-    def note(state: Draft) -> None:
-        state.facts[GROUP] = together
-
-    for number in missing:
-        store.draft(stages[number]).save_progress(0, note)
-    return list(missing)
-
-
-def _noted_group(store: ArtifactStore, stages: Sequence[Stage], lane: int) -> list[int]:
-    """The lanes that this one was begun with; none if one of them is not asked for any more."""
-    progress = store.progress(stages[lane])
-    keys = [] if progress is None else cast(list[str], progress.state.facts[GROUP])
-    number_of = {stage.key: number for number, stage in enumerate(stages)}
-    return [number_of[key] for key in keys] if all(key in number_of for key in keys) else []
-
-
-def _has_progress(store: ArtifactStore, lanes: Sequence[Stage]) -> bool:
-    group = _group_stage(lanes)
-    return store.find(group) is not None or store.progress(group) is not None
-
-
-def _group_stage(lanes: Sequence[Stage]) -> Stage:
-    """The stage that runs these lanes together."""
-    return Stage("lane_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)})
-
-
 def _group(
     store: ArtifactStore,
     inputs: LaneInputs,
@@ -124,12 +90,12 @@ def _group(
     execution: Execution,
 ) -> Artifact:
     def build(draft: Draft) -> None:
-        title = f"branch: {len(plans)} betas and the dense model, group 1 of 1"
+        title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'} and the dense model"
         result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
         for number in range(len(plans)):
             write_lane(draft, lane_folder(number), result, number + 1, linears)
 
-    return store.get_or_build(_group_stage([lane_stage(plan, inputs, settings) for plan in plans]), build)
+    return store.get_or_build(group_stage([lane_stage(plan, inputs, settings) for plan in plans]), build)
 
 
 def write_lane(

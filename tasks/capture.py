@@ -20,6 +20,7 @@ from tasks.boundaries import boundaries
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.progress import showing
+from tasks.run_names import model_title
 from tasks.sample_tokens import read_input_ids
 from tasks.stage_task import stage_task
 from tasks.statistics_table import write_statistics
@@ -54,7 +55,7 @@ def capture_stage(
     return Stage("capture", 1, settings, inputs)
 
 
-@stage_task()
+@stage_task(about=lambda checkpoint, **_: model_title(checkpoint))
 def capture(
     store: ArtifactStore,
     checkpoint: Checkpoint,

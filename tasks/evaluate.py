@@ -14,6 +14,7 @@ from storage.store import ArtifactStore
 from tasks.branch import write_lane
 from tasks.execution import Execution
 from tasks.lane_group import LaneInputs, PruneSettings, advance_group
+from tasks.run_names import betas_title, model_title
 from tasks.stage_task import stage_task
 
 TEST_FILE = "test.json"
@@ -49,7 +50,11 @@ def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
     return [uniform] if best == uniform else [uniform, best]
 
 
-@stage_task()
+@stage_task(
+    about=lambda inputs, best, settings, **_: (
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {betas_title([best.beta])}"
+    )
+)
 def evaluate(
     store: ArtifactStore,
     inputs: LaneInputs,

@@ -25,6 +25,7 @@ from tasks.execution import Execution
 from tasks.lane_group import PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
+from tasks.run_names import betas_title, model_title
 from tasks.sources import HUB_ID, DemoSource
 from tasks.stage_task import stage_task
 from tasks.statistics_table import read_statistics, statistics_identity
@@ -51,7 +52,11 @@ def export_stage(
     return Stage("export", 1, {"prune": settings, "card": card}, inputs)
 
 
-@stage_task()
+@stage_task(
+    about=lambda checkpoint, chosen, settings, **_: (
+        f"{model_title(checkpoint)} at {settings.target:g}, {betas_title([chosen.plan.beta])}"
+    )
+)
 def export(
     store: ArtifactStore,
     checkpoint: Checkpoint,

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from storage.progress import Progress as Resumed
+from storage.running import doing
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def showing(
     title: str, total: int, start: int = 0, resumed: Resumed | None = None, unit: str = "layer"
 ) -> Iterator[Step]:
     """Show that ``completed`` of ``total`` are done, with the time left and the memory in use.
+
+    Signs of life of this process say it, too.
 
     Args:
         title: what is going on, e.g. "branch: 11 lanes, group 1 of 1".
@@ -70,10 +73,15 @@ def showing(
         bar = bars.add_task(title, total=total, completed=start, memory=_memory())
 
         def step(completed: int) -> None:
+            doing(f"{title}: {unit} {completed} of {total}")
             bars.update(bar, completed=completed, memory=_memory())
             reports.report(completed, to_stderr=not console.is_terminal)
 
-        yield step
+        doing(f"{title}: {unit} {start} of {total}")
+        try:
+            yield step
+        finally:
+            doing("")
 
 
 class _Reports:

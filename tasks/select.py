@@ -10,6 +10,7 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.branch import LaneScore
+from tasks.run_names import betas_title
 from tasks.stage_task import stage_task
 
 SELECTION_FILE = "selection.json"
@@ -71,7 +72,7 @@ def select_stage(scores: Sequence[LaneScore], dense_perplexity: float) -> Stage:
     return Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes)
 
 
-@stage_task()
+@stage_task(about=lambda scores, **_: f"among {betas_title([score.plan.beta for score in scores])}")
 def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
     """Choose the plan with the lowest mean loss; of equal ones the flattest."""
 

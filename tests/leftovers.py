@@ -1,5 +1,8 @@
 """What attempts that died leave in a store, and a collection of it in a day from now."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from storage.collect import collect, plan_collection
@@ -54,3 +57,14 @@ def die_in_attempt(store, stage=STAGE, boundaries=0):
 
     with pytest.raises(Killed):
         store.get_or_build(stage, build)
+
+
+def make_old(folder):
+    """Date everything in ``folder`` back to 2001."""
+    for path in Path(folder).rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def files_in(folder):
+    """Content of every file by its path."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

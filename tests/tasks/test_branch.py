@@ -7,6 +7,7 @@ from layerwise.magnitude import Magnitude
 from storage.tables import read_table
 from tasks.branch import branch, lane_stage
 from tasks.execution import Execution
+from tasks.grouping import begun_groups
 
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
@@ -281,3 +282,16 @@ def test_a_death_between_the_losses_of_two_lanes_computes_no_layer_again(
     assert computed_layers == [0, 1, 2]
     undisturbed = small_run(run.folder, another_store()).branch(0.0, 0.2)
     assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
+
+
+def test_groups_that_were_begun_apart_go_on_apart_and_the_rest_is_left(small_run, dying_at, computed_layers):
+    run = small_run()
+    for betas in ((0.0, 0.1), (0.2, 0.25)):
+        with dying_at(READS_STATISTICS, call=2):
+            run.branch(*betas, boundary_layers=1)
+    plans = run.plans((0.0, 0.1, 0.15, 0.2, 0.25))
+    stages = [lane_stage(plan, run.inputs(), run.pruning) for plan in plans]
+    assert list(begun_groups(run.store, stages, range(5))) == [[0, 1], [3, 4]]
+    computed_layers.clear()
+    run.branch(0.0, 0.1, 0.15, 0.2, 0.25)
+    assert computed_layers == [1, 2, 1, 2, 0, 1, 2]

@@ -15,6 +15,8 @@ from prefect.client.schemas.filters import ArtifactFilter, LogFilter
 from prefect.context import TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
+from storage.running import announced, read_sign
+from storage.store import ArtifactStore
 from tasks import progress
 from tasks.progress import showing
 
@@ -22,6 +24,12 @@ from tasks.progress import showing
 @pytest.fixture
 def every_step_reported(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
+
+
+def said_by_a_new_process(store: ArtifactStore) -> str:
+    """What this process says that it is doing, if it is announced now: its signs come every 15 s."""
+    with announced(store.fs, store.root, "a search", "a" * 32):
+        return read_sign(store.fs, store.root, "a" * 32).doing
 
 
 def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):
@@ -49,6 +57,24 @@ def test_the_time_left_counts_only_what_this_attempt_did(capsys, monkeypatch, ev
     with showing("capture", total=80, start=60) as step:
         step(61)
     assert "layer 61 of 80, 190 s left" in capsys.readouterr().err
+
+
+def test_signs_of_life_say_how_far_it_is_until_it_is_over(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+
+    assert said_by_a_new_process(store) == ""
+    with showing("capture: dense model", total=80, start=60) as step:
+        assert said_by_a_new_process(store) == "capture: dense model: layer 60 of 80"
+        step(61)
+        assert said_by_a_new_process(store) == "capture: dense model: layer 61 of 80"
+    assert said_by_a_new_process(store) == ""
+
+
+def test_what_failed_is_not_said_to_go_on(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    with pytest.raises(KeyError), showing("capture", total=2):
+        raise KeyError("layer")
+    assert said_by_a_new_process(store) == ""
 
 
 def test_an_error_in_the_middle_is_passed_on():

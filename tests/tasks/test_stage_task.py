@@ -1,7 +1,10 @@
 """A stage outlives an outage of the storage; whatever will not pass ends it at once."""
 
+import re
+
 import pytest
 from prefect import flow
+from prefect.context import TaskRunContext
 
 from storage.corrupt import Corrupt
 from storage.unreachable import Unreachable
@@ -51,3 +54,32 @@ def test_what_will_not_pass_ends_it_at_once(outcomes, error):
     raised, left = outcomes(error, "not called")
     assert type(raised) is type(error)
     assert left == ["not called"]
+
+
+@pytest.fixture
+def run_name(prefect_backend):
+    """How a run of a stage is called whose one argument is ``beta``."""
+
+    def run(**options) -> str:
+        @stage_task(**options)
+        def prune(beta: float) -> str:
+            return TaskRunContext.get().task_run.name
+
+        @flow(persist_result=False)
+        def whole() -> str:
+            return prune(0.25)
+
+        return whole()
+
+    return run
+
+
+def test_a_run_is_called_by_its_task_and_what_it_is_about(run_name):
+    assert run_name(about=lambda beta: f"with beta {beta}") == "prune with beta 0.25"
+    assert run_name(name="lane", about=lambda beta: f"with beta {beta}") == "lane with beta 0.25"
+    assert re.fullmatch(r"prune-\w+", run_name())
+
+
+@pytest.mark.parametrize("about", [lambda beta: beta.missing, lambda sparsity: "", lambda beta: 1 / 0])
+def test_a_name_that_cannot_be_made_fails_no_run(run_name, about):
+    assert run_name(about=about) == "prune"

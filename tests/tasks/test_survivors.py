@@ -18,14 +18,14 @@ def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
         run.branch(*BETAS)
     computed_layers.clear()
     other = replace(run, store=ArtifactStore(run.store.url))
-    members, done = branch_module._members, []
+    begun_groups, done = branch_module.begun_groups, []
 
     def after_the_other(store, stages, missing):
         if store is run.store and not done:
             done.append(other.branch(*BETAS))
-        return members(store, stages, missing)
+        return begun_groups(store, stages, missing)
 
-    monkeypatch.setattr("tasks.branch._members", after_the_other)
+    monkeypatch.setattr("tasks.branch.begun_groups", after_the_other)
     assert run.branch(*BETAS) == done[0]
     assert computed_layers == []
 
