@@ -28,10 +28,9 @@ def main() -> None:
             assert server is not None, "a search that is not asked for its help starts the server"
             _search(parsed, server, began)
         else:
-            run = {"plan": _plan, "ls": _list, "show": _show, "gc": _collect, "verify": _verify}[
-                parsed.command
-            ]
-            run(parsed)
+            commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show}
+            commands |= {"gc": _collect, "verify": _verify}
+            commands[parsed.command](parsed)
     except KeyboardInterrupt:
         _stop("stopped by the keyboard; what was committed stays", 130)
     except (ValueError, OSError, KeyError, ImportError) as error:
@@ -84,13 +83,17 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         "search", help="find the best beta for a sparsity and export the pruned model"
     )
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
-    if not set(command) <= {"ls", "show", "gc", "verify"}:
+    if not set(command) <= {"status", "ls", "show", "gc", "verify"}:
         from flows.options import add_options
         from flows.settings import Runtime, Search
 
         for each in (search, plan):
             add_options(each, Search)
             add_options(each, Runtime)
+    status = commands.add_parser(
+        "status", help="who works in a store, what was begun and not finished, which searches have ended"
+    )
+    status.add_argument("store", help="Folder or fsspec URL of the store.")
     listing = commands.add_parser("ls", help="the artifacts of a store")
     listing.add_argument("store", help="Folder or fsspec URL of the store.")
     show = commands.add_parser("show", help="one artifact, or the result of a search")
@@ -121,8 +124,11 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
     from flows.settings import Runtime, Search
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    from prefect.exceptions import CancelledRun
+
     from flows.console import open_console
     from flows.search import search
+    from flows.step import StepFailed
     from flows.terminal import show_result
     from tasks.stopping import TerminationSignal, stopping_on_sigterm
 
@@ -132,7 +138,16 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
             flow_began = time.monotonic()
             result = search(settings, runtime)
     except TerminationSignal:
-        _stop("stopped by SIGTERM after the layer that was under way; nothing that was finished is lost", 143)
+        after = (
+            f"what runs on the work pool {runtime.pool!r} goes on by itself"
+            if runtime.pool
+            else "nothing that was finished is lost"
+        )
+        _stop(f"stopped by SIGTERM; {after}", 143)
+    except CancelledRun as cancelled:
+        _stop(str(cancelled), 1)
+    except StepFailed as failure:
+        sys.exit(f"layerwise: {failure}")
     flow_seconds = time.monotonic() - flow_began
     console = open_console()
     show_result(console, result)
@@ -150,6 +165,12 @@ def _plan(arguments: Namespace) -> None:
     from flows.terminal import show_plan
 
     show_plan(open_console(), plan_search(read_options(arguments, Search), read_options(arguments, Runtime)))
+
+
+def _status(arguments: Namespace) -> None:
+    from flows.status import show_status
+
+    show_status(arguments.store)
 
 
 def _list(arguments: Namespace) -> None:

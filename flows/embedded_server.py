@@ -1,8 +1,11 @@
 """Prefect for one person on one machine: its server starts by itself, in the background, and stays quiet."""
 
 import os
+import subprocess
 import time
+from functools import partial
 from threading import Thread
+from types import SimpleNamespace
 
 # The user's own environment wins. Names and reasons: the notes on Prefect in README.md.
 PREFERENCES = {
@@ -56,8 +59,21 @@ class ServerStart:
 
         began = time.monotonic()
         try:
+            _outlive_a_ctrl_c()
             with get_client(sync_client=True) as client:
                 self._error = client.api_healthcheck()
         except (RuntimeError, OSError) as error:
             self._error = error
         self.seconds = time.monotonic() - began
+
+
+def _outlive_a_ctrl_c() -> None:
+    """Start the embedded server in a session of its own.
+
+    A Ctrl-C at a terminal goes to all processes of its group. A server that ends with it is asked for a minute how
+    the run has ended: Prefect's client repeats what finds no server.
+    """
+    from prefect.server.api import server
+
+    in_own_session = partial(subprocess.Popen, start_new_session=True)
+    server.subprocess = SimpleNamespace(Popen=in_own_session, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore

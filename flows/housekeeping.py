@@ -1,10 +1,11 @@
 """House-keeping of a store: delete what nobody can reach, read everything through.
 
-Imports neither Prefect nor transformers, which take five of seven seconds of start-up: this is run often.
+Imports neither Prefect nor transformers, which take five of seven seconds of start-up: this is run often. The flow
+``flows.gc`` does the same on a schedule.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -15,13 +16,13 @@ from flows.console import open_console, size
 from storage.artifact import Artifact
 from storage.collect import Collected, Collection, collect, plan_collection
 from storage.damage import Damaged
-from storage.garbage import KINDS
+from storage.garbage import KINDS, Garbage
 from storage.set_aside import set_aside
 from storage.store import ArtifactStore
 from storage.unreachable import reaching
 from storage.verify import Finding, Tally, verify
 
-LISTED = 20  # files that are not ours which are named; the others are counted
+LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
 # What `layerwise show` reads of a search, and what a search is made for.
 RESULT_ROLES = ("select", "export", "evaluate")
 
@@ -40,7 +41,7 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
         OSError: if the storage cannot be used, or, with ``results_only``, if a process works in the store.
         ValueError: with ``results_only``, if artifacts are damaged.
     """
-    store, console = _open_store(store_url), open_console()
+    store, console = existing_store(store_url), open_console()
     collection = plan_collection(store, keys_of_results if results_only else None)
     _show_collection(console, collection)
     if not collection.garbage:
@@ -65,6 +66,55 @@ def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
     return keys
 
 
+def existing_store(url: str) -> ArtifactStore:
+    """The store at ``url``, which must hold something: a wrong path would be found clean for ever.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        OSError: if the storage cannot be reached.
+    """
+    store = ArtifactStore(url)
+    with reaching(store.fs, store.root):
+        there = store.fs.exists(store.root)
+    if not there:
+        raise FileNotFoundError(f"{url} holds no store: nothing is there. Check the path or URL.")
+    return store
+
+
+def by_kind(garbage: Sequence[Garbage]) -> list[tuple[str, int, int]]:
+    """What there is of each kind of garbage, and of all: count and bytes."""
+    rows = []
+    for kind in KINDS:
+        sizes = [each.size for each in garbage if each.kind == kind]
+        if sizes:
+            rows.append((kind, len(sizes), sum(sizes)))
+    return [*rows, ("all", len(garbage), sum(each.size for each in garbage))]
+
+
+def what_stays(collection: Collection) -> Iterator[str]:
+    """What is left alone and why, a line each."""
+    for process in collection.running:
+        yield f"in use by {process}: all that is younger stays"
+    for key, problem in collection.damaged.items():
+        yield f"{key} is damaged and stays as it is: run verify ({problem})"
+    yield from _first(
+        [f"not ours: left alone: {path}" for path in collection.not_ours], "not ours: left alone"
+    )
+
+
+def what_failed(collected: Collected) -> Iterator[str]:
+    """What could not be deleted and why, a line each."""
+    lines = [f"not deleted: {failure.path}: {failure.problem}" for failure in collected.failures]
+    yield from _first(lines, "not deleted")
+
+
+def in_short(collected: Collected) -> str:
+    """How much was deleted, and how much could not be."""
+    freed = size(sum(each.size for each in collected.garbage)) or "0 B"
+    failed = f"; {len(collected.failures)} could not be deleted" if collected.failures else ""
+    return f"{len(collected.garbage)} deleted, {freed}{failed}"
+
+
 def verify_store(store_url: str, put_aside: bool = False) -> int:
     """Read a store through, and print what is damaged.
 
@@ -78,7 +128,7 @@ def verify_store(store_url: str, put_aside: bool = False) -> int:
         FileNotFoundError: if there is nothing at ``store_url``.
         OSError: if the store cannot be listed.
     """
-    store, console = _open_store(store_url), open_console()
+    store, console = existing_store(store_url), open_console()
     tally, began = Tally(), time.monotonic()
     found = dict.fromkeys(("damaged", "unread", "unfinished"), 0)
     keys = set()
@@ -116,43 +166,32 @@ def _put_aside(store: ArtifactStore, key: str) -> bool:
         return False  # a damaged resume point, which nobody uses
 
 
-def _open_store(url: str) -> ArtifactStore:
-    store = ArtifactStore(url)
-    with reaching(store.fs, store.root):
-        there = store.fs.exists(store.root)
-    if not there:
-        raise FileNotFoundError(f"{url} holds no store: nothing is there. Check the path or URL.")
-    return store
-
-
 def _show_collection(console: Console, collection: Collection) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("what")
     table.add_column("count", justify="right")
     table.add_column("size", justify="right")
-    for kind in KINDS:
-        if of_kind := collection.of_kind(kind):
-            table.add_row(kind, str(len(of_kind)), size(sum(each.size for each in of_kind)))
-    if collection.garbage:
-        table.add_row("all", str(len(collection.garbage)), size(collection.size), style="bold")
+    *rows, (_, count, total) = by_kind(collection.garbage)
+    for kind, number, taken in rows:
+        table.add_row(kind, str(number), size(taken))
+    if count:
+        table.add_row("all", str(count), size(total), style="bold")
         console.print(table)
-    for process in collection.running:
-        console.print(Text(f"in use by {process}: all that is younger stays"), soft_wrap=True)
-    for key, problem in collection.damaged.items():
-        console.print(Text(f"{key} is damaged and stays as it is: run verify ({problem})"), soft_wrap=True)
-    for path in collection.not_ours[:LISTED]:
-        console.print(Text(f"not ours: left alone: {path}"), soft_wrap=True)
-    if len(collection.not_ours) > LISTED:
-        console.print(f"not ours: left alone: {len(collection.not_ours) - LISTED} more")
+    for line in what_stays(collection):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _show_collected(console: Console, collected: Collected) -> int:
-    for failure in collected.failures:
-        console.print(Text(f"not deleted: {failure.path}: {failure.problem}"), soft_wrap=True)
-    freed = size(sum(each.size for each in collected.garbage)) or "0 B"
-    failed = f"; {len(collected.failures)} could not be deleted" if collected.failures else ""
-    console.print(f"{len(collected.garbage)} deleted, {freed}{failed}")
+    for line in what_failed(collected):
+        console.print(Text(line), soft_wrap=True)
+    console.print(in_short(collected))
     return 1 if collected.failures else 0
+
+
+def _first(lines: Sequence[str], what: str) -> Iterator[str]:
+    yield from lines[:LISTED]
+    if len(lines) > LISTED:
+        yield f"{what}: {len(lines) - LISTED} more"
 
 
 def _progress(tally: Tally) -> str:

@@ -1,27 +1,17 @@
 """Plan: what a search would run, what the store already has, and what it will take. Runs nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flows.search import token_requests
+from flows.found import look_up
+from flows.groups import lane_groups
 from flows.search_sizes import SearchSizes
 from flows.settings import Runtime, Search
-from layerwise.allocation import SparsityPlan
-from storage.artifact import Artifact
+from flows.token_requests import window_counts
 from storage.store import ArtifactStore
-from tasks.branch import lane_stage, read_score
-from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
-from tasks.checkpoint import Checkpoint
 from tasks.documents import Role
-from tasks.evaluate import evaluate_stage
-from tasks.export import export_stage
-from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
-from tasks.lane_group import LaneInputs
-from tasks.sample_tokens import TokenRequest, token_stage
-from tasks.select import compare, select_stage
+from tasks.import_checkpoint import inspect_source
 from tasks.streamed import layer_sizes_of, linears_by_layer
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,9 @@ class Plan:
         resume_bytes_a_stage: the same for those after so many layers; 0 if they are committed by time only.
         uncounted: roles whose windows are in none of these figures: all that the text gives, which is known once it
             is tokenised.
+        groups: how many betas there are in each group that is to run; each group reads the model once.
+        fan_out: over what the groups are spread, for people; None if one process does all of it. Memory, scratch and
+            resume points are those of one of the processes then.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -65,7 +58,9 @@ class Plan:
     resume_point: int
     resume_bytes_an_hour: float
     resume_bytes_a_stage: int
-    uncounted: tuple[Role, ...] = ()
+    uncounted: tuple[Role, ...]
+    groups: tuple[int, ...]
+    fan_out: str | None
 
 
 def plan_search(settings: Search, runtime: Runtime) -> Plan:
@@ -75,41 +70,41 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         ValueError: whatever a search would refuse about these settings before it computes.
     """
     store = ArtifactStore(runtime.store)
-    requests = token_requests(settings)
-    imported = store.find(import_stage(settings.model))
-    checkpoint = import_checkpoint(store, settings.model) if imported else None
-    index = checkpoint.index if checkpoint else inspect_source(settings.model)
-    linears = linears_by_layer(index, settings.seqlen)
-    plans = settings.allocation.plans(layer_sizes_of(linears))
+    found = look_up(store, settings)
+    index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)
+    linears = found.linears or linears_by_layer(index, settings.seqlen)
+    plans = found.plans or settings.allocation.plans(layer_sizes_of(linears))
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
-    windows: dict[Role, Artifact | None] = {
-        role: store.find(token_stage(checkpoint.tokenizer_identity, request)) if checkpoint else None
-        for role, request in requests.items()
-    }
-    found = _look_up(store, checkpoint, windows, settings, plans, dtype)
-    counts = {role: _count(request, windows[role]) for role, request in requests.items()}
-    sizes = SearchSizes(settings, index, linears, dtype, len(plans) + 1, counts)
+    counts = window_counts(settings, found.stages)
+    there = {role for role, artifact in found.stages.items() if artifact is not None}
+    missing = found.missing_lanes if found.lanes else range(len(plans))
+    sizes = SearchSizes(settings, index, linears, dtype, len(plans), counts)
+    workers = _workers(runtime)
+    groups = lane_groups(store, found.lanes, missing, sizes, runtime, workers)
+    together = max(map(len, groups), default=len(plans))
     weights = sum(index.layer_bytes) + index.outer_bytes
-    missing = len(plans) - found.lanes
     stages = [
         _stage(
-            "import_checkpoint", imported is not None, "import", weights, 0 if index.in_place else weights
+            "import_checkpoint",
+            "checkpoint" in there,
+            "import",
+            weights,
+            0 if index.in_place else weights,
         ),
-        *(_stage(f"sample_tokens: {role}", there is not None, "sample") for role, there in windows.items()),
-        _stage("capture", found.captured, "run the dense model", weights, sizes.capture),
+        *(_stage(f"sample_tokens: {role}", role in there, "sample") for role in counts),
+        _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
         _stage(
             f"branch: {len(plans)} betas",
-            missing == 0,
-            f"prune and score {missing} of them",
-            weights,
-            sizes.lanes_files(missing),
+            not missing,
+            f"prune and score {len(missing)} of them",
+            weights * len(groups),
+            sizes.lanes_files(len(missing)),
         ),
-        _stage("select", found.selected, "choose the best of them"),
-        _stage("export", found.exported, "write the pruned checkpoint", weights, weights),
-        _stage("evaluate", found.evaluated, "dense, uniform and best on the test windows", weights),
+        _stage("select", "select" in there, "choose the best of them"),
+        _stage("export", "export" in there, "write the pruned checkpoint", weights, weights),
+        _stage("evaluate", "evaluate" in there, "dense, uniform and best on the test windows", weights),
     ]
-    budget = int(runtime.hidden_states_gib * GIB)
-    states = sizes.hidden_states
+    budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together)
     memory = sizes.memory | {"hidden states": min(states, budget)}
     uncounted = tuple(role for role, count in counts.items() if count is None)
     betas = tuple(plan.beta for plan in plans)
@@ -124,6 +119,8 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         an_hour,
         by_layers * states,
         uncounted,
+        tuple(map(len, groups)),
+        None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
     )
 
 
@@ -131,52 +128,14 @@ def _stage(name: str, there: bool, todo: str, reads: int = 0, writes: int = 0) -
     return PlannedStage(name, "in the store") if there else PlannedStage(name, todo, reads, writes)
 
 
-def _count(request: TokenRequest, windows: Artifact | None) -> int | None:
-    """How many windows a role has; None where nobody knows yet."""
-    if request.windows is None and windows is not None:
-        return int(str(windows.facts["windows"]))
-    return request.windows
+def _workers(runtime: Runtime) -> int:
+    """How many groups run at a time."""
+    if runtime.pool is None:
+        return runtime.processes or 1
+    from prefect.client.orchestration import get_client
 
+    from flows.work_pool import WorkPool, require_server
 
-@dataclass(frozen=True)
-class _Found:
-    """What of a search is in the store already."""
-
-    captured: bool = False
-    lanes: int = 0
-    selected: bool = False
-    exported: bool = False
-    evaluated: bool = False
-
-
-def _look_up(
-    store: ArtifactStore,
-    checkpoint: Checkpoint | None,
-    windows: Mapping[Role, Artifact | None],
-    settings: Search,
-    plans: Sequence[SparsityPlan],
-    dtype: str,
-) -> _Found:
-    calibration, selection, test = windows["calibration"], windows["selection"], windows["test"]
-    if checkpoint is None or calibration is None or selection is None:
-        return _Found()
-    captured = store.find(
-        capture_stage(checkpoint.identity, calibration, selection, CaptureSettings(dtype, settings.retain))
-    )
-    if captured is None:
-        return _Found()
-    pruning = settings.pruning(dtype)
-    inputs = LaneInputs(checkpoint, captured, calibration, selection)
-    lanes = [store.find(lane_stage(plan, inputs, pruning)) for plan in plans]
-    there = [lane for lane in lanes if lane is not None]
-    if len(there) < len(plans):
-        return _Found(captured=True, lanes=len(there))
-    scores = [read_score(store, plan, lane) for plan, lane in zip(plans, there, strict=True)]
-    dense = float(str(captured.facts[DENSE_PERPLEXITY]))
-    chosen, uniform = scores[compare(scores, dense).best], scores[0]
-    stages = [select_stage(scores, dense), export_stage(checkpoint, captured, chosen, uniform, pruning)]
-    if test is not None:
-        testing = LaneInputs(checkpoint, captured, calibration, test)
-        stages.append(evaluate_stage(testing, uniform.plan, chosen.plan, pruning))
-    selected, exported, evaluated = ([store.find(stage) is not None for stage in stages] + [False])[:3]
-    return _Found(True, len(there), selected, exported, evaluated)
+    require_server()
+    with get_client(sync_client=True) as client:
+        return WorkPool(client, runtime.pool).workers

@@ -18,13 +18,18 @@ from tasks.streamed import DTYPES, layer_sizes_of
 
 @dataclass(frozen=True)
 class SearchSizes:
-    """Bytes that a search needs, from shapes alone."""
+    """Bytes that a search needs, from shapes alone.
+
+    Attributes:
+        plans: number of betas.
+        windows: by role; None for all that the text gives, which nobody has counted yet.
+    """
 
     settings: Search
     index: CheckpointIndex
     linears: Sequence[Sequence[Linear]]
     dtype: str
-    lanes: int
+    plans: int
     windows: Mapping[Role, int | None]
 
     @cached_property
@@ -37,16 +42,23 @@ class SearchSizes:
         return self.settings.seqlen * self.config.hidden_size * DTYPES[self.dtype].itemsize
 
     @property
-    def hidden_states(self) -> int:
-        """Of the stage that has the most of them."""
-        calibration, selection, test = (
-            self.windows[role] or 0 for role in ("calibration", "selection", "test")
-        )
-        own = calibration if self.settings.calibration_mode == "sequential" else 0
-        evaluated = min(self.lanes, 3)  # dense, uniform and best
-        return self.window * max(
-            calibration + selection, self.lanes * (own + selection), evaluated * (own + test)
-        )
+    def lane(self) -> int:
+        """Hidden states of one lane of a group."""
+        own = self.settings.calibration_mode == "sequential"
+        return self.window * ((self._count("calibration") if own else 0) + self._count("selection"))
+
+    def hidden_states(self, together: int) -> int:
+        """Of the stage that has the most of them.
+
+        Args:
+            together: how many betas the largest group has, beside the dense model.
+        """
+        captured = self.window * (self._count("calibration") + self._count("selection"))
+        tested = self.lane + self.window * (self._count("test") - self._count("selection"))
+        return max(captured, (together + 1) * self.lane, min(self.plans + 1, 3) * tested)
+
+    def _count(self, role: Role) -> int:
+        return self.windows[role] or 0
 
     @property
     def statistics(self) -> int:
@@ -56,7 +68,7 @@ class SearchSizes:
     @property
     def capture(self) -> int:
         """Statistics and retained hidden states."""
-        windows = [self.windows["calibration"] or 0, self.windows["selection"] or 0]
+        windows = [self._count("calibration"), self._count("selection")]
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
         return self.statistics + (self.index.num_layers + 1) * count * self.window

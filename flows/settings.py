@@ -4,10 +4,11 @@ deployment.
 ``Search`` decides the result and is part of the artifacts' keys; ``Runtime`` says where and how, and is not.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from layerwise.allocation import BETA_STEP
@@ -16,6 +17,7 @@ from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
 from tasks.execution import Execution
 from tasks.lane_group import PruneSettings
+from tasks.run_names import title_of
 from tasks.sources import holds_credentials
 
 
@@ -34,7 +36,21 @@ def _bare_url(value: Any) -> Any:
     return value
 
 
-BareUrl = Annotated[str, BeforeValidator(_bare_url)]
+FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
+
+
+def _known_place(value: str) -> str:
+    if not FAN_OUT.match(value):
+        raise PydanticCustomError(
+            "fan_out", "give local, processes:N (N from 1 to 999), or pool:NAME with the name of a work pool"
+        )
+    return value
+
+
+# The pattern is for Prefect's server, which then stores no parameters with a password in them.
+BareUrl = Annotated[
+    str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
+]
 PrunerChoice = Annotated[Wanda | Magnitude, Field(discriminator="method"), BeforeValidator(_method)]
 
 
@@ -62,14 +78,18 @@ class Search(_Settings):
         "each layer on its own pruned model, as the original Wanda code does; about three times the time.",
     )
     calibration: BareUrl = Field(
+        title="Calibration text",
         default="builtin",
         description="Text for calibration: hf:owner/name[/config][:split], a .txt, .jsonl or .parquet file "
         "(path or URL), or 'builtin' (the documentation in Python's pydoc_data.topics).",
     )
     selection: BareUrl = Field(
-        default="builtin", description="Text by which beta is chosen; as for calibration."
+        title="Selection text",
+        default="builtin",
+        description="Text by which beta is chosen; as for calibration.",
     )
     test: BareUrl | None = Field(
+        title="Test text",
         default=None,
         description="Text for the final perplexity, touched once; empty: as for selection, of which it gets a part "
         "of its own (the test split of a hub data set).",
@@ -81,7 +101,9 @@ class Search(_Settings):
     test_windows: int | None = Field(
         default=None, ge=1, description="Number of test windows; empty: all that the text gives."
     )
-    seqlen: int = Field(default=2048, ge=2, description="Length of every window, in tokens.")
+    seqlen: int = Field(
+        title="Window length in tokens", default=2048, ge=2, description="Length of every window, in tokens."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the random calibration windows.")
     betas: tuple[float, ...] | None = Field(
         default=None,
@@ -97,9 +119,12 @@ class Search(_Settings):
         description=f"Step of the grid of betas within the legal range; empty: {BETA_STEP:g}, as in the paper.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="In which the model computes; auto: the checkpoint's own."
+        title="Dtype of the computation",
+        default="auto",
+        description="In which the model computes; auto: the checkpoint's own.",
     )
     retain: Literal["none", "sampled", "all"] = Field(
+        title="Hidden states to keep",
         default="none",
         description="Windows whose hidden states are kept at every layer boundary of the dense model.",
     )
@@ -117,6 +142,11 @@ class Search(_Settings):
             step = BETA_STEP
         return AllocateSettings(self.sparsity, self.betas, self.beta_count, step)
 
+    @property
+    def title(self) -> str:
+        """The search in some words, for lists of runs: the model, and the sparsity."""
+        return f"{title_of(self.model)} at {self.sparsity:g}"
+
     def pruning(self, dtype: str) -> PruneSettings:
         """How lanes are pruned, with the dtype that ``auto`` stands for."""
         return PruneSettings(self.sparsity, self.pruner, self.calibration_mode, dtype)
@@ -131,21 +161,69 @@ class Runtime(_Settings):
         description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",
     )
     hidden_states_gib: float = Field(
+        title="Memory for hidden states in GiB",
         default=4,
         ge=0,
         allow_inf_nan=False,
         description="Memory for hidden states, in GiB; what goes beyond lies in files.",
     )
     scratch: Path | None = Field(
+        title="Scratch folder",
         default=None,
         description="Folder for hidden states beyond that; empty: the system's temporary folder.",
     )
     boundary_minutes: float = Field(
-        default=5, gt=0, description="Commit a resume point at the first layer after this time, in minutes."
+        title="Minutes between resume points",
+        default=5,
+        gt=0,
+        description="Commit a resume point at the first layer after this time, in minutes.",
     )
     boundary_layers: int | None = Field(
-        default=None, ge=1, description="Also commit one after so many layers; empty: by time only."
+        title="Layers between resume points",
+        default=None,
+        ge=1,
+        description="Also commit one after so many layers; empty: by time only.",
     )
+    fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
+        title="Fan-out",
+        default="local",
+        json_schema_extra={"pattern": FAN_OUT.pattern},
+        description="Who computes. local: this process. processes:N: N processes on this machine, one for each of its "
+        "devices. pool:NAME: the workers of a Prefect work pool, while this process only waits.",
+    )
+    groups: int | None = Field(
+        title="Groups of betas",
+        default=None,
+        ge=1,
+        description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
+        "the workers and their memory for hidden states ask for.",
+    )
+
+    @property
+    def processes(self) -> int | None:
+        """On how many processes of this machine the work is spread; None if it is not."""
+        kind, _, count = self.fan_out.partition(":")
+        return int(count) if kind == "processes" else None
+
+    @property
+    def pool(self) -> str | None:
+        """Over which work pool the work is spread; None if it is not."""
+        kind, _, name = self.fan_out.partition(":")
+        return name if kind == "pool" else None
+
+    @property
+    def hidden_states_bytes(self) -> int:
+        """Memory for hidden states."""
+        return int(self.hidden_states_gib * 2**30)
+
+    @model_validator(mode="after")
+    def _groups_for_whom(self) -> "Runtime":
+        if self.groups is not None and self.fan_out == "local":
+            raise ValueError(
+                f"groups is {self.groups}, but fan_out is local: one process advances all betas in one group. "
+                "Leave groups empty, or set fan_out to processes:N or pool:NAME."
+            )
+        return self
 
     def execution(self) -> Execution:
         """The settings as the tasks take them.
@@ -167,7 +245,7 @@ class Runtime(_Settings):
         optional = {} if self.scratch is None else {"scratch": self.scratch}
         return Execution(
             device=device,
-            hidden_states_bytes=int(self.hidden_states_gib * 2**30),
+            hidden_states_bytes=self.hidden_states_bytes,
             boundary_layers=self.boundary_layers,
             boundary_seconds=60 * self.boundary_minutes,
             **optional,

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import size
+from flows.findings import number, sentence_on_test, table_rows, work_sentence
 from flows.plan import Plan
-from flows.search import SearchResult, table_rows
+from flows.result import SearchResult
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.select import Selection
@@ -28,14 +29,7 @@ def show_result(console: Console, result: SearchResult) -> None:
         console.print(
             f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
         )
-    computed = [role for role in result.built if role not in ("allocate", "select")]
-    if not result.built:
-        console.print("Everything was in the store already: no layer was computed, no weight was read.")
-    else:
-        console.print(
-            f"Built {len(result.built)} of {len(result.stages)} artifacts ({', '.join(computed)}), "
-            f"{result.bytes_read / 1e9:.2f} GB of weights read."
-        )
+    console.print(work_sentence(result))
 
 
 def show_selection(console: Console, title: str, selection: Selection) -> None:
@@ -48,19 +42,14 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
         cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()]
         table.add_row(*cells, style="bold green" if index == selection.best else None)
     console.print(table)
-    console.print(f"\nOn the selection text (dense: {selection.dense_perplexity:.2f}): {selection.verdict}.")
+    console.print(
+        f"\nOn the selection text (dense: {number(selection.dense_perplexity)}): {selection.verdict}."
+    )
 
 
 def show_test(console: Console, test: TestResult) -> None:
     """Test perplexities side by side."""
-    gain = ""
-    if test.gain is not None:
-        t = "" if test.gain.t is None else f", t = {test.gain.t:.1f}"
-        gain = f" ({100 * (1 - test.best / test.uniform):.1f} % below uniform{t})"
-    console.print(
-        f"On the test text, {test.windows} windows: dense {test.dense:.2f}, uniform {test.uniform:.2f}, "
-        f"best {test.best:.2f}{gain}."
-    )
+    console.print(sentence_on_test(test))
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -76,6 +65,14 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     betas = ", ".join(f"{beta:g}" for beta in plan.betas)
     console.print(f"\nbetas: {betas} (0 is uniform)", soft_wrap=True)
+    if plan.fan_out and plan.groups:
+        groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+        sizes = ", ".join(map(str, plan.groups))
+        console.print(
+            f"fan-out: {groups} of {sizes} betas on {plan.fan_out}; each reads the model once. "
+            "What follows is for each process:",
+            soft_wrap=True,
+        )
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
     console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
     if plan.scratch:

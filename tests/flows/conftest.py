@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flows.search import SearchResult, search
+from flows.result import SearchResult
+from flows.search import search
 from flows.settings import Runtime, Search
 
 WORDS = [f"w{number}" for number in range(96)]

@@ -65,6 +65,7 @@ def start(environment, pytestconfig):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a group of its own, as at a terminal
         )
 
     return start_process
@@ -289,9 +290,7 @@ def test_a_second_search_finds_everything_done(said, finished):
 def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
     assert said["search that fails"].code == 1
     with get_client(sync_client=True) as client:
-        ours = FlowRunFilter(
-            name={"any_": [f"{workshop.model} at 0.5"]}, state={"type": {"any_": ["FAILED"]}}
-        )
+        ours = FlowRunFilter(name={"any_": ["model at 0.5"]}, state={"type": {"any_": ["FAILED"]}})
         (failed,) = [
             run
             for run in client.read_flow_runs(flow_run_filter=ours)
@@ -299,6 +298,21 @@ def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
         ]
         messages = [log.message for log in client.read_logs(LogFilter(flow_run_id={"any_": [failed.id]}))]
     assert any("2400 are needed" in message for message in messages)
+
+
+def test_ctrl_c_at_a_terminal_ends_a_search_and_its_processes_and_tells_how_to_resume(
+    start, options, tmp_path
+):
+    """The whole group of processes gets the signal there, Prefect's embedded server with the rest."""
+    where = ["--store", str(tmp_path / "store"), "--fan-out", "processes:1"]
+    process = start("-m", "flows.cli", "search", *options(), *where)
+    while "capture: pending" not in (line := process.stderr.readline()):
+        assert line, "it has ended before"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=50)  # a client that has lost its server asks for a minute
+    assert process.returncode == 130
+    assert "stopped by the keyboard" in err
+    assert "Resume with:\n  layerwise search --model" in err
 
 
 def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(first_search, finished):

@@ -14,7 +14,8 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from transformers import AutoModelForCausalLM
 
-from flows.search import RESULT_FILE, search, table_rows
+from flows.findings import table_rows
+from flows.search import RESULT_FILE, search
 from flows.settings import Runtime
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
@@ -236,7 +237,7 @@ def test_a_run_is_named_after_model_and_sparsity(finished, workshop):
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(state.state_details.flow_run_id)
     assert run.state.is_completed()
-    assert run.name == f"{workshop.model} at 0.5"
+    assert run.name == "model at 0.5"
 
 
 def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_backend, pytestconfig):

@@ -128,3 +128,25 @@ def test_the_container_in_an_azure_url_is_no_credential():
     assert Search(model=url, sparsity=0.5, selection=f"{url}/text.txt").model == url
     with pytest.raises(ValidationError, match="holds credentials"):
         Search(model="abfs://container:key@account.dfs.core.windows.net/folder", sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fan_out", "processes", "pool"),
+    [("local", None, None), ("processes:4", 4, None), ("pool:gpu workers", None, "gpu workers")],
+)
+def test_a_runtime_says_who_computes(fan_out, processes, pool):
+    runtime = Runtime(store="here", fan_out=fan_out)
+    assert (runtime.processes, runtime.pool) == (processes, pool)
+
+
+@pytest.mark.parametrize(
+    "fan_out", ["", "processes", "processes:0", "processes:-1", "pool:", "locally", "gpu"]
+)
+def test_another_place_to_compute_is_refused_by_its_field(fan_out):
+    with pytest.raises(ValidationError, match="fan_out"):
+        Runtime(store="here", fan_out=fan_out)
+
+
+def test_one_process_makes_no_groups():
+    with pytest.raises(ValidationError, match=r"groups is 3, but fan_out is local"):
+        Runtime(store="here", groups=3)

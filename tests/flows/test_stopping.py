@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 
 from flows.search import search
 from flows.settings import Runtime
@@ -75,7 +75,10 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
     }
     assert ArtifactStore(store).fs.find(f"{store}/running") == []
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": ["CRASHED"]}}))
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": ["search"]}),
+            flow_run_filter=FlowRunFilter(state={"type": {"any_": ["CRASHED"]}}),
+        )
     assert store in [run.parameters["runtime"]["store"] for run in runs]
 
 

@@ -1,0 +1,100 @@
+"""What a search found, on Prefect's pages: a table, a report with figures, and where the pruned model is."""
+
+import base64
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+
+from flows.findings import number, sentence_on_test, table_rows, work_sentence
+from flows.plots import perplexity_by_beta, sparsity_by_layer
+from flows.result import SearchResult
+from storage.files import is_local
+from storage.store import ArtifactStore
+from tasks.allocate import read_plans
+from tasks.progress import going_on_without_prefect
+
+# The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
+LOAD_HERE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({place!r})
+```
+"""
+LOAD_FROM_AFAR = """```python
+import fsspec
+from transformers import AutoModelForCausalLM
+
+fs, folder = fsspec.url_to_fs({place!r})
+fs.get(f"{{folder}}/", "pruned-model/", recursive=True)
+model = AutoModelForCausalLM.from_pretrained("pruned-model")
+```
+"""
+
+
+def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
+    """Show a result on the page of the flow run that calls this, where the server takes it."""
+    get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
+    title = f"{result.settings.title}: {result.selection.verdict}"
+    report = search_report(store, result)
+    with going_on_without_prefect():
+        create_table_artifact(table_rows(result.selection), key="search-result", description=title)
+        create_markdown_artifact(report, key="search-report", description=title)
+        create_markdown_artifact(
+            how_to_load(result.pruned),
+            key="pruned-model",
+            description=f"{result.settings.title}: the pruned model",
+        )
+
+
+def search_report(store: ArtifactStore, result: SearchResult) -> str:
+    """The whole result as one page of Markdown that needs nothing else: figures are in it."""
+    settings, selection, test = result.settings, result.selection, result.test
+    plans = read_plans(store, result.stages["allocate"])
+    uniform, best = selection.rows[0], selection.best_row
+    place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
+    return f"""# {settings.title}, {settings.pruner.method}
+
+**{selection.verdict}.**
+
+{sentence_on_test(test)}
+
+| | beta | perplexity, selection text | perplexity, test text |
+|:--|--:|--:|--:|
+| dense | | {number(selection.dense_perplexity)} | {number(test.dense)} |
+| uniform | 0 | {number(uniform.perplexity)} | {number(test.uniform)} |
+| **best** | {best.beta:.6g} | {number(best.perplexity)} | {number(test.best)} |
+
+{_image("Perplexity by beta", perplexity_by_beta(selection, settings.title))}
+
+A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
+
+{_image("Sparsity by layer", sparsity_by_layer(plans[0], plans[selection.best], settings.title))}
+
+## The pruned model
+
+{how_to_load(result.pruned)}
+## In the store
+
+{work_sentence(result)} `layerwise show {place}` tells how it was made.
+
+| | artifact | |
+|:--|:--|:--|
+{_stage_rows(result)}
+"""
+
+
+def how_to_load(place: str) -> str:
+    """Where an exported model lies, and the code that loads it; in blocks, which a long name does not leave."""
+    load = LOAD_FROM_AFAR if "://" in place else LOAD_HERE  # transformers opens no URL
+    return f"```text\n{place}\n```\n\n{load.format(place=place)}"
+
+
+def _stage_rows(result: SearchResult) -> str:
+    return "\n".join(
+        f"| {role} | `{artifact.key}` | {'built now' if role in result.built else 'was there'} |"
+        for role, artifact in result.stages.items()
+    )
+
+
+def _image(name: str, svg: bytes) -> str:
+    return f"![{name}](data:image/svg+xml;base64,{base64.b64encode(svg).decode()})"

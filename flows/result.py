@@ -1,0 +1,30 @@
+"""What a search found, and what it took."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flows.settings import Search
+from storage.artifact import Artifact
+from tasks.evaluate import TestResult
+from tasks.select import Selection
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, and what it took.
+
+    Attributes:
+        pruned: where the exported checkpoint lies.
+        stages: every artifact of the run by role.
+        built: roles of the artifacts that this run, or others for it, had to build; the rest was in the store.
+        bytes_read: bytes of weights that this process read.
+    """
+
+    settings: Search
+    source: str
+    selection: Selection
+    test: TestResult
+    pruned: str
+    stages: Mapping[str, Artifact]
+    built: tuple[str, ...]
+    bytes_read: int

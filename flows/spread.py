@@ -1,0 +1,170 @@
+"""Spread a search over processes: its steps run elsewhere, and this one only waits."""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import cast
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+
+from flows.fan_out import FanOut
+from flows.found import Found, look_up
+from flows.groups import lane_groups
+from flows.local_processes import LocalProcesses
+from flows.place import Place
+from flows.search_sizes import SearchSizes
+from flows.settings import Runtime, Search
+from flows.step import Step, StepFailed, parameters_of
+from flows.token_requests import window_counts
+from flows.work_pool import WorkPool, require_server
+from storage.keys import digest
+from storage.store import ArtifactStore
+from tasks.run_names import betas_title
+from tasks.sources import HubSource, find_source
+from tasks.stage_task import stage_task
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A search as all processes that work on it have to see it.
+
+    Attributes:
+        settings: with a hub model's commit, so that all prune the same one, even if its owner changes it now.
+        runtime: with a store that is the same place in every folder.
+        there: roles of the artifacts that the store has from before.
+    """
+
+    settings: Search
+    runtime: Runtime
+    there: frozenset[str]
+
+
+@stage_task(about=lambda store, settings, runtime: settings.title)
+def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
+    """Look once, for all processes, at what changes with time and place."""
+    source = find_source(settings.model)
+    if isinstance(source, HubSource):
+        settings = settings.model_copy(update={"model": source.label})
+    if "://" not in runtime.store:
+        runtime = runtime.model_copy(update={"store": os.path.abspath(runtime.store)})
+    there = (role for role, artifact in look_up(store, settings).stages.items() if artifact is not None)
+    return Shared(settings, runtime, frozenset(there))
+
+
+@stage_task(about=lambda store, shared: f"{shared.settings.title} over {shared.runtime.fan_out}")
+def spread(store: ArtifactStore, shared: Shared) -> None:
+    """Have others build what the store lacks of a search.
+
+    Raises:
+        ValueError: there is no such place, or it is not a place for this; before any work.
+        StepFailed: a step failed.
+        CancelledRun: the search was cancelled.
+    """
+    settings, runtime = shared.settings, shared.runtime
+    found = look_up(store, settings)
+    if not found.missing:
+        return
+    tag = f"search:{digest({'settings': settings.model_dump(mode='json'), 'store': runtime.store})[:12]}"
+    with get_client(sync_client=True) as client, closing(open_place(client, runtime)) as place:
+        fan_out = FanOut(client, store, place, tag)
+        if found.stages["capture"] is None:
+            fan_out.run([_capture_step(store, settings, runtime)])
+            found = look_up(store, settings)
+        if found.missing_lanes:
+            fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
+            found = look_up(store, settings)
+        if found.missing:
+            fan_out.run([_evaluate_step(store, settings, runtime)])
+            found = look_up(store, settings)
+    if found.missing:
+        raise StepFailed(
+            f"{store.url} has no {', '.join(found.missing)}, although all steps are done. "
+            "Has a text or the model changed meanwhile?"
+        )
+
+
+def open_place(client: SyncPrefectClient, runtime: Runtime) -> Place:
+    """Where ``runtime`` says that the steps run.
+
+    Raises:
+        ValueError: there is no such work pool, or it is the one whose slot this run takes itself.
+    """
+    if runtime.processes is not None:
+        return LocalProcesses(client, runtime.processes, runtime.device)
+    assert runtime.pool is not None, "a local search is not spread"
+    require_server()
+    place = WorkPool(client, runtime.pool)
+    context = FlowRunContext.get()
+    own = None if context is None or context.flow_run is None else context.flow_run.work_pool_name
+    if own == runtime.pool:
+        raise ValueError(
+            f"this search runs on the work pool {own!r} itself, and would wait there in a slot that its groups need. "
+            "Deploy the search on a pool of its own, which needs no GPU, or set fan_out to local."
+        )
+    return place
+
+
+def _capture_step(store: ArtifactStore, settings: Search, runtime: Runtime) -> Step:
+    return Step(
+        "capture",
+        "capture",
+        f"{settings.title}: capture",
+        parameters_of(settings, runtime),
+        lambda: look_up(store, settings).stages["capture"] is not None,
+    )
+
+
+def _branch_steps(
+    store: ArtifactStore, settings: Search, runtime: Runtime, found: Found, fan_out: FanOut, workers: int
+) -> list[Step]:
+    """One step for each group: those that others are at already, and those that are to be begun."""
+    assert found.checkpoint is not None, "there are no lanes without a checkpoint"
+    index = found.checkpoint.index
+    dtype = index.dtype if settings.dtype == "auto" else settings.dtype
+    counts = window_counts(settings, found.stages)
+    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), counts)
+    groups: list[list[int]] = []
+    left = set(found.missing_lanes)
+    for lanes in (_lanes_of(run, found) for run in fan_out.under_way("branch")):
+        if left.intersection(lanes) and not any(lane in group for group in groups for lane in lanes):
+            groups.append(lanes)
+            left -= set(lanes)
+    groups += lane_groups(store, found.lanes, sorted(left), sizes, runtime, workers)
+    return [_branch_step(store, settings, runtime, found, n, groups) for n in range(len(groups))]
+
+
+def _lanes_of(run: FlowRun, found: Found) -> list[int]:
+    betas = cast(list[float], run.parameters["betas"])
+    return [number for number, plan in enumerate(found.plans) if plan.beta in betas]
+
+
+def _branch_step(
+    store: ArtifactStore,
+    settings: Search,
+    runtime: Runtime,
+    found: Found,
+    number: int,
+    groups: Sequence[Sequence[int]],
+) -> Step:
+    betas = tuple(found.plans[lane].beta for lane in groups[number])
+    lanes = [found.lanes[lane] for lane in groups[number]]
+    return Step(
+        "branch",
+        f"group {number + 1} of {len(groups)}: {betas_title(betas)}",
+        f"{settings.title}: {betas_title(betas)}",
+        parameters_of(settings, runtime) | {"betas": list(betas)},
+        lambda: all(store.find(lane) is not None for lane in lanes),
+    )
+
+
+def _evaluate_step(store: ArtifactStore, settings: Search, runtime: Runtime) -> Step:
+    return Step(
+        "evaluate",
+        "export and test",
+        f"{settings.title}: export and test",
+        parameters_of(settings, runtime),
+        lambda: not look_up(store, settings).missing,
+    )

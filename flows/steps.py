@@ -1,0 +1,86 @@
+"""The steps of a search as flows of their own, for other processes and machines: what each makes lies in the store."""
+
+from collections.abc import Callable
+
+from prefect import flow
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
+from prefect.states import Crashed, State
+
+from flows.cancelling import cancelled
+from flows.mending import mending
+from flows.parent_process import stop_with_parent
+from flows.settings import Runtime, Search
+from flows.stages import captured, chosen, scored
+from storage.running import announced
+from storage.store import ArtifactStore
+from storage.unreachable import Unreachable
+from tasks.execution import Execution
+from tasks.run_names import betas_title
+from tasks.stopping import stopping_on_sigterm
+
+
+@flow(name="capture", flow_run_name="{settings.title}: capture", persist_result=False)
+def capture(settings: Search, runtime: Runtime) -> State | None:
+    """Import the model, sample the windows, run the dense model: all that comes before the betas."""
+    return _step(settings, runtime, "capture", captured)
+
+
+def _branch_name() -> str:
+    parameters = flow_run.parameters
+    betas = parameters["betas"]
+    return f"{parameters['settings'].title}: {betas_title(betas) if betas else 'all betas'}"
+
+
+@flow(name="branch", flow_run_name=_branch_name, persist_result=False)
+def branch(settings: Search, runtime: Runtime, betas: tuple[float, ...] | None = None) -> State | None:
+    """Prune the model with these betas and score them, all in one group.
+
+    Args:
+        settings: the search that the betas belong to.
+        runtime: where and how this group runs.
+        betas: some of the search's betas; empty: all of them.
+    """
+    what = betas_title(betas) if betas else "all betas"
+    return _step(
+        settings,
+        runtime,
+        what,
+        lambda store, settings, execution: scored(store, settings, execution, betas),
+    )
+
+
+@flow(name="evaluate", flow_run_name="{settings.title}: export and test", persist_result=False)
+def evaluate(settings: Search, runtime: Runtime) -> State | None:
+    """Choose the best beta, export the model pruned by it, and test it beside the dense and the uniform one.
+
+    Betas that the store does not have are pruned and scored before.
+    """
+    return _step(settings, runtime, "export and test", chosen)
+
+
+def _step(
+    settings: Search,
+    runtime: Runtime,
+    what: str,
+    work: Callable[[ArtifactStore, Search, Execution], object],
+) -> State | None:
+    """Do ``work`` as a part of somebody's search.
+
+    Returns:
+        A crash, for others to take up, if the storage does not answer here; a cancellation if it was one.
+    """
+    execution = runtime.execution()
+    run_id = flow_run.id
+    name = None if run_id is None else run_id.replace("-", "")
+    try:
+        with stopping_on_sigterm():
+            stop_with_parent()
+            store = ArtifactStore(runtime.store)
+            with announced(store.fs, store.root, f"{settings.title}: {what}", name):
+                mending(store, lambda: work(store, settings, execution))
+    except Unreachable as error:
+        return Crashed(message=str(error))
+    except TerminationSignal as ending:
+        return cancelled(ending)
+    return None

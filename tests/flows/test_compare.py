@@ -1,0 +1,224 @@
+"""Several searches of one model in one run, on a real Prefect server."""
+
+import json
+import math
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.deployments.runner import EntrypointType
+from prefect.exceptions import PrefectHTTPStatusError
+from pydantic import ValidationError
+
+from flows.compare import Compare, SearchFailed, compare, comparison_rows
+from flows.settings import Runtime, Search
+from layerwise.magnitude import Magnitude
+from layerwise.perplexity import PairedDifference
+from layerwise.wanda import Wanda
+from storage.store import ArtifactStore
+from tasks.evaluate import TestResult
+
+LEAST = {"model": "models/demo", "sparsity": 0.5}
+
+
+def names_in(store_url):
+    """How often each kind of artifact is in a store."""
+    names = [artifact.recipe["name"] for artifact in ArtifactStore(store_url).artifacts()]
+    return {name: names.count(name) for name in names}
+
+
+def keys_of(result):
+    return {role: artifact.key for role, artifact in result.stages.items()}
+
+
+def artifacts_of(state, key):
+    with get_client(sync_client=True) as client:
+        run = ArtifactFilter(flow_run_id={"any_": [state.state_details.flow_run_id]})
+        return [artifact for artifact in client.read_artifacts(artifact_filter=run) if artifact.key == key]
+
+
+@pytest.fixture(scope="module")
+def settings(workshop) -> Compare:
+    """Two sparsities with two pruners each."""
+    return Compare(search=workshop.settings(), sparsities=(0.5, 0.4), pruners=(Magnitude(), Wanda()))
+
+
+@pytest.fixture(scope="module")
+def compared(settings, prefect_backend, tmp_path_factory):
+    """A run that had to build everything: its state, its results, and where it ran."""
+    runtime = Runtime(store=str(tmp_path_factory.mktemp("compared") / "store"))
+    state = compare(settings, runtime, return_state=True)
+    return state, state.result(), runtime
+
+
+def test_every_sparsity_goes_with_every_pruner_and_every_seed():
+    settings = Compare(search=LEAST, sparsities=(0.7, 0.5), pruners=("wanda", "magnitude"), seeds=(1, 0))
+    got = [(search.sparsity, search.pruner.method, search.seed) for search in settings.searches]
+    assert got == [
+        (0.7, "wanda", 1),
+        (0.7, "wanda", 0),
+        (0.7, "magnitude", 1),
+        (0.7, "magnitude", 0),
+        (0.5, "wanda", 1),
+        (0.5, "wanda", 0),
+        (0.5, "magnitude", 1),
+        (0.5, "magnitude", 0),
+    ]
+
+
+def test_what_is_not_given_is_as_in_the_common_settings():
+    common = Search(**LEAST, pruner="magnitude", seed=4, seqlen=99, betas=(0.01,))
+    assert Compare(search=common).searches == (common,)
+    (other,) = Compare(search=common, sparsities=(0.7,)).searches
+    assert other == common.model_copy(update={"sparsity": 0.7})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sparsities": [0.5, 1.0]}, "sparsities.1"),
+        ({"sparsities": [float("nan")]}, "sparsities.0"),
+        ({"sparsities": 0.5}, "sparsities"),
+        ({"pruners": ["random"]}, "pruners.0"),
+        ({"seeds": [-1]}, "seeds.0"),
+        ({"sparsity": 0.5}, "sparsity"),
+        ({"search": {**LEAST, "sparsity": 0}}, "search.sparsity"),
+        ({"search": {**LEAST, "betas": [0.1], "beta_count": 3}}, "betas and count"),
+        ({"sparsities": [0.5, 0.6, 0.50]}, "sparsities has 0.5 more than once"),
+        ({"pruners": ["wanda", {"method": "wanda"}]}, "pruners has wanda more than once"),
+        ({"seeds": [2, 2]}, "seeds has 2 more than once"),
+    ],
+)
+def test_searches_that_mean_nothing_are_refused_by_the_name_of_their_field(changes, named):
+    with pytest.raises(ValidationError, match=named):
+        Compare.model_validate({"search": LEAST} | changes)
+
+
+def test_an_error_does_not_show_what_was_given():
+    with pytest.raises(ValidationError, match="credentials") as refusal:
+        Compare(search={**LEAST, "model": "s3://name:topsecret@bucket/model"}, sparsities=(2,))
+    assert "topsecret" not in str(refusal.value)
+
+
+def test_a_title_says_model_sparsities_and_pruners():
+    assert Compare(search=LEAST).title == "demo at 0.5: wanda"
+    several = Compare(search=LEAST, sparsities=(0.6, 0.7), pruners=("magnitude", "wanda"), seeds=(0, 1, 2))
+    assert several.title == "demo at 0.6, 0.7: magnitude, wanda, 3 seeds"
+
+
+def test_settings_survive_the_way_through_json():
+    settings = Compare(search=LEAST, sparsities=(0.6, 0.7), pruners=("magnitude",))
+    assert Compare.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_what_the_searches_share_is_built_once(compared):
+    _, results, runtime = compared
+    assert [(result.settings.sparsity, result.settings.pruner.method) for result in results] == [
+        (0.5, "magnitude"),
+        (0.5, "wanda"),
+        (0.4, "magnitude"),
+        (0.4, "wanda"),
+    ]
+    shared = {"checkpoint", "calibration", "selection", "test", "capture"}
+    assert shared < set(results[0].built)
+    assert "allocate" not in results[1].built
+    assert [shared & set(result.built) for result in results[1:]] == [set(), set(), set()]
+    names = names_in(runtime.store)
+    assert (names["import_checkpoint"], names["capture"], names["sample_tokens"]) == (1, 1, 3)
+    assert (names["allocate"], names["search"]) == (2, 4)
+
+
+def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):
+    _, results, runtime = compared
+    before = names_in(runtime.store)
+    again = compare(settings, runtime)
+    assert [result.built for result in again] == [()] * 4
+    assert [result.bytes_read for result in again] == [0] * 4
+    assert comparison_rows(again) == comparison_rows(results)
+    assert names_in(runtime.store) == before
+
+
+def test_each_result_is_that_of_its_search_alone(compared, finished):
+    _, results, _ = compared
+    alone, _ = finished
+    assert keys_of(results[1]) == keys_of(alone)
+    assert (results[1].selection, results[1].test) == (alone.selection, alone.test)
+
+
+def test_prefect_has_one_table_of_all_and_a_run_that_says_what_was_compared(compared, workshop):
+    state, results, _ = compared
+    (table,) = artifacts_of(state, "compare-result")
+    assert table.type == "table"
+    assert json.loads(table.data) == comparison_rows(results)
+    assert table.description.startswith(f"{workshop.model}. Perplexities.")
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(state.state_details.flow_run_id)
+    assert run.name == "model at 0.5, 0.4: magnitude, wanda"
+
+
+def test_the_table_can_be_checked_by_hand(compared):
+    _, results, _ = compared
+    for row, result in zip(comparison_rows(results), results, strict=True):
+        by_beta = {score.beta: score.loss for score in result.selection.rows}
+        best = min(by_beta, key=by_beta.get)
+        assert (row["sparsity"], row["pruner"]) == (
+            result.settings.sparsity,
+            result.settings.pruner.method,
+        )
+        assert (row["seed"], row["best beta"]) == (0, best)
+        assert row["selection: uniform"] == pytest.approx(math.exp(by_beta[0]), abs=0.006)
+        assert row["selection: best"] == pytest.approx(math.exp(by_beta[best]), abs=0.006)
+    assert len({row["selection: dense"] for row in comparison_rows(results)}) == 1
+
+
+def with_test(result, **test):
+    """A search's result, with other figures of its test."""
+    return type(result)(**vars(result) | {"test": TestResult(windows=12, dense=10.0, **test)})
+
+
+def test_gain_is_in_percent_of_uniform_and_what_has_no_number_is_said(finished):
+    result, _ = finished
+    better = with_test(result, uniform=50.0, best=40.0, gain=PairedDifference(-0.223, -8.24, 12))
+    same = with_test(result, uniform=50.0, best=50.0, gain=None)
+    diverged = with_test(result, uniform=math.exp(700), best=40.0, gain=PairedDifference(-696, None, 1))
+    shown = ("test: uniform", "test: best", "gain %", "t")
+    assert [tuple(row[name] for name in shown) for row in comparison_rows([better, same, diverged])] == [
+        (50.0, 40.0, 20.0, "-8.2"),
+        (50.0, 50.0, 0.0, ""),
+        ("diverged", 40.0, 100.0, ""),
+    ]
+
+
+def test_a_search_that_cannot_be_done_stops_the_run_with_its_reason_and_the_others_stay(
+    finished, workshop, tmp_path
+):
+    """Beta 0.25 is legal at sparsity 0.5, but not at 0.2."""
+    runtime = Runtime(store=str(tmp_path / "store"))
+    settings = Compare(search=workshop.settings(), sparsities=(0.5, 0.2, 0.6))
+    state = compare(settings, runtime, return_state=True)
+    assert state.is_failed()
+    assert "SearchFailed: search 2 of 3: sparsity 0.2, wanda, seed 0: beta 0.25 is outside" in state.message
+    with pytest.raises(SearchFailed) as failure:
+        state.result()
+    assert isinstance(failure.value.__cause__, ValueError)
+    assert artifacts_of(state, "compare-result") == []
+    assert names_in(runtime.store)["search"] == 1
+    (first,) = compare(Compare(search=workshop.settings()), runtime)
+    assert first.built == ()
+    assert keys_of(first) == keys_of(finished[0])
+
+
+def test_the_form_says_what_each_setting_is_and_a_deployment_checks_what_it_is_given(
+    prefect_backend, workshop
+):
+    deployment = compare.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    settings = {"search": workshop.parameters(), "sparsities": [0.5, 1.5]}
+    parameters = {"settings": settings, "runtime": {"store": "memory://unused"}}
+    with get_client(sync_client=True) as client:
+        schema = client.read_deployment(deployment).parameter_openapi_schema
+        fields = schema["definitions"]["Compare"]["properties"]
+        assert set(fields) == {"search", "sparsities", "pruners", "seeds"}
+        assert all(field["description"].endswith(".") for field in fields.values())
+        assert schema["definitions"]["Compare"]["required"] == ["search"]
+        with pytest.raises(PrefectHTTPStatusError, match=r"409[^$]*sparsities"):
+            client.create_flow_run_from_deployment(deployment, parameters=parameters)

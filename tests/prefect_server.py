@@ -1,0 +1,122 @@
+"""A real Prefect server in a process of its own, which can be killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+from flows.embedded_server import PREFERENCES
+
+START_LIMIT = (
+    180.0  # seconds; on two cores six, and with an empty home, where it makes its database, ten more
+)
+
+
+def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
+    """The environment of a Prefect process that shares nothing with those of other homes.
+
+    Args:
+        home: its folder.
+        changes: names that are to have another value.
+    """
+    foreign = {name for name in os.environ if name.startswith("PREFECT_")}
+    own = {name: value for name, value in os.environ.items() if name not in foreign}
+    return own | PREFERENCES | {"PREFECT_HOME": str(home)} | changes
+
+
+class PrefectServer:
+    """A server with a database (SQLite) in ``home``.
+
+    Args:
+        home: its folder; what is in it stays for the next start.
+        changes: settings of Prefect by their environment variables.
+
+    Attributes:
+        port: the same after every start.
+        start_seconds: how long every start took.
+    """
+
+    def __init__(self, home: Path, **changes: str) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home, self.port = home, _free_port()
+        self.start_seconds: list[float] = []
+        self._environment = prefect_environment(home, PREFECT_SERVER_UI_ENABLED="false", **changes)
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        """For PREFECT_API_URL."""
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            RuntimeError: it does not; with the end of its log.
+        """
+        assert self._process is None, "it runs"
+        began = time.monotonic()
+        command = [sys.executable, "-m", "prefect", "server", "start"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--analytics-off"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=self._environment,
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > began + START_LIMIT:
+                last = self.log.read_text(errors="replace")[-3000:]
+                raise RuntimeError(f"Prefect's server did not start. The end of its log:\n{last}")
+            time.sleep(0.1)
+        self.start_seconds.append(time.monotonic() - began)
+
+    def kill(self) -> None:
+        """SIGKILL for it and all its processes."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Start it again after ``kill``, or kill it before."""
+        self.kill()
+        self.start()
+
+    @property
+    def log(self) -> Path:
+        """What it has said, in all its lives."""
+        return self.home / "server.log"
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).is_success
+        except httpx.HTTPError:
+            return False
+
+
+def _free_port() -> int:
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return each.getsockname()[1]
