@@ -1,0 +1,92 @@
+"""The automations: Prefect's command takes the file, and the server acts when a search ends."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+
+AUTOMATIONS = Path(__file__).parents[2] / "deployments" / "automations.yaml"
+NAMES = {each["name"] for each in yaml.safe_load(AUTOMATIONS.read_text())["automations"]}
+
+
+@pytest.fixture
+def webhook():
+    """The URL of a server that takes notifications, and those it took."""
+    taken = []
+
+    class Take(BaseHTTPRequestHandler):
+        def do_POST(self):
+            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Take) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", taken
+        server.shutdown()
+
+
+@pytest.fixture
+def automations(prefect_backend, webhook, tmp_path):
+    """Those of the file, on the server, by name."""
+    block = CustomWebhookNotificationBlock(
+        name="layerwise", url=webhook[0], json_data={"text": "{{subject}}: {{body}}"}
+    )
+    block_id = str(block.save("layerwise-test"))
+    file = tmp_path / "automations.yaml"
+    file.write_text(AUTOMATIONS.read_text().replace("NOTIFICATION_BLOCK", block_id))
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "automation",
+        "create",
+        "--from-file",
+        str(file),
+    ]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_backend}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    with get_client(sync_client=True) as client:
+        created = [each for each in client.read_automations() if each.name in NAMES]
+        yield {each.name: each for each in created}
+        for each in created:
+            client.delete_automation(each.id)
+
+
+def test_the_server_takes_them_all_and_tells_of_a_search_that_failed(automations, webhook):
+    assert set(automations) == NAMES
+    assert all(each.enabled for each in automations.values())
+
+    @flow(name="search", flow_run_name="some model at 0.5", persist_result=False)
+    def search() -> None:
+        raise ValueError("no such model")
+
+    @flow(name="something-else", persist_result=False)
+    def something_else() -> None:
+        pass
+
+    something_else()
+    with pytest.raises(ValueError, match="no such model"):
+        search()
+    deadline = time.monotonic() + 60
+    while not webhook[1]:
+        assert time.monotonic() < deadline, "no notification within a minute"
+        time.sleep(0.1)
+    [notification] = webhook[1]
+    assert notification["text"].startswith("search Failed: some model at 0.5")
+    assert "no such model" in notification["text"]

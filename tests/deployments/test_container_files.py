@@ -1,0 +1,107 @@
+"""Dockerfile and compose file: what they name is there, and no file of the folder holds a secret."""
+
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deployments"
+WORKERS = ["control", "device"]
+
+SECRETS = re.compile(
+    r"""AKIA[0-9A-Z]{16} | hf_[A-Za-z0-9]{20} | -----BEGIN | xox[a-z]-\d | hooks\.slack\.com/services/\w
+    | ://[^/\s:@]+:(?!\$\{)[^/\s@]+@
+    | (?:password|passwd|secret_?(?:access_?)?key|access_?key(?:_id)?|token|auth_string)["']?[ \t]*[:=][ \t]*
+      ["']?(?![\s"'${<]|\{\{|$)[\w/+-]{4,}""",
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+
+
+def compose():
+    return yaml.safe_load((FOLDER / "compose.yaml").read_text())
+
+
+def dockerfile():
+    return (FOLDER / "Dockerfile").read_text()
+
+
+def copied():
+    """The sources of all COPY instructions."""
+    instructions = re.findall(r"^COPY (.+) \S+$", dockerfile(), re.MULTILINE)
+    return [source for instruction in instructions for source in instruction.split()]
+
+
+@pytest.mark.parametrize("source", copied())
+def test_what_the_dockerfile_copies_is_there_and_not_held_back(source):
+    assert (ROOT / source).exists()
+    let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+    assert any(fnmatch.fnmatch(source, pattern) for pattern in let_through)
+
+
+def test_the_dockerfile_copies_every_package_of_the_wheel():
+    wheel = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(re.findall(r'"(\w+)"', wheel[1])) <= set(copied())
+
+
+def test_every_build_argument_is_used():
+    arguments = re.findall(r"^ARG (\w+)", dockerfile(), re.MULTILINE)
+    assert arguments
+    assert [name for name in arguments if f"${{{name}}}" not in dockerfile()] == []
+
+
+def test_the_image_runs_as_nobody_in_particular_and_stops_gently():
+    assert re.search(r"^USER layerwise$", dockerfile(), re.MULTILINE)
+    assert 'ENTRYPOINT ["python", "/opt/layerwise/stop_gently.py"]' in dockerfile()
+
+
+def test_services_wait_only_for_services_and_mount_only_volumes_that_there_are():
+    services, volumes = compose()["services"], compose()["volumes"]
+    for service in services.values():
+        for name, how in service.get("depends_on", {}).items():
+            assert how["condition"] != "service_healthy" or "healthcheck" in services[name]
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            assert source in volumes or (FOLDER / source).exists()
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_has_the_time_to_commit_and_a_limit(name):
+    worker = compose()["services"][name]
+    assert worker["stop_grace_period"] == "2m"
+    assert worker["command"][worker["command"].index("--limit") + 1] == {"device": "1", "control": "8"}[name]
+
+
+def test_every_secret_of_the_compose_file_comes_from_outside_and_a_missing_one_stops_it():
+    text = (FOLDER / "compose.yaml").read_text()
+    offered = re.findall(r"^(\w+)=$", (FOLDER / "compose.env.example").read_text(), re.MULTILINE)
+    asked = dict(re.findall(r"(?<!\$)\$\{(\w+)(:[?-])", text))
+    assert set(asked) == set(offered)
+    assert {name for name, how in asked.items() if how == ":-"} == {"HF_TOKEN"}
+    assert "compose.env" in (FOLDER / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "POSTGRES_PASSWORD: hunter2hunter2",
+        '"aws_secret_access_key": "abcdEFGH/123"',
+        "S3_ACCESS_KEY=admin",
+        "HF_TOKEN: hf_abcdefghijklmnopqrstuv",
+        "postgresql+asyncpg://prefect:hunter2@postgres/prefect",
+        "AKIAIOSFODNN7EXAMPLE",
+    ],
+)
+def test_a_secret_would_be_found(text):
+    assert SECRETS.search(text)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path for path in FOLDER.rglob("*") if path.is_file()), ids=lambda path: path.name
+)
+def test_no_file_holds_a_secret(path):
+    if path.name != "compose.env":  # not in git, and made of secrets
+        found = SECRETS.search(path.read_text())
+        assert found is None, f"{path.name} seems to hold a secret: {found[0][:20]}..."

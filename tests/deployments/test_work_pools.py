@@ -1,0 +1,112 @@
+"""The work-pool templates: complete, accepted by the server, and, filled in, what the infrastructure asks for."""
+
+import json
+from pathlib import Path
+
+import botocore.session
+import pytest
+from botocore.validate import ParamValidator
+from docker.types import HostConfig
+from jsonschema import Draft202012Validator
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.utilities.templating import apply_values, find_placeholders
+
+FOLDER = Path(__file__).parents[2] / "deployments" / "work-pools"
+KINDS = ["process", "docker", "kubernetes", "ecs"]
+ON_FARGATE = {
+    "launch_type": "FARGATE_SPOT",
+    "requires_compatibilities": ["FARGATE"],
+    "resource_requirements": [],
+    "capacity_provider_strategy": [],
+}
+
+
+def template(kind):
+    return json.loads((FOLDER / f"{kind}.json").read_text())
+
+
+def defaults(kind):
+    variables = template(kind)["variables"]["properties"]
+    return {
+        name: schema["default"] for name, schema in variables.items() if schema.get("default") is not None
+    }
+
+
+def filled_in(kind, **values):
+    """What a worker makes of the template, before it adds the run's own names and variables."""
+    return apply_values(template(kind)["job_configuration"], defaults(kind) | values)
+
+
+def test_there_is_one_for_each_kind_of_pool():
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_placeholder_has_a_variable_and_every_variable_a_use(kind):
+    used = {placeholder.name for placeholder in find_placeholders(template(kind)["job_configuration"])}
+    assert used == set(template(kind)["variables"]["properties"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_defaults_are_of_the_types_that_the_form_asks_for(kind):
+    schema = template(kind)["variables"]
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(defaults(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_server_takes_it(kind, prefect_backend):
+    pool = WorkPoolCreate(name=f"template-{kind}", type=kind, base_job_template=template(kind))
+    with get_client(sync_client=True) as client:
+        created = client.create_work_pool(pool)
+        client.delete_work_pool(pool.name)
+    assert created.base_job_template == template(kind)
+
+
+def test_a_pod_has_one_gpu_a_spot_node_and_two_minutes_to_commit():
+    job = filled_in("kubernetes")["job_manifest"]["spec"]
+    pod = job["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod["nodeSelector"] == {"karpenter.sh/capacity-type": "spot"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    assert pod["terminationGracePeriodSeconds"] == 120
+
+
+def test_nobody_but_the_parent_starts_the_run_of_an_evicted_pod_again():
+    assert filled_in("kubernetes")["job_manifest"]["spec"]["backoffLimit"] == 0
+    assert defaults("kubernetes")["env"] == {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "crash"}
+
+
+def test_a_pod_takes_its_secrets_from_the_cluster():
+    container = filled_in("kubernetes", secret_name="ours")["job_manifest"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
+    assert container["envFrom"] == [{"secretRef": {"name": "ours", "optional": True}}]
+
+
+@pytest.mark.parametrize("values", [{}, ON_FARGATE], ids=["gpu on ec2", "fargate"])
+def test_aws_knows_every_word_of_the_task_definition(values):
+    secret = {"name": "HF_TOKEN", "valueFrom": "arn:aws:secretsmanager:eu-west-1:123456789012:secret:hub"}
+    task = filled_in("ecs", secrets=[secret], execution_role_arn="arn:aws:iam::123456789012:role/x", **values)
+    definition = task["task_definition"] | {"family": "layerwise"}
+    definition |= {name: str(definition[name]) for name in ("cpu", "memory")}  # as the worker does
+    register = (
+        botocore.session.get_session().get_service_model("ecs").operation_model("RegisterTaskDefinition")
+    )
+    report = ParamValidator().validate(definition, register.input_shape)
+    assert not report.has_errors(), report.generate_report()
+
+    container = definition["containerDefinitions"][0]
+    assert container["stopTimeout"] == 120
+    assert container["secrets"] == [secret]
+    assert container["resourceRequirements"] == values.get(
+        "resource_requirements", [{"type": "GPU", "value": "1"}]
+    )
+
+
+def test_a_container_of_the_docker_pool_has_one_gpu():
+    options = filled_in("docker")["container_create_kwargs"]
+    assert HostConfig(version="1.45", **options)["DeviceRequests"] == [
+        {"Driver": "nvidia", "Count": 1, "DeviceIDs": [], "Capabilities": [["gpu"]], "Options": {}}
+    ]
