@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from flows.search import load_checkpoint, sample_windows, token_requests
 from flows.settings import Runtime, Search
+from flows.stages import load_checkpoint, sample_windows
+from flows.token_requests import token_requests
 from layerwise.allocation import arithmetic
 from storage.store import ArtifactStore
 from tasks.branch import branch

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import search as flow_module
+from flows import stages
 from flows.embedded_server import ServerStart
+from flows.search import search
 from flows.settings import Runtime, Search
 from tests.demo_search import DEMO
 
@@ -33,11 +34,11 @@ def main() -> None:
     server.wait()
     inside: list[float] = []
     for name in TASKS:
-        task = getattr(flow_module, name)
+        task = getattr(stages, name)
         task.fn = timed(task.fn, inside)
     settings = Search.model_validate(DEMO)
     began = time.monotonic()
-    flow_module.search(settings, Runtime(store=str(store)))
+    search(settings, Runtime(store=str(store)))
     total = time.monotonic() - began
     share = 1 - sum(inside) / total
     print(
