@@ -9,8 +9,10 @@ from tasks.select import Selection
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
     """The result table: one row per beta, with the paired difference to the best."""
     rows: list[dict[str, str | float]] = []
+    stopped_early = len({row.windows for row in selection.rows}) > 1
     for index, row in enumerate(selection.rows):
         difference = row.above_best
+        windows = {"windows": row.windows} if stopped_early else {}
         rows.append(
             {
                 "beta": row.beta,
@@ -19,6 +21,7 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
                 "above best": "best" if difference is None else f"{difference.mean:+.4f}",
                 "t": "" if difference is None or difference.t is None else f"{difference.t:.1f}",
                 "realised sparsity": round(row.realised_sparsity, 5),
+                **windows,
                 "plan": "uniform" if index == 0 else "ATP",
             }
         )

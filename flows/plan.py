@@ -1,16 +1,19 @@
 """Plan: what a search would run, what the store already has, and what it will take. Runs nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flows.found import look_up
+from flows.found import Found, look_up
 from flows.groups import lane_groups
+from flows.next_lanes import LaneRequest, first_lanes
 from flows.search_sizes import SearchSizes
 from flows.settings import Runtime, Search
 from flows.token_requests import window_counts
+from layerwise.allocation import SparsityPlan
 from storage.store import ArtifactStore
 from tasks.documents import Role
 from tasks.import_checkpoint import inspect_source
+from tasks.run_names import windows_title
 from tasks.streamed import layer_sizes_of, linears_by_layer
 
 
@@ -77,10 +80,10 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
     counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
-    missing = found.missing_lanes if found.lanes else range(len(plans))
+    request, missing = _next_lanes(settings, found, plans, counts["selection"])
     sizes = SearchSizes(settings, index, linears, dtype, len(plans), counts)
     workers = _workers(runtime)
-    groups = lane_groups(store, found.lanes, missing, sizes, runtime, workers)
+    groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
     weights = sum(index.layer_bytes) + index.outer_bytes
     stages = [
@@ -96,7 +99,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         _stage(
             f"branch: {len(plans)} betas",
             not missing,
-            f"prune and score {len(missing)} of them",
+            _lanes_to_do(settings, request, missing),
             weights * len(groups),
             sizes.lanes_files(len(missing)),
         ),
@@ -104,7 +107,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         _stage("export", "export" in there, "write the pruned checkpoint", weights, weights),
         _stage("evaluate", "evaluate" in there, "dense, uniform and best on the test windows", weights),
     ]
-    budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together)
+    budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
     memory = sizes.memory | {"hidden states": min(states, budget)}
     uncounted = tuple(role for role, count in counts.items() if count is None)
     betas = tuple(plan.beta for plan in plans)
@@ -122,6 +125,23 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         tuple(map(len, groups)),
         None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
     )
+
+
+def _next_lanes(
+    settings: Search, found: Found, plans: Sequence[SparsityPlan], windows: int | None
+) -> tuple[LaneRequest | None, Sequence[int]]:
+    """The lanes that are to be scored next, and the positions among them of those that are missing."""
+    if found.stages["capture"] is not None:
+        return found.request, found.missing_lanes
+    # Without a capture nothing is known of the lanes, and without the text not how many windows there are.
+    request = first_lanes(settings, plans, windows)
+    return request, range(len(request.plans))
+
+
+def _lanes_to_do(settings: Search, request: LaneRequest | None, missing: Sequence[int]) -> str:
+    windows = "" if request is None else windows_title(request.windows)
+    then = "" if settings.strategy == "grid" else "; then what these tell"
+    return f"prune and score {len(missing)} of them{windows}{then}"
 
 
 def _stage(name: str, there: bool, todo: str, reads: int = 0, writes: int = 0) -> PlannedStage:

@@ -49,7 +49,7 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
 def search_report(store: ArtifactStore, result: SearchResult) -> str:
     """The whole result as one page of Markdown that needs nothing else: figures are in it."""
     settings, selection, test = result.settings, result.selection, result.test
-    plans = read_plans(store, result.stages["allocate"])
+    plans = {plan.beta: plan for plan in read_plans(store, result.stages["allocate"])}
     uniform, best = selection.rows[0], selection.best_row
     place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
     return f"""# {settings.title}, {settings.pruner.method}
@@ -68,7 +68,7 @@ def search_report(store: ArtifactStore, result: SearchResult) -> str:
 
 A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
 
-{_image("Sparsity by layer", sparsity_by_layer(plans[0], plans[selection.best], settings.title))}
+{_image("Sparsity by layer", sparsity_by_layer(plans[uniform.beta], plans[best.beta], settings.title))}
 
 ## The pruned model
 

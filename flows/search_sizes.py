@@ -1,11 +1,12 @@
 """How many bytes a search needs, from shapes alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers import PretrainedConfig
 
+from flows.next_lanes import LaneRequest
 from flows.settings import Search
 from layerwise.masks import SORTED_ENTRIES
 from layerwise.skeleton import Linear
@@ -47,15 +48,23 @@ class SearchSizes:
         own = self.settings.calibration_mode == "sequential"
         return self.window * ((self._count("calibration") if own else 0) + self._count("selection"))
 
-    def hidden_states(self, together: int) -> int:
+    def of(self, request: LaneRequest | None) -> "SearchSizes":
+        """The sizes for lanes that run on the requested part of the selection windows."""
+        if request is None or request.windows is None:
+            return self
+        first, end = request.windows
+        return replace(self, windows={**self.windows, "selection": end - first})
+
+    def hidden_states(self, together: int, request: LaneRequest | None) -> int:
         """Of the stage that has the most of them.
 
         Args:
             together: how many betas the largest group has, beside the dense model.
+            request: on which windows they run.
         """
         captured = self.window * (self._count("calibration") + self._count("selection"))
         tested = self.lane + self.window * (self._count("test") - self._count("selection"))
-        return max(captured, (together + 1) * self.lane, min(self.plans + 1, 3) * tested)
+        return max(captured, (together + 1) * self.of(request).lane, min(self.plans + 1, 3) * tested)
 
     def _count(self, role: Role) -> int:
         return self.windows[role] or 0

@@ -51,6 +51,8 @@ def _known_place(value: str) -> str:
 BareUrl = Annotated[
     str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
 ]
+Strategy = Literal["grid", "race", "adaptive"]
+TRIALS = 6  # of an adaptive search: finds the best of a dozen betas on curves like those of the paper
 PrunerChoice = Annotated[Wanda | Magnitude, Field(discriminator="method"), BeforeValidator(_method)]
 
 
@@ -118,6 +120,18 @@ class Search(_Settings):
         gt=0,
         description=f"Step of the grid of betas within the legal range; empty: {BETA_STEP:g}, as in the paper.",
     )
+    strategy: Strategy = Field(
+        default="grid",
+        description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
+        "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "
+        "of the U-shaped curve down, with a handful of them.",
+    )
+    trials: int | None = Field(
+        title="Most betas that are tried",
+        default=None,
+        ge=2,
+        description=f"With the adaptive strategy: at most so many betas, uniform among them; empty: {TRIALS}.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         title="Dtype of the computation",
         default="auto",
@@ -132,6 +146,11 @@ class Search(_Settings):
     @model_validator(mode="after")
     def _betas_given_once(self) -> "Search":
         _ = self.allocation
+        if self.trials is not None and self.strategy != "adaptive":
+            raise ValueError(
+                f"trials is {self.trials}, but the strategy {self.strategy} tries all betas. Leave trials empty, or "
+                "set strategy to adaptive."
+            )
         return self
 
     @property

@@ -22,7 +22,7 @@ from flows.token_requests import window_counts
 from flows.work_pool import WorkPool, require_server
 from storage.keys import digest
 from storage.store import ArtifactStore
-from tasks.run_names import betas_title
+from tasks.run_names import betas_title, windows_title
 from tasks.sources import HubSource, find_source
 from tasks.stage_task import stage_task
 
@@ -73,7 +73,7 @@ def spread(store: ArtifactStore, shared: Shared) -> None:
         if found.stages["capture"] is None:
             fan_out.run([_capture_step(store, settings, runtime)])
             found = look_up(store, settings)
-        if found.missing_lanes:
+        while found.missing_lanes:
             fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
             found = look_up(store, settings)
         if found.missing:
@@ -125,7 +125,7 @@ def _branch_steps(
     index = found.checkpoint.index
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
     counts = window_counts(settings, found.stages)
-    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), counts)
+    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), counts).of(found.request)
     groups: list[list[int]] = []
     left = set(found.missing_lanes)
     for lanes in (_lanes_of(run, found) for run in fan_out.under_way("branch")):
@@ -137,8 +137,12 @@ def _branch_steps(
 
 
 def _lanes_of(run: FlowRun, found: Found) -> list[int]:
+    """Which of the lanes that are to be scored next a run is at; none if it is at other windows."""
+    windows = run.parameters["windows"]
+    if found.request is None or (windows and tuple(windows)) != found.request.windows:
+        return []
     betas = cast(list[float], run.parameters["betas"])
-    return [number for number, plan in enumerate(found.plans) if plan.beta in betas]
+    return [number for number, plan in enumerate(found.requested) if plan.beta in betas]
 
 
 def _branch_step(
@@ -149,13 +153,15 @@ def _branch_step(
     number: int,
     groups: Sequence[Sequence[int]],
 ) -> Step:
-    betas = tuple(found.plans[lane].beta for lane in groups[number])
+    assert found.request is not None, "there are lanes to be scored"
+    betas, windows = tuple(found.requested[lane].beta for lane in groups[number]), found.request.windows
     lanes = [found.lanes[lane] for lane in groups[number]]
+    what = f"{betas_title(betas)}{windows_title(windows)}"
     return Step(
         "branch",
-        f"group {number + 1} of {len(groups)}: {betas_title(betas)}",
-        f"{settings.title}: {betas_title(betas)}",
-        parameters_of(settings, runtime) | {"betas": list(betas)},
+        f"group {number + 1} of {len(groups)}: {what}",
+        f"{settings.title}: {what}",
+        parameters_of(settings, runtime) | {"betas": list(betas), "windows": windows and list(windows)},
         lambda: all(store.find(lane) is not None for lane in lanes),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flows.next_lanes import LaneRequest, follow, strategy_of
 from flows.settings import Search
 from flows.token_requests import token_requests
 from layerwise.skeleton import Linear
@@ -11,12 +12,14 @@ from storage.store import ArtifactStore
 from tasks.allocate import allocate, read_plans
 from tasks.branch import LaneScore, branch
 from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture
+from tasks.capture_grams import capture_grams
 from tasks.checkpoint import Checkpoint
 from tasks.documents import Role
 from tasks.evaluate import evaluate
 from tasks.execution import Execution
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
+from tasks.join_rounds import join_rounds
 from tasks.lane_group import LaneInputs, PruneSettings
 from tasks.run_names import model_title, title_of
 from tasks.sample_tokens import TokenRequest, sample_tokens
@@ -35,10 +38,12 @@ class Captured:
     pruning: PruneSettings
     allocation: Artifact
     capture: Artifact
+    grams: Artifact | None  # for a pruner that corrects weights
 
-    def inputs(self, scored: Role) -> LaneInputs:
-        """What lanes read that are scored on the windows of this role."""
-        return LaneInputs(self.checkpoint, self.capture, self.windows["calibration"], self.windows[scored])
+    def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
+        """What lanes read that are scored on the windows of this role, or on some of them."""
+        windows_of = self.windows["calibration"], self.windows[scored]
+        return LaneInputs(self.checkpoint, self.capture, *windows_of, self.grams, windows)
 
 
 @dataclass(frozen=True)
@@ -65,41 +70,72 @@ def captured(store: ArtifactStore, settings: Search, execution: Execution) -> Ca
     capture_artifact = capture(
         store, checkpoint, windows["calibration"], windows["selection"], capture_settings, execution
     )
-    return Captured(checkpoint, windows, linears, settings.pruning(dtype), allocation, capture_artifact)
+    pruning = settings.pruning(dtype)
+    grams = None
+    if pruning.needs_grams:
+        grams = capture_grams(store, checkpoint, windows["calibration"], dtype, execution)
+    return Captured(checkpoint, windows, linears, pruning, allocation, capture_artifact, grams)
 
 
 def scored(
-    store: ArtifactStore, settings: Search, execution: Execution, betas: Sequence[float] | None = None
-) -> tuple[Captured, list[LaneScore]]:
+    store: ArtifactStore,
+    settings: Search,
+    execution: Execution,
+    betas: Sequence[float],
+    windows: tuple[int, int] | None,
+) -> list[LaneScore]:
     """Prune and score one lane per beta, in one group.
 
     Args:
-        betas: some of the search's; all of them if left out.
+        betas: some of the search's.
+        windows: of the selection windows, these; None for all of them.
 
     Raises:
         ValueError: one of ``betas`` is none of the search's.
     """
     before = captured(store, settings, execution)
     plans = read_plans(store, before.allocation)
-    if betas is not None:
-        if unknown := set(betas) - {plan.beta for plan in plans}:
-            raise ValueError(
-                f"betas {sorted(unknown)} are none of this search's, which are {[plan.beta for plan in plans]}. "
-                "Give some of these, or leave betas empty."
-            )
-        plans = tuple(plan for plan in plans if plan.beta in betas)
-    inputs = before.inputs("selection")
-    return before, branch(store, inputs, plans, before.linears, before.pruning, execution)
+    if unknown := set(betas) - {plan.beta for plan in plans}:
+        raise ValueError(
+            f"betas {sorted(unknown)} are none of this search's, which are {[plan.beta for plan in plans]}. "
+            "Give some of these, or leave betas empty."
+        )
+    chosen = tuple(plan for plan in plans if plan.beta in betas)
+    return branch(
+        store, before.inputs("selection", windows), chosen, before.linears, before.pruning, execution
+    )
+
+
+def all_scored(
+    store: ArtifactStore, settings: Search, execution: Execution
+) -> tuple[Captured, list[LaneScore]]:
+    """Prune and score what the search's strategy asks for, request by request.
+
+    Returns:
+        The lanes that were tried, by rising beta, the uniform one first.
+    """
+    before = captured(store, settings, execution)
+    plans = read_plans(store, before.allocation)
+
+    def advance(request: LaneRequest) -> list[LaneScore]:
+        inputs = before.inputs("selection", request.windows)
+        wanted = [plans[number] for number in request.plans]
+        return branch(store, inputs, wanted, before.linears, before.pruning, execution)
+
+    lanes, _ = follow(strategy_of(settings, plans, before.windows["selection"]), advance)
+    if all(len(rounds) == 1 for rounds in lanes):
+        return before, [score for (score,) in lanes]
+    return before, join_rounds(store, lanes)
 
 
 def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chosen:
     """Score all betas, choose the best, export the model pruned by it, and test it."""
-    before, scores = scored(store, settings, execution)
+    before, scores = all_scored(store, settings, execution)
     selected = select(store, scores, float(str(before.capture.facts[DENSE_PERPLEXITY])))
     selection = read_selection(store, selected)
     best, uniform = scores[selection.best], scores[0]
     exported = export(
-        store, before.checkpoint, before.capture, best, uniform, before.linears, before.pruning, execution
+        store, before.inputs("selection"), best, uniform, before.linears, before.pruning, execution
     )
     tested = evaluate(
         store, before.inputs("test"), uniform.plan, best.plan, before.linears, before.pruning, execution

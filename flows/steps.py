@@ -11,12 +11,12 @@ from flows.cancelling import cancelled
 from flows.mending import mending
 from flows.parent_process import stop_with_parent
 from flows.settings import Runtime, Search
-from flows.stages import captured, chosen, scored
+from flows.stages import all_scored, captured, chosen, scored
 from storage.running import announced
 from storage.store import ArtifactStore
 from storage.unreachable import Unreachable
 from tasks.execution import Execution
-from tasks.run_names import betas_title
+from tasks.run_names import betas_title, windows_title
 from tasks.stopping import stopping_on_sigterm
 
 
@@ -28,25 +28,33 @@ def capture(settings: Search, runtime: Runtime) -> State | None:
 
 def _branch_name() -> str:
     parameters = flow_run.parameters
-    betas = parameters["betas"]
-    return f"{parameters['settings'].title}: {betas_title(betas) if betas else 'all betas'}"
+    betas, windows = parameters["betas"], parameters["windows"]
+    what = f"{betas_title(betas)}{windows_title(windows)}" if betas else "all betas"
+    return f"{parameters['settings'].title}: {what}"
 
 
 @flow(name="branch", flow_run_name=_branch_name, persist_result=False)
-def branch(settings: Search, runtime: Runtime, betas: tuple[float, ...] | None = None) -> State | None:
+def branch(
+    settings: Search,
+    runtime: Runtime,
+    betas: tuple[float, ...] | None = None,
+    windows: tuple[int, int] | None = None,
+) -> State | None:
     """Prune the model with these betas and score them, all in one group.
 
     Args:
         settings: the search that the betas belong to.
         runtime: where and how this group runs.
-        betas: some of the search's betas; empty: all of them.
+        betas: some of the search's betas; empty: all that its strategy tries.
+        windows: of the selection windows, these (first, and the one after the last); empty: all of them.
     """
-    what = betas_title(betas) if betas else "all betas"
+    if betas is None:
+        return _step(settings, runtime, "all betas", all_scored)
     return _step(
         settings,
         runtime,
-        what,
-        lambda store, settings, execution: scored(store, settings, execution, betas),
+        f"{betas_title(betas)}{windows_title(windows)}",
+        lambda store, settings, execution: scored(store, settings, execution, betas, windows),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from layerwise.gram import InputGram, watching_grams
 from layerwise.hidden_states import batches
 from layerwise.statistics import InputStatistics, watching
 from layerwise.streaming import StreamedModel
@@ -58,3 +59,33 @@ def capture_layers(
             for states in batches(hidden_states[calibration_windows:]):
                 states.copy_(model.run_layer(index, layer, states))
         yield CapturedLayer(index, statistics)
+
+
+@dataclass(frozen=True)
+class CapturedGrams:
+    """Second moments of the inputs of one decoder layer's linears."""
+
+    index: int
+    grams: Mapping[str, InputGram]  # by linear; one object for those that share their input
+
+
+def capture_grams(
+    model: StreamedModel, layers: Iterable[Mapping[str, Tensor]], hidden_states: Tensor, first: int = 0
+) -> Iterator[CapturedGrams]:
+    """Advance the calibration windows in place through the dense model, one layer per step.
+
+    Args:
+        model: computes the layers.
+        layers: weights of the layers from ``first`` on, by name relative to the layer.
+        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's
+            output when the layer is yielded.
+        first: layer to begin with.
+    """
+    for index, weights in enumerate(layers, first):
+        with (
+            model.loaded(index, weights) as layer,
+            watching_grams(layer, model.linears[index]) as grams,
+        ):
+            for states in batches(hidden_states):
+                states.copy_(model.run_layer(index, layer, states))
+        yield CapturedGrams(index, grams)

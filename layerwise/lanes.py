@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.hidden_states import batches
+from layerwise.layer_pruning import LayerInputs, LinearPruning, MaskPruner, Pruner, prunings_of_layer
 from layerwise.skeleton import Linear
 from layerwise.statistics import InputStatistics, watching
 from layerwise.streaming import StreamedModel
-
-
-class Pruner(Protocol):
-    """Says in which order the weights of a linear go; see ``wanda.Wanda.removal_levels``."""
-
-    def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor: ...
 
 
 @dataclass
@@ -53,47 +47,15 @@ class LaneLayer:
     zeros: tuple[int, ...]
 
 
-class GradualZeroing:
-    """Brings one weight, in place, from one lane's mask to the next, keeping only the values that a later
-    lane needs again.
-
-    Lanes are visited by rising sparsity of the layer, so nearly always more weights go and none comes back;
-    rounding to whole weights can put two lanes of equal sparsity the other way round for single linears.
-
-    Args:
-        weight: changed in place.
-        levels: see ``masks.removal_levels``; same shape.
-        targets: for every lane in the order of the visits, the highest level it removes; -1 removes nothing.
-    """
-
-    def __init__(self, weight: Tensor, levels: Tensor, targets: Sequence[int]) -> None:
-        self._weight, self._levels, self._targets = weight, levels, list(targets)
-        self._reached = -1
-        self._taken: dict[int, Tensor] = {}
-
-    def visit(self, lane: int) -> None:
-        """Set the weight to the mask of the ``lane``-th visit."""
-        target, later = self._targets[lane], self._targets[lane + 1 :]
-        lowest_later = min(later, default=target)
-        while self._reached < target:
-            self._reached += 1
-            mask = self._levels == self._reached
-            if self._reached > lowest_later:
-                self._taken[self._reached] = self._weight[mask]
-            self._weight.masked_fill_(mask, 0)
-        while self._reached > target:
-            self._weight[self._levels == self._reached] = self._taken.pop(self._reached)
-            self._reached -= 1
-
-
 def run_lanes(
     model: StreamedModel,
     layers: Iterable[Mapping[str, Tensor]],
     lanes: Sequence[Lane],
     pruner: Pruner,
-    statistics_of: Callable[[int], Mapping[str, InputStatistics]] | None,
+    inputs_of: Callable[[int], LayerInputs] | None,
     calibration_windows: int = 0,
     first: int = 0,
+    group: int | None = None,
 ) -> Iterator[tuple[LaneLayer, ...]]:
     """Advance all lanes in place, one layer per step; yields what the layer did in every lane.
 
@@ -102,23 +64,29 @@ def run_lanes(
         layers: weights of the layers from ``first`` on, in the checkpoint's dtype; they are changed.
         lanes: the dense lane first, as the reference of the reconstruction errors.
         pruner: chooses the weights that go.
-        statistics_of: the dense model's input statistics of a layer; None lets every lane calibrate itself on
-            its own hidden states (sequential calibration).
+        inputs_of: what the dense model's calibration saw of a layer: statistics, or Gram matrices for a pruner that
+            corrects weights; None lets every lane calibrate itself on its own hidden states (sequential calibration).
         calibration_windows: windows at the front of every lane's hidden states that serve its own
         calibration.
         first: layer to begin with.
+        group: M of an N:M pattern; None for none.
     """
     if lanes[0].removed is not None:
         raise ValueError(
             "the first lane must be the dense model: the others' reconstruction errors refer to it."
         )
-    advance = _Advance(model, lanes, pruner, calibration_windows)
+    if inputs_of is None and not isinstance(pruner, MaskPruner):
+        raise ValueError(
+            f"{type(pruner).__name__} corrects weights by Gram matrices, which lanes that calibrate themselves do not "
+            "collect. Use the dense model's calibration."
+        )
+    advance = _Advance(model, lanes, pruner, calibration_windows, group)
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
-            if statistics_of is None:
+            if inputs_of is None:
                 yield advance.sequentially(index, layer, weights)
             else:
-                yield advance.together(index, layer, weights, statistics_of(index))
+                yield advance.together(index, layer, weights, inputs_of(index))
 
 
 @dataclass(frozen=True)
@@ -129,31 +97,20 @@ class _Advance:
     lanes: Sequence[Lane]
     pruner: Pruner
     calibration_windows: int
+    group: int | None
 
     def together(
-        self,
-        index: int,
-        layer: nn.Module,
-        weights: Mapping[str, Tensor],
-        statistics: Mapping[str, InputStatistics],
+        self, index: int, layer: nn.Module, weights: Mapping[str, Tensor], inputs: LayerInputs
     ) -> tuple[LaneLayer, ...]:
-        """All lanes prune by the same statistics: one ranking per linear, the lanes visited by rising sparsity."""
+        """All lanes prune by the same calibration, visited by rising sparsity."""
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
-        zeroings = []
         with torch.no_grad():
-            for position, linear in enumerate(self.model.linears[index]):
-                counts = [self._removed(lane, index)[position] for lane in order]
-                distinct = sorted(set(counts))
-                parameter = linear.oriented(_weight_of(layer, linear))
-                levels = self._levels(linear, parameter, weights, statistics[linear.name], distinct)
-                zeroings.append(
-                    GradualZeroing(parameter, levels, [distinct.index(count) for count in counts])
-                )
+            prunings = self._prunings(index, layer, weights, inputs, order)
         outcomes = {0: self._run(0, index, layer)}
         for visit, lane in enumerate(order):
             with torch.no_grad():
-                for zeroing in zeroings:
-                    zeroing.visit(visit)
+                for pruning in prunings:
+                    pruning.visit(visit)
             outcomes[lane] = self._run(lane, index, layer)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
@@ -168,40 +125,39 @@ class _Advance:
             lane.statistics.append(statistics)
         outcomes = [self._run(0, index, layer)]
         with torch.no_grad():
-            dense = [
-                linear.oriented(_weight_of(layer, linear)).clone() for linear in self.model.linears[index]
-            ]
+            parameters = self._parameters(index, layer)
+            dense = [parameter.clone() for parameter in parameters]
             for number, lane in enumerate(self.lanes[1:], 1):
-                for position, linear in enumerate(self.model.linears[index]):
-                    parameter = linear.oriented(_weight_of(layer, linear))
-                    count = self._removed(number, index)[position]
-                    levels = self._levels(
-                        linear, parameter, weights, lane.statistics[-1][linear.name], [count]
-                    )
-                    parameter.masked_fill_(levels == 0, 0)
+                for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
+                    pruning.visit(0)
                 outcomes.append(self._run(number, index, layer))
-                for original, linear in zip(dense, self.model.linears[index], strict=True):
-                    linear.oriented(_weight_of(layer, linear)).copy_(original)
+                for original, parameter in zip(dense, parameters, strict=True):
+                    parameter.copy_(original)
         return tuple(outcomes)
+
+    def _prunings(
+        self,
+        index: int,
+        layer: nn.Module,
+        weights: Mapping[str, Tensor],
+        inputs: LayerInputs,
+        order: Sequence[int],
+    ) -> list[LinearPruning]:
+        linears = self.model.linears[index]
+        counts = list(zip(*(self._removed(lane, index) for lane in order), strict=True)) or [()] * len(
+            linears
+        )
+        return prunings_of_layer(
+            self.pruner, index, linears, self._parameters(index, layer), weights, inputs, counts, self.group
+        )
+
+    def _parameters(self, index: int, layer: nn.Module) -> list[Tensor]:
+        return [linear.oriented(_weight_of(layer, linear)) for linear in self.model.linears[index]]
 
     def _removed(self, lane: int, index: int) -> tuple[int, ...]:
         removed = self.lanes[lane].removed
         assert removed is not None, "only the first lane is dense"
         return removed[index]
-
-    def _levels(
-        self,
-        linear: Linear,
-        parameter: Tensor,
-        weights: Mapping[str, Tensor],
-        inputs: InputStatistics,
-        counts: Sequence[int],
-    ) -> Tensor:
-        """Rank by the checkpoint's own values, as the export will: casting could make ties of different ones."""
-        stored = weights[linear.weight_name]
-        if stored.dtype != parameter.dtype:
-            parameter = linear.oriented(stored).to(parameter.device)
-        return self.pruner.removal_levels(parameter, inputs, counts)
 
     def _run(self, lane: int, index: int, layer: nn.Module) -> LaneLayer:
         """Advance one lane's hidden states in place and compare its scored windows with the dense lane's."""

@@ -17,6 +17,8 @@ class Magnitude:
 
     method: Literal["magnitude"] = "magnitude"
 
-    def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
+    def removal_levels(
+        self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int], group: int | None = None
+    ) -> Tensor:
         """Order in which weights go; ``inputs`` is not looked at. See ``Wanda.removal_levels``."""
-        return removal_levels(weight, torch.abs, counts, by_row=False)
+        return removal_levels(weight, torch.abs, counts, by_row=False, group=group)

@@ -10,7 +10,11 @@ SORTED_ENTRIES = 1 << 20
 
 
 def removal_levels(
-    weight: Tensor, score: Callable[[Tensor], Tensor], counts: Sequence[int], by_row: bool
+    weight: Tensor,
+    score: Callable[[Tensor], Tensor],
+    counts: Sequence[int],
+    by_row: bool,
+    group: int | None = None,
 ) -> Tensor:
     """For every weight, the index of the first count at which it is removed.
 
@@ -23,12 +27,14 @@ def removal_levels(
         counts: numbers of weights to remove, ascending, each in ``[0, weight.numel()]``; at most 255 of them.
         by_row: compare weights within their row, every row losing the same number (the first rows one more
             where the count is not a multiple of the rows); otherwise compare all weights of the matrix.
+        group: M of an N:M pattern: compare only the weights of M consecutive inputs of a row, of which every such group
+            loses the same number; whatever ``by_row`` is.
 
     Returns:
         uint8, shape ``(out_features, in_features)``; ``len(counts)`` where a weight is never removed.
 
     Raises:
-        ValueError: counts that are not ascending, out of range or too many.
+        ValueError: counts that are not ascending, out of range or too many, or that do not fit the pattern.
     """
     numel = weight.numel()
     if (
@@ -40,6 +46,10 @@ def removal_levels(
             f"cannot remove {list(counts)} of {numel} weights in turn: the counts must be ascending, "
             "within the matrix, and at most 255. Sort them, and split larger groups."
         )
+    if group is not None:
+        each = [removed_per_group(count, weight.shape, group) for count in counts]
+        scores = score(weight).reshape(-1, group)
+        return _levels_of_rows(scores, each, [0] * len(each)).reshape(weight.shape)
     if not by_row:
         return _levels_of_rows(score(weight).reshape(1, -1), counts, [0] * len(counts)).reshape(weight.shape)
     rows, columns = weight.shape
@@ -50,6 +60,31 @@ def removal_levels(
         extra = [min(max(count % rows - first, 0), len(scores)) for count in counts]
         levels[first : first + step] = _levels_of_rows(scores, [count // rows for count in counts], extra)
     return levels
+
+
+def removed_per_group(count: int, shape: Sequence[int], group: int) -> int:
+    """How many of every ``group`` consecutive inputs go if ``count`` weights of a matrix go.
+
+    Args:
+        shape: of the weight, ``(out_features, in_features)``.
+
+    Raises:
+        ValueError: the inputs cannot be split into such groups, or the count is no whole number for each.
+    """
+    out_features, in_features = shape
+    if group < 1 or in_features % group:
+        raise ValueError(
+            f"{in_features} inputs cannot be split into groups of {group}. "
+            "Choose an N:M pattern whose M divides the inputs of every linear, or exclude this linear."
+        )
+    each, rest = divmod(count * group, out_features * in_features)
+    if rest:
+        raise ValueError(
+            f"{count} of {out_features * in_features} weights are "
+            f"{count * group / (out_features * in_features):g} of every {group}, which is no whole number. "
+            f"Remove a multiple of {out_features * in_features // group} weights."
+        )
+    return each
 
 
 def _levels_of_rows(scores: Tensor, per_row: Sequence[int], extra: Sequence[int]) -> Tensor:

@@ -41,9 +41,14 @@ def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor
     return [min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED for loss in losses]
 
 
+def mean_loss(losses: Sequence[float]) -> float:
+    """Mean over windows of equal length, in nats."""
+    return math.fsum(losses) / len(losses)
+
+
 def perplexity(losses: Sequence[float]) -> float:
-    """``exp`` of the mean loss over windows of equal length."""
-    return math.exp(math.fsum(losses) / len(losses))
+    """``exp`` of the mean loss."""
+    return math.exp(mean_loss(losses))
 
 
 @dataclass(frozen=True)

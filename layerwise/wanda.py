@@ -16,7 +16,9 @@ class Wanda:
 
     method: Literal["wanda"] = "wanda"
 
-    def removal_levels(self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int]) -> Tensor:
+    def removal_levels(
+        self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int], group: int | None = None
+    ) -> Tensor:
         """Order in which weights go, for several numbers of removed weights at once (see
         ``masks.removal_levels``).
 
@@ -24,6 +26,7 @@ class Wanda:
             weight: shape ``(out_features, in_features)``; left unchanged.
             inputs: what calibration saw of the ``in_features`` inputs.
             counts: ascending numbers of weights to remove.
+            group: M of an N:M pattern; None for none.
 
         Raises:
             ValueError: no calibration token reached this linear.
@@ -34,4 +37,6 @@ class Wanda:
                 "Pass at least one window, or use Magnitude, which needs no calibration text."
             )
         norms = inputs.norms.to(weight.device)
-        return removal_levels(weight, lambda rows: rows.abs().float() * norms, counts, by_row=True)
+        return removal_levels(
+            weight, lambda rows: rows.abs().float() * norms, counts, by_row=True, group=group
+        )

@@ -17,7 +17,7 @@ from storage.tables import read_table, write_table
 from tasks.execution import Execution
 from tasks.grouping import begun_groups, group_stage, note_group
 from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
-from tasks.run_names import betas_title, model_title
+from tasks.run_names import betas_title, model_title, windows_title
 from tasks.stage_task import stage_task
 
 LOSSES_FILE = "losses.parquet"
@@ -37,12 +37,14 @@ class LaneScore:
 
 def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) -> Stage:
     """The stage of one lane. A plan is its numbers: by which method they were found is no part of it."""
-    return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings}, inputs.keys(settings))
+    part = {} if inputs.windows is None else {"windows": list(inputs.windows)}
+    return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings, **part}, inputs.keys(settings))
 
 
 @stage_task(
     about=lambda inputs, plans, settings, **_: (
         f"{model_title(inputs.checkpoint)} at {settings.target:g}: {betas_title([plan.beta for plan in plans])}"
+        f"{windows_title(inputs.windows)}"
     )
 )
 def branch(

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from layerwise.allocation import SparsityPlan, removed_per_linear
+from layerwise.layer_pruning import pruned_linears
 from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
@@ -22,45 +24,42 @@ from tasks.capture import DENSE_PERPLEXITY
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_files import copied_files
 from tasks.execution import Execution
-from tasks.lane_group import PruneSettings
+from tasks.lane_group import LaneInputs, PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
 from tasks.run_names import betas_title, model_title
 from tasks.sources import HUB_ID, DemoSource
 from tasks.stage_task import stage_task
-from tasks.statistics_table import read_statistics, statistics_identity
 
 SPARSITY_FILE = "sparsity.json"
 ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json up to then
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def export_stage(
-    checkpoint: Checkpoint, capture: Artifact, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings
-) -> Stage:
+def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings) -> Stage:
     """The stage that writes the pruned checkpoint of the lane ``chosen``."""
+    checkpoint = inputs.checkpoint
     copied = copied_files(checkpoint.artifact.files)
-    inputs = {
+    by_role = {
         "checkpoint": checkpoint.identity,
         # The identity is that of the weights; the same ones may come with another tokenizer or chat template.
         "copied files": digest({name: checkpoint.artifact.files[name].digest for name in copied}),
-        "statistics": statistics_identity(_statistics_of(chosen, capture, settings)),
+        **_calibration_of(inputs, chosen, settings).calibration_keys(settings),
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
-    card = {"source": source_name(checkpoint), "dense": _dense_perplexity(capture)}
-    return Stage("export", 1, {"prune": settings, "card": card}, inputs)
+    card = {"source": source_name(checkpoint), "dense": _dense_perplexity(inputs.capture)}
+    return Stage("export", 1, {"prune": settings, "card": card}, by_role)
 
 
 @stage_task(
-    about=lambda checkpoint, chosen, settings, **_: (
-        f"{model_title(checkpoint)} at {settings.target:g}, {betas_title([chosen.plan.beta])}"
+    about=lambda inputs, chosen, settings, **_: (
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {betas_title([chosen.plan.beta])}"
     )
 )
 def export(
     store: ArtifactStore,
-    checkpoint: Checkpoint,
-    capture: Artifact,
+    inputs: LaneInputs,
     chosen: LaneScore,
     uniform: LaneScore,
     linears: Sequence[Sequence[Linear]],
@@ -72,11 +71,10 @@ def export(
     Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go
     ``sparsity.json`` (plan, realised per linear) and a model card.
     """
-    statistics = _statistics_of(chosen, capture, settings)
-    dense_perplexity = _dense_perplexity(capture)
+    checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
     def build(draft: Draft) -> None:
-        writer = _Export(store, checkpoint, statistics, chosen.plan, linears, settings, execution)
+        writer = _Export(store, calibrated, chosen.plan, linears, settings, execution)
         writer.write_weights(draft)
         for name in copied_files(checkpoint.artifact.files):
             draft.write(name, store.read(checkpoint.artifact, name))
@@ -92,7 +90,7 @@ def export(
         }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         scores = {
-            "dense": dense_perplexity,
+            "dense": _dense_perplexity(inputs.capture),
             "uniform": perplexity(uniform.losses),
             "pruned": perplexity(chosen.losses),
         }
@@ -100,7 +98,7 @@ def export(
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
         draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
 
-    exported = store.get_or_build(export_stage(checkpoint, capture, chosen, uniform, settings), build)
+    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
     require_whole(store.fs, store.root, exported)  # nothing else here would ever look at its files
     return exported
 
@@ -114,9 +112,9 @@ def source_name(checkpoint: Checkpoint) -> str:
     return source if on_the_hub else source.rstrip("/").rpartition("/")[2]
 
 
-def _statistics_of(lane: LaneScore, capture: Artifact, settings: PruneSettings) -> Artifact:
-    """Where the statistics lie by which ``lane`` was pruned."""
-    return lane.artifact if settings.calibration_mode == "sequential" else capture
+def _calibration_of(inputs: LaneInputs, lane: LaneScore, settings: PruneSettings) -> LaneInputs:
+    """The inputs with the statistics by which ``lane`` was pruned: its own if it calibrated itself."""
+    return replace(inputs, capture=lane.artifact) if settings.calibration_mode == "sequential" else inputs
 
 
 def _dense_perplexity(capture: Artifact) -> float:
@@ -129,15 +127,14 @@ class _Export:
     def __init__(
         self,
         store: ArtifactStore,
-        checkpoint: Checkpoint,
-        statistics: Artifact,
+        inputs: LaneInputs,
         plan: SparsityPlan,
         linears: Sequence[Sequence[Linear]],
         settings: PruneSettings,
         execution: Execution,
     ) -> None:
-        self.store, self.checkpoint, self.statistics, self.linears = store, checkpoint, statistics, linears
-        self.pruner, self.execution = settings.pruner, execution
+        self.store, self.inputs, self.linears = store, inputs, linears
+        self.checkpoint, self.settings, self.execution = inputs.checkpoint, settings, execution
         sizes = [[linear.numel for linear in layer] for layer in linears]
         self.removed = removed_per_linear(plan, settings.target, sizes)
         self.rows: list[dict] = []  # of sparsity.json
@@ -187,14 +184,20 @@ class _Export:
 
     @torch.no_grad()
     def _prune(self, index: int, weights: dict[str, Tensor]) -> None:
-        """Zero in place what the plan removes from one layer; note what became of every linear."""
-        statistics = read_statistics(self.store, self.statistics, index)
-        for linear, count in zip(self.linears[index], self.removed[index], strict=True):
-            weight = linear.oriented(weights[linear.weight_name])
-            levels = self.pruner.removal_levels(
-                weight.to(self.execution.torch_device), statistics[linear.name], [count]
-            )
-            weight.masked_fill_(levels.to(weight.device) == 0, 0)
+        """Remove from one layer's ``weights`` what the plan says; note what became of every linear."""
+        linears = self.linears[index]
+        pruned = pruned_linears(
+            self.settings.pruner,
+            index,
+            linears,
+            weights,
+            self.inputs.of_layer(self.store, index, self.settings),
+            self.removed[index],
+            None,
+            self.execution.torch_device,
+        )
+        for linear, weight in zip(linears, pruned, strict=True):
+            weights[linear.weight_name] = weight
             zeros = weight.numel() - int(weight.count_nonzero())
             self.rows.append(
                 {

@@ -1,7 +1,7 @@
 """Take a group of lanes through the model: what branches and the final evaluation have in common."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -11,16 +11,15 @@ from layerwise.allocation import SparsityPlan, removed_per_linear
 from layerwise.capture import embed_windows
 from layerwise.hidden_states import HiddenStatesRoom
 from layerwise.lanes import Lane, LaneLayer, run_lanes
-from layerwise.magnitude import Magnitude
+from layerwise.layer_pruning import LayerInputs, Pruner, WeightPruner
 from layerwise.perplexity import window_losses
 from layerwise.skeleton import Linear
-from layerwise.statistics import InputStatistics
-from layerwise.wanda import Wanda
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.store import ArtifactStore
 from storage.tensors import read_tensor_into, write_tensors
 from tasks.boundaries import boundaries
+from tasks.capture_grams import read_grams
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.progress import showing
@@ -38,16 +37,21 @@ class PruneSettings:
 
     Attributes:
         target: overall sparsity, the fraction of all linears' weights that is removed.
-        pruner: chooses the weights that go.
+        pruner: chooses the weights that go, and may correct the others.
         calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane
             calibrates each layer on the hidden states that its own pruned layers made.
         dtype: in which the model computes.
     """
 
     target: float
-    pruner: Wanda | Magnitude
+    pruner: Pruner
     calibration_mode: Literal["dense", "sequential"]
     dtype: str
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether the pruner corrects weights, by the second moments of their inputs."""
+        return isinstance(self.pruner, WeightPruner)
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,29 @@ class LaneInputs:
     capture: Artifact
     calibration: Artifact  # windows; looked at only by sequential calibration
     scored: Artifact  # windows
+    grams: Artifact | None = None  # for a pruner that corrects weights
+    windows: tuple[int, int] | None = None  # of the scored ones, first and end; all of them if None
 
     def keys(self, settings: PruneSettings) -> dict[str, str]:
         """Inputs by role, for a stage's key: only what the calibration mode looks at."""
         common = {"checkpoint": self.checkpoint.identity, "scored": self.scored.content}
         if settings.calibration_mode == "dense":
-            return common | {"statistics": statistics_identity(self.capture)}
+            return common | self.calibration_keys(settings)
         return common | {"calibration": self.calibration.content}
+
+    def calibration_keys(self, settings: PruneSettings) -> dict[str, str]:
+        """What the pruner is told of the linears' inputs, by role."""
+        if settings.needs_grams:
+            assert self.grams is not None, "a search captures what its pruner needs"
+            return {"grams": self.grams.content}
+        return {"statistics": statistics_identity(self.capture)}
+
+    def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
+        """What the dense model's calibration saw of one layer, as the pruner needs it."""
+        if settings.needs_grams:
+            assert self.grams is not None, "a search captures what its pruner needs"
+            return read_grams(store, self.grams, layer)
+        return read_statistics(store, self.capture, layer)
 
 
 @dataclass(frozen=True)
@@ -136,7 +156,8 @@ class _Group:
         execution: Execution,
     ) -> None:
         self.store, self.inputs, self.settings = store, inputs, settings
-        self.scored = read_input_ids(store, inputs.scored)
+        start, end = inputs.windows or (0, None)
+        self.scored = read_input_ids(store, inputs.scored)[start:end]
         sequential = settings.calibration_mode == "sequential"
         own = read_input_ids(store, inputs.calibration) if sequential else self.scored[:0]
         self.calibration_windows = len(own)
@@ -164,13 +185,13 @@ class _Group:
         self.losses += done["losses"]
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
-        statistics_of = self._captured if self.settings.calibration_mode == "dense" else None
+        inputs_of = self._captured if self.settings.calibration_mode == "dense" else None
         return run_lanes(
             self.model,
             self.inputs.checkpoint.layers(first),
             self.lanes,
             self.settings.pruner,
-            statistics_of,
+            inputs_of,
             self.calibration_windows,
             first,
         )
@@ -192,8 +213,8 @@ class _Group:
         states = self.lanes[lane].hidden_states[self.calibration_windows :]
         self.losses.append(window_losses(self.model, states, self.scored))
 
-    def _captured(self, layer: int) -> Mapping[str, InputStatistics]:
-        return read_statistics(self.store, self.inputs.capture, layer)
+    def _captured(self, layer: int) -> LayerInputs:
+        return self.inputs.of_layer(self.store, layer, self.settings)
 
 
 def _lane_tensor(lane: int) -> str:

@@ -20,6 +20,11 @@ def title_of(source: str) -> str:
     return source.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
+def windows_title(windows: tuple[int, int] | None) -> str:
+    """What is said after the betas of lanes that run on some of the windows only."""
+    return "" if windows is None else f", windows {windows[0]} to {windows[1] - 1}"
+
+
 def betas_title(betas: Sequence[float]) -> str:
     """Some betas for people: the first ones, and how many there are."""
     named = ", ".join(f"{beta:.4g}" for beta in betas[:NAMED_BETAS])

@@ -1,10 +1,11 @@
 """Select: the beta with the lowest loss on the selection windows, and how sure that choice is."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from layerwise.perplexity import PairedDifference, paired_difference, perplexity
+from layerwise.perplexity import PairedDifference, mean_loss, paired_difference
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
@@ -21,8 +22,11 @@ class ScoreRow:
     """One beta's line in the result table.
 
     Attributes:
-        loss: mean over the selection windows, in nats.
-        above_best: paired difference of this beta's loss to the best one's; None for the best itself.
+        loss: mean over the selection windows, in nats; of a lane that was stopped early what it would be if it stayed
+            as far above the best one as on the windows it has seen.
+        above_best: paired difference of this beta's loss to the best one's, on the windows that this one has seen; None
+            for the best itself.
+        windows: on how many windows it was scored.
     """
 
     beta: float
@@ -30,6 +34,7 @@ class ScoreRow:
     perplexity: float
     above_best: PairedDifference | None
     realised_sparsity: float
+    windows: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Selection:
         row = self.rows[other]
         difference = row.above_best
         assert difference is not None, "only the best row has no difference to the best"
-        gain = 100 * (1 - self.best_row.perplexity / row.perplexity)
+        gain = 100 * (1 - math.exp(-difference.mean))
         t = "undefined" if difference.t is None else f"{difference.t:.1f}"
         significance = "significant" if difference.significant else "not significant"
         return f"perplexity {gain:.1f} % below {role}beta {row.beta:g} (t = {t}: {significance})"
@@ -69,12 +74,15 @@ def select_stage(scores: Sequence[LaneScore], dense_perplexity: float) -> Stage:
     """The stage of a choice among these lanes."""
     lanes = {f"lane {number:03d}": score.artifact.key for number, score in enumerate(scores)}
     betas = [score.plan.beta for score in scores]
-    return Stage("select", 1, {"betas": betas, "dense": dense_perplexity}, lanes)
+    return Stage("select", 2, {"betas": betas, "dense": dense_perplexity}, lanes)
 
 
 @stage_task(about=lambda scores, **_: f"among {betas_title([score.plan.beta for score in scores])}")
 def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
-    """Choose the plan with the lowest mean loss; of equal ones the flattest."""
+    """Choose the plan with the lowest mean loss; of equal ones the flattest.
+
+    Lanes that a race has stopped lose to all that ran to the end.
+    """
 
     def build(draft: Draft) -> None:
         selection = compare(scores, dense_perplexity)
@@ -85,21 +93,22 @@ def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: 
 
 
 def compare(scores: Sequence[LaneScore], dense_perplexity: float) -> Selection:
-    """All plans against the best one, window by window."""
-    means = [sum(score.losses) / len(score.losses) for score in scores]
-    by_loss = sorted(range(len(scores)), key=lambda index: (means[index], index))
+    """All plans against the best one, window by window; those with the most windows can be the best."""
+    windows = max(len(score.losses) for score in scores)
+    whole = [index for index, score in enumerate(scores) if len(score.losses) == windows]
+    by_loss = sorted(whole, key=lambda index: (mean_loss(scores[index].losses), index))
     best = by_loss[0]
-    rows = tuple(
-        ScoreRow(
-            score.plan.beta,
-            means[index],
-            perplexity(score.losses),
-            None if index == best else paired_difference(score.losses, scores[best].losses),
-            score.realised_sparsity,
-        )
-        for index, score in enumerate(scores)
-    )
+    rows = tuple(_row(score, None if index == best else scores[best]) for index, score in enumerate(scores))
     return Selection(rows, best, by_loss[1] if len(by_loss) > 1 else None, dense_perplexity)
+
+
+def _row(score: LaneScore, best: LaneScore | None) -> ScoreRow:
+    """One lane beside the best one, which is None for itself."""
+    seen, loss = len(score.losses), mean_loss(score.losses)
+    above = None if best is None else paired_difference(score.losses, best.losses[:seen])
+    if best is not None and above is not None and seen < len(best.losses):
+        loss = mean_loss(best.losses) + above.mean
+    return ScoreRow(score.plan.beta, loss, math.exp(loss), above, score.realised_sparsity, seen)
 
 
 def read_selection(store: ArtifactStore, artifact: Artifact) -> Selection:

@@ -14,7 +14,7 @@ from tasks.select import ScoreRow, Selection
 
 def row(beta, loss, mean=None, t=None, windows=3):
     difference = None if mean is None else PairedDifference(mean, t, windows)
-    return ScoreRow(beta, loss, math.exp(loss), difference, 0.5)
+    return ScoreRow(beta, loss, math.exp(loss), difference, 0.5, windows)
 
 
 def selection(*rows, best=1, dense=4.0):

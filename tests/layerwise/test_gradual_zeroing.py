@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from layerwise.lanes import GradualZeroing
+from layerwise.gradual_zeroing import GradualZeroing
 
 
 def test_weights_go_level_by_level():

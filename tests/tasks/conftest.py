@@ -269,9 +269,7 @@ class SmallRun:
     def export(self, chosen: LaneScore, uniform: LaneScore | None = None, **execution) -> Artifact:
         lanes = chosen, uniform or chosen
         where = Execution(**execution)
-        return export.fn(
-            self.store, self.checkpoint, self.capture(), *lanes, self.linears, self.pruning, where
-        )
+        return export.fn(self.store, self.inputs(), *lanes, self.linears, self.pruning, where)
 
     def evaluate(self, uniform: float, best: float, **execution) -> Artifact:
         plans, where = self.plans((uniform, best)), Execution(**execution)

@@ -85,9 +85,19 @@ def test_one_plan_is_chosen_without_a_comparison():
     assert selection.verdict == "beta 0 was the only one tried"
 
 
-def test_lanes_of_different_windows_cannot_be_compared():
-    with pytest.raises(ValueError, match="got 3 and 2 losses"):
-        compare([UNIFORM, lane(0.1, 1.0, 2.0)], 5.0)
+def test_a_lane_that_was_stopped_early_loses_and_is_compared_on_the_windows_it_has_seen():
+    # On its two windows it is .5 and .7 above the best; as far above the best's mean of 2 it would be at 2.6.
+    stopped = lane(0.3, 1.5, 2.7)
+    selection = compare([UNIFORM, BEST, stopped], 5.0)
+    assert (selection.best, selection.runner_up) == (1, 0)
+    assert [row.windows for row in selection.rows] == [3, 3, 2]
+    row = selection.rows[2]
+    assert (row.above_best.mean, row.above_best.t, row.above_best.windows) == pytest.approx((0.6, 6.0, 2))
+    assert (row.loss, row.perplexity) == pytest.approx((2.6, math.e**2.6))
+
+
+def test_a_lane_that_was_stopped_early_is_never_the_best_whatever_its_losses():
+    assert compare([UNIFORM, BEST, lane(0.3, 0.1, 0.2)], 5.0).best == 1
 
 
 @pytest.mark.parametrize("lanes", [[UNIFORM, BEST, STEEP], [UNIFORM]])

@@ -1,0 +1,102 @@
+"""Race and adaptive search on a real Prefect server: fewer lanes, the same scores, nothing twice."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flows.found import look_up
+from flows.plan import plan_search
+from flows.search import search
+from flows.settings import Runtime
+from storage.store import ArtifactStore
+
+BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the last one removes the whole third layer
+WINDOWS = 24
+
+
+@pytest.fixture(scope="module")
+def settings(workshop, tmp_path_factory):
+    """Of a model that has learned to count, so that it has something to lose."""
+    folder = tmp_path_factory.mktemp("counting")
+    shutil.copytree(workshop.model, folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        input_ids = 1 + (torch.randint(96, (16, 1)) + torch.arange(16)) % 96
+        optimizer.zero_grad()
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"w{1 + number % 96}" for number in range(3000)))
+    places = {"model": str(folder / "model"), "calibration": str(text), "selection": str(text)}
+    return lambda **changes: workshop.settings(betas=BETAS, selection_windows=WINDOWS, **places, **changes)
+
+
+@pytest.fixture(scope="module")
+def grid(settings, prefect_backend, tmp_path_factory):
+    runtime = Runtime(store=str(tmp_path_factory.mktemp("grid") / "store"))
+    return search(settings(), runtime), runtime
+
+
+@pytest.fixture(scope="module")
+def race(settings, grid):
+    return search(settings(strategy="race"), grid[1])
+
+
+def losses_by_beta(result):
+    return {row.beta: row.loss for row in result.selection.rows}
+
+
+def test_a_race_stops_what_is_surely_beaten_and_finds_what_the_grid_finds(grid, race):
+    rows = {row.beta: row for row in race.selection.rows}
+    assert list(rows) == [0.0, *BETAS]
+    stopped = [beta for beta, row in rows.items() if row.windows < WINDOWS]
+    assert stopped
+    assert all(rows[beta].above_best.significant for beta in stopped)
+    whole = losses_by_beta(grid[0])
+    assert [rows[beta].loss for beta in rows if beta not in stopped] == pytest.approx(
+        [whole[beta] for beta in rows if beta not in stopped], rel=1e-5
+    )
+    assert race.selection.best_row.beta == grid[0].selection.best_row.beta
+    assert race.test == grid[0].test
+
+
+@pytest.mark.parametrize("strategy", ["race", "adaptive"])
+def test_a_strategy_that_is_done_is_found_done(settings, grid, race, strategy):
+    first = search(settings(strategy=strategy), grid[1])
+    store = ArtifactStore(grid[1].store)
+    assert look_up(store, settings(strategy=strategy)).missing == []
+    before = store.fs.find(store.root)
+    again = search(settings(strategy=strategy), grid[1])
+    assert (again.built, again.bytes_read) == ((), 0)
+    assert again.selection == first.selection
+    assert store.fs.find(store.root) == before
+    assert not [stage for stage in plan_search(settings(strategy=strategy), grid[1]).stages if stage.to_do]
+
+
+def test_an_adaptive_search_takes_its_lanes_from_the_grid_that_ran_before(settings, grid):
+    result = search(settings(strategy="adaptive", trials=4), grid[1])
+    assert not [role for role in result.built if role.startswith("lane")]
+    rows, whole = result.selection.rows, losses_by_beta(grid[0])
+    assert rows[0].beta == 0.0
+    assert len(rows) <= 4
+    assert {row.beta: row.loss for row in rows} == {row.beta: whole[row.beta] for row in rows}
+
+
+def test_a_plan_shows_the_first_round_and_says_that_more_will_follow(settings, tmp_path):
+    plan = plan_search(settings(strategy="race"), Runtime(store=str(tmp_path / "store")))
+    (branch,) = [stage for stage in plan.stages if stage.name.startswith("branch")]
+    assert branch.state == "prune and score 7 of them, windows 0 to 7; then what these tell"
+
+
+def test_over_processes_a_race_ends_as_in_one(settings, grid, race, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    spread = search(settings(strategy="race"), runtime)
+    assert spread.selection == race.selection
+    assert {role: artifact.content for role, artifact in spread.stages.items()} == {
+        role: artifact.content for role, artifact in race.stages.items()
+    }
