@@ -10,19 +10,23 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
     """The result table: one row per beta, with the paired difference to the best."""
     rows: list[dict[str, str | float]] = []
     stopped_early = len({row.windows for row in selection.rows}) > 1
+    with_offsets = any(row.offset for row in selection.rows)
+    allocator = "ATP" if selection.parameter == "beta" else selection.parameter.partition(" ")[0]
     for index, row in enumerate(selection.rows):
         difference = row.above_best
         windows = {"windows": row.windows} if stopped_early else {}
+        offset = {"offset": row.offset} if with_offsets else {}
         rows.append(
             {
-                "beta": row.beta,
+                selection.parameter.rpartition(" ")[2]: row.beta,
+                **offset,
                 "loss": round(row.loss, 4),
                 "perplexity": "diverged" if row.loss >= DIVERGED else round(row.perplexity, 2),
                 "above best": "best" if difference is None else f"{difference.mean:+.4f}",
                 "t": "" if difference is None or difference.t is None else f"{difference.t:.1f}",
                 "realised sparsity": round(row.realised_sparsity, 5),
                 **windows,
-                "plan": "uniform" if index == 0 else "ATP",
+                "plan": "uniform" if index == 0 else allocator,
             }
         )
     return rows

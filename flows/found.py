@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 from flows.next_lanes import LaneRequest, Strategy, follow, strategy_of
 from flows.settings import Search
+from flows.stages import check_plans
 from flows.token_requests import token_requests
 from layerwise.allocation import SparsityPlan
+from layerwise.allocators import parameter_name
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.stage import Stage
@@ -14,17 +16,19 @@ from storage.store import ArtifactStore
 from tasks.allocate import allocate_stage
 from tasks.branch import LaneScore, lane_stage, read_score
 from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
+from tasks.capture_grams import grams_stage
 from tasks.checkpoint import Checkpoint
 from tasks.evaluate import evaluate_stage
 from tasks.export import export_stage
 from tasks.import_checkpoint import import_checkpoint, import_stage
 from tasks.join_rounds import joined_stage
 from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.measure import is_measured, measure_stage, read_scores
 from tasks.sample_tokens import token_stage
 from tasks.select import compare, select_stage
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from tasks.streamed import linears_by_layer
 
-CAPTURED = ("checkpoint", "calibration", "selection", "test", "allocate", "capture")
+CAPTURED = ("checkpoint", "calibration", "selection", "test", "capture")
 CHOSEN = ("select", "export", "evaluate")
 
 
@@ -37,7 +41,7 @@ class Found:
             known by something that is missing.
         checkpoint: the model, if it is imported.
         linears: the prunable weights by layer; empty if it is not.
-        plans: one per beta that may be tried; empty if it is not.
+        plans: those that may be tried; empty if they cannot be known yet.
         request: the lanes that are to be scored next; None if there is no capture, or all are.
         lanes: their stages.
     """
@@ -51,6 +55,12 @@ class Found:
     missing_lanes: tuple[int, ...] = ()  # positions in ``lanes`` of those that are not there
 
     @property
+    def is_captured(self) -> bool:
+        """Whether all is there that the lanes read, and so it is known which they are."""
+        read = [self.stages[role] for role in ("capture", "grams", "measure") if role in self.stages]
+        return bool(self.plans) and None not in read
+
+    @property
     def requested(self) -> list[SparsityPlan]:
         """The plans of ``lanes``."""
         return [] if self.request is None else [self.plans[number] for number in self.request.plans]
@@ -61,9 +71,13 @@ class Found:
         return [role for role, artifact in self.stages.items() if artifact is None]
 
 
-def lane_role(plan: SparsityPlan) -> str:
-    """What a lane is called in a search's result."""
-    return f"lane beta {plan.beta:.12g}"
+def lane_role(beta: float, offset: float) -> str:
+    """What the lane of a plan is called in a search's result."""
+    return f"lane beta {beta:.12g}" + (f" offset {offset:.12g}" if offset else "")
+
+
+def _role_of(plan: SparsityPlan) -> str:
+    return lane_role(plan.beta, plan.offset)
 
 
 def look_up(store: ArtifactStore, settings: Search) -> Found:
@@ -74,34 +88,71 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
         Damaged: an artifact that was to be looked into is damaged.
         OSError: the model, a text or the store cannot be reached.
     """
-    stages: dict[str, Artifact | None] = dict.fromkeys((*CAPTURED, *CHOSEN))
+    stages: dict[str, Artifact | None] = dict.fromkeys((*_roles_before(settings), *CHOSEN))
     requests = token_requests(settings)
     if store.find(import_stage(settings.model)) is None:
         return Found(stages)
     checkpoint = import_checkpoint(store, settings.model)
     linears = linears_by_layer(checkpoint.index, settings.seqlen)
-    plans = settings.allocation.plans(layer_sizes_of(linears))
-    dtype = checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
+    check_plans(settings, linears)
     stages["checkpoint"] = checkpoint.artifact
     for role, request in requests.items():
         stages[role] = store.find(token_stage(checkpoint.tokenizer_identity, request))
-    stages["allocate"] = store.find(allocate_stage(layer_sizes_of(linears), settings.allocation))
+    found = _look_up_captured(store, settings, Found(stages, checkpoint, linears))
+    capture, calibration, selection = (stages[role] for role in ("capture", "calibration", "selection"))
+    if not found.is_captured or capture is None or calibration is None or selection is None:
+        return found
+    pruning = settings.pruning(_dtype(settings, checkpoint))
+    inputs = LaneInputs(checkpoint, capture, calibration, selection, stages.get("grams"))
+    strategy = strategy_of(settings, found.plans, int(str(selection.facts["windows"])))
+    return _look_up_lanes(store, inputs, pruning, strategy, parameter_name(settings.allocator), found)
+
+
+def _roles_before(settings: Search) -> list[str]:
+    """Roles of all that comes before the lanes, in the order in which it is made."""
+    optional = {"grams": settings.needs_grams, "measure": is_measured(settings.allocator)}
+    return [*CAPTURED, *(role for role, wanted in optional.items() if wanted), "allocate"]
+
+
+def _dtype(settings: Search, checkpoint: Checkpoint) -> str:
+    return checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
+
+
+def _look_up_captured(store: ArtifactStore, settings: Search, found: Found) -> Found:
+    """Go on from the windows; notes what is there in ``found.stages``."""
+    stages, checkpoint = found.stages, found.checkpoint
+    assert checkpoint is not None, "it was imported"
+    dtype, allocation = _dtype(settings, checkpoint), settings.allocation
+    prunable = settings.pruning(dtype).prunable(found.linears)
     calibration, selection = stages["calibration"], stages["selection"]
-    if calibration is None or selection is None:
-        return Found(stages, checkpoint, linears, plans)
-    capture = CaptureSettings(dtype, settings.retain)
-    captured = store.find(capture_stage(checkpoint.identity, calibration, selection, capture))
-    stages["capture"] = captured
-    if captured is None:
-        return Found(stages, checkpoint, linears, plans)
-    inputs = LaneInputs(checkpoint, captured, calibration, selection)
-    found = Found(stages, checkpoint, linears, plans)
-    strategy = strategy_of(settings, plans, selection)
-    return _look_up_lanes(store, inputs, settings.pruning(dtype), strategy, found)
+    if calibration is not None and selection is not None:
+        how = CaptureSettings(dtype, settings.retain)
+        stages["capture"] = store.find(capture_stage(checkpoint.identity, calibration, selection, how))
+    if calibration is not None and settings.needs_grams:
+        stages["grams"] = store.find(grams_stage(checkpoint.identity, calibration, dtype))
+    measured = None
+    if is_measured(allocation.allocator):
+        capture, grams = stages["capture"], stages.get("grams")
+        if capture is None or (settings.needs_grams and grams is None):
+            return found
+        stage = measure_stage(
+            checkpoint, capture, grams, allocation.allocator, allocation.by_linear, prunable
+        )
+        measured = stages["measure"] = store.find(stage)
+        if measured is None:
+            return found
+    stages["allocate"] = store.find(allocate_stage(prunable, allocation, measured))
+    scores = () if measured is None else read_scores(store, measured)
+    return replace(found, plans=allocation.plans(prunable, scores))
 
 
 def _look_up_lanes(
-    store: ArtifactStore, inputs: LaneInputs, pruning: PruneSettings, strategy: Strategy, found: Found
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    pruning: PruneSettings,
+    strategy: Strategy,
+    parameter: str,
+    found: Found,
 ) -> Found:
     """Go on from what comes before the lanes."""
     stages: list[Stage] = []
@@ -121,12 +172,13 @@ def _look_up_lanes(
     roles, joined = _joined(store, scores)
     ends: dict[str, Artifact | None] = dict.fromkeys(CHOSEN)
     if request is not None:
-        roles |= {lane_role(found.plans[number]): None for number in request.plans}
+        roles |= {_role_of(found.plans[number]): None for number in request.plans}
         missing = tuple(number for number, lane in enumerate(lanes) if lane is None)
         found = replace(found, request=request, lanes=tuple(stages), missing_lanes=missing)
     elif joined:
-        ends |= _look_up_ends(store, inputs, pruning, joined, found)
-    return replace(found, stages={role: found.stages[role] for role in CAPTURED} | roles | ends)
+        ends |= _look_up_ends(store, inputs, pruning, joined, parameter, found)
+    before = {role: artifact for role, artifact in found.stages.items() if role not in CHOSEN}
+    return replace(found, stages=before | roles | ends)
 
 
 def _joined(
@@ -138,7 +190,7 @@ def _joined(
     for rounds in lanes:
         plan = rounds[0].plan
         artifact = store.find(joined_stage(rounds)) if in_rounds else rounds[0].artifact
-        roles[lane_role(plan)] = artifact
+        roles[_role_of(plan)] = artifact
         if artifact is not None:
             scores.append(read_score(store, plan, artifact) if in_rounds else rounds[0])
     return roles, scores if len(scores) == len(lanes) else []
@@ -149,13 +201,14 @@ def _look_up_ends(
     inputs: LaneInputs,
     pruning: PruneSettings,
     scores: Sequence[LaneScore],
+    parameter: str,
     found: Found,
 ) -> dict[str, Artifact | None]:
     """What comes after the lanes."""
     dense = float(str(inputs.capture.facts[DENSE_PERPLEXITY]))
     chosen, uniform = scores[compare(scores, dense).best], scores[0]
     stages = {
-        "select": store.find(select_stage(scores, dense)),
+        "select": store.find(select_stage(scores, dense, parameter)),
         "export": store.find(export_stage(inputs, chosen, uniform, pruning)),
     }
     if test := found.stages["test"]:

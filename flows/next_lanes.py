@@ -12,8 +12,9 @@ from flows.settings import Strategy as Name
 from layerwise.adaptive_search import AdaptiveSearch
 from layerwise.allocation import SparsityPlan
 from layerwise.racing import beaten, rounds
+from layerwise.trials import Strategy as Proposals
 from layerwise.trials import Trial
-from storage.artifact import Artifact
+from layerwise.two_parameter_search import TwoParameterSearch
 from tasks.branch import LaneScore
 
 UNIFORM = (
@@ -39,13 +40,13 @@ class Strategy:
     """How a search goes through its betas.
 
     Attributes:
-        betas: of its plans, ascending, the uniform one first.
-        trials: how many of them an adaptive search tries at most.
+        points: beta and offset of its plans, the uniform one first.
+        trials: how many of them are tried at most, where not all are.
         windows: how many selection windows there are.
     """
 
     name: Name
-    betas: tuple[float, ...]
+    points: tuple[tuple[float, float], ...]
     trials: int
     windows: int
 
@@ -58,12 +59,16 @@ class Strategy:
         if self.name == "race":
             return self._race(known)
         if self.name == "adaptive":
-            return self._adaptive(known)
-        everything = tuple(range(len(self.betas)))
+            betas = tuple(sorted({beta for beta, _ in self.points}))
+            return self._proposed(AdaptiveSearch(betas, self.trials), known)
+        if self.name == "two-parameter":
+            betas, offsets = (tuple(sorted(set(values))) for values in zip(*self.points, strict=True))
+            return self._proposed(TwoParameterSearch(betas, offsets, self.trials), known)
+        everything = tuple(range(len(self.points)))
         return None if all(plan in known for plan in everything) else LaneRequest(everything)
 
     def _race(self, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
-        running = list(range(len(self.betas)))
+        running = list(range(len(self.points)))
         for part in rounds(self.windows):
             if any(len(known.get(plan, ())) < part.stop for plan in running):
                 whole = len(part) == self.windows
@@ -72,28 +77,28 @@ class Strategy:
             running = [plan for plan in running if plan not in out]
         return None
 
-    def _adaptive(self, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
-        search, done = AdaptiveSearch(self.betas, self.trials), list[Trial]()
+    def _proposed(self, search: Proposals, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
+        done: list[Trial] = []
         while points := search.propose(done):
-            plans = tuple(self.betas.index(beta) for (beta,) in points)
+            plans = tuple(self.points.index((point + (0.0,))[:2]) for point in points)
             if any(plan not in known for plan in plans):
                 return LaneRequest(plans)
             done += [Trial(point, tuple(known[plan])) for point, plan in zip(points, plans, strict=True)]
         return None
 
 
-def strategy_of(settings: Search, plans: Sequence[SparsityPlan], selection: Artifact) -> Strategy:
-    """How this search goes through its plans."""
-    betas = tuple(plan.beta for plan in plans)
-    return Strategy(settings.strategy, betas, settings.trials or TRIALS, int(str(selection.facts["windows"])))
+def strategy_of(settings: Search, plans: Sequence[SparsityPlan], windows: int) -> Strategy:
+    """How this search goes through its plans; ``windows`` is how many selection windows it has."""
+    points = tuple((plan.beta, plan.offset) for plan in plans)
+    trials = settings.trials or TRIALS.get(settings.strategy, len(points))
+    return Strategy(settings.strategy, points, trials, windows)
 
 
 def first_lanes(settings: Search, plans: Sequence[SparsityPlan], windows: int | None) -> LaneRequest:
     """What a search begins with, as far as it can be known; ``windows`` is None if nobody has counted them yet."""
-    betas = tuple(plan.beta for plan in plans)
     if windows is None and settings.strategy == "race":
-        return LaneRequest(tuple(range(len(betas))))
-    request = Strategy(settings.strategy, betas, settings.trials or TRIALS, windows or 0).next_lanes({})
+        return LaneRequest(tuple(range(len(plans))))
+    request = strategy_of(settings, plans, windows or 0).next_lanes({})
     assert request is not None, "nothing is known yet"
     return request
 

@@ -1,6 +1,6 @@
 """Plan: what a search would run, what the store already has, and what it will take. Runs nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.found import Found, look_up
@@ -8,13 +8,16 @@ from flows.groups import lane_groups
 from flows.next_lanes import LaneRequest, first_lanes
 from flows.search_sizes import SearchSizes
 from flows.settings import Runtime, Search
+from flows.stages import check_plans
 from flows.token_requests import window_counts
 from layerwise.allocation import SparsityPlan
+from layerwise.skeleton import Linear
 from storage.store import ArtifactStore
 from tasks.documents import Role
 from tasks.import_checkpoint import inspect_source
+from tasks.measure import is_measured
 from tasks.run_names import windows_title
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from tasks.streamed import linears_by_layer
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     found = look_up(store, settings)
     index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)
     linears = found.linears or linears_by_layer(index, settings.seqlen)
-    plans = found.plans or settings.allocation.plans(layer_sizes_of(linears))
+    plans = found.plans or _expected_plans(settings, linears)
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
     counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
@@ -96,6 +99,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         ),
         *(_stage(f"sample_tokens: {role}", role in there, "sample") for role in counts),
         _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
+        *_extra_stages(settings, there, weights, sizes),
         _stage(
             f"branch: {len(plans)} betas",
             not missing,
@@ -127,11 +131,31 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     )
 
 
+def _extra_stages(
+    settings: Search, there: Collection[str], weights: int, sizes: SearchSizes
+) -> Iterator[PlannedStage]:
+    """What some pruners and allocators need besides."""
+    if settings.needs_grams:
+        todo = "second moments of the linears' inputs, in the dense model"
+        yield _stage("grams", "grams" in there, todo, weights, sizes.grams)
+    if is_measured(settings.allocator):
+        todo = f"what {settings.allocator.method} goes by"
+        yield _stage("measure", "measure" in there, todo, sum(sizes.index.layer_bytes))
+
+
+def _expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
+    """The plans, as many as there will be: what an allocator will measure is not known yet, and taken for equal."""
+    check_plans(settings, linears)
+    prunable = settings.pruning("auto").prunable(linears)
+    entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
+    return settings.allocation.plans(prunable, (0.0,) * entries)
+
+
 def _next_lanes(
     settings: Search, found: Found, plans: Sequence[SparsityPlan], windows: int | None
 ) -> tuple[LaneRequest | None, Sequence[int]]:
     """The lanes that are to be scored next, and the positions among them of those that are missing."""
-    if found.stages["capture"] is not None:
+    if found.is_captured:
         return found.request, found.missing_lanes
     # Without a capture nothing is known of the lanes, and without the text not how many windows there are.
     request = first_lanes(settings, plans, windows)

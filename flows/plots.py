@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flows.findings import number
-from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import DIVERGED, T_BOUNDS
 from tasks.select import ScoreRow, Selection
 
@@ -47,10 +46,13 @@ def perplexity_by_beta(selection: Selection, title: str) -> bytes:
     """
     best, uniform, dense = selection.best_row, selection.rows[0], selection.dense_perplexity
     worst = min(WORST_SHOWN * best.perplexity, math.exp(DIVERGED / 2))
-    shown = [row for row in selection.rows if row.perplexity <= worst]
+    # One curve: of the plans with an offset between attention and MLP the best one only.
+    curve = [row for row in selection.rows if not row.offset or row == best]
+    shown = [row for row in curve if row.perplexity <= worst]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(f"Perplexity on the selection text\n{title}", "perplexity")
-        axes.set_xlabel("beta (sparsity that each decoder layer gets above the one before it)")
+        rule = " (sparsity that each decoder layer gets above the one before it)"
+        axes.set_xlabel(selection.parameter + (rule if selection.parameter == "beta" else ""))
         axes.plot([row.beta for row in shown], [row.perplexity for row in shown], color=BLUE, linewidth=1)
         _bars(axes, shown)
         worse = [row for row in shown if _is_worse(row)]
@@ -60,19 +62,23 @@ def perplexity_by_beta(selection: Selection, title: str) -> bytes:
         if uniform in shown:
             _points(axes, [uniform], "s", ORANGE, 9, f"uniform: {number(uniform.perplexity)}")
         if best in shown:
-            _points(axes, [best], "*", GREEN, 15, f"best, beta {best.beta:.4g}: {number(best.perplexity)}")
+            name = selection.name(selection.best)
+            _points(axes, [best], "*", GREEN, 15, f"best, {name}: {number(best.perplexity)}")
         axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.5, label=f"dense: {number(dense)}")
-        _crosses(axes, [row.beta for row in selection.rows if row not in shown])
+        _crosses(axes, [row.beta for row in curve if row not in shown])
         perplexities = [dense, *(row.perplexity for row in shown)]
         if max(perplexities) > WIDE_RANGE * min(perplexities):
             _make_logarithmic(axes)
         return _svg(figure)
 
 
-def sparsity_by_layer(uniform: SparsityPlan, best: SparsityPlan, title: str) -> bytes:
+def sparsity_by_layer(uniform: Sequence[float], best: Sequence[float] | None, name: str, title: str) -> bytes:
     """Sparsity of every decoder layer in the uniform and in the best plan.
 
     Args:
+        uniform: by layer.
+        best: by layer; None if it is the uniform one.
+        name: of the best plan.
         title: what was searched, e.g. "demo at 0.6".
     """
     with matplotlib.rc_context(STYLE):
@@ -80,12 +86,10 @@ def sparsity_by_layer(uniform: SparsityPlan, best: SparsityPlan, title: str) -> 
             f"Sparsity of every decoder layer\n{title}", "sparsity (fraction of weights removed)"
         )
         axes.set_xlabel("decoder layer (0 is nearest to the input)")
-        layers = range(len(uniform.layers))
-        axes.plot(layers, uniform.layers, "s-", color=ORANGE, markersize=6, label="uniform (beta 0)")
-        if best != uniform:
-            axes.plot(
-                layers, best.layers, "*-", color=GREEN, markersize=10, label=f"best (beta {best.beta:.4g})"
-            )
+        layers = range(len(uniform))
+        axes.plot(layers, uniform, "s-", color=ORANGE, markersize=6, label="uniform")
+        if best is not None:
+            axes.plot(layers, best, "*-", color=GREEN, markersize=10, label=f"best ({name})")
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)

@@ -6,12 +6,15 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
 from flows.findings import number, sentence_on_test, table_rows, work_sentence
+from flows.found import lane_role
 from flows.plots import perplexity_by_beta, sparsity_by_layer
 from flows.result import SearchResult
 from storage.files import is_local
 from storage.store import ArtifactStore
-from tasks.allocate import read_plans
+from storage.tables import read_table
+from tasks.branch import LINEARS_FILE
 from tasks.progress import going_on_without_prefect
+from tasks.select import ScoreRow
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
 LOAD_HERE = """```python
@@ -49,8 +52,10 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
 def search_report(store: ArtifactStore, result: SearchResult) -> str:
     """The whole result as one page of Markdown that needs nothing else: figures are in it."""
     settings, selection, test = result.settings, result.selection, result.test
-    plans = {plan.beta: plan for plan in read_plans(store, result.stages["allocate"])}
     uniform, best = selection.rows[0], selection.best_row
+    name = selection.name(selection.best)
+    lanes = [realised_by_layer(store, result, row) for row in (uniform, best)]
+    profile = sparsity_by_layer(lanes[0], None if best == uniform else lanes[1], name, settings.title)
     place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
     return f"""# {settings.title}, {settings.pruner.method}
 
@@ -58,17 +63,17 @@ def search_report(store: ArtifactStore, result: SearchResult) -> str:
 
 {sentence_on_test(test)}
 
-| | beta | perplexity, selection text | perplexity, test text |
+| | {selection.parameter} | perplexity, selection text | perplexity, test text |
 |:--|--:|--:|--:|
 | dense | | {number(selection.dense_perplexity)} | {number(test.dense)} |
 | uniform | 0 | {number(uniform.perplexity)} | {number(test.uniform)} |
-| **best** | {best.beta:.6g} | {number(best.perplexity)} | {number(test.best)} |
+| **best** | {name.removeprefix(f"{selection.parameter} ")} | {number(best.perplexity)} | {number(test.best)} |
 
 {_image("Perplexity by beta", perplexity_by_beta(selection, settings.title))}
 
 A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
 
-{_image("Sparsity by layer", sparsity_by_layer(plans[uniform.beta], plans[best.beta], settings.title))}
+{_image("Sparsity by layer", profile)}
 
 ## The pruned model
 
@@ -81,6 +86,14 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 |:--|:--|:--|
 {_stage_rows(result)}
 """
+
+
+def realised_by_layer(store: ArtifactStore, result: SearchResult, row: ScoreRow) -> list[float]:
+    """Zeros over weights of every layer's pruned linears, in the lane of this row."""
+    table = read_table(store, result.stages[lane_role(row.beta, row.offset)], LINEARS_FILE)
+    sums = table.group_by("layer").aggregate([("zeros", "sum"), ("weights", "sum")]).to_pylist()
+    by_layer = sorted(sums, key=lambda layer: layer["layer"])
+    return [layer["zeros_sum"] / layer["weights_sum"] for layer in by_layer]
 
 
 def how_to_load(place: str) -> str:

@@ -86,11 +86,8 @@ def _run_stages(
     end = chosen(store, settings, execution)
     before = end.captured
     stages: dict[str, Artifact] = {
-        "checkpoint": before.checkpoint.artifact,
-        **{str(role): windows for role, windows in before.windows.items()},
-        "allocate": before.allocation,
-        "capture": before.capture,
-        **{lane_role(score.plan): score.artifact for score in end.scores},
+        **before.artifacts,
+        **{lane_role(score.plan.beta, score.plan.offset): score.artifact for score in end.scores},
         "select": end.selected,
         "export": end.exported,
         "evaluate": end.tested,

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from flows.next_lanes import LaneRequest
 from flows.settings import Search
+from layerwise.layer_pruning import MaskPruner
 from layerwise.masks import SORTED_ENTRIES
 from layerwise.skeleton import Linear
 from tasks.capture import SAMPLED_WINDOWS
@@ -87,6 +88,18 @@ class SearchSizes:
         return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
 
     @property
+    def grams(self) -> int:
+        """Gram matrices of all layers: at most, as linears that share their input have one in common."""
+        return sum(4 * linear.in_features**2 for layer in self.linears for linear in layer)
+
+    @property
+    def factors(self) -> int:
+        """What a pruner that corrects weights holds of a layer's inputs, and what the largest of them takes to make."""
+        largest = max(linear.in_features for layer in self.linears for linear in layer)
+        widest = max(sum(4 * linear.in_features**2 for linear in layer) for layer in self.linears)
+        return widest + 4 * 4 * largest**2
+
+    @property
     def ranking(self) -> int:
         """Wanda ranks some rows at a time, magnitude a whole matrix: scores, order and levels of every entry."""
         entries = max(linear.numel for layer in self.linears for linear in layer)
@@ -99,10 +112,16 @@ class SearchSizes:
         weights = max(layer_sizes_of(self.linears))
         cast = 0 if self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
+        if isinstance(self.settings.pruner, MaskPruner):
+            how = {"order of removal": weights + self.ranking}  # one byte a weight, and what is being sorted
+        else:
+            # A layer's own weights, of which every lane begins; and the largest one in float32 while it is pruned.
+            entries = max(linear.numel for layer in self.linears for linear in layer)
+            how = {"second moments": self.factors, "weights being pruned": largest + 3 * 4 * entries}
         return {
             "layer in use": largest + cast + restored,
             "layer arriving": largest,
-            "order of removal": weights + self.ranking,  # one byte a weight, and what is being sorted
+            **how,
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }

@@ -11,12 +11,23 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from layerwise.allocation import BETA_STEP
+from layerwise.allocation import ATP, BETA_STEP
+from layerwise.allocators import Given
+from layerwise.alpha_pruning import AlphaPruning
+from layerwise.depth_schedules import Erf, Power
+from layerwise.dlp import DLP
+from layerwise.dsa import DSA
+from layerwise.layer_pruning import MaskPruner
+from layerwise.lsa import LSA
 from layerwise.magnitude import Magnitude
+from layerwise.owl import OWL
+from layerwise.patterns import Pattern
+from layerwise.sparsegpt import SparseGPT
 from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
 from tasks.execution import Execution
 from tasks.lane_group import PruneSettings
+from tasks.measure import needs_grams
 from tasks.run_names import title_of
 from tasks.sources import holds_credentials
 
@@ -51,9 +62,32 @@ def _known_place(value: str) -> str:
 BareUrl = Annotated[
     str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
 ]
-Strategy = Literal["grid", "race", "adaptive"]
-TRIALS = 6  # of an adaptive search: finds the best of a dozen betas on curves like those of the paper
-PrunerChoice = Annotated[Wanda | Magnitude, Field(discriminator="method"), BeforeValidator(_method)]
+Strategy = Literal["grid", "race", "adaptive", "two-parameter"]
+# Enough for a dozen betas on curves like those of the paper; and as many again for the offset.
+TRIALS: dict[str, int] = {"adaptive": 6, "two-parameter": 12}
+PrunerChoice = Annotated[
+    Wanda | Magnitude | SparseGPT, Field(discriminator="method"), BeforeValidator(_method)
+]
+AllocatorChoice = Annotated[
+    ATP | OWL | AlphaPruning | DSA | DLP | LSA | Erf | Power | Given,
+    Field(discriminator="method"),
+    BeforeValidator(_method),
+]
+
+
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise PydanticCustomError(
+            "regex", "is no regular expression ({problem})", {"problem": str(error)}
+        ) from error
+    return value
+
+
+def _pattern(value: str) -> str:
+    Pattern.parse(value)
+    return value
 
 
 class _Settings(BaseModel):
@@ -72,7 +106,37 @@ class Search(_Settings):
         gt=0, lt=1, description="Overall fraction of the decoder linears' weights to remove, between 0 and 1."
     )
     pruner: PrunerChoice = Field(
-        default=Wanda(), description="How the weights to remove are chosen: wanda or magnitude."
+        default=Wanda(),
+        description="How the weights to remove are chosen: wanda, magnitude; or sparsegpt, which corrects the others.",
+    )
+    pattern: Annotated[str, AfterValidator(_pattern)] | None = Field(
+        title="N:M pattern",
+        default=None,
+        description="N of M consecutive weights of every output stay: 2:4, 4:8; or N:8, where the allocator gives "
+        "every layer a N of its own. Empty: none.",
+    )
+    exclude: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
+        title="Linears to leave dense",
+        default=None,
+        description="Regular expression that is looked for in LAYER.LINEAR, such as 0.mlp.down_proj; what it is found "
+        "in stays dense and does not count in the sparsity. Head and embeddings always stay dense. Empty: none.",
+    )
+    allocator: AllocatorChoice = Field(
+        default=ATP(),
+        description="How sparsity is spread over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, erf, power; or "
+        "given, with a list of your own.",
+    )
+    granularity: Literal["layer", "linear"] = Field(
+        title="What has a sparsity of its own",
+        default="layer",
+        description="Every layer; or every linear, by an allocator that measures them (owl, alpha_pruning, dsa, dlp, "
+        "lsa).",
+    )
+    offsets: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = Field(
+        title="Offsets between attention and MLP",
+        default=(),
+        description="How much more of attention's weights than of the MLP's is removed, such as -0.1 and 0.1; 0 is "
+        "tried in any case. Empty: 0 only.",
     )
     calibration_mode: Literal["dense", "sequential"] = Field(
         default="dense",
@@ -110,7 +174,9 @@ class Search(_Settings):
     betas: tuple[float, ...] | None = Field(
         default=None,
         min_length=1,
-        description="These betas, and 0 (uniform) beside them; empty: the grid of beta_step.",
+        description="These betas, and 0 (uniform) beside them; with another allocator than atp its strengths (the "
+        "spread of owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf). "
+        "Empty: the grid of beta_step, or that allocator's own strength.",
     )
     beta_count: int | None = Field(
         default=None, ge=1, description="So many betas, spread evenly over the legal range; empty: the grid."
@@ -124,13 +190,14 @@ class Search(_Settings):
         default="grid",
         description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
         "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "
-        "of the U-shaped curve down, with a handful of them.",
+        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset.",
     )
     trials: int | None = Field(
-        title="Most betas that are tried",
+        title="Most plans that are tried",
         default=None,
         ge=2,
-        description=f"With the adaptive strategy: at most so many betas, uniform among them; empty: {TRIALS}.",
+        description="With a strategy that does not try all: at most so many, uniform among them; empty: "
+        f"{' or '.join(f'{count} ({name})' for name, count in TRIALS.items())}.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         title="Dtype of the computation",
@@ -146,20 +213,46 @@ class Search(_Settings):
     @model_validator(mode="after")
     def _betas_given_once(self) -> "Search":
         _ = self.allocation
-        if self.trials is not None and self.strategy != "adaptive":
+        if self.trials is not None and self.strategy not in TRIALS:
             raise ValueError(
-                f"trials is {self.trials}, but the strategy {self.strategy} tries all betas. Leave trials empty, or "
-                "set strategy to adaptive."
+                f"trials is {self.trials}, but the strategy {self.strategy} tries all plans. Leave trials empty, or "
+                f"set strategy to {' or '.join(TRIALS)}."
+            )
+        if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
+            raise ValueError(
+                f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. Give offsets with the "
+                "strategy two-parameter, grid or race."
+            )
+        if self.calibration_mode == "sequential" and not isinstance(self.pruner, MaskPruner):
+            raise ValueError(
+                f"the pruner {self.pruner.method} is calibrated on the dense model's inputs: one set of Gram matrices "
+                "serves all plans and the export. Set calibration_mode to dense, or choose wanda or magnitude."
             )
         return self
 
     @property
     def allocation(self) -> AllocateSettings:
-        """Which betas are tried."""
+        """Which plans may be tried."""
         step = self.beta_step
-        if step is None and self.betas is None and self.beta_count is None:
+        fixed = self.pattern is not None and Pattern.parse(self.pattern).kept is not None
+        searched = isinstance(self.allocator, ATP) and not fixed
+        if searched and step is None and self.betas is None and self.beta_count is None:
             step = BETA_STEP
-        return AllocateSettings(self.sparsity, self.betas, self.beta_count, step)
+        return AllocateSettings(
+            self.sparsity,
+            self.betas,
+            self.beta_count,
+            step,
+            self.allocator,
+            self.offsets,
+            self.granularity == "linear",
+            self.pattern,
+        )
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether second moments of the linears' inputs are captured."""
+        return not isinstance(self.pruner, MaskPruner) or needs_grams(self.allocator)
 
     @property
     def title(self) -> str:
@@ -168,7 +261,9 @@ class Search(_Settings):
 
     def pruning(self, dtype: str) -> PruneSettings:
         """How lanes are pruned, with the dtype that ``auto`` stands for."""
-        return PruneSettings(self.sparsity, self.pruner, self.calibration_mode, dtype)
+        return PruneSettings(
+            self.sparsity, self.pruner, self.calibration_mode, dtype, self.pattern, self.exclude
+        )
 
 
 class Runtime(_Settings):

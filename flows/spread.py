@@ -22,7 +22,7 @@ from flows.token_requests import window_counts
 from flows.work_pool import WorkPool, require_server
 from storage.keys import digest
 from storage.store import ArtifactStore
-from tasks.run_names import betas_title, windows_title
+from tasks.run_names import plans_title, windows_title
 from tasks.sources import HubSource, find_source
 from tasks.stage_task import stage_task
 
@@ -70,7 +70,7 @@ def spread(store: ArtifactStore, shared: Shared) -> None:
     tag = f"search:{digest({'settings': settings.model_dump(mode='json'), 'store': runtime.store})[:12]}"
     with get_client(sync_client=True) as client, closing(open_place(client, runtime)) as place:
         fan_out = FanOut(client, store, place, tag)
-        if found.stages["capture"] is None:
+        if not found.is_captured:
             fan_out.run([_capture_step(store, settings, runtime)])
             found = look_up(store, settings)
         while found.missing_lanes:
@@ -113,7 +113,7 @@ def _capture_step(store: ArtifactStore, settings: Search, runtime: Runtime) -> S
         "capture",
         f"{settings.title}: capture",
         parameters_of(settings, runtime),
-        lambda: look_up(store, settings).stages["capture"] is not None,
+        lambda: look_up(store, settings).is_captured,
     )
 
 
@@ -141,8 +141,8 @@ def _lanes_of(run: FlowRun, found: Found) -> list[int]:
     windows = run.parameters["windows"]
     if found.request is None or (windows and tuple(windows)) != found.request.windows:
         return []
-    betas = cast(list[float], run.parameters["betas"])
-    return [number for number, plan in enumerate(found.requested) if plan.beta in betas]
+    points = {tuple(point) for point in cast(list[list[float]], run.parameters["points"])}
+    return [number for number, plan in enumerate(found.requested) if (plan.beta, plan.offset) in points]
 
 
 def _branch_step(
@@ -154,14 +154,15 @@ def _branch_step(
     groups: Sequence[Sequence[int]],
 ) -> Step:
     assert found.request is not None, "there are lanes to be scored"
-    betas, windows = tuple(found.requested[lane].beta for lane in groups[number]), found.request.windows
-    lanes = [found.lanes[lane] for lane in groups[number]]
-    what = f"{betas_title(betas)}{windows_title(windows)}"
+    windows, lanes = found.request.windows, [found.lanes[lane] for lane in groups[number]]
+    plans = [found.requested[lane] for lane in groups[number]]
+    what = f"{plans_title(plans)}{windows_title(windows)}"
     return Step(
         "branch",
         f"group {number + 1} of {len(groups)}: {what}",
         f"{settings.title}: {what}",
-        parameters_of(settings, runtime) | {"betas": list(betas), "windows": windows and list(windows)},
+        parameters_of(settings, runtime)
+        | {"points": [[plan.beta, plan.offset] for plan in plans], "windows": windows and list(windows)},
         lambda: all(store.find(lane) is not None for lane in lanes),
     )
 

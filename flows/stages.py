@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from flows.next_lanes import LaneRequest, follow, strategy_of
 from flows.settings import Search
 from flows.token_requests import token_requests
+from layerwise.allocators import parameter_name
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
@@ -21,11 +22,12 @@ from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.join_rounds import join_rounds
 from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.measure import is_measured, measure
 from tasks.run_names import model_title, title_of
 from tasks.sample_tokens import TokenRequest, sample_tokens
 from tasks.select import Selection, read_selection, select
 from tasks.stage_task import stage_task
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from tasks.streamed import linears_by_layer
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,19 @@ class Captured:
     windows: Mapping[Role, Artifact]
     linears: Sequence[Sequence[Linear]]
     pruning: PruneSettings
-    allocation: Artifact
     capture: Artifact
-    grams: Artifact | None  # for a pruner that corrects weights
+    grams: Artifact | None  # for a pruner that corrects weights, or an allocator that goes by second moments
+    measured: Artifact | None  # for an allocator that goes by the layers' weights
+    allocation: Artifact
+
+    @property
+    def artifacts(self) -> dict[str, Artifact]:
+        """All of it, by role."""
+        of_some = {"grams": self.grams, "measure": self.measured}
+        there = {role: artifact for role, artifact in of_some.items() if artifact is not None}
+        windows = {str(role): windows for role, windows in self.windows.items()}
+        own = {"checkpoint": self.checkpoint.artifact, **windows, "capture": self.capture}
+        return own | there | {"allocate": self.allocation}
 
     def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
         """What lanes read that are scored on the windows of this role, or on some of them."""
@@ -59,48 +71,52 @@ class Chosen:
 
 
 def captured(store: ArtifactStore, settings: Search, execution: Execution) -> Captured:
-    """Import the model, sample the windows, make the plans, run the dense model."""
+    """Import the model, sample the windows, run the dense model, make the plans."""
     requests = token_requests(settings)
     checkpoint = load_checkpoint(store, settings)
     windows = sample_windows(store, checkpoint, requests)
     linears = linears_by_layer(checkpoint.index, settings.seqlen)
     dtype = checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
-    allocation = allocate(store, layer_sizes_of(linears), settings.allocation)
     capture_settings = CaptureSettings(dtype, settings.retain)
     capture_artifact = capture(
         store, checkpoint, windows["calibration"], windows["selection"], capture_settings, execution
     )
-    pruning = settings.pruning(dtype)
-    grams = None
-    if pruning.needs_grams:
+    pruning, allocation = settings.pruning(dtype), settings.allocation
+    prunable = pruning.prunable(linears)
+    grams = measured = None
+    if settings.needs_grams:
         grams = capture_grams(store, checkpoint, windows["calibration"], dtype, execution)
-    return Captured(checkpoint, windows, linears, pruning, allocation, capture_artifact, grams)
+    if is_measured(allocation.allocator):
+        how = allocation.allocator, allocation.by_linear
+        measured = measure(store, checkpoint, capture_artifact, grams, *how, prunable, execution)
+    plans = allocate(store, prunable, allocation, measured)
+    return Captured(checkpoint, windows, linears, pruning, capture_artifact, grams, measured, plans)
 
 
 def scored(
     store: ArtifactStore,
     settings: Search,
     execution: Execution,
-    betas: Sequence[float],
+    points: Sequence[tuple[float, float]],
     windows: tuple[int, int] | None,
 ) -> list[LaneScore]:
-    """Prune and score one lane per beta, in one group.
+    """Prune and score one lane per plan, in one group.
 
     Args:
-        betas: some of the search's.
+        points: beta and offset of some of the search's plans.
         windows: of the selection windows, these; None for all of them.
 
     Raises:
-        ValueError: one of ``betas`` is none of the search's.
+        ValueError: one of ``points`` is none of the search's.
     """
     before = captured(store, settings, execution)
-    plans = read_plans(store, before.allocation)
-    if unknown := set(betas) - {plan.beta for plan in plans}:
+    plans = {(plan.beta, plan.offset): plan for plan in read_plans(store, before.allocation)}
+    if unknown := set(points) - set(plans):
         raise ValueError(
-            f"betas {sorted(unknown)} are none of this search's, which are {[plan.beta for plan in plans]}. "
+            f"(beta, offset) {sorted(unknown)} are none of this search's, which are {sorted(plans)}. "
             "Give some of these, or leave betas empty."
         )
-    chosen = tuple(plan for plan in plans if plan.beta in betas)
+    chosen = [plans[point] for point in points]
     return branch(
         store, before.inputs("selection", windows), chosen, before.linears, before.pruning, execution
     )
@@ -122,7 +138,8 @@ def all_scored(
         wanted = [plans[number] for number in request.plans]
         return branch(store, inputs, wanted, before.linears, before.pruning, execution)
 
-    lanes, _ = follow(strategy_of(settings, plans, before.windows["selection"]), advance)
+    windows = int(str(before.windows["selection"].facts["windows"]))
+    lanes, _ = follow(strategy_of(settings, plans, windows), advance)
     if all(len(rounds) == 1 for rounds in lanes):
         return before, [score for (score,) in lanes]
     return before, join_rounds(store, lanes)
@@ -131,7 +148,8 @@ def all_scored(
 def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chosen:
     """Score all betas, choose the best, export the model pruned by it, and test it."""
     before, scores = all_scored(store, settings, execution)
-    selected = select(store, scores, float(str(before.capture.facts[DENSE_PERPLEXITY])))
+    dense = float(str(before.capture.facts[DENSE_PERPLEXITY]))
+    selected = select(store, scores, dense, parameter_name(settings.allocator))
     selection = read_selection(store, selected)
     best, uniform = scores[selection.best], scores[0]
     exported = export(
@@ -143,6 +161,31 @@ def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chos
     return Chosen(before, scores, selected, selection, exported, tested)
 
 
+def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
+    """Refuse plans that this model does not allow, as far as that can be known from its shape.
+
+    Raises:
+        ValueError: betas outside of their legal range, nothing to prune, inputs that no N:M pattern divides.
+    """
+    pruning = settings.pruning("auto")
+    prunable = pruning.prunable(linears)
+    if not all(prunable):
+        empty = [index for index, layer in enumerate(prunable) if not layer]
+        raise ValueError(
+            f"{settings.exclude!r} leaves nothing to prune in the layers {empty}: every layer needs a linear. Exclude "
+            "fewer of them."
+        )
+    for index, layer in enumerate(prunable):
+        for linear in layer:
+            if pruning.group is not None and linear.in_features % pruning.group:
+                raise ValueError(
+                    f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
+                    f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
+                )
+    if not is_measured(settings.allocator):
+        settings.allocation.plans(prunable)
+
+
 @stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))
 def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
     """Import the model unless the store has it; open it for reading.
@@ -152,8 +195,8 @@ def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
         copied.
     """
     if store.find(import_stage(settings.model)) is None:
-        sizes = layer_sizes_of(linears_by_layer(inspect_source(settings.model), settings.seqlen))
-        settings.allocation.plans(sizes)
+        linears = linears_by_layer(inspect_source(settings.model), settings.seqlen)
+        check_plans(settings, linears)
     return import_checkpoint(store, settings.model)
 
 

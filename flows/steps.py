@@ -16,7 +16,7 @@ from storage.running import announced
 from storage.store import ArtifactStore
 from storage.unreachable import Unreachable
 from tasks.execution import Execution
-from tasks.run_names import betas_title, windows_title
+from tasks.run_names import points_title, windows_title
 from tasks.stopping import stopping_on_sigterm
 
 
@@ -28,8 +28,8 @@ def capture(settings: Search, runtime: Runtime) -> State | None:
 
 def _branch_name() -> str:
     parameters = flow_run.parameters
-    betas, windows = parameters["betas"], parameters["windows"]
-    what = f"{betas_title(betas)}{windows_title(windows)}" if betas else "all betas"
+    points, windows = parameters["points"], parameters["windows"]
+    what = f"{points_title(points)}{windows_title(windows)}" if points else "all plans"
     return f"{parameters['settings'].title}: {what}"
 
 
@@ -37,24 +37,24 @@ def _branch_name() -> str:
 def branch(
     settings: Search,
     runtime: Runtime,
-    betas: tuple[float, ...] | None = None,
+    points: tuple[tuple[float, float], ...] | None = None,
     windows: tuple[int, int] | None = None,
 ) -> State | None:
-    """Prune the model with these betas and score them, all in one group.
+    """Prune the model by these plans and score them, all in one group.
 
     Args:
-        settings: the search that the betas belong to.
+        settings: the search that the plans belong to.
         runtime: where and how this group runs.
-        betas: some of the search's betas; empty: all that its strategy tries.
+        points: beta and offset of some of the search's plans; empty: all that its strategy tries.
         windows: of the selection windows, these (first, and the one after the last); empty: all of them.
     """
-    if betas is None:
-        return _step(settings, runtime, "all betas", all_scored)
+    if points is None:
+        return _step(settings, runtime, "all plans", all_scored)
     return _step(
         settings,
         runtime,
-        f"{betas_title(betas)}{windows_title(windows)}",
-        lambda store, settings, execution: scored(store, settings, execution, betas, windows),
+        f"{points_title(points)}{windows_title(windows)}",
+        lambda store, settings, execution: scored(store, settings, execution, points, windows),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 # Grid of the paper (ATP, section 4: the common difference is tried in steps of .002).
 BETA_STEP = 0.002
@@ -10,18 +11,61 @@ BETA_STEP = 0.002
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """Sparsity of every decoder layer, first layer first; ``beta`` is the common difference it came from."""
+    """Sparsity of every decoder layer, first layer first, or of every prunable linear of every layer.
+
+    Attributes:
+        beta: what the plan came from: ATP's common difference, or how strongly another allocator tells the layers
+            apart; 0 is the uniform plan.
+        layers: one number for each layer, or one for each of its prunable linears.
+        offset: how much more of attention's weights than of the MLP's is removed.
+    """
 
     beta: float
-    layers: tuple[float, ...]
+    layers: tuple[float | tuple[float, ...], ...]
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
-        for index, sparsity in enumerate(self.layers):
-            if not 0 <= sparsity <= 1:
-                raise ValueError(
-                    f"layer {index} would get sparsity {sparsity:.4f}, outside [0, 1] (beta {self.beta:g}). "
-                    "Lower beta or move the overall target towards one half."
-                )
+        for index, layer in enumerate(self.layers):
+            for sparsity in layer if isinstance(layer, tuple) else (layer,):
+                if not 0 <= sparsity <= 1:
+                    raise ValueError(
+                        f"layer {index} would get sparsity {sparsity:.4f}, outside [0, 1] (beta {self.beta:g}). "
+                        "Lower beta or move the overall target towards one half."
+                    )
+
+    def by_linear(self, linear_sizes: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+        """Sparsity of every linear.
+
+        Args:
+            linear_sizes: number of weights of every prunable linear, by layer.
+
+        Raises:
+            ValueError: the plan was made for other layers or linears.
+        """
+        shares = tuple(
+            layer if isinstance(layer, tuple) else (layer,) * len(sizes)
+            for layer, sizes in zip(self.layers, linear_sizes, strict=False)
+        )
+        if len(self.layers) != len(linear_sizes) or [*map(len, shares)] != [*map(len, linear_sizes)]:
+            raise ValueError(
+                f"a plan for {len(self.layers)} layers with {[*map(len, shares)]} linears does not go with the model's "
+                f"{len(linear_sizes)} layers with {[*map(len, linear_sizes)]}. Build the plan for this model."
+            )
+        return shares
+
+    def by_layer(self, linear_sizes: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """Mean sparsity of every layer's weights; arguments and errors as for ``by_linear``."""
+        return tuple(
+            math.fsum(share * size for share, size in zip(shares, sizes, strict=True)) / max(sum(sizes), 1)
+            for shares, sizes in zip(self.by_linear(linear_sizes), linear_sizes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class ATP:
+    """Sparsity rises from each decoder layer to the next by one common difference beta (arXiv:2502.14770)."""
+
+    method: Literal["atp"] = "atp"
 
 
 def mean_depth(layer_sizes: Sequence[int]) -> float:
@@ -100,18 +144,18 @@ def removed_per_linear(
 ) -> tuple[tuple[int, ...], ...]:
     """How many weights of every linear of every layer are removed: exactly ``round(target * total)`` in all.
 
-    Every linear gets its layer's sparsity to within one weight; the units that rounding down leaves over go
+    Every linear gets its plan's sparsity to within one weight; the units that rounding down leaves over go
     to the largest remainders, the earlier linear first among equal ones.
 
     Args:
-        plan: sparsity of every layer; its parameter-weighted mean is ``target``.
+        plan: its parameter-weighted mean is ``target``.
         target: overall sparsity.
         linear_sizes: number of weights of every linear, by layer.
     """
     ideal = [
         (layer, linear, sparsity * size)
-        for layer, (sparsity, sizes) in enumerate(zip(plan.layers, linear_sizes, strict=True))
-        for linear, size in enumerate(sizes)
+        for layer, (shares, sizes) in enumerate(zip(plan.by_linear(linear_sizes), linear_sizes, strict=True))
+        for linear, (sparsity, size) in enumerate(zip(shares, sizes, strict=True))
     ]
     # Sparsities are sums of floats: 0.3 * 10 may come out as 2.9999999999999996 and must not be cut to 2.
     counts = [math.floor(amount + 1e-6) for _, _, amount in ideal]

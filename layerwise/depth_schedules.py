@@ -24,7 +24,7 @@ class Erf:
     .01 per layer at 70 %.
     """
 
-    log_amplification: float
+    log_amplification: float = 0.043
     method: Literal["erf"] = "erf"
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class Power:
     tables are close to spread .3 with exponent .8 (7B models) and .5 (13B).
     """
 
-    spread: float
+    spread: float = 0.3
     exponent: float = 1.0
     method: Literal["power"] = "power"
 

@@ -73,12 +73,18 @@ def prunings_of_layer(
         stored: weights by name as the checkpoint has them: these are ranked and pruned, as they will be in an export;
             casting could make ties of different ones.
         inputs: what calibration saw; statistics by linear for a ``MaskPruner``, else Gram matrices.
-        counts: by linear: weights to remove in each visited lane.
+        counts: by linear: weights to remove in each visited lane. A linear that loses none in any is left alone.
         group: M of an N:M pattern; None for none.
 
     Raises:
         ValueError: a linear that cannot be pruned in this way; says which.
     """
+    touched = [number for number, wanted in enumerate(counts) if any(wanted)]
+    linears, parameters, counts = (
+        [linears[number] for number in touched],
+        [parameters[number] for number in touched],
+        [counts[number] for number in touched],
+    )
     originals = [
         linear.oriented(stored[linear.weight_name]).to(parameter.device)
         for linear, parameter in zip(linears, parameters, strict=True)
@@ -123,12 +129,14 @@ def pruned_linears(
 
     Args and errors: as for ``prunings_of_layer``.
     """
+    touched = {linear.name for linear, count in zip(linears, counts, strict=True) if count}
     prepared: Mapping[str, Any] = (
-        inputs
-        if isinstance(inputs, Mapping)
-        else _prepared(pruner, index, inputs, {linear.name for linear in linears}, device)
+        inputs if isinstance(inputs, Mapping) else _prepared(pruner, index, inputs, touched, device)
     )
     for linear, count in zip(linears, counts, strict=True):
+        if not count:
+            yield stored[linear.weight_name]
+            continue
         weight = linear.oriented(stored[linear.weight_name]).to(device)
         with naming(index, linear.name):
             if isinstance(pruner, MaskPruner):

@@ -1,14 +1,19 @@
-"""Allocate: which sparsity plans are tried."""
+"""Allocate: which sparsity plans may be tried."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocation import SparsityPlan, arithmetic, beta_grid, beta_spread
+from layerwise.allocation import ATP, SparsityPlan, beta_grid, beta_spread
+from layerwise.allocators import Allocator, Given, spread_out, strength_of
+from layerwise.attention_offset import with_offset
+from layerwise.patterns import Pattern, on_levels
+from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
+from tasks.measure import is_measured, read_scores
 from tasks.stage_task import stage_task
 
 PLANS_FILE = "plans.json"
@@ -17,67 +22,198 @@ MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte
 
 @dataclass(frozen=True)
 class AllocateSettings:
-    """Which betas of ATP's arithmetic progression are tried; at most one of the three is given.
+    """Which plans may be tried: an allocator, at which strengths, with which offsets between attention and MLP.
 
     Attributes:
         target: overall sparsity.
-        betas: these, and 0 (uniform) beside them.
-        count: so many, spread evenly over the legal range.
-        step: multiples of it within the legal range; the paper's grid is .002.
+        betas: these strengths (ATP's common differences), and 0, the uniform plan, beside them.
+        count: so many, spread evenly over ATP's legal range.
+        step: multiples of it within ATP's legal range; the paper's grid is .002.
+        allocator: what the strength is of. One other than ATP has a strength of its own, which is tried if neither
+            of the three is given.
+        offsets: how much more of attention's weights than of the MLP's is removed; 0 is among them anyway.
+        by_linear: whether every linear gets a sparsity of its own, by an allocator that measures them.
+        pattern: N:M; None for none.
     """
 
     target: float
     betas: tuple[float, ...] | None = None
     count: int | None = None
     step: float | None = None
+    allocator: Allocator = ATP()
+    offsets: tuple[float, ...] = ()
+    by_linear: bool = False
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("betas", "count", "step") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self._is_fixed:
+            self._check_fixed(given)
+        elif isinstance(self.allocator, ATP):
+            if len(given) != 1:
+                raise ValueError(
+                    f"the betas are given by {' and '.join(given) or 'nothing'}; "
+                    "give exactly one of a list of betas, their count, or the grid's step."
+                )
+        elif given and given != ["betas"]:
             raise ValueError(
-                f"the betas are given by {' and '.join(given) or 'nothing'}; "
-                "give exactly one of a list of betas, their count, or the grid's step."
+                f"the strengths of {self.allocator.method} are given by {' and '.join(given)}, which is for ATP's "
+                "legal range. Give a list of them (betas), or none for the allocator's own."
+            )
+        if isinstance(self.allocator, Given) and given:
+            raise ValueError(
+                f"sparsities are given, and betas by {' and '.join(given)}. Leave the betas out."
+            )
+        if self.by_linear and not is_measured(self.allocator):
+            raise ValueError(
+                f"{self.allocator.method} goes by depth alone and tells no linears of a layer apart. Give each layer "
+                "a sparsity, or choose an allocator that measures them, e.g. owl."
+            )
+        if self.by_linear and self.offsets:
+            raise ValueError(
+                "offsets between attention and MLP are for sparsities by layer. Leave one of them out."
             )
 
-    def plans(self, layer_sizes: Sequence[int]) -> tuple[SparsityPlan, ...]:
-        """The plans by rising beta, uniform (beta 0) first.
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether an N:M pattern leaves nothing to choose."""
+        return self.pattern is not None and Pattern.parse(self.pattern).kept is not None
+
+    def _check_fixed(self, given: Sequence[str]) -> None:
+        pattern = Pattern.parse(str(self.pattern))
+        assert pattern.kept is not None, "a fixed pattern has a N"
+        removed = 1 - pattern.kept / pattern.group
+        if abs(self.target - removed) > 1e-9:
+            raise ValueError(
+                f"the pattern {self.pattern} removes {removed:g} of the weights, and the overall sparsity is "
+                f"{self.target:g}. Set it to {removed:g}, or use N:{pattern.group}."
+            )
+        if given or self.offsets or not isinstance(self.allocator, ATP):
+            raise ValueError(
+                f"with the pattern {self.pattern} every layer loses the same share: there is nothing to allocate. "
+                f"Leave allocator, betas and offsets out, or use N:{pattern.group}."
+            )
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings as a key holds them; without what was added later and is not used, so that older keys stay."""
+        unused = {
+            name
+            for name, default in (
+                ("allocator", ATP()),
+                ("offsets", ()),
+                ("by_linear", False),
+                ("pattern", None),
+            )
+            if getattr(self, name) == default
+        }
+        return {name: value for name, value in vars(self).items() if name not in unused}
+
+    def plans(
+        self, linears: Sequence[Sequence[Linear]], scores: Sequence[float] = ()
+    ) -> tuple[SparsityPlan, ...]:
+        """The plans by rising beta and, for each, by rising offset; the uniform one first.
+
+        Args:
+            linears: the prunable ones, by layer.
+            scores: of the layers or linears, for an allocator that measures them.
 
         Raises:
-            ValueError: a beta outside of the legal range for this target and depth, or too many of them.
+            ValueError: strengths or offsets that this model does not allow, or too many of them.
         """
-        if self.betas is not None:
-            betas: Sequence[float] = sorted({0.0, *self.betas})
-        elif self.count is not None:
-            betas = beta_spread(self.target, layer_sizes, self.count)
-        else:
-            assert self.step is not None
-            betas = beta_grid(self.target, layer_sizes, self.step)
-        if len(betas) > MOST_PLANS:
+        layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
+        betas = self._betas(layer_sizes)
+        offsets = sorted({0.0, *self.offsets})
+        if len(betas) * len(offsets) > MOST_PLANS:
             raise ValueError(
-                f"these are {len(betas)} betas, and at most {MOST_PLANS} can be tried together. Give a count of betas, "
-                "a wider step, or a list."
+                f"these are {len(betas) * len(offsets)} plans, and at most {MOST_PLANS} can be tried together. Give a "
+                "count of betas, a wider step, or a list."
             )
-        return tuple(arithmetic(self.target, beta, layer_sizes) for beta in betas)
+        points = [(beta, offset) for beta in betas for offset in offsets]
+        points.sort(key=lambda point: point != (0.0, 0.0))  # stable
+        return tuple(self._plan(beta, offset, linears, scores) for beta, offset in points)
+
+    def _betas(self, layer_sizes: Sequence[int]) -> Sequence[float]:
+        if self._is_fixed:
+            return [0.0]
+        if self.betas is not None:
+            return sorted({0.0, *self.betas})
+        if self.count is not None:
+            return beta_spread(self.target, layer_sizes, self.count)
+        if self.step is not None:
+            return beta_grid(self.target, layer_sizes, self.step)
+        return sorted({0.0, strength_of(self.allocator) or 0.0})
+
+    def _plan(
+        self, beta: float, offset: float, linears: Sequence[Sequence[Linear]], scores: Sequence[float]
+    ) -> SparsityPlan:
+        sizes = [[linear.numel for linear in layer] for layer in linears]
+        entries = [size for layer in sizes for size in layer] if self.by_linear else [*map(sum, sizes)]
+        shares = spread_out(self.allocator, beta, scores, entries, self.target)
+        if self.pattern is not None and not self._is_fixed and not offset:
+            shares = on_levels(shares, entries, self.target, Pattern.parse(self.pattern).group)
+        if self.by_linear:
+            every = iter(shares)
+            return SparsityPlan(beta, tuple(tuple(next(every) for _ in layer) for layer in sizes))
+        if not offset:
+            return SparsityPlan(beta, shares)
+        names = [[linear.name for linear in layer] for layer in linears]
+        layers = with_offset(shares, offset, names, sizes, self.target)
+        if self.pattern is not None:
+            every = iter(
+                on_levels(
+                    [share for layer in layers for share in layer],
+                    [size for layer in sizes for size in layer],
+                    self.target,
+                    Pattern.parse(self.pattern).group,
+                )
+            )
+            layers = tuple(tuple(next(every) for _ in layer) for layer in sizes)
+        return SparsityPlan(beta, layers, offset)
 
 
-def allocate_stage(layer_sizes: Sequence[int], settings: AllocateSettings) -> Stage:
+def allocate_stage(
+    linears: Sequence[Sequence[Linear]], settings: AllocateSettings, measured: Artifact | None
+) -> Stage:
     """The stage of an allocation."""
-    return Stage("allocate", 1, {**vars(settings), "layer_sizes": list(layer_sizes)})
+    layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
+    sizes: dict[str, object] = {"layer_sizes": layer_sizes}
+    if settings.offsets or settings.by_linear:
+        sizes["linears"] = [[[linear.name, linear.numel] for linear in layer] for layer in linears]
+    inputs = {} if measured is None else {"scores": measured.content}
+    return Stage("allocate", 1, settings.identity | sizes, inputs)
 
 
-@stage_task(about=lambda layer_sizes, settings, **_: f"at {settings.target:g}, {len(layer_sizes)} layers")
-def allocate(store: ArtifactStore, layer_sizes: Sequence[int], settings: AllocateSettings) -> Artifact:
-    """The plans as an artifact: ``plans.json`` with beta and every layer's sparsity."""
+@stage_task(about=lambda linears, settings, **_: f"at {settings.target:g}, {len(linears)} layers")
+def allocate(
+    store: ArtifactStore,
+    linears: Sequence[Sequence[Linear]],
+    settings: AllocateSettings,
+    measured: Artifact | None,
+) -> Artifact:
+    """The plans as an artifact: ``plans.json`` with beta, offset and every layer's (or linear's) sparsity.
+
+    Args:
+        linears: the prunable ones, by layer.
+        measured: scores, for an allocator that goes by them.
+    """
 
     def build(draft: Draft) -> None:
-        plans = settings.plans(layer_sizes)
+        plans = settings.plans(linears, () if measured is None else read_scores(store, measured))
         draft.write(PLANS_FILE, json.dumps([vars(plan) for plan in plans], indent=1).encode())
         draft.facts |= {"betas": [plan.beta for plan in plans]}
 
-    return store.get_or_build(allocate_stage(layer_sizes, settings), build)
+    return store.get_or_build(allocate_stage(linears, settings, measured), build)
 
 
 def read_plans(store: ArtifactStore, artifact: Artifact) -> tuple[SparsityPlan, ...]:
     """Plans of an artifact of ``allocate``, uniform first."""
     rows = json.loads(store.read(artifact, PLANS_FILE))
-    return tuple(SparsityPlan(row["beta"], tuple(row["layers"])) for row in rows)
+    return tuple(
+        SparsityPlan(
+            row["beta"],
+            tuple(tuple(layer) if isinstance(layer, list) else layer for layer in row["layers"]),
+            row.get("offset", 0.0),
+        )
+        for row in rows
+    )

@@ -17,7 +17,7 @@ from storage.tables import read_table, write_table
 from tasks.execution import Execution
 from tasks.grouping import begun_groups, group_stage, note_group
 from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
-from tasks.run_names import betas_title, model_title, windows_title
+from tasks.run_names import model_title, plans_title, windows_title
 from tasks.stage_task import stage_task
 
 LOSSES_FILE = "losses.parquet"
@@ -38,12 +38,14 @@ class LaneScore:
 def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) -> Stage:
     """The stage of one lane. A plan is its numbers: by which method they were found is no part of it."""
     part = {} if inputs.windows is None else {"windows": list(inputs.windows)}
-    return Stage("lane", 1, {"layers": list(plan.layers), "prune": settings, **part}, inputs.keys(settings))
+    return Stage(
+        "lane", 1, {"layers": list(plan.layers), "prune": settings.identity, **part}, inputs.keys(settings)
+    )
 
 
 @stage_task(
     about=lambda inputs, plans, settings, **_: (
-        f"{model_title(inputs.checkpoint)} at {settings.target:g}: {betas_title([plan.beta for plan in plans])}"
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}: {plans_title(plans)}"
         f"{windows_title(inputs.windows)}"
     )
 )
@@ -95,15 +97,21 @@ def _group(
         title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'} and the dense model"
         result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
         for number in range(len(plans)):
-            write_lane(draft, lane_folder(number), result, number + 1, linears)
+            write_lane(draft, lane_folder(number), result, number + 1, linears, settings)
 
     return store.get_or_build(group_stage([lane_stage(plan, inputs, settings) for plan in plans]), build)
 
 
 def write_lane(
-    draft: Draft, folder: str, result: GroupResult, lane: int, linears: Sequence[Sequence[Linear]]
+    draft: Draft,
+    folder: str,
+    result: GroupResult,
+    lane: int,
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
 ) -> None:
     """Write the tables of one lane of ``result`` (0: the dense model) into ``folder``."""
+    prunable = settings.prunable(linears)
     losses = result.losses[lane]
     write_table(draft, f"{folder}/{LOSSES_FILE}", pa.table({"window": range(len(losses)), "loss": losses}))
     layers = [outcome[lane] for outcome in result.outcomes]
@@ -117,6 +125,7 @@ def write_lane(
         {"layer": index, "linear": linear.name, "weights": linear.numel, "zeros": zeros}
         for index, (layer, outcome) in enumerate(zip(linears, layers, strict=True))
         for linear, zeros in zip(layer, outcome.zeros, strict=True)
+        if linear in prunable[index]
     ]
     write_table(draft, f"{folder}/{LINEARS_FILE}", pa.Table.from_pylist(rows))
 
@@ -129,7 +138,12 @@ def _copy_lane(
         if name.startswith(folder):
             draft.write(name.removeprefix(folder), store.read(group, name))
     losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
-    draft.facts |= {"beta": plan.beta, "selection perplexity": perplexity(losses)}
+    draft.facts |= plan_facts(plan) | {"selection perplexity": perplexity(losses)}
+
+
+def plan_facts(plan: SparsityPlan) -> dict[str, float]:
+    """What a plan came from, as facts of an artifact."""
+    return {"beta": plan.beta} | ({"offset": plan.offset} if plan.offset else {})
 
 
 def read_score(store: ArtifactStore, plan: SparsityPlan, artifact: Artifact) -> LaneScore:

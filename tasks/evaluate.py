@@ -14,7 +14,7 @@ from storage.store import ArtifactStore
 from tasks.branch import write_lane
 from tasks.execution import Execution
 from tasks.lane_group import LaneInputs, PruneSettings, advance_group
-from tasks.run_names import betas_title, model_title
+from tasks.run_names import model_title, plans_title
 from tasks.stage_task import stage_task
 
 TEST_FILE = "test.json"
@@ -43,7 +43,7 @@ def evaluate_stage(
 ) -> Stage:
     """The stage of an evaluation; the dense model is in every one of them."""
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
-    return Stage("evaluate", 1, {"plans": layers, "prune": settings}, inputs.keys(settings))
+    return Stage("evaluate", 1, {"plans": layers, "prune": settings.identity}, inputs.keys(settings))
 
 
 def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
@@ -52,7 +52,7 @@ def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
 
 @stage_task(
     about=lambda inputs, best, settings, **_: (
-        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {betas_title([best.beta])}"
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {plans_title([best])}"
     )
 )
 def evaluate(
@@ -71,7 +71,7 @@ def evaluate(
         title = "evaluate: dense, uniform and best on the test windows"
         result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
         for lane, name in enumerate(("dense", "uniform", "best")[: len(plans) + 1]):
-            write_lane(draft, name, result, lane, linears)
+            write_lane(draft, name, result, lane, linears, settings)
         dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
         gain = None if best == uniform else paired_difference(chosen, plain)
         test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerwise.allocation import SparsityPlan, removed_per_linear
+from layerwise.allocation import SparsityPlan
 from layerwise.layer_pruning import pruned_linears
 from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
@@ -19,7 +19,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import write_tensors
 from tasks.boundaries import boundaries
-from tasks.branch import LaneScore
+from tasks.branch import LaneScore, plan_facts
 from tasks.capture import DENSE_PERPLEXITY
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_files import copied_files
@@ -27,7 +27,7 @@ from tasks.execution import Execution
 from tasks.lane_group import LaneInputs, PruneSettings
 from tasks.model_card import model_card
 from tasks.progress import showing
-from tasks.run_names import betas_title, model_title
+from tasks.run_names import model_title, plans_title
 from tasks.sources import HUB_ID, DemoSource
 from tasks.stage_task import stage_task
 
@@ -49,12 +49,12 @@ def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, sett
         "uniform": uniform.artifact.key,  # for the model card
     }
     card = {"source": source_name(checkpoint), "dense": _dense_perplexity(inputs.capture)}
-    return Stage("export", 1, {"prune": settings, "card": card}, by_role)
+    return Stage("export", 1, {"prune": settings.identity, "card": card}, by_role)
 
 
 @stage_task(
     about=lambda inputs, chosen, settings, **_: (
-        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {betas_title([chosen.plan.beta])}"
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {plans_title([chosen.plan])}"
     )
 )
 def export(
@@ -81,7 +81,7 @@ def export(
         realised = sum(row["zeros"] for row in writer.rows) / sum(row["weights"] for row in writer.rows)
         report = {
             "target": settings.target,
-            "beta": chosen.plan.beta,
+            **plan_facts(chosen.plan),
             "pruner": settings.pruner.method,
             "calibration": settings.calibration_mode,
             "realised": realised,
@@ -96,7 +96,7 @@ def export(
         }
         source = source_name(checkpoint)
         draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
-        draft.facts |= {"beta": chosen.plan.beta, "realised sparsity": realised}
+        draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
     require_whole(store.fs, store.root, exported)  # nothing else here would ever look at its files
@@ -135,8 +135,8 @@ class _Export:
     ) -> None:
         self.store, self.inputs, self.linears = store, inputs, linears
         self.checkpoint, self.settings, self.execution = inputs.checkpoint, settings, execution
-        sizes = [[linear.numel for linear in layer] for layer in linears]
-        self.removed = removed_per_linear(plan, settings.target, sizes)
+        self.removed = settings.removed(plan, linears)
+        self.prunable = settings.prunable(linears)
         self.rows: list[dict] = []  # of sparsity.json
 
     def write_weights(self, draft: Draft) -> None:
@@ -193,11 +193,13 @@ class _Export:
             weights,
             self.inputs.of_layer(self.store, index, self.settings),
             self.removed[index],
-            None,
+            self.settings.group,
             self.execution.torch_device,
         )
         for linear, weight in zip(linears, pruned, strict=True):
             weights[linear.weight_name] = weight
+            if linear not in self.prunable[index]:
+                continue
             zeros = weight.numel() - int(weight.count_nonzero())
             self.rows.append(
                 {

@@ -10,8 +10,8 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
-from tasks.branch import LAYERS_FILE, LOSSES_FILE, LaneScore, read_score
-from tasks.run_names import betas_title
+from tasks.branch import LAYERS_FILE, LOSSES_FILE, LaneScore, plan_facts, read_score
+from tasks.run_names import plans_title
 from tasks.stage_task import stage_task
 
 
@@ -25,7 +25,7 @@ def joined_stage(rounds: Sequence[LaneScore]) -> Stage:
     )
 
 
-@stage_task(about=lambda lanes, **_: betas_title([rounds[0].plan.beta for rounds in lanes]))
+@stage_task(about=lambda lanes, **_: plans_title([rounds[0].plan for rounds in lanes]))
 def join_rounds(store: ArtifactStore, lanes: Sequence[Sequence[LaneScore]]) -> list[LaneScore]:
     """Every lane as one artifact, which holds what ``branch`` would have left for all of its windows.
 
@@ -52,4 +52,4 @@ def _join(store: ArtifactStore, rounds: Sequence[LaneScore], draft: Draft) -> No
         for name in ("error", "dense_energy")
     }
     write_table(draft, LAYERS_FILE, pa.table({"layer": tables[0]["layer"], **sums}))
-    draft.facts |= {"beta": first.plan.beta, "selection perplexity": perplexity(losses)}
+    draft.facts |= plan_facts(first.plan) | {"selection perplexity": perplexity(losses)}

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from layerwise.allocation import SparsityPlan
 from tasks.checkpoint import Checkpoint
 from tasks.sources import HUB_ID
 
-NAMED_BETAS = 3  # more do not fit into a line of Prefect's pages
+NAMED = 3  # more do not fit into a line of Prefect's pages
 
 
 def model_title(checkpoint: Checkpoint) -> str:
@@ -25,7 +26,15 @@ def windows_title(windows: tuple[int, int] | None) -> str:
     return "" if windows is None else f", windows {windows[0]} to {windows[1] - 1}"
 
 
-def betas_title(betas: Sequence[float]) -> str:
-    """Some betas for people: the first ones, and how many there are."""
-    named = ", ".join(f"{beta:.4g}" for beta in betas[:NAMED_BETAS])
-    return f"beta {named}" + (f" ... ({len(betas)})" if len(betas) > NAMED_BETAS else "")
+def points_title(points: Sequence[tuple[float, float]]) -> str:
+    """Some plans for people, by beta and offset: the first ones, and how many there are."""
+    with_offset = any(offset for _, offset in points)
+    named = ", ".join(
+        f"{beta:.4g} {offset:+.3g}" if with_offset else f"{beta:.4g}" for beta, offset in points[:NAMED]
+    )
+    return f"beta {named}" + (f" ... ({len(points)})" if len(points) > NAMED else "")
+
+
+def plans_title(plans: Sequence[SparsityPlan]) -> str:
+    """The same for plans."""
+    return points_title([(plan.beta, plan.offset) for plan in plans])

@@ -11,7 +11,7 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.branch import LaneScore
-from tasks.run_names import betas_title
+from tasks.run_names import plans_title
 from tasks.stage_task import stage_task
 
 SELECTION_FILE = "selection.json"
@@ -35,6 +35,7 @@ class ScoreRow:
     above_best: PairedDifference | None
     realised_sparsity: float
     windows: int
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Selection:
     best: int
     runner_up: int | None  # None if only one plan was tried
     dense_perplexity: float
+    parameter: str = "beta"  # what beta is called, with an allocator whose parameter has another name
 
     @property
     def best_row(self) -> ScoreRow:
@@ -54,11 +56,17 @@ class Selection:
     def verdict(self) -> str:
         """The choice in one sentence, with its uncertainty."""
         if self.runner_up is None:
-            return f"beta {self.best_row.beta:g} was the only one tried"
+            return f"{self.name(self.best)} was the only one tried"
         parts = [self._compared(self.runner_up, "the runner-up, ")]
         if self.best != 0 and self.runner_up != 0:
             parts.append(self._compared(0, "uniform, "))
-        return f"beta {self.best_row.beta:g}: {'; '.join(parts)}"
+        return f"{self.name(self.best)}: {'; '.join(parts)}"
+
+    def name(self, number: int) -> str:
+        """What a row is called."""
+        row = self.rows[number]
+        offset = f", offset {row.offset:+g}" if row.offset else ""
+        return f"{self.parameter} {row.beta:g}{offset}"
 
     def _compared(self, other: int, role: str) -> str:
         row = self.rows[other]
@@ -67,39 +75,42 @@ class Selection:
         gain = 100 * (1 - math.exp(-difference.mean))
         t = "undefined" if difference.t is None else f"{difference.t:.1f}"
         significance = "significant" if difference.significant else "not significant"
-        return f"perplexity {gain:.1f} % below {role}beta {row.beta:g} (t = {t}: {significance})"
+        return f"perplexity {gain:.1f} % below {role}{self.name(other)} (t = {t}: {significance})"
 
 
-def select_stage(scores: Sequence[LaneScore], dense_perplexity: float) -> Stage:
+def select_stage(scores: Sequence[LaneScore], dense_perplexity: float, parameter: str) -> Stage:
     """The stage of a choice among these lanes."""
     lanes = {f"lane {number:03d}": score.artifact.key for number, score in enumerate(scores)}
-    betas = [score.plan.beta for score in scores]
-    return Stage("select", 2, {"betas": betas, "dense": dense_perplexity}, lanes)
+    points = [[score.plan.beta, score.plan.offset] for score in scores]
+    return Stage("select", 2, {"points": points, "dense": dense_perplexity, "parameter": parameter}, lanes)
 
 
-@stage_task(about=lambda scores, **_: f"among {betas_title([score.plan.beta for score in scores])}")
-def select(store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float) -> Artifact:
+@stage_task(about=lambda scores, **_: f"among {plans_title([score.plan for score in scores])}")
+def select(
+    store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float, parameter: str = "beta"
+) -> Artifact:
     """Choose the plan with the lowest mean loss; of equal ones the flattest.
 
     Lanes that a race has stopped lose to all that ran to the end.
     """
 
     def build(draft: Draft) -> None:
-        selection = compare(scores, dense_perplexity)
+        selection = compare(scores, dense_perplexity, parameter)
         draft.write(SELECTION_FILE, json.dumps(asdict(selection), indent=1).encode())
         draft.facts |= {"verdict": selection.verdict}
 
-    return store.get_or_build(select_stage(scores, dense_perplexity), build)
+    return store.get_or_build(select_stage(scores, dense_perplexity, parameter), build)
 
 
-def compare(scores: Sequence[LaneScore], dense_perplexity: float) -> Selection:
+def compare(scores: Sequence[LaneScore], dense_perplexity: float, parameter: str = "beta") -> Selection:
     """All plans against the best one, window by window; those with the most windows can be the best."""
     windows = max(len(score.losses) for score in scores)
     whole = [index for index, score in enumerate(scores) if len(score.losses) == windows]
     by_loss = sorted(whole, key=lambda index: (mean_loss(scores[index].losses), index))
     best = by_loss[0]
     rows = tuple(_row(score, None if index == best else scores[best]) for index, score in enumerate(scores))
-    return Selection(rows, best, by_loss[1] if len(by_loss) > 1 else None, dense_perplexity)
+    runner_up = by_loss[1] if len(by_loss) > 1 else None
+    return Selection(rows, best, runner_up, dense_perplexity, parameter)
 
 
 def _row(score: LaneScore, best: LaneScore | None) -> ScoreRow:
@@ -108,7 +119,8 @@ def _row(score: LaneScore, best: LaneScore | None) -> ScoreRow:
     above = None if best is None else paired_difference(score.losses, best.losses[:seen])
     if best is not None and above is not None and seen < len(best.losses):
         loss = mean_loss(best.losses) + above.mean
-    return ScoreRow(score.plan.beta, loss, math.exp(loss), above, score.realised_sparsity, seen)
+    plan, realised = score.plan, score.realised_sparsity
+    return ScoreRow(plan.beta, loss, math.exp(loss), above, realised, seen, plan.offset)
 
 
 def read_selection(store: ArtifactStore, artifact: Artifact) -> Selection:
@@ -118,4 +130,4 @@ def read_selection(store: ArtifactStore, artifact: Artifact) -> Selection:
         ScoreRow(**{**row, "above_best": row["above_best"] and PairedDifference(**row["above_best"])})
         for row in document["rows"]
     )
-    return Selection(rows, document["best"], document["runner_up"], document["dense_perplexity"])
+    return Selection(**{**document, "rows": rows})

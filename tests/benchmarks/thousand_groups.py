@@ -139,7 +139,7 @@ def measure(count: int, folder: Path) -> Cost:
     runtime = Runtime(store=str(folder), fan_out=f"pool:{POOL}", groups=count)
 
     def step(number: int) -> Step:
-        parameters = parameters_of(settings, runtime) | {"betas": [number / count]}
+        parameters = parameters_of(settings, runtime) | {"points": [[number / count, 0.0]]}
         stage = lane(number / count)
         title = f"group {number + 1} of {count}"
         return Step("branch", title, title, parameters, lambda: store.find(stage) is not None)
@@ -228,7 +228,7 @@ def sleep_and_build(run: FlowRun) -> None:
     store = ArtifactStore(run.parameters["runtime"]["store"])
     with announced(store.fs, store.root, run.name, run.id.hex):
         time.sleep(GROUP_SECONDS)
-        store.get_or_build(lane(run.parameters["betas"][0]), lambda draft: draft.write("lane", b"done"))
+        store.get_or_build(lane(run.parameters["points"][0][0]), lambda draft: draft.write("lane", b"done"))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ SEARCH = {"model": "demo", "sparsity": 0.5}
 PARAMETERS = {
     "search": {"settings": SEARCH},
     "capture": {"settings": SEARCH, "runtime": RUNTIME},
-    "branch": {"settings": SEARCH, "runtime": RUNTIME, "betas": [0.01, 0.02]},
+    "branch": {"settings": SEARCH, "runtime": RUNTIME, "points": [[0.01, 0.0], [0.02, 0.0]]},
     "evaluate": {"settings": SEARCH, "runtime": RUNTIME},
     "compare": {"settings": {"search": SEARCH, "sparsities": [0.5, 0.6]}},
     "gc": {},

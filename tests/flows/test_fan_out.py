@@ -221,7 +221,7 @@ def groups_of(runs: list[FlowRun]) -> dict[tuple[float, ...], list[FlowRun]]:
     """Flow runs of groups by their betas."""
     groups: dict[tuple[float, ...], list[FlowRun]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.parameters["betas"]), []).append(run)
+        groups.setdefault(tuple(beta for beta, _ in run.parameters["points"]), []).append(run)
     return groups
 
 

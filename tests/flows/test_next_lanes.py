@@ -7,8 +7,12 @@ from flows.next_lanes import LaneRequest, Strategy
 BETAS = (0.0, 0.002, 0.004, 0.006)
 
 
+def without_offset(betas):
+    return tuple((beta, 0.0) for beta in betas)
+
+
 def race(windows: int) -> Strategy:
-    return Strategy("race", BETAS, 6, windows)
+    return Strategy("race", without_offset(BETAS), 4, windows)
 
 
 def losses(level: float, windows: int) -> list[float]:
@@ -29,7 +33,7 @@ def play(strategy: Strategy, levels: dict[int, float]) -> list[LaneRequest]:
 
 
 def test_a_grid_asks_for_everything_at_once():
-    strategy = Strategy("grid", BETAS, 6, 12)
+    strategy = Strategy("grid", without_offset(BETAS), 4, 12)
     assert play(strategy, dict.fromkeys(range(4), 1.0)) == [LaneRequest((0, 1, 2, 3))]
 
 
@@ -60,7 +64,7 @@ def test_a_race_asks_again_for_a_round_of_which_one_lane_is_missing():
 def test_an_adaptive_search_finds_the_bottom_with_fewer_lanes_and_tries_uniform(best):
     betas = tuple(0.002 * number for number in range(12))
     levels = {plan: 3 + 0.02 * (plan - best) ** 2 for plan in range(12)}
-    requests = play(Strategy("adaptive", betas, 8, 4), levels)
+    requests = play(Strategy("adaptive", without_offset(betas), 8, 4), levels)
     tried = [plan for request in requests for plan in request.plans]
     assert {request.windows for request in requests} == {None}
     assert 0 in requests[0].plans
@@ -71,5 +75,21 @@ def test_an_adaptive_search_finds_the_bottom_with_fewer_lanes_and_tries_uniform(
 def test_an_adaptive_search_keeps_its_budget():
     betas = tuple(0.001 * number for number in range(30))
     levels = {plan: float(plan % 7) for plan in range(30)}
-    requests = play(Strategy("adaptive", betas, 5, 4), levels)
+    requests = play(Strategy("adaptive", without_offset(betas), 5, 4), levels)
     assert sum(len(request.plans) for request in requests) <= 5
+
+
+def test_a_two_parameter_search_finds_the_bottom_of_a_bowl_within_its_budget():
+    betas, offsets = [0.002 * number for number in range(8)], (-0.1, -0.05, 0.0, 0.05, 0.1)
+    points = sorted(
+        ((beta, offset) for beta in betas for offset in offsets), key=lambda point: point != (0, 0)
+    )
+    levels = {
+        plan: 3 + 0.02 * (500 * beta - 4) ** 2 + 40 * (offset - 0.05) ** 2
+        for plan, (beta, offset) in enumerate(points)
+    }
+    requests = play(Strategy("two-parameter", tuple(points), 20, 4), levels)
+    tried = [plan for request in requests for plan in request.plans]
+    assert points[min(tried, key=levels.__getitem__)] == (0.008, 0.05)
+    assert 0 in requests[0].plans
+    assert len(tried) == len(set(tried)) <= 20

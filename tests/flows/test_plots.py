@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 import pytest
 
 from flows.plots import perplexity_by_beta, perplexity_interval, sparsity_by_layer
-from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import DIVERGED, PairedDifference
 from tasks.select import ScoreRow, Selection
 
@@ -82,12 +81,10 @@ def test_whatever_was_found_can_be_drawn(found):
 
 
 def test_the_plans_are_drawn_side_by_side_and_one_plan_alone():
-    uniform, best = SparsityPlan(0.0, (0.5, 0.5)), SparsityPlan(0.02, (0.49, 0.51))
-    said = words(sparsity_by_layer(uniform, best, "demo at 0.5"))
-    assert {"uniform (beta 0)", "best (beta 0.02)", "Sparsity of every decoder layer", "demo at 0.5"} <= set(
-        said
-    )
-    assert not [text for text in words(sparsity_by_layer(uniform, uniform, "")) if text.startswith("best")]
+    said = words(sparsity_by_layer((0.5, 0.5), (0.49, 0.51), "beta 0.02", "demo at 0.5"))
+    assert {"uniform", "best (beta 0.02)", "Sparsity of every decoder layer", "demo at 0.5"} <= set(said)
+    alone = words(sparsity_by_layer((0.5, 0.5), None, "beta 0", ""))
+    assert not [text for text in alone if text.startswith("best")]
 
 
 def test_the_same_search_gives_the_same_bytes_and_nothing_is_fetched_from_elsewhere():

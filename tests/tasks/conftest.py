@@ -37,6 +37,7 @@ from storage.store import ArtifactStore
 from storage.tensors import write_tensors
 from tasks.branch import LaneScore, branch
 from tasks.capture import CaptureSettings, Retention, capture
+from tasks.capture_grams import capture_grams
 from tasks.checkpoint import Checkpoint
 from tasks.evaluate import evaluate
 from tasks.execution import Execution
@@ -247,11 +248,19 @@ class SmallRun:
         return capture.fn(self.store, self.checkpoint, calibration, selection, settings, where)
 
     def plans(self, betas: Sequence[float]) -> tuple[SparsityPlan, ...]:
-        sizes = layer_sizes_of(self.linears)
+        sizes = layer_sizes_of(self.pruning.prunable(self.linears))
         return tuple(arithmetic(self.pruning.target, beta, sizes) for beta in betas)
 
     def inputs(self, scored: str = "selection") -> LaneInputs:
-        return LaneInputs(self.checkpoint, self.capture(), self.windows["calibration"], self.windows[scored])
+        windows = self.windows["calibration"], self.windows[scored]
+        return LaneInputs(self.checkpoint, self.capture(), *windows, self.grams())
+
+    def grams(self, **execution) -> Artifact | None:
+        """Second moments, if the pruner needs them."""
+        if not self.pruning.needs_grams:
+            return None
+        dtype, where = self.pruning.dtype, Execution(**execution)
+        return capture_grams.fn(self.store, self.checkpoint, self.windows["calibration"], dtype, where)
 
     def branch(self, *betas: float, **execution) -> list[LaneScore]:
         plans, where = self.plans(betas), Execution(**execution)
@@ -296,19 +305,20 @@ def small_run(local_store, save_model) -> Callable[..., SmallRun]:
         model: PreTrainedModel | Path | None = None,
         store: ArtifactStore = local_store,
         max_shard_size: str = "1GB",
+        windows: Mapping[str, int] | None = None,
         **pruning,
     ) -> SmallRun:
         if not isinstance(model, Path):
             model = lively(model or small_llama(num_hidden_layers=3, initializer_range=0.2))
             model = save_model(model, max_shard_size=max_shard_size)
         checkpoint = import_checkpoint(store, str(model))
-        windows = {
+        artifacts = {
             role: _random_windows(store, role, count, checkpoint.config.vocab_size)
-            for role, count in (("calibration", 5), ("selection", 3), ("test", 2))
+            for role, count in ({"calibration": 5, "selection": 3, "test": 2} | (windows or {})).items()
         }
         defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}
         settings = PruneSettings(**(defaults | {"dtype": checkpoint.index.dtype} | pruning))
-        return SmallRun(store, model, checkpoint, windows, settings, linears_by_layer(checkpoint.index, 8))
+        return SmallRun(store, model, checkpoint, artifacts, settings, linears_by_layer(checkpoint.index, 8))
 
     return make
 
@@ -317,7 +327,7 @@ def _random_windows(store: ArtifactStore, role: str, windows: int, vocabulary: i
     generator = torch.Generator().manual_seed(len(role))
     input_ids = torch.randint(vocabulary, (windows, 12), generator=generator)
     return store.get_or_build(
-        Stage("sample_tokens", 1, f"random tokens: {role}"),
+        Stage("sample_tokens", 1, f"random tokens: {role}, {windows} windows"),
         lambda draft: write_tensors(draft, TOKENS_FILE, {"input_ids": input_ids}),
     )
 

@@ -2,13 +2,24 @@
 
 import pytest
 
+from layerwise.allocators import Given
+from layerwise.depth_schedules import Erf
+from layerwise.owl import OWL
+from layerwise.skeleton import Linear
 from tasks.allocate import AllocateSettings, allocate, read_plans
 
-FOUR_EQUAL_LAYERS = [100, 100, 100, 100]
+
+def layers(*sizes):
+    """Layers of one linear each, with so many weights."""
+    return [[Linear("mlp", size, 1, transposed=False)] for size in sizes]
 
 
-def plans_of(store, settings, layer_sizes=FOUR_EQUAL_LAYERS):
-    return read_plans(store, allocate.fn(store, layer_sizes, settings))
+FOUR_EQUAL_LAYERS = layers(100, 100, 100, 100)
+ATTENTION, MLP = (Linear(name, 16, 8, transposed=False) for name in ("self_attn.q_proj", "mlp.up_proj"))
+
+
+def plans_of(store, settings, linears=FOUR_EQUAL_LAYERS):
+    return read_plans(store, allocate.fn(store, linears, settings, None))
 
 
 def test_betas_are_tried_by_rising_beta_with_uniform_first_and_each_once(store):
@@ -36,7 +47,7 @@ def test_a_count_covers_the_legal_range_to_its_end(local_store):
 
 def test_layers_of_unequal_size_keep_the_overall_sparsity(local_store):
     sizes = [100, 300, 50]
-    for plan in plans_of(local_store, AllocateSettings(0.5, count=3), sizes):
+    for plan in plans_of(local_store, AllocateSettings(0.5, count=3), layers(*sizes)):
         removed = sum(size * sparsity for size, sparsity in zip(sizes, plan.layers, strict=True))
         assert removed == pytest.approx(0.5 * sum(sizes))
 
@@ -57,7 +68,7 @@ def test_the_betas_are_given_in_exactly_one_way(given, named):
 @pytest.mark.parametrize("beta", [-0.1, 0.4])
 def test_a_beta_that_no_model_of_this_depth_can_have_is_refused_and_leaves_nothing(local_store, beta):
     with pytest.raises(ValueError, match=r"outside of the legal range \[0, 0.33333\]"):
-        allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(beta,)))
+        allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(beta,)), None)
     assert list(local_store.artifacts()) == []
 
 
@@ -68,6 +79,66 @@ def test_more_lanes_than_one_ranking_can_tell_apart_are_refused_at_once(settings
 
 
 def test_the_same_betas_are_the_same_artifact(local_store):
-    first = allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(0.1,)))
-    assert allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(0.1,))) == first
-    assert allocate.fn(local_store, [200, 100], AllocateSettings(0.5, betas=(0.1,))).key != first.key
+    settings = AllocateSettings(0.5, betas=(0.1,))
+    first = allocate.fn(local_store, FOUR_EQUAL_LAYERS, settings, None)
+    assert allocate.fn(local_store, FOUR_EQUAL_LAYERS, settings, None) == first
+    assert allocate.fn(local_store, layers(200, 100), settings, None).key != first.key
+
+
+def test_another_allocator_is_tried_at_its_own_strength_beside_uniform(local_store):
+    plans = plans_of(local_store, AllocateSettings(0.7, allocator=Erf(0.05)))
+    assert [plan.beta for plan in plans] == [0.0, 0.05]
+    assert plans[0].layers == (0.7,) * 4
+    assert list(plans[1].layers) == sorted(plans[1].layers)
+    assert sum(plans[1].layers) == pytest.approx(2.8)
+
+
+def test_another_allocator_is_tried_at_the_strengths_of_a_list(local_store):
+    plans = plans_of(local_store, AllocateSettings(0.7, betas=(0.1, 0.02), allocator=Erf()))
+    assert [plan.beta for plan in plans] == [0.0, 0.02, 0.1]
+
+
+def test_scores_decide_by_layer_or_by_linear():
+    by_layer = AllocateSettings(0.5, allocator=OWL(spread=0.1))
+    assert by_layer.plans(layers(100, 100), (1.0, 3.0))[1].layers == pytest.approx((0.6, 0.4))
+    by_linear = AllocateSettings(0.5, allocator=OWL(spread=0.1), by_linear=True)
+    (layer,) = by_linear.plans([[ATTENTION, MLP]], (1.0, 3.0))[1].layers
+    assert layer == pytest.approx((0.6, 0.4))
+
+
+def test_every_beta_is_tried_with_every_offset_and_uniform_without_one_comes_first(local_store):
+    linears = [[ATTENTION, MLP]] * 2
+    plans = plans_of(local_store, AllocateSettings(0.5, betas=(0.1,), offsets=(-0.2, 0.2)), linears)
+    points = [(plan.beta, plan.offset) for plan in plans]
+    assert points == [(0.0, 0.0), (0.0, -0.2), (0.0, 0.2), (0.1, -0.2), (0.1, 0.0), (0.1, 0.2)]
+    assert plans[2].layers[0] == pytest.approx((0.6, 0.4))
+
+
+def test_a_mixed_pattern_gives_every_layer_a_level(local_store):
+    plans = plans_of(local_store, AllocateSettings(0.5, betas=(0.1,), pattern="N:8"))
+    assert plans[1].layers == (0.375, 0.5, 0.5, 0.625)  # of .35, .45, .55, .65
+
+
+def test_a_fixed_pattern_leaves_the_uniform_plan_only(local_store):
+    plans = plans_of(local_store, AllocateSettings(0.5, pattern="2:4"))
+    assert [(plan.beta, plan.layers) for plan in plans] == [(0.0, (0.5,) * 4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target": 0.6, "pattern": "2:4"}, "removes 0.5 of the weights"),
+        ({"target": 0.5, "pattern": "2:4", "betas": (0.1,)}, "nothing to allocate"),
+        ({"target": 0.5, "pattern": "2:4", "allocator": OWL()}, "nothing to allocate"),
+        ({"target": 0.5, "allocator": OWL(), "step": 0.1}, "strengths of owl are given by step"),
+        ({"target": 0.5, "allocator": Given((0.5,)), "betas": (0.1,)}, "sparsities are given"),
+        ({"target": 0.5, "betas": (0.1,), "by_linear": True}, "atp goes by depth alone"),
+        (
+            {"target": 0.5, "allocator": OWL(), "by_linear": True, "offsets": (0.1,)},
+            "for sparsities by layer",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        AllocateSettings(**settings)

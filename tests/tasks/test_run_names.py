@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.run_names import betas_title, title_of
+from tasks.run_names import points_title, title_of, windows_title
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,18 @@ def test_a_model_is_called_by_the_last_part_of_its_name(source, title):
 
 
 def test_few_betas_are_named_and_many_are_counted():
-    assert betas_title([0.0]) == "beta 0"
-    assert betas_title([0.0, 0.00459770, 0.1]) == "beta 0, 0.004598, 0.1"
-    assert betas_title([0.0, 0.1, 0.2, 0.3, 0.4]) == "beta 0, 0.1, 0.2 ... (5)"
+    def title(*betas):
+        return points_title([(beta, 0.0) for beta in betas])
+
+    assert title(0.0) == "beta 0"
+    assert title(0.0, 0.00459770, 0.1) == "beta 0, 0.004598, 0.1"
+    assert title(0.0, 0.1, 0.2, 0.3, 0.4) == "beta 0, 0.1, 0.2 ... (5)"
+
+
+def test_offsets_are_named_where_there_are_some():
+    assert points_title([(0.0, 0.0), (0.1, -0.05)]) == "beta 0 +0, 0.1 -0.05"
+
+
+def test_lanes_that_run_on_some_of_the_windows_say_which():
+    assert windows_title(None) == ""
+    assert windows_title((8, 16)) == ", windows 8 to 15"

@@ -1,0 +1,155 @@
+"""Measure: what an allocator looks at in every decoder layer, or linear, of the dense model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from layerwise.allocators import Allocator
+from layerwise.alpha_pruning import AlphaPruning, tail_exponent
+from layerwise.dlp import DLP, typical_score
+from layerwise.dsa import DSA, log_variance
+from layerwise.lsa import LSA, half_removed_error
+from layerwise.owl import OWL, outlier_percentage
+from layerwise.skeleton import Linear
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tables import read_table, write_table
+from tasks.capture_grams import read_grams
+from tasks.checkpoint import Checkpoint
+from tasks.execution import Execution
+from tasks.progress import showing
+from tasks.run_names import model_title
+from tasks.stage_task import stage_task
+from tasks.statistics_table import read_statistics, statistics_identity
+
+SCORES_FILE = "scores.parquet"
+
+
+def is_measured(allocator: Allocator) -> bool:
+    """Whether the allocator looks at the model's weights; the others at depth alone."""
+    return isinstance(allocator, OWL | AlphaPruning | DSA | DLP | LSA)
+
+
+def needs_grams(allocator: Allocator) -> bool:
+    """Whether the allocator looks at second moments of the linears' inputs."""
+    return isinstance(allocator, LSA)
+
+
+def measure_stage(
+    checkpoint: Checkpoint,
+    capture: Artifact,
+    grams: Artifact | None,
+    allocator: Allocator,
+    by_linear: bool,
+    linears: Sequence[Sequence[Linear]],
+) -> Stage:
+    """The stage of a measurement; how strongly the allocator goes by it is no part of it."""
+    what: dict[str, object] = {"allocator": allocator.method, "by_linear": by_linear}
+    what["linears"] = [[linear.name for linear in layer] for layer in linears]
+    inputs = {"checkpoint": checkpoint.identity}
+    if isinstance(allocator, LSA):
+        assert grams is not None, "a search captures what its allocator needs"
+        inputs["grams"] = grams.content
+    elif not isinstance(allocator, AlphaPruning):
+        inputs["statistics"] = statistics_identity(capture)
+    if isinstance(allocator, OWL):
+        what["threshold"] = allocator.threshold
+    if isinstance(allocator, DLP):
+        what["statistic"] = allocator.statistic
+    return Stage("measure", 1, what, inputs)
+
+
+@stage_task(about=lambda checkpoint, allocator, **_: f"{model_title(checkpoint)} for {allocator.method}")
+def measure(
+    store: ArtifactStore,
+    checkpoint: Checkpoint,
+    capture: Artifact,
+    grams: Artifact | None,
+    allocator: Allocator,
+    by_linear: bool,
+    linears: Sequence[Sequence[Linear]],
+    execution: Execution,
+) -> Artifact:
+    """One number for every decoder layer, or every linear: ``scores.parquet`` (layer, linear or null, score).
+
+    Args:
+        by_linear: whether every linear gets a sparsity of its own.
+        linears: the prunable ones, by layer.
+    """
+    stage = measure_stage(checkpoint, capture, grams, allocator, by_linear, linears)
+
+    def build(draft: Draft) -> None:
+        rows = []
+        title = f"measure: {allocator.method}"
+        with showing(title, checkpoint.num_layers, 0, None) as show:
+            for index, weights in enumerate(checkpoint.layers()):
+                layer = linears[index]
+                oriented = {
+                    linear.name: linear.oriented(weights[linear.weight_name]).to(execution.torch_device)
+                    for linear in layer
+                }
+                scores = _scores(store, capture, grams, allocator, index, oriented, by_linear)
+                names = [linear.name for linear in layer] if by_linear else [None]
+                rows += [
+                    {"layer": index, "linear": name, "score": score}
+                    for name, score in zip(names, scores, strict=True)
+                ]
+                show(index + 1)
+        schema = pa.schema({"layer": pa.int64(), "linear": pa.string(), "score": pa.float64()})
+        write_table(draft, SCORES_FILE, pa.Table.from_pylist(rows, schema=schema))
+
+    return store.get_or_build(stage, build)
+
+
+def read_scores(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
+    """Scores of all layers, or of all linears, in their order."""
+    return tuple(read_table(store, artifact, SCORES_FILE)["score"].to_pylist())
+
+
+@torch.no_grad()
+def _scores(
+    store: ArtifactStore,
+    capture: Artifact,
+    grams: Artifact | None,
+    allocator: Allocator,
+    index: int,
+    weights: Mapping[str, Tensor],
+    by_linear: bool,
+) -> list[float]:
+    """Of one layer: one number, or one for each of its linears."""
+    if isinstance(allocator, AlphaPruning):
+        return _means([tail_exponent(weight) for weight in weights.values()], by_linear)
+    if isinstance(allocator, LSA):
+        assert grams is not None, "a search captures what its allocator needs"
+        errors = {
+            name: half_removed_error(weights[name], gram.gram.to(weights[name].device))
+            for names, gram in read_grams(store, grams, index)
+            for name in names
+            if name in weights
+        }
+        return _means([errors[name] for name in weights], by_linear)
+    statistics = read_statistics(store, capture, index)
+    wanda = [
+        weight.abs().float() * statistics[name].norms.to(weight.device) for name, weight in weights.items()
+    ]
+    of_some = _measurement(allocator)
+    return [of_some([score]) for score in wanda] if by_linear else [of_some(wanda)]
+
+
+def _means(scores: Sequence[float], by_linear: bool) -> list[float]:
+    return list(scores) if by_linear else [fmean(scores)]
+
+
+def _measurement(allocator: Allocator) -> Callable[[list[Tensor]], float]:
+    """Number of some linears' Wanda scores."""
+    if isinstance(allocator, OWL):
+        return lambda scores: outlier_percentage(scores, allocator.threshold)
+    if isinstance(allocator, DLP):
+        return lambda scores: typical_score(scores, allocator.statistic)
+    assert isinstance(allocator, DSA), "all that are measured are known here"
+    return log_variance

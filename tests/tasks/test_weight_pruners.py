@@ -1,0 +1,128 @@
+"""Pruners that correct weights, in lanes and in an export: Gram matrices captured once, one factor for all lanes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from layerwise.sparsegpt import SparseGPT
+from storage.tables import read_table
+from tasks.capture_grams import read_grams
+
+MODELS = {
+    "llama": lambda: None,
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64)
+    ),
+}
+
+
+def final_error(run, lane):
+    return read_table(run.store, lane.artifact, "layers.parquet")["error"].to_pylist()[-1]
+
+
+def test_grams_are_the_second_moments_of_what_every_linear_is_fed(small_run):
+    run = small_run(pruner=SparseGPT())
+    model, inputs = run.transformers_model(), {}
+
+    def keep(name):
+        def hook(module, arguments):
+            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
+
+        return hook
+
+    for linear in run.linears[1]:
+        model.model.layers[1].get_submodule(linear.name).register_forward_pre_hook(keep(linear.name))
+    with torch.no_grad():
+        model(input_ids=run.input_ids("calibration"))
+    found = {tuple(names): gram for names, gram in read_grams(run.store, run.grams(), 1)}
+    assert list(map(set, found)) == [
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.gate_proj", "mlp.up_proj"},
+        {"mlp.down_proj"},
+    ]
+    for names, gram in found.items():
+        expected = inputs[names[0]].T @ inputs[names[0]]
+        torch.testing.assert_close(gram.gram, expected, rtol=1e-4, atol=1e-4)
+        assert gram.tokens == 5 * 12
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_an_exported_lane_has_the_losses_that_the_lane_had(small_run, family):
+    run = small_run(MODELS[family](), pruner=SparseGPT(block_size=16))
+    flat, steep = run.branch(0.0, 0.2)
+    for lane in (flat, steep):
+        assert run.losses(run.exported_model(lane), "selection") == pytest.approx(lane.losses, rel=1e-4)
+        assert lane.realised_sparsity == 0.5
+
+
+def test_a_lane_is_the_same_alone_and_in_a_group(small_run, another_store):
+    run = small_run(pruner=SparseGPT())
+    together = run.branch(0.0, 0.1, 0.2)
+    elsewhere = small_run(run.folder, store=another_store(), pruner=SparseGPT())
+    (alone,) = elsewhere.branch(0.1)
+    assert (alone.artifact.key, alone.artifact.content) == (
+        together[1].artifact.key,
+        together[1].artifact.content,
+    )
+
+
+def test_each_input_is_prepared_once_for_all_lanes_and_linears_that_share_it(small_run, monkeypatch):
+    run, prepared = small_run(pruner=SparseGPT()), []
+    prepare = SparseGPT.prepare
+
+    def counted(pruner, gram, tokens):
+        prepared.append(len(gram))
+        return prepare(pruner, gram, tokens)
+
+    monkeypatch.setattr(SparseGPT, "prepare", counted)
+    run.branch(0.0, 0.05, 0.1, 0.2)
+    assert prepared == [32, 32, 32, 48] * 3  # q, k and v; o; gate and up; down
+
+
+def test_corrected_weights_leave_a_smaller_error_than_the_same_share_by_wanda(small_run, another_store):
+    store = another_store()
+    corrected = small_run(store=store, pruner=SparseGPT())
+    plain = small_run(corrected.folder, store=store)
+    assert final_error(corrected, *corrected.branch(0.0)) < final_error(plain, *plain.branch(0.0))
+
+
+def test_a_factor_that_does_not_exist_names_layer_and_linears_and_what_to_raise(small_run):
+    run = small_run(pruner=SparseGPT(damping=0.0), windows={"calibration": 1})  # 12 tokens, 32 channels
+    expected = r"^layer 0, self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: .*Raise the damping"
+    with pytest.raises(ValueError, match=expected):
+        run.branch(0.0)
+
+
+@pytest.mark.parametrize("pruner", [None, SparseGPT()])
+@pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("4:8", 0.5), ("N:8", 0.625)])
+def test_a_pattern_holds_in_every_group_of_the_exported_weights(small_run, pattern, target, pruner):
+    run = small_run(pattern=pattern, target=target, **({"pruner": pruner} if pruner else {}))
+    (lane,) = run.branch(0.0)
+    folder = run.store.location(run.export(lane))
+    weights = {}
+    for file in sorted(run.store.fs.glob(f"{folder}/*.safetensors")):
+        weights |= load_file(file)
+    group = int(pattern[-1])
+    for index, layer in enumerate(run.linears):
+        for linear in layer:
+            weight = weights[f"model.layers.{index}.{linear.name}.weight"]
+            removed = (weight.reshape(-1, group) == 0).sum(dim=1)
+            assert set(removed.tolist()) == {round(group * target)}, linear.name
+    assert lane.realised_sparsity == target
+
+
+@pytest.mark.parametrize("pruner", [None, SparseGPT()])
+def test_excluded_linears_stay_as_they_are_and_do_not_count(small_run, pruner):
+    run = small_run(exclude=r"^0\.mlp|k_proj$", **({"pruner": pruner} if pruner else {}))
+    (lane,) = run.branch(0.1)
+    assert lane.realised_sparsity == pytest.approx(0.5, abs=1e-4)
+    rows = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
+    assert not [
+        row for row in rows if "k_proj" in row["linear"] or (row["layer"] == 0 and "mlp" in row["linear"])
+    ]
+    before, after = run.transformers_model(), run.exported_model(lane)
+    for name in ("layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.2.self_attn.k_proj"):
+        assert torch.equal(before.model.get_submodule(name).weight, after.model.get_submodule(name).weight)
+    assert (after.model.layers[0].self_attn.q_proj.weight == 0).any()
