@@ -6,9 +6,12 @@ import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 from flows.embedded_server import ServerStart
+
+Result = TypeVar("Result")
 
 EXAMPLE = """example:
   layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
@@ -21,12 +24,13 @@ def main() -> None:
     began = time.monotonic()
     _log_to_terminal()
     arguments = sys.argv[1:]
-    server = ServerStart() if arguments[:1] == ["search"] and not {"-h", "--help"} & set(arguments) else None
+    runs = arguments[:1] in (["search"], ["compare"]) and not {"-h", "--help"} & set(arguments)
+    server = ServerStart() if runs else None
     parsed = _parser(arguments[:1]).parse_args(arguments)
     try:
-        if parsed.command == "search":
+        if parsed.command in ("search", "compare"):
             assert server is not None, "a search that is not asked for its help starts the server"
-            _search(parsed, server, began)
+            (_search if parsed.command == "search" else _compare)(parsed, server, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show}
             commands |= {"gc": _collect, "verify": _verify}
@@ -46,7 +50,7 @@ def main() -> None:
         )
 
 
-def _stop(why: str, status: int) -> None:
+def _stop(why: str, status: int) -> NoReturn:
     sys.stderr.write(f"layerwise: {why}. Resume with:\n  {shlex.join(['layerwise', *sys.argv[1:]])}\n")
     sys.exit(status)
 
@@ -82,6 +86,10 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
     search = commands.add_parser(
         "search", help="find the best beta for a sparsity and export the pruned model"
     )
+    compare = commands.add_parser(
+        "compare",
+        help="searches of one model with several allocators, pruners, sparsities and seeds, side by side",
+    )
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
     if not set(command) <= {"status", "ls", "show", "gc", "verify"}:
         from flows.options import add_options
@@ -90,6 +98,12 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         for each in (search, plan):
             add_options(each, Search)
             add_options(each, Runtime)
+    if command == ["compare"]:
+        from flows.compare import Compare
+
+        add_options(compare, Compare, without=["search"])
+        add_options(compare, Search, optional=["sparsity"])
+        add_options(compare, Runtime)
     status = commands.add_parser(
         "status", help="who works in a store, what was begun and not finished, which searches have ended"
     )
@@ -124,23 +138,58 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
     from flows.settings import Runtime, Search
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
-    from prefect.exceptions import CancelledRun
-
     from flows.console import open_console
     from flows.search import search
-    from flows.step import StepFailed
     from flows.terminal import show_result
+
+    result, seconds = _run(lambda: search(settings, runtime), server, runtime.pool, began)
+    console = open_console()
+    show_result(console, result)
+    console.print(seconds)
+
+
+def _compare(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.compare import Compare, SearchFailed, compare
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.settings import Runtime, Search
+    from flows.terminal import show_comparison
+
+    if arguments.sparsity is None and arguments.sparsities:
+        arguments.sparsity = arguments.sparsities.partition(",")[0]
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Compare, search=read_options(arguments, Search))
+    try:
+        results, seconds = _run(lambda: compare(settings, runtime), server, runtime.pool, began)
+    except SearchFailed as failure:
+        sys.exit(f"layerwise: {failure}")
+    console = open_console()
+    show_comparison(console, results)
+    console.print(seconds)
+
+
+def _run(
+    run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
+) -> tuple[Result, str]:
+    """Run a flow to its end, or end with what resumes it.
+
+    Returns:
+        What the flow returns, and a line on what took how long.
+    """
+    from prefect.exceptions import CancelledRun
+
+    from flows.step import StepFailed
     from tasks.stopping import TerminationSignal, stopping_on_sigterm
 
     try:
         with stopping_on_sigterm():  # the flow's own begins later and ends earlier
             server.wait()
             flow_began = time.monotonic()
-            result = search(settings, runtime)
+            result = run()
     except TerminationSignal:
         after = (
-            f"what runs on the work pool {runtime.pool!r} goes on by itself"
-            if runtime.pool
+            f"what runs on the work pool {pool!r} goes on by itself"
+            if pool
             else "nothing that was finished is lost"
         )
         _stop(f"stopped by SIGTERM; {after}", 143)
@@ -149,9 +198,7 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
     except StepFailed as failure:
         sys.exit(f"layerwise: {failure}")
     flow_seconds = time.monotonic() - flow_began
-    console = open_console()
-    show_result(console, result)
-    console.print(
+    return result, (
         f"{time.monotonic() - began:.0f} s in all: the search {flow_seconds:.0f} s, start-up "
         f"{flow_began - began:.0f} s (Prefect's embedded server took {server.seconds:.0f} s of it)."
     )

@@ -1,38 +1,86 @@
-"""Compare: several searches of one model, at several sparsities, with several pruners or calibration samples."""
+"""Compare: several searches of one model, with several allocators, pruners, sparsities and calibration samples."""
 
-import math
+import json
+import time
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, cast
+from typing import Annotated, Any, Literal, cast
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from flows.cancelling import cancelled
-from flows.result import SearchResult
+from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.search import run_search
-from flows.settings import PrunerChoice, Runtime, Search
-from layerwise.perplexity import DIVERGED
+from flows.settings import AllocatorChoice, PrunerChoice, Runtime, Search, Strategy
+from storage.draft import Draft
 from storage.running import announced
+from storage.stage import Stage
 from storage.store import ArtifactStore
+from tasks.evaluate import best_losses
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 
 COLUMNS = (
-    "Perplexities. Gain: how far the best beta's is below uniform's on the test text; t: of the paired difference of "
-    "their losses, over the test windows, negative if the best beta's is lower."
+    "Perplexities. Gain: how far the best plan's is below uniform's on the test text; t: of the paired difference of "
+    "their losses, over the test windows, negative if the best plan's is lower."
 )
+# Of a two-parameter search that is asked for by name: attention loses up to a tenth more or less than the MLP.
+OFFSETS = (-0.1, -0.05, 0.05, 0.1)
 
 
 class SearchFailed(RuntimeError):
     """One of several searches cannot be done; which one, and why."""
 
 
+def _by_name(value: Any) -> Any:
+    """A way of allocating by the allocator's name, or by the allocator with its settings."""
+    if value == "atp+offset":
+        return {"offsets": OFFSETS, "strategy": "two-parameter"}
+    if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
+        return {"allocator": value}
+    return value
+
+
+class Allocation(BaseModel):
+    """A way of allocating: the settings of a search that it changes; what is left out is as in the common search."""
+
+    model_config = Search.model_config
+
+    allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
+    granularity: Literal["layer", "linear"] | None = Field(default=None, description="As for a search.")
+    betas: tuple[float, ...] | None = Field(default=None, description="As for a search.")
+    offsets: tuple[float, ...] | None = Field(default=None, description="As for a search.")
+    strategy: Strategy | None = Field(default=None, description="As for a search.")
+    trials: int | None = Field(default=None, description="As for a search.")
+
+    def of(self, common: Search) -> Search:
+        """The search with this way of allocating."""
+        changes = {name: value for name, value in dict(self).items() if value is not None}
+        if self.allocator is not None and self.allocator != common.allocator:
+            # The common betas are ATP's, or another allocator's strengths.
+            changes = {
+                "betas": None,
+                "beta_count": None,
+                "beta_step": None,
+                "strategy": "grid",
+                "trials": None,
+            } | changes
+        return Search(**dict(common) | changes)
+
+    def title(self, common: Search) -> str:
+        """What it is called in a table."""
+        search = self.of(common)
+        parts = [search.allocator.method, *(["offset"] if search.offsets else [])]
+        by_linear = " by linear" if search.granularity == "linear" else ""
+        return "+".join(parts) + by_linear
+
+
 class Compare(BaseModel):
-    """Search one model several times: every sparsity with every pruner and every seed."""
+    """Search one model several times: every sparsity with every pruner, every allocator and every seed."""
 
     model_config = Search.model_config
 
@@ -43,6 +91,12 @@ class Compare(BaseModel):
     pruners: tuple[PrunerChoice, ...] = Field(
         default=(), description="How the weights to remove are chosen; empty: the common way."
     )
+    allocators: tuple[Annotated[Allocation, BeforeValidator(_by_name)], ...] = Field(
+        default=(),
+        description="How sparsity is spread over the layers: names (atp, atp+offset, owl, ...), allocators with "
+        "settings of their own, or a search's settings about it. The first is what the others are compared with. "
+        "Empty: the common way.",
+    )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
         description="Seeds of the random calibration windows; each asks for a pass of the dense model of its own. "
@@ -51,7 +105,7 @@ class Compare(BaseModel):
 
     @model_validator(mode="after")
     def _each_search_once(self) -> "Compare":
-        for name in ("sparsities", "pruners", "seeds"):
+        for name in ("sparsities", "pruners", "allocators", "seeds"):
             values = getattr(self, name)
             if twice := [value for index, value in enumerate(values) if value in values[:index]]:
                 shown = getattr(twice[0], "method", twice[0])
@@ -62,28 +116,37 @@ class Compare(BaseModel):
     @property
     def searches(self) -> tuple[Search, ...]:
         """Every combination, by sparsity first, in the order in which they were given."""
+        return tuple(search for search, _ in self.named_searches)
+
+    @property
+    def named_searches(self) -> tuple[tuple[Search, str], ...]:
+        """The searches, each with what its way of allocating is called."""
         common = dict(self.search)
-        return tuple(
-            Search(**common | {"sparsity": sparsity, "pruner": pruner, "seed": seed})
-            for sparsity, pruner, seed in product(
-                self.sparsities or (self.search.sparsity,),
-                self.pruners or (self.search.pruner,),
-                self.seeds or (self.search.seed,),
-            )
+        combinations = product(
+            self.sparsities or (self.search.sparsity,),
+            self.pruners or (self.search.pruner,),
+            self.seeds or (self.search.seed,),
+            self.allocators or (Allocation(),),
         )
+        named = []
+        for sparsity, pruner, seed, allocation in combinations:
+            search = Search(**common | {"sparsity": sparsity, "pruner": pruner, "seed": seed})
+            named.append((allocation.of(search), allocation.title(search)))
+        return tuple(named)
 
     @property
     def title(self) -> str:
         """The searches in some words, for lists of runs."""
         more = "".join(f", {sparsity:g}" for sparsity in self.sparsities[1:])
         pruners = ", ".join(pruner.method for pruner in self.pruners or (self.search.pruner,))
+        allocators = f", {len(self.allocators)} allocators" if len(self.allocators) > 1 else ""
         seeds = f", {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
-        return f"{self.searches[0].title}{more}: {pruners}{seeds}"
+        return f"{self.searches[0].title}{more}: {pruners}{allocators}{seeds}"
 
 
 @flow(name="compare", flow_run_name="{settings.title}", persist_result=False)
-def compare(settings: Compare, runtime: Runtime) -> list[SearchResult]:
-    """Search a model at several sparsities, with several pruners or seeds, one after the other; compare the results.
+def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
+    """Search a model with several allocators, pruners, sparsities or seeds, one after the other; compare the results.
 
     What the searches have in common is computed once. Safe to stop and start again.
 
@@ -98,61 +161,54 @@ def compare(settings: Compare, runtime: Runtime) -> list[SearchResult]:
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
         try:
-            results = _search_all(settings.searches, runtime)
+            results = _search_all(settings.named_searches, runtime)
         except (CancelledRun, TerminationSignal) as ending:
-            return cast(list[SearchResult], cancelled(ending))
-    with going_on_without_prefect():
-        create_table_artifact(
-            key="compare-result",
-            table=comparison_rows(results),
-            description=f"{results[0].source}. {COLUMNS}",
-        )
+            return cast(list[Compared], cancelled(ending))
+    _publish(store, results)
     return results
 
 
-def _search_all(searches: Sequence[Search], runtime: Runtime) -> list[SearchResult]:
+def _search_all(searches: Sequence[tuple[Search, str]], runtime: Runtime) -> list[Compared]:
     logger, results = get_run_logger(), []
-    for number, search in enumerate(searches, 1):
-        which = f"search {number} of {len(searches)}: {_named(search)}"
+    for number, (search, allocator) in enumerate(searches, 1):
+        which = f"search {number} of {len(searches)}: {_named(search, allocator)}"
         logger.info(which)
+        began = time.monotonic()
         try:
             # A store of its own, as each result tells what its search has built.
-            results.append(run_search(ArtifactStore(runtime.store), search, runtime))
+            store = ArtifactStore(runtime.store)
+            result = run_search(store, search, runtime)
+            losses = best_losses(store, result.stages["evaluate"])
         except CancelledRun:  # by somebody who knows which
             raise
         except Exception as error:  # of whatever kind: who reads it has to know which search it was
             problem = str(error) or type(error).__name__
             raise SearchFailed(f"{which}: {problem}") from error
+        results.append(Compared(result, allocator, losses, time.monotonic() - began))
     return results
 
 
-def comparison_rows(results: Sequence[SearchResult]) -> list[dict[str, str | float]]:
-    """The table of a comparison: one row per search."""
-    rows: list[dict[str, str | float]] = []
-    for result in results:
-        selection, test = result.selection, result.test
-        t = None if test.gain is None else test.gain.t
-        rows.append(
-            {
-                "sparsity": result.settings.sparsity,
-                "pruner": result.settings.pruner.method,
-                "seed": result.settings.seed,
-                "best beta": selection.best_row.beta,
-                "selection: dense": _perplexity(selection.dense_perplexity),
-                "selection: uniform": _perplexity(selection.rows[0].perplexity),
-                "selection: best": _perplexity(selection.best_row.perplexity),
-                "test: uniform": _perplexity(test.uniform),
-                "test: best": _perplexity(test.best),
-                "gain %": round(100 * (1 - test.best / test.uniform), 1),
-                "t": "" if t is None else f"{t:.1f}",
-            }
-        )
-    return rows
+def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
+    """The tables as an artifact of the store, and on Prefect's pages."""
+    rows, summary = rows_of(results), summary_of(results)
+    # By what was found, not by how long it took.
+    found = {
+        f"search {number:03d}": each.result.stages["evaluate"].key for number, each in enumerate(results)
+    }
+    names = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
+    title = f"{results[0].result.source}. {COLUMNS}"
+
+    def build(draft: Draft) -> None:
+        draft.write("comparison.json", json.dumps({"searches": rows, "summary": summary}, indent=1).encode())
+        page = f"{title}\n\n{markdown_of(summary)}\n\n{markdown_of(rows)}\n"
+        draft.write("comparison.md", page.encode())
+
+    artifact = store.get_or_build(Stage("compare", 1, names, found), build)
+    get_run_logger().info("the tables are in %s/comparison.md", store.location(artifact))
+    with going_on_without_prefect():
+        create_table_artifact(key="compare-result", table=rows, description=title)
+        create_markdown_artifact(key="compare-summary", markdown=f"{title}\n\n{markdown_of(summary)}")
 
 
-def _named(search: Search) -> str:
-    return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}"
-
-
-def _perplexity(value: float) -> str | float:
-    return "diverged" if value >= math.exp(DIVERGED) else round(value, 2)
+def _named(search: Search, allocator: str) -> str:
+    return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {allocator}"

@@ -1,6 +1,8 @@
 """Options of the command line, made from the settings' own fields, so that help, form and schema never differ."""
 
+import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -9,26 +11,46 @@ from pydantic.fields import FieldInfo
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def add_options(parser: ArgumentParser, settings: type[BaseModel]) -> None:
-    """One option per field of ``settings``; values are strings until ``read_options`` validates them."""
+# Fields that take several values, which are separated by commas.
+LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds")
+
+
+def add_options(
+    parser: ArgumentParser,
+    settings: type[BaseModel],
+    without: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> None:
+    """One option per field of ``settings``; values are strings until ``read_options`` validates them.
+
+    Args:
+        without: fields that get no option.
+        optional: fields that may be left out although ``settings`` requires them.
+    """
     group = parser.add_argument_group(settings.__name__.lower())
     for name, field in settings.model_fields.items():
+        if name in without:
+            continue
         group.add_argument(
             _flag(name),
-            required=field.is_required(),
+            required=field.is_required() and name not in optional,
             metavar=name.rpartition("_")[2].upper(),
             help=_help(field),
         )
 
 
-def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
+def read_options(arguments: Namespace, settings: type[Settings], **values_of_others: object) -> Settings:
     """The settings that ``arguments`` spell.
+
+    Args:
+        values_of_others: fields that have no option.
 
     Raises:
         ValueError: an option that is not valid, by its name on the command line.
     """
-    given = {name: getattr(arguments, name) for name in settings.model_fields}
+    given = {name: getattr(arguments, name, None) for name in settings.model_fields}
     values = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    values |= values_of_others
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -40,11 +62,20 @@ def read_options(arguments: Namespace, settings: type[Settings]) -> Settings:
         raise ValueError("; ".join(problems)) from error
 
 
-def _parsed(name: str, value: str) -> str | list[str] | None:
-    """An empty option is no value, which is not the same as the default where that is a number."""
+def _parsed(name: str, value: str) -> object:
+    """An empty option is no value, which is not the same as the default where that is a number.
+
+    Raises:
+        ValueError: JSON that is none.
+    """
     if not value:
         return None
-    return value.split(",") if name == "betas" else value
+    if value.startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{_flag(name)}: {value!r} is no JSON ({error}).") from error
+    return value.split(",") if name in LISTS else value
 
 
 def _flag(name: str) -> str:

@@ -1,6 +1,6 @@
 """What a person sees in the terminal: results, plans and lists of artifacts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.comparison import Compared, rows_of, summary_of
 from flows.console import size
 from flows.findings import number, sentence_on_test, table_rows, work_sentence
 from flows.plan import Plan
@@ -50,6 +51,21 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
 def show_test(console: Console, test: TestResult) -> None:
     """Test perplexities side by side."""
     console.print(sentence_on_test(test))
+
+
+def show_comparison(console: Console, results: Sequence[Compared]) -> None:
+    """One row per method over all seeds; with one seed, one row per search."""
+    several = len({each.result.settings.seed for each in results}) > 1
+    rows = summary_of(results) if several else rows_of(results)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not several:
+        names = [name for name in names if not name.startswith("selection") and name != "seed"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("pruner", "allocator") else "right")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in names))
+    console.print(table)
 
 
 def show_plan(console: Console, plan: Plan) -> None:

@@ -11,7 +11,8 @@ from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
-from tasks.branch import write_lane
+from storage.tables import read_table
+from tasks.branch import LOSSES_FILE, write_lane
 from tasks.execution import Execution
 from tasks.lane_group import LaneInputs, PruneSettings, advance_group
 from tasks.run_names import model_title, plans_title
@@ -79,6 +80,12 @@ def evaluate(
         draft.facts |= {"dense": test.dense, "uniform": test.uniform, "best": test.best}
 
     return store.get_or_build(evaluate_stage(inputs, uniform, best, settings), build)
+
+
+def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
+    """Losses of the chosen plan, by test window, in nats."""
+    lane = "best" if f"best/{LOSSES_FILE}" in artifact.files else "uniform"
+    return tuple(read_table(store, artifact, f"{lane}/{LOSSES_FILE}")["loss"].to_pylist())
 
 
 def read_test(store: ArtifactStore, artifact: Artifact) -> TestResult:

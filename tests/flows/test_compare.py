@@ -10,7 +10,8 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import ValidationError
 
-from flows.compare import Compare, SearchFailed, compare, comparison_rows
+from flows.compare import Compare, SearchFailed, compare
+from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.settings import Runtime, Search
 from layerwise.magnitude import Magnitude
 from layerwise.perplexity import PairedDifference
@@ -48,7 +49,7 @@ def compared(settings, prefect_backend, tmp_path_factory):
     """A run that had to build everything: its state, its results, and where it ran."""
     runtime = Runtime(store=str(tmp_path_factory.mktemp("compared") / "store"))
     state = compare(settings, runtime, return_state=True)
-    return state, state.result(), runtime
+    return state, [each.result for each in state.result()], runtime
 
 
 def test_every_sparsity_goes_with_every_pruner_and_every_seed():
@@ -131,10 +132,12 @@ def test_what_the_searches_share_is_built_once(compared):
 def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):
     _, results, runtime = compared
     before = names_in(runtime.store)
-    again = compare(settings, runtime)
+    again = [each.result for each in compare(settings, runtime)]
     assert [result.built for result in again] == [()] * 4
     assert [result.bytes_read for result in again] == [0] * 4
-    assert comparison_rows(again) == comparison_rows(results)
+    assert [(result.selection, result.test) for result in again] == [
+        (result.selection, result.test) for result in results
+    ]
     assert names_in(runtime.store) == before
 
 
@@ -149,7 +152,9 @@ def test_prefect_has_one_table_of_all_and_a_run_that_says_what_was_compared(comp
     state, results, _ = compared
     (table,) = artifacts_of(state, "compare-result")
     assert table.type == "table"
-    assert json.loads(table.data) == comparison_rows(results)
+    assert json.loads(table.data) == rows_of(state.result())
+    (summary,) = artifacts_of(state, "compare-summary")
+    assert markdown_of(summary_of(state.result())) in summary.data
     assert table.description.startswith(f"{workshop.model}. Perplexities.")
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(state.state_details.flow_run_id)
@@ -157,23 +162,41 @@ def test_prefect_has_one_table_of_all_and_a_run_that_says_what_was_compared(comp
 
 
 def test_the_table_can_be_checked_by_hand(compared):
-    _, results, _ = compared
-    for row, result in zip(comparison_rows(results), results, strict=True):
+    state, results, _ = compared
+    rows = rows_of(state.result())
+    for row, result in zip(rows, results, strict=True):
         by_beta = {score.beta: score.loss for score in result.selection.rows}
         best = min(by_beta, key=by_beta.get)
         assert (row["sparsity"], row["pruner"]) == (
             result.settings.sparsity,
             result.settings.pruner.method,
         )
-        assert (row["seed"], row["best beta"]) == (0, best)
+        assert (row["seed"], row["best"], row["allocator"], row["trials"]) == (0, f"{best:g}", "atp", 3)
         assert row["selection: uniform"] == pytest.approx(math.exp(by_beta[0]), abs=0.006)
         assert row["selection: best"] == pytest.approx(math.exp(by_beta[best]), abs=0.006)
-    assert len({row["selection: dense"] for row in comparison_rows(results)}) == 1
+    assert len({row["selection: dense"] for row in rows}) == 1
 
 
-def with_test(result, **test):
-    """A search's result, with other figures of its test."""
-    return type(result)(**vars(result) | {"test": TestResult(windows=12, dense=10.0, **test)})
+def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
+    settings = Compare(
+        search=Search(**LEAST, betas=(0.01,)),
+        allocators=("atp", "owl", "atp+offset", {"allocator": "erf", "betas": [0.1]}),
+        pruners=("wanda", "sparsegpt"),
+    )
+    named = [(search.pruner.method, name) for search, name in settings.named_searches]
+    names = ["atp", "owl", "atp+offset", "erf"]
+    assert named == [(pruner, name) for pruner in ("wanda", "sparsegpt") for name in names]
+    atp, owl, offset, erf = settings.searches[:4]
+    assert (atp.betas, owl.betas, offset.betas, erf.betas) == ((0.01,), None, (0.01,), (0.1,))
+    assert (offset.strategy, offset.offsets) == ("two-parameter", (-0.1, -0.05, 0.05, 0.1))
+    assert settings.title == "demo at 0.5: wanda, sparsegpt, 4 allocators"
+
+
+def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):
+    """A search as a comparison has it, with other figures of its test."""
+    settings = result.settings.model_copy(update={"seed": seed})
+    changes = {"test": TestResult(windows=12, dense=10.0, **test), "settings": settings}
+    return Compared(type(result)(**vars(result) | changes), allocator, losses, 1.0)
 
 
 def test_gain_is_in_percent_of_uniform_and_what_has_no_number_is_said(finished):
@@ -181,11 +204,43 @@ def test_gain_is_in_percent_of_uniform_and_what_has_no_number_is_said(finished):
     better = with_test(result, uniform=50.0, best=40.0, gain=PairedDifference(-0.223, -8.24, 12))
     same = with_test(result, uniform=50.0, best=50.0, gain=None)
     diverged = with_test(result, uniform=math.exp(700), best=40.0, gain=PairedDifference(-696, None, 1))
-    shown = ("test: uniform", "test: best", "gain %", "t")
-    assert [tuple(row[name] for name in shown) for row in comparison_rows([better, same, diverged])] == [
-        (50.0, 40.0, 20.0, "-8.2"),
-        (50.0, 50.0, 0.0, ""),
-        ("diverged", 40.0, 100.0, ""),
+    columns = ("test: uniform", "test: best", "times dense", "gain %", "t")
+    assert [tuple(row[name] for name in columns) for row in rows_of([better, same, diverged])] == [
+        (50.0, 40.0, 4.0, 20.0, "-8.2"),
+        (50.0, 50.0, 5.0, 0.0, ""),
+        ("diverged", 40.0, 4.0, 100.0, ""),
+    ]
+
+
+def test_others_are_compared_with_the_first_allocator_window_by_window(finished):
+    figures = {"uniform": 50.0, "best": 40.0, "gain": None}
+    first = with_test(finished[0], "atp", (2.0, 3.0, 4.0), **figures)
+    # Differences .1, .2 and .3: mean .2, standard error .1 / sqrt 3.
+    other = with_test(finished[0], "owl", (2.1, 3.2, 4.3), **figures)
+    row = rows_of([first, other])[1]
+    assert (row["above atp %"], row["t of that"], row["significant"]) == (22.1, "3.5", "no")
+    assert "above atp %" not in rows_of([first, other])[0]
+
+
+def test_the_summary_is_over_the_seeds_and_takes_a_window_once(finished):
+    each = [
+        with_test(finished[0], name, losses, seed, uniform=50.0, best=best, gain=None)
+        for seed, best in ((0, 20.0), (1, 40.0))
+        for name, losses in (("atp", (2.0, 3.0)), ("owl", (2.1 + seed / 5, 3.1)))
+    ]
+    atp, owl = summary_of(each)
+    assert (atp["seeds"], atp["test"], atp["spread"]) == (2, 28.28, 49.0)  # sqrt(20 x 40); ln 2 / sqrt 2
+    assert atp["gain %"] == 43.4  # 1 - 28.28 / 50
+    # By window, over the seeds: .2 and .1 above.
+    assert (owl["above atp %"], owl["t of that"]) == (16.2, "3.0")
+
+
+def test_a_table_leaves_empty_what_a_row_has_not():
+    assert markdown_of([{"a": 1}, {"a": 2, "b": "x"}]).splitlines() == [
+        "| a | b |",
+        "|--:|--:|",
+        "| 1 |  |",
+        "| 2 | x |",
     ]
 
 
@@ -197,15 +252,17 @@ def test_a_search_that_cannot_be_done_stops_the_run_with_its_reason_and_the_othe
     settings = Compare(search=workshop.settings(), sparsities=(0.5, 0.2, 0.6))
     state = compare(settings, runtime, return_state=True)
     assert state.is_failed()
-    assert "SearchFailed: search 2 of 3: sparsity 0.2, wanda, seed 0: beta 0.25 is outside" in state.message
+    assert (
+        "SearchFailed: search 2 of 3: sparsity 0.2, wanda, seed 0, atp: beta 0.25 is outside" in state.message
+    )
     with pytest.raises(SearchFailed) as failure:
         state.result()
     assert isinstance(failure.value.__cause__, ValueError)
     assert artifacts_of(state, "compare-result") == []
     assert names_in(runtime.store)["search"] == 1
     (first,) = compare(Compare(search=workshop.settings()), runtime)
-    assert first.built == ()
-    assert keys_of(first) == keys_of(finished[0])
+    assert first.result.built == ()
+    assert keys_of(first.result) == keys_of(finished[0])
 
 
 def test_the_form_says_what_each_setting_is_and_a_deployment_checks_what_it_is_given(
@@ -217,7 +274,7 @@ def test_the_form_says_what_each_setting_is_and_a_deployment_checks_what_it_is_g
     with get_client(sync_client=True) as client:
         schema = client.read_deployment(deployment).parameter_openapi_schema
         fields = schema["definitions"]["Compare"]["properties"]
-        assert set(fields) == {"search", "sparsities", "pruners", "seeds"}
+        assert set(fields) == {"search", "sparsities", "pruners", "allocators", "seeds"}
         assert all(field["description"].endswith(".") for field in fields.values())
         assert schema["definitions"]["Compare"]["required"] == ["search"]
         with pytest.raises(PrefectHTTPStatusError, match=r"409[^$]*sparsities"):
