@@ -93,7 +93,8 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
     if not set(command) <= {"status", "ls", "show", "gc", "verify"}:
         from flows.options import add_options
-        from flows.settings import Runtime, Search
+        from flows.runtime import Runtime
+        from flows.settings import Search
 
         for each in (search, plan):
             add_options(each, Search)
@@ -135,7 +136,8 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
 
 def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
     from flows.options import read_options
-    from flows.settings import Runtime, Search
+    from flows.runtime import Runtime
+    from flows.settings import Search
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
     from flows.console import open_console
@@ -152,7 +154,8 @@ def _compare(arguments: Namespace, server: ServerStart, began: float) -> None:
     from flows.compare import Compare, SearchFailed, compare
     from flows.console import open_console
     from flows.options import read_options
-    from flows.settings import Runtime, Search
+    from flows.runtime import Runtime
+    from flows.settings import Search
     from flows.terminal import show_comparison
 
     if arguments.sparsity is None and arguments.sparsities:
@@ -208,7 +211,8 @@ def _plan(arguments: Namespace) -> None:
     from flows.console import open_console
     from flows.options import read_options
     from flows.plan import plan_search
-    from flows.settings import Runtime, Search
+    from flows.runtime import Runtime
+    from flows.settings import Search
     from flows.terminal import show_plan
 
     show_plan(open_console(), plan_search(read_options(arguments, Search), read_options(arguments, Runtime)))

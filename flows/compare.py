@@ -14,8 +14,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from flows.cancelling import cancelled
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
+from flows.fields import AllocatorChoice, PrunerChoice, Strategy
+from flows.runtime import Runtime
 from flows.search import run_search
-from flows.settings import AllocatorChoice, PrunerChoice, Runtime, Search, Strategy
+from flows.settings import Search
 from storage.draft import Draft
 from storage.running import announced
 from storage.stage import Stage
@@ -131,7 +133,10 @@ class Compare(BaseModel):
         named = []
         for sparsity, pruner, seed, allocation in combinations:
             search = Search(**common | {"sparsity": sparsity, "pruner": pruner, "seed": seed})
-            named.append((allocation.of(search), allocation.title(search)))
+            # Of a checkpoint for each combination nobody has a use; a search for the best one finds all else done.
+            named.append(
+                (allocation.of(search).model_copy(update={"export": False}), allocation.title(search))
+            )
         return tuple(named)
 
     @property

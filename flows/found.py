@@ -22,8 +22,9 @@ from tasks.evaluate import evaluate_stage
 from tasks.export import export_stage
 from tasks.import_checkpoint import import_checkpoint, import_stage
 from tasks.join_rounds import joined_stage
-from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.lane_group import LaneInputs
 from tasks.measure import is_measured, measure_stage, read_scores
+from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import token_stage
 from tasks.select import compare, select_stage
 from tasks.streamed import linears_by_layer
@@ -88,7 +89,8 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
         Damaged: an artifact that was to be looked into is damaged.
         OSError: the model, a text or the store cannot be reached.
     """
-    stages: dict[str, Artifact | None] = dict.fromkeys((*_roles_before(settings), *CHOSEN))
+    ends = [role for role in CHOSEN if role != "export" or settings.export]
+    stages: dict[str, Artifact | None] = dict.fromkeys((*_roles_before(settings), *ends))
     requests = token_requests(settings)
     if store.find(import_stage(settings.model)) is None:
         return Found(stages)
@@ -170,7 +172,7 @@ def _look_up_lanes(
 
     scores, request = follow(strategy, look)
     roles, joined = _joined(store, scores)
-    ends: dict[str, Artifact | None] = dict.fromkeys(CHOSEN)
+    ends: dict[str, Artifact | None] = {role: None for role in found.stages if role in CHOSEN}
     if request is not None:
         roles |= {_role_of(found.plans[number]): None for number in request.plans}
         missing = tuple(number for number, lane in enumerate(lanes) if lane is None)
@@ -207,10 +209,9 @@ def _look_up_ends(
     """What comes after the lanes."""
     dense = float(str(inputs.capture.facts[DENSE_PERPLEXITY]))
     chosen, uniform = scores[compare(scores, dense).best], scores[0]
-    stages = {
-        "select": store.find(select_stage(scores, dense, parameter)),
-        "export": store.find(export_stage(inputs, chosen, uniform, pruning)),
-    }
+    stages = {"select": store.find(select_stage(scores, dense, parameter))}
+    if "export" in found.stages:
+        stages["export"] = store.find(export_stage(inputs, chosen, uniform, pruning))
     if test := found.stages["test"]:
         testing = replace(inputs, scored=test)
         stages["evaluate"] = store.find(evaluate_stage(testing, uniform.plan, chosen.plan, pruning))

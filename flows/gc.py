@@ -7,8 +7,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
 from flows.console import size
+from flows.fields import BareUrl
 from flows.housekeeping import by_kind, existing_store, in_short, keys_of_results, what_failed, what_stays
-from flows.settings import BareUrl
 from storage.collect import collect, plan_collection
 from storage.garbage import Garbage
 from tasks.progress import going_on_without_prefect

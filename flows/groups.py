@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
-from flows.settings import Runtime
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.grouping import begun_groups, split_evenly

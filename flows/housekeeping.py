@@ -62,7 +62,7 @@ def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
         if artifact.recipe.get("name") == RESULT_STAGE:
             inputs = artifact.recipe["inputs"]
             assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
-            keys |= {artifact.key, *(inputs[role] for role in RESULT_ROLES)}
+            keys |= {artifact.key, *(inputs[role] for role in RESULT_ROLES if role in inputs)}
     return keys
 
 

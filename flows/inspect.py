@@ -36,8 +36,9 @@ def show_key(store_url: str, key: str | None) -> None:
         title = f"{document['source']} at sparsity {document['settings']['sparsity']:g}"
         show_selection(console, title, read_selection(store, store.get(stages["select"])))
         show_test(console, read_test(store, store.get(stages["evaluate"])))
-        exported = store.location(store.get(stages["export"]))
-        console.print(f"\nPruned model: {exported}", soft_wrap=True)
+        if "export" in stages:
+            exported = store.location(store.get(stages["export"]))
+            console.print(f"\nPruned model: {exported}", soft_wrap=True)
 
 
 def _newest_search(store: ArtifactStore) -> Artifact:

@@ -7,8 +7,8 @@ is what is to be done.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flows.fields import Strategy as Name
 from flows.settings import TRIALS, Search
-from flows.settings import Strategy as Name
 from layerwise.adaptive_search import AdaptiveSearch
 from layerwise.allocation import SparsityPlan
 from layerwise.racing import beaten, rounds

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from flows.found import Found, look_up
 from flows.groups import lane_groups
 from flows.next_lanes import LaneRequest, first_lanes
+from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from flows.stages import check_plans
 from flows.token_requests import window_counts
 from layerwise.allocation import SparsityPlan
@@ -108,7 +109,11 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
             sizes.lanes_files(len(missing)),
         ),
         _stage("select", "select" in there, "choose the best of them"),
-        _stage("export", "export" in there, "write the pruned checkpoint", weights, weights),
+        *(
+            [_stage("export", "export" in there, "write the pruned checkpoint", weights, weights)]
+            if settings.export
+            else []
+        ),
         _stage("evaluate", "evaluate" in there, "dense, uniform and best on the test windows", weights),
     ]
     budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)

@@ -34,6 +34,11 @@ model = AutoModelForCausalLM.from_pretrained("pruned-model")
 """
 
 
+NOT_WRITTEN = (
+    "It was not asked for. The same settings with `export` write it, and compute nothing else again.\n"
+)
+
+
 def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
     """Show a result on the page of the flow run that calls this, where the server takes it."""
     get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
@@ -42,11 +47,12 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
     with going_on_without_prefect():
         create_table_artifact(table_rows(result.selection), key="search-result", description=title)
         create_markdown_artifact(report, key="search-report", description=title)
-        create_markdown_artifact(
-            how_to_load(result.pruned),
-            key="pruned-model",
-            description=f"{result.settings.title}: the pruned model",
-        )
+        if result.pruned is not None:
+            create_markdown_artifact(
+                how_to_load(result.pruned),
+                key="pruned-model",
+                description=f"{result.settings.title}: the pruned model",
+            )
 
 
 def search_report(store: ArtifactStore, result: SearchResult) -> str:
@@ -77,7 +83,7 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 
 ## The pruned model
 
-{how_to_load(result.pruned)}
+{NOT_WRITTEN if result.pruned is None else how_to_load(result.pruned)}
 ## In the store
 
 {work_sentence(result)} `layerwise show {place}` tells how it was made.

@@ -14,7 +14,7 @@ class SearchResult:
     """What a search found, and what it took.
 
     Attributes:
-        pruned: where the exported checkpoint lies.
+        pruned: where the exported checkpoint lies; None if none was asked for.
         stages: every artifact of the run by role.
         built: roles of the artifacts that this run, or others for it, had to build; the rest was in the store.
         bytes_read: bytes of weights that this process read.
@@ -24,7 +24,7 @@ class SearchResult:
     source: str
     selection: Selection
     test: TestResult
-    pruned: str
+    pruned: str | None
     stages: Mapping[str, Artifact]
     built: tuple[str, ...]
     bytes_read: int

@@ -13,7 +13,8 @@ from flows.found import lane_role
 from flows.mending import mending
 from flows.publishing import publish_to_prefect
 from flows.result import SearchResult
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from flows.spread import share, spread
 from flows.stages import chosen
 from storage.artifact import Artifact
@@ -89,7 +90,7 @@ def _run_stages(
         **before.artifacts,
         **{lane_role(score.plan.beta, score.plan.offset): score.artifact for score in end.scores},
         "select": end.selected,
-        "export": end.exported,
+        **({} if end.exported is None else {"export": end.exported}),
         "evaluate": end.tested,
     }
     built = [
@@ -102,7 +103,7 @@ def _run_stages(
         str(before.checkpoint.artifact.facts["source"]),
         end.selection,
         read_test(store, end.tested),
-        store.location(end.exported),
+        None if end.exported is None else store.location(end.exported),
         stages,
         tuple(built),
         before.checkpoint.bytes_read,

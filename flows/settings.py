@@ -1,101 +1,35 @@
-"""What a user can set: the form in Prefect's UI, the options of the command line, the parameters of a
-deployment.
+"""What a search is for: the form in Prefect's UI, the options of the command line, the parameters of a deployment.
 
-``Search`` decides the result and is part of the artifacts' keys; ``Runtime`` says where and how, and is not.
+``Search`` decides the result and is part of the artifacts' keys; ``runtime.Runtime`` says where and how, and is not.
 """
 
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
+from flows.fields import (
+    AllocatorChoice,
+    BareUrl,
+    PatternText,
+    PrunerChoice,
+    RegularExpression,
+    Settings,
+    Strategy,
+)
 from layerwise.allocation import ATP, BETA_STEP
-from layerwise.allocators import Given
-from layerwise.alpha_pruning import AlphaPruning
-from layerwise.depth_schedules import Erf, Power
-from layerwise.dlp import DLP
-from layerwise.dsa import DSA
 from layerwise.layer_pruning import MaskPruner
-from layerwise.lsa import LSA
-from layerwise.magnitude import Magnitude
-from layerwise.owl import OWL
 from layerwise.patterns import Pattern
-from layerwise.sparsegpt import SparseGPT
 from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
-from tasks.execution import Execution
-from tasks.lane_group import PruneSettings
 from tasks.measure import needs_grams
+from tasks.prune_settings import PruneSettings
 from tasks.run_names import title_of
-from tasks.sources import holds_credentials
 
-
-def _method(value: Any) -> Any:
-    return {"method": value} if isinstance(value, str) else value
-
-
-def _bare_url(value: Any) -> Any:
-    """Refuse credentials in a URL before it becomes a parameter of a flow run, a file of the store or a log line."""
-    if isinstance(value, str) and holds_credentials(value):
-        raise PydanticCustomError(
-            "credentials",
-            "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
-            "environment or the fsspec configuration and give the bare URL",
-        )
-    return value
-
-
-FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
-
-
-def _known_place(value: str) -> str:
-    if not FAN_OUT.match(value):
-        raise PydanticCustomError(
-            "fan_out", "give local, processes:N (N from 1 to 999), or pool:NAME with the name of a work pool"
-        )
-    return value
-
-
-# The pattern is for Prefect's server, which then stores no parameters with a password in them.
-BareUrl = Annotated[
-    str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
-]
-Strategy = Literal["grid", "race", "adaptive", "two-parameter"]
 # Enough for a dozen betas on curves like those of the paper; and as many again for the offset.
 TRIALS: dict[str, int] = {"adaptive": 6, "two-parameter": 12}
-PrunerChoice = Annotated[
-    Wanda | Magnitude | SparseGPT, Field(discriminator="method"), BeforeValidator(_method)
-]
-AllocatorChoice = Annotated[
-    ATP | OWL | AlphaPruning | DSA | DLP | LSA | Erf | Power | Given,
-    Field(discriminator="method"),
-    BeforeValidator(_method),
-]
 
 
-def _regular_expression(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise PydanticCustomError(
-            "regex", "is no regular expression ({problem})", {"problem": str(error)}
-        ) from error
-    return value
-
-
-def _pattern(value: str) -> str:
-    Pattern.parse(value)
-    return value
-
-
-class _Settings(BaseModel):
-    # An error must not show what was given: it might be a URL with a password.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class Search(_Settings):
+class Search(Settings):
     """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
 
     model: BareUrl = Field(
@@ -107,15 +41,16 @@ class Search(_Settings):
     )
     pruner: PrunerChoice = Field(
         default=Wanda(),
-        description="How the weights to remove are chosen: wanda, magnitude; or sparsegpt, which corrects the others.",
+        description="How the weights to remove are chosen: wanda, magnitude; wanda_swaps, by the inputs' correlations; "
+        "or sparsegpt and alps, which also correct the weights that stay.",
     )
-    pattern: Annotated[str, AfterValidator(_pattern)] | None = Field(
+    pattern: PatternText | None = Field(
         title="N:M pattern",
         default=None,
         description="N of M consecutive weights of every output stay: 2:4, 4:8; or N:8, where the allocator gives "
         "every layer a N of its own. Empty: none.",
     )
-    exclude: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
+    exclude: RegularExpression | None = Field(
         title="Linears to leave dense",
         default=None,
         description="Regular expression that is looked for in LAYER.LINEAR, such as 0.mlp.down_proj; what it is found "
@@ -204,6 +139,11 @@ class Search(_Settings):
         default="auto",
         description="In which the model computes; auto: the checkpoint's own.",
     )
+    export: bool = Field(
+        title="Write the pruned model",
+        default=True,
+        description="Write the checkpoint that the best plan gives; false: only say which plan that is.",
+    )
     retain: Literal["none", "sampled", "all"] = Field(
         title="Hidden states to keep",
         default="none",
@@ -263,104 +203,4 @@ class Search(_Settings):
         """How lanes are pruned, with the dtype that ``auto`` stands for."""
         return PruneSettings(
             self.sparsity, self.pruner, self.calibration_mode, dtype, self.pattern, self.exclude
-        )
-
-
-class Runtime(_Settings):
-    """Where and how a search runs; changes nothing in its result."""
-
-    store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
-    device: str = Field(
-        default="auto",
-        description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",
-    )
-    hidden_states_gib: float = Field(
-        title="Memory for hidden states in GiB",
-        default=4,
-        ge=0,
-        allow_inf_nan=False,
-        description="Memory for hidden states, in GiB; what goes beyond lies in files.",
-    )
-    scratch: Path | None = Field(
-        title="Scratch folder",
-        default=None,
-        description="Folder for hidden states beyond that; empty: the system's temporary folder.",
-    )
-    boundary_minutes: float = Field(
-        title="Minutes between resume points",
-        default=5,
-        gt=0,
-        description="Commit a resume point at the first layer after this time, in minutes.",
-    )
-    boundary_layers: int | None = Field(
-        title="Layers between resume points",
-        default=None,
-        ge=1,
-        description="Also commit one after so many layers; empty: by time only.",
-    )
-    fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
-        title="Fan-out",
-        default="local",
-        json_schema_extra={"pattern": FAN_OUT.pattern},
-        description="Who computes. local: this process. processes:N: N processes on this machine, one for each of its "
-        "devices. pool:NAME: the workers of a Prefect work pool, while this process only waits.",
-    )
-    groups: int | None = Field(
-        title="Groups of betas",
-        default=None,
-        ge=1,
-        description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
-        "the workers and their memory for hidden states ask for.",
-    )
-
-    @property
-    def processes(self) -> int | None:
-        """On how many processes of this machine the work is spread; None if it is not."""
-        kind, _, count = self.fan_out.partition(":")
-        return int(count) if kind == "processes" else None
-
-    @property
-    def pool(self) -> str | None:
-        """Over which work pool the work is spread; None if it is not."""
-        kind, _, name = self.fan_out.partition(":")
-        return name if kind == "pool" else None
-
-    @property
-    def hidden_states_bytes(self) -> int:
-        """Memory for hidden states."""
-        return int(self.hidden_states_gib * 2**30)
-
-    @model_validator(mode="after")
-    def _groups_for_whom(self) -> "Runtime":
-        if self.groups is not None and self.fan_out == "local":
-            raise ValueError(
-                f"groups is {self.groups}, but fan_out is local: one process advances all betas in one group. "
-                "Leave groups empty, or set fan_out to processes:N or pool:NAME."
-            )
-        return self
-
-    def execution(self) -> Execution:
-        """The settings as the tasks take them.
-
-        Raises:
-            ValueError: a device on which torch cannot compute here.
-        """
-        import torch
-
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        device = automatic if self.device == "auto" else self.device
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"torch cannot compute on device {device!r} here ({str(error).splitlines()[0]}). "
-                "Use cpu, or install torch for this machine's accelerator."
-            ) from error
-        optional = {} if self.scratch is None else {"scratch": self.scratch}
-        return Execution(
-            device=device,
-            hidden_states_bytes=self.hidden_states_bytes,
-            boundary_layers=self.boundary_layers,
-            boundary_seconds=60 * self.boundary_minutes,
-            **optional,
         )

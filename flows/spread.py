@@ -15,8 +15,9 @@ from flows.found import Found, look_up
 from flows.groups import lane_groups
 from flows.local_processes import LocalProcesses
 from flows.place import Place
+from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from flows.step import Step, StepFailed, parameters_of
 from flows.token_requests import window_counts
 from flows.work_pool import WorkPool, require_server

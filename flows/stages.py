@@ -21,8 +21,9 @@ from tasks.execution import Execution
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from tasks.join_rounds import join_rounds
-from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.lane_group import LaneInputs
 from tasks.measure import is_measured, measure
+from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, title_of
 from tasks.sample_tokens import TokenRequest, sample_tokens
 from tasks.select import Selection, read_selection, select
@@ -66,7 +67,7 @@ class Chosen:
     scores: Sequence[LaneScore]
     selected: Artifact
     selection: Selection
-    exported: Artifact
+    exported: Artifact | None
     tested: Artifact
 
 
@@ -146,15 +147,16 @@ def all_scored(
 
 
 def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chosen:
-    """Score all betas, choose the best, export the model pruned by it, and test it."""
+    """Score all plans, choose the best, export the model pruned by it if that is wanted, and test it."""
     before, scores = all_scored(store, settings, execution)
     dense = float(str(before.capture.facts[DENSE_PERPLEXITY]))
     selected = select(store, scores, dense, parameter_name(settings.allocator))
     selection = read_selection(store, selected)
     best, uniform = scores[selection.best], scores[0]
-    exported = export(
-        store, before.inputs("selection"), best, uniform, before.linears, before.pruning, execution
-    )
+    exported = None
+    if settings.export:
+        inputs = before.inputs("selection")
+        exported = export(store, inputs, best, uniform, before.linears, before.pruning, execution)
     tested = evaluate(
         store, before.inputs("test"), uniform.plan, best.plan, before.linears, before.pruning, execution
     )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from storage.keys import digest
 
 

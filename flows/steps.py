@@ -10,7 +10,8 @@ from prefect.states import Crashed, State
 from flows.cancelling import cancelled
 from flows.mending import mending
 from flows.parent_process import stop_with_parent
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from flows.stages import all_scored, captured, chosen, scored
 from storage.running import announced
 from storage.store import ArtifactStore

@@ -25,8 +25,9 @@ def show_result(console: Console, result: SearchResult) -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
-    console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
-    if "://" not in result.pruned:  # transformers opens no URL
+    if result.pruned is not None:
+        console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
+    if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL
         console.print(
             f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
         )

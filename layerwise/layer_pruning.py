@@ -7,6 +7,7 @@ own, but what depends on the inputs alone is computed once for all lanes and all
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -138,7 +139,7 @@ def pruned_linears(
             yield stored[linear.weight_name]
             continue
         weight = linear.oriented(stored[linear.weight_name]).to(device)
-        with naming(index, linear.name):
+        with _naming(index, linear.name):
             if isinstance(pruner, MaskPruner):
                 levels = pruner.removal_levels(weight, prepared[linear.name], [count], group)
                 pruned = weight.masked_fill(levels == 0, 0)
@@ -155,7 +156,7 @@ def _prepared(
     prepared: dict[str, Any] = {}
     for names, gram in inputs:
         if shared := [name for name in names if name in wanted]:
-            with naming(index, ", ".join(shared)):
+            with _naming(index, ", ".join(shared)):
                 prepared |= dict.fromkeys(shared, pruner.prepare(gram.gram.to(device), gram.tokens))
     return prepared
 
@@ -171,7 +172,7 @@ def _zeroing(
     group: int | None,
 ) -> GradualZeroing:
     distinct = sorted(set(counts))
-    with naming(index, linear.name):
+    with _naming(index, linear.name):
         levels = pruner.removal_levels(original, inputs, distinct, group)
     return GradualZeroing(parameter, levels, [distinct.index(count) for count in counts])
 
@@ -197,20 +198,16 @@ class _Replacing:
     def visit(self, lane: int) -> None:
         if lane and self.counts[lane] == self.counts[lane - 1]:
             return
-        with naming(self.index, self.linear.name):
+        with _naming(self.index, self.linear.name):
             self.parameter.copy_(
                 self.pruner.prune(self.original, self.prepared, self.counts[lane], self.group)
             )
 
 
-class naming:
-    """Says in an error which linear of which layer it is about."""
-
-    def __init__(self, index: int, name: str) -> None:
-        self._where = f"layer {index}, {name}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise type(error)(f"{self._where}: {error}") from error
+@contextmanager
+def _naming(index: int, name: str) -> Iterator[None]:
+    """Say in an error which linear of which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"layer {index}, {name}: {error}") from error

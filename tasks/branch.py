@@ -16,7 +16,8 @@ from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
 from tasks.grouping import begun_groups, group_stage, note_group
-from tasks.lane_group import GroupResult, LaneInputs, PruneSettings, advance_group, lane_folder
+from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
+from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title, windows_title
 from tasks.stage_task import stage_task
 

@@ -14,7 +14,8 @@ from storage.store import ArtifactStore
 from storage.tables import read_table
 from tasks.branch import LOSSES_FILE, write_lane
 from tasks.execution import Execution
-from tasks.lane_group import LaneInputs, PruneSettings, advance_group
+from tasks.lane_group import LaneInputs, advance_group
+from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title
 from tasks.stage_task import stage_task
 

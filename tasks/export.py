@@ -24,9 +24,10 @@ from tasks.capture import DENSE_PERPLEXITY
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_files import copied_files
 from tasks.execution import Execution
-from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.lane_group import LaneInputs
 from tasks.model_card import model_card
 from tasks.progress import showing
+from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title
 from tasks.sources import HUB_ID, DemoSource
 from tasks.stage_task import stage_task

@@ -1,19 +1,16 @@
 """Take a group of lanes through the model: what branches and the final evaluation have in common."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 
-from layerwise.allocation import SparsityPlan, removed_per_linear
+from layerwise.allocation import SparsityPlan
 from layerwise.capture import embed_windows
 from layerwise.hidden_states import HiddenStatesRoom
 from layerwise.lanes import Lane, LaneLayer, run_lanes
-from layerwise.layer_pruning import LayerInputs, Pruner, WeightPruner
-from layerwise.patterns import Pattern, removed_on_levels
+from layerwise.layer_pruning import LayerInputs
 from layerwise.perplexity import window_losses
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
@@ -25,84 +22,13 @@ from tasks.capture_grams import read_grams
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.progress import showing
+from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import read_input_ids
 from tasks.statistics_table import read_statistics, statistics_identity, write_statistics
 from tasks.streamed import streamed_model
 
 STATES_FILE = "hidden_states.safetensors"
 OUTCOMES_FILE = "outcomes.json"
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """How lanes are pruned, the same for all of them.
-
-    Attributes:
-        target: overall sparsity, the fraction of all linears' weights that is removed.
-        pruner: chooses the weights that go, and may correct the others.
-        calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane
-            calibrates each layer on the hidden states that its own pruned layers made.
-        dtype: in which the model computes.
-        pattern: N:M, such as "2:4" or "N:8"; None for none.
-        exclude: regular expression; linears whose name it is found in (``layer.linear``, e.g. "0.mlp.down_proj") stay
-            dense, and count neither in the target nor in the realised sparsity.
-    """
-
-    target: float
-    pruner: Pruner
-    calibration_mode: Literal["dense", "sequential"]
-    dtype: str
-    pattern: str | None = None
-    exclude: str | None = None
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """The settings as keys hold them; without what was added later and is not used, so that older keys stay."""
-        unused = [name for name in ("pattern", "exclude") if getattr(self, name) is None]
-        own = {name: value for name, value in vars(self).items() if name not in unused}
-        return {"type": type(self).__name__, **own}
-
-    @property
-    def group(self) -> int | None:
-        """M of the N:M pattern."""
-        return None if self.pattern is None else Pattern.parse(self.pattern).group
-
-    def prunable(self, linears: Sequence[Sequence[Linear]]) -> list[list[Linear]]:
-        """The linears that are not excluded, by layer."""
-        return [
-            [linear for linear in layer if not self._excludes(index, linear)]
-            for index, layer in enumerate(linears)
-        ]
-
-    def _excludes(self, index: int, linear: Linear) -> bool:
-        return self.exclude is not None and re.search(self.exclude, f"{index}.{linear.name}") is not None
-
-    def removed(self, plan: SparsityPlan, linears: Sequence[Sequence[Linear]]) -> tuple[tuple[int, ...], ...]:
-        """How many weights of every linear go by ``plan``; of the excluded ones none.
-
-        Raises:
-            ValueError: the plan was made for other linears, or misses the target.
-        """
-        prunable = self.prunable(linears)
-        sizes = [[linear.numel for linear in layer] for layer in prunable]
-        if self.group is None:
-            counts = removed_per_linear(plan, self.target, sizes)
-        else:
-            counts = removed_on_levels(plan, self.group, sizes)
-        count_of = {
-            (index, linear.name): count
-            for index, (layer, of_layer) in enumerate(zip(prunable, counts, strict=True))
-            for linear, count in zip(layer, of_layer, strict=True)
-        }
-        return tuple(
-            tuple(count_of.get((index, linear.name), 0) for linear in layer)
-            for index, layer in enumerate(linears)
-        )
-
-    @property
-    def needs_grams(self) -> bool:
-        """Whether the pruner corrects weights, by the second moments of their inputs."""
-        return isinstance(self.pruner, WeightPruner)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tasks.lane_group import PruneSettings
+from tasks.prune_settings import PruneSettings
 
 
 def model_card(

@@ -172,7 +172,8 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
     refresh_global_settings_context()
     import flows.search as ours
     import tasks.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
-    from flows.settings import Runtime, Search
+    from flows.runtime import Runtime
+    from flows.settings import Search
 
     assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not what is to be tested: {ROOT}"
     for name, level in LOGGED.items():

@@ -26,7 +26,8 @@ import storage
 import tasks
 from flows import search as flow_module
 from flows.embedded_server import ServerStart
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from storage.draft import Draft
 from storage.files import open_filesystem
 from tests.demo_search import DEMO

@@ -30,8 +30,9 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows import steps
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 from tests.faults import stall_before_head

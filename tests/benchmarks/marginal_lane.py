@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from flows.stages import load_checkpoint, sample_windows
 from flows.token_requests import token_requests
 from layerwise.allocation import arithmetic

@@ -15,8 +15,9 @@ from typing import Any
 
 from flows import stages
 from flows.embedded_server import ServerStart
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from tests.demo_search import DEMO
 
 TASKS = ("load_checkpoint", "sample_windows", "allocate", "capture", "branch", "select", "export", "evaluate")

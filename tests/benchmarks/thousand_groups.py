@@ -34,7 +34,8 @@ from prefect.states import Completed, Pending, Running
 
 from flows import steps
 from flows.fan_out import FanOut
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from flows.step import Step, parameters_of
 from flows.work_pool import WorkPool
 from storage.running import announced

@@ -13,7 +13,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 
 from flows.options import add_options
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from storage.store import ArtifactStore
 
 SEVERAL_COMMANDS = """

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from flows.compare import Compare, SearchFailed, compare
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 from layerwise.magnitude import Magnitude
 from layerwise.perplexity import PairedDifference
 from layerwise.wanda import Wanda
@@ -29,7 +30,8 @@ def names_in(store_url):
 
 
 def keys_of(result):
-    return {role: artifact.key for role, artifact in result.stages.items()}
+    """Keys by role; what a comparison does not make left out."""
+    return {role: artifact.key for role, artifact in result.stages.items() if role != "export"}
 
 
 def artifacts_of(state, key):
@@ -69,9 +71,10 @@ def test_every_sparsity_goes_with_every_pruner_and_every_seed():
 
 def test_what_is_not_given_is_as_in_the_common_settings():
     common = Search(**LEAST, pruner="magnitude", seed=4, seqlen=99, betas=(0.01,))
-    assert Compare(search=common).searches == (common,)
+    without_export = {"export": False}
+    assert Compare(search=common).searches == (common.model_copy(update=without_export),)
     (other,) = Compare(search=common, sparsities=(0.7,)).searches
-    assert other == common.model_copy(update={"sparsity": 0.7})
+    assert other == common.model_copy(update={"sparsity": 0.7, **without_export})
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_what_the_searches_share_is_built_once(compared):
     assert [shared & set(result.built) for result in results[1:]] == [set(), set(), set()]
     names = names_in(runtime.store)
     assert (names["import_checkpoint"], names["capture"], names["sample_tokens"]) == (1, 1, 3)
-    assert (names["allocate"], names["search"]) == (2, 4)
+    assert (names["allocate"], names["search"], names.get("export", 0)) == (2, 4, 0)
 
 
 def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):

@@ -34,8 +34,9 @@ from prefect.settings import (
 from prefect.states import Cancelling
 
 from flows import steps
+from flows.runtime import Runtime
 from flows.search import SearchResult, search
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from flows.step import StepFailed
 from storage.store import ArtifactStore
 from tests.prefect_server import PrefectServer
@@ -51,7 +52,8 @@ LIMIT = 240.0  # seconds for anything that is waited for
 PARENT = """
 import json, sys
 from flows.search import search
-from flows.settings import Runtime, Search
+from flows.runtime import Runtime
+from flows.settings import Search
 settings, runtime = json.loads(sys.argv[1])
 search(Search(**settings), Runtime(**runtime))
 """

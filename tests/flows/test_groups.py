@@ -5,7 +5,7 @@ from rich.console import Console
 
 from flows.groups import group_count
 from flows.plan import plan_search
-from flows.settings import Runtime
+from flows.runtime import Runtime
 from flows.terminal import show_plan
 from tasks.grouping import split_evenly
 

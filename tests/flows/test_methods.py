@@ -13,6 +13,8 @@ from tasks.branch import LINEARS_FILE
 
 METHODS = {
     "sparsegpt": {"pruner": "sparsegpt"},
+    "alps": {"pruner": "alps"},
+    "wanda_swaps": {"pruner": "wanda_swaps"},
     "owl": {"allocator": "owl", "betas": None},
     "owl by linear": {"allocator": "owl", "betas": None, "granularity": "linear"},
     "lsa, sparsegpt": {"allocator": "lsa", "betas": [0.1, 0.2], "pruner": "sparsegpt"},

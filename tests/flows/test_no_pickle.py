@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime
 from storage.corrupt import Corrupt
 from storage.damage import Damaged
 from storage.store import ArtifactStore

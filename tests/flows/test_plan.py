@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from flows.plan import plan_search
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime
 from storage.store import ArtifactStore
 
 STAGES = [

@@ -15,8 +15,9 @@ from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from transformers import AutoModelForCausalLM
 
 from flows.findings import table_rows
+from flows.found import look_up
+from flows.runtime import Runtime
 from flows.search import RESULT_FILE, search
-from flows.settings import Runtime
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.import_checkpoint import import_checkpoint
@@ -274,3 +275,14 @@ def test_a_deployment_refuses_parameters_that_mean_nothing_when_a_run_is_created
         pytest.raises(PrefectHTTPStatusError, match=f"409[^$]*{named}"),
     ):
         client.create_flow_run_from_deployment(deployment, parameters=parameters)
+
+
+def test_a_search_that_writes_no_model_is_done_without_one_and_leaves_the_rest_to_one_that_does(
+    run_search, workshop, finished
+):
+    chosen = run_search(export=False)
+    assert chosen.pruned is None
+    assert "export" not in chosen.stages
+    assert chosen.built == ()
+    assert (chosen.selection, chosen.test) == (finished[0].selection, finished[0].test)
+    assert look_up(ArtifactStore(finished[1].store), workshop.settings(export=False)).missing == []

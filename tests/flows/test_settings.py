@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime, Search
+from flows.settings import Search
 from layerwise.magnitude import Magnitude
 from layerwise.wanda import Wanda
 

@@ -10,8 +10,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime
 from storage.store import ArtifactStore
 
 # A search that gets the signal while it reads the second layer of its second pass, the lanes'.

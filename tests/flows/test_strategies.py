@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from flows.found import look_up
 from flows.plan import plan_search
+from flows.runtime import Runtime
 from flows.search import search
-from flows.settings import Runtime
 from storage.store import ArtifactStore
 
 BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the last one removes the whole third layer

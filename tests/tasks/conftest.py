@@ -43,7 +43,8 @@ from tasks.evaluate import evaluate
 from tasks.execution import Execution
 from tasks.export import export
 from tasks.import_checkpoint import import_checkpoint
-from tasks.lane_group import LaneInputs, PruneSettings
+from tasks.lane_group import LaneInputs
+from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import TOKENS_FILE, read_input_ids
 from tasks.streamed import layer_sizes_of, linears_by_layer
 

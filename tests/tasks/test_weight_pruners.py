@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from layerwise.alps import ALPS
 from layerwise.sparsegpt import SparseGPT
+from layerwise.wanda_swaps import WandaSwaps
 from storage.tables import read_table
 from tasks.capture_grams import read_grams
 
@@ -48,9 +50,13 @@ def test_grams_are_the_second_moments_of_what_every_linear_is_fed(small_run):
         assert gram.tokens == 5 * 12
 
 
+PRUNERS = pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps()])
+
+
+@PRUNERS
 @pytest.mark.parametrize("family", MODELS)
-def test_an_exported_lane_has_the_losses_that_the_lane_had(small_run, family):
-    run = small_run(MODELS[family](), pruner=SparseGPT(block_size=16))
+def test_an_exported_lane_has_the_losses_that_the_lane_had(small_run, family, pruner):
+    run = small_run(MODELS[family](), pruner=pruner)
     flat, steep = run.branch(0.0, 0.2)
     for lane in (flat, steep):
         assert run.losses(run.exported_model(lane), "selection") == pytest.approx(lane.losses, rel=1e-4)
@@ -81,10 +87,11 @@ def test_each_input_is_prepared_once_for_all_lanes_and_linears_that_share_it(sma
     assert prepared == [32, 32, 32, 48] * 3  # q, k and v; o; gate and up; down
 
 
-def test_corrected_weights_leave_a_smaller_error_than_the_same_share_by_wanda(small_run, another_store):
-    store = another_store()
-    corrected = small_run(store=store, pruner=SparseGPT())
-    plain = small_run(corrected.folder, store=store)
+@PRUNERS
+def test_second_moments_leave_a_smaller_error_than_the_same_share_by_wanda(small_run, another_store, pruner):
+    store, windows = another_store(), {"calibration": 60}  # 15 tokens for each channel of the widest input
+    corrected = small_run(store=store, pruner=pruner, windows=windows)
+    plain = small_run(corrected.folder, store=store, windows=windows)
     assert final_error(corrected, *corrected.branch(0.0)) < final_error(plain, *plain.branch(0.0))
 
 
@@ -95,7 +102,7 @@ def test_a_factor_that_does_not_exist_names_layer_and_linears_and_what_to_raise(
         run.branch(0.0)
 
 
-@pytest.mark.parametrize("pruner", [None, SparseGPT()])
+@pytest.mark.parametrize("pruner", [None, SparseGPT(), ALPS(), WandaSwaps()])
 @pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("4:8", 0.5), ("N:8", 0.625)])
 def test_a_pattern_holds_in_every_group_of_the_exported_weights(small_run, pattern, target, pruner):
     run = small_run(pattern=pattern, target=target, **({"pruner": pruner} if pruner else {}))

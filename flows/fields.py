@@ -1,0 +1,81 @@
+"""Kinds of fields that settings have: what they accept, and what they say to everything else."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from layerwise.allocation import ATP
+from layerwise.allocators import Given
+from layerwise.alpha_pruning import AlphaPruning
+from layerwise.alps import ALPS
+from layerwise.depth_schedules import Erf, Power
+from layerwise.dlp import DLP
+from layerwise.dsa import DSA
+from layerwise.lsa import LSA
+from layerwise.magnitude import Magnitude
+from layerwise.owl import OWL
+from layerwise.patterns import Pattern
+from layerwise.sparsegpt import SparseGPT
+from layerwise.wanda import Wanda
+from layerwise.wanda_swaps import WandaSwaps
+from tasks.sources import holds_credentials
+
+
+def _method(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+def _bare_url(value: Any) -> Any:
+    """Refuse credentials in a URL before it becomes a parameter of a flow run, a file of the store or a log line."""
+    if isinstance(value, str) and holds_credentials(value):
+        raise PydanticCustomError(
+            "credentials",
+            "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
+            "environment or the fsspec configuration and give the bare URL",
+        )
+    return value
+
+
+# The pattern is for Prefect's server, which then stores no parameters with a password in them.
+BareUrl = Annotated[
+    str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
+]
+Strategy = Literal["grid", "race", "adaptive", "two-parameter"]
+PrunerChoice = Annotated[
+    Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps,
+    Field(discriminator="method"),
+    BeforeValidator(_method),
+]
+AllocatorChoice = Annotated[
+    ATP | OWL | AlphaPruning | DSA | DLP | LSA | Erf | Power | Given,
+    Field(discriminator="method"),
+    BeforeValidator(_method),
+]
+
+
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise PydanticCustomError(
+            "regex", "is no regular expression ({problem})", {"problem": str(error)}
+        ) from error
+    return value
+
+
+def _pattern(value: str) -> str:
+    Pattern.parse(value)
+    return value
+
+
+PatternText = Annotated[str, AfterValidator(_pattern)]
+RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
+
+
+class Settings(BaseModel):
+    """What a user can set, as one value."""
+
+    # An error must not show what was given: it might be a URL with a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
