@@ -7,9 +7,9 @@ from torch import Tensor
 def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tensor:
     """Lower ``trace(change hessian change^T)`` by moving the entries that are not removed.
 
-    Every row takes the same number of steps, with step lengths of its own (ALPS, arXiv:2406.07831, section
-    3.3). The quadratic form never rises from one step to the next, and is least after as many steps as a row has
-    free entries. There is no preconditioner: a Hessian of unit diagonal is its own.
+    Every row takes the same number of steps, with step lengths of its own: how ALPS refines the weights once it has
+    found which to keep (arXiv:2406.07831). The quadratic form never rises from one step to the next, and is least
+    after as many steps as a row has free entries. There is no preconditioner: a Hessian of unit diagonal is its own.
 
     Args:
         change: from the dense to the sparse weight, shape ``(out_features, in_features)``, float32; left unchanged.

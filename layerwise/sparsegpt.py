@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.gram import require_full_float32
-from layerwise.masks import removal_levels
+from layerwise.masks import lowest, removal_levels, removed_per_group, require_prunable
 
 # Up to so many inputs the factor is computed in float64: every linear of an 8B model (14336), in 2.1 GB at most.
 # Beyond (28672 in a 70B model) float32 halves 6.6 GB; on strongly correlated inputs its factor was off by 1e-3.
@@ -130,7 +130,8 @@ class SparseGPT:
             ValueError: a count that is out of range or does not fit the pattern; shapes that do not fit; a weight
                 that is not finite.
         """
-        in_group = _checked(weight, prepared, count, group)
+        require_prunable(weight, len(prepared), count)
+        in_group = 0 if group is None else removed_per_group(count, weight.shape, group)
         require_full_float32()
         # Transposed: the weights of one input are neighbours in memory.
         columns = torch.empty(weight.T.shape, dtype=torch.float32, device=weight.device)
@@ -165,38 +166,6 @@ def _invert(lower: Tensor) -> None:
         corner.copy_(inverse)
 
 
-def _checked(weight: Tensor, prepared: Tensor, count: int, group: int | None) -> int:
-    """How many weights every group of every row loses; 0 without groups."""
-    out_features, in_features = weight.shape
-    if prepared.shape != (in_features, in_features):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} was given the factor of {len(prepared)} inputs. "
-            "Prepare the Gram matrix of this linear's inputs."
-        )
-    if not 0 <= count <= weight.numel():
-        raise ValueError(
-            f"cannot remove {count} of {weight.numel()} weights. Choose a count within the matrix."
-        )
-    if not weight.isfinite().all():
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has entries that are not finite: they cannot be ranked. "
-            "Load the checkpoint in the dtype that it was trained in."
-        )
-    if group is None:
-        return 0
-    if group < 1 or in_features % group:
-        raise ValueError(
-            f"{in_features} inputs cannot be split into groups of {group}. "
-            "Choose an N:M pattern whose M divides the inputs of every linear."
-        )
-    if count * group % weight.numel():
-        raise ValueError(
-            f"{count} of {weight.numel()} weights are {count * group / weight.numel():g} of every {group}, which is "
-            f"no whole number. Remove a multiple of {weight.numel() // group} weights."
-        )
-    return count * group // weight.numel()
-
-
 def _share(count: int, columns: int, in_features: int) -> int:
     """What the first columns lose of ``count``, to the nearest whole number."""
     return (2 * count * columns + in_features) // (2 * in_features)
@@ -220,25 +189,13 @@ def _prune_block(block: Tensor, factor: Tensor, in_group: int, group: int | None
         chosen = slice(first, first + size)
         block[chosen].addmm_(factor[:first, chosen].T, errors[:first], alpha=-1)
         scores = block[chosen].abs() / factor.diagonal()[chosen, None]
-        removed = _lowest(scores, in_group) if group is None else _lowest_per_row(scores, in_group)
+        removed = lowest(scores, in_group) if group is None else _lowest_per_row(scores, in_group)
         for column, mask in enumerate(removed, first):
             values = block[column]
             values.addmv_(errors[first:column].T, factor[first:column, column], alpha=-1)
             errors[column] = values * mask / factor[column, column]
             values.masked_fill_(mask, 0)
     return errors
-
-
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` lowest scores, of equal ones the first; by selection: sorting takes nine times as long."""
-    flat = scores.flatten()
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    last = flat.kthvalue(count).values
-    mask = flat < last
-    ties = (flat == last).nonzero()[:, 0]
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask.reshape(scores.shape)
 
 
 def _lowest_per_row(scores: Tensor, count: int) -> Tensor:

@@ -275,7 +275,7 @@ def test_a_matrix_that_is_no_sum_of_squares_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "shape, count, group, message",
     [
-        ((2, 3), 1, None, r"shape \(2, 3\) was given the second moments of 4 inputs"),
+        ((2, 3), 1, None, r"shape \(2, 3\) was given what was prepared of 4 inputs"),
         ((2, 4), -1, None, "cannot remove -1 of 8 weights"),
         ((2, 4), 9, None, "cannot remove 9 of 8 weights"),
         ((2, 4), 3, 3, "4 inputs cannot be split into groups of 3"),

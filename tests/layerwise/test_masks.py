@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.masks import removal_levels
+from layerwise.masks import lowest, removal_levels
 
 
 def levels_of(scores: Tensor, counts: list[int], by_row: bool) -> Tensor:
@@ -162,3 +162,26 @@ def test_weights_are_left_unchanged():
     levels_of(scores, [7], by_row=True)
     levels_of(scores, [7], by_row=False)
     assert torch.equal(scores, before)
+
+
+def test_the_lowest_are_marked_and_of_equal_ones_the_first():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 1.0]])
+    assert lowest(scores, 0).sum() == 0
+    assert lowest(scores, 2).tolist() == [[False, True, False], [True, False, False]]
+    assert lowest(scores, 4).tolist() == [[False, True, True], [True, False, True]]
+    assert lowest(scores, 6).all()
+
+
+def test_in_groups_every_group_loses_the_same_number():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 9.0]])
+    levels = removal_levels(scores, lambda rows: rows, [4, 8], by_row=True, group=2)
+    assert levels.tolist() == [[0, 1, 0, 1], [1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("count", "group", "named"),
+    [(4, 3, "4 inputs cannot be split into groups of 3"), (3, 2, "no whole number")],
+)
+def test_counts_and_inputs_that_do_not_fit_the_groups_are_refused(count, group, named):
+    with pytest.raises(ValueError, match=named):
+        removal_levels(torch.ones(2, 4), lambda rows: rows, [count], by_row=True, group=group)

@@ -325,7 +325,7 @@ def test_counts_that_cannot_be_met_are_refused(count, group, words):
 
 
 def test_a_factor_of_another_linear_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(4, 6\) was given the factor of 5 inputs"):
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) was given what was prepared of 5 inputs"):
         SparseGPT().prune(torch.ones(4, 6), torch.eye(5), 12)
 
 
