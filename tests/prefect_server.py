@@ -30,6 +30,15 @@ def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
     return own | PREFERENCES | {"PREFECT_HOME": str(home)} | changes
 
 
+# Services that write into the database all the time. With several workers SQLite then stands still for a minute now and
+# again: a task of the server waits for a lock that another one holds. What the tests look at needs none of them.
+FEW_WRITES = {
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+}
+
+
 class PrefectServer:
     """A server with a database (SQLite) in ``home``.
 

@@ -36,7 +36,7 @@ from flows.settings import Search
 from storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 from tests.faults import stall_before_head
-from tests.prefect_server import PrefectServer
+from tests.prefect_server import FEW_WRITES, PrefectServer
 from tests.small_search import small_search
 from tests.workers import Worker, create_pool
 
@@ -76,7 +76,7 @@ def main() -> None:
     folder: Path = arguments.folder
     settings = small_search(folder / "small", LAYERS) | {"betas": BETAS, "retain": "none"}
     with ExitStack() as stack:
-        server = stack.enter_context(PrefectServer(folder / "server"))
+        server = stack.enter_context(PrefectServer(folder / "server", **FEW_WRITES))
         ours = {PREFECT_API_URL: server.url, PREFECT_HOME: folder / "home"}
         stack.enter_context(temporary_settings(ours))
         client = stack.enter_context(get_client(sync_client=True))

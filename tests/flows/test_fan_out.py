@@ -39,7 +39,7 @@ from flows.search import SearchResult, search
 from flows.settings import Search
 from flows.step import StepFailed
 from storage.store import ArtifactStore
-from tests.prefect_server import PrefectServer
+from tests.prefect_server import FEW_WRITES, PrefectServer
 from tests.small_search import small_search
 from tests.work_log import Log, Run, mark_of
 from tests.workers import Machine, Worker, create_pool
@@ -47,7 +47,7 @@ from tests.workers import Machine, Worker, create_pool
 LAYERS = 8
 NEEDED = list(range(1, LAYERS + 1))
 BETAS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]  # nine lanes with the uniform one
-LIMIT = 240.0  # seconds for anything that is waited for
+LIMIT = 480.0  # seconds for anything that is waited for
 # A parent on a machine of its own.
 PARENT = """
 import json, sys
@@ -81,7 +81,7 @@ def settings(folder) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[PrefectServer]:
-    with PrefectServer(folder / "server") as server:
+    with PrefectServer(folder / "server", **FEW_WRITES) as server:
         # The heartbeat would hold up the end of every flow of this process for a second.
         ours = {
             PREFECT_API_URL: server.url,
