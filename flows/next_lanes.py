@@ -17,9 +17,8 @@ from layerwise.trials import Trial
 from layerwise.two_parameter_search import TwoParameterSearch
 from tasks.branch import LaneScore
 
-UNIFORM = (
-    0  # number of the uniform plan: everybody wants to see it beside the best one, so no race ends for it
-)
+# Number of the uniform plan: everybody wants to see it beside the best one, so no race ends for it.
+UNIFORM = 0
 
 
 @dataclass(frozen=True)
