@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 STAGES = (
     "import_checkpoint",
     "sample_tokens",
-    "allocate",
     "capture",
+    "allocate",
     "branch",
     "select",
     "export",

@@ -23,7 +23,7 @@ from storage.store import ArtifactStore
 from tasks.import_checkpoint import import_checkpoint
 from tasks.sample_tokens import read_input_ids
 
-ROLES = ["checkpoint", "calibration", "selection", "test", "allocate", "capture"]
+ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
 END = ["select", "export", "evaluate"]
 
