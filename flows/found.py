@@ -104,7 +104,7 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
     capture, calibration, selection = (stages[role] for role in ("capture", "calibration", "selection"))
     if not found.is_captured or capture is None or calibration is None or selection is None:
         return found
-    pruning = settings.pruning(_dtype(settings, checkpoint))
+    pruning = settings.pruning(settings.dtype_for(checkpoint.index.dtype))
     inputs = LaneInputs(checkpoint, capture, calibration, selection, stages.get("grams"))
     strategy = strategy_of(settings, found.plans, int(str(selection.facts["windows"])))
     return _look_up_lanes(store, inputs, pruning, strategy, parameter_name(settings.allocator), found)
@@ -116,15 +116,11 @@ def _roles_before(settings: Search) -> list[str]:
     return [*CAPTURED, *(role for role, wanted in optional.items() if wanted), "allocate"]
 
 
-def _dtype(settings: Search, checkpoint: Checkpoint) -> str:
-    return checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
-
-
 def _look_up_captured(store: ArtifactStore, settings: Search, found: Found) -> Found:
     """Go on from the windows; notes what is there in ``found.stages``."""
     stages, checkpoint = found.stages, found.checkpoint
     assert checkpoint is not None, "it was imported"
-    dtype, allocation = _dtype(settings, checkpoint), settings.allocation
+    dtype, allocation = settings.dtype_for(checkpoint.index.dtype), settings.allocation
     prunable = settings.pruning(dtype).prunable(found.linears)
     calibration, selection = stages["calibration"], stages["selection"]
     if calibration is not None and selection is not None:

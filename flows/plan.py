@@ -81,7 +81,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)
     linears = found.linears or linears_by_layer(index, settings.seqlen)
     plans = found.plans or _expected_plans(settings, linears)
-    dtype = index.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = settings.dtype_for(index.dtype)
     counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
     request, missing = _next_lanes(settings, found, plans, counts["selection"])

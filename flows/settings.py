@@ -199,6 +199,10 @@ class Search(Settings):
         """The search in some words, for lists of runs: the model, and the sparsity."""
         return f"{title_of(self.model)} at {self.sparsity:g}"
 
+    def dtype_for(self, stored: str) -> str:
+        """In which dtype a checkpoint that is stored in ``stored`` is computed."""
+        return stored if self.dtype == "auto" else self.dtype
+
     def pruning(self, dtype: str) -> PruneSettings:
         """How lanes are pruned, with the dtype that ``auto`` stands for."""
         return PruneSettings(

@@ -124,7 +124,7 @@ def _branch_steps(
     """One step for each group: those that others are at already, and those that are to be begun."""
     assert found.checkpoint is not None, "there are no lanes without a checkpoint"
     index = found.checkpoint.index
-    dtype = index.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = settings.dtype_for(index.dtype)
     counts = window_counts(settings, found.stages)
     sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), counts).of(found.request)
     groups: list[list[int]] = []

@@ -77,7 +77,7 @@ def captured(store: ArtifactStore, settings: Search, execution: Execution) -> Ca
     checkpoint = load_checkpoint(store, settings)
     windows = sample_windows(store, checkpoint, requests)
     linears = linears_by_layer(checkpoint.index, settings.seqlen)
-    dtype = checkpoint.index.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = settings.dtype_for(checkpoint.index.dtype)
     capture_settings = CaptureSettings(dtype, settings.retain)
     capture_artifact = capture(
         store, checkpoint, windows["calibration"], windows["selection"], capture_settings, execution

@@ -61,25 +61,16 @@ def capture_layers(
         yield CapturedLayer(index, statistics)
 
 
-@dataclass(frozen=True)
-class CapturedGrams:
-    """Second moments of the inputs of one decoder layer's linears."""
-
-    index: int
-    grams: Mapping[str, InputGram]  # by linear; one object for those that share their input
-
-
 def capture_grams(
     model: StreamedModel, layers: Iterable[Mapping[str, Tensor]], hidden_states: Tensor, first: int = 0
-) -> Iterator[CapturedGrams]:
+) -> Iterator[Mapping[str, InputGram]]:
     """Advance the calibration windows in place through the dense model, one layer per step.
 
     Args:
-        model: computes the layers.
-        layers: weights of the layers from ``first`` on, by name relative to the layer.
-        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's
-            output when the layer is yielded.
-        first: layer to begin with.
+        model, layers, hidden_states, first: as for ``capture_layers``.
+
+    Yields:
+        Second moments of the layer's inputs, by linear; one object for linears that share their input.
     """
     for index, weights in enumerate(layers, first):
         with (
@@ -88,4 +79,4 @@ def capture_grams(
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))
-        yield CapturedGrams(index, grams)
+        yield grams

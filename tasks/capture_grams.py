@@ -64,11 +64,12 @@ def capture_grams(
             ) as reached,
             showing("grams: dense model", model.num_layers, first, draft.resumed) as show,
         ):
-            for layer in grams_of_layers(model, checkpoint.layers(first), hidden_states, first):
-                grams = {BETWEEN.join(names): layer.grams[names[0]].gram for names in sharing(layer.grams)}
-                write_tensors(draft, _grams_file(layer.index), grams)
-                show(layer.index + 1)
-                reached(layer.index + 1)
+            layers = grams_of_layers(model, checkpoint.layers(first), hidden_states, first)
+            for index, of_layer in enumerate(layers, first):
+                grams = {BETWEEN.join(names): of_layer[names[0]].gram for names in sharing(of_layer)}
+                write_tensors(draft, _grams_file(index), grams)
+                show(index + 1)
+                reached(index + 1)
         draft.facts[TOKENS] = input_ids.numel()
 
     return store.get_or_build(grams_stage(checkpoint.identity, calibration, dtype), build)

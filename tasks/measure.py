@@ -1,5 +1,6 @@
 """Measure: what an allocator looks at in every decoder layer, or linear, of the dense model."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -19,6 +20,7 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
+from tasks.boundaries import boundaries
 from tasks.capture_grams import read_grams
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
@@ -28,6 +30,7 @@ from tasks.stage_task import stage_task
 from tasks.statistics_table import read_statistics, statistics_identity
 
 SCORES_FILE = "scores.parquet"
+ROWS_FILE = "scores.json"  # of a resume point: those up to then
 
 
 def is_measured(allocator: Allocator) -> bool:
@@ -84,10 +87,21 @@ def measure(
     stage = measure_stage(checkpoint, capture, grams, allocator, by_linear, linears)
 
     def build(draft: Draft) -> None:
-        rows = []
+        rows: list[dict[str, object]] = []
+        first = 0
+        if draft.resumed is not None:
+            first = draft.resumed.step
+            rows += json.loads(store.read(draft.resumed.state, ROWS_FILE))
+
+        def write_rows(state: Draft) -> None:
+            state.write(ROWS_FILE, json.dumps(rows).encode())
+
         title = f"measure: {allocator.method}"
-        with showing(title, checkpoint.num_layers, 0, None) as show:
-            for index, weights in enumerate(checkpoint.layers()):
+        with (
+            boundaries(draft, execution, write_rows) as reached,
+            showing(title, checkpoint.num_layers, first, draft.resumed) as show,
+        ):
+            for index, weights in enumerate(checkpoint.layers(first), first):
                 layer = linears[index]
                 oriented = {
                     linear.name: linear.oriented(weights[linear.weight_name]).to(execution.torch_device)
@@ -100,6 +114,7 @@ def measure(
                     for name, score in zip(names, scores, strict=True)
                 ]
                 show(index + 1)
+                reached(index + 1)
         schema = pa.schema({"layer": pa.int64(), "linear": pa.string(), "score": pa.float64()})
         write_table(draft, SCORES_FILE, pa.Table.from_pylist(rows, schema=schema))
 

@@ -1,0 +1,64 @@
+"""Measure: what an allocator goes by, whole and after a death in the middle; the same for Gram matrices."""
+
+import pytest
+
+from layerwise.alpha_pruning import AlphaPruning, tail_exponent
+from layerwise.lsa import LSA
+from layerwise.owl import OWL
+from layerwise.sparsegpt import SparseGPT
+from tasks.execution import Execution
+from tasks.measure import measure, read_scores
+
+
+def scores(run, allocator, by_linear=False, **execution):
+    inputs = run.inputs()
+    where = Execution(**execution)
+    how = inputs.capture, inputs.grams, allocator, by_linear
+    return read_scores(run.store, measure.fn(run.store, run.checkpoint, *how, run.linears, where))
+
+
+def test_a_layers_exponent_is_the_mean_of_its_linears(small_run):
+    run = small_run()
+    by_linear = scores(run, AlphaPruning(), by_linear=True)
+    weights = [
+        layer[linear.weight_name].clone()
+        for layer, linears in zip(run.checkpoint.layers(), run.linears, strict=True)
+        for linear in linears
+    ]
+    assert by_linear == pytest.approx([tail_exponent(weight) for weight in weights])
+    by_layer = scores(run, AlphaPruning())
+    assert by_layer == pytest.approx([sum(by_linear[7 * n : 7 * n + 7]) / 7 for n in range(3)])
+
+
+@pytest.mark.parametrize("allocator", [OWL(), LSA()])
+def test_a_measurement_that_died_goes_on_with_the_layer_it_had_reached(
+    small_run, another_store, dying_at, monkeypatch, allocator
+):
+    run = small_run(pruner=SparseGPT())
+    whole = scores(run, allocator)
+    again = small_run(run.folder, store=another_store(), pruner=SparseGPT())
+    with dying_at("tasks.measure._scores", 3):
+        scores(again, allocator, boundary_layers=1)
+    measured = []
+    original = measure.fn.__globals__["_scores"]
+
+    def counted(*arguments):
+        measured.append(arguments[4])
+        return original(*arguments)
+
+    monkeypatch.setattr("tasks.measure._scores", counted)
+    assert scores(again, allocator) == whole
+    assert measured == [2]
+
+
+def test_gram_matrices_go_on_from_the_layer_that_was_saved(
+    small_run, another_store, dying_at, computed_layers
+):
+    run = small_run(pruner=SparseGPT())
+    whole = run.grams()
+    again = small_run(run.folder, store=another_store(), pruner=SparseGPT())
+    with dying_at("tasks.capture_grams._grams_file", 3):
+        again.grams(boundary_layers=1)
+    computed_layers.clear()
+    assert again.grams().content == whole.content
+    assert computed_layers == [2]
