@@ -151,7 +151,8 @@ def _search(arguments: Namespace, server: ServerStart, began: float) -> None:
 
 
 def _compare(arguments: Namespace, server: ServerStart, began: float) -> None:
-    from flows.compare import Compare, SearchFailed, compare
+    from flows.compare import Compare, compare
+    from flows.compared_searches import SearchFailed
     from flows.console import open_console
     from flows.options import read_options
     from flows.runtime import Runtime

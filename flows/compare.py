@@ -1,7 +1,6 @@
 """Compare: several searches of one model, with several allocators, pruners, sparsities and calibration samples."""
 
 import json
-import time
 from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, cast
@@ -13,16 +12,15 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from flows.cancelling import cancelled
+from flows.compared_searches import search_all
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.fields import AllocatorChoice, PrunerChoice, Strategy
 from flows.runtime import Runtime
-from flows.search import run_search
 from flows.settings import Search
 from storage.draft import Draft
 from storage.running import announced
 from storage.stage import Stage
 from storage.store import ArtifactStore
-from tasks.evaluate import best_losses
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 
@@ -32,10 +30,6 @@ COLUMNS = (
 )
 # Of a two-parameter search that is asked for by name: attention loses up to a tenth more or less than the MLP.
 OFFSETS = (-0.1, -0.05, 0.05, 0.1)
-
-
-class SearchFailed(RuntimeError):
-    """One of several searches cannot be done; which one, and why."""
 
 
 def _by_name(value: Any) -> Any:
@@ -166,30 +160,10 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
         try:
-            results = _search_all(settings.named_searches, runtime)
+            results = search_all(settings.named_searches, runtime)
         except (CancelledRun, TerminationSignal) as ending:
             return cast(list[Compared], cancelled(ending))
     _publish(store, results)
-    return results
-
-
-def _search_all(searches: Sequence[tuple[Search, str]], runtime: Runtime) -> list[Compared]:
-    logger, results = get_run_logger(), []
-    for number, (search, allocator) in enumerate(searches, 1):
-        which = f"search {number} of {len(searches)}: {_named(search, allocator)}"
-        logger.info(which)
-        began = time.monotonic()
-        try:
-            # A store of its own, as each result tells what its search has built.
-            store = ArtifactStore(runtime.store)
-            result = run_search(store, search, runtime)
-            losses = best_losses(store, result.stages["evaluate"])
-        except CancelledRun:  # by somebody who knows which
-            raise
-        except Exception as error:  # of whatever kind: who reads it has to know which search it was
-            problem = str(error) or type(error).__name__
-            raise SearchFailed(f"{which}: {problem}") from error
-        results.append(Compared(result, allocator, losses, time.monotonic() - began))
     return results
 
 
@@ -216,7 +190,3 @@ def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
     with going_on_without_prefect():
         create_table_artifact(key="compare-result", table=rows, description=title)
         create_markdown_artifact(key="compare-summary", markdown=f"{title}\n\n{markdown_of(summary)}")
-
-
-def _named(search: Search, allocator: str) -> str:
-    return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {allocator}"

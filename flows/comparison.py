@@ -18,7 +18,8 @@ class Compared:
     Attributes:
         allocator: what its way of allocating is called.
         losses: of the chosen plan, by test window, in nats.
-        seconds: that its run took; what it shares with a search before it is not in them.
+        seconds: that its run took, with its share, by plans, of what was computed for several searches together; what
+            was in the store before is not in them.
     """
 
     result: SearchResult

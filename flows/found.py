@@ -8,7 +8,6 @@ from flows.settings import Search
 from flows.stages import check_plans
 from flows.token_requests import token_requests
 from layerwise.allocation import SparsityPlan
-from layerwise.allocators import parameter_name
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.stage import Stage
@@ -42,7 +41,7 @@ class Found:
             known by something that is missing.
         checkpoint: the model, if it is imported.
         linears: the prunable weights by layer; empty if it is not.
-        plans: those that may be tried; empty if they cannot be known yet.
+        plans: those of the allocator; empty if they cannot be known yet.
         request: the lanes that are to be scored next; None if there is no capture, or all are.
         lanes: their stages.
     """
@@ -64,7 +63,7 @@ class Found:
     @property
     def requested(self) -> list[SparsityPlan]:
         """The plans of ``lanes``."""
-        return [] if self.request is None else [self.plans[number] for number in self.request.plans]
+        return [] if self.request is None else list(self.request.plans)
 
     @property
     def missing(self) -> list[str]:
@@ -106,8 +105,8 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
         return found
     pruning = settings.pruning(settings.dtype_for(checkpoint.index.dtype))
     inputs = LaneInputs(checkpoint, capture, calibration, selection, stages.get("grams"))
-    strategy = strategy_of(settings, found.plans, int(str(selection.facts["windows"])))
-    return _look_up_lanes(store, inputs, pruning, strategy, parameter_name(settings.allocator), found)
+    strategy = strategy_of(settings, found.plans, linears, int(str(selection.facts["windows"])))
+    return _look_up_lanes(store, inputs, pruning, strategy, settings.parameter, found)
 
 
 def _roles_before(settings: Search) -> list[str]:
@@ -157,20 +156,19 @@ def _look_up_lanes(
     lanes: list[Artifact | None] = []
 
     def look(request: LaneRequest) -> list[LaneScore] | None:
-        asked = [found.plans[number] for number in request.plans]
         part = replace(inputs, windows=request.windows)
-        stages[:] = [lane_stage(plan, part, pruning) for plan in asked]
+        stages[:] = [lane_stage(plan, part, pruning) for plan in request.plans]
         lanes[:] = [store.find(stage) for stage in stages]
         there = [lane for lane in lanes if lane is not None]
         if len(there) < len(lanes):
             return None
-        return [read_score(store, plan, lane) for plan, lane in zip(asked, there, strict=True)]
+        return [read_score(store, plan, lane) for plan, lane in zip(request.plans, there, strict=True)]
 
     scores, request = follow(strategy, look)
     roles, joined = _joined(store, scores)
     ends: dict[str, Artifact | None] = {role: None for role in found.stages if role in CHOSEN}
     if request is not None:
-        roles |= {_role_of(found.plans[number]): None for number in request.plans}
+        roles |= {_role_of(plan): None for plan in request.plans}
         missing = tuple(number for number, lane in enumerate(lanes) if lane is None)
         found = replace(found, request=request, lanes=tuple(stages), missing_lanes=missing)
     elif joined:

@@ -8,17 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.fields import Strategy as Name
-from flows.settings import TRIALS, Search
+from flows.settings import OVER_LAYERS, Search
 from layerwise.adaptive_search import AdaptiveSearch
 from layerwise.allocation import SparsityPlan
+from layerwise.bayesian_search import BayesianSearch, require_optuna
+from layerwise.budget import fitted
+from layerwise.evolutionary_search import EvolutionarySearch
 from layerwise.racing import beaten, rounds
+from layerwise.skeleton import Linear
+from layerwise.trials import Point, Trial
 from layerwise.trials import Strategy as Proposals
-from layerwise.trials import Trial
 from layerwise.two_parameter_search import TwoParameterSearch
+from tasks.allocate import AllocateSettings
 from tasks.branch import LaneScore
 
-# Number of the uniform plan: everybody wants to see it beside the best one, so no race ends for it.
-UNIFORM = 0
+Known = Mapping[SparsityPlan, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -26,78 +30,125 @@ class LaneRequest:
     """Lanes that run next, in as few groups as there is room for.
 
     Attributes:
-        plans: numbers of their plans.
         windows: of the selection windows, these (first, and the one after the last); None for all of them.
     """
 
-    plans: tuple[int, ...]
+    plans: tuple[SparsityPlan, ...]
     windows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a search goes through its betas.
+    """How a search goes through its plans.
 
     Attributes:
-        points: beta and offset of its plans, the uniform one first.
-        trials: how many of them are tried at most, where not all are.
+        plans: those of the allocator, the uniform one first: all that may be tried, or what a search over the
+            sparsities of all layers begins with.
+        trials: how many are tried at most, where not all are.
         windows: how many selection windows there are.
+        allocation: how sparsities of the layers become a plan.
+        linears: the prunable ones, by layer.
     """
 
     name: Name
-    points: tuple[tuple[float, float], ...]
+    plans: tuple[SparsityPlan, ...]
     trials: int
     windows: int
+    allocation: AllocateSettings
+    linears: Sequence[Sequence[Linear]]
 
-    def next_lanes(self, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
+    def next_lanes(self, known: Known) -> LaneRequest | None:
         """What is to be known next; None if nothing is.
 
         Args:
-            known: losses of the first selection windows, in nats, by the number of the plan.
+            known: losses of the first selection windows, in nats.
         """
         if self.name == "race":
             return self._race(known)
         if self.name == "adaptive":
-            betas = tuple(sorted({beta for beta, _ in self.points}))
-            return self._proposed(AdaptiveSearch(betas, self.trials), known)
+            betas = tuple(sorted({plan.beta for plan in self.plans}))
+            return self._proposed(AdaptiveSearch(betas, self.trials), self._of_parameters, known)
         if self.name == "two-parameter":
-            betas, offsets = (tuple(sorted(set(values))) for values in zip(*self.points, strict=True))
-            return self._proposed(TwoParameterSearch(betas, offsets, self.trials), known)
-        everything = tuple(range(len(self.points)))
-        return None if all(plan in known for plan in everything) else LaneRequest(everything)
+            spreads, offsets = ({plan.beta for plan in self.plans}, {plan.offset for plan in self.plans})
+            search = TwoParameterSearch(tuple(sorted(spreads)), tuple(sorted(offsets)), self.trials)
+            return self._proposed(search, self._of_parameters, known)
+        if self.name in OVER_LAYERS:
+            return self._proposed(self._over_layers(), self._of_layers, known)
+        return None if all(plan in known for plan in self.plans) else LaneRequest(self.plans)
 
-    def _race(self, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
-        running = list(range(len(self.points)))
+    def _race(self, known: Known) -> LaneRequest | None:
+        running = list(self.plans)
         for part in rounds(self.windows):
             if any(len(known.get(plan, ())) < part.stop for plan in running):
                 whole = len(part) == self.windows
                 return LaneRequest(tuple(running), None if whole else (part.start, part.stop))
-            out = beaten({plan: known[plan][: part.stop] for plan in running}) - {UNIFORM}
+            # Everybody wants to see the uniform plan beside the best one: no race ends for it.
+            out = beaten({plan: known[plan][: part.stop] for plan in running}) - {self.plans[0]}
             running = [plan for plan in running if plan not in out]
         return None
 
-    def _proposed(self, search: Proposals, known: Mapping[int, Sequence[float]]) -> LaneRequest | None:
+    def _proposed(
+        self, search: Proposals, plan_of: Callable[[int, Point], SparsityPlan], known: Known
+    ) -> LaneRequest | None:
         done: list[Trial] = []
         while points := search.propose(done):
-            plans = tuple(self.points.index((point + (0.0,))[:2]) for point in points)
+            plans = tuple(plan_of(number, point) for number, point in enumerate(points, len(done)))
             if any(plan not in known for plan in plans):
                 return LaneRequest(plans)
             done += [Trial(point, tuple(known[plan])) for point, plan in zip(points, plans, strict=True)]
         return None
 
+    def _of_parameters(self, number: int, point: Point) -> SparsityPlan:
+        """The plan of ``(beta,)`` or ``(beta, offset)``."""
+        beta, offset = (*point, 0.0)[:2]
+        return next(plan for plan in self.plans if (plan.beta, plan.offset) == (beta, offset))
 
-def strategy_of(settings: Search, plans: Sequence[SparsityPlan], windows: int) -> Strategy:
-    """How this search goes through its plans; ``windows`` is how many selection windows it has."""
-    points = tuple((plan.beta, plan.offset) for plan in plans)
-    trials = settings.trials or TRIALS.get(settings.strategy, len(points))
-    return Strategy(settings.strategy, points, trials, windows)
+    def _of_layers(self, number: int, point: Point) -> SparsityPlan:
+        """The plan with these sparsities, as near as the budget allows; trials have their number for a beta."""
+        target, sizes = self.allocation.target, self._layer_sizes
+        return self.allocation.plan_of_layers(float(number), fitted(point, sizes, target), sizes)
+
+    @property
+    def _layer_sizes(self) -> tuple[int, ...]:
+        return tuple(sum(linear.numel for linear in layer) for layer in self.linears)
+
+    def _over_layers(self) -> BayesianSearch | EvolutionarySearch:
+        sizes = [[linear.numel for linear in layer] for layer in self.linears]
+        starts = tuple(plan.by_layer(sizes) for plan in self.plans)
+        if self.name == "evolutionary":
+            return EvolutionarySearch(self._layer_sizes, starts, self.trials)
+        return BayesianSearch(self.allocation.target, starts, budget=self.trials)
 
 
-def first_lanes(settings: Search, plans: Sequence[SparsityPlan], windows: int | None) -> LaneRequest:
+def strategy_of(
+    settings: Search, plans: Sequence[SparsityPlan], linears: Sequence[Sequence[Linear]], windows: int
+) -> Strategy:
+    """How this search goes through its plans.
+
+    Args:
+        linears: all of the model, by layer.
+        windows: how many selection windows there are.
+
+    Raises:
+        ImportError: a Bayesian search, and Optuna is not installed.
+    """
+    if settings.strategy == "bayesian":
+        require_optuna()
+    prunable = settings.pruning("auto").prunable(linears)
+    trials = settings.trials_of(len(plans))
+    return Strategy(settings.strategy, tuple(plans), trials, windows, settings.allocation, prunable)
+
+
+def first_lanes(
+    settings: Search,
+    plans: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    windows: int | None,
+) -> LaneRequest:
     """What a search begins with, as far as it can be known; ``windows`` is None if nobody has counted them yet."""
     if windows is None and settings.strategy == "race":
-        return LaneRequest(tuple(range(len(plans))))
-    request = strategy_of(settings, plans, windows or 0).next_lanes({})
+        return LaneRequest(tuple(plans))
+    request = strategy_of(settings, plans, linears, windows or 0).next_lanes({})
     assert request is not None, "nothing is known yet"
     return request
 
@@ -111,15 +162,17 @@ def follow(
         advance: gives the scores of what is requested, in its order; None if it cannot.
 
     Returns:
-        The lanes that were scored, by the number of their plan, each with one score for every part of the windows; and
-        the request that ``advance`` could not answer, None if there was none.
+        The lanes that were scored, in the order of the strategy's plans, each with one score for every part of the
+        windows; and the request that ``advance`` could not answer, None if there was none.
     """
-    scores: dict[int, list[LaneScore]] = {}
+    scores: dict[SparsityPlan, list[LaneScore]] = {}
 
     def done() -> list[list[LaneScore]]:
-        return [scores[plan] for plan in sorted(scores)]
+        order = {plan: number for number, plan in enumerate(strategy.plans)}
+        # Stable: what is none of the allocator's plans comes after them, as it was tried.
+        return [scores[plan] for plan in sorted(scores, key=lambda plan: order.get(plan, len(order)))]
 
-    def known() -> dict[int, list[float]]:
+    def known() -> dict[SparsityPlan, list[float]]:
         return {plan: [loss for score in parts for loss in score.losses] for plan, parts in scores.items()}
 
     while request := strategy.next_lanes(known()):

@@ -84,7 +84,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     dtype = settings.dtype_for(index.dtype)
     counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
-    request, missing = _next_lanes(settings, found, plans, counts["selection"])
+    request, missing = _next_lanes(settings, found, plans, linears, counts["selection"])
     sizes = SearchSizes(settings, index, linears, dtype, len(plans), counts)
     workers = _workers(runtime)
     groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
@@ -102,7 +102,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
         *_extra_stages(settings, there, weights, sizes),
         _stage(
-            f"branch: {len(plans)} betas",
+            f"branch: {settings.trials_of(len(plans))} {'trials' if settings.is_over_layers else 'betas'}",
             not missing,
             _lanes_to_do(settings, request, missing),
             weights * len(groups),
@@ -157,13 +157,17 @@ def _expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tu
 
 
 def _next_lanes(
-    settings: Search, found: Found, plans: Sequence[SparsityPlan], windows: int | None
+    settings: Search,
+    found: Found,
+    plans: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    windows: int | None,
 ) -> tuple[LaneRequest | None, Sequence[int]]:
     """The lanes that are to be scored next, and the positions among them of those that are missing."""
     if found.is_captured:
         return found.request, found.missing_lanes
     # Without a capture nothing is known of the lanes, and without the text not how many windows there are.
-    request = first_lanes(settings, plans, windows)
+    request = first_lanes(settings, plans, linears, windows)
     return request, range(len(request.plans))
 
 

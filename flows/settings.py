@@ -17,6 +17,7 @@ from flows.fields import (
     Strategy,
 )
 from layerwise.allocation import ATP, BETA_STEP
+from layerwise.allocators import parameter_name
 from layerwise.layer_pruning import MaskPruner
 from layerwise.patterns import Pattern
 from layerwise.wanda import Wanda
@@ -25,8 +26,10 @@ from tasks.measure import needs_grams
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import title_of
 
-# Enough for a dozen betas on curves like those of the paper; and as many again for the offset.
-TRIALS: dict[str, int] = {"adaptive": 6, "two-parameter": 12}
+# Enough for a dozen betas on curves like those of the paper; as many again for the offset. The paper's Bayesian search
+# over all layers took about 1000.
+TRIALS: dict[str, int] = {"adaptive": 6, "two-parameter": 12, "bayesian": 64, "evolutionary": 64}
+OVER_LAYERS = ("bayesian", "evolutionary")
 
 
 class Search(Settings):
@@ -125,7 +128,8 @@ class Search(Settings):
         default="grid",
         description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
         "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "
-        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset.",
+        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset. bayesian "
+        "(Optuna), evolutionary: over the sparsities of all layers, beginning with uniform and the betas given.",
     )
     trials: int | None = Field(
         title="Most plans that are tried",
@@ -158,6 +162,11 @@ class Search(Settings):
                 f"trials is {self.trials}, but the strategy {self.strategy} tries all plans. Leave trials empty, or "
                 f"set strategy to {' or '.join(TRIALS)}."
             )
+        if self.is_over_layers and (self.granularity == "linear" or self._is_fixed_pattern):
+            raise ValueError(
+                f"strategy is {self.strategy}, which gives every layer a sparsity of its own, and there is the pattern "
+                f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
+            )
         if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
             raise ValueError(
                 f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. Give offsets with the "
@@ -173,14 +182,13 @@ class Search(Settings):
     @property
     def allocation(self) -> AllocateSettings:
         """Which plans may be tried."""
-        step = self.beta_step
-        fixed = self.pattern is not None and Pattern.parse(self.pattern).kept is not None
-        searched = isinstance(self.allocator, ATP) and not fixed
-        if searched and step is None and self.betas is None and self.beta_count is None:
-            step = BETA_STEP
+        step, betas = self.beta_step, self.betas
+        searched = isinstance(self.allocator, ATP) and not self._is_fixed_pattern
+        if searched and step is None and betas is None and self.beta_count is None:
+            step, betas = (None, ()) if self.is_over_layers else (BETA_STEP, None)
         return AllocateSettings(
             self.sparsity,
-            self.betas,
+            betas,
             self.beta_count,
             step,
             self.allocator,
@@ -188,6 +196,24 @@ class Search(Settings):
             self.granularity == "linear",
             self.pattern,
         )
+
+    @property
+    def parameter(self) -> str:
+        """What the beta of a plan is called."""
+        return "trial" if self.is_over_layers else parameter_name(self.allocator)
+
+    @property
+    def is_over_layers(self) -> bool:
+        """Whether the sparsities of all layers are searched, and not the parameters of an allocator."""
+        return self.strategy in OVER_LAYERS
+
+    def trials_of(self, plans: int) -> int:
+        """How many of its allocator's plans the search tries at most; or how many others."""
+        return self.trials or TRIALS.get(self.strategy, plans)
+
+    @property
+    def _is_fixed_pattern(self) -> bool:
+        return self.pattern is not None and Pattern.parse(self.pattern).kept is not None
 
     @property
     def needs_grams(self) -> bool:

@@ -158,12 +158,17 @@ def _branch_step(
     windows, lanes = found.request.windows, [found.lanes[lane] for lane in groups[number]]
     plans = [found.requested[lane] for lane in groups[number]]
     what = f"{plans_title(plans)}{windows_title(windows)}"
+    parameters: dict[str, object] = {
+        "points": [[plan.beta, plan.offset] for plan in plans],
+        "windows": windows and list(windows),
+    }
+    if settings.is_over_layers:
+        parameters["layers"] = [list(plan.layers) for plan in plans]
     return Step(
         "branch",
         f"group {number + 1} of {len(groups)}: {what}",
         f"{settings.title}: {what}",
-        parameters_of(settings, runtime)
-        | {"points": [[plan.beta, plan.offset] for plan in plans], "windows": windows and list(windows)},
+        parameters_of(settings, runtime) | parameters,
         lambda: all(store.find(lane) is not None for lane in lanes),
     )
 

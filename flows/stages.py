@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flows.next_lanes import LaneRequest, follow, strategy_of
+from flows.next_lanes import LaneRequest, first_lanes, follow, strategy_of
 from flows.settings import Search
 from flows.token_requests import token_requests
-from layerwise.allocators import parameter_name
+from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
@@ -100,17 +100,23 @@ def scored(
     execution: Execution,
     points: Sequence[tuple[float, float]],
     windows: tuple[int, int] | None,
+    layers: Sequence[tuple[float, ...]] | None = None,
 ) -> list[LaneScore]:
     """Prune and score one lane per plan, in one group.
 
     Args:
         points: beta and offset of some of the search's plans.
         windows: of the selection windows, these; None for all of them.
+        layers: sparsities of the plans, where the search is over these.
 
     Raises:
         ValueError: one of ``points`` is none of the search's.
     """
     before = captured(store, settings, execution)
+    inputs = before.inputs("selection", windows)
+    if layers is not None:
+        over_layers = [SparsityPlan(beta, each) for (beta, _), each in zip(points, layers, strict=True)]
+        return branch(store, inputs, over_layers, before.linears, before.pruning, execution)
     plans = {(plan.beta, plan.offset): plan for plan in read_plans(store, before.allocation)}
     if unknown := set(points) - set(plans):
         raise ValueError(
@@ -118,9 +124,7 @@ def scored(
             "Give some of these, or leave betas empty."
         )
     chosen = [plans[point] for point in points]
-    return branch(
-        store, before.inputs("selection", windows), chosen, before.linears, before.pruning, execution
-    )
+    return branch(store, inputs, chosen, before.linears, before.pruning, execution)
 
 
 def all_scored(
@@ -129,18 +133,17 @@ def all_scored(
     """Prune and score what the search's strategy asks for, request by request.
 
     Returns:
-        The lanes that were tried, by rising beta, the uniform one first.
+        The lanes that were tried, the uniform one first.
     """
     before = captured(store, settings, execution)
     plans = read_plans(store, before.allocation)
 
     def advance(request: LaneRequest) -> list[LaneScore]:
         inputs = before.inputs("selection", request.windows)
-        wanted = [plans[number] for number in request.plans]
-        return branch(store, inputs, wanted, before.linears, before.pruning, execution)
+        return branch(store, inputs, request.plans, before.linears, before.pruning, execution)
 
     windows = int(str(before.windows["selection"].facts["windows"]))
-    lanes, _ = follow(strategy_of(settings, plans, windows), advance)
+    lanes, _ = follow(strategy_of(settings, plans, before.linears, windows), advance)
     if all(len(rounds) == 1 for rounds in lanes):
         return before, [score for (score,) in lanes]
     return before, join_rounds(store, lanes)
@@ -150,7 +153,7 @@ def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chos
     """Score all plans, choose the best, export the model pruned by it if that is wanted, and test it."""
     before, scores = all_scored(store, settings, execution)
     dense = float(str(before.capture.facts[DENSE_PERPLEXITY]))
-    selected = select(store, scores, dense, parameter_name(settings.allocator))
+    selected = select(store, scores, dense, settings.parameter)
     selection = read_selection(store, selected)
     best, uniform = scores[selection.best], scores[0]
     exported = None
@@ -185,7 +188,8 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
     if not is_measured(settings.allocator):
-        settings.allocation.plans(prunable)
+        plans = settings.allocation.plans(prunable)
+        first_lanes(settings, plans, linears, None)
 
 
 @stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))

@@ -40,6 +40,7 @@ def branch(
     runtime: Runtime,
     points: tuple[tuple[float, float], ...] | None = None,
     windows: tuple[int, int] | None = None,
+    layers: tuple[tuple[float, ...], ...] | None = None,
 ) -> State | None:
     """Prune the model by these plans and score them, all in one group.
 
@@ -48,6 +49,7 @@ def branch(
         runtime: where and how this group runs.
         points: beta and offset of some of the search's plans; empty: all that its strategy tries.
         windows: of the selection windows, these (first, and the one after the last); empty: all of them.
+        layers: sparsities of every layer of the plans, with a strategy that searches over these.
     """
     if points is None:
         return _step(settings, runtime, "all plans", all_scored)
@@ -55,7 +57,7 @@ def branch(
         settings,
         runtime,
         f"{points_title(points)}{windows_title(windows)}",
-        lambda store, settings, execution: scored(store, settings, execution, points, windows),
+        lambda store, settings, execution: scored(store, settings, execution, points, windows, layers),
     )
 
 

@@ -5,6 +5,7 @@ The paper names Optuna, whose sampler is the tree-structured Parzen estimator (B
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from layerwise.adaptive_search import check_budget
 from layerwise.trials import Point, Trial, comparable_losses, seed_of_proposal
@@ -78,12 +79,9 @@ class BayesianSearch:
 
     def _sampled(self, trials: Sequence[Trial], count: int) -> tuple[Point, ...]:
         """Ask a new study that was told all trials."""
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError(
-                "the Bayesian search needs Optuna, which is not installed: pip install layerwise-pruning[bayesian]"
-            ) from error
+        require_optuna()
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         low, high = self.bounds
         names = [f"layer {index}" for index in range(len(self.starts[0]))]
@@ -115,3 +113,15 @@ class BayesianSearch:
             if point not in known:
                 points[point] = None
         return tuple(points)
+
+
+def require_optuna() -> None:
+    """Refuse a search for which Optuna is missing.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if find_spec("optuna") is None:
+        raise ImportError(
+            "the Bayesian search needs Optuna, which is not installed: pip install layerwise-pruning[bayesian]"
+        )

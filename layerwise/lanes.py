@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.hidden_states import batches
 from layerwise.layer_pruning import LayerInputs, LinearPruning, MaskPruner, Pruner, prunings_of_layer
+from layerwise.local_errors import LocalErrors, local_errors, squared_difference
 from layerwise.skeleton import Linear
 from layerwise.statistics import InputStatistics, watching
 from layerwise.streaming import StreamedModel
@@ -40,11 +41,13 @@ class LaneLayer:
             reconstruction error).
         energy: squared Frobenius norm of the dense model's output.
         zeros: zero weights of every linear after pruning.
+        parts: how the error came about, if that was asked for; None for the dense lane.
     """
 
     error: float
     energy: float
     zeros: tuple[int, ...]
+    parts: LocalErrors | None = None
 
 
 def run_lanes(
@@ -56,6 +59,7 @@ def run_lanes(
     calibration_windows: int = 0,
     first: int = 0,
     group: int | None = None,
+    local_windows: int = 0,
 ) -> Iterator[tuple[LaneLayer, ...]]:
     """Advance all lanes in place, one layer per step; yields what the layer did in every lane.
 
@@ -70,6 +74,8 @@ def run_lanes(
         calibration.
         first: layer to begin with.
         group: M of an N:M pattern; None for none.
+        local_windows: on so many of the scored windows every pruned layer also runs on the dense model's input, for
+            ``LaneLayer.parts``.
     """
     if lanes[0].removed is not None:
         raise ValueError(
@@ -80,7 +86,7 @@ def run_lanes(
             f"{type(pruner).__name__} corrects weights by Gram matrices, which lanes that calibrate themselves do not "
             "collect. Use the dense model's calibration."
         )
-    advance = _Advance(model, lanes, pruner, calibration_windows, group)
+    advance = _Advance(model, lanes, pruner, calibration_windows, group, local_windows)
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
             if inputs_of is None:
@@ -98,6 +104,7 @@ class _Advance:
     pruner: Pruner
     calibration_windows: int
     group: int | None
+    local_windows: int
 
     def together(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor], inputs: LayerInputs
@@ -106,12 +113,13 @@ class _Advance:
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
+        dense_input = self._first_windows(0).clone()
         outcomes = {0: self._run(0, index, layer)}
         for visit, lane in enumerate(order):
             with torch.no_grad():
                 for pruning in prunings:
                     pruning.visit(visit)
-            outcomes[lane] = self._run(lane, index, layer)
+            outcomes[lane] = self._run(lane, index, layer, dense_input)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
     def sequentially(
@@ -123,6 +131,7 @@ class _Advance:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
+        dense_input = self._first_windows(0).clone()
         outcomes = [self._run(0, index, layer)]
         with torch.no_grad():
             parameters = self._parameters(index, layer)
@@ -130,7 +139,7 @@ class _Advance:
             for number, lane in enumerate(self.lanes[1:], 1):
                 for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
                     pruning.visit(0)
-                outcomes.append(self._run(number, index, layer))
+                outcomes.append(self._run(number, index, layer, dense_input))
                 for original, parameter in zip(dense, parameters, strict=True):
                     parameter.copy_(original)
         return tuple(outcomes)
@@ -159,8 +168,20 @@ class _Advance:
         assert removed is not None, "only the first lane is dense"
         return removed[index]
 
-    def _run(self, lane: int, index: int, layer: nn.Module) -> LaneLayer:
-        """Advance one lane's hidden states in place and compare its scored windows with the dense lane's."""
+    def _first_windows(self, lane: int) -> Tensor:
+        """Hidden states of the windows on which errors are taken apart; shape ``(windows, seqlen, hidden_size)``."""
+        scored = self.lanes[lane].hidden_states[self.calibration_windows :]
+        return scored[: self.local_windows]
+
+    def _run(self, lane: int, index: int, layer: nn.Module, dense_input: Tensor | None = None) -> LaneLayer:
+        """Advance one lane's hidden states in place and compare its scored windows with the dense lane's.
+
+        Args:
+            dense_input: what the layer got in the dense lane, of the first windows; for a pruned lane.
+        """
+        arriving = 0.0
+        if dense_input is not None:
+            arriving = squared_difference(self._first_windows(lane), dense_input)
         hidden_states, dense = self.lanes[lane].hidden_states, self.lanes[0].hidden_states
         for states in batches(hidden_states[: self.calibration_windows]):
             states.copy_(self.model.run_layer(index, layer, states))
@@ -176,7 +197,16 @@ class _Advance:
             weight.numel() - int(weight.count_nonzero())
             for weight in (_weight_of(layer, linear) for linear in self.model.linears[index])
         )
-        return LaneLayer(error, energy, zeros)
+        parts = None
+        if dense_input is not None and len(dense_input):
+
+            def run(states: Tensor) -> Tensor:
+                return self.model.run_layer(index, layer, states)
+
+            parts = local_errors(
+                run, dense_input, arriving, self._first_windows(lane), self._first_windows(0)
+            )
+        return LaneLayer(error, energy, zeros, parts)
 
 
 def _weight_of(layer: nn.Module, linear: Linear) -> Tensor:

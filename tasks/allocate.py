@@ -144,6 +144,14 @@ class AllocateSettings:
             return beta_grid(self.target, layer_sizes, self.step)
         return sorted({0.0, strength_of(self.allocator) or 0.0})
 
+    def plan_of_layers(
+        self, beta: float, layers: Sequence[float], layer_sizes: Sequence[int]
+    ) -> SparsityPlan:
+        """The plan with these sparsities, whose weighted mean is the target; with a pattern, the nearest levels."""
+        if self.pattern is not None and not self._is_fixed:
+            layers = on_levels(layers, layer_sizes, self.target, Pattern.parse(self.pattern).group)
+        return SparsityPlan(beta, tuple(layers))
+
     def _plan(
         self, beta: float, offset: float, linears: Sequence[Sequence[Linear]], scores: Sequence[float]
     ) -> SparsityPlan:

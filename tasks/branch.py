@@ -1,7 +1,7 @@
 """Branch: prune one lane per plan and score it on the selection windows, all lanes of a group together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from tasks.stage_task import stage_task
 LOSSES_FILE = "losses.parquet"
 LAYERS_FILE = "layers.parquet"
 LINEARS_FILE = "linears.parquet"
+ERRORS_FILE = "errors.parquet"  # where the errors of layers are taken apart
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _group(
 ) -> Artifact:
     def build(draft: Draft) -> None:
         title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'} and the dense model"
-        result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
+        removed = [settings.removed(plan, linears) for plan in plans]
+        result = advance_group(store, draft, inputs, removed, settings, execution, title)
         for number in range(len(plans)):
             write_lane(draft, lane_folder(number), result, number + 1, linears, settings)
 
@@ -122,6 +124,13 @@ def write_lane(
         "dense_energy": [layer.energy for layer in layers],
     }
     write_table(draft, f"{folder}/{LAYERS_FILE}", pa.table(table))
+    parts = [
+        {"layer": index, **asdict(layer.parts), "factor": layer.parts.factor}
+        for index, layer in enumerate(layers)
+        if layer.parts is not None
+    ]
+    if parts:
+        write_table(draft, f"{folder}/{ERRORS_FILE}", pa.Table.from_pylist(parts))
     rows = [
         {"layer": index, "linear": linear.name, "weights": linear.numel, "zeros": zeros}
         for index, (layer, outcome) in enumerate(zip(linears, layers, strict=True))

@@ -14,12 +14,15 @@ from storage.store import ArtifactStore
 from storage.tables import read_table
 from tasks.branch import LOSSES_FILE, write_lane
 from tasks.execution import Execution
-from tasks.lane_group import LaneInputs, advance_group
+from tasks.lane_group import GroupResult, LaneInputs, advance_group
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title
 from tasks.stage_task import stage_task
 
 TEST_FILE = "test.json"
+# On so many test windows each pruned layer also runs on the dense model's input: means over 30 layers and 2048 tokens
+# or more a window are sure enough, and a test of the usual 64 windows or more takes a few per cent longer.
+LOCAL_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def evaluate_stage(
 ) -> Stage:
     """The stage of an evaluation; the dense model is in every one of them."""
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
-    return Stage("evaluate", 1, {"plans": layers, "prune": settings.identity}, inputs.keys(settings))
+    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, inputs.keys(settings))
 
 
 def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
@@ -71,16 +74,33 @@ def evaluate(
 
     def build(draft: Draft) -> None:
         title = "evaluate: dense, uniform and best on the test windows"
-        result = advance_group(store, draft, inputs, plans, linears, settings, execution, title)
-        for lane, name in enumerate(("dense", "uniform", "best")[: len(plans) + 1]):
-            write_lane(draft, name, result, lane, linears, settings)
-        dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
-        gain = None if best == uniform else paired_difference(chosen, plain)
-        test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
-        draft.write(TEST_FILE, json.dumps(asdict(test), indent=1).encode())
-        draft.facts |= {"dense": test.dense, "uniform": test.uniform, "best": test.best}
+        removed = [settings.removed(plan, linears) for plan in plans]
+        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
+        draft.facts |= evaluation_facts(write_evaluation(draft, result, linears, settings))
 
     return store.get_or_build(evaluate_stage(inputs, uniform, best, settings), build)
+
+
+def write_evaluation(
+    draft: Draft,
+    result: GroupResult,
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    folder: str = "",
+) -> TestResult:
+    """Write the tables of the dense, the uniform and, if it is another plan, the best lane."""
+    for lane, name in enumerate(("dense", "uniform", "best")[: len(result.losses)]):
+        write_lane(draft, f"{folder}{name}", result, lane, linears, settings)
+    dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
+    gain = None if len(result.losses) == 2 else paired_difference(chosen, plain)
+    test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
+    draft.write(f"{folder}{TEST_FILE}", json.dumps(asdict(test), indent=1).encode())
+    return test
+
+
+def evaluation_facts(test: TestResult) -> dict[str, float]:
+    """What the manifest of an evaluation says."""
+    return {"dense": test.dense, "uniform": test.uniform, "best": test.best}
 
 
 def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
@@ -89,7 +109,7 @@ def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
     return tuple(read_table(store, artifact, f"{lane}/{LOSSES_FILE}")["loss"].to_pylist())
 
 
-def read_test(store: ArtifactStore, artifact: Artifact) -> TestResult:
-    """What an artifact of ``evaluate`` holds."""
-    document = json.loads(store.read(artifact, TEST_FILE))
+def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:
+    """What an artifact of ``evaluate`` holds, or one of several evaluations in their folders."""
+    document = json.loads(store.read(artifact, f"{folder}{TEST_FILE}"))
     return TestResult(**{**document, "gain": document["gain"] and PairedDifference(**document["gain"])})

@@ -3,16 +3,16 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from layerwise.allocation import SparsityPlan
 from layerwise.capture import embed_windows
 from layerwise.hidden_states import HiddenStatesRoom
 from layerwise.lanes import Lane, LaneLayer, run_lanes
 from layerwise.layer_pruning import LayerInputs
+from layerwise.local_errors import LocalErrors
 from layerwise.perplexity import window_losses
-from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.store import ArtifactStore
@@ -76,25 +76,25 @@ def advance_group(
     store: ArtifactStore,
     draft: Draft,
     inputs: LaneInputs,
-    plans: Sequence[SparsityPlan],
-    linears: Sequence[Sequence[Linear]],
+    removed: Sequence[tuple[tuple[int, ...], ...]],
     settings: PruneSettings,
     execution: Execution,
     title: str,
+    local_windows: int = 0,
 ) -> GroupResult:
-    """Advance the dense model and all ``plans`` together; leaves resume points in ``draft`` and goes on from
+    """Advance the dense model and all pruned lanes together; leaves resume points in ``draft`` and goes on from
     one.
 
     With sequential calibration, writes every lane's own statistics into ``draft``
-    (``lane_folder(n)``/statistics, ``n`` from 0 in the order of the plans).
+    (``lane_folder(n)``/statistics, ``n`` from 0 in the order of ``removed``).
 
     Args:
-        linears: the prunable weights, by layer.
+        removed: of every lane, how many weights go from each linear of each layer.
         title: what the progress display says.
+        local_windows: on so many of the scored windows the errors of layers are taken apart.
     """
-    removed = [settings.removed(plan, linears) for plan in plans]
     read_before = inputs.checkpoint.bytes_read
-    group = _Group(store, inputs, removed, settings, execution)
+    group = _Group(store, inputs, removed, settings, execution, local_windows)
     group.start(draft)
     total, lanes = group.model.num_layers, len(group.lanes)
     with boundaries(draft, execution, group.write_state) as reached:
@@ -130,8 +130,10 @@ class _Group:
         removed: Sequence[tuple[tuple[int, ...], ...]],
         settings: PruneSettings,
         execution: Execution,
+        local_windows: int,
     ) -> None:
         self.store, self.inputs, self.settings = store, inputs, settings
+        self.local_windows = local_windows
         start, end = inputs.windows or (0, None)
         self.scored = read_input_ids(store, inputs.scored)[start:end]
         sequential = settings.calibration_mode == "sequential"
@@ -157,7 +159,7 @@ class _Group:
             read_tensor_into(self.store, state, STATES_FILE, _lane_tensor(number), lane.hidden_states)
         done = json.loads(self.store.read(state, OUTCOMES_FILE))
         for row in done["outcomes"]:
-            self.outcomes.append(tuple(LaneLayer(**{**lane, "zeros": tuple(lane["zeros"])}) for lane in row))
+            self.outcomes.append(tuple(map(_lane_layer, row)))
         self.losses += done["losses"]
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
@@ -171,6 +173,7 @@ class _Group:
             self.calibration_windows,
             first,
             self.settings.group,
+            self.local_windows,
         )
 
     def finish_layer(self, draft: Draft, index: int, outcome: tuple[LaneLayer, ...]) -> None:
@@ -192,6 +195,11 @@ class _Group:
 
     def _captured(self, layer: int) -> LayerInputs:
         return self.inputs.of_layer(self.store, layer, self.settings)
+
+
+def _lane_layer(row: dict[str, Any]) -> LaneLayer:
+    parts = row.get("parts")
+    return LaneLayer(row["error"], row["energy"], tuple(row["zeros"]), parts and LocalErrors(**parts))
 
 
 def _lane_tensor(lane: int) -> str:

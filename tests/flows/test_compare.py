@@ -10,7 +10,8 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import ValidationError
 
-from flows.compare import Compare, SearchFailed, compare
+from flows.compare import Compare, compare
+from flows.compared_searches import SearchFailed
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.runtime import Runtime
 from flows.settings import Search
@@ -130,6 +131,31 @@ def test_what_the_searches_share_is_built_once(compared):
     names = names_in(runtime.store)
     assert (names["import_checkpoint"], names["capture"], names["sample_tokens"]) == (1, 1, 3)
     assert (names["allocate"], names["search"], names.get("export", 0)) == (2, 4, 0)
+
+
+def test_searches_that_differ_in_allocation_share_their_groups_and_tests(
+    workshop, prefect_backend, tmp_path, finished
+):
+    """Three allocators: uniform's lane, its test and the dense model's passes are had once."""
+    settings = Compare(search=workshop.settings(), allocators=("atp", "owl", "dlp"))
+    runtime = Runtime(store=str(tmp_path / "store"))
+    results = [each.result for each in compare(settings, runtime)]
+    names = names_in(runtime.store)
+    lanes = {
+        artifact.key
+        for result in results
+        for role, artifact in result.stages.items()
+        if role.startswith("lane")
+    }
+    assert (names["lane"], names["lane_group"]) == (len(lanes), 1)
+    assert names["evaluate_group"] == 1
+    assert keys_of(results[0]) == keys_of(finished[0])
+    store = ArtifactStore(runtime.store)
+    for role in ("evaluate", "select"):
+        assert results[0].stages[role].content == finished[0].stages[role].content
+    assert results[1].test.uniform == results[0].test.uniform
+    assert [each.result.built for each in compare(settings, runtime)] == [(), (), ()]
+    assert names_in(store.url) == names
 
 
 def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):

@@ -33,7 +33,8 @@ def settings(workshop, tmp_path_factory):
     text = folder / "text.txt"
     text.write_text(" ".join(f"w{1 + number % 96}" for number in range(3000)))
     places = {"model": str(folder / "model"), "calibration": str(text), "selection": str(text)}
-    return lambda **changes: workshop.settings(betas=BETAS, selection_windows=WINDOWS, **places, **changes)
+    common = {"betas": BETAS, "selection_windows": WINDOWS, **places}
+    return lambda **changes: workshop.settings(**common | changes)
 
 
 @pytest.fixture(scope="module")
@@ -99,4 +100,36 @@ def test_over_processes_a_race_ends_as_in_one(settings, grid, race, tmp_path):
     assert spread.selection == race.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
         role: artifact.content for role, artifact in race.stages.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def bayesian(settings, grid):
+    return search(settings(strategy="bayesian", trials=14, betas=[0.1]), grid[1])
+
+
+def test_a_bayesian_search_begins_with_uniform_and_the_betas_and_keeps_the_budget(grid, bayesian):
+    rows = bayesian.selection.rows
+    assert [row.beta for row in rows] == [float(number) for number in range(14)]
+    assert bayesian.selection.name(13) == "trial 13"
+    whole = losses_by_beta(grid[0])
+    assert [row.loss for row in rows[:2]] == [whole[0.0], whole[0.1]]
+    assert {row.realised_sparsity for row in rows} == {rows[0].realised_sparsity}
+    assert len({row.loss for row in rows}) == 14
+
+
+def test_an_evolutionary_search_goes_on_from_its_best_plan(settings, grid):
+    result = search(settings(strategy="evolutionary", trials=10, betas=[0.1, 0.2]), grid[1])
+    rows = result.selection.rows
+    assert len(rows) == 10
+    assert result.selection.best_row.loss <= min(row.loss for row in rows[:3])
+    assert look_up(ArtifactStore(grid[1].store), result.settings).missing == []
+
+
+def test_over_processes_a_bayesian_search_ends_as_in_one(settings, bayesian, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    spread = search(settings(strategy="bayesian", trials=14, betas=[0.1]), runtime)
+    assert spread.selection == bayesian.selection
+    assert {role: artifact.content for role, artifact in spread.stages.items()} == {
+        role: artifact.content for role, artifact in bayesian.stages.items()
     }

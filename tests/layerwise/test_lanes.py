@@ -44,13 +44,14 @@ def statistics_of(random_windows_of):
 def advance(random_windows_of, statistics_of):
     """Take lanes through a whole model with dense calibration; gives the lanes and what each layer did."""
 
-    def run(tiny, plans, pruner=None, dtype=torch.float32, layers=None):
+    def run(tiny, plans, pruner=None, dtype=torch.float32, layers=None, local_windows=0):
         model, input_ids = tiny.streamed(dtype), random_windows_of(5)
         hidden_states = torch.empty(5, 16, 32, dtype=dtype)
         embed_windows(model, input_ids, hidden_states, 0)
         lanes = [Lane(removed, hidden_states.clone()) for removed in (None, *plans)]
         statistics = statistics_of(tiny, dtype)
-        outcomes = list(run_lanes(model, layers or tiny.layers(), lanes, pruner or Wanda(), statistics))
+        how = pruner or Wanda(), statistics
+        outcomes = list(run_lanes(model, layers or tiny.layers(), lanes, *how, local_windows=local_windows))
         return lanes, outcomes
 
     return run
@@ -160,6 +161,45 @@ def test_errors_are_those_of_each_lanes_own_states_against_the_dense_ones(
         assert outcome[1].error == pytest.approx(error, rel=1e-3)
         assert outcome[1].energy == outcome[0].energy
         assert outcome[1].energy == pytest.approx(float(dense[index].double().square().sum()), rel=1e-4)
+
+
+def test_errors_are_taken_apart_without_touching_the_lanes(tiny_model, advance):
+    """What arrives at a layer is what has accumulated at the one before; nothing arrives at the first."""
+    tiny = tiny_model("llama")
+    plans = plans_of_atp(tiny)
+    plain, undisturbed = advance(tiny, plans)
+    lanes, outcomes = advance(tiny, plans, local_windows=3)
+    for lane, other in zip(lanes, plain, strict=True):
+        assert torch.equal(lane.hidden_states, other.hidden_states)
+    for layers, others in zip(outcomes, undisturbed, strict=True):
+        assert [(each.error, each.zeros) for each in layers] == [(each.error, each.zeros) for each in others]
+        assert layers[0].parts is None
+    for lane in range(1, len(plans) + 1):
+        parts = [layers[lane].parts for layers in outcomes]
+        assert parts[0].arriving == 0
+        assert parts[0].local == parts[0].accumulated > 0
+        assert [part.arriving for part in parts[1:]] == [part.accumulated for part in parts[:-1]]
+        assert {part.windows for part in parts} == {3}
+
+
+def test_on_all_windows_the_accumulated_part_is_the_error(tiny_model, advance):
+    tiny = tiny_model("llama")
+    _, outcomes = advance(tiny, plans_of_atp(tiny), local_windows=5)
+    for layers in outcomes:
+        for layer in layers[1:]:
+            assert layer.parts.accumulated == pytest.approx(layer.error, rel=1e-6)
+            assert layer.parts.energy == pytest.approx(layer.energy, rel=1e-6)
+
+
+def test_a_layers_own_error_grows_with_its_sparsity(tiny_model, advance, removed_of):
+    """ATP, theorem 3.1, on nested masks."""
+    tiny = tiny_model("llama")
+    depth = len(tiny.streamed().linears)
+    plans = [removed_of(tiny, (sparsity,) * depth) for sparsity in SPARSITIES]
+    _, outcomes = advance(tiny, plans, local_windows=5)
+    for layers in outcomes:
+        own = [layer.parts.local for layer in layers[1:]]
+        assert own == sorted(own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
