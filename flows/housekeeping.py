@@ -55,7 +55,7 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
 
 def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
     """Keys of all finished searches, and of what they found."""
-    from flows.search import RESULT_STAGE  # brings Prefect
+    from tasks.search_result import RESULT_STAGE  # brings Prefect
 
     keys: set[str] = set()
     for artifact in artifacts:

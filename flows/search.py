@@ -9,7 +9,6 @@ from prefect import flow
 from prefect.exceptions import CancelledRun, TerminationSignal
 
 from flows.cancelling import cancelled
-from flows.found import lane_role
 from flows.mending import mending
 from flows.publishing import publish_to_prefect
 from flows.result import SearchResult
@@ -24,10 +23,8 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
 from tasks.execution import Execution
+from tasks.search_result import RESULT_FILE, RESULT_STAGE, lane_role
 from tasks.stopping import stopping_on_sigterm
-
-RESULT_FILE = "result.json"
-RESULT_STAGE = "search"
 
 
 @flow(name="search", flow_run_name="{settings.title}", persist_result=False)

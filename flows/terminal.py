@@ -10,11 +10,12 @@ from rich.text import Text
 
 from flows.comparison import Compared, rows_of, summary_of
 from flows.console import size
-from flows.findings import number, sentence_on_test, table_rows, work_sentence
+from flows.findings import work_sentence
 from flows.plan import Plan
 from flows.result import SearchResult
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
+from tasks.findings import number, sentence_on_test, table_rows
 from tasks.select import Selection
 
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line

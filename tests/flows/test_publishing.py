@@ -15,13 +15,14 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.runtime import flow_run
 from transformers import AutoModelForCausalLM
 
-from flows.findings import sentence_on_test, table_rows, work_sentence
+from flows.findings import work_sentence
 from flows.publishing import how_to_load, publish_to_prefect, search_report
 from flows.search import search
 from layerwise.perplexity import PairedDifference
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.evaluate import TestResult
+from tasks.findings import sentence_on_test, table_rows
 
 ENOUGH = 60  # seconds in which Prefect's server has noted the runs of all tasks; one, mostly
 

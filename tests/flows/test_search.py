@@ -14,14 +14,15 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from transformers import AutoModelForCausalLM
 
-from flows.findings import table_rows
 from flows.found import look_up
 from flows.runtime import Runtime
-from flows.search import RESULT_FILE, search
+from flows.search import search
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
+from tasks.findings import table_rows
 from tasks.import_checkpoint import import_checkpoint
 from tasks.sample_tokens import read_input_ids
+from tasks.search_result import RESULT_FILE
 
 ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
