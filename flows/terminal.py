@@ -32,6 +32,7 @@ def show_result(console: Console, result: SearchResult) -> None:
         console.print(
             f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
         )
+    console.print(f"Report: {_short(result.report)}", soft_wrap=True)
     console.print(work_sentence(result))
 
 

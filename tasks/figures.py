@@ -5,69 +5,18 @@ readers read, too. Altair draws them: one grammar for all figures, rendered in t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import altair
 
-from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, styled
-from tasks.findings import number
+from tasks.axes import measure_axis
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of
 from tasks.report_extras import TheoryFigure
-from tasks.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row, Rows
+from tasks.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
-WIDTH, HEIGHT = 400, 270  # small, so that text is readable where the figure is as wide as a phone
-# Highest value over the lowest, from which on orders of magnitude are drawn.
-WIDE_RANGE = 5.0
 FEW = 40  # layers; of more the points of a line are not drawn, they would touch
 LINES = (BLUE, PURPLE, SKY, YELLOW)  # beside those of uniform and best
 DEPTH = "decoder layer (0 is nearest to the input)"
-
-
-def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:
-    """Perplexity on the selection text: one point per plan, the dense model as a line.
-
-    A bar is the 95 % interval of the paired difference to the best plan, drawn around the plan's own perplexity. A
-    hollow point is not significantly worse than the best. Crosses at the upper edge are plans that failed.
-
-    Args:
-        betas: as of ``betas_table``. Of those with an offset only the best one is drawn.
-        dense: the dense model's perplexity.
-    """
-    curve = [
-        {**row, "looks": _looks(row), "said": _said(row)}
-        for row in betas
-        if not row["offset"] or row["kind"] == BEST
-    ]
-    shown = [row for row in curve if not row["failed"]]
-    perplexities = [dense, *(row["perplexity"] for row in shown)]
-    # Of bars that leave the others far behind only a part is seen.
-    ends = [max(row["low"], min(perplexities) / 2) for row in shown]
-    ends += [min(row["high"], 2 * max(perplexities)) for row in shown]
-    axis = _measure(perplexities + ends, "perplexity")
-    y = altair.Y("perplexity:Q", **axis)
-    meaning = " (each layer's sparsity above that of the one before)" if parameter == "beta" else ""
-    scale_of_x = altair.Scale(padding=14, nice=False, zero=False)
-    x = altair.X("beta:Q", title=f"{parameter}{meaning}", scale=scale_of_x, axis=altair.Axis(tickCount=6))
-    look = _looking(
-        {row["looks"]: _mark(row) for row in curve} | {f"dense: {number(dense)}": (GREY, "stroke", GREY)}
-    )
-    level = [{"perplexity": dense, "looks": f"dense: {number(dense)}", "said": f"dense: {number(dense)}"}]
-    of_shown, of_failed = _chart(shown), _chart([row for row in curve if row["failed"]])
-    bars = _chart([row for row in shown if row["low"] < row["high"]])
-    line = of_shown.mark_line(strokeWidth=1.5, color=BLUE, opacity=0.5)
-    return _layered(
-        _chart(level)
-        .mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color=GREY)
-        .encode(y=y, description="said:N"),
-        line.encode(x=x, y=y),
-        bars.mark_rule(color=BLUE, strokeWidth=1.5, clip=True).encode(
-            x=x, y=altair.Y("low:Q", **axis), y2="high:Q"
-        ),
-        of_shown.mark_point(size=95, strokeWidth=2, opacity=1).encode(x=x, y=y, description="said:N", **look),
-        of_failed.mark_point(size=95, strokeWidth=2, opacity=1).encode(
-            x=x, y=altair.value(8), description="said:N", **look
-        ),
-    )
 
 
 def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
@@ -143,7 +92,7 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
         "sparsity:Q", scale=altair.Scale(scheme="viridis", domain=[low, high]), legend=legend
     )
     map_of_all = (
-        _chart(rows)
+        chart_of(rows)
         .mark_rect(strokeWidth=0)
         .encode(
             x=altair.X("layer:O", title=DEPTH, axis=altair.Axis(values=ticks, labelAngle=0)),
@@ -152,7 +101,7 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
             description="said:N",
         )
     )
-    return styled(altair.layer(map_of_all).properties(width=WIDTH, height=max(26 * len(names), 80)))
+    return figure_of(map_of_all, height=max(26 * len(names), 80))
 
 
 def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
@@ -176,7 +125,7 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
     ]
     names = list(dict.fromkeys(row["stage"] for row in rows))
     bars = (
-        _chart(rows)
+        chart_of(rows)
         .mark_bar(color=BLUE, stroke=BLUE, strokeWidth=1.5, height=13)
         .encode(
             x=altair.X(
@@ -189,7 +138,7 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
             description="said:N",
         )
     )
-    return styled(altair.layer(bars).properties(width=WIDTH, height=24 * len(names)))
+    return figure_of(bars, height=24 * len(names))
 
 
 def theory_figure(figure: TheoryFigure) -> altair.LayerChart:
@@ -219,91 +168,20 @@ def _lines(
     width = altair.StrokeWidth(
         "line:N", scale=altair.Scale(domain=names, range=[width for _, width in marks.values()]), legend=None
     )
-    y = altair.Y("value:Q", **_measure([row["value"] for row in rows], y_title))
+    y = altair.Y("value:Q", **measure_axis([row["value"] for row in rows], y_title))
     x = altair.X(
         "layer:Q", title=x_title, axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False, padding=8)
     )
     layers = [
-        _chart([row for row in rows if row["line"] == name])
-        .mark_line()
+        chart_of([row for row in rows if row["line"] == name])
+        .mark_line(aria=False)
         .encode(x=x, y=y, color=look, strokeWidth=width, detail="plan:N")
         for name in reversed(names)
     ]
     strong = [row for row in rows if marks[row["line"]][1] > 1.5]
     few = len({row["layer"] for row in rows}) <= FEW
-    dots = _chart(strong).mark_circle(size=34 if few else 16, opacity=1)
-    return _layered(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
-
-
-def _layered(*layers: altair.Chart) -> altair.LayerChart:
-    return styled(altair.layer(*layers).properties(width=WIDTH, height=HEIGHT))
-
-
-def _chart(rows: Iterable[Row]) -> altair.Chart:
-    return altair.Chart(altair.InlineData(list(rows)))
-
-
-def _measure(values: Sequence[float], title: str) -> dict[str, Any]:
-    """The vertical axis of a quantity whose zero says nothing; by orders of magnitude if its values span some."""
-    positive = [value for value in values if value > 0] or [1.0]
-    low, high = min(positive), max(positive)
-    if high > WIDE_RANGE * low and len(positive) == len(values):
-        domain, ticks = [low / 1.25, high * 1.25], _decades(low / 1.25, high * 1.25)
-        axis = altair.Axis(values=ticks, format="~g")
-        return {"title": title, "axis": axis, "scale": altair.Scale(type="log", domain=domain)}
-    margin = 0.08 * (high - low) or 0.05 * high
-    domain = [min(values) - margin, high + margin]
-    scale = altair.Scale(domain=domain, nice=False, zero=False)
-    return {"title": title, "axis": altair.Axis(tickCount=6), "scale": scale}
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between two numbers; powers alone if these are many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
-    ticks = [factor * 10.0**power for power in powers for factor in factors]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def _looking(marks: Mapping[str, tuple[str, str, str]]) -> dict[str, object]:
-    """Colour, shape and filling of points by what ``looks`` says, with one legend."""
-    names, columns = list(marks), list(zip(*marks.values(), strict=True))
-    scales = [altair.Scale(domain=names, range=list(column)) for column in columns]
-    legend = altair.Legend(columns=2)
-    return {
-        "stroke": altair.Stroke("looks:N", title=None, scale=scales[0], legend=legend),
-        "shape": altair.Shape("looks:N", title=None, scale=scales[1], legend=legend),
-        "fill": altair.Fill("looks:N", title=None, scale=scales[2], legend=legend),
-    }
-
-
-def _looks(row: Row) -> str:
-    """The entry of the legend that a plan belongs to."""
-    if row["failed"]:
-        return "failed"
-    if row["kind"] == BEST:
-        return f"best, {row['plan']}: {number(row['perplexity'])}"
-    if row["kind"] == UNIFORM:
-        return f"uniform: {number(row['perplexity'])}"
-    return "worse" if row["worse"] else "not surely worse"
-
-
-def _mark(row: Row) -> tuple[str, str, str]:
-    """Colour, shape and filling of a plan's point."""
-    if row["failed"]:
-        return GREY, "cross", "transparent"
-    if row["kind"] == BEST:
-        return GREEN, "diamond", GREEN
-    if row["kind"] == UNIFORM:
-        return VERMILION, "square", VERMILION
-    return BLUE, "circle", BLUE if row["worse"] else "transparent"
-
-
-def _said(row: Row) -> str:
-    if row["failed"]:
-        return f"{row['plan']}: failed, perplexity {number(row['perplexity'])}"
-    bar = f", 95 % from {number(row['low'])} to {number(row['high'])}" if row["low"] < row["high"] else ""
-    return f"{row['plan']}: perplexity {number(row['perplexity'])}{bar}"
+    dots = chart_of(strong).mark_circle(size=34 if few else 16, opacity=1)
+    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
 
 
 def _plan_label(plan: str, kind: str) -> str:

@@ -11,15 +11,15 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import write_table
-from tasks.drawing import png_of, svg_of
+from tasks.drawing import png_file, svg_file, svg_inside
 from tasks.figures import (
     error_by_layer,
-    perplexity_by_beta,
     sparsity_by_layer,
     sparsity_by_linear,
     theory_figure,
     time_by_stage,
 )
+from tasks.perplexity_figure import perplexity_by_beta
 from tasks.report_data import ReportData, report_data
 from tasks.report_extras import Extras
 from tasks.report_page import report_page
@@ -28,6 +28,13 @@ from tasks.stage_task import stage_task
 
 PAGE_FILE = "report.html"
 REPORT_STAGE = "report"
+TITLES = {
+    "perplexity": "Perplexity on the selection text",
+    "sparsity": "Sparsity of every decoder layer",
+    "errors": "Reconstruction error of every decoder layer",
+    "linears": "Realised sparsity of every linear, best plan",
+    "stages": "Time of every stage",
+}
 
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
@@ -71,17 +78,24 @@ def report(
 
     def build(draft: Draft) -> None:
         charts = figures_of(data)
-        drawn = {name: svg_of(chart, name) for name, chart in charts.items()}
-        draft.write(PAGE_FILE, report_page(data, drawn).encode())
+        inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
+        draft.write(PAGE_FILE, report_page(data, inside).encode())
+        titles = TITLES | {f"theory-{number}": each.title for number, each in enumerate(data.extras.theory)}
         for name, chart in charts.items():
-            draft.write(f"figures/{name}.svg", drawn[name].encode())
-            draft.write(f"figures/{name}.png", png_of(chart))
+            title = [titles[name], data.title]
+            draft.write(figure_file(name), svg_file(chart, name, title).encode())
+            draft.write(f"figures/{name}.png", png_file(chart, title))
         for name, rows in data.tables.items():
             if rows:
                 write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
         draft.facts |= {"search": data.search, "title": data.title}
 
     return store.get_or_build(report_stage(data, compared or {}), build)
+
+
+def figure_file(name: str) -> str:
+    """Where a figure is in the artifact, as SVG."""
+    return f"figures/{name}.svg"
 
 
 def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:

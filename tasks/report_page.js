@@ -4,7 +4,7 @@ document.addEventListener("pointerover", show);
 document.addEventListener("pointerdown", show);
 function show(event) {
   const mark = event.target.closest?.("figure svg [aria-label][role='graphics-symbol']");
-  const speaks = mark && !["axis", "legend", "line mark"].includes(mark.getAttribute("aria-roledescription"));
+  const speaks = mark && !["axis", "legend"].includes(mark.getAttribute("aria-roledescription"));
   pointed.style.display = speaks ? "block" : "none";
   if (!speaks) return;
   pointed.textContent = mark.getAttribute("aria-label");

@@ -1,11 +1,11 @@
 """The report's page: one HTML file that needs nothing else, made from plain values.
 
 The figures are SVG inside of the page: they are there without a script and in print, and take the colours of light and
-dark pages. A script of some lines shows the value of a mark under the pointer or finger; every value is in a table, too.
+dark pages. A short script shows the value of a mark under the pointer or finger; every value is in a table, too.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from layerwise.perplexity import DIVERGED
 from tasks import report_text
 from tasks.findings import number
 from tasks.report_data import ReportData
-from tasks.report_tables import BEST, UNIFORM, Rows
+from tasks.report_tables import BEST, Rows
 
 TEMPLATE = "report_page.html"
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -35,16 +35,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "perplexity": _perplexity,
-        "size": _size,
-        "percent": lambda share, digits=1: f"{100 * share:.{digits}f} %",
-        "digits": lambda value, digits=4: "" if value is None else f"{value:.{digits}g}",
-        "fixed": lambda value, digits=4: "" if value is None else f"{value:.{digits}f}",
-        "signed": lambda value, digits=4: "" if value is None else f"{value:+.{digits}f}",
-        "count": lambda value: f"{value:,}",
-        "setting": _setting,
-    }
+    environment.filters |= FILTERS
     tables = data.tables
     text = {
         "done": report_text.what_was_done(data),
@@ -66,8 +57,8 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         errors=_by_layer(tables["errors"], "model", "relative_error"),
         linears=_by_layer(tables["linears"], "linear", "sparsity"),
         figures={name: Markup(svg) for name, svg in figures.items()},
-        uniform=UNIFORM,
         best=BEST,
+        early=len({row["windows"] for row in tables["betas"]}) > 1,
     )
 
 
@@ -107,3 +98,35 @@ def _setting(value: object) -> str:
     if value is None:
         return "not given"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _digits(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _fixed(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "perplexity": _perplexity,
+    "size": _size,
+    "setting": _setting,
+    "digits": _digits,
+    "fixed": _fixed,
+    "signed": _signed,
+    "percent": _percent,
+    "count": _count,
+}

@@ -34,7 +34,7 @@ def on_test(data: ReportData) -> str:
     change = 100 * (best["test_perplexity"] / uniform["test_perplexity"] - 1)
     direction = "below" if change < 0 else "above"
     return (
-        f"On the test text the best plan's perplexity is {abs(change):.1f} % {direction} uniform's (paired t = {t} over "
+        f"On the test text the best plan's perplexity is {abs(change):.1f} % {direction} uniform's (paired t = {t}, "
         f"{data.gain['windows']} windows)."
     )
 
@@ -56,8 +56,8 @@ def shape_of_curve(betas: Sequence[Row], parameter: str) -> str:
     rises = all(left < right for left, right in zip(losses[lowest:-1], losses[lowest + 1 :], strict=True))
     if falls and rises:
         return (
-            f"The curve is a U, as in the paper (arXiv:2502.14770): it falls down to {curve[lowest]['plan']}, and rises "
-            "after it."
+            f"The curve is a U, as in the paper (arXiv:2502.14770): it falls down to {curve[lowest]['plan']}, and "
+            "rises after it."
         )
     return f"The curve is no clean U; it is lowest at {curve[lowest]['plan']}."
 

@@ -1,10 +1,10 @@
-"""A report as a browser shows it: light and dark, on a desk and on a phone, on paper; PNG files for a person to look at.
+"""A report as a browser shows it: light and dark, on a desk, on a phone, on paper; PNG files for a person to look at.
 
     pip install playwright; apt-get install chromium poppler-utils
     .venv/bin/python tests/benchmarks/report_screenshots.py --page report.html --folder /tmp/pages
 
-Exits with 1 if the page asks for anything outside of itself, logs an error, scrolls sideways, or has a figure whose marks
-say nothing under the pointer.
+Exits with 1 if the page asks for anything outside of itself, logs an error, scrolls sideways, or has a figure whose
+marks say nothing under the pointer.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
 MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
-MARK += ":not([aria-roledescription='legend']):not([aria-roledescription='line mark'])"
+MARK += ":not([aria-roledescription='legend'])"
 FIGURES = ("perplexity", "sparsity", "errors", "linears", "stages")
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -188,6 +189,10 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
     (document,) = [d for d in documents if d["stages"] == keys_of(result)]
     assert document["settings"] == workshop.settings().model_dump(mode="json")
     assert document["verdict"] == result.selection.verdict
+    (committed,) = [
+        a for a in store.artifacts() if set(a.recipe["inputs"].values()) == set(document["stages"].values())
+    ]
+    assert committed.facts["versions"]["torch"] == version("torch")
     assert document["test"]["best"] == result.test.best
 
 
