@@ -35,9 +35,9 @@ def short(found: Findings) -> dict[str, str]:
     rise, propagation, orders = found.rise, found.propagation, found.orders
     held = rise.steps - len(rise.falls)
     return {
-        "3.1": _held(held, rise.steps, "steps"),
-        "3.2": _held(propagation.exceeding, len(propagation.layers), "layers"),
-        "3.5": _held(orders.below("total"), len(orders.outcomes) - 1, "orders"),
+        "3.1": f"rises in {_of(held, rise.steps)} steps",
+        "3.2": f"exceeds in {_of(propagation.exceeding, len(propagation.layers))} layers",
+        "3.5": f"below {_of(orders.below('total'), len(orders.outcomes) - 1)} other orders",
     }
 
 
@@ -52,8 +52,8 @@ def ranges(layers: Iterable[int]) -> str:
     return ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
-def _held(count: int, total: int, what: str) -> str:
-    return f"held in {'all ' if count == total else f'{count} of '}{total} {what}"
+def _of(count: int, total: int) -> str:
+    return f"all {total}" if count == total else f"{count} of {total}"
 
 
 def _on_rise(found: Findings) -> str:
@@ -106,8 +106,9 @@ def _on_orders(found: Findings) -> str:
     if gain.t is not None:
         t = f", paired t = {gain.t:.1f}: {'' if gain.significant else 'not '}significant"
     return (
-        f"{verdict}: {total}. Its error after the last layer is below that of {orders.below('last')}, its perplexity "
-        f"{number(ascending.perplexity)} below that of {orders.below('perplexity')} of them (the best of these, "
-        f"{orders.runner_up.order}: {number(orders.runner_up.perplexity)}{t}; the uniform plan: "
+        f"{verdict}: {total}. With each layer's error over its energy the sum is below that of "
+        f"{orders.below('relative_total')}, the error after the last layer below that of {orders.below('last')}, the "
+        f"perplexity {number(ascending.perplexity)} below that of {orders.below('perplexity')} of them (the best of "
+        f"these, {orders.runner_up.order}: {number(orders.runner_up.perplexity)}{t}; the uniform plan: "
         f"{number(found.uniform.perplexity)})."
     )

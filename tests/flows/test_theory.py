@@ -1,0 +1,111 @@
+"""The theory as a flow, on a real Prefect server; and what it refuses."""
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
+from pydantic import ValidationError
+
+from flows.runtime import Runtime
+from flows.settings import Search
+from flows.theory import Theory, theory
+from storage.store import ArtifactStore
+from tasks.theory_text import sentences
+
+LEAST = {"model": "models/demo", "sparsity": 0.5}
+
+
+def small(workshop, **changes) -> dict:
+    """The workshop's search without betas: the theory has plans of its own."""
+    return workshop.parameters(**changes) | {"betas": None}
+
+
+@pytest.fixture(scope="module")
+def looked_at(workshop, prefect_backend, finished):
+    """A run in the store of a finished search of the same model."""
+    runtime = Runtime(store=finished[1].store)
+    state = theory(Theory(search=small(workshop)), runtime, return_state=True)
+    return state, state.result(), runtime
+
+
+def test_the_capture_of_a_search_serves_the_theory_too(looked_at, finished):
+    _, result, runtime = looked_at
+    statistics = finished[0].stages["capture"]
+    captures = [each for each in ArtifactStore(runtime.store).artifacts() if each.recipe["name"] == "capture"]
+    assert [each.key for each in captures] == [statistics.key]
+    assert result.measured.recipe["name"] == "theory"
+
+
+def test_orders_and_levels_are_all_there(looked_at):
+    _, result, _ = looked_at
+    assert result.findings.levels == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    names = [outcome.order for outcome in result.findings.orders.outcomes]
+    assert names[:2] == ["ascending", "descending"]
+    assert len(names) == len(set(names)) > 2
+
+
+def test_prefect_has_what_was_found_and_where_the_page_is(looked_at):
+    state, result, _ = looked_at
+    with get_client(sync_client=True) as client:
+        run = ArtifactFilter(flow_run_id={"any_": [state.state_details.flow_run_id]})
+        (artifact,) = [each for each in client.read_artifacts(artifact_filter=run) if each.key == "theory"]
+        flow_run = client.read_flow_run(state.state_details.flow_run_id)
+    assert flow_run.name == "model at 0.5, wanda: theory"
+    for sentence in sentences(result.findings).values():
+        assert sentence in artifact.data
+    assert result.page in artifact.data
+
+
+def test_a_second_run_finds_the_same_page_and_computes_nothing(looked_at, workshop):
+    _, result, runtime = looked_at
+    before = {each.key for each in ArtifactStore(runtime.store).artifacts()}
+    again = theory(Theory(search=small(workshop)), runtime)
+    assert (again.page, again.findings) == (result.page, result.findings)
+    assert {each.key for each in ArtifactStore(runtime.store).artifacts()} == before
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"pattern": "2:4"}, "search.pattern is 2:4"),
+        ({"allocator": "owl"}, "search.allocator is owl"),
+        ({"calibration_mode": "sequential"}, "search.calibration_mode is sequential"),
+        ({"betas": [0.01]}, "search.betas is"),
+        ({"strategy": "race"}, "search.strategy is race"),
+        ({"offsets": [0.1]}, "search.offsets is"),
+    ],
+)
+def test_settings_of_a_search_that_have_no_part_in_it_are_refused(changes, named):
+    with pytest.raises(ValidationError, match=named):
+        Theory.model_validate({"search": LEAST | changes})
+
+
+@pytest.mark.parametrize("beta", [0, -0.1])
+def test_a_beta_that_gives_no_order_is_refused(beta):
+    with pytest.raises(ValidationError, match="beta"):
+        Theory.model_validate({"search": LEAST, "beta": beta})
+
+
+def test_a_beta_that_the_model_does_not_allow_is_refused_before_anything_is_computed(
+    workshop, prefect_backend, tmp_path
+):
+    """Of three layers at sparsity 0.5 beta may be 0.5 at most."""
+    store = tmp_path / "store"
+    state = theory(Theory(search=small(workshop), beta=0.51), Runtime(store=str(store)), return_state=True)
+    with pytest.raises(ValueError, match="beta 0.51 is outside of the legal range"):
+        state.result()
+    assert [*ArtifactStore(str(store)).artifacts()] == []
+
+
+def test_other_processes_are_refused_as_all_plans_advance_together(workshop, prefect_backend, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2")
+    state = theory(Theory(search=small(workshop)), runtime, return_state=True)
+    with pytest.raises(ValueError, match="fan_out is processes:2, but all plans"):
+        state.result()
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_page_shows_the_settings_that_were_used_and_no_others():
+    settings = Theory(search=Search(**LEAST, seed=3), beta=0.01)
+    assert settings.shown["seed"] == 3
+    assert settings.shown["beta"] == 0.01
+    assert not {"betas", "strategy", "allocator", "export"} & set(settings.shown)
