@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from flows.embedded_server import ServerStart
@@ -32,7 +33,7 @@ def main() -> None:
             assert server is not None, "a search that is not asked for its help starts the server"
             (_search if parsed.command == "search" else _compare)(parsed, server, began)
         else:
-            commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show}
+            commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
             commands |= {"gc": _collect, "verify": _verify}
             commands[parsed.command](parsed)
     except KeyboardInterrupt:
@@ -91,7 +92,7 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         help="searches of one model with several allocators, pruners, sparsities and seeds, side by side",
     )
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
-    if not set(command) <= {"status", "ls", "show", "gc", "verify"}:
+    if not set(command) <= {"status", "ls", "show", "report", "gc", "verify"}:
         from flows.options import add_options
         from flows.runtime import Runtime
         from flows.settings import Search
@@ -116,6 +117,12 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
     show.add_argument(
         "key", nargs="?", help="Key as ls prints it (or its beginning); the newest search if left out."
     )
+    report = commands.add_parser("report", help="the report of a search: one page of HTML")
+    report.add_argument("store", help="Folder or fsspec URL of the store.")
+    report.add_argument(
+        "key", nargs="?", help="Key of a search as ls prints it (or its beginning); the newest if left out."
+    )
+    report.add_argument("--output", type=Path, metavar="FILE", help="Copy the page to this file.")
     collection = commands.add_parser("gc", help="what nobody can reach in a store; deletes it on request")
     collection.add_argument("store", help="Folder or fsspec URL of the store.")
     collection.add_argument("--apply", action="store_true", help="Delete it; only shown if left out.")
@@ -237,6 +244,13 @@ def _show(arguments: Namespace) -> None:
     from flows.inspect import show_key
 
     show_key(arguments.store, arguments.key)
+
+
+def _report(arguments: Namespace) -> None:
+    from flows.console import open_console
+    from flows.report import make_report
+
+    open_console().print(make_report(arguments.store, arguments.key, arguments.output), soft_wrap=True)
 
 
 def _collect(arguments: Namespace) -> None:

@@ -25,6 +25,7 @@ from tasks.lane_group import LaneInputs
 from tasks.measure import is_measured, measure_stage, read_scores
 from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import token_stage
+from tasks.search_result import lane_role
 from tasks.select import compare, select_stage
 from tasks.streamed import linears_by_layer
 
@@ -69,11 +70,6 @@ class Found:
     def missing(self) -> list[str]:
         """Roles of what is not there, as far as it can be known."""
         return [role for role, artifact in self.stages.items() if artifact is None]
-
-
-def lane_role(beta: float, offset: float) -> str:
-    """What the lane of a plan is called in a search's result."""
-    return f"lane beta {beta:.12g}" + (f" offset {offset:.12g}" if offset else "")
 
 
 def _role_of(plan: SparsityPlan) -> str:

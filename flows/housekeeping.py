@@ -54,10 +54,11 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
 
 
 def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
-    """Keys of all finished searches, and of what they found."""
-    from flows.search import RESULT_STAGE  # brings Prefect
+    """Keys of all finished searches, and of what they found; and of all reports."""
+    from tasks.report import REPORT_STAGE  # brings Prefect
+    from tasks.search_result import RESULT_STAGE
 
-    keys: set[str] = set()
+    keys = {artifact.key for artifact in artifacts if artifact.recipe.get("name") == REPORT_STAGE}
     for artifact in artifacts:
         if artifact.recipe.get("name") == RESULT_STAGE:
             inputs = artifact.recipe["inputs"]

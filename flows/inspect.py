@@ -3,11 +3,11 @@
 import json
 
 from flows.console import open_console, size
-from flows.search import RESULT_FILE, RESULT_STAGE
 from flows.terminal import show_selection, show_test
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
+from tasks.search_result import RESULT_FILE, RESULT_STAGE
 from tasks.select import read_selection
 
 
@@ -21,7 +21,7 @@ def show_key(store_url: str, key: str | None) -> None:
         KeyError: no artifact has that key, or several begin with it.
     """
     store = ArtifactStore(store_url)
-    artifact = _newest_search(store) if key is None else _by_prefix(store, key)
+    artifact = asked_artifact(store, key)
     console = open_console()
     console.print(artifact.key, style="bold")
     console.print_json(
@@ -39,6 +39,15 @@ def show_key(store_url: str, key: str | None) -> None:
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
             console.print(f"\nPruned model: {exported}", soft_wrap=True)
+
+
+def asked_artifact(store: ArtifactStore, key: str | None) -> Artifact:
+    """The artifact with this key, or whose key begins so; the newest search's if it is None.
+
+    Raises:
+        KeyError: no artifact has that key, or several begin with it.
+    """
+    return _newest_search(store) if key is None else _by_prefix(store, key)
 
 
 def _newest_search(store: ArtifactStore) -> Artifact:

@@ -1,6 +1,7 @@
 """Options of the command line, made from the settings' own fields, so that help, form and schema never differ."""
 
 import json
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection
 from typing import TypeVar
@@ -60,6 +61,24 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
             got = f", got {given[name]!r}" if name in given and problem["type"] != "credentials" else ""
             problems.append(f"{_flag(name) if name else 'settings'}: {problem['msg']}{got}")
         raise ValueError("; ".join(problems)) from error
+
+
+def search_command(settings: BaseModel) -> str:
+    """The command that makes the same search, on one line; what is left at its default is left out."""
+    given = settings.model_dump(mode="json", exclude_defaults=True)
+    options = [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
+    return shlex.join(["layerwise", "search", *options, "--store=STORE"])
+
+
+def _spelt(name: str, value: object) -> str:
+    """A value as ``_parsed`` and the fields read it."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return str(value["method"]) if list(value) == ["method"] else json.dumps(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value)) if name in LISTS else json.dumps(value)
+    return str(value)
 
 
 def _parsed(name: str, value: str) -> object:

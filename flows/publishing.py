@@ -5,16 +5,14 @@ import base64
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
-from flows.findings import number, sentence_on_test, table_rows, work_sentence
-from flows.found import lane_role
-from flows.plots import perplexity_by_beta, sparsity_by_layer
+from flows.findings import work_sentence
 from flows.result import SearchResult
+from storage.artifact import Artifact
 from storage.files import is_local
 from storage.store import ArtifactStore
-from storage.tables import read_table
-from tasks.branch import LINEARS_FILE
+from tasks.findings import number, sentence_on_test, table_rows
 from tasks.progress import going_on_without_prefect
-from tasks.select import ScoreRow
+from tasks.report import figure_file
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
 LOAD_HERE = """```python
@@ -39,14 +37,23 @@ NOT_WRITTEN = (
 )
 
 
-def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
-    """Show a result on the page of the flow run that calls this, where the server takes it."""
+def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifact) -> None:
+    """Show a result on the page of the flow run that calls this, where the server takes it.
+
+    Args:
+        page: the report's artifact.
+    """
     get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
     title = f"{result.settings.title}: {result.selection.verdict}"
-    report = search_report(store, result)
+    report = search_report(store, result, page)
     with going_on_without_prefect():
         create_table_artifact(table_rows(result.selection), key="search-result", description=title)
         create_markdown_artifact(report, key="search-report", description=title)
+        create_markdown_artifact(
+            where_the_report_is(result.report),
+            key="report-page",
+            description=f"{result.settings.title}: the report's page",
+        )
         if result.pruned is not None:
             create_markdown_artifact(
                 how_to_load(result.pruned),
@@ -55,13 +62,16 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult) -> None:
             )
 
 
-def search_report(store: ArtifactStore, result: SearchResult) -> str:
-    """The whole result as one page of Markdown that needs nothing else: figures are in it."""
+def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) -> str:
+    """The result as one page of Markdown that needs nothing else: two of the report's figures are in it.
+
+    Args:
+        page: the report's artifact.
+    """
     settings, selection, test = result.settings, result.selection, result.test
     uniform, best = selection.rows[0], selection.best_row
     name = selection.name(selection.best)
-    lanes = [realised_by_layer(store, result, row) for row in (uniform, best)]
-    profile = sparsity_by_layer(lanes[0], None if best == uniform else lanes[1], name, settings.title)
+    curve, profile = (store.read(page, figure_file(name)) for name in ("perplexity", "sparsity"))
     place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
     return f"""# {settings.title}, {settings.pruner.method}
 
@@ -75,7 +85,7 @@ def search_report(store: ArtifactStore, result: SearchResult) -> str:
 | uniform | 0 | {number(uniform.perplexity)} | {number(test.uniform)} |
 | **best** | {name.removeprefix(f"{selection.parameter} ")} | {number(best.perplexity)} | {number(test.best)} |
 
-{_image("Perplexity by beta", perplexity_by_beta(selection, settings.title))}
+{_image("Perplexity by beta", curve)}
 
 A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
 
@@ -84,6 +94,9 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 ## The pruned model
 
 {NOT_WRITTEN if result.pruned is None else how_to_load(result.pruned)}
+## The report
+
+{where_the_report_is(result.report)}
 ## In the store
 
 {work_sentence(result)} `layerwise show {place}` tells how it was made.
@@ -94,12 +107,9 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 """
 
 
-def realised_by_layer(store: ArtifactStore, result: SearchResult, row: ScoreRow) -> list[float]:
-    """Zeros over weights of every layer's pruned linears, in the lane of this row."""
-    table = read_table(store, result.stages[lane_role(row.beta, row.offset)], LINEARS_FILE)
-    sums = table.group_by("layer").aggregate([("zeros", "sum"), ("weights", "sum")]).to_pylist()
-    by_layer = sorted(sums, key=lambda layer: layer["layer"])
-    return [layer["zeros_sum"] / layer["weights_sum"] for layer in by_layer]
+def where_the_report_is(place: str) -> str:
+    """Where the report's page lies, as text to be copied."""
+    return f"One page with everything; a browser opens it without a network.\n\n```text\n{place}\n```\n"
 
 
 def how_to_load(place: str) -> str:

@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import cast
 
 from prefect import flow
 from prefect.exceptions import CancelledRun, TerminationSignal
 
 from flows.cancelling import cancelled
-from flows.found import lane_role
 from flows.mending import mending
+from flows.options import search_command
 from flows.publishing import publish_to_prefect
 from flows.result import SearchResult
 from flows.runtime import Runtime
 from flows.settings import Search
 from flows.spread import share, spread
 from flows.stages import chosen
+from flows.versions import versions
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.running import announced
@@ -24,10 +25,9 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
 from tasks.execution import Execution
+from tasks.report import PAGE_FILE, report
+from tasks.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS, lane_role
 from tasks.stopping import stopping_on_sigterm
-
-RESULT_FILE = "result.json"
-RESULT_STAGE = "search"
 
 
 @flow(name="search", flow_run_name="{settings.title}", persist_result=False)
@@ -108,12 +108,15 @@ def _run_stages(
         tuple(built),
         before.checkpoint.bytes_read,
     )
-    publish_result(store, result)
-    return result
+    return publish_result(store, result)
 
 
-def publish_result(store: ArtifactStore, result: SearchResult) -> None:
-    """The result as an artifact of the store, and on Prefect's pages."""
+def publish_result(store: ArtifactStore, result: SearchResult) -> SearchResult:
+    """Commit the result and its report to the store, and show it on Prefect's pages.
+
+    Returns:
+        The result, with the place of its report.
+    """
     keys = {role: artifact.key for role, artifact in result.stages.items()}
     document = {
         "settings": result.settings.model_dump(mode="json"),
@@ -128,7 +131,9 @@ def publish_result(store: ArtifactStore, result: SearchResult) -> None:
 
     def build(draft: Draft) -> None:
         draft.write(RESULT_FILE, json.dumps(document, indent=1).encode())
-        draft.facts |= {"verdict": result.selection.verdict, "source": result.source}
+        draft.facts |= {"verdict": result.selection.verdict, "source": result.source, VERSIONS: versions()}
 
-    store.get_or_build(stage, build)
-    publish_to_prefect(store, result)
+    page = report(store, store.get_or_build(stage, build), search_command(result.settings))
+    result = replace(result, report=store.location(page, PAGE_FILE))
+    publish_to_prefect(store, result, page)
+    return result

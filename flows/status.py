@@ -26,7 +26,7 @@ from storage.progress import Progress, read_progress
 from storage.running import SILENT, RunningProcess, running_processes, storage_clock
 from storage.store import ArtifactStore
 
-SEARCH = "search"  # flows.search.RESULT_STAGE, whose module brings Prefect
+SEARCH = "search"  # tasks.search_result.RESULT_STAGE, whose module brings Prefect
 LANE = "lane"  # its resume point only notes with whom it was begun; their group's has the work
 NEWEST = 5  # finished searches that are shown
 LISTED = 40  # rows of a table; of more the newest are shown

@@ -10,11 +10,12 @@ from rich.text import Text
 
 from flows.comparison import Compared, rows_of, summary_of
 from flows.console import size
-from flows.findings import number, sentence_on_test, table_rows, work_sentence
+from flows.findings import work_sentence
 from flows.plan import Plan
 from flows.result import SearchResult
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
+from tasks.findings import number, sentence_on_test, table_rows
 from tasks.select import Selection
 
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
@@ -31,6 +32,7 @@ def show_result(console: Console, result: SearchResult) -> None:
         console.print(
             f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
         )
+    console.print(f"Report: {_short(result.report)}", soft_wrap=True)
     console.print(work_sentence(result))
 
 

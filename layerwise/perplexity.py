@@ -68,9 +68,16 @@ class PairedDifference:
     @property
     def significant(self) -> bool:
         """Beyond the two-sided 5 % point of Student's t for so many windows."""
-        if self.t is None:
-            return False
-        return abs(self.t) > T_BOUNDS[max(degrees for degrees in T_BOUNDS if degrees < self.windows)]
+        return self.t is not None and abs(self.t) > self._t_bound
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half the width of the 95 % interval around the mean, in nats; None where it is undefined."""
+        return self._t_bound * abs(self.mean / self.t) if self.t else None
+
+    @property
+    def _t_bound(self) -> float:
+        return T_BOUNDS[max(degrees for degrees in T_BOUNDS if degrees < self.windows)]
 
 
 def paired_difference(losses: Sequence[float], others: Sequence[float]) -> PairedDifference:

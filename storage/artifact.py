@@ -56,7 +56,7 @@ class Artifact:
         files: by the name they were written under.
         facts: small results worth reading without opening a file; plain JSON.
         recipe: the stage as plain JSON: name, version, settings, inputs.
-        made: when and in how many seconds; not part of what the artifact is.
+        made: when, in how many seconds, in how much memory; not part of what the artifact is.
         token: of the manifest, tells it from one that another attempt wrote.
     """
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import socket
 import time
 import uuid
@@ -37,6 +38,7 @@ class Draft:
     Attributes:
         files: what was written so far, including the files of an earlier attempt that left a resume point.
         facts: small results for the manifest; plain JSON.
+        made: for the manifest, beside time and memory: how this attempt made it; no part of what the artifact is.
         resumed: where an earlier attempt stopped; None on a fresh start.
         tokens: of that resume point, and of those that this attempt left.
     """
@@ -44,6 +46,7 @@ class Draft:
     def __init__(self, fs: AbstractFileSystem, root: str, stage: Stage) -> None:
         self.files: dict[str, StoredFile] = {}
         self.facts: dict[str, object] = {}
+        self.made: dict[str, object] = {}
         self.resumed: Progress | None = None
         self.tokens: set[str] = set()
         self._fs, self._root, self._stage = fs, root, stage
@@ -188,6 +191,17 @@ class Draft:
         """Delete what was written; nobody will need it."""
         remove_quietly(self._fs, [f"{self._root}/{file.path}" for file in self.files.values()])
         self.files = {}
+
+    @property
+    def how_it_was_made(self) -> dict[str, object]:
+        """When, in how many seconds, and in how many bytes of memory: the most that this process has held so far."""
+        return {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": self.seconds,
+            "peak_memory": 1024
+            * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # which is in KiB on Linux
+            **self.made,
+        }
 
     @property
     def seconds(self) -> float:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
@@ -115,7 +114,7 @@ class ArtifactStore:
             "recipe": stage.recipe,
             "files": files_to_json(draft.files),
             "facts": draft.facts,
-            "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": draft.seconds},
+            "made": draft.how_it_was_made,
         }
         if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
             logger.info("%s was committed by another process first; using that one", stage.key)

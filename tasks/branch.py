@@ -15,7 +15,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
-from tasks.grouping import begun_groups, group_stage, note_group
+from tasks.grouping import GROUP, begun_groups, group_stage, note_group
 from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title, windows_title
@@ -149,6 +149,7 @@ def _copy_lane(
             draft.write(name.removeprefix(folder), store.read(group, name))
     losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
     draft.facts |= plan_facts(plan) | {"selection perplexity": perplexity(losses)}
+    draft.made[GROUP] = group.key  # which has the time and the memory; the lane is the same in whatever group
 
 
 def plan_facts(plan: SparsityPlan) -> dict[str, float]:

@@ -7,7 +7,7 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 
-GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with
+GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with; in how it was made: their group's key
 
 
 def group_stage(lanes: Sequence[Stage]) -> Stage:

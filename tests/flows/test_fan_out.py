@@ -39,6 +39,7 @@ from flows.search import SearchResult, search
 from flows.settings import Search
 from flows.step import StepFailed
 from storage.store import ArtifactStore
+from tasks.report import REPORT_STAGE
 from tests.prefect_server import FEW_WRITES, PrefectServer
 from tests.small_search import small_search
 from tests.work_log import Log, Run, mark_of
@@ -188,11 +189,11 @@ def deploy(flow: Flow, pool: str, name: str, **options) -> uuid.UUID:
 
 
 def contents(store: ArtifactStore) -> dict[str, str]:
-    """Digest by key of all artifacts but the groups', which tell how the lanes were spread."""
+    """Digest by key of all artifacts but groups and reports: they tell how lanes were spread, what took how long."""
     return {
         artifact.key: artifact.content
         for artifact in store.artifacts()
-        if artifact.recipe["name"] != "lane_group"
+        if artifact.recipe["name"] not in ("lane_group", REPORT_STAGE)
     }
 
 

@@ -88,7 +88,9 @@ def test_a_store_of_results_only_still_shows_its_search(finished, finished_copy,
         artifact for key, artifact in left.items() if key.startswith("search/")
     ]  # other tests add some
     kept = {search.recipe["inputs"][role] for search in searches for role in roles}
-    assert {key for key in left if not key.startswith("search/")} == kept
+    assert {key for key in left if not key.startswith(("search/", "report/"))} == kept
+    page = result.report.removeprefix(finished[1].store)
+    assert (Path(finished_copy.root) / page.lstrip("/")).read_text().startswith("<!doctype html>")
     assert {result.stages[role].key for role in roles} <= kept
     show_key(finished_copy.url, None)
     assert capsys.readouterr().out == shown

@@ -6,10 +6,10 @@ import pytest
 
 from flows.found import look_up
 from flows.plan import plan_search
-from flows.search import RESULT_FILE
 from storage.store import ArtifactStore
 from storage.tables import read_table
 from tasks.branch import LINEARS_FILE
+from tasks.search_result import RESULT_FILE
 
 METHODS = {
     "sparsegpt": {"pruner": "sparsegpt"},

@@ -15,13 +15,14 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.runtime import flow_run
 from transformers import AutoModelForCausalLM
 
-from flows.findings import sentence_on_test, table_rows, work_sentence
+from flows.findings import work_sentence
 from flows.publishing import how_to_load, publish_to_prefect, search_report
 from flows.search import search
 from layerwise.perplexity import PairedDifference
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.evaluate import TestResult
+from tasks.findings import sentence_on_test, table_rows
 
 ENOUGH = 60  # seconds in which Prefect's server has noted the runs of all tasks; one, mostly
 
@@ -32,9 +33,17 @@ def code_of(markdown: str) -> str:
 
 
 @pytest.fixture
-def report(finished):
+def page(finished):
+    """The artifact of the search's report."""
     result, runtime = finished
-    return search_report(ArtifactStore(runtime.store), result)
+    (page,) = [each for each in ArtifactStore(runtime.store).artifacts() if each.key in result.report]
+    return page
+
+
+@pytest.fixture
+def report(finished, page):
+    result, runtime = finished
+    return search_report(ArtifactStore(runtime.store), result, page)
 
 
 def test_the_report_tells_the_choice_and_how_the_models_compare(finished, report):
@@ -51,12 +60,13 @@ def test_the_report_names_every_artifact_and_whether_it_was_built(finished, repo
     for role, artifact in result.stages.items():
         assert f"| {role} | `{artifact.key}` | built now |" in report
     assert result.pruned in report
+    assert result.report in report
     assert f"`layerwise show {runtime.store}`" in report
 
 
-def test_a_report_on_what_was_there_already_says_so(finished):
+def test_a_report_on_what_was_there_already_says_so(finished, page):
     result, runtime = finished
-    again = search_report(ArtifactStore(runtime.store), replace(result, built=()))
+    again = search_report(ArtifactStore(runtime.store), replace(result, built=()), page)
     assert "Everything was in the store already" in again
     assert "built now" not in again
 
@@ -81,12 +91,14 @@ def test_the_code_that_loads_the_model_runs(finished, fresh_store_url, tmp_path,
         assert torch.equal(tensor, expected[name])
 
 
-def test_prefect_gets_the_table_the_report_the_place_of_the_model_and_a_line_in_the_log(finished, caplog):
+def test_prefect_gets_the_table_the_report_the_places_of_page_and_model_and_a_line_in_the_log(
+    finished, page, caplog
+):
     result, runtime = finished
 
     @flow(persist_result=False)
     def publishing() -> str:
-        publish_to_prefect(ArtifactStore(runtime.store), result)
+        publish_to_prefect(ArtifactStore(runtime.store), result, page)
         return flow_run.id
 
     with caplog.at_level("INFO", "prefect.flow_runs"):
@@ -98,10 +110,12 @@ def test_prefect_gets_the_table_the_report_the_place_of_the_model_and_a_line_in_
     assert {key: artifact.type for key, artifact in artifacts.items()} == {
         "search-result": "table",
         "search-report": "markdown",
+        "report-page": "markdown",
         "pruned-model": "markdown",
     }
     assert json.loads(artifacts["search-result"].data) == table_rows(result.selection)
     assert result.pruned in artifacts["pruned-model"].data
+    assert result.report in artifacts["report-page"].data
     for artifact in (artifacts["search-result"], artifacts["search-report"]):
         assert artifact.description == f"model at 0.5: {result.selection.verdict}"
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -14,14 +15,15 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from transformers import AutoModelForCausalLM
 
-from flows.findings import table_rows
 from flows.found import look_up
 from flows.runtime import Runtime
-from flows.search import RESULT_FILE, search
+from flows.search import search
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
+from tasks.findings import table_rows
 from tasks.import_checkpoint import import_checkpoint
 from tasks.sample_tokens import read_input_ids
+from tasks.search_result import RESULT_FILE
 
 ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
@@ -187,6 +189,10 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
     (document,) = [d for d in documents if d["stages"] == keys_of(result)]
     assert document["settings"] == workshop.settings().model_dump(mode="json")
     assert document["verdict"] == result.selection.verdict
+    (committed,) = [
+        a for a in store.artifacts() if set(a.recipe["inputs"].values()) == set(document["stages"].values())
+    ]
+    assert committed.facts["versions"]["torch"] == version("torch")
     assert document["test"]["best"] == result.test.best
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from flows import status
-from flows.search import RESULT_STAGE
 from flows.status import show_status
 from storage.publishing import overwrite
 from storage.running import announced, doing, running_processes, storage_clock
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.grouping import note_group
+from tasks.search_result import RESULT_STAGE
 from tests.faults import error
 
 CAPTURE = Stage("capture", 1)

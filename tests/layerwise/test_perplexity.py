@@ -119,3 +119,14 @@ def test_a_difference_is_significant_beyond_students_t_for_its_windows(t, window
 def test_plans_scored_on_different_windows_are_not_compared(losses, others):
     with pytest.raises(ValueError, match=f"got {len(losses)} and {len(others)} losses"):
         paired_difference(losses, others)
+
+
+def test_half_an_interval_is_so_many_standard_errors_as_students_t_says_for_the_windows():
+    # Three windows, two degrees of freedom: 4.31 standard errors, and one error is .2 / 2 nats.
+    assert PairedDifference(0.2, 2.0, 3).half_interval == pytest.approx(0.431)
+    assert PairedDifference(-0.2, -2.0, 3).half_interval == pytest.approx(0.431)
+
+
+@pytest.mark.parametrize("t", [None, 0.0])
+def test_there_is_no_interval_without_a_standard_error(t):
+    assert PairedDifference(0.0, t, 3).half_interval is None

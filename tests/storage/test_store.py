@@ -53,6 +53,7 @@ def test_the_manifest_says_what_was_made_from_what(store):
     def build(draft):
         draft.write("report/losses.json", [b"[1,", b" 2]"])
         draft.facts["loss"] = 0.1
+        draft.made["by"] = "hand"
 
     artifact = store.get_or_build(STAGE, build)
     assert artifact.facts == {"loss": 0.1}
@@ -62,7 +63,9 @@ def test_the_manifest_says_what_was_made_from_what(store):
         "settings": {"layer": 3, "sparsity": 0.5},
         "inputs": {"dense": "import/0"},
     }
-    assert artifact.made.keys() == {"at", "seconds"}
+    assert artifact.made.keys() == {"at", "seconds", "peak_memory", "by"}
+    assert artifact.made["by"] == "hand"
+    assert 1 << 20 < artifact.made["peak_memory"] < 1 << 40  # bytes of a process with torch in it
     assert artifact.size == 6
     assert store.read(artifact, "report/losses.json") == b"[1, 2]"
 

@@ -1,0 +1,35 @@
+"""Make the report of a finished search again, from the store alone: no model is read, no Prefect server asked."""
+
+from pathlib import Path
+
+from flows.inspect import asked_artifact
+from flows.options import search_command
+from flows.settings import Search
+from storage.store import ArtifactStore
+from tasks.report import PAGE_FILE, report
+from tasks.search_result import read_search
+
+
+def make_report(store_url: str, key: str | None, output: Path | None = None) -> str:
+    """Find the report of a search, or make it.
+
+    Args:
+        key: of the search, or its beginning; None for the newest one.
+        output: a file of this machine to which the page is copied.
+
+    Returns:
+        Where the page lies.
+
+    Raises:
+        KeyError: no artifact has that key, or several begin with it; or the search's own artifacts are gone.
+        ValueError: the artifact is not that of a search.
+        OSError: the store cannot be reached, or ``output`` not be written.
+    """
+    store = ArtifactStore(store_url)
+    artifact = asked_artifact(store, key)
+    settings = Search.model_validate(read_search(store, artifact).settings)
+    page = report.fn(store, artifact, search_command(settings))
+    if output is None:
+        return store.location(page, PAGE_FILE)
+    output.write_bytes(store.read(page, PAGE_FILE))
+    return str(output)

@@ -1,0 +1,113 @@
+"""Report: one self-contained page on a finished search, its figures as SVG and PNG, its numbers as Parquet."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import altair
+import pyarrow as pa
+
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tables import write_table
+from tasks.drawing import png_file, svg_file, svg_inside
+from tasks.figures import (
+    error_by_layer,
+    sparsity_by_layer,
+    sparsity_by_linear,
+    theory_figure,
+    time_by_stage,
+)
+from tasks.perplexity_figure import perplexity_by_beta
+from tasks.report_data import ReportData, report_data
+from tasks.report_extras import Extras
+from tasks.report_page import report_page
+from tasks.search_result import read_search
+from tasks.stage_task import stage_task
+
+PAGE_FILE = "report.html"
+REPORT_STAGE = "report"
+TITLES = {
+    "perplexity": "Perplexity on the selection text",
+    "sparsity": "Sparsity of every decoder layer",
+    "errors": "Reconstruction error of every decoder layer",
+    "linears": "Realised sparsity of every linear, best plan",
+    "stages": "Time of every stage",
+}
+
+
+def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
+    """The stage of a page. How long the stages took is no part of their keys, so it is a setting of this one."""
+    settings = {
+        "made": [
+            {name: row[name] for name in ("key", "committed", "seconds", "peak_memory")}
+            for row in data.tables["stages"]
+        ],
+        "versions": dict(data.versions),
+        "command": data.command,
+        "extras": asdict(data.extras),
+        "compared": list(compared),
+    }
+    others = {f"compared {number:03d}": artifact.key for number, artifact in enumerate(compared.values())}
+    return Stage(REPORT_STAGE, 1, settings, {"search": data.search, **others})
+
+
+@stage_task(about=lambda search, **_: str(search.facts.get("source", "")))
+def report(
+    store: ArtifactStore,
+    search: Artifact,
+    command: str = "",
+    extras: Extras = Extras(),  # noqa: B008  frozen
+    compared: Mapping[str, Artifact] | None = None,
+) -> Artifact:
+    """The page on a search: ``report.html``, ``figures/*.svg``, ``figures/*.png``, ``data/*.parquet``.
+
+    Args:
+        search: the artifact of a finished search.
+        command: that makes the same search, for people.
+        extras: what was measured beside it; what is missing is left out.
+        compared: other searches of a comparison, whose best plans are drawn beside this one's, by their names.
+
+    Raises:
+        ValueError: ``search`` is not a search's.
+        KeyError: an artifact of the search is not in the store any more.
+    """
+    others = {name: read_search(store, other) for name, other in (compared or {}).items()}
+    data = report_data(store, read_search(store, search), others, command, extras)
+
+    def build(draft: Draft) -> None:
+        charts = figures_of(data)
+        inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
+        draft.write(PAGE_FILE, report_page(data, inside).encode())
+        titles = TITLES | {f"theory-{number}": each.title for number, each in enumerate(data.extras.theory)}
+        for name, chart in charts.items():
+            title = [titles[name], data.title]
+            draft.write(figure_file(name), svg_file(chart, name, title).encode())
+            draft.write(f"figures/{name}.png", png_file(chart, title))
+        for name, rows in data.tables.items():
+            if rows:
+                write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
+        draft.facts |= {"search": data.search, "title": data.title}
+
+    return store.get_or_build(report_stage(data, compared or {}), build)
+
+
+def figure_file(name: str) -> str:
+    """Where a figure is in the artifact, as SVG."""
+    return f"figures/{name}.svg"
+
+
+def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
+    """The figures of a report by name."""
+    tables = data.tables
+    return {
+        "perplexity": perplexity_by_beta(
+            tables["betas"], tables["models"][0]["selection_perplexity"], data.parameter
+        ),
+        "sparsity": sparsity_by_layer(tables["sparsities"]),
+        "errors": error_by_layer(tables["errors"]),
+        "linears": sparsity_by_linear(tables["linears"]),
+        "stages": time_by_stage(tables["stages"]),
+        **{f"theory-{number}": theory_figure(each) for number, each in enumerate(data.extras.theory)},
+    }

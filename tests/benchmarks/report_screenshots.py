@@ -1,0 +1,101 @@
+"""A report as a browser shows it: light and dark, on a desk, on a phone, on paper; PNG files for a person to look at.
+
+    pip install playwright; apt-get install chromium poppler-utils
+    .venv/bin/python tests/benchmarks/report_screenshots.py --page report.html --folder /tmp/pages
+
+Exits with 1 if the page asks for anything outside of itself, logs an error, scrolls sideways, or has a figure whose
+marks say nothing under the pointer.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync"
+MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
+MARK += ":not([aria-roledescription='legend'])"
+FIGURES = ("perplexity", "sparsity", "errors", "linears", "stages")
+
+
+@dataclass(frozen=True)
+class View:
+    """How somebody looks at the page; sizes in pixels."""
+
+    name: str
+    width: int
+    height: int
+    scheme: str
+
+
+VIEWS = (
+    View("desktop-light", 1280, 900, "light"),
+    View("desktop-dark", 1280, 900, "dark"),
+    View("phone-light", 390, 844, "light"),
+    View("phone-dark", 390, 844, "dark"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    problems = problems_of(arguments.page.resolve(), arguments.folder, arguments.chromium)
+    if shutil.which("pdftoppm"):
+        pdf = arguments.folder / "print.pdf"
+        subprocess.run(["pdftoppm", "-r", "70", "-png", pdf, pdf.with_suffix("")], check=True)
+    print("\n".join(problems) or f"{len(VIEWS)} views and a PDF in {arguments.folder}: look at them")
+    sys.exit(bool(problems))
+
+
+def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
+    """Write every view into a PNG file, and the print into a PDF; what is wrong with them."""
+    from playwright.sync_api import sync_playwright
+
+    problems: list[str] = []
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
+        browser = playwright.chromium.launch_persistent_context(
+            profile, executable_path=chromium, args=FLAGS.split()
+        )
+        tab = browser.pages[0]
+        tab.on(
+            "request",
+            lambda request: request.url == page.as_uri() or problems.append(f"asks for {request.url}"),
+        )
+        tab.on("console", lambda message: problems.append(f"console: {message.text}"))
+        for view in VIEWS:
+            tab.emulate_media(color_scheme=view.scheme)
+            tab.set_viewport_size({"width": view.width, "height": view.height})
+            tab.goto(page.as_uri())
+            tab.screenshot(path=folder / f"{view.name}.png", full_page=True)
+            if (width := tab.evaluate("document.documentElement.scrollWidth")) > view.width:
+                problems.append(f"{view.name}: {width} pixels wide")
+            problems += [f"{view.name}: {each}" for each in silent_figures(tab)]
+        tab.emulate_media(color_scheme="dark", media="print")  # paper is white whatever the screen is
+        tab.pdf(path=folder / "print.pdf", format="A4", print_background=False)
+        browser.close()
+    return problems
+
+
+def silent_figures(tab: Any) -> list[str]:
+    """Figures whose first mark says nothing under the pointer."""
+    silent = []
+    for figure in FIGURES:
+        mark = tab.locator(MARK.format(figure=figure)).first
+        mark.hover(force=True)
+        said = tab.locator("#pointed")
+        if not said.is_visible() or said.inner_text() != mark.get_attribute("aria-label"):
+            silent.append(f"the first mark of {figure} says nothing")
+    return silent
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The figures by layer, by linear and by stage: what they say, for rows that can be checked by eye."""
+
+from xml.etree import ElementTree
+
+from tasks.drawing import svg_inside
+from tasks.figures import (
+    error_by_layer,
+    sparsity_by_layer,
+    sparsity_by_linear,
+    theory_figure,
+    time_by_stage,
+)
+from tasks.report_extras import TheoryFigure
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def parts(chart) -> tuple[set[str], list[str]]:
+    """The words of a figure, and what its marks say under the pointer."""
+    svg = ElementTree.fromstring(svg_inside(chart, "figure"))
+    words = {"".join(text.itertext()) for text in svg.iter(f"{SVG}text")}
+    marks = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path") if mark.get("aria-label")]
+    return words, marks
+
+
+def sparsity(plan, kind, layer, share):
+    return {"plan": plan, "kind": kind, "layer": layer, "sparsity": share}
+
+
+def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_them():
+    rows = [
+        sparsity("uniform", "uniform", 0, 0.5),
+        sparsity("uniform", "uniform", 1, 0.5),
+        sparsity("beta 0.02", "best", 0, 0.49),
+        sparsity("beta 0.02", "best", 1, 0.51),
+        sparsity("beta 0.1", "tried", 0, 0.45),
+        sparsity("beta 0.1", "tried", 1, 0.55),
+        sparsity("owl, alpha 1", "compared", 0, 0.4),
+        sparsity("owl, alpha 1", "compared", 1, 0.6),
+    ]
+    words, marks = parts(sparsity_by_layer(rows))
+    assert {"uniform", "best, beta 0.02", "others that were tried", "owl, alpha 1"} <= words
+    assert "beta 0.02, layer 1: sparsity 0.5100" in marks
+    assert "owl, alpha 1, layer 0: sparsity 0.4000" in marks
+
+
+def test_one_plan_alone_is_the_uniform_one_and_the_best_one():
+    words, marks = parts(sparsity_by_layer([sparsity("uniform", "best", 0, 0.5)]))
+    assert "best, uniform" in words
+    assert marks == ["uniform, layer 0: sparsity 0.5000"]
+
+
+def test_errors_are_drawn_over_the_dense_output_s_energy():
+    rows = [
+        {"model": model, "layer": layer, "relative_error": error}
+        for model, errors in (("uniform", (0.1, 0.4)), ("best", (0.05, 0.2)))
+        for layer, error in enumerate(errors)
+    ]
+    words, marks = parts(error_by_layer(rows))
+    assert {"uniform", "best"} <= words
+    assert "best, layer 1: 0.2 of the dense output's energy" in marks
+    local = [{**row, "relative_local_error": row["relative_error"] / 2} for row in rows]
+    words, marks = parts(error_by_layer(local))
+    assert "uniform, added by the layer itself" in words
+
+
+def test_an_error_of_zero_can_be_drawn():
+    rows = [
+        {"model": "best", "layer": layer, "relative_error": error} for layer, error in ((0, 0.0), (1, 9.0))
+    ]
+    assert len(parts(error_by_layer(rows))[1]) == 2
+
+
+def test_the_map_has_every_linear_with_its_counts():
+    rows = [
+        {"layer": layer, "linear": name, "weights": 2000, "zeros": zeros, "sparsity": zeros / 2000}
+        for layer in (0, 1)
+        for name, zeros in (("q_proj", 1000), ("down_proj", 1100))
+    ]
+    words, marks = parts(sparsity_by_linear(rows))
+    assert {"q_proj", "down_proj"} <= words
+    assert "layer 1, down_proj: 0.5500, 1,100 of 2,000 weights" in marks
+
+
+def stage(name, start, end):
+    return {"stage": name, "key": name, "start": start, "end": end, "seconds": end - start}
+
+
+def test_stages_are_drawn_in_a_unit_that_fits():
+    words, marks = parts(time_by_stage([stage("capture", 0.0, 9.0), stage("select", 9.0, 9.01)]))
+    assert {"capture", "select", "seconds at work since the beginning, pauses left out"} <= words
+    assert marks == ["capture: 9.0 s", "select: 0.0 s"]
+    words, _ = parts(time_by_stage([stage("capture", 0.0, 40000.0)]))
+    assert "hours at work since the beginning, pauses left out" in words
+
+
+def test_a_figure_of_the_theory_has_its_lines_by_name():
+    figure = TheoryFigure(
+        "Bound", "depth", "error", "It holds.", (("bound", ((0, 2), (1, 3))), ("seen", ((0, 1), (1, 2))))
+    )
+    words, marks = parts(theory_figure(figure))
+    assert {"bound", "seen", "depth", "error"} <= words
+    assert "seen: 1, 2" in marks
