@@ -6,7 +6,16 @@ import torch
 from layerwise.continuations import Continuation, advance, continuation_batches, score_batch
 from layerwise.streaming import StreamedModel
 
-FAMILIES = ["llama", "llama-tied", "mistral-window", "gemma2-window", "recurrent-gemma", "opt", "gpt2", "bloom"]
+FAMILIES = [
+    "llama",
+    "llama-tied",
+    "mistral-window",
+    "gemma2-window",
+    "recurrent-gemma",
+    "opt",
+    "gpt2",
+    "bloom",
+]
 POSITIONS = 64
 
 
@@ -95,7 +104,9 @@ def test_the_head_is_applied_to_a_few_rows_at_a_time(tiny_model, continuations, 
     at_once = scores_of(tiny.streamed(), tiny.layers(), continuations)
     monkeypatch.setattr("layerwise.continuations.LOSS_POSITIONS", 24)
     in_parts = scores_of(tiny.streamed(), tiny.layers(), continuations)
-    assert [s.log_probability for s in in_parts] == pytest.approx([s.log_probability for s in at_once], abs=1e-4)
+    assert [s.log_probability for s in in_parts] == pytest.approx(
+        [s.log_probability for s in at_once], abs=1e-4
+    )
 
 
 def test_the_head_sees_only_the_positions_that_are_asked_for(tiny_model, monkeypatch):
