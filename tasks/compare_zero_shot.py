@@ -8,7 +8,7 @@ from layerwise.accuracy import Accuracy, average, combined_error
 from layerwise.mcnemar import paired_answers, together
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
-from tasks.zero_shot import TaskAnswers, read_answers
+from tasks.task_answers import TaskAnswers, read_answers
 
 AVERAGE = "average"
 
