@@ -117,13 +117,11 @@ def _questions(task: "Task", documents: int | None, seed: int) -> Questions:
     for instance in task.instances:
         asked.setdefault(instance.doc_id, []).append(instance)
     return Questions(
-        task.task_name,
-        str(task.VERSION),
-        available,
-        tuple(range(available) if chosen is None else chosen),
-        tuple(instances[0].doc for instances in asked.values()),
-        tuple(tuple(instance.args for instance in instances) for instances in asked.values()),
         task,
+        document_ids=tuple(range(available) if chosen is None else chosen),
+        documents=[instances[0].doc for instances in asked.values()],
+        requests=[[instance.args for instance in instances] for instances in asked.values()],
+        available=available,
     )
 
 

@@ -1,7 +1,6 @@
 """Questions: documents of a task of lm-eval, what a model is asked about each, and which answers are right."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +12,35 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
-@dataclass(frozen=True)
 class Questions:
-    """Some documents of one task.
+    """Some documents of one task. Nothing in it is ever changed.
+
+    No dataclass: Prefect would look into every document of a task's arguments, a millisecond for each.
+
+    Args:
+        rules: the task itself, which says what answer is right.
+        document_ids: of the documents that are asked, rising: their places among all.
+        documents: as the task's data set has them.
+        requests: by document, its pairs of context and continuation, one for each choice.
+        available: how many documents there are.
 
     Attributes:
         task: its name.
         version: the task's own, which its authors raise when they change it.
-        available: how many documents there are.
-        document_ids: of those that are asked, rising: their places among all.
-        documents: as the task's data set has them.
-        requests: by document, its pairs of context and continuation, one for each choice.
     """
 
-    task: str
-    version: str
-    available: int
-    document_ids: tuple[int, ...]
-    documents: tuple[Mapping[str, Any], ...]
-    requests: tuple[tuple[tuple[str, str], ...], ...]
-    rules: "Task" = field(repr=False, compare=False)  # says which answers are right
+    def __init__(
+        self,
+        rules: "Task",
+        document_ids: Sequence[int],
+        documents: Sequence[Mapping[str, Any]],
+        requests: Sequence[Sequence[tuple[str, str]]],
+        available: int,
+    ) -> None:
+        self.task, self.version = rules.task_name, str(rules.VERSION)
+        self.document_ids, self.documents, self.requests = document_ids, documents, requests
+        self.available = available
+        self._rules = rules
 
     @property
     def count(self) -> int:
@@ -63,7 +71,7 @@ class Questions:
                 (score.log_probability, score.greedy) for score in scores[start : start + len(requests)]
             ]
             start += len(requests)
-            metrics = self.rules.process_results(document, results)
+            metrics = self._rules.process_results(document, results)
             found.append(
                 {name: self._right(metrics[name]) for name in ("acc", "acc_norm") if name in metrics}
             )

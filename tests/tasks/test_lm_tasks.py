@@ -31,9 +31,9 @@ def test_a_task_is_asked_document_by_document_and_choice_by_choice(task):
         120,
     )
     assert questions.document_ids == tuple(range(40))
-    assert questions.requests[7] == tuple(
+    assert questions.requests[7] == [
         (documents[7]["question"], f" {choice}") for choice in documents[7]["choices"]
-    )
+    ]
 
 
 def test_documents_are_drawn_by_seed_and_are_not_the_head_of_the_file(task):
