@@ -1,4 +1,7 @@
-"""Which lanes run together: groups that an earlier attempt has begun go on as they are, the others are made anew."""
+"""Which lanes run together: groups that an earlier attempt has begun go on as they are, the others are made anew.
+
+The tasks of a zero-shot evaluation run together in the same way.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -12,7 +15,9 @@ GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with;
 
 def group_stage(lanes: Sequence[Stage]) -> Stage:
     """The stage that runs these lanes together."""
-    return Stage("lane_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)})
+    return Stage(
+        f"{lanes[0].name}_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)}
+    )
 
 
 def begun_groups(store: ArtifactStore, lanes: Sequence[Stage], missing: Sequence[int]) -> Iterator[list[int]]:
