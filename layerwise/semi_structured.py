@@ -88,9 +88,9 @@ def pack(weight: Tensor) -> SemiStructuredWeight:
     require_matrix(weight)
     if not is_semi_structured(weight):
         raise ValueError(
-            f"a {weight.dtype} weight of shape {tuple(weight.shape)} is not 2:4 as torch's kernels want it: at most two "
-            f"of every four consecutive inputs stored, outputs a multiple of {ROWS}, inputs of {COLUMNS}, float16 or "
-            "bfloat16. Pack it as a bitmask."
+            f"a {weight.dtype} weight of shape {tuple(weight.shape)} is not 2:4 as torch's kernels want it: at most "
+            f"two of every four consecutive inputs stored, outputs a multiple of {ROWS}, inputs of {COLUMNS}, "
+            "float16 or bfloat16. Pack it as a bitmask."
         )
     rows, columns = weight.shape
     fours = weight.detach().contiguous().view(rows, columns // 4, 4)
