@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flows.extras import extras_of
 from flows.inspect import asked_artifact
 from flows.options import search_command
 from flows.settings import Search
@@ -27,8 +28,9 @@ def make_report(store_url: str, key: str | None, output: Path | None = None) -> 
     """
     store = ArtifactStore(store_url)
     artifact = asked_artifact(store, key)
-    settings = Search.model_validate(read_search(store, artifact).settings)
-    page = report.fn(store, artifact, search_command(settings))
+    search = read_search(store, artifact)
+    command = search_command(Search.model_validate(search.settings))
+    page = report.fn(store, artifact, command, extras_of(store, search))
     if output is None:
         return store.location(page, PAGE_FILE)
     output.write_bytes(store.read(page, PAGE_FILE))
