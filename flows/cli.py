@@ -25,13 +25,14 @@ def main() -> None:
     began = time.monotonic()
     _log_to_terminal()
     arguments = sys.argv[1:]
-    runs = arguments[:1] in (["search"], ["compare"]) and not {"-h", "--help"} & set(arguments)
+    runs = arguments[:1] in (["search"], ["compare"], ["theory"]) and not {"-h", "--help"} & set(arguments)
     server = ServerStart() if runs else None
     parsed = _parser(arguments[:1]).parse_args(arguments)
     try:
-        if parsed.command in ("search", "compare"):
-            assert server is not None, "a search that is not asked for its help starts the server"
-            (_search if parsed.command == "search" else _compare)(parsed, server, began)
+        flows = {"search": _search, "compare": _compare, "theory": _theory}
+        if parsed.command in flows:
+            assert server is not None, "a flow that is not asked for its help starts the server"
+            flows[parsed.command](parsed, server, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
             commands |= {"gc": _collect, "verify": _verify}
@@ -91,6 +92,9 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         "compare",
         help="searches of one model with several allocators, pruners, sparsities and seeds, side by side",
     )
+    theory = commands.add_parser(
+        "theory", help="what the theorems of the paper say, measured on a model: numbers and a page"
+    )
     plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
     if not set(command) <= {"status", "ls", "show", "report", "gc", "verify"}:
         from flows.options import add_options
@@ -106,6 +110,12 @@ def _parser(command: Sequence[str]) -> ArgumentParser:
         add_options(compare, Compare, without=["search"])
         add_options(compare, Search, optional=["sparsity"])
         add_options(compare, Runtime)
+    if command == ["theory"]:
+        from flows.theory import WITHOUT_OPTION, Theory
+
+        add_options(theory, Theory, without=["search"])
+        add_options(theory, Search, without=WITHOUT_OPTION)
+        add_options(theory, Runtime, without=["fan_out", "groups"])
     status = commands.add_parser(
         "status", help="who works in a store, what was begun and not finished, which searches have ended"
     )
@@ -176,6 +186,22 @@ def _compare(arguments: Namespace, server: ServerStart, began: float) -> None:
         sys.exit(f"layerwise: {failure}")
     console = open_console()
     show_comparison(console, results)
+    console.print(seconds)
+
+
+def _theory(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.settings import Search
+    from flows.terminal import show_theory
+    from flows.theory import Theory, theory
+
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Theory, search=read_options(arguments, Search))
+    result, seconds = _run(lambda: theory(settings, runtime), server, None, began)
+    console = open_console()
+    show_theory(console, result)
     console.print(seconds)
 
 

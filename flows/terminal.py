@@ -13,10 +13,12 @@ from flows.console import size
 from flows.findings import work_sentence
 from flows.plan import Plan
 from flows.result import SearchResult
+from flows.theory import TheoryResult
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.findings import number, sentence_on_test, table_rows
 from tasks.select import Selection
+from tasks.theory_text import sentences
 
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
 
@@ -106,6 +108,14 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.uncounted:
         roles = " and ".join(plan.uncounted)
         console.print(f"not in these figures: the windows for {roles}, as many as the text will give")
+
+
+def show_theory(console: Console, result: TheoryResult) -> None:
+    """What was found of each theorem, and where the page is."""
+    console.print(f"{result.settings.title}: the theorems of ATP", style="bold")
+    for name, sentence in sentences(result.findings).items():
+        console.print(f"{name}  {sentence}", soft_wrap=True)
+    console.print(f"\nPage: {_short(result.page)}", soft_wrap=True)
 
 
 def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:

@@ -1,0 +1,192 @@
+"""Theory: what the theorems of ATP say (arXiv:2502.14770, section 3), measured on the selection windows."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow as pa
+
+from layerwise.local_errors import LocalErrors
+from layerwise.perplexity import perplexity
+from layerwise.skeleton import Linear
+from layerwise.theory import Findings, Orders, outcome_of, propagation_of, rise_of
+from layerwise.theory_plans import UNIFORM, TheoryPlan
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tables import read_table, write_table
+from tasks.evaluate import LOCAL_WINDOWS
+from tasks.execution import Execution
+from tasks.lane_group import GroupResult, LaneInputs, advance_group
+from tasks.prune_settings import PruneSettings
+from tasks.run_names import model_title
+from tasks.stage_task import stage_task
+from tasks.streamed import layer_sizes_of
+
+LAYERS_FILE = "layers.parquet"  # by plan and layer
+PLANS_FILE = "plans.parquet"
+THEORY_FILE = "theory.json"
+
+Row = dict[str, Any]
+Rows = list[Row]
+
+
+def theory_stage(inputs: LaneInputs, plans: Sequence[TheoryPlan], settings: PruneSettings) -> Stage:
+    """The stage that measures these plans."""
+    tried = [[each.order, each.target, list(each.plan.layers)] for each in plans]
+    own = {"plans": tried, "local_windows": LOCAL_WINDOWS, "prune": settings.identity}
+    return Stage("theory", 1, own, inputs.keys(settings))
+
+
+@stage_task(
+    name="theory",
+    about=lambda inputs, plans, settings, **_: (
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {len(plans)} plans"
+    ),
+)
+def measure_theory(
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    plans: Sequence[TheoryPlan],
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> Artifact:
+    """Run all plans in one group, and note every layer's error and its parts.
+
+    The artifact holds ``layers.parquet`` (by plan and layer), ``plans.parquet``, and ``theory.json`` with what was
+    found.
+
+    Args:
+        plans: as of ``theory_plans``.
+        settings: with the overall sparsity of the orders.
+
+    Raises:
+        ValueError: an error that is not finite, as the dtype was too small for it.
+    """
+
+    def build(draft: Draft) -> None:
+        title = f"theory: {len(plans)} plans and the dense model"
+        removed = [replace(settings, target=each.target).removed(each.plan, linears) for each in plans]
+        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
+        sizes = layer_sizes_of(settings.prunable(linears))
+        layers, of_plans = _layer_rows(plans, result, sizes), _plan_rows(plans, result)
+        _require_finite(layers, settings)
+        write_table(draft, LAYERS_FILE, pa.Table.from_pylist(layers))
+        write_table(draft, PLANS_FILE, pa.Table.from_pylist(of_plans))
+        found = findings_of(layers, of_plans)
+        draft.write(THEORY_FILE, json.dumps(_document(found), indent=1).encode())
+        draft.facts |= {f"holds {name}": holds for name, holds in verdicts(found).items()}
+
+    return store.get_or_build(theory_stage(inputs, plans, settings), build)
+
+
+def read_tables(store: ArtifactStore, artifact: Artifact) -> tuple[Rows, Rows]:
+    """What was measured: by plan and layer, and by plan."""
+    layers, plans = (read_table(store, artifact, name).to_pylist() for name in (LAYERS_FILE, PLANS_FILE))
+    return layers, plans
+
+
+def findings_of(layers: Rows, plans: Rows) -> Findings:
+    """What these tables say of the theorems."""
+    rows_of: dict[tuple[str, float], Rows] = {}
+    for row in layers:
+        rows_of.setdefault((row["order"], row["target"]), []).append(row)
+    parts = {plan: [_parts_of(row) for row in rows] for plan, rows in rows_of.items()}
+    outcomes = {
+        (plan["order"], plan["target"]): outcome_of(
+            plan["order"],
+            [row["error"] for row in rows_of[plan["order"], plan["target"]]],
+            [row["dense_energy"] for row in rows_of[plan["order"], plan["target"]]],
+            plan["losses"],
+        )
+        for plan in plans
+    }
+    levels = tuple(target for order, target in parts if order == UNIFORM)
+    target = next(target for order, target in parts if order != UNIFORM)
+    return Findings(
+        levels,
+        target,
+        rise_of([[each.local for each in parts[UNIFORM, level]] for level in levels]),
+        {level: propagation_of(parts[UNIFORM, level]) for level in levels},
+        Orders(tuple(outcome for (order, _), outcome in outcomes.items() if order != UNIFORM)),
+        outcomes[UNIFORM, target],
+    )
+
+
+def verdicts(found: Findings) -> dict[str, bool]:
+    """Whether each theorem, as far as it can be measured, held everywhere."""
+    return {"3.1": found.rise.holds, "3.2": found.propagation.holds, "3.5": found.orders.holds}
+
+
+def _layer_rows(plans: Sequence[TheoryPlan], result: GroupResult, sizes: Sequence[int]) -> Rows:
+    rows = []
+    for lane, each in enumerate(plans, 1):
+        for layer, outcomes in enumerate(result.outcomes):
+            outcome = outcomes[lane]
+            assert outcome.parts is not None, "the errors of every pruned lane are taken apart"
+            rows.append(
+                {
+                    "order": each.order,
+                    "target": each.target,
+                    "beta": each.plan.beta,
+                    "layer": layer,
+                    "weights": sizes[layer],
+                    "sparsity": each.plan.layers[layer],
+                    "error": outcome.error,
+                    "dense_energy": outcome.energy,
+                    **asdict(outcome.parts),
+                    "factor": outcome.parts.factor,
+                }
+            )
+    return rows
+
+
+def _plan_rows(plans: Sequence[TheoryPlan], result: GroupResult) -> Rows:
+    return [
+        {
+            "order": each.order,
+            "target": each.target,
+            "beta": each.plan.beta,
+            "perplexity": perplexity(losses),
+            "losses": losses,
+        }
+        for each, losses in zip(plans, result.losses[1:], strict=True)
+    ]
+
+
+def _require_finite(layers: Rows, settings: PruneSettings) -> None:
+    for row in layers:
+        if not math.isfinite(row["error"] + row["local"] + row["propagated"]):
+            raise ValueError(
+                f"layer {row['layer']} of the {row['order']} plan at sparsity {row['target']:g} has an error that is "
+                f"not finite in {settings.dtype}. Compute in float32 or bfloat16 (--dtype)."
+            )
+
+
+def _parts_of(row: Row) -> LocalErrors:
+    return LocalErrors(
+        row["windows"], row["local"], row["arriving"], row["propagated"], row["accumulated"], row["energy"]
+    )
+
+
+def _document(found: Findings) -> dict[str, object]:
+    """What was found, for people and programs that read no Parquet."""
+    propagations = [
+        {"sparsity": level, "layers": [asdict(layer) for layer in each.layers]}
+        for level, each in found.propagations.items()
+    ]
+    return {
+        "holds": verdicts(found),
+        "3.1": {"levels": found.levels, **asdict(found.rise)},
+        "3.2": propagations,
+        "3.5": {
+            "orders": [asdict(outcome) for outcome in found.orders.outcomes],
+            "uniform": asdict(found.uniform),
+            "runner-up": found.orders.runner_up.order,
+            "gain": asdict(found.orders.gain),
+        },
+    }

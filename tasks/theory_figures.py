@@ -1,0 +1,122 @@
+"""The figures of the theory's page, from the rows of what was measured; drawn as those of a report."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import altair
+
+from layerwise.theory import Findings
+from layerwise.theory_plans import ASCENDING, DESCENDING, UNIFORM
+from tasks.axes import measure_axis
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of
+
+DEPTH = "decoder layer (0 is nearest to the input)"
+SHUFFLED = "shuffled"
+
+Row = Mapping[str, Any]
+
+
+def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
+    """A layer's own error over the energy of its dense output, by sparsity: one thin line per layer, and the median.
+
+    Args:
+        layers: by plan and layer, as of ``tasks.theory.read_tables``.
+    """
+    uniform = [row for row in layers if row["order"] == UNIFORM]
+    last = max(row["layer"] for row in uniform)
+    names = {0: "first layer", last: "last layer"}
+    rows = [
+        _row(
+            names.get(row["layer"], "other layers"),
+            f"layer {row['layer']}",
+            row["target"],
+            row["local"] / row["energy"],
+            f"layer {row['layer']} at sparsity {row['target']:g}",
+        )
+        for row in uniform
+    ]
+    for level in dict.fromkeys(row["target"] for row in uniform):
+        value = median(row["local"] / row["energy"] for row in uniform if row["target"] == level)
+        rows.append(_row("median of all layers", "median", level, value, f"median at sparsity {level:g}"))
+    marks = {
+        "median of all layers": (BLUE, 2.6),
+        "first layer": (VERMILION, 1.8),
+        "last layer": (GREEN, 1.8),
+        "other layers": (GREY, 0.7),
+    }
+    return _lines(rows, marks, "sparsity (fraction of weights removed)", "own error over dense energy")
+
+
+def factor_by_layer(found: Findings) -> altair.LayerChart:
+    """What every layer multiplies the arriving error by, as it is and relative to the signal, at the target."""
+    names = {"factor": "squared error", "relative_factor": "squared error over energy of the signal"}
+    rows = [
+        _row(name, name, each.layer, getattr(each, field), f"layer {each.layer}, {name}")
+        for field, name in names.items()
+        for each in found.propagation.layers
+    ]
+    ends = [rows[0]["x"], rows[-1]["x"]]
+    rows += [_row("1: neither more nor less", "one", x, 1.0, "1") for x in ends]
+    marks = {
+        names["factor"]: (BLUE, 2.4),
+        names["relative_factor"]: (PURPLE, 2.4),
+        "1: neither more nor less": (GREY, 1.0),
+    }
+    return _lines(rows, marks, DEPTH, "factor of the arriving error")
+
+
+def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
+    """Accumulated error after every layer over the energy of its dense output, by order of the same sparsities."""
+    target = next(row["target"] for row in layers if row["order"] != UNIFORM)
+    rows = [
+        _row(
+            SHUFFLED if row["order"].startswith(SHUFFLED) else row["order"],
+            row["order"],
+            row["layer"],
+            row["error"] / row["dense_energy"],
+            f"{row['order']}, layer {row['layer']} (sparsity {row['sparsity']:.4f})",
+        )
+        for row in layers
+        if row["target"] == target
+    ]
+    marks = {
+        ASCENDING: (GREEN, 2.6),
+        DESCENDING: (PURPLE, 2.2),
+        UNIFORM: (VERMILION, 1.6),
+        SHUFFLED: (GREY, 0.9),
+    }
+    there = {row["line"] for row in rows}
+    marks = {name: look for name, look in marks.items() if name in there}
+    return _lines(rows, marks, DEPTH, "error over dense energy")
+
+
+def _row(line: str, detail: str, x: float, y: float, said: str) -> dict[str, Any]:
+    return {"line": line, "detail": detail, "x": x, "y": y, "said": f"{said}: {y:.4g}"}
+
+
+def _lines(
+    rows: Sequence[Row], marks: Mapping[str, tuple[str, float]], x_title: str, y_title: str
+) -> altair.LayerChart:
+    """Lines; ``marks`` are colour and width of each by its name, the important ones first and on top."""
+    names = list(marks)
+    look = altair.Color(
+        "line:N",
+        title=None,
+        scale=altair.Scale(domain=names, range=[color for color, _ in marks.values()]),
+        legend=altair.Legend(columns=2, symbolType="stroke"),
+    )
+    width = altair.StrokeWidth(
+        "line:N", scale=altair.Scale(domain=names, range=[width for _, width in marks.values()]), legend=None
+    )
+    x = altair.X("x:Q", title=x_title, scale=altair.Scale(nice=False, zero=False, padding=8))
+    y = altair.Y("y:Q", **measure_axis([row["y"] for row in rows], y_title))
+    layers = [
+        chart_of([row for row in rows if row["line"] == name])
+        .mark_line(aria=False)
+        .encode(x=x, y=y, color=look, strokeWidth=width, detail="detail:N")
+        for name in reversed(names)
+    ]
+    strong = [row for row in rows if marks[row["line"]][1] > 1.5]
+    dots = chart_of(strong).mark_circle(size=30, opacity=1)
+    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
