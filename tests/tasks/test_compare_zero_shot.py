@@ -5,9 +5,12 @@ import pytest
 from layerwise.continuations import Score
 from storage.stage import Stage
 from tasks.compare_zero_shot import compare_zero_shot
+from tasks.execution import Execution
+from tasks.import_checkpoint import import_checkpoint
 from tasks.lm_tasks import load_questions
-from tasks.task_answers import write_answers
-from tests.lm_task_files import some_documents, write_task
+from tasks.task_answers import read_answers, write_answers
+from tasks.zero_shot import ZeroShotSettings, zero_shot
+from tests.lm_task_files import give_words, some_documents, write_task
 
 
 @pytest.fixture
@@ -86,3 +89,22 @@ def test_other_tasks_are_not_compared(local_store, questions, answer):
     right = {"one": {0}, "two": {0}}
     with pytest.raises(ValueError, match="the best model answered one, the dense model one, two"):
         compare_zero_shot(local_store, answer(questions, right), None, answer(questions[:1], right))
+
+
+def test_an_exported_model_is_compared_with_the_one_it_was_pruned_from(
+    small_run, save_model, questions, llama
+):
+    run = small_run(give_words(save_model(llama(num_hidden_layers=3, initializer_range=0.2))))
+    uniform, best = run.branch(0.0, 0.25)
+    exported = [run.store.location(run.export(lane, uniform)) for lane in (uniform, best)]
+    checkpoints = [run.checkpoint, *(import_checkpoint(run.store, folder) for folder in exported)]
+    settings = ZeroShotSettings("float32")
+    models = [
+        zero_shot.fn(run.store, checkpoint, questions, settings, Execution()) for checkpoint in checkpoints
+    ]
+    assert len({model["one"].key for model in models}) == 3
+    comparison = compare_zero_shot(run.store, *models)
+    for row in comparison.rows:
+        accuracies = [read_answers(run.store, model[row.task]).metrics.acc for model in models]
+        assert [row.dense, row.uniform, row.best] == accuracies
+        assert row.to_dense.difference == pytest.approx(100 * (row.best.value - row.dense.value))

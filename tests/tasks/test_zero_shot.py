@@ -61,12 +61,10 @@ def tasks(tmp_path) -> list[str]:
     return [write_task(tmp_path, name, some_documents(12, seed)) for seed, name in enumerate(("one", "two"))]
 
 
-def answered(store, folder, tasks, way="streamed", documents=None, seed=0, **execution):
+def answered(store, folder, tasks, way="streamed", documents=None, seed=0, dtype="float32", **execution):
     checkpoint = import_checkpoint(store, str(folder))
     questions = load_questions(tasks, documents, seed)
-    return zero_shot.fn(
-        store, checkpoint, questions, ZeroShotSettings("float32", way), Execution(**execution)
-    )
+    return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))
 
 
 def by_lm_eval(folder, task):
@@ -244,6 +242,15 @@ def test_the_two_ways_have_artifacts_of_their_own(local_store, folder_of, tasks)
     streamed, memory = (answered(local_store, folder, tasks, way)["one"] for way in WAYS)
     assert streamed.key != memory.key
     assert streamed.facts["acc"] == memory.facts["acc"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store, folder_of, tasks, way):
+    """In bfloat16 they come in steps of up to 0.25: choices tie, and the first one wins."""
+    artifact = answered(local_store, folder_of(), tasks, way, dtype="bfloat16")["one"]
+    rows = read_table(local_store, artifact, DOCUMENTS_FILE).to_pylist()
+    values = torch.tensor([value for row in rows for value in row["log_probabilities"]])
+    assert (values != values.bfloat16().float()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("way", WAYS)
