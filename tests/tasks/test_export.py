@@ -281,13 +281,13 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
     assert Path(run.store.location(again, shard.name)).read_bytes() == content
 
 
-def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, another_store, dying_at):
+def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     (lane,) = run.branch(0.25)
     with dying_at("tasks.export.write_tensors", call=4):
         run.export(lane, boundary_layers=1)
     shard = next(Path(run.store.root).rglob("model-00002-of-00006.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    undisturbed = small_run(run.folder, another_store())
-    expected = undisturbed.export(undisturbed.branch(0.25)[0])
-    assert run.export(lane, boundary_layers=1).content == expected.content
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    resumed = run.export(lane, boundary_layers=1)
+    assert Path(run.store.location(resumed, shard.name)).read_bytes() == content
