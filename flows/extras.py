@@ -10,11 +10,15 @@ from tasks.search_result import FinishedSearch
 from tasks.zero_shot_table import TABLE_FILE, TABLE_STAGE
 
 
-def extras_of(store: ArtifactStore, search: FinishedSearch) -> Extras:
-    """The newest zero-shot table, and the sizes of the pruned checkpoint with and without its zeros."""
+def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:
+    """A zero-shot table, and the sizes of the pruned checkpoint with and without its zeros.
+
+    Args:
+        table: of the search's models; the newest one if left out.
+    """
     artifacts = list(store.artifacts())
-    tables = _made_from(artifacts, TABLE_STAGE, "search", search.artifact)
-    rows = () if tables is None else _zero_shot_rows(json.loads(store.read(tables, TABLE_FILE)))
+    table = table or _made_from(artifacts, TABLE_STAGE, "search", search.artifact)
+    rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
     exported = search.stages.get("export")
     smaller = None if exported is None else _made_from(artifacts, "compress", "export", exported)
     return Extras(zero_shot=rows, sizes=None if smaller is None else _sizes(smaller))

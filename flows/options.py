@@ -13,7 +13,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 # Fields that take several values, which are separated by commas.
-LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds")
+LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds", "tasks")
 
 
 def add_options(

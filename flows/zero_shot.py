@@ -93,8 +93,8 @@ def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) ->
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()
     }
     comparison = compare_zero_shot(store, answers["dense"], answers.get("uniform"), answers["best"])
-    store_table(store, finished.search.artifact, answers, comparison)
-    make_report(store.url, finished.search.artifact.key)
+    table = store_table(store, finished.search.artifact, answers, comparison)
+    make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
         title = f"{finished.settings.title}: zero-shot accuracy in per cent"
         create_table_artifact(table_rows(comparison), key="zero-shot", description=title)
