@@ -14,7 +14,7 @@
 #endif
 #ifndef FOR_AVX512  // a test compiles these functions for emulated instructions
 #define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,bmi2")))
-#define FOR_AVX512_BF16 \
+#define FOR_AVX512_BF16                                                                                                \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2")))
 #endif
 #define FOR_AVX2 __attribute__((target("avx2,fma,popcnt,bmi2")))
@@ -62,25 +62,36 @@ void narrow(float value, Bfloat16& result) {
 
 int64_t ceiling(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read as little-endian words");
+
+template <class Word>
+Word load_word(const uint8_t* mask, int64_t bytes) {
+    Word word = 0;
+    memcpy(&word, mask, bytes < int64_t(sizeof(Word)) ? bytes : sizeof(Word));
+    return word;
+}
+
 struct Portable {
-    static constexpr int step = 8;
+    static constexpr int step = 64;
     using Input = float;
     using Dense = float;
     template <int TOKENS, class Value>
-    static void row(const uint8_t* mask, int64_t columns, const Value* values, const float* inputs, float* sums) {
-        for (int64_t block = 0; block < ceiling(columns, step); ++block, inputs += step * TOKENS)
-            for (uint32_t bits = mask[block]; bits; bits &= bits - 1) {
+    static void row(const uint8_t* mask, int64_t columns, const Value* values, const float* inputs, float* totals) {
+        float sums[TOKENS] = {};
+        for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, inputs += step * TOKENS)
+            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1) {
                 const float value = widen(*values++);
-                const float* input = inputs + __builtin_ctz(bits);
+                const float* input = inputs + __builtin_ctzll(bits);
                 for (int token = 0; token < TOKENS; ++token) sums[token] += value * input[token * step];
             }
+        for (int token = 0; token < TOKENS; ++token) totals[token] += sums[token];
     }
     template <class Value>
     static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale, float* row) {
         memset(row, 0, columns * sizeof(float));
-        for (int64_t block = 0; block < ceiling(columns, step); ++block)
-            for (uint32_t bits = mask[block]; bits; bits &= bits - 1)
-                row[block * step + __builtin_ctz(bits)] = widen(*values++) * scale;
+        for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, row += step)
+            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1)
+                row[__builtin_ctzll(bits)] = widen(*values++) * scale;
     }
 };
 
@@ -95,7 +106,7 @@ struct Tables {
         for (int mask = 0; mask < 256; ++mask)
             for (int column = 0, next = 0; column < 8; ++column) {
                 const bool stored = mask >> column & 1;
-                for (int byte = 0; byte < 4; ++byte) words[mask][4 * column + byte] = bytes[mask][4 * column + byte] = 0x80;
+                for (int byte = 4 * column; byte < 4 * column + 4; ++byte) words[mask][byte] = bytes[mask][byte] = 0x80;
                 if (!stored) continue;
                 words[mask][4 * column + 2] = 2 * next;
                 words[mask][4 * column + 3] = 2 * next + 1;
@@ -108,61 +119,54 @@ alignas(ALIGNMENT) constexpr Tables TABLES;
 
 // The loops over the columns of a row. A macro, because a template cannot take its instruction set from an argument.
 // They use of a level: `step` columns at a time, a Word of as many bits, Input, Sum, and how to expand and multiply.
-#define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                               \
-    static constexpr int BYTES = step / 8;                                                                          \
-    FOR_LEVEL static inline Word last_word(const uint8_t* mask, int64_t bytes) {                                    \
-        Word word = 0;                                                                                              \
-        memcpy(&word, mask, bytes);                                                                                 \
-        return word;                                                                                                \
-    }                                                                                                               \
-    FOR_LEVEL static inline Word whole_word(const uint8_t* mask) {                                                  \
-        Word word;                                                                                                  \
-        memcpy(&word, mask, BYTES);                                                                                 \
-        return word;                                                                                                \
-    }                                                                                                               \
-    template <int TOKENS, class Value>                                                                              \
-    FOR_LEVEL static inline const Value* advance(Word word, const Value* values, const Input* inputs, Zero zero,    \
-                                                 Sum* sums) {                                                       \
-        const auto weight = expand(word, values, zero);                                                             \
-        _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token)                                        \
-            sums[token] = multiply_add(weight, inputs + token * step, sums[token]);                                 \
-        return values + __builtin_popcount(word);                                                                   \
-    }                                                                                                               \
-    template <int TOKENS, class Value>                                                                              \
-    FOR_LEVEL static void row(const uint8_t* mask, int64_t columns, const Value* values, const Input* inputs,       \
-                              float* totals) {                                                                      \
-        constexpr int UNROLLED = TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4;                                               \
-        const int64_t bytes = ceiling(columns, 8);                                                                  \
-        const Zero zero = opaque_zero();                                                                            \
-        Sum sums[UNROLLED][TOKENS];                                                                                 \
-        for (auto& some : sums)                                                                                     \
-            for (Sum& sum : some) sum = no_sum();                                                                   \
-        int64_t byte = 0;                                                                                           \
-        for (; byte + UNROLLED * BYTES <= bytes; byte += UNROLLED * BYTES)                                          \
-            _Pragma("GCC unroll 4") for (int block = 0; block < UNROLLED; ++block, inputs += step * TOKENS)         \
-                values = advance<TOKENS>(whole_word(mask + byte + block * BYTES), values, inputs, zero, sums[block]); \
-        for (; byte < bytes; byte += BYTES, inputs += step * TOKENS) {                                              \
-            const Word word = last_word(mask + byte, bytes - byte < BYTES ? bytes - byte : BYTES);                  \
-            values = advance<TOKENS>(word, values, inputs, zero, sums[0]);                                          \
-        }                                                                                                           \
-        for (int token = 0; token < TOKENS; ++token) {                                                              \
-            for (int block = 1; block < UNROLLED; ++block) sums[0][token] = add(sums[0][token], sums[block][token]); \
-            totals[token] += total(sums[0][token]);                                                                 \
-        }                                                                                                           \
-    }                                                                                                               \
-    template <class Value>                                                                                          \
-    FOR_LEVEL static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale,        \
-                                     Dense* row) {                                                                  \
-        const int64_t bytes = ceiling(columns, 8);                                                                  \
-        const Zero zero = opaque_zero();                                                                            \
-        for (int64_t byte = 0; byte < bytes; byte += BYTES) {                                                       \
-            const Word word = last_word(mask + byte, bytes - byte < BYTES ? bytes - byte : BYTES);                  \
-            const int64_t left = columns - 8 * byte;                                                                \
-            Dense last[step];                                                                                       \
-            store(expand(word, values, zero), scale, left < step ? last : row + 8 * byte);                          \
-            if (left < step) memcpy(row + 8 * byte, last, left * sizeof(Dense));                                    \
-            values += __builtin_popcount(word);                                                                     \
-        }                                                                                                           \
+#define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                           \
+    static constexpr int BYTES = step / 8;                                                                      \
+    template <int TOKENS, class Value>                                                                          \
+    FOR_LEVEL static inline const Value* advance(Word word, const Value* values, const Input* inputs, Zero zero,\
+                                                 Sum* sums) {                                                   \
+        const auto weight = expand(word, values, zero);                                                         \
+        _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token)                                    \
+            sums[token] = multiply_add(weight, inputs + token * step, sums[token]);                             \
+        return values + __builtin_popcount(word);                                                               \
+    }                                                                                                           \
+    template <int TOKENS, class Value>                                                                          \
+    FOR_LEVEL static void row(const uint8_t* mask, int64_t columns, const Value* values, const Input* inputs,   \
+                              float* totals) {                                                                  \
+        constexpr int UNROLLED = TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4;                                           \
+        const int64_t bytes = ceiling(columns, 8);                                                              \
+        const Zero zero = opaque_zero();                                                                        \
+        Sum sums[UNROLLED][TOKENS];                                                                             \
+        for (auto& some : sums)                                                                                 \
+            for (Sum& sum : some) sum = no_sum();                                                               \
+        int64_t byte = 0;                                                                                       \
+        for (; byte + UNROLLED * BYTES <= bytes; byte += UNROLLED * BYTES)                                      \
+            _Pragma("GCC unroll 4") for (int block = 0; block < UNROLLED; ++block, inputs += step * TOKENS) {   \
+                const Word word = load_word<Word>(mask + byte + block * BYTES, BYTES);                          \
+                values = advance<TOKENS>(word, values, inputs, zero, sums[block]);                              \
+            }                                                                                                   \
+        for (; byte < bytes; byte += BYTES, inputs += step * TOKENS) {                                          \
+            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
+            values = advance<TOKENS>(word, values, inputs, zero, sums[0]);                                      \
+        }                                                                                                       \
+        for (int token = 0; token < TOKENS; ++token) {                                                          \
+            Sum sum = sums[0][token];                                                                           \
+            for (int block = 1; block < UNROLLED; ++block) sum = add(sum, sums[block][token]);                  \
+            totals[token] += total(sum);                                                                        \
+        }                                                                                                       \
+    }                                                                                                           \
+    template <class Value>                                                                                      \
+    FOR_LEVEL static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale,    \
+                                     Dense* row) {                                                              \
+        const int64_t bytes = ceiling(columns, 8);                                                              \
+        const Zero zero = opaque_zero();                                                                        \
+        for (int64_t byte = 0; byte < bytes; byte += BYTES) {                                                   \
+            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
+            const int64_t left = columns - 8 * byte;                                                            \
+            Dense last[step];                                                                                   \
+            store(expand(word, values, zero), scale, left < step ? last : row + 8 * byte);                      \
+            if (left < step) memcpy(row + 8 * byte, last, left * sizeof(Dense));                                \
+            values += __builtin_popcount(word);                                                                 \
+        }                                                                                                       \
     }
 
 struct Avx2 {
@@ -276,7 +280,7 @@ const Value* readable(const SparseWeight& weight, int64_t row_in_panels, Value* 
     return copy;
 }
 
-// Calls `visit(panel's first column, its columns, row, row's mask, row's values)` for rows [first, last), panel by panel.
+// Calls `visit(panel's first column, its columns, row, row's mask, its values)` for rows [first, last), panel by panel.
 template <class Value, class Visit>
 void visit_rows(const SparseWeight& weight, int64_t first, int64_t last, Visit visit) {
     alignas(ALIGNMENT) Value copy[PANEL_LIMIT + OVERREAD];
@@ -313,7 +317,7 @@ void convert(Same from, Same& to) {
     to = from;
 }
 
-// Inputs as the loops read them: `step` columns of the first token, the same of the second, and so on; zeros at the end.
+// Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros at the end.
 template <class Input, class Element>
 void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged) {
     for (int64_t first = 0; first < columns; first += step)
@@ -379,9 +383,9 @@ int unpack(const SparseWeight& weight, int threads, int64_t first_row, int64_t l
 }
 
 #if defined(__x86_64__)
-#define AT_LEVEL(level, function, Value, ...)                             \
-    ((level) >= AVX512 ? function<Avx512, Value>(__VA_ARGS__)             \
-     : (level) == AVX2 ? function<Avx2, Value>(__VA_ARGS__)               \
+#define AT_LEVEL(level, function, Value, ...)                                                                          \
+    ((level) >= AVX512 ? function<Avx512, Value>(__VA_ARGS__)                                                          \
+     : (level) == AVX2 ? function<Avx2, Value>(__VA_ARGS__)                                                            \
                        : function<Portable, Value>(__VA_ARGS__))
 #else
 #define AT_LEVEL(level, function, Value, ...) function<Portable, Value>(__VA_ARGS__)
@@ -398,7 +402,8 @@ int layerwise_interface() { return 1; }
 int layerwise_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return PORTABLE;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (!avx2 || !__builtin_cpu_supports("popcnt")) return PORTABLE;
     if (!__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return AVX2;

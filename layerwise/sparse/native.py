@@ -10,13 +10,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from layerwise.sparse.build import LIBRARY
 from layerwise.sparse.panels import PanelWeight, panel_width
 
 Level = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # in the order of kernel.cpp's Level
 KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # in the order of kernel.cpp's Kind
-INTERFACE = 1  # of kernel.cpp, raised by hand in both: a library that was built from other sources is not called
-LIBRARY = Path(__file__).with_name("kernel.so")
+INTERFACE = (
+    1  # of kernel.cpp, raised by hand in both: a library that was built from other sources is not called
+)
 
 
 class _SparseWeight(ctypes.Structure):
@@ -65,7 +67,7 @@ class Kernel:
             ValueError: a shape that does not fit, or tensors on another device.
             MemoryError: no room for the inputs' copy.
         """
-        _require_fit(weight, inputs, bias)
+        self.require_fit(weight, inputs, bias)
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(inputs.shape[0], weight.shape[0])
         failed = self.library.layerwise_multiply(
@@ -107,6 +109,32 @@ class Kernel:
             rows.data_ptr(),
         )
 
+    @staticmethod
+    def require_fit(weight: PanelWeight, inputs: Tensor, bias: Tensor | None) -> None:
+        """Refuse what cannot be multiplied; arguments and errors are those of ``multiply``."""
+        rows, columns = weight.shape
+        parts = [weight.mask, weight.values, weight.starts, inputs]
+        parts += [part for part in (weight.scales, bias) if part is not None]
+        if any(part.device.type != "cpu" for part in parts):
+            devices = sorted({str(part.device) for part in parts})
+            raise ValueError(
+                f"the sparse kernel runs on the CPU, but got tensors on {', '.join(devices)}. Move the inputs to "
+                "the CPU, or load the dense model on the other device."
+            )
+        dtype = weight.values.dtype
+        fitting = (torch.bfloat16, torch.float32) if dtype == torch.int8 else (dtype,)
+        if inputs.dtype not in fitting or (bias is not None and bias.dtype != inputs.dtype):
+            raise TypeError(
+                f"a {dtype} weight was to be multiplied with {inputs.dtype} inputs"
+                f"{'' if bias is None else f' and a {bias.dtype} bias'}. Use {' or '.join(map(str, fitting))} for all."
+            )
+        if inputs.ndim != 2 or inputs.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
+            raise ValueError(
+                f"a weight of shape {weight.shape} does not go with inputs of shape {tuple(inputs.shape)}"
+                f"{'' if bias is None else f' and a bias of {tuple(bias.shape)}'}. Pass (tokens, {columns}) and "
+                f"({rows},)."
+            )
+
 
 @cache
 def kernel() -> Kernel | None:
@@ -115,8 +143,8 @@ def kernel() -> Kernel | None:
         library = load(LIBRARY)
     except OSError as error:
         logging.getLogger(__name__).warning(
-            "the sparse kernel is not used, pruned models run as dense ones: %s. It is built when layerwise is installed "
-            "where there is a C++ compiler.",
+            "pruned models run as slowly as dense ones: %s. Where there is a C++ compiler, "
+            "`python -m layerwise.sparse.build` makes the sparse kernel.",
             error,
         )
         return None
@@ -134,10 +162,10 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if (found := library.layerwise_interface()) != INTERFACE:
         raise OSError(f"{path} has interface {found}, not {INTERFACE}: install layerwise again")
-    integer, address = ctypes.c_int64, ctypes.c_void_p
-    one = [ctypes.POINTER(_SparseWeight), ctypes.c_int, ctypes.c_int]
-    library.layerwise_multiply.argtypes = [*one, ctypes.c_int, integer, address, address, address]
-    library.layerwise_unpack.argtypes = [*one, integer, integer, address]
+    number, integer, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    weight = ctypes.POINTER(_SparseWeight)
+    library.layerwise_multiply.argtypes = [weight, number, number, number, integer, address, address, address]
+    library.layerwise_unpack.argtypes = [weight, number, number, integer, integer, address]
     return library
 
 
@@ -153,27 +181,3 @@ def _pointers(weight: PanelWeight) -> _SparseWeight:
         None if weight.scales is None else weight.scales.data_ptr(),
         KINDS[weight.values.dtype],
     )
-
-
-def _require_fit(weight: PanelWeight, inputs: Tensor, bias: Tensor | None) -> None:
-    rows, columns = weight.shape
-    parts = [weight.mask, weight.values, weight.starts, inputs]
-    parts += [part for part in (weight.scales, bias) if part is not None]
-    if any(part.device.type != "cpu" for part in parts):
-        devices = sorted({str(part.device) for part in parts})
-        raise ValueError(
-            f"the sparse kernel runs on the CPU, but got tensors on {', '.join(devices)}. Move the inputs to the CPU, or "
-            "load the dense model on the other device."
-        )
-    dtype = weight.values.dtype
-    fitting = (torch.bfloat16, torch.float32) if dtype == torch.int8 else (dtype,)
-    if inputs.dtype not in fitting or (bias is not None and bias.dtype != inputs.dtype):
-        raise TypeError(
-            f"a {dtype} weight was to be multiplied with {inputs.dtype} inputs"
-            f"{'' if bias is None else f' and a {bias.dtype} bias'}. Use {' or '.join(map(str, fitting))} for all."
-        )
-    if inputs.ndim != 2 or inputs.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
-        raise ValueError(
-            f"a weight of shape {weight.shape} does not go with inputs of shape {tuple(inputs.shape)}"
-            f"{'' if bias is None else f' and a bias of {tuple(bias.shape)}'}. Pass (tokens, {columns}) and ({rows},)."
-        )
