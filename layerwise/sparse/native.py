@@ -113,13 +113,11 @@ class Kernel:
     def require_fit(weight: PanelWeight, inputs: Tensor, bias: Tensor | None) -> None:
         """Refuse what cannot be multiplied; arguments and errors are those of ``multiply``."""
         rows, columns = weight.shape
-        parts = [weight.mask, weight.values, weight.starts, inputs]
-        parts += [part for part in (weight.scales, bias) if part is not None]
-        if any(part.device.type != "cpu" for part in parts):
-            devices = sorted({str(part.device) for part in parts})
+        if not (inputs.is_cpu and weight.values.is_cpu and (bias is None or bias.is_cpu)):
             raise ValueError(
-                f"the sparse kernel runs on the CPU, but got tensors on {', '.join(devices)}. Move the inputs to "
-                "the CPU, or load the dense model on the other device."
+                f"the sparse kernel runs on the CPU, but the inputs are on {inputs.device}, the weight on "
+                f"{weight.values.device}{'' if bias is None else f', the bias on {bias.device}'}. Move them to the "
+                "CPU, or use the dense model on the other device."
             )
         dtype = weight.values.dtype
         fitting = (torch.bfloat16, torch.float32) if dtype == torch.int8 else (dtype,)

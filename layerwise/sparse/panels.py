@@ -37,6 +37,8 @@ class PanelWeight:
         rows, columns = self.shape
         panels = panel_bounds(columns)
         mask_bytes = sum(rows * -(-(last - first) // 8) for first, last in panels)
+        parts = [part for part in (self.mask, self.values, self.starts, self.scales) if part is not None]
+        assert all(part.is_contiguous() for part in parts), "the kernel reads whole arrays"
         sizes = (self.mask.numel(), self.starts.numel(), self.values.numel())
         wanted = (mask_bytes, len(panels) * rows + 1, int(self.starts[-1]))
         if sizes != wanted or (self.scales is None) == (self.values.dtype == torch.int8):
