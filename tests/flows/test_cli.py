@@ -361,6 +361,7 @@ def test_options_and_settings_cannot_differ():
         {"allocator": {"method": "owl", "threshold": 3.0}, "granularity": "linear"},
         {"allocator": {"method": "given", "layers": [0.4, 0.6]}},
         {"offsets": [-0.1, 0.1], "strategy": "two-parameter"},
+        {"pruner": "magnitude", "allocator": "erf"},
     ],
 )
 def test_the_command_of_a_search_makes_the_same_search(changes):

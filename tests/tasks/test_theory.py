@@ -1,0 +1,161 @@
+"""The theory's stage and page: what is measured on a small model, compared with what other stages measure."""
+
+import json
+import math
+from html import unescape
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from layerwise.magnitude import Magnitude
+from layerwise.theory_plans import theory_plans
+from storage.tables import read_table
+from tasks.execution import Execution
+from tasks.streamed import layer_sizes_of
+from tasks.theory import findings_of, measure_theory, read_tables, verdicts
+from tasks.theory_page import theory_page
+from tasks.theory_text import ranges, sentences
+
+BETA = 0.25
+
+
+@pytest.fixture
+def measured():
+    """Measure the theory on a small run."""
+
+    def measure(run, scored="selection", **execution):
+        sizes = layer_sizes_of(run.pruning.prunable(run.linears))
+        plans, where = theory_plans(run.pruning.target, BETA, sizes), Execution(**execution)
+        inputs = run.inputs(scored)
+        return measure_theory.fn(run.store, inputs, plans, run.linears, run.pruning, where)
+
+    return measure
+
+
+def of_plan(rows, order, target=0.5):
+    return [row for row in rows if (row["order"], row["target"]) == (order, target)]
+
+
+def test_the_errors_are_those_that_an_evaluation_finds_on_the_same_windows(small_run, measured):
+    run = small_run()
+    layers, plans = read_tables(run.store, measured(run, "test"))
+    evaluated = run.evaluate(0.0, BETA)
+    for order, lane in (("uniform", "uniform"), ("ascending", "best")):
+        rows = of_plan(layers, order)
+        errors = read_table(run.store, evaluated, f"{lane}/errors.parquet").to_pylist()
+        for name in ("local", "arriving", "propagated", "accumulated", "energy", "factor"):
+            assert [row[name] for row in rows] == [row[name] for row in errors]
+        losses = read_table(run.store, evaluated, f"{lane}/losses.parquet")["loss"].to_pylist()
+        assert of_plan(plans, order)[0]["losses"] == losses
+
+
+def test_an_error_arrives_as_it_left_the_layer_before(small_run, measured):
+    run = small_run()
+    layers, plans = read_tables(run.store, measured(run))
+    assert len(layers) == 3 * len(plans)
+    for plan in plans:
+        rows = of_plan(layers, plan["order"], plan["target"])
+        assert rows[0]["arriving"] == 0
+        for before, after in zip(rows, rows[1:], strict=False):
+            assert after["arriving"] == pytest.approx(before["accumulated"], rel=1e-5)
+
+
+def test_every_plan_removes_its_own_share(small_run, measured):
+    """Uniform plans of other sparsities than the search's are pruned as a search at theirs would."""
+    run = small_run()
+    layers, _ = read_tables(run.store, measured(run))
+    rows = of_plan(layers, "uniform", 0.2)
+    (lane,) = small_run(run.folder, target=0.2).branch(0.0)
+    errors = read_table(run.store, lane.artifact, "layers.parquet")
+    assert [row["error"] for row in rows] == errors["error"].to_pylist()
+    assert [row["sparsity"] for row in rows] == [0.2] * 3
+
+
+def test_the_findings_are_over_all_levels_and_all_layers_that_an_error_reaches(small_run, measured):
+    run = small_run(pruner=Magnitude())
+    found = findings_of(*read_tables(run.store, measured(run)))
+    assert found.levels == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert (found.rise.layers, found.rise.steps) == (3, 24)
+    assert found.target == 0.5
+    assert [each.layer for each in found.propagation.layers] == [1, 2]
+
+
+def test_what_was_found_is_in_the_artifact_as_json_and_as_facts(small_run, measured):
+    run = small_run()
+    artifact = measured(run)
+    document = json.loads(run.store.read(artifact, "theory.json"))
+    layers, plans = read_tables(run.store, artifact)
+    found = findings_of(layers, plans)
+    assert document["holds"] == verdicts(found)
+    assert {artifact.facts[f"holds {name}"] for name in ("3.1", "3.2", "3.5")} <= {True, False}
+    by_hand = {
+        order: math.fsum(row["error"] for row in of_plan(layers, order))
+        for order in ("ascending", "descending")
+    }
+    totals = {each["order"]: each["total"] for each in document["3.5"]["orders"]}
+    assert {order: totals[order] for order in by_hand} == by_hand
+    assert document["3.5"]["uniform"]["total"] == found.uniform.total
+
+
+def test_the_theory_is_measured_once_with_one_read_of_the_model(small_run, measured, computed_layers):
+    run = small_run()
+    run.capture()
+    computed_layers.clear()
+    first = measured(run)
+    assert computed_layers == [0, 1, 2]
+    computed_layers.clear()
+    assert measured(run) == first
+    assert computed_layers == []
+
+
+def test_an_interrupted_measurement_goes_on_from_its_last_boundary(
+    small_run, another_store, measured, dying_at, computed_layers
+):
+    run = small_run()
+    run.capture()
+    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
+        measured(run, boundary_layers=1)
+    computed_layers.clear()
+    resumed = measured(run, boundary_layers=1)
+    assert computed_layers == [2]
+    assert resumed.content == measured(small_run(run.folder, another_store())).content
+
+
+def test_an_error_that_overflows_is_no_number_to_compare(small_run, measured, llama):
+    """The norm makes of hidden states of 1e20 zeros, so that the loss is a number; their squares are none."""
+    model = llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e25
+    run = small_run(model, dtype="float32")
+    with pytest.raises(ValueError, match="not finite in float32"):
+        measured(run)
+
+
+def test_the_page_shows_every_theorem_and_needs_nothing_from_elsewhere(small_run, measured):
+    run = small_run()
+    artifact = measured(run)
+    page = theory_page.fn(run.store, artifact, "<b>model</b> at 0.5", {"sparsity": 0.5})
+    html = run.store.read(page, "theory.html").decode()
+    for sentence in sentences(findings_of(*read_tables(run.store, artifact))).values():
+        assert sentence in unescape(html)
+    assert "<b>model</b>" not in html
+    assert "&lt;b&gt;model&lt;/b&gt; at 0.5" in html
+    assert html.count("<svg") == 3
+    assert "src=" not in html
+    assert "https://" not in html
+    for name in ("rise", "factor", "orders"):
+        ElementTree.fromstring(run.store.read(page, f"figures/{name}.svg").decode())
+        assert run.store.read(page, f"figures/{name}.png").startswith(b"\x89PNG")
+
+
+def test_a_page_is_made_once_and_is_the_same_bytes_every_time(small_run, another_store, measured):
+    run = small_run()
+    first = theory_page.fn(run.store, measured(run), "model", {})
+    assert theory_page.fn(run.store, measured(run), "model", {}) == first
+    other = small_run(run.folder, another_store())
+    assert theory_page.fn(other.store, measured(other), "model", {}).content == first.content
+
+
+def test_layers_are_named_by_their_ranges():
+    assert ranges([0, 1, 2, 3, 7, 8, 11]) == "0 to 3, 7, 8, 11"
