@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from storage.artifact import Artifact
-from storage.draft import Committed, Draft
+from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
-from tasks.grouping import begun_groups, group_stage, note_group
+from tasks.grouping import built_together, group_stage
 from tasks.questions import Questions
 from tasks.run_names import model_title
 from tasks.stage_task import stage_task
@@ -86,25 +85,16 @@ def zero_shot(
         ValueError: the tokenizer has no token that an empty context could be replaced by.
     """
     stages = [zero_shot_stage(checkpoint, of_task, settings) for of_task in questions]
-    while None in (artifacts := [store.find(stage) for stage in stages]):
-        missing = [number for number, artifact in enumerate(artifacts) if artifact is None]
-        members = next(begun_groups(store, stages, missing), None)
-        if members is None:
-            members = missing
-            try:
-                note_group(store, [stages[number] for number in members])
-            except Committed:
-                continue  # another process has just finished one of them
+
+    def run(members: Sequence[int]) -> Artifact:
         together = [questions[number] for number in members]
-        group = _group(store, checkpoint, together, settings, execution)
-        for position, number in enumerate(members):
-            if number in missing:
-                store.get_or_build(stages[number], partial(_copy_task, store, group, position))
-    return {
-        of_task.task: artifact
-        for of_task, artifact in zip(questions, artifacts, strict=True)
-        if artifact is not None
-    }
+        return _group(store, checkpoint, together, settings, execution)
+
+    def copy(group: Artifact, position: int, number: int, draft: Draft) -> None:
+        _copy_task(store, group, position, draft)
+
+    artifacts = built_together(store, stages, run, copy)
+    return {of_task.task: artifact for of_task, artifact in zip(questions, artifacts, strict=True)}
 
 
 def _group(
