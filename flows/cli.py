@@ -67,6 +67,7 @@ def _log_to_terminal() -> None:
     handler.setLevel(logging.WARNING)
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name of one
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[handler])
 
 

@@ -12,7 +12,7 @@ from flows.report import make_report
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from storage.tables import read_table
-from tasks.branch import LINEARS_FILE
+from tasks.branch import ERRORS_FILE, LINEARS_FILE
 from tasks.findings import number
 from tasks.report import figures_of, report
 from tasks.report_data import ReportData, report_data
@@ -290,3 +290,17 @@ def test_a_search_whose_artifacts_are_gone_says_so(store, found, tmp_path):
         KeyError, match="is gone, perhaps by `layerwise gc --results-only`.*Run the search again"
     ):
         make_report(str(tmp_path / "copy"), found.artifact.key)
+
+
+def test_the_error_that_a_layer_adds_alone_is_that_of_the_test(data, store, found):
+    """At the first layer nothing has arrived: it is all of the error there, over the same windows."""
+    tested = found.stages["evaluate"]
+    for model in ("uniform", "best"):
+        rows = [row for row in data.tables["errors"] if row["model"] == model]
+        parts = read_table(store, tested, f"{model}/{ERRORS_FILE}").to_pylist()
+        assert [row["relative_local_error"] for row in rows] == [
+            part["local"] / part["energy"] for part in parts
+        ]
+        assert [row["propagation_factor"] for row in rows] == [part["factor"] for part in parts]
+        # Three test windows, of which all are looked at.
+        assert rows[0]["relative_local_error"] == pytest.approx(rows[0]["relative_error"], rel=1e-6)
