@@ -13,7 +13,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 # Fields that take several values, which are separated by commas.
-LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds")
+LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds", "tasks")
 
 
 def add_options(
@@ -65,7 +65,13 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
 
 def search_command(settings: BaseModel) -> str:
     """The command that makes the same search, on one line; what is left at its default is left out."""
-    given = settings.model_dump(mode="json", exclude_defaults=True)
+    changed = settings.model_dump(mode="json", exclude_defaults=True)
+    # A method by its name; as a whole if one of its settings is changed, as the name is a default, too.
+    given = {
+        name: value["method"] if changed[name] == {} else value
+        for name, value in settings.model_dump(mode="json").items()
+        if name in changed
+    }
     options = [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
     return shlex.join(["layerwise", "search", *options, "--store=STORE"])
 
@@ -75,7 +81,7 @@ def _spelt(name: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return str(value["method"]) if list(value) == ["method"] else json.dumps(value)
+        return json.dumps(value)
     if isinstance(value, list):
         return ",".join(map(str, value)) if name in LISTS else json.dumps(value)
     return str(value)

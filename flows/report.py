@@ -2,20 +2,25 @@
 
 from pathlib import Path
 
+from flows.extras import extras_of
 from flows.inspect import asked_artifact
 from flows.options import search_command
 from flows.settings import Search
+from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.report import PAGE_FILE, report
 from tasks.search_result import read_search
 
 
-def make_report(store_url: str, key: str | None, output: Path | None = None) -> str:
+def make_report(
+    store_url: str, key: str | None, output: Path | None = None, table: Artifact | None = None
+) -> str:
     """Find the report of a search, or make it.
 
     Args:
         key: of the search, or its beginning; None for the newest one.
         output: a file of this machine to which the page is copied.
+        table: the zero-shot table that it shows; the newest of the search if left out.
 
     Returns:
         Where the page lies.
@@ -27,8 +32,9 @@ def make_report(store_url: str, key: str | None, output: Path | None = None) -> 
     """
     store = ArtifactStore(store_url)
     artifact = asked_artifact(store, key)
-    settings = Search.model_validate(read_search(store, artifact).settings)
-    page = report.fn(store, artifact, search_command(settings))
+    search = read_search(store, artifact)
+    command = search_command(Search.model_validate(search.settings))
+    page = report.fn(store, artifact, command, extras_of(store, search, table))
     if output is None:
         return store.location(page, PAGE_FILE)
     output.write_bytes(store.read(page, PAGE_FILE))

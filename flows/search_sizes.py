@@ -6,6 +6,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
+from flows.console import size
 from flows.next_lanes import LaneRequest
 from flows.settings import Search
 from layerwise.layer_pruning import MaskPruner
@@ -117,7 +118,11 @@ class SearchSizes:
         else:
             # A layer's own weights, of which every lane begins; and the largest one in float32 while it is pruned.
             entries = max(linear.numel for layer in self.linears for linear in layer)
-            how = {"second moments": self.factors, "weights being pruned": largest + 3 * 4 * entries}
+            widest = max(
+                (linear for layer in self.linears for linear in layer), key=lambda each: each.in_features
+            )
+            one = f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)"
+            how = {one: self.factors, "weights being pruned": largest + 3 * 4 * entries}
         return {
             "layer in use": largest + cast + restored,
             "layer arriving": largest,

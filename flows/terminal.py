@@ -1,6 +1,6 @@
 """What a person sees in the terminal: results, plans and lists of artifacts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -65,12 +65,31 @@ def show_comparison(console: Console, results: Sequence[Compared]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not several:
         names = [name for name in names if not name.startswith("selection") and name != "seed"]
+    show_rows(console, [{name: row.get(name, "") for name in names} for row in rows], ("pruner", "allocator"))
+
+
+def show_rows(console: Console, rows: Sequence[Mapping[str, object]], left: Sequence[str]) -> None:
+    """A table; columns that some rows lack are empty there.
+
+    Args:
+        left: columns that hold words.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name, justify="left" if name in ("pruner", "allocator") else "right")
+        table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in names))
     console.print(table)
+
+
+def show_compressed(console: Console, folder: Artifact, place: str) -> None:
+    """How much smaller a checkpoint has become, and where it is."""
+    facts = {name: float(str(value)) for name, value in folder.facts.items()}
+    for name, of_what in (("all tensors", ""), ("the pruned linears", " of linears")):
+        before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
+        console.print(f"{name}: {before} to {after} ({facts['ratio' + of_what]:.3f})")
+    console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan) -> None:

@@ -21,8 +21,14 @@ def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
         # With a plain format Vega would label of a logarithmic axis only the powers of ten.
         axis = altair.Axis(values=ticks, labelExpr="format(datum.value, '~g')", labelOverlap=True)
         return {"title": title, "axis": axis, "scale": altair.Scale(type="log", domain=domain)}
-    margin = 0.08 * (high - low) or 0.05 * high
-    domain = [min(values) - margin, high + margin]
+    return linear_axis(values, title)
+
+
+def linear_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+    """A vertical axis from a little below the lowest value to a little above the highest."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    domain = [low - margin, high + margin]
     scale = altair.Scale(domain=domain, nice=False, zero=False)
     return {"title": title, "axis": altair.Axis(tickCount=6), "scale": scale}
 

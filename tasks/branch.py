@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import pyarrow as pa
 
@@ -10,12 +9,12 @@ from layerwise.allocation import SparsityPlan
 from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
-from storage.draft import Committed, Draft
+from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
-from tasks.grouping import GROUP, begun_groups, group_stage, note_group
+from tasks.grouping import GROUP, built_together, group_stage
 from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title, windows_title
@@ -67,24 +66,15 @@ def branch(
     group it ran.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
-    while None in (lanes := [store.find(stage) for stage in stages]):
-        missing = [number for number, lane in enumerate(lanes) if lane is None]
-        members = next(begun_groups(store, stages, missing), None)
-        if members is None:
-            members = missing
-            try:
-                note_group(store, [stages[number] for number in members])
-            except Committed:
-                continue  # another process has just finished one of them
-        run = [plans[number] for number in members]
-        group = _group(store, inputs, run, linears, settings, execution)
-        for position, number in enumerate(members):
-            if number in missing:
-                build = partial(_copy_lane, store, group, position, plans[number])
-                store.get_or_build(stages[number], build)
-    return [
-        read_score(store, plan, lane) for plan, lane in zip(plans, lanes, strict=True) if lane is not None
-    ]
+
+    def run(members: Sequence[int]) -> Artifact:
+        return _group(store, inputs, [plans[number] for number in members], linears, settings, execution)
+
+    def copy(group: Artifact, position: int, number: int, draft: Draft) -> None:
+        _copy_lane(store, group, position, plans[number], draft)
+
+    lanes = built_together(store, stages, run, copy)
+    return [read_score(store, plan, lane) for plan, lane in zip(plans, lanes, strict=True)]
 
 
 def _group(

@@ -18,6 +18,7 @@ from storage.tables import write_table
 from storage.tensors import read_tensor_into, write_tensors
 from tasks.boundaries import boundaries
 from tasks.checkpoint import Checkpoint
+from tasks.dtype_speed import warn_if_slow
 from tasks.execution import Execution
 from tasks.progress import showing
 from tasks.run_names import model_title
@@ -74,6 +75,7 @@ def capture(
     """
 
     def build(draft: Draft) -> None:
+        warn_if_slow(settings.dtype, execution)
         windows = [read_input_ids(store, calibration), read_input_ids(store, selection)]
         _Capture(store, checkpoint, windows, settings, execution).run(draft)
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from storage.safetensors_header import read_header
 from storage.tensor_entry import TensorEntry
+from tasks.compressed_format import DESCRIPTION_FILE
 from tasks.folder import Folder
 
 CONFIG = "config.json"
@@ -96,6 +97,11 @@ def _sharded(folder: Folder) -> dict[str, StoredTensor]:
 def _only_file(folder: Folder) -> str:
     if SINGLE in folder.files:
         return SINGLE
+    if DESCRIPTION_FILE in folder.files:
+        raise ValueError(
+            f"{folder.name} is a compressed checkpoint, whose weights are stored without their zeros. Give the "
+            "folder that tasks.compressed_checkpoint.unpack_checkpoint makes of it."
+        )
     found = sorted(
         name for name in folder.files if name.endswith(".safetensors") and not NOT_THE_MODEL.fullmatch(name)
     )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from layerwise.allocation import SparsityPlan
 from layerwise.layer_pruning import pruned_linears
-from layerwise.perplexity import perplexity
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.checking import require_whole
@@ -20,8 +19,7 @@ from storage.store import ArtifactStore
 from storage.tensors import write_tensors
 from tasks.boundaries import boundaries
 from tasks.branch import LaneScore, plan_facts
-from tasks.capture import DENSE_PERPLEXITY
-from tasks.checkpoint import Checkpoint
+from tasks.card_of_lane import card_of_lane, dense_perplexity, source_license, source_name
 from tasks.checkpoint_files import copied_files
 from tasks.execution import Execution
 from tasks.lane_group import LaneInputs
@@ -29,10 +27,10 @@ from tasks.model_card import model_card
 from tasks.progress import showing
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title
-from tasks.sources import HUB_ID, DemoSource
 from tasks.stage_task import stage_task
 
 SPARSITY_FILE = "sparsity.json"
+CARD_FILE = "README.md"
 ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json up to then
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -49,7 +47,11 @@ def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, sett
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
-    card = {"source": source_name(checkpoint), "dense": _dense_perplexity(inputs.capture)}
+    card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
+    if (known := source_license(checkpoint)) is not None:
+        card["license"] = (
+            known.facts
+        )  # of imports that are older than this it is not known, and their keys stay
     return Stage("export", 1, {"prune": settings.identity, "card": card}, by_role)
 
 
@@ -90,13 +92,8 @@ def export(
             "linears": writer.rows,
         }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
-        scores = {
-            "dense": _dense_perplexity(inputs.capture),
-            "uniform": perplexity(uniform.losses),
-            "pruned": perplexity(chosen.losses),
-        }
-        source = source_name(checkpoint)
-        draft.write("README.md", model_card(source, settings, chosen.plan.beta, realised, scores).encode())
+        card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
+        draft.write(CARD_FILE, model_card(card, "dense").encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
@@ -104,22 +101,9 @@ def export(
     return exported
 
 
-def source_name(checkpoint: Checkpoint) -> str:
-    """What the model card calls the dense model: of a place on somebody's disk or bucket the last part only."""
-    source = str(checkpoint.artifact.facts["source"])
-    if source == DemoSource.label:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    on_the_hub = HUB_ID.fullmatch(source) is not None
-    return source if on_the_hub else source.rstrip("/").rpartition("/")[2]
-
-
 def _calibration_of(inputs: LaneInputs, lane: LaneScore, settings: PruneSettings) -> LaneInputs:
     """The inputs with the statistics by which ``lane`` was pruned: its own if it calibrated itself."""
     return replace(inputs, capture=lane.artifact) if settings.calibration_mode == "sequential" else inputs
-
-
-def _dense_perplexity(capture: Artifact) -> float:
-    return float(str(capture.facts[DENSE_PERPLEXITY]))
 
 
 class _Export:

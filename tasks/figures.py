@@ -6,10 +6,11 @@ readers read, too. Altair draws them: one grammar for all figures, rendered in t
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair
 
-from tasks.axes import measure_axis
+from tasks.axes import linear_axis, measure_axis
 from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of
 from tasks.report_extras import TheoryFigure
 from tasks.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
@@ -42,7 +43,8 @@ def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
         }
         for row in sparsities
     ]
-    return _lines(rows, marks, "sparsity (fraction of weights removed)")
+    axis = linear_axis([row["value"] for row in rows], "sparsity (fraction of weights removed)")
+    return _lines(rows, marks, axis)  # linear: ATP's plans are straight lines
 
 
 def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
@@ -65,7 +67,9 @@ def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
                 rows.append(
                     {"line": name, "plan": name, "layer": row["layer"], "value": row[column], "said": said}
                 )
-    return _lines(rows, marks, "squared error over dense energy")
+    return _lines(
+        rows, marks, measure_axis([row["value"] for row in rows], "squared error over dense energy")
+    )
 
 
 def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
@@ -93,7 +97,7 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
     )
     map_of_all = (
         chart_of(rows)
-        .mark_rect(strokeWidth=0)
+        .mark_rect()
         .encode(
             x=altair.X("layer:O", title=DEPTH, axis=altair.Axis(values=ticks, labelAngle=0)),
             y=altair.Y("linear:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
@@ -151,13 +155,23 @@ def theory_figure(figure: TheoryFigure) -> altair.LayerChart:
     marks = {
         name: (color, 2.0) for (name, _), color in zip(figure.lines, LINES * len(figure.lines), strict=False)
     }
-    return _lines(rows, marks, figure.y, figure.x)
+    return _lines(
+        rows, marks, measure_axis([y for _, points in figure.lines for _, y in points], figure.y), figure.x
+    )
 
 
 def _lines(
-    rows: Sequence[Row], marks: Mapping[str, tuple[str, float]], y_title: str, x_title: str = DEPTH
+    rows: Sequence[Row],
+    marks: Mapping[str, tuple[str, float]],
+    axis: Mapping[str, Any],
+    x_title: str = DEPTH,
 ) -> altair.LayerChart:
-    """Lines by layer; ``marks`` are colour and width of each by its name, the important ones first and on top."""
+    """Lines by layer.
+
+    Args:
+        marks: colour and width of each line by its name, the important ones first: they are on top.
+        axis: the vertical one.
+    """
     names = list(marks)
     look = altair.Color(
         "line:N",
@@ -165,17 +179,14 @@ def _lines(
         scale=altair.Scale(domain=names, range=[color for color, _ in marks.values()]),
         legend=altair.Legend(columns=2, symbolType="stroke"),
     )
-    width = altair.StrokeWidth(
-        "line:N", scale=altair.Scale(domain=names, range=[width for _, width in marks.values()]), legend=None
-    )
-    y = altair.Y("value:Q", **measure_axis([row["value"] for row in rows], y_title))
+    y = altair.Y("value:Q", **axis)
     x = altair.X(
         "layer:Q", title=x_title, axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False, padding=8)
     )
     layers = [
         chart_of([row for row in rows if row["line"] == name])
-        .mark_line(aria=False)
-        .encode(x=x, y=y, color=look, strokeWidth=width, detail="plan:N")
+        .mark_line(strokeWidth=marks[name][1], aria=False)
+        .encode(x=x, y=y, color=look, detail="plan:N")
         for name in reversed(names)
     ]
     strong = [row for row in rows if marks[row["line"]][1] > 1.5]

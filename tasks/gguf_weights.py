@@ -124,6 +124,12 @@ class GgufWeights:
             files |= {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
         return files
 
+    @property
+    def license(self) -> str | None:
+        """What the file says of its licence, e.g. "apache-2.0"."""
+        found = _metadata(self._reader, "general.license")
+        return found if isinstance(found, str) and found else None
+
     @cached_property
     def _model_name_of(self) -> dict[str, str]:
         """GGUF name -> state-dict name."""

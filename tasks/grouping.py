@@ -1,9 +1,14 @@
-"""Which lanes run together: groups that an earlier attempt has begun go on as they are, the others are made anew."""
+"""Which lanes run together: groups that an earlier attempt has begun go on as they are, the others are made anew.
 
-from collections.abc import Iterator, Sequence
+The tasks of a zero-shot evaluation run together in the same way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
-from storage.draft import Draft
+from storage.artifact import Artifact
+from storage.draft import Committed, Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 
@@ -12,7 +17,41 @@ GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with;
 
 def group_stage(lanes: Sequence[Stage]) -> Stage:
     """The stage that runs these lanes together."""
-    return Stage("lane_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)})
+    return Stage(
+        f"{lanes[0].name}_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)}
+    )
+
+
+def built_together(
+    store: ArtifactStore,
+    stages: Sequence[Stage],
+    run: Callable[[Sequence[int]], Artifact],
+    copy: Callable[[Artifact, int, int, Draft], None],
+) -> list[Artifact]:
+    """Build what the store lacks of ``stages`` in one group; groups that were begun before go on as they are.
+
+    Args:
+        run: builds the group of the stages with these numbers.
+        copy: writes one member: from the group's artifact, its position in the group, the number of its stage, into
+            its own draft.
+
+    Returns:
+        The artifacts of all ``stages``, in their order.
+    """
+    while None in (artifacts := [store.find(stage) for stage in stages]):
+        missing = [number for number, artifact in enumerate(artifacts) if artifact is None]
+        members = next(begun_groups(store, stages, missing), None)
+        if members is None:
+            members = missing
+            try:
+                note_group(store, [stages[number] for number in members])
+            except Committed:
+                continue  # another process has just finished one of them
+        group = run(members)
+        for position, number in enumerate(members):
+            if number in missing:
+                store.get_or_build(stages[number], partial(copy, group, position, number))
+    return [artifact for artifact in artifacts if artifact is not None]
 
 
 def begun_groups(store: ArtifactStore, lanes: Sequence[Stage], missing: Sequence[int]) -> Iterator[list[int]]:

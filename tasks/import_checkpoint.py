@@ -15,6 +15,7 @@ from tasks.checkpoint_index import CheckpointIndex
 from tasks.copy_into_store import convert_gguf, copy_into_store
 from tasks.folder import Folder
 from tasks.folder_index import check_tied_copies, describe_folder, index_in_place
+from tasks.source_license import License, license_of_folder
 from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, Source, find_source
 
 
@@ -69,12 +70,14 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
         case FolderSource():
             index = index_in_place(store, draft, source.folder)
             _copy_small_files(draft, source.folder)
+            found = license_of_folder(source.folder)
         case HubSource():
             folder = source.open()
             described = describe_folder(folder)
             check_tied_copies(folder, described)
             index = copy_into_store(draft, folder, described)
             _copy_small_files(draft, folder)
+            found = license_of_folder(folder)
         case GgufSource() | DemoSource():
             from tasks.gguf_weights import GgufWeights
 
@@ -82,13 +85,14 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             index = convert_gguf(draft, weights, source.require_unchanged)
             for name, content in weights.small_files().items():
                 draft.write(name, content)
+            found = None if weights.license is None else License(weights.license)
     draft.write(INDEX_FILE, index.to_json())
     draft.facts |= {
         "source": source.label,
         "identity": index.identity,
         "num_layers": index.num_layers,
         "parameters": index.parameters,
-    }
+    } | ({} if found is None else {"license": found.facts})
 
 
 def _copy_small_files(draft: Draft, folder: Folder) -> None:

@@ -1,45 +1,187 @@
-"""The model card of an exported checkpoint."""
+"""The model card of an exported checkpoint: README.md in the form that the Hugging Face Hub reads."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from tasks.prune_settings import PruneSettings
+from tasks.source_license import License
 
+HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 
-def model_card(
-    source: str, settings: PruneSettings, beta: float, realised: float, perplexities: Mapping[str, float]
-) -> str:
-    """README.md of the exported folder: what it is, how it was made, how to load it.
-
-    Args:
-        source: the dense model, as the user named it.
-        realised: zeros over weights of all pruned linears.
-        perplexities: on the selection text, of "dense", "uniform" and "pruned".
-    """
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruning, sparsity, atp, {settings.pruner.method}]
----
-
-# {source}, {100 * realised:.1f} % sparse
-
-Made from `{source}` by layerwise: one-shot pruning with {settings.pruner.method}, the sparsity rising from
-layer to layer by beta = {beta:g} (ATP, [arXiv:2502.14770](https://arxiv.org/abs/2502.14770)). Embeddings,
-norms and the head are dense. The licence of the dense model applies.
-
-| | perplexity on the selection text |
-|---|---|
-| dense | {perplexities["dense"]:.2f} |
-| uniform sparsity | {perplexities["uniform"]:.2f} |
-| **this model** (beta {beta:g}) | **{perplexities["pruned"]:.2f}** |
-
-`sparsity.json` holds the plan and the realised sparsity of every linear. The zeros are stored as zeros: the
-files are as large as those of the dense model.
+LOAD_DENSE = """The zeros are stored as zeros, so that the files are as large as those of the dense model.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+LOAD_COMPRESSED = """The zeros are not stored. With the package layerwise:
+
+```python
+from tasks.compressed_checkpoint import load, unpack_checkpoint
+
+model = load("path/to/this/folder")                             # a transformers model
+unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary checkpoint, with its zeros
 ```
+
+`COMPRESSED.md` describes the files and has a loader of a few lines that needs nothing but torch and safetensors."""
+CITATION = """```bibtex
+@inproceedings{huang2025determining,
+  title     = {Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective},
+  author    = {Huang, Weizhong and Zhang, Yuxin and Zheng, Xiawu and Chao, Fei and Ji, Rongrong},
+  booktitle = {International Conference on Machine Learning (ICML)},
+  year      = {2025},
+  note      = {arXiv:2502.14770}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table of results."""
+
+    model: str  # "dense", "uniform" or "this model"
+    text: str  # what it was measured on, e.g. "selection text"
+    windows: int
+    seqlen: int  # tokens of a window
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model card says.
+
+    Attributes:
+        base_model: hub id (``owner/name[@revision]``) of the dense model, or whatever it is called.
+        license: of the base model; None if its files do not tell.
+        pruner: method that chose the weights, e.g. "wanda".
+        pattern: N:M, such as "2:4"; None for none.
+        allocator: method that gave every layer its sparsity, e.g. "atp"; None where it is not known: then the card
+            gives the numbers alone.
+        layers: share of zeros among the pruned linears' weights of every decoder layer, first layer first.
+        realised: the same of all layers together.
+        results: in the order of the table; empty for a card without it.
+
+    Raises:
+        ValueError: no layers, or a share outside of [0, 1].
+    """
+
+    base_model: str
+    license: License | None
+    pruner: str
+    pattern: str | None
+    allocator: str | None
+    layers: tuple[float, ...]
+    realised: float
+    results: tuple[Result, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError(
+                f"the model card of {self.base_model} has no layers. Give one sparsity for each."
+            )
+        if outside := [share for share in (*self.layers, self.realised) if not 0 <= share <= 1]:
+            raise ValueError(
+                f"the model card of {self.base_model} would say sparsities of {outside}, outside [0, 1]. "
+                "Give shares of zeros."
+            )
+
+    @property
+    def hub_id(self) -> str | None:
+        """The base model on the hub, without a revision; None if it came from elsewhere."""
+        match = HUB_MODEL.fullmatch(self.base_model)
+        return match[1] if match else None
+
+
+def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
+    """The text of README.md.
+
+    Args:
+        form: of the folder that the card lies in: with the zeros, as transformers loads it, or without.
+    """
+    pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
+    by = "" if card.allocator is None else f", given by the allocator {card.allocator}"
+    low, high = (100 * share for share in (min(card.layers), max(card.layers)))
+    return f"""---
+{_front_matter(card, form)}
+---
+
+# {card.base_model}, {100 * card.realised:.1f} % sparse
+
+Made from `{card.base_model}` by layerwise: one-shot pruning with {card.pruner}{pattern}. Of the weights of the pruned
+linears {100 * card.realised:.2f} % are zero. Embeddings, norms and head are those of the base model.
+
+## Plan
+
+Every decoder layer has a sparsity of its own{by}: from {low:.1f} % to {high:.1f} %. `sparsity.json` has that of every
+linear.
+
+{_layer_table(card.layers)}
+
+{_results(card.results)}## How to load
+
+{LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
+
+## Licence
+
+{_licence(card)}
+
+## How to cite
+
+layerwise is built around this paper:
+
+{CITATION}
 """
+
+
+def _front_matter(card: ModelCard, form: str) -> str:
+    """YAML; a JSON string is one of its strings, whatever is in it."""
+    lines = (
+        ["library_name: transformers"] if form == "dense" else []
+    )  # of which the hub shows how to load the folder
+    if card.hub_id is not None:
+        lines.append(f"base_model: {json.dumps(card.hub_id)}")
+    if card.license is not None:
+        named = {"license": "identifier", "license_name": "name", "license_link": "link"}
+        facts = card.license.facts
+        lines += [f"{key}: {json.dumps(facts[field])}" for key, field in named.items() if field in facts]
+    methods = [method for method in (card.allocator, card.pruner) if method is not None]
+    tags = ["pruning", "sparsity", "layerwise", *methods]
+    return "\n".join([*lines, "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}"])
+
+
+def _layer_table(layers: Sequence[float]) -> str:
+    rows = [f"| {index} | {100 * share:.2f} |" for index, share in enumerate(layers)]
+    return "\n".join(["| layer | zeros, % |", "|--:|--:|", *rows])
+
+
+def _results(results: Sequence[Result]) -> str:
+    if not results:
+        return ""
+    rows = [
+        f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {_number(row.perplexity)} |"
+        for row in results
+    ]
+    table = "\n".join(["| model | text | windows x tokens | perplexity |", "|:--|:--|--:|--:|", *rows])
+    return f"""## Results
+
+{table}
+
+The plan was chosen on the selection text, which flatters this model a little there.
+
+"""
+
+
+def _licence(card: ModelCard) -> str:
+    if card.license is None:
+        return f"That of `{card.base_model}` applies; the files that it was read from do not tell which one it is."
+    link = "" if card.license.link is None else f" ({card.license.link})"
+    return f"That of `{card.base_model}` applies: {card.license.title}{link}."
+
+
+def _number(perplexity: float) -> str:
+    """For people, also that of a model that failed, which has up to 300 digits."""
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"

@@ -8,7 +8,7 @@ from layerwise.perplexity import DIVERGED
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from storage.tables import read_table
-from tasks.branch import LAYERS_FILE, LINEARS_FILE
+from tasks.branch import ERRORS_FILE, LAYERS_FILE, LINEARS_FILE
 from tasks.search_result import FinishedSearch
 from tasks.select import ScoreRow
 
@@ -127,22 +127,36 @@ def _sparsities(store: ArtifactStore, lane: Artifact, plan: str, kind: str) -> R
 def errors_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
     """Reconstruction error of every layer's output on the test windows, over the energy of the dense one's.
 
-    Other columns of the artifact's tables, such as the error a layer adds itself, come with it, over the same energy.
+    Beside it, on the first of the windows, the error that pruning the layer alone makes, and by how much the layer
+    multiplies the error that arrives; tests that are older than these have neither.
     """
     tested = search.stages["evaluate"]
     rows = []
     for model in (UNIFORM, BEST):
         if f"{model}/{LAYERS_FILE}" not in tested.files:
             continue  # uniform is the best
+        parts = _parts_of_errors(store, tested, f"{model}/{ERRORS_FILE}")
         for row in read_table(store, tested, f"{model}/{LAYERS_FILE}").to_pylist():
-            energy = row["dense_energy"]
-            relative = {
-                f"relative_{name}": value / energy if energy else None
-                for name, value in row.items()
-                if name not in ("layer", "dense_energy") and value is not None
-            }
-            rows.append({"model": model, **row, **relative})
+            relative = {"relative_error": _ratio(row["error"], row["dense_energy"])}
+            rows.append({"model": model, **row, **relative, **parts.get(row["layer"], {})})
     return rows
+
+
+def _parts_of_errors(store: ArtifactStore, tested: Artifact, file: str) -> dict[int, dict[str, Any]]:
+    """By layer; empty if the test did not take errors apart."""
+    if file not in tested.files:
+        return {}
+    return {
+        row["layer"]: {
+            "relative_local_error": _ratio(row["local"], row["energy"]),
+            "propagation_factor": row["factor"],
+        }
+        for row in read_table(store, tested, file).to_pylist()
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def linears_table(store: ArtifactStore, search: FinishedSearch) -> Rows:

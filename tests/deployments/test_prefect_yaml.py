@@ -32,6 +32,8 @@ PARAMETERS = {
     "branch": {"settings": SEARCH, "runtime": RUNTIME, "points": [[0.01, 0.0], [0.02, 0.0]]},
     "evaluate": {"settings": SEARCH, "runtime": RUNTIME},
     "compare": {"settings": {"search": SEARCH, "sparsities": [0.5, 0.6]}},
+    "zero-shot": {"settings": {"tasks": ["arc_easy"], "documents": 100}},
+    "compress": {"settings": {}},
     "theory": {"settings": {"search": SEARCH}},
     "gc": {},
 }
@@ -77,14 +79,16 @@ def test_who_waits_holds_no_slot_of_the_pool_that_computes(deployed):
     pools = {name: deployment.work_pool_name for name, deployment in deployed.items()}
     assert pools == {
         **dict.fromkeys(["search", "compare", "gc"], "control-of-test"),
-        **dict.fromkeys(["capture", "branch", "evaluate", "theory"], "devices-of-test"),
+        **dict.fromkeys(["capture", "branch", "evaluate"], "devices-of-test"),
+        **dict.fromkeys(["zero-shot", "compress", "theory"], "devices-of-test"),
     }
 
 
 def test_searches_go_to_the_store_and_the_pool_that_the_environment_names(deployed):
     assert deployed["search"].parameters == {"runtime": RUNTIME}
     assert deployed["compare"].parameters == {"runtime": RUNTIME}
-    assert deployed["theory"].parameters == {"runtime": {"store": RUNTIME["store"]}}
+    for name in ("zero-shot", "compress", "theory"):
+        assert deployed[name].parameters == {"runtime": {"store": "s3://bucket/prefix"}}
     assert deployed["gc"].parameters == {"store": "s3://bucket/prefix"}
 
 

@@ -57,10 +57,14 @@ def layers(folder: str) -> None:
 """
 
 
+# Two processes that import Prefect, one after the other, on cores that other tests use: a minute was too short.
+SECONDS = 300
+
+
 def wait_for(happened):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while not happened():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
+        assert time.monotonic() < deadline, f"it did not happen within {SECONDS} s"
         time.sleep(0.05)
 
 
@@ -130,6 +134,6 @@ def test_a_flow_that_prefect_executes_commits_and_is_known_as_crashed(
         process = start(sys.executable, "-m", "prefect", "flow-run", "execute", env=environment)
         wait_for((tmp_path / "computing").exists)
         process.terminate()
-        process.wait(60)
+        process.wait(SECONDS)
         assert (tmp_path / "committed").exists()
         assert client.read_flow_run(run).state.name == "Crashed"

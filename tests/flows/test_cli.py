@@ -3,16 +3,18 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 
-from flows.options import add_options
+from flows.options import add_options, read_options, search_command
 from flows.runtime import Runtime
 from flows.settings import Search
 from storage.store import ArtifactStore
@@ -144,6 +146,8 @@ def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Do
         "show an unknown key": ["show", runtime.store, "capture/ffff"],
         "show an ambiguous key": ["show", runtime.store, "sample_tokens/"],
         "show nothing": ["show", empty],
+        "report": ["report", runtime.store, search_that_made(finished)],
+        "report a capture": ["report", runtime.store, key],
         "plan before": ["plan", *options(), "--store", empty],
         "plan after": ["plan", *options(), "--store", runtime.store],
         "plan with all windows": ["plan", *options(selection_windows=""), "--store", empty],
@@ -216,6 +220,10 @@ def test_show_of_a_search_has_its_table_its_verdict_and_the_place_of_the_model(s
     assert "Pruned model: " in said["show"].out
 
 
+def test_report_says_where_the_page_of_a_search_lies(said, finished):
+    assert (said["report"].code, said["report"].out) == (0, f"{finished[0].report}\n")
+
+
 def test_show_of_an_artifact_has_its_recipe_and_its_files(said, finished):
     artifact = finished[0].stages["capture"]
     shown = said["show a beginning"].out
@@ -251,6 +259,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("show an unknown key", "0 artifacts of .* have a key that begins with 'capture/ffff'"),
         ("show an ambiguous key", r"\d+ artifacts of .* have a key that begins with 'sample_tokens/'"),
         ("show nothing", "holds no finished search"),
+        ("report a capture", "capture/.* is not the result of a search"),
         ("a secret", "--calibration: the URL holds credentials \\(not shown\\).* give the bare URL$"),
         ("unknown storage", "no storage is known for nosuch:// URLs"),
         ("no S3 credentials", "bucket/prefix at .* was refused .*Unable to locate credentials.*AWS_PROFILE"),
@@ -330,14 +339,38 @@ def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(f
     exported = re.search(r"^Pruned model: (.*)$", done.out, re.MULTILINE)[1]
     assert os.path.exists(f"{exported}/config.json")
     assert exported.startswith(store)
+    page = re.search(r"^Report: (.*)$", done.out, re.MULTILINE)[1]
+    assert os.path.exists(page)
 
 
 def test_options_and_settings_cannot_differ():
     """Every option comes out of a field: a parser has them all, and values stay strings until they are validated."""
-    from argparse import ArgumentParser
-
     parser = ArgumentParser()
     add_options(parser, Search)
     given = vars(parser.parse_args(["--model=demo", "--sparsity=0.5", "--test-windows="]))
     assert set(given) == set(Search.model_fields)
     assert given["sparsity"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"betas": [0.004, 1e-05], "selection_windows": None, "export": False, "model": "a folder/it's"},
+        {"pruner": {"method": "sparsegpt", "block_size": 64}, "exclude": "down_proj$"},
+        {"allocator": {"method": "owl", "threshold": 3.0}, "granularity": "linear"},
+        {"allocator": {"method": "given", "layers": [0.4, 0.6]}},
+        {"offsets": [-0.1, 0.1], "strategy": "two-parameter"},
+        {"pruner": "magnitude", "allocator": "erf"},
+    ],
+)
+def test_the_command_of_a_search_makes_the_same_search(changes):
+    settings = Search.model_validate({"model": "demo", "sparsity": 0.5, **changes})
+    parser = ArgumentParser()
+    add_options(parser, Search)
+    add_options(parser, Runtime)
+    program, command, *options = shlex.split(search_command(settings))
+    assert (program, command) == ("layerwise", "search")
+    parsed = parser.parse_args(options)
+    assert read_options(parsed, Search) == settings
+    assert parsed.store == "STORE"

@@ -166,3 +166,9 @@ def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes
     with pytest.raises(ValueError, match=message):
         plan_search(workshop.settings(**changes), Runtime(store=str(tmp_path / "store")))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_says_how_large_the_second_moments_of_the_widest_linear_are(workshop, tmp_path):
+    """Of a down_proj with 48 inputs: 48 x 48 numbers of 4 bytes."""
+    plan = plan_search(workshop.settings(pruner="sparsegpt"), Runtime(store=str(tmp_path / "store")))
+    assert "second moments (mlp.down_proj: 9.22 kB a matrix)" in plan.memory

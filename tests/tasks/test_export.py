@@ -20,6 +20,7 @@ from flows.mending import mending
 from layerwise.magnitude import Magnitude
 from storage.tables import read_table
 from tasks.checkpoint_files import copied_files
+from tasks.export import export_stage
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
@@ -180,17 +181,41 @@ def test_the_model_card_tells_the_truth(small_run):
     card = run.store.read(run.export(lane, uniform), "README.md").decode()
     losses = {
         "dense": run.losses(run.transformers_model(), "selection"),
-        "uniform sparsity": run.losses(run.exported_model(uniform), "selection"),
-        "**this model** (beta 0.25)": run.losses(run.exported_model(lane), "selection"),
+        "uniform": run.losses(run.exported_model(uniform), "selection"),
+        "**this model**": run.losses(run.exported_model(lane), "selection"),
     }
-    cells = [line.split("|") for line in card.splitlines() if line.count("|") == 3]
-    rows = {name.strip(): value.strip(" *") for _, name, value, _ in cells}
-    for name, values in losses.items():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if "| 3 x 12 |" in line
+    ]
+    assert [row[:3] for row in rows] == [[name, "selection text", "3 x 12"] for name in losses]
+    for row, values in zip(rows, losses.values(), strict=True):
         perplexity = torch.tensor(values).mean().exp().item()
-        assert float(rows[name]) == pytest.approx(perplexity, abs=0.006, rel=1e-4)
+        assert float(row[3]) == pytest.approx(perplexity, abs=0.006, rel=1e-4)
     assert f"# {Path(run.folder).name}, 50.0 % sparse" in card
     assert str(Path(run.folder).parent) not in card, "where the model lay is nobody's business"
     assert "one-shot pruning with wanda" in card
+    report = json.loads(run.store.read(run.export(lane, uniform), "sparsity.json"))
+    for index, planned in enumerate(report["layers"]):
+        (share,) = [line.split("|")[2] for line in card.splitlines() if line.startswith(f"| {index} |")]
+        assert float(share) == pytest.approx(100 * planned, abs=0.1)
+
+
+def test_the_card_passes_the_licence_on_that_the_source_s_card_tells(small_run, save_model):
+    folder = save_model()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    run = small_run(folder)
+    card = run.store.read(run.export(run.branch(0.0)[0]), "README.md").decode()
+    assert 'license: "apache-2.0"\n' in card.split("---")[1]
+    assert "applies: apache-2.0." in card
+
+
+def test_what_was_exported_before_licences_were_known_is_found_again(small_run):
+    """A source without a licence gives the key that it gave before the card had one."""
+    run = small_run()
+    (lane,) = run.branch(0.0)
+    stage = export_stage(run.inputs(), lane, lane, run.pruning)
+    assert set(stage.settings["card"]) == {"source", "dense"}
+    assert stage.version == 1
 
 
 def test_a_second_export_reads_nothing(small_run):
@@ -256,13 +281,13 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
     assert Path(run.store.location(again, shard.name)).read_bytes() == content
 
 
-def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, another_store, dying_at):
+def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     (lane,) = run.branch(0.25)
     with dying_at("tasks.export.write_tensors", call=4):
         run.export(lane, boundary_layers=1)
     shard = next(Path(run.store.root).rglob("model-00002-of-00006.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    undisturbed = small_run(run.folder, another_store())
-    expected = undisturbed.export(undisturbed.branch(0.25)[0])
-    assert run.export(lane, boundary_layers=1).content == expected.content
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    resumed = run.export(lane, boundary_layers=1)
+    assert Path(run.store.location(resumed, shard.name)).read_bytes() == content

@@ -1,0 +1,132 @@
+"""The commands that run a flow: settings from their options, the flow, what it found."""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TypeVar
+
+from flows.cli_stop import stop
+from flows.embedded_server import ServerStart
+
+Result = TypeVar("Result")
+
+
+def run_search(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.settings import Search
+
+    settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    from flows.console import open_console
+    from flows.search import search
+    from flows.terminal import show_result
+
+    result, seconds = run_flow(lambda: search(settings, runtime), server, runtime.pool, began)
+    console = open_console()
+    show_result(console, result)
+    console.print(seconds)
+
+
+def run_compare(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.compare import Compare, compare
+    from flows.compared_searches import SearchFailed
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.settings import Search
+    from flows.terminal import show_comparison
+
+    if arguments.sparsity is None and arguments.sparsities:
+        arguments.sparsity = arguments.sparsities.partition(",")[0]
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Compare, search=read_options(arguments, Search))
+    try:
+        results, seconds = run_flow(lambda: compare(settings, runtime), server, runtime.pool, began)
+    except SearchFailed as failure:
+        sys.exit(f"layerwise: {failure}")
+    console = open_console()
+    show_comparison(console, results)
+    console.print(seconds)
+
+
+def run_theory(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.settings import Search
+    from flows.terminal import show_theory
+    from flows.theory import Theory, theory
+
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Theory, search=read_options(arguments, Search))
+    result, seconds = run_flow(lambda: theory(settings, runtime), server, None, began)
+    console = open_console()
+    show_theory(console, result)
+    console.print(seconds)
+
+
+def run_zero_shot(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.terminal import show_rows
+    from flows.zero_shot import ZeroShot, zero_shot
+    from tasks.zero_shot_table import table_rows
+
+    settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
+    comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
+    console = open_console()
+    show_rows(console, table_rows(comparison), left=("task",))
+    console.print(seconds)
+
+
+def run_compress(arguments: Namespace, server: ServerStart, began: float) -> None:
+    from flows.compress import Compress, compress
+    from flows.console import open_console
+    from flows.options import read_options
+    from flows.runtime import Runtime
+    from flows.terminal import show_compressed
+    from storage.store import ArtifactStore
+
+    settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
+    folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
+    console = open_console()
+    show_compressed(console, folder, ArtifactStore(runtime.store).location(folder))
+    console.print(seconds)
+
+
+def run_flow(
+    run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
+) -> tuple[Result, str]:
+    """Run a flow to its end, or end with what resumes it.
+
+    Returns:
+        What the flow returns, and a line on what took how long.
+    """
+    from prefect.exceptions import CancelledRun
+
+    from flows.step import StepFailed
+    from tasks.stopping import TerminationSignal, stopping_on_sigterm
+
+    try:
+        with stopping_on_sigterm():  # the flow's own begins later and ends earlier
+            server.wait()
+            flow_began = time.monotonic()
+            result = run()
+    except TerminationSignal:
+        after = (
+            f"what runs on the work pool {pool!r} goes on by itself"
+            if pool
+            else "nothing that was finished is lost"
+        )
+        stop(f"stopped by SIGTERM; {after}", 143)
+    except CancelledRun as cancelled:
+        stop(str(cancelled), 1)
+    except StepFailed as failure:
+        sys.exit(f"layerwise: {failure}")
+    flow_seconds = time.monotonic() - flow_began
+    return result, (
+        f"{time.monotonic() - began:.0f} s in all: the search {flow_seconds:.0f} s, start-up "
+        f"{flow_began - began:.0f} s (Prefect's embedded server took {server.seconds:.0f} s of it)."
+    )

@@ -1,0 +1,63 @@
+"""Compress: the pruned checkpoint of a finished search without its zeros, with a model card that has the test."""
+
+import json
+from dataclasses import replace
+from typing import cast
+
+from prefect import flow
+from prefect.exceptions import CancelledRun, TerminationSignal
+from pydantic import Field
+
+from flows.cancelling import cancelled
+from flows.fields import Settings
+from flows.reopened import Reopened, reopen
+from flows.report import make_report
+from flows.runtime import Runtime
+from storage.artifact import Artifact
+from storage.running import announced
+from storage.store import ArtifactStore
+from tasks.card_of_lane import card_of_lane, results_on_test
+from tasks.compress import compress as compress_export
+from tasks.export import SPARSITY_FILE
+from tasks.model_card import ModelCard
+from tasks.stopping import stopping_on_sigterm
+
+
+class Compress(Settings):
+    """Write the pruned checkpoint of a finished search without its zeros."""
+
+    search: str | None = Field(
+        default=None,
+        description="Key of the search, as `layerwise ls` prints it, or its beginning; empty: the newest.",
+    )
+
+
+@flow(name="compress", persist_result=False)
+def compress(settings: Compress, runtime: Runtime) -> Artifact:
+    """Write the checkpoint, exported before if it was not, and make the search's report again.
+
+    Returns:
+        The folder; its sizes are facts of it.
+
+    Raises:
+        KeyError: there is no such search in the store.
+    """
+    store, execution = ArtifactStore(runtime.store), runtime.execution()
+    with stopping_on_sigterm(), announced(store.fs, store.root, "compress"):
+        try:
+            finished = reopen(store, settings.search, execution)
+            exported = finished.exported(store, finished.best, execution)
+            folder = compress_export(store, exported, _card(store, finished, exported), execution)
+        except (CancelledRun, TerminationSignal) as ending:
+            return cast(Artifact, cancelled(ending))
+        make_report(store.url, finished.search.artifact.key)
+        return folder
+
+
+def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> ModelCard:
+    """The card with everything that is known by now."""
+    before = finished.captured
+    rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
+    card = card_of_lane(before.inputs("selection"), finished.best, finished.uniform, before.pruning, rows)
+    tested = results_on_test(finished.search.test, before.windows["test"])
+    return replace(card, allocator=finished.settings.allocator.method, results=card.results + tested)

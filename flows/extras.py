@@ -1,0 +1,56 @@
+"""What was measured of a finished search after its end, found in the store: for its report."""
+
+import json
+from collections.abc import Iterable
+
+from storage.artifact import Artifact
+from storage.store import ArtifactStore
+from tasks.report_extras import Extras, Sizes, ZeroShotRow
+from tasks.search_result import FinishedSearch
+from tasks.zero_shot_table import TABLE_FILE, TABLE_STAGE
+
+
+def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:
+    """A zero-shot table, and the sizes of the pruned checkpoint with and without its zeros.
+
+    Args:
+        table: of the search's models; the newest one if left out.
+    """
+    artifacts = list(store.artifacts())
+    table = table or _made_from(artifacts, TABLE_STAGE, "search", search.artifact)
+    rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
+    exported = search.stages.get("export")
+    smaller = None if exported is None else _made_from(artifacts, "compress", "export", exported)
+    return Extras(zero_shot=rows, sizes=None if smaller is None else _sizes(smaller))
+
+
+def _made_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:
+    """The newest artifact of a stage that ``source`` is an input of."""
+
+    def reads(artifact: Artifact) -> bool:
+        inputs = artifact.recipe.get("inputs")
+        return isinstance(inputs, dict) and inputs.get(role) == source.key
+
+    found = [each for each in artifacts if each.recipe.get("name") == name and reads(each)]
+    return max(found, key=lambda each: str(each.made.get("at")), default=None)
+
+
+def _sizes(compressed: Artifact) -> Sizes:
+    """The pruned checkpoint stores its zeros, and so is as large as the dense one."""
+    dense, smaller = (int(str(compressed.facts[name])) for name in ("dense bytes", "compressed bytes"))
+    return Sizes(dense, dense, smaller)
+
+
+def _zero_shot_rows(table: dict) -> tuple[ZeroShotRow, ...]:
+    return tuple(
+        ZeroShotRow(
+            row["task"],
+            row["dense"]["value"],
+            (row["uniform"] or row["best"])["value"],
+            row["best"]["value"],
+            row["best"]["standard_error"] or 0.0,
+            (row["to_uniform"] or {"difference": 0.0})["difference"] / 100,
+            (row["to_uniform"] or {"p_value": None})["p_value"],
+        )
+        for row in (*table["rows"], table["average"])
+    )

@@ -1,0 +1,29 @@
+"""The installation compiles the sparse kernel where there is a C++ compiler, and goes on without it where not."""
+
+import runpy
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+KERNEL = "layerwise/sparse/kernel.so"
+
+
+class SparseKernelHook(BuildHookInterface):
+    """Called by hatchling for every wheel, those of editable installations included."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the kernel to the wheel, which is then one for this platform."""
+        # By its path: the package itself may not be importable where its wheel is built.
+        build = runpy.run_path(str(Path(self.root, "layerwise/sparse/build.py")))
+        library = Path(self.root, KERNEL)
+        try:
+            build["compile_kernel"](library)
+        except build["NoKernel"] as reason:
+            library.unlink(missing_ok=True)  # of an earlier build, and maybe from other sources
+            self.app.display_warning(f"layerwise without its sparse kernel: {reason}")
+            return
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["artifacts"].append(KERNEL)  # git ignores it, which would leave it out

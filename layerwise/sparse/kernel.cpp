@@ -1,0 +1,443 @@
+// Products of a few tokens and a weight stored as a bitmask, for CPUs; called by native.py through ctypes.
+//
+// Every level of instructions has its own `Lanes`: how many columns are expanded at a time, and how. All the rest is
+// written once. Functions carry their instruction set as an attribute, so that one plain build runs on every CPU.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#ifndef FOR_AVX512  // a test compiles these functions for emulated instructions
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,bmi2")))
+#define FOR_AVX512_BF16                                                                                                \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2")))
+#endif
+#define FOR_AVX2 __attribute__((target("avx2,fma,popcnt,bmi2")))
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+// As native.py passes it. The columns are cut into panels; each panel is stored like a weight of its own, after the one
+// before: masks of whole bytes per row, values row by row. `starts` has the index of the first value of every row of
+// every panel, and the number of all values at its end.
+struct SparseWeight {
+    int64_t rows, columns, panel_columns;  // panel_columns: a multiple of 64, at most PANEL_LIMIT
+    const uint8_t* mask;
+    const void* values;
+    const int64_t* starts;
+    const float* scales;  // of the rows; null unless the values are int8
+    int32_t kind;
+};
+
+namespace {
+
+enum Level { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+enum Kind { BFLOAT16, FLOAT32, INT8 };
+constexpr int64_t PANEL_LIMIT = 8192;
+constexpr int64_t OVERREAD = 32;  // values behind the end of a row that a vector load may touch
+constexpr int64_t MOST_TOKENS = 8;  // at a time: as many sums as registers hold
+constexpr int64_t ALIGNMENT = 64;
+
+float widen(float value) { return value; }
+float widen(int8_t value) { return value; }
+float widen(Bfloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+void narrow(float value, float& result) { result = value; }
+void narrow(float value, Bfloat16& result) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    result.bits = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+int64_t ceiling(int64_t value, int64_t step) { return (value + step - 1) / step; }
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read as little-endian words");
+
+template <class Word>
+Word load_word(const uint8_t* mask, int64_t bytes) {
+    Word word = 0;
+    memcpy(&word, mask, bytes < int64_t(sizeof(Word)) ? bytes : sizeof(Word));
+    return word;
+}
+
+struct Portable {
+    static constexpr int step = 64;
+    using Input = float;
+    using Dense = float;
+    template <int TOKENS, class Value>
+    static void row(const uint8_t* mask, int64_t columns, const Value* values, const float* inputs, float* totals) {
+        float sums[TOKENS] = {};
+        for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, inputs += step * TOKENS)
+            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1) {
+                const float value = widen(*values++);
+                const float* input = inputs + __builtin_ctzll(bits);
+                for (int token = 0; token < TOKENS; ++token) sums[token] += value * input[token * step];
+            }
+        for (int token = 0; token < TOKENS; ++token) totals[token] += sums[token];
+    }
+    template <class Value>
+    static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale, float* row) {
+        memset(row, 0, columns * sizeof(float));
+        for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, row += step)
+            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1)
+                row[__builtin_ctzll(bits)] = widen(*values++) * scale;
+    }
+};
+
+#if defined(__x86_64__)
+
+// For every mask of 8 columns: where each column's value lies among the next 8 stored ones.
+struct Tables {
+    uint8_t words[256][32];  // byte shuffles that leave a bfloat16 in the upper half of a 32-bit lane, ...
+    uint8_t bytes[256][32];  // an int8 in its highest byte, ...
+    uint32_t lanes[256][8];  // and a lane permutation for float32, with the sign bit where a value is stored
+    constexpr Tables() : words(), bytes(), lanes() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int column = 0, next = 0; column < 8; ++column) {
+                const bool stored = mask >> column & 1;
+                for (int byte = 4 * column; byte < 4 * column + 4; ++byte) words[mask][byte] = bytes[mask][byte] = 0x80;
+                if (!stored) continue;
+                words[mask][4 * column + 2] = 2 * next;
+                words[mask][4 * column + 3] = 2 * next + 1;
+                bytes[mask][4 * column + 3] = next;
+                lanes[mask][column] = 0x80000000u | next++;
+            }
+    }
+};
+alignas(ALIGNMENT) constexpr Tables TABLES;
+
+// The loops over the columns of a row. A macro, because a template cannot take its instruction set from an argument.
+// They use of a level: `step` columns at a time, a Word of as many bits, Input, Sum, and how to expand and multiply.
+#define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                           \
+    static constexpr int BYTES = step / 8;                                                                      \
+    template <int TOKENS, class Value>                                                                          \
+    FOR_LEVEL static inline const Value* advance(Word word, const Value* values, const Input* inputs, Zero zero,\
+                                                 Sum* sums) {                                                   \
+        const auto weight = expand(word, values, zero);                                                         \
+        _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token)                                    \
+            sums[token] = multiply_add(weight, inputs + token * step, sums[token]);                             \
+        return values + __builtin_popcount(word);                                                               \
+    }                                                                                                           \
+    template <int TOKENS, class Value>                                                                          \
+    FOR_LEVEL static void row(const uint8_t* mask, int64_t columns, const Value* values, const Input* inputs,   \
+                              float* totals) {                                                                  \
+        constexpr int UNROLLED = TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4;                                           \
+        const int64_t bytes = ceiling(columns, 8);                                                              \
+        const Zero zero = opaque_zero();                                                                        \
+        Sum sums[UNROLLED][TOKENS];                                                                             \
+        for (auto& some : sums)                                                                                 \
+            for (Sum& sum : some) sum = no_sum();                                                               \
+        int64_t byte = 0;                                                                                       \
+        for (; byte + UNROLLED * BYTES <= bytes; byte += UNROLLED * BYTES)                                      \
+            _Pragma("GCC unroll 4") for (int block = 0; block < UNROLLED; ++block, inputs += step * TOKENS) {   \
+                const Word word = load_word<Word>(mask + byte + block * BYTES, BYTES);                          \
+                values = advance<TOKENS>(word, values, inputs, zero, sums[block]);                              \
+            }                                                                                                   \
+        for (; byte < bytes; byte += BYTES, inputs += step * TOKENS) {                                          \
+            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
+            values = advance<TOKENS>(word, values, inputs, zero, sums[0]);                                      \
+        }                                                                                                       \
+        for (int token = 0; token < TOKENS; ++token) {                                                          \
+            Sum sum = sums[0][token];                                                                           \
+            for (int block = 1; block < UNROLLED; ++block) sum = add(sum, sums[block][token]);                  \
+            totals[token] += total(sum);                                                                        \
+        }                                                                                                       \
+    }                                                                                                           \
+    template <class Value>                                                                                      \
+    FOR_LEVEL static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale,    \
+                                     Dense* row) {                                                              \
+        const int64_t bytes = ceiling(columns, 8);                                                              \
+        const Zero zero = opaque_zero();                                                                        \
+        for (int64_t byte = 0; byte < bytes; byte += BYTES) {                                                   \
+            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
+            const int64_t left = columns - 8 * byte;                                                            \
+            Dense last[step];                                                                                   \
+            store(expand(word, values, zero), scale, left < step ? last : row + 8 * byte);                      \
+            if (left < step) memcpy(row + 8 * byte, last, left * sizeof(Dense));                                \
+            values += __builtin_popcount(word);                                                                 \
+        }                                                                                                       \
+    }
+
+struct Avx2 {
+    static constexpr int step = 8;
+    using Word = uint8_t;
+    using Input = float;
+    using Dense = float;
+    using Sum = __m256;
+    struct Zero {};
+    FOR_AVX2 static inline Zero opaque_zero() { return {}; }
+    FOR_AVX2 static inline Sum no_sum() { return _mm256_setzero_ps(); }
+    FOR_AVX2 static inline __m256 expand(Word mask, const Bfloat16* values, Zero) {
+        const __m256i eight = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(eight, *(const __m256i*)TABLES.words[mask]));
+    }
+    FOR_AVX2 static inline __m256 expand(Word mask, const int8_t* values, Zero) {
+        const __m256i eight = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)values));
+        const __m256i highest = _mm256_shuffle_epi8(eight, *(const __m256i*)TABLES.bytes[mask]);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(highest, 24));
+    }
+    FOR_AVX2 static inline __m256 expand(Word mask, const float* values, Zero) {
+        const __m256i places = *(const __m256i*)TABLES.lanes[mask];
+        const __m256 placed = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places);
+        return _mm256_blendv_ps(_mm256_setzero_ps(), placed, _mm256_castsi256_ps(places));
+    }
+    FOR_AVX2 static inline Sum multiply_add(__m256 weight, const float* inputs, Sum sum) {
+        return _mm256_fmadd_ps(weight, _mm256_loadu_ps(inputs), sum);
+    }
+    FOR_AVX2 static inline Sum add(Sum one, Sum other) { return _mm256_add_ps(one, other); }
+    FOR_AVX2 static inline float total(Sum sum) {
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    FOR_AVX2 static inline void store(__m256 weight, float scale, float* row) {
+        _mm256_storeu_ps(row, _mm256_mul_ps(weight, _mm256_set1_ps(scale)));
+    }
+    LOOPS_OVER_COLUMNS(FOR_AVX2)
+};
+
+struct Avx512 {
+    static constexpr int step = 16;
+    using Word = uint16_t;
+    using Input = float;
+    using Dense = float;
+    using Sum = __m512;
+    using Zero = __m512i;
+    // Zen 4's expansion with zeroing waits for the last value of its destination. Into zeros that the compiler does not
+    // know to be zeros it takes half the time.
+    FOR_AVX512 static inline Zero opaque_zero() {
+        Zero zero = _mm512_setzero_si512();
+        asm("" : "+m"(zero));
+        return zero;
+    }
+    FOR_AVX512 static inline Sum no_sum() { return _mm512_setzero_ps(); }
+    FOR_AVX512 static inline __m512 expand(Word mask, const Bfloat16* values, Zero zero) {
+        const __m256i packed = _mm256_loadu_si256((const __m256i*)values);
+        const __m256i words = _mm256_mask_expand_epi16(_mm512_castsi512_si256(zero), mask, packed);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    }
+    FOR_AVX512 static inline __m512 expand(Word mask, const int8_t* values, Zero zero) {
+        const __m128i packed = _mm_loadu_si128((const __m128i*)values);
+        const __m128i bytes = _mm_mask_expand_epi8(_mm512_castsi512_si128(zero), mask, packed);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
+    FOR_AVX512 static inline __m512 expand(Word mask, const float* values, Zero zero) {
+        return _mm512_mask_expand_ps(_mm512_castsi512_ps(zero), mask, _mm512_loadu_ps(values));
+    }
+    FOR_AVX512 static inline Sum multiply_add(__m512 weight, const float* inputs, Sum sum) {
+        return _mm512_fmadd_ps(weight, _mm512_loadu_ps(inputs), sum);
+    }
+    FOR_AVX512 static inline Sum add(Sum one, Sum other) { return _mm512_add_ps(one, other); }
+    FOR_AVX512 static inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    FOR_AVX512 static inline void store(__m512 weight, float scale, float* row) {
+        _mm512_storeu_ps(row, _mm512_mul_ps(weight, _mm512_set1_ps(scale)));
+    }
+    LOOPS_OVER_COLUMNS(FOR_AVX512)
+};
+
+struct Avx512Bf16 {  // for bfloat16 weights and inputs; the rest goes by Avx512 there too
+    static constexpr int step = 32;
+    using Word = uint32_t;
+    using Input = Bfloat16;
+    using Dense = Bfloat16;
+    using Sum = __m512;
+    using Zero = __m512i;
+    FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
+    FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_ps(); }
+    FOR_AVX512_BF16 static inline __m512i expand(Word mask, const Bfloat16* values, Zero zero) {
+        return _mm512_mask_expand_epi16(zero, mask, _mm512_loadu_si512(values));
+    }
+    FOR_AVX512_BF16 static inline Sum multiply_add(__m512i weight, const Bfloat16* inputs, Sum sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)_mm512_loadu_si512(inputs));
+    }
+    FOR_AVX512_BF16 static inline Sum add(Sum one, Sum other) { return _mm512_add_ps(one, other); }
+    FOR_AVX512_BF16 static inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    FOR_AVX512_BF16 static inline void store(__m512i weight, float, Bfloat16* row) { _mm512_storeu_si512(row, weight); }
+    LOOPS_OVER_COLUMNS(FOR_AVX512_BF16)
+};
+
+#endif
+
+// The values of a row, or a copy of them where a vector load could go beyond the end of all values.
+template <class Value>
+const Value* readable(const SparseWeight& weight, int64_t row_in_panels, Value* copy) {
+    const Value* all = static_cast<const Value*>(weight.values);
+    const int64_t first = weight.starts[row_in_panels], end = weight.starts[row_in_panels + 1];
+    const int64_t count = weight.starts[weight.rows * ceiling(weight.columns, weight.panel_columns)];
+    if (end + OVERREAD <= count) return all + first;
+    memcpy(copy, all + first, (end - first) * sizeof(Value));
+    return copy;
+}
+
+// Calls `visit(panel's first column, its columns, row, row's mask, its values)` for rows [first, last), panel by panel.
+template <class Value, class Visit>
+void visit_rows(const SparseWeight& weight, int64_t first, int64_t last, Visit visit) {
+    alignas(ALIGNMENT) Value copy[PANEL_LIMIT + OVERREAD];
+    const uint8_t* mask = weight.mask;
+    for (int64_t column = 0, index = 0; column < weight.columns; column += weight.panel_columns, index += weight.rows) {
+        const int64_t left = weight.columns - column;
+        const int64_t columns = left < weight.panel_columns ? left : weight.panel_columns;
+        for (int64_t row = first; row < last; ++row)
+            visit(column, columns, row, mask + row * ceiling(columns, 8), readable<Value>(weight, index + row, copy));
+        mask += weight.rows * ceiling(columns, 8);
+    }
+}
+
+// Calls `work(first row, row after the last)` in every thread.
+template <class Work>
+void share_rows(int64_t rows, int threads, Work work) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+        work(rows * thread / all, rows * (thread + 1) / all);
+    }
+#else
+    (void)threads;
+    work(int64_t(0), rows);
+#endif
+}
+
+float row_scale(const SparseWeight& weight, int64_t row) { return weight.scales ? weight.scales[row] : 1.0f; }
+
+void convert(Bfloat16 from, float& to) { to = widen(from); }
+template <class Same>
+void convert(Same from, Same& to) {
+    to = from;
+}
+
+// Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros at the end.
+template <class Input, class Element>
+void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged) {
+    for (int64_t first = 0; first < columns; first += step)
+        for (int64_t token = 0; token < tokens; ++token, arranged += step) {
+            const int64_t count = columns - first < step ? columns - first : step;
+            if (count < step) memset(arranged, 0, step * sizeof(Input));
+            for (int64_t column = 0; column < count; ++column)
+                convert(inputs[token * columns + first + column], arranged[column]);
+        }
+}
+
+template <class Lanes, class Value, int TOKENS, class Element>
+void multiply_some(const SparseWeight& weight, int threads, const Element* inputs, const Element* bias,
+                   Element* outputs, void* workspace) {
+    auto* arranged = static_cast<typename Lanes::Input*>(workspace);
+    arrange(inputs, TOKENS, weight.columns, Lanes::step, arranged);
+    float* sums = reinterpret_cast<float*>(arranged + ceiling(weight.columns, ALIGNMENT) * ALIGNMENT * TOKENS);
+    share_rows(weight.rows, threads, [&](int64_t first, int64_t last) {
+        memset(sums + first * TOKENS, 0, (last - first) * TOKENS * sizeof(float));
+        visit_rows<Value>(weight, first, last,
+                          [&](int64_t column, int64_t columns, int64_t row, const uint8_t* mask, const Value* values) {
+                              Lanes::template row<TOKENS>(mask, columns, values, arranged + column * TOKENS,
+                                                          sums + row * TOKENS);
+                          });
+        for (int64_t row = first; row < last; ++row)
+            for (int token = 0; token < TOKENS; ++token) {
+                const float sum = sums[row * TOKENS + token] * row_scale(weight, row);
+                narrow(sum + (bias ? widen(bias[row]) : 0.0f), outputs[token * weight.rows + row]);
+            }
+    });
+}
+
+template <class Lanes, class Value, class Element>
+int multiply(const SparseWeight& weight, int threads, int64_t tokens, const Element* inputs, const Element* bias,
+             Element* outputs) {
+    const int64_t widest = tokens < MOST_TOKENS ? tokens : MOST_TOKENS;
+    const int64_t floats = (ceiling(weight.columns, ALIGNMENT) * ALIGNMENT + weight.rows) * widest;
+    void* workspace = aligned_alloc(ALIGNMENT, ceiling(floats * sizeof(float), ALIGNMENT) * ALIGNMENT);
+    if (!workspace) return 1;
+    for (int64_t some; tokens > 0; tokens -= some, inputs += some * weight.columns, outputs += some * weight.rows) {
+        some = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+        const auto run = some == 8   ? multiply_some<Lanes, Value, 8, Element>
+                         : some == 4 ? multiply_some<Lanes, Value, 4, Element>
+                         : some == 2 ? multiply_some<Lanes, Value, 2, Element>
+                                     : multiply_some<Lanes, Value, 1, Element>;
+        run(weight, threads, inputs, bias, outputs, workspace);
+    }
+    free(workspace);
+    return 0;
+}
+
+template <class Lanes, class Value>
+int unpack(const SparseWeight& weight, int threads, int64_t first_row, int64_t last_row, void* dense) {
+    auto* rows = static_cast<typename Lanes::Dense*>(dense);
+    share_rows(last_row - first_row, threads, [&](int64_t first, int64_t last) {
+        visit_rows<Value>(weight, first_row + first, first_row + last,
+                          [&](int64_t column, int64_t columns, int64_t row, const uint8_t* mask, const Value* values) {
+                              Lanes::unpack_row(mask, columns, values, row_scale(weight, row),
+                                                rows + (row - first_row) * weight.columns + column);
+                          });
+    });
+    return 0;
+}
+
+#if defined(__x86_64__)
+#define AT_LEVEL(level, function, Value, ...)                                                                          \
+    ((level) >= AVX512 ? function<Avx512, Value>(__VA_ARGS__)                                                          \
+     : (level) == AVX2 ? function<Avx2, Value>(__VA_ARGS__)                                                            \
+                       : function<Portable, Value>(__VA_ARGS__))
+#else
+#define AT_LEVEL(level, function, Value, ...) function<Portable, Value>(__VA_ARGS__)
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// Raised by hand, here and in native.py, when a function or SparseWeight changes.
+int layerwise_interface() { return 1; }
+
+// The highest Level that this CPU has.
+int layerwise_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (!avx2 || !__builtin_cpu_supports("popcnt")) return PORTABLE;
+    if (!__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return AVX2;
+    return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+#else
+    return PORTABLE;
+#endif
+}
+
+// outputs (tokens, rows) = inputs (tokens, columns) times the weight's transpose, plus bias if it is not null. Inputs,
+// bias and outputs are bfloat16 or float32 by `element`, which is the weight's `kind` unless that is int8.
+// Returns 0, or 1 if there is no memory for the inputs' copy.
+int layerwise_multiply(const SparseWeight* weight, int level, int threads, int element, int64_t tokens,
+                       const void* inputs, const void* bias, void* outputs) {
+#define ELEMENTS(Type) tokens, (const Type*)inputs, (const Type*)bias, (Type*)outputs
+    if (weight->kind == FLOAT32) return AT_LEVEL(level, multiply, float, *weight, threads, ELEMENTS(float));
+    if (weight->kind == INT8 && element == FLOAT32)
+        return AT_LEVEL(level, multiply, int8_t, *weight, threads, ELEMENTS(float));
+    if (weight->kind == INT8) return AT_LEVEL(level, multiply, int8_t, *weight, threads, ELEMENTS(Bfloat16));
+#if defined(__x86_64__)
+    if (level == AVX512_BF16) return multiply<Avx512Bf16, Bfloat16>(*weight, threads, ELEMENTS(Bfloat16));
+#endif
+    return AT_LEVEL(level, multiply, Bfloat16, *weight, threads, ELEMENTS(Bfloat16));
+}
+
+// Rows [first_row, last_row) as a dense matrix: bfloat16 if the weight is and the level is AVX512_BF16, else float32.
+int layerwise_unpack(const SparseWeight* weight, int level, int threads, int64_t first_row, int64_t last_row,
+                     void* dense) {
+    if (weight->kind == FLOAT32) return AT_LEVEL(level, unpack, float, *weight, threads, first_row, last_row, dense);
+    if (weight->kind == INT8) return AT_LEVEL(level, unpack, int8_t, *weight, threads, first_row, last_row, dense);
+#if defined(__x86_64__)
+    if (level == AVX512_BF16) return unpack<Avx512Bf16, Bfloat16>(*weight, threads, first_row, last_row, dense);
+#endif
+    return AT_LEVEL(level, unpack, Bfloat16, *weight, threads, first_row, last_row, dense);
+}
+
+}  // extern "C"

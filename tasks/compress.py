@@ -1,0 +1,151 @@
+"""Compress: the exported checkpoint without its zeros, written layer by layer."""
+
+import json
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from storage.artifact import Artifact, StoredFile
+from storage.checking import require_whole
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tensor_entry import TensorEntry
+from storage.tensors import read_tensors, write_tensors
+from tasks.boundaries import boundaries
+from tasks.checkpoint_files import copied_files
+from tasks.compressed_format import (
+    DESCRIPTION_FILE,
+    FORMAT,
+    Description,
+    Layout,
+    SparseTensor,
+    compressed,
+    parts_of,
+)
+from tasks.compressed_readme import LAYOUT_FILE, LAYOUT_TEXT
+from tasks.execution import Execution
+from tasks.export import CARD_FILE, SPARSITY_FILE
+from tasks.model_card import ModelCard, model_card
+from tasks.progress import showing
+from tasks.run_names import title_of
+from tasks.stage_task import stage_task
+
+
+def compress_stage(exported_key: str, card: ModelCard) -> Stage:
+    """The stage that compresses the export of this key."""
+    return Stage("compress", 1, {"card": card}, {"export": exported_key})
+
+
+@stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
+def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution) -> Artifact:
+    """Write ``exported`` again, every pruned weight without its zeros, where that makes it smaller.
+
+    A folder of its own with the same configuration, tokenizer and ``sparsity.json``. ``compressed.json`` says what
+    stands for which weight, ``COMPRESSED.md`` how it is read; transformers refuses the folder, as it finds no weights
+    under their usual names (see ``tasks.compressed_checkpoint``).
+
+    Args:
+        card: for README.md; now that everything is done, with the results of the test.
+    """
+
+    def build(draft: Draft) -> None:
+        shards = _shards(exported)
+        pruned = _pruned_weights(json.loads(store.read(exported, SPARSITY_FILE))["linears"])
+        _write_shards(store, draft, exported, shards, pruned, execution)
+        for name in (*copied_files(exported.files), SPARSITY_FILE):
+            draft.write(name, store.read(exported, name))
+        sizes = _sizes(exported, draft, shards, pruned)
+        description = Description(tuple(shards.values()), _sparse_tensors(exported, draft, shards), sizes)
+        draft.write(DESCRIPTION_FILE, description.to_json())
+        draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
+        draft.write(CARD_FILE, model_card(card, "compressed").encode())
+        draft.facts |= sizes
+
+    result = store.get_or_build(compress_stage(exported.key, card), build)
+    require_whole(store.fs, store.root, result)  # nothing else here would ever look at its files
+    return result
+
+
+def _shards(exported: Artifact) -> dict[str, str]:
+    """The exported files with tensors, each with what it is called here.
+
+    Not model-...: transformers and others would take a file of that name for weights that they can load.
+    """
+    dense = sorted(name for name in exported.files if name.endswith(".safetensors"))
+    return {name: name.replace("model-", "compressed-", 1) for name in dense}
+
+
+def _pruned_weights(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
+    """How the names of the pruned linears' weights end, whatever the model calls its layers."""
+    return tuple(f".{row['layer']}.{row['linear']}.weight" for row in rows)
+
+
+def _write_shards(
+    store: ArtifactStore,
+    draft: Draft,
+    exported: Artifact,
+    shards: Mapping[str, str],
+    pruned: tuple[str, ...],
+    execution: Execution,
+) -> None:
+    """Write one file for each exported one, with never more than that one in memory."""
+    done = draft.resumed.step if draft.resumed else 0
+    draft.gather()
+    with (
+        boundaries(draft, execution, _no_state) as reached,
+        showing("compress: checkpoint without zeros", len(shards), done, draft.resumed, "shard") as show,
+    ):
+        for step, (source, target) in enumerate([*shards.items()][done:], done + 1):
+            tensors: dict[str, Tensor] = {}
+            for name, weight in read_tensors(store, exported, source).items():
+                tensors |= compressed(name, weight) if name.endswith(pruned) else {name: weight}
+            write_tensors(draft, target, tensors, metadata={"format": FORMAT})
+            show(step)
+            reached(step)
+    if draft.resumed is not None:
+        draft.save_progress(len(shards), _no_state)  # reading what is there may take its time
+        draft.check_inherited()
+
+
+def _no_state(state: Draft) -> None:
+    """The shards written so far are all that is needed to go on."""
+
+
+def _sparse_tensors(exported: Artifact, draft: Draft, shards: Mapping[str, str]) -> dict[str, SparseTensor]:
+    """The weights that two tensors stand for, by what the files hold."""
+    found = {}
+    for source, target in shards.items():
+        dense, stored = _tensors(exported.files[source]), _tensors(draft.files[target])
+        for name in dense.keys() - stored.keys():
+            layout: Layout = "bitmask" if parts_of(name, "bitmask")[0] in stored else "semi_structured"
+            rows, columns = dense[name].shape
+            dtype = str(dense[name].torch_dtype).removeprefix("torch.")
+            found[name] = SparseTensor(target, (rows, columns), dtype, layout)
+    return dict(sorted(found.items()))
+
+
+def _sizes(
+    exported: Artifact, draft: Draft, shards: Mapping[str, str], pruned: tuple[str, ...]
+) -> dict[str, float]:
+    """Bytes of all tensors, and of the pruned linears, which alone become smaller."""
+    dense = {name: entry for source in shards for name, entry in _tensors(exported.files[source]).items()}
+    before = sum(entry.nbytes for entry in dense.values())
+    after = sum(
+        entry.nbytes for target in shards.values() for entry in _tensors(draft.files[target]).values()
+    )
+    linears = sum(entry.nbytes for name, entry in dense.items() if name.endswith(pruned))
+    left = linears - (before - after)
+    return {
+        "dense bytes": before,
+        "compressed bytes": after,
+        "ratio": after / before,
+        "dense bytes of linears": linears,
+        "compressed bytes of linears": left,
+        "ratio of linears": left / linears,
+    }
+
+
+def _tensors(file: StoredFile) -> dict[str, TensorEntry]:
+    assert file.tensors is not None, "write_tensors records where tensors lie"
+    return file.tensors

@@ -1,0 +1,33 @@
+"""Open a checkpoint as one model of transformers with all its weights in memory."""
+
+from transformers import PreTrainedModel
+
+from layerwise.skeleton import build_skeleton
+from tasks.checkpoint import Checkpoint
+from tasks.execution import Execution
+from tasks.streamed import DTYPES
+
+
+def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> PreTrainedModel:
+    """The model of ``checkpoint``, computing in ``dtype``; its tensors are those that a streamed model reads.
+
+    Raises:
+        Corrupt: if a tensor is not the one that was imported.
+    """
+    wanted, device = DTYPES[dtype], execution.torch_device
+    model = build_skeleton(checkpoint.config)
+    weights = {
+        name: tensor.to(device, wanted)
+        for name, tensor in checkpoint.read(checkpoint.outer_tensors()).items()
+    }
+    for index, layer in enumerate(checkpoint.layers()):
+        for name, tensor in layer.items():  # copied: the next layer but one is read into the same memory
+            weights[f"{checkpoint.layer_prefix}.{index}.{name}"] = tensor.to(device, wanted, copy=True)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not meta, f"an imported checkpoint has every tensor of the model, but {meta} stayed without"
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,143 @@
+"""Zero-shot: what a model answers to the questions of lm-eval's tasks, one artifact per task."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from tasks.checkpoint import Checkpoint
+from tasks.execution import Execution
+from tasks.grouping import built_together, group_stage
+from tasks.questions import Questions
+from tasks.run_names import model_title
+from tasks.stage_task import stage_task
+from tasks.streamed import DTYPES
+from tasks.streamed_scores import streamed_scores
+from tasks.task_answers import read_answers, write_answers
+from tasks.whole_scores import whole_scores
+
+
+@dataclass(frozen=True)
+class ZeroShotSettings:
+    """How questions are answered.
+
+    Attributes:
+        dtype: in which the model computes; log-probabilities are taken in float32.
+        way: "streamed" reads one decoder layer at a time, "memory" holds the whole model and is lm-eval's own
+            computation. They agree to 1e-3, not to the bit, so that the way is part of the key.
+    """
+
+    dtype: str
+    way: Literal["streamed", "memory"] = "streamed"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES or self.way not in ("streamed", "memory"):
+            raise ValueError(
+                f"zero-shot tasks cannot be run in {self.dtype!r}, {self.way!r}. The dtype is one of "
+                f"{', '.join(DTYPES)}; the way is streamed or memory."
+            )
+
+
+def zero_shot_stage(checkpoint: Checkpoint, questions: Questions, settings: ZeroShotSettings) -> Stage:
+    """The stage of one task.
+
+    By what seed the documents were drawn, and by which version of lm-eval the questions were put together, is no part
+    of it: the identity of the questions has all documents, and every word of what is asked.
+    """
+    by_role = {
+        "checkpoint": checkpoint.identity,
+        "tokenizer": checkpoint.tokenizer_identity,
+        "questions": questions.identity,
+    }
+    return Stage("zero_shot", 1, {"task": questions.task, **asdict(settings)}, by_role)
+
+
+@stage_task(
+    about=lambda checkpoint, questions, **_: (
+        f"{model_title(checkpoint)}: {', '.join(of_task.task for of_task in questions)}"
+    )
+)
+def zero_shot(
+    store: ArtifactStore,
+    checkpoint: Checkpoint,
+    questions: Sequence[Questions],
+    settings: ZeroShotSettings,
+    execution: Execution,
+) -> dict[str, Artifact]:
+    """Have the model answer the questions of all tasks that the store does not have yet, together.
+
+    A task's artifact holds ``documents.parquet`` (by document: log-probability of every choice, whether greedy decoding
+    gives it, whether the answer is right) and ``metrics.json``, and is the same whatever was asked with it.
+
+    Args:
+        questions: of every task, see ``tasks.lm_tasks``.
+
+    Returns:
+        The artifacts by the name of their task.
+
+    Raises:
+        ValueError: the tokenizer has no token that an empty context could be replaced by.
+    """
+    stages = [zero_shot_stage(checkpoint, of_task, settings) for of_task in questions]
+
+    def run(members: Sequence[int]) -> Artifact:
+        together = [questions[number] for number in members]
+        return _group(store, checkpoint, together, settings, execution)
+
+    def copy(group: Artifact, position: int, number: int, draft: Draft) -> None:
+        _copy_task(store, group, position, draft)
+
+    artifacts = built_together(store, stages, run, copy)
+    return {of_task.task: artifact for of_task, artifact in zip(questions, artifacts, strict=True)}
+
+
+def _group(
+    store: ArtifactStore,
+    checkpoint: Checkpoint,
+    questions: Sequence[Questions],
+    settings: ZeroShotSettings,
+    execution: Execution,
+) -> Artifact:
+    answer = streamed_scores if settings.way == "streamed" else whole_scores
+
+    def build(draft: Draft) -> None:
+        tokenizer = _tokenizer(checkpoint)
+        scores = answer(store, draft, checkpoint, tokenizer, questions, settings.dtype, execution)
+        start = 0
+        for position, of_task in enumerate(questions):
+            write_answers(draft, of_task, scores[start : start + of_task.count], _folder(position))
+            start += of_task.count
+
+    stages = [zero_shot_stage(checkpoint, of_task, settings) for of_task in questions]
+    return store.get_or_build(group_stage(stages), build)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {model_title(checkpoint)} names neither a first nor a last token, one of which lm-eval "
+            "puts before text without a context. Set bos_token or eos_token in tokenizer_config.json and import again."
+        )
+    return tokenizer
+
+
+def _copy_task(store: ArtifactStore, group: Artifact, position: int, draft: Draft) -> None:
+    folder = _folder(position)
+    for name in group.files:
+        if name.startswith(folder):
+            draft.write(name.removeprefix(folder), store.read(group, name))
+    metrics = read_answers(store, group, folder).metrics
+    draft.facts |= {"task": metrics.task, "documents": metrics.acc.documents, "acc": metrics.acc.value}
+    draft.facts["lm-eval"] = version("lm_eval")
+
+
+def _folder(position: int) -> str:
+    """Folder of one task's files in its group's artifact."""
+    return f"task-{position:03d}/"

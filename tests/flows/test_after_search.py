@@ -1,0 +1,127 @@
+"""What comes after a finished search: zero-shot tasks, the compressed checkpoint, and both in its report."""
+
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flows import cli
+from flows.compress import Compress, compress
+from flows.runtime import Runtime
+from flows.search import search
+from flows.zero_shot import ZeroShot, zero_shot
+from storage.store import ArtifactStore
+from tasks.compressed_checkpoint import load
+from tasks.report import PAGE_FILE
+from tests.lm_task_files import WORDS, give_words, some_documents, write_task
+
+
+@pytest.fixture(scope="module")
+def done(workshop, prefect_backend, tmp_path_factory):
+    """A search of a model whose tokenizer can begin a text, and its runtime."""
+    folder = tmp_path_factory.mktemp("speaking")
+    shutil.copytree(workshop.model, folder / "model")
+    give_words(folder / "model")
+    text = folder / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
+    places = {"model": str(folder / "model"), "calibration": str(text), "selection": str(text)}
+    runtime = Runtime(store=str(folder / "store"))
+    return search(workshop.settings(**places), runtime), runtime
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return tuple(
+        write_task(folder, name, some_documents(20, seed)) for seed, name in enumerate(("one", "two"))
+    )
+
+
+@pytest.fixture(scope="module")
+def answered(done, tasks):
+    return zero_shot(ZeroShot(tasks=tasks, documents=12), done[1])
+
+
+def newest(runtime: Runtime, name: str):
+    found = [each for each in ArtifactStore(runtime.store).artifacts() if each.recipe["name"] == name]
+    return max(found, key=lambda each: each.made["at"])
+
+
+def names_in(runtime: Runtime) -> list[str]:
+    return sorted(each.key for each in ArtifactStore(runtime.store).artifacts())
+
+
+def test_all_models_answer_the_same_questions(answered):
+    assert [(row.task, row.documents) for row in answered.rows] == [("one", 12), ("two", 12)]
+    for row in (*answered.rows, answered.average):
+        assert row.to_dense.difference == pytest.approx(100 * (row.best.value - row.dense.value))
+        assert row.to_uniform.difference == pytest.approx(100 * (row.best.value - row.uniform.value))
+    assert answered.average.documents == 24
+
+
+def test_what_was_answered_is_not_asked_again_and_another_task_is(done, tasks, answered):
+    before = names_in(done[1])
+    assert zero_shot(ZeroShot(tasks=tasks, documents=12), done[1]) == answered
+    assert names_in(done[1]) == before
+    one = zero_shot(ZeroShot(tasks=tasks[:1], documents=12), done[1])
+    assert one.rows == answered.rows[:1]
+    added = set(names_in(done[1])) - set(before)
+    assert not [key for key in added if key.startswith(("zero_shot/", "export"))]
+
+
+def test_the_zero_shot_table_is_in_the_searchs_report(done, answered):
+    """That of all tasks, and that of one."""
+    store = ArtifactStore(done[1].store)
+    reports = [each for each in store.artifacts() if each.recipe["name"] == "report"]
+    pages = [store.read(each, PAGE_FILE).decode() for each in reports]
+    assert ["<td>two</td>" in page for page in pages].count(True) == 1
+    assert ["<td>average</td>" in page for page in pages].count(True) >= 1
+
+
+def test_a_task_that_nobody_knows_is_refused_before_any_work(done):
+    before = names_in(done[1])
+    with pytest.raises(ValueError, match="arc_eazy"):
+        zero_shot(ZeroShot(tasks=("arc_eazy",)), done[1])
+    assert names_in(done[1]) == before
+
+
+def test_the_compressed_checkpoint_is_the_pruned_model(done):
+    store = ArtifactStore(done[1].store)
+    folder = compress(Compress(), done[1])
+    pruned = AutoModelForCausalLM.from_pretrained(done[0].pruned).state_dict()
+    restored = load(store.location(folder)).state_dict()
+    assert pruned.keys() == restored.keys()
+    assert all(torch.equal(pruned[name], restored[name]) for name in pruned)
+    card = store.read(folder, "README.md").decode()
+    assert "test text" in card
+    assert "given by the allocator atp" in card
+    page = store.read(newest(done[1], "report"), PAGE_FILE).decode()
+    assert "compressed" in page
+
+
+def test_a_search_without_export_has_its_model_written_when_it_is_needed(done, workshop):
+    result, runtime = done
+    settings = result.settings.model_copy(update={"export": False, "sparsity": 0.4})
+    search(settings, runtime)
+    before = names_in(runtime)
+    compress(Compress(), runtime)
+    added = set(names_in(runtime)) - set(before)
+    assert [key for key in added if key.startswith("export/")]
+
+
+def test_both_are_commands(done, tasks, answered, monkeypatch, capsys):
+    """Of the first search, as the newest may be another test's."""
+    key = [each for each in names_in(done[1]) if each.startswith("search/")]
+    store = ArtifactStore(done[1].store)
+    first = min(key, key=lambda each: store.get(each).made["at"])
+    given = ["--store", done[1].store, "--search", first]
+    options = ["--tasks", ",".join(tasks), "--documents", "12"]
+    for command in (["zero-shot", *given, *options], ["compress", *given]):
+        monkeypatch.setattr(sys, "argv", ["layerwise", *command])
+        cli.main()
+    shown = capsys.readouterr().out
+    assert "average" in shown
+    assert "Compressed model:" in shown

@@ -1,0 +1,306 @@
+"""The report of a real small search: every number on its page is an artifact's, and the page needs nothing else."""
+
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from flows.report import make_report
+from storage.artifact import Artifact
+from storage.store import ArtifactStore
+from storage.tables import read_table
+from tasks.branch import ERRORS_FILE, LINEARS_FILE
+from tasks.findings import number
+from tasks.report import figures_of, report
+from tasks.report_data import ReportData, report_data
+from tasks.report_extras import Extras, Sizes, SpeedRow, TheoryFigure, ZeroShotRow
+from tasks.report_page import report_page
+from tasks.search_result import FinishedSearch, read_search
+
+SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
+EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements that have no end
+EXTRAS = Extras(
+    zero_shot=(ZeroShotRow("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
+    sizes=Sizes(273_000_000, 272_000_000, 141_000_000),
+    speed=(SpeedRow("2:4 kernel", 812.5, 31.25, 141_000_000, 1.5),),
+    theory=(TheoryFigure("Bound", "depth", "error", "It holds.", (("bound", ((0, 2), (1, 3))),)),),
+)
+
+
+class Page(HTMLParser):
+    """What is on a page; fails if its elements are not well nested."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text: list[str] = []
+        self.tables: dict[str, list[list[list[str]]]] = {}
+        self.section = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.said = " ".join(" ".join(self.text).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in EMPTY:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = dict(attributes)["id"]
+        if tag == "table":
+            self.tables.setdefault(self.section, []).append([])
+        if tag == "tr":
+            self.tables[self.section][-1].append([])
+        if tag in ("td", "th"):
+            self.tables[self.section][-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[self.section][-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def store(finished) -> ArtifactStore:
+    return ArtifactStore(finished[1].store)
+
+
+@pytest.fixture(scope="module")
+def artifact(finished, store) -> Artifact:
+    """Of the report that the search has left."""
+    (artifact,) = [each for each in store.artifacts() if each.key in finished[0].report]
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def found(store, artifact) -> FinishedSearch:
+    return read_search(store, store.get(artifact.facts["search"]))
+
+
+@pytest.fixture(scope="module")
+def data(store, found) -> ReportData:
+    return report_data(store, found, {}, "", Extras())
+
+
+@pytest.fixture(scope="module")
+def html(store, artifact) -> str:
+    return store.read(artifact, "report.html").decode()
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def of_data(store: ArtifactStore, artifact: Artifact, name: str) -> list[dict]:
+    return read_table(store, artifact, f"data/{name}.parquet").to_pylist()
+
+
+def test_the_page_has_every_section_in_the_order_in_which_one_asks(page):
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == SECTIONS
+
+
+def test_the_page_asks_for_nothing_outside_of_itself(page, html):
+    assert not [
+        each for each in page.attributes if each[1] in ("src", "href", "xlink:href", "action", "data")
+    ]
+    assert set(re.findall(r"https?://[^\s\"<]*", html)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in html
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    policies = [value for tag, name, value in page.attributes if (tag, name) == ("meta", "content")]
+    assert any(value.startswith("default-src 'none'") for value in policies)
+
+
+def test_identifiers_are_on_the_page_once(page):
+    identifiers = [value for _, name, value in page.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_the_verdict_and_what_was_done_come_first(finished, page):
+    result, _ = finished
+    lead = page.said[: page.said.index("Dense, uniform, best")]
+    assert f"Chosen: {result.selection.verdict}." in lead
+    row = result.selection.best_row
+    lane = result.stages[f"lane beta {row.beta:g}"]
+    linears = read_table(ArtifactStore(finished[1].store), lane, LINEARS_FILE)
+    zeros, weights = (sum(linears[name].to_pylist()) for name in ("zeros", "weights"))
+    assert f"wanda removed {zeros:,} of {weights:,} weights" in lead
+    assert "from 21 linears in 3 decoder layers" in lead
+    assert "3 plans were scored on 4 windows of 16 tokens" in lead
+
+
+def test_dense_uniform_and_best_are_side_by_side_with_the_numbers_of_the_artifacts(
+    finished, store, artifact, page
+):
+    test, selection = finished[0].test, finished[0].selection
+    header, tested, selected, *_ = page.tables["models"][0]
+    assert header == ["", "dense", "uniform", "best"]
+    assert tested[1:] == [number(value) for value in (test.dense, test.uniform, test.best)]
+    dense, uniform, best = selection.dense_perplexity, selection.rows[0], selection.best_row
+    assert selected[1:] == [number(value) for value in (dense, uniform.perplexity, best.perplexity)]
+    rows = of_data(store, artifact, "models")
+    assert [row["test_perplexity"] for row in rows] == [test.dense, test.uniform, test.best]
+
+
+def test_the_table_of_betas_is_that_of_the_selection(finished, store, artifact, page):
+    rows, (header, *lines) = of_data(store, artifact, "betas"), page.tables["perplexity"][0]
+    assert header[:2] == ["plan", "perplexity"]
+    assert [line[:2] for line in lines] == [[row["plan"], number(row["perplexity"])] for row in rows]
+    assert [row["perplexity"] for row in rows] == [row.perplexity for row in finished[0].selection.rows]
+
+
+def test_sparsities_and_errors_by_layer_are_those_of_the_lanes(finished, store, artifact, page):
+    rows, (header, *lines) = of_data(store, artifact, "sparsities"), page.tables["sparsity"][0]
+    assert header == ["layer", "uniform", "beta 0.1", "beta 0.25"]
+    assert [line[0] for line in lines] == ["0", "1", "2"]
+    for row in rows:
+        assert lines[row["layer"]][header.index(row["plan"])] == f"{row['sparsity']:.4f}"
+    table = read_table(store, finished[0].stages["lane beta 0.1"], LINEARS_FILE).to_pylist()
+    of_layer_1 = [row for row in table if row["layer"] == 1]
+    (row,) = [row for row in rows if (row["plan"], row["layer"]) == ("beta 0.1", 1)]
+    assert row["zeros"] == sum(linear["zeros"] for linear in of_layer_1)
+    assert row["sparsity"] == row["zeros"] / sum(linear["weights"] for linear in of_layer_1)
+    uniform = read_table(store, finished[0].stages["evaluate"], "uniform/layers.parquet").to_pylist()
+    errors = [
+        row["relative_error"] for row in of_data(store, artifact, "errors") if row["model"] == "uniform"
+    ]
+    assert errors == [row["error"] / row["dense_energy"] for row in uniform]
+    assert [line[1] for line in page.tables["errors"][0][1:]] == [f"{error:.5f}" for error in errors]
+
+
+def test_every_stage_and_every_artifact_is_named(finished, store, page):
+    stages = [line[0] for line in page.tables["stages"][0][1:]]
+    assert sorted(stages) == sorted(
+        [
+            "checkpoint",
+            "calibration",
+            "selection",
+            "test",
+            "capture",
+            "allocate",
+            "3 lanes",
+            "select",
+            "export",
+            "evaluate",
+        ]
+    )
+    assert all(line[2].endswith("MB") or line[2].endswith("GB") for line in page.tables["stages"][0][1:])
+    lines = {line[0]: line[1:3] for line in page.tables["repeat"][-1][1:]}
+    for role, artifact in finished[0].stages.items():
+        assert lines[role] == [artifact.key, artifact.content]
+
+
+def test_what_repeats_the_search_is_there(finished, page):
+    assert "layerwise search --model=" in page.said
+    assert finished[0].settings.model in page.said
+    assert re.search(r"torch \d", page.said)
+
+
+def test_figures_lie_beside_the_page(store, artifact):
+    names = ["errors", "linears", "perplexity", "sparsity", "stages"]
+    assert sorted(name for name in artifact.files if name.startswith("figures/")) == sorted(
+        f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")
+    )
+    for name in names:
+        png = store.read(artifact, f"figures/{name}.png")
+        assert png.startswith(b"\x89PNG")
+        assert int.from_bytes(png[16:20]) > 800  # pixels wide
+
+
+def test_what_was_not_measured_is_left_out_with_a_sentence(page):
+    assert "No zero-shot tasks were run." in page.said
+    assert "Speed was not measured." in page.said
+    assert "What the theory says" not in page.said
+
+
+def test_what_was_measured_elsewhere_has_its_place(store, found):
+    made = report.fn(store, found.artifact, extras=EXTRAS, compared={"owl": found.artifact})
+    page = Page(store.read(made, "report.html").decode())
+    assert ["arc_easy", "61.0 %", "32.0 %", "40.0 %", "1.5 %", "+8.0", "0.0021"] in page.tables["models"][1]
+    assert ["2:4 kernel", "812.5", "31.2", "141 MB", "1.50"] in page.tables["models"][2]
+    assert ["compressed, zeros left out", "", "", "141 MB"] in page.tables["models"][0]
+    assert "It holds." in page.said
+    best = found.selection.name(found.selection.best)
+    assert f"owl, {best}" in page.tables["sparsity"][0][0]
+    assert {"figures/theory-0.svg", "data/theory.parquet", "data/zero_shot.parquet"} <= set(made.files)
+    assert made.key != report.fn(store, found.artifact).key
+
+
+def test_names_are_text_whatever_is_in_them(data):
+    name = "<script>alert(1)</script> & \"x\" 'y' {{ 1 }}"
+    hostile = replace(
+        data,
+        title=name,
+        source=name,
+        verdict=name,
+        settings={**data.settings, "model": name},
+        command=name,
+        versions={name: name},
+        checkpoint={"source": name},
+    )
+    page = Page(report_page(hostile, {figure: "<svg></svg>" for figure in figures_of(data)}))
+    assert (
+        page.said.count(name) == 9
+    )  # title, heading, verdict, what was done, setting, command, versions, model
+    assert [value for tag, _, value in page.attributes if tag == "script"] == []
+
+
+def test_the_same_artifacts_give_the_same_bytes(store, artifact, tmp_path):
+    shutil.copytree(store.root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "report")
+    again = ArtifactStore(str(tmp_path / "copy"))
+    search = again.get(artifact.facts["search"])
+    made = report.fn(again, search, artifact.recipe["settings"]["command"])
+    assert again.built == {made.key}
+    assert (made.key, made.content) == (artifact.key, artifact.content)
+
+
+def test_the_report_of_a_search_is_found_and_copied(finished, found, tmp_path):
+    result, runtime = finished
+    assert make_report(runtime.store, found.artifact.key) == result.report
+    page = tmp_path / "page.html"
+    assert make_report(runtime.store, found.artifact.key[:20], page) == str(page)
+    assert page.read_bytes() == Path(result.report).read_bytes()
+
+
+def test_of_what_is_no_search_there_is_no_report(finished):
+    result, runtime = finished
+    with pytest.raises(ValueError, match="capture/.* is not the result of a search. Name a search"):
+        make_report(runtime.store, result.stages["capture"].key)
+
+
+def test_a_search_whose_artifacts_are_gone_says_so(store, found, tmp_path):
+    shutil.copytree(store.root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / found.stages["capture"].key)
+    with pytest.raises(
+        KeyError, match="is gone, perhaps by `layerwise gc --results-only`.*Run the search again"
+    ):
+        make_report(str(tmp_path / "copy"), found.artifact.key)
+
+
+def test_the_error_that_a_layer_adds_alone_is_that_of_the_test(data, store, found):
+    """At the first layer nothing has arrived: it is all of the error there, over the same windows."""
+    tested = found.stages["evaluate"]
+    for model in ("uniform", "best"):
+        rows = [row for row in data.tables["errors"] if row["model"] == model]
+        parts = read_table(store, tested, f"{model}/{ERRORS_FILE}").to_pylist()
+        assert [row["relative_local_error"] for row in rows] == [
+            part["local"] / part["energy"] for part in parts
+        ]
+        assert [row["propagation_factor"] for row in rows] == [part["factor"] for part in parts]
+        # Three test windows, of which all are looked at.
+        assert rows[0]["relative_local_error"] == pytest.approx(rows[0]["relative_error"], rel=1e-6)

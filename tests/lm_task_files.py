@@ -1,0 +1,70 @@
+"""Tasks of lm-eval of our own, in files, and small models with a tokenizer that knows their words."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"{colour}{thing}" for colour in ("red", "green", "blue") for thing in ("", "fox", "tree", "car")]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def some_documents(count: int, seed: int = 0) -> list[dict]:
+    """Questions of 1 to 20 words, each with three choices of 1 to 4 words; every fourth with one-word choices."""
+    draw = random.Random(seed)
+    return [
+        {
+            "question": " ".join(draw.choices(WORDS, k=draw.randint(1, 20))),
+            "choices": [
+                " ".join(draw.choices(WORDS, k=draw.randint(1, 4) if number % 4 else 1)) for _ in range(3)
+            ],
+            "answer": draw.randrange(3),
+        }
+        for number in range(count)
+    ]
+
+
+def write_task(folder: Path, name: str, documents: Sequence[Mapping], **changes: object) -> str:
+    """Write a multiple-choice task with its documents; returns the path of its YAML file."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    accuracy = {"aggregation": "mean", "higher_is_better": True}
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"validation": str(data)},
+            "cache_dir": str(folder / "datasets"),
+        },
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": metric, **accuracy} for metric in ("acc", "acc_norm")],
+        "metadata": {"version": 1.0},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(task | changes, indent=1))  # all JSON is YAML
+    return str(path)
+
+
+def give_words(folder: Path, special: Mapping[str, str] | None = None) -> Path:
+    """Replace the tokenizer of a saved model by one that knows ``WORDS`` and begins every text with ``<s>``.
+
+    Args:
+        special: its special tokens, by role.
+    """
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if special is None else special
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
+    return folder

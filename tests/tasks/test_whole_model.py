@@ -1,0 +1,35 @@
+"""A whole model out of a checkpoint is the one that transformers opens."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from tasks.execution import Execution
+from tasks.import_checkpoint import import_checkpoint
+from tasks.whole_model import whole_model
+
+SHAPE = {"vocab_size": 97, "n_head": 4, "n_layer": 3}
+
+
+@pytest.fixture(params=["llama", "llama-tied", "gpt2", "bloom"])
+def folder(request, save_model, llama):
+    models = {
+        "llama": lambda: llama(num_hidden_layers=3),
+        "llama-tied": lambda: llama(tie_word_embeddings=True),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_positions=64, **SHAPE)),
+        "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, **SHAPE)),
+    }
+    return save_model(models[request.param]())
+
+
+def test_its_logits_are_those_of_transformers(local_store, folder):
+    model = whole_model(import_checkpoint(local_store, str(folder)), "float32", Execution())
+    input_ids = torch.randint(97, (2, 12))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=input_ids).logits
+    assert torch.equal(model(input_ids=input_ids).logits, expected)
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(local_store, folder):
+    model = whole_model(import_checkpoint(local_store, str(folder)), "bfloat16", Execution())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
