@@ -53,12 +53,15 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
     return _show_collected(console, collect(store, collection))
 
 
-def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
-    """Keys of all finished searches, and of what they found; and of all reports."""
-    from tasks.report import REPORT_STAGE  # brings Prefect
-    from tasks.search_result import RESULT_STAGE
+# Names of stages: pages, the pruned model without its zeros, what it answers.
+MADE_OF_RESULTS = ("report", "theory", "theory_page", "compress", "zero_shot_table")
 
-    keys = {artifact.key for artifact in artifacts if artifact.recipe.get("name") == REPORT_STAGE}
+
+def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
+    """Keys of all finished searches, and of what they found; and of what was made of them for people."""
+    from tasks.search_result import RESULT_STAGE  # brings Prefect
+
+    keys = {artifact.key for artifact in artifacts if artifact.recipe.get("name") in MADE_OF_RESULTS}
     for artifact in artifacts:
         if artifact.recipe.get("name") == RESULT_STAGE:
             inputs = artifact.recipe["inputs"]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from flows import cli
 from flows.compress import Compress, compress
+from flows.housekeeping import keys_of_results
 from flows.runtime import Runtime
 from flows.search import search
 from flows.zero_shot import ZeroShot, zero_shot
@@ -110,6 +111,13 @@ def test_a_search_without_export_has_its_model_written_when_it_is_needed(done, w
     compress(Compress(), runtime)
     added = set(names_in(runtime)) - set(before)
     assert [key for key in added if key.startswith("export/")]
+
+
+def test_what_was_made_of_a_result_stays_where_results_stay(done, answered):
+    compress(Compress(), done[1])
+    kept = keys_of_results(list(ArtifactStore(done[1].store).artifacts()))
+    assert {"compress", "report", "zero_shot_table", "search"} <= {key.partition("/")[0] for key in kept}
+    assert not [key for key in kept if key.startswith(("lane/", "zero_shot/", "capture/"))]
 
 
 def test_both_are_commands(done, tasks, answered, monkeypatch, capsys):

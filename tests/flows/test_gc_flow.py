@@ -124,7 +124,7 @@ def test_results_are_all_that_stays_on_request(finished, tmp_path):
     assert state.is_completed()
     assert [row["kind"] for row in told(tables)][-2:] == ["artifacts", "all"]
     left = {artifact.key for artifact in copy.artifacts()}
-    assert {key.partition("/")[0] for key in left} == {"search", "select", "export", "evaluate"}
+    assert {key.partition("/")[0] for key in left} == {"search", "select", "export", "evaluate", "report"}
     assert {result.stages[role].key for role in ("select", "export", "evaluate")} <= left
 
 
