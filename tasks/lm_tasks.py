@@ -42,6 +42,11 @@ def load_questions(names: Sequence[str], documents: int | None = None, seed: int
         )
     files = _files(names)
     tasks = [_loaded(name, file) for name, file in zip(names, files, strict=True)]
+    if len({task.task_name for task in tasks}) < len(tasks):
+        raise ValueError(
+            f"{', '.join(names)} are the tasks {', '.join(task.task_name for task in tasks)}: some have the same name. "
+            "Leave one out, or give your own another name."
+        )
     return [_questions(task, documents, seed) for task in tasks]
 
 

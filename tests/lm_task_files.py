@@ -1,4 +1,4 @@
-"""Tasks of lm-eval of our own, in files, and small models with a tokenizer that knows their words."""
+"""Tasks of lm-eval of our own, in files; small models with a tokenizer that knows their words; their answers."""
 
 import json
 import random
@@ -10,6 +10,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from storage.artifact import Artifact
+from storage.store import ArtifactStore
+from tasks.execution import Execution
+from tasks.import_checkpoint import import_checkpoint
+from tasks.lm_tasks import load_questions
+from tasks.zero_shot import ZeroShotSettings, zero_shot
 
 WORDS = [f"{colour}{thing}" for colour in ("red", "green", "blue") for thing in ("", "fox", "tree", "car")]
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -68,3 +75,19 @@ def give_words(folder: Path, special: Mapping[str, str] | None = None) -> Path:
     roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if special is None else special
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
     return folder
+
+
+def answered(
+    store: ArtifactStore,
+    folder: Path,
+    tasks: Sequence[str],
+    way: str = "streamed",
+    documents: int | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    **execution,
+) -> dict[str, Artifact]:
+    """The answers of the model in ``folder``, by task."""
+    checkpoint = import_checkpoint(store, str(folder))
+    questions = load_questions(tasks, documents, seed)
+    return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))

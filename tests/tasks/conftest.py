@@ -21,8 +21,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -47,6 +51,7 @@ from tasks.lane_group import LaneInputs
 from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import TOKENS_FILE, read_input_ids
 from tasks.streamed import layer_sizes_of, linears_by_layer
+from tests.lm_task_files import give_words, some_documents, write_task
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -376,3 +381,34 @@ def dying_at(monkeypatch) -> Callable[[str, int], AbstractContextManager]:
                 yield
 
     return run
+
+
+@pytest.fixture
+def folder_of(save_model) -> Callable[..., Path]:
+    """Save a small model of a family with a tokenizer that knows the words of the tasks."""
+
+    shape = {
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+    }
+
+    def save(family: str = "llama") -> Path:
+        if family == "opt":
+            model: PreTrainedModel = OPTForCausalLM(
+                OPTConfig(hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, **shape)
+            )
+        elif family == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_positions=64, **shape))
+        else:
+            model = small_llama(num_hidden_layers=3, initializer_range=0.2)
+        return give_words(save_model(lively(model), name=family))
+
+    return save
+
+
+@pytest.fixture
+def lm_tasks(tmp_path) -> list[str]:
+    """Two tasks of twelve documents each, by the path of their files."""
+    return [write_task(tmp_path, name, some_documents(12, seed)) for seed, name in enumerate(("one", "two"))]

@@ -123,6 +123,13 @@ def test_data_that_cannot_be_loaded_are_named_with_what_to_do(tmp_path, task):
         load_questions([task])
 
 
+def test_two_files_with_the_same_task_are_refused(tmp_path, task):
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(Path(task).read_text())
+    with pytest.raises(ValueError, match="are the tasks colours, colours: some have the same name"):
+        load_questions([task, str(copy)])
+
+
 def test_without_lm_eval_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install layerwise-pruning\[zeroshot\]"):

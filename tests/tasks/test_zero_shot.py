@@ -10,61 +10,14 @@ from lm_eval.tasks import TaskManager
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 from storage.tables import read_table
-from tasks.execution import Execution
-from tasks.import_checkpoint import import_checkpoint
-from tasks.lm_tasks import load_questions
 from tasks.task_answers import DOCUMENTS_FILE, read_answers
-from tasks.zero_shot import ZeroShotSettings, zero_shot
-from tests.lm_task_files import give_words, some_documents, write_task
+from tasks.zero_shot import ZeroShotSettings
+from tests.lm_task_files import answered, give_words, write_task
 
 WAYS = ["streamed", "memory"]
-SHAPE = {"vocab_size": 97, "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
-
-
-@pytest.fixture
-def model_of(llama):
-    """A small model of a family, untrained."""
-
-    def make(family: str):
-        if family == "opt":
-            return OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, **SHAPE))
-        if family == "gpt2":
-            return GPT2LMHeadModel(GPT2Config(n_embd=32, n_positions=64, **SHAPE))
-        return llama(num_hidden_layers=3, initializer_range=0.2)
-
-    return make
-
-
-@pytest.fixture
-def folder_of(save_model, model_of):
-    """A model's folder, its weights so large that each of them matters."""
-
-    def save(family: str = "llama"):
-        model = model_of(family)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.2 * torch.randn(parameter.shape)
-        return give_words(save_model(model, name=family))
-
-    return save
-
-
-@pytest.fixture
-def tasks(tmp_path) -> list[str]:
-    return [write_task(tmp_path, name, some_documents(12, seed)) for seed, name in enumerate(("one", "two"))]
-
-
-def answered(store, folder, tasks, way="streamed", documents=None, seed=0, dtype="float32", **execution):
-    checkpoint = import_checkpoint(store, str(folder))
-    questions = load_questions(tasks, documents, seed)
-    return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))
 
 
 def by_lm_eval(folder, task):
@@ -78,10 +31,10 @@ def by_lm_eval(folder, task):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_every_number_is_lm_evals_own(local_store, folder_of, tasks, family, way):
+def test_every_number_is_lm_evals_own(local_store, folder_of, lm_tasks, family, way):
     folder = folder_of(family)
-    artifacts = answered(local_store, folder, tasks, way)
-    for task, name in zip(tasks, ("one", "two"), strict=True):
+    artifacts = answered(local_store, folder, lm_tasks, way)
+    for task, name in zip(lm_tasks, ("one", "two"), strict=True):
         results, samples = by_lm_eval(folder, task)
         metrics = read_answers(local_store, artifacts[name]).metrics
         for metric, accuracy in (("acc", metrics.acc), ("acc_norm", metrics.acc_norm)):
@@ -96,12 +49,12 @@ def test_every_number_is_lm_evals_own(local_store, folder_of, tasks, family, way
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_drawn_documents_have_the_answers_they_have_among_all(local_store, folder_of, tasks, way):
+def test_drawn_documents_have_the_answers_they_have_among_all(local_store, folder_of, lm_tasks, way):
     folder = folder_of()
     every = read_table(
-        local_store, answered(local_store, folder, tasks, way)["two"], DOCUMENTS_FILE
+        local_store, answered(local_store, folder, lm_tasks, way)["two"], DOCUMENTS_FILE
     ).to_pylist()
-    some = answered(local_store, folder, tasks, way, documents=5, seed=1)["two"]
+    some = answered(local_store, folder, lm_tasks, way, documents=5, seed=1)["two"]
     rows = read_table(local_store, some, DOCUMENTS_FILE).to_pylist()
     assert len(rows) == 5
     for row in rows:
@@ -127,127 +80,67 @@ def test_what_is_too_long_for_the_model_loses_tokens_on_the_left_as_in_memory(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_added_task_is_computed_alone_and_leaves_the_first_ones_artifact(
-    local_store, another_store, folder_of, tasks, way
+    local_store, another_store, folder_of, lm_tasks, way
 ):
     folder = folder_of()
-    first = answered(local_store, folder, tasks[:1], way)
+    first = answered(local_store, folder, lm_tasks[:1], way)
     local_store.built.clear()
-    both = answered(local_store, folder, tasks, way)
+    both = answered(local_store, folder, lm_tasks, way)
     assert both["one"] == first["one"]
     assert len([key for key in local_store.built if key.startswith("zero_shot/")]) == 1
-    at_once = answered(another_store(), folder, tasks, way)
+    at_once = answered(another_store(), folder, lm_tasks, way)
     assert {name: artifact.content for name, artifact in at_once.items()} == {
         name: artifact.content for name, artifact in both.items()
     }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_computed_twice(local_store, folder_of, tasks, way, computed_layers):
+def test_nothing_is_computed_twice(local_store, folder_of, lm_tasks, way, computed_layers):
     folder = folder_of()
-    first = answered(local_store, folder, tasks, way)
+    first = answered(local_store, folder, lm_tasks, way)
     computed_layers.clear()
     local_store.built.clear()
-    assert answered(local_store, folder, tasks, way) == first
+    assert answered(local_store, folder, lm_tasks, way) == first
     assert computed_layers == []
     assert local_store.built == set()
 
 
-def test_all_tasks_take_one_pass_over_the_weights(local_store, folder_of, tasks, computed_layers):
-    answered(local_store, folder_of(), tasks)
+def test_all_tasks_take_one_pass_over_the_weights(local_store, folder_of, lm_tasks, computed_layers):
+    answered(local_store, folder_of(), lm_tasks)
     assert computed_layers == [0, 1, 2]
 
 
 def test_passes_are_as_many_as_their_tokens_need_and_change_no_number(
-    local_store, another_store, folder_of, tasks, computed_layers, monkeypatch
+    local_store, another_store, folder_of, lm_tasks, computed_layers, monkeypatch
 ):
     folder = folder_of()
-    in_one = answered(local_store, folder, tasks)
+    in_one = answered(local_store, folder, lm_tasks)
     monkeypatch.setattr("tasks.streamed_scores.TOKENS_PER_PASS", 600)
     computed_layers.clear()
-    in_some = answered(another_store(), folder, tasks)
+    in_some = answered(another_store(), folder, lm_tasks)
     assert len(computed_layers) >= 6
     assert {name: a.content for name, a in in_some.items()} == {name: a.content for name, a in in_one.items()}
 
 
-@pytest.mark.parametrize("call", [2, 4, 6])
-def test_a_streamed_run_that_died_goes_on_from_the_layer_it_had_reached(
-    local_store, another_store, folder_of, tasks, computed_layers, dying_at, monkeypatch, call
-):
-    monkeypatch.setattr("tasks.streamed_scores.TOKENS_PER_PASS", 600)
+def test_another_tokenizer_gives_another_artifact(local_store, folder_of, lm_tasks):
     folder = folder_of()
-    undisturbed = answered(another_store(), folder, tasks)
-    total = len(computed_layers)
-    computed_layers.clear()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=call):
-        answered(local_store, folder, tasks, boundary_layers=1)
-    assert len(computed_layers) == call
-    resumed = answered(local_store, folder, tasks, boundary_layers=1)
-    assert len(computed_layers) == total + 1  # what followed the last resume point was done again
-    assert {n: a.content for n, a in resumed.items()} == {n: a.content for n, a in undisturbed.items()}
-
-
-def test_a_run_in_memory_that_died_goes_on_from_the_requests_it_had_reached(
-    local_store, another_store, folder_of, tasks, dying_at, monkeypatch
-):
-    monkeypatch.setattr("tasks.whole_scores.REQUESTS_PER_PART", 8)  # five parts for each task
-    folder = folder_of()
-    undisturbed = answered(another_store(), folder, tasks, "memory")
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=7):
-        answered(local_store, folder, tasks, "memory", boundary_layers=1)
-    asked = []
-    loglikelihood = HFLM.loglikelihood
-
-    def counted(lm, requests, **options):
-        asked.append(len(requests))
-        return loglikelihood(lm, requests, **options)
-
-    monkeypatch.setattr(HFLM, "loglikelihood", counted)
-    resumed = answered(local_store, folder, tasks, "memory", boundary_layers=1)
-    assert asked == [8, 8, 8, 4]
-    assert {n: a.content for n, a in resumed.items()} == {n: a.content for n, a in undisturbed.items()}
-
-
-def test_a_run_that_died_between_its_tasks_computes_no_layer_again(
-    local_store, folder_of, tasks, computed_layers, dying_at
-):
-    folder = folder_of()
-    with dying_at("tasks.zero_shot._copy_task", call=2):
-        answered(local_store, folder, tasks)
-    assert computed_layers == [0, 1, 2]
-    assert set(answered(local_store, folder, tasks)) == {"one", "two"}
-    assert computed_layers == [0, 1, 2]
-
-
-def test_a_task_asked_for_in_the_middle_of_a_run_does_not_undo_what_was_begun(
-    local_store, folder_of, tasks, computed_layers, dying_at
-):
-    folder = folder_of()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
-        answered(local_store, folder, tasks[:1], boundary_layers=1)
-    computed_layers.clear()
-    assert set(answered(local_store, folder, tasks, boundary_layers=1)) == {"one", "two"}
-    assert computed_layers == [2, 0, 1, 2]
-
-
-def test_another_tokenizer_gives_another_artifact(local_store, folder_of, tasks):
-    folder = folder_of()
-    before = answered(local_store, folder, tasks)["one"]
+    before = answered(local_store, folder, lm_tasks)["one"]
     words = {"unk_token": "<unk>", "eos_token": "</s>"}
-    after = answered(local_store, give_words(folder, words), tasks)["one"]
+    after = answered(local_store, give_words(folder, words), lm_tasks)["one"]
     assert before.key != after.key
 
 
-def test_the_two_ways_have_artifacts_of_their_own(local_store, folder_of, tasks):
+def test_the_two_ways_have_artifacts_of_their_own(local_store, folder_of, lm_tasks):
     folder = folder_of()
-    streamed, memory = (answered(local_store, folder, tasks, way)["one"] for way in WAYS)
+    streamed, memory = (answered(local_store, folder, lm_tasks, way)["one"] for way in WAYS)
     assert streamed.key != memory.key
     assert streamed.facts["acc"] == memory.facts["acc"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store, folder_of, tasks, way):
+def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store, folder_of, lm_tasks, way):
     """In bfloat16 they come in steps of up to 0.25: choices tie, and the first one wins."""
-    artifact = answered(local_store, folder_of(), tasks, way, dtype="bfloat16")["one"]
+    artifact = answered(local_store, folder_of(), lm_tasks, way, dtype="bfloat16")["one"]
     rows = read_table(local_store, artifact, DOCUMENTS_FILE).to_pylist()
     values = torch.tensor([value for row in rows for value in row["log_probabilities"]])
     assert (values != values.bfloat16().float()).float().mean() > 0.9
@@ -255,22 +148,22 @@ def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store,
 
 @pytest.mark.parametrize("way", WAYS)
 def test_log_probabilities_that_are_no_numbers_are_counted_and_never_chosen(
-    local_store, folder_of, tasks, edit_tensors, way
+    local_store, folder_of, lm_tasks, edit_tensors, way
 ):
     folder = folder_of()
     edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
-    artifact = answered(local_store, folder, tasks, way)["one"]
+    artifact = answered(local_store, folder, lm_tasks, way)["one"]
     assert read_answers(local_store, artifact).metrics.not_finite == 36
     rows = read_table(local_store, artifact, DOCUMENTS_FILE).to_pylist()
     assert {value for row in rows for value in row["log_probabilities"]} == {-math.inf}
 
 
 def test_a_tokenizer_without_first_and_last_token_is_refused_before_any_work(
-    local_store, folder_of, tasks, computed_layers
+    local_store, folder_of, lm_tasks, computed_layers
 ):
     folder = give_words(folder_of(), {"unk_token": "<unk>"})
     with pytest.raises(ValueError, match="names neither a first nor a last token"):
-        answered(local_store, folder, tasks)
+        answered(local_store, folder, lm_tasks)
     assert computed_layers == []
 
 
