@@ -18,8 +18,7 @@ def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     low, high = min(positive), max(positive)
     if high > WIDE_RANGE * low and len(positive) == len(values):
         domain, ticks = [low / 1.25, high * 1.25], _decades(low / 1.25, high * 1.25)
-        # With a plain format Vega would label of a logarithmic axis only the powers of ten.
-        axis = altair.Axis(values=ticks, labelExpr="format(datum.value, '~g')", labelOverlap=True)
+        axis = altair.Axis(values=ticks, format="~g")
         return {"title": title, "axis": axis, "scale": altair.Scale(type="log", domain=domain)}
     return linear_axis(values, title)
 
