@@ -93,7 +93,7 @@ def accelerate(
             continue
         given = packed.get(f"{name}.weight")
         reason = _reason_to_stay_dense(module, given, native.level if native else None)
-        if given is None and shared[id(module.weight)] > 1:
+        if reason is None and given is None and shared[id(module.weight)] > 1:
             reason = "another module uses the same weight"
         if reason is not None:
             dense[name] = reason

@@ -84,7 +84,7 @@ def test_what_stays_dense_is_said_with_the_reason(best_kernel):
         "sparse": nn.Linear(512, 512),
         "dense": nn.Linear(512, 512),
         "small": nn.Linear(8, 8),
-        "half": nn.Linear(512, 512).half(),
+        "in_half": nn.Linear(512, 512).half(),
         "special": type("Special", (nn.Linear,), {})(512, 512),
         "tied": nn.Linear(512, 512),
         "tied_too": nn.Linear(512, 512),
@@ -101,7 +101,7 @@ def test_what_stays_dense_is_said_with_the_reason(best_kernel):
     assert dict(done.dense) == {
         "dense": f"sparsity below {least:g}",
         "small": "fewer than 262144 weights",
-        "half": "its weights are float16, not bfloat16 or float32",
+        "in_half": "its weights are float16, not bfloat16 or float32",
         "special": "a Special may do more than multiply",
         "tied": "another module uses the same weight",
         "tied_too": "another module uses the same weight",
