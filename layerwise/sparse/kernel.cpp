@@ -289,7 +289,7 @@ const Value* readable(const SparseWeight& weight, int64_t row_in_panels, Value* 
     const int64_t first = weight.starts[row_in_panels], end = weight.starts[row_in_panels + 1];
     const int64_t count = weight.starts[weight.rows * ceiling(weight.columns, weight.panel_columns)];
     if (end + OVERREAD <= count) return all + first;
-    memcpy(copy, all + first, (end - first) * sizeof(Value));
+    if (end > first) memcpy(copy, all + first, (end - first) * sizeof(Value));
     return copy;
 }
 
