@@ -64,11 +64,11 @@ int64_t ceiling(int64_t value, int64_t step) { return (value + step - 1) / step;
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read as little-endian words");
 
-template <class Word>
-Word load_word(const uint8_t* mask, int64_t bytes) {
-    Word word = 0;
-    memcpy(&word, mask, bytes < int64_t(sizeof(Word)) ? bytes : sizeof(Word));
-    return word;
+// The mask of the next columns, of 64 unless there are less.
+inline uint64_t load_mask(const uint8_t* mask, int64_t bytes = 8) {
+    uint64_t group = 0;
+    memcpy(&group, mask, bytes);
+    return group;
 }
 
 struct Portable {
@@ -79,7 +79,7 @@ struct Portable {
     static void row(const uint8_t* mask, int64_t columns, const Value* values, const float* inputs, float* totals) {
         float sums[TOKENS] = {};
         for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, inputs += step * TOKENS)
-            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1) {
+            for (uint64_t bits = load_mask(mask, bytes < 8 ? bytes : 8); bits; bits &= bits - 1) {
                 const float value = widen(*values++);
                 const float* input = inputs + __builtin_ctzll(bits);
                 for (int token = 0; token < TOKENS; ++token) sums[token] += value * input[token * step];
@@ -90,7 +90,7 @@ struct Portable {
     static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale, float* row) {
         memset(row, 0, columns * sizeof(float));
         for (int64_t bytes = ceiling(columns, 8); bytes > 0; bytes -= 8, mask += 8, row += step)
-            for (uint64_t bits = load_word<uint64_t>(mask, bytes); bits; bits &= bits - 1)
+            for (uint64_t bits = load_mask(mask, bytes < 8 ? bytes : 8); bits; bits &= bits - 1)
                 row[__builtin_ctzll(bits)] = widen(*values++) * scale;
     }
 };
@@ -117,78 +117,89 @@ struct Tables {
 };
 alignas(ALIGNMENT) constexpr Tables TABLES;
 
-// The loops over the columns of a row. A macro, because a template cannot take its instruction set from an argument.
-// They use of a level: `step` columns at a time, a Word of as many bits, Input, Sum, and how to expand and multiply.
-#define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                           \
-    static constexpr int BYTES = step / 8;                                                                      \
-    template <int TOKENS, class Value>                                                                          \
-    FOR_LEVEL static inline const Value* advance(Word word, const Value* values, const Input* inputs, Zero zero,\
-                                                 Sum* sums) {                                                   \
-        const auto weight = expand(word, values, zero);                                                         \
-        _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token)                                    \
-            sums[token] = multiply_add(weight, inputs + token * step, sums[token]);                             \
-        return values + __builtin_popcount(word);                                                               \
-    }                                                                                                           \
-    template <int TOKENS, class Value>                                                                          \
-    FOR_LEVEL static void row(const uint8_t* mask, int64_t columns, const Value* values, const Input* inputs,   \
-                              float* totals) {                                                                  \
-        constexpr int UNROLLED = TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4;                                           \
-        const int64_t bytes = ceiling(columns, 8);                                                              \
-        const Zero zero = opaque_zero();                                                                        \
-        Sum sums[UNROLLED][TOKENS];                                                                             \
-        for (auto& some : sums)                                                                                 \
-            for (Sum& sum : some) sum = no_sum();                                                               \
-        int64_t byte = 0;                                                                                       \
-        for (; byte + UNROLLED * BYTES <= bytes; byte += UNROLLED * BYTES)                                      \
-            _Pragma("GCC unroll 4") for (int block = 0; block < UNROLLED; ++block, inputs += step * TOKENS) {   \
-                const Word word = load_word<Word>(mask + byte + block * BYTES, BYTES);                          \
-                values = advance<TOKENS>(word, values, inputs, zero, sums[block]);                              \
-            }                                                                                                   \
-        for (; byte < bytes; byte += BYTES, inputs += step * TOKENS) {                                          \
-            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
-            values = advance<TOKENS>(word, values, inputs, zero, sums[0]);                                      \
-        }                                                                                                       \
-        for (int token = 0; token < TOKENS; ++token) {                                                          \
-            Sum sum = sums[0][token];                                                                           \
-            for (int block = 1; block < UNROLLED; ++block) sum = add(sum, sums[block][token]);                  \
-            totals[token] += total(sum);                                                                        \
-        }                                                                                                       \
-    }                                                                                                           \
-    template <class Value>                                                                                      \
-    FOR_LEVEL static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale,    \
-                                     Dense* row) {                                                              \
-        const int64_t bytes = ceiling(columns, 8);                                                              \
-        const Zero zero = opaque_zero();                                                                        \
-        for (int64_t byte = 0; byte < bytes; byte += BYTES) {                                                   \
-            const Word word = load_word<Word>(mask + byte, bytes - byte);                                       \
-            const int64_t left = columns - 8 * byte;                                                            \
-            Dense last[step];                                                                                   \
-            store(expand(word, values, zero), scale, left < step ? last : row + 8 * byte);                      \
-            if (left < step) memcpy(row + 8 * byte, last, left * sizeof(Dense));                                \
-            values += __builtin_popcount(word);                                                                 \
-        }                                                                                                       \
+// The loops over the columns of a row, 64 at a time. A macro, as a template cannot take its instruction set from an
+// argument. They use of a level: `step` columns in a vector, Input, Dense, Sum, and how to expand and multiply.
+#define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                             \
+    template <class Value>                                                                                        \
+    FOR_LEVEL static inline auto block_of(uint64_t group, int block, const Value* values, Zero zero) {            \
+        const uint64_t before = group & ((uint64_t(1) << block * step) - 1);                                      \
+        return expand(place(group, block), values + __builtin_popcountll(before), zero);                          \
+    }                                                                                                             \
+    template <int TOKENS, int CHAINS, class Value>                                                                \
+    FOR_LEVEL static inline void add_group(uint64_t group, const Value* values, const Input* inputs, Zero zero,   \
+                                           Sum (*sums)[TOKENS]) {                                                 \
+        _Pragma("GCC unroll 8") for (int block = 0; block < 64 / step; ++block) {                                 \
+            const auto weight = block_of(group, block, values, zero);                                             \
+            _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token, inputs += step)                  \
+                sums[block % CHAINS][token] = multiply_add(weight, inputs, sums[block % CHAINS][token]);          \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <int TOKENS, class Value>                                                                            \
+    FOR_LEVEL static void row(const uint8_t* mask, int64_t columns, const Value* values, const Input* inputs,     \
+                              float* totals) {                                                                    \
+        constexpr int CHAINS = TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4;                                               \
+        const Zero zero = opaque_zero();                                                                          \
+        Sum sums[CHAINS][TOKENS];                                                                                 \
+        for (auto& some : sums)                                                                                   \
+            for (Sum& sum : some) sum = no_sum();                                                                 \
+        for (; columns >= 64; columns -= 64, mask += 8, inputs += 64 * TOKENS) {                                  \
+            const uint64_t group = load_mask(mask);                                                               \
+            add_group<TOKENS, CHAINS>(group, values, inputs, zero, sums);                                         \
+            values += __builtin_popcountll(group);                                                                \
+        }                                                                                                         \
+        if (columns > 0) add_group<TOKENS, CHAINS>(load_mask(mask, ceiling(columns, 8)), values, inputs, zero, sums);\
+        for (int token = 0; token < TOKENS; ++token) {                                                            \
+            Sum sum = sums[0][token];                                                                             \
+            for (int chain = 1; chain < CHAINS; ++chain) sum = add(sum, sums[chain][token]);                      \
+            totals[token] += total(sum);                                                                          \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <class Value>                                                                                        \
+    FOR_LEVEL static inline void unpack_group(uint64_t group, const Value* values, float scale, Zero zero,        \
+                                              Dense* to) {                                                        \
+        _Pragma("GCC unroll 8") for (int block = 0; block < 64 / step; ++block)                                   \
+            store(block_of(group, block, values, zero), scale, to + block * step);                                \
+    }                                                                                                             \
+    template <class Value>                                                                                        \
+    FOR_LEVEL static void unpack_row(const uint8_t* mask, int64_t columns, const Value* values, float scale,      \
+                                     Dense* row) {                                                                \
+        const Zero zero = opaque_zero();                                                                          \
+        for (; columns >= 64; columns -= 64, mask += 8, row += 64) {                                              \
+            const uint64_t group = load_mask(mask);                                                               \
+            unpack_group(group, values, scale, zero, row);                                                        \
+            values += __builtin_popcountll(group);                                                                \
+        }                                                                                                         \
+        Dense last[64];                                                                                           \
+        unpack_group(load_mask(mask, ceiling(columns, 8)), values, scale, zero, last);                            \
+        memcpy(row, last, columns * sizeof(Dense));                                                               \
     }
 
 struct Avx2 {
     static constexpr int step = 8;
-    using Word = uint8_t;
+    using Place = uint64_t;  // of a mask's entry in a table, in bytes
     using Input = float;
     using Dense = float;
     using Sum = __m256;
     struct Zero {};
     FOR_AVX2 static inline Zero opaque_zero() { return {}; }
-    FOR_AVX2 static inline Sum no_sum() { return _mm256_setzero_ps(); }
-    FOR_AVX2 static inline __m256 expand(Word mask, const Bfloat16* values, Zero) {
-        const __m256i eight = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(eight, *(const __m256i*)TABLES.words[mask]));
+    FOR_AVX2 static inline Place place(uint64_t group, int block) {
+        return (block ? group >> (8 * block - 5) : group << 5) & 255 << 5;
     }
-    FOR_AVX2 static inline __m256 expand(Word mask, const int8_t* values, Zero) {
+    FOR_AVX2 static inline __m256i entry(const void* table, Place place) {
+        return *(const __m256i*)((const uint8_t*)table + place);
+    }
+    FOR_AVX2 static inline Sum no_sum() { return _mm256_setzero_ps(); }
+    FOR_AVX2 static inline __m256 expand(Place place, const Bfloat16* values, Zero) {
+        const __m256i eight = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(eight, entry(TABLES.words, place)));
+    }
+    FOR_AVX2 static inline __m256 expand(Place place, const int8_t* values, Zero) {
         const __m256i eight = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)values));
-        const __m256i highest = _mm256_shuffle_epi8(eight, *(const __m256i*)TABLES.bytes[mask]);
+        const __m256i highest = _mm256_shuffle_epi8(eight, entry(TABLES.bytes, place));
         return _mm256_cvtepi32_ps(_mm256_srai_epi32(highest, 24));
     }
-    FOR_AVX2 static inline __m256 expand(Word mask, const float* values, Zero) {
-        const __m256i places = *(const __m256i*)TABLES.lanes[mask];
+    FOR_AVX2 static inline __m256 expand(Place place, const float* values, Zero) {
+        const __m256i places = entry(TABLES.lanes, place);
         const __m256 placed = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places);
         return _mm256_blendv_ps(_mm256_setzero_ps(), placed, _mm256_castsi256_ps(places));
     }
@@ -209,7 +220,7 @@ struct Avx2 {
 
 struct Avx512 {
     static constexpr int step = 16;
-    using Word = uint16_t;
+    using Place = uint16_t;  // the mask itself
     using Input = float;
     using Dense = float;
     using Sum = __m512;
@@ -221,19 +232,20 @@ struct Avx512 {
         asm("" : "+m"(zero));
         return zero;
     }
+    FOR_AVX512 static inline Place place(uint64_t group, int block) { return group >> 16 * block; }
     FOR_AVX512 static inline Sum no_sum() { return _mm512_setzero_ps(); }
-    FOR_AVX512 static inline __m512 expand(Word mask, const Bfloat16* values, Zero zero) {
+    FOR_AVX512 static inline __m512 expand(Place place, const Bfloat16* values, Zero zero) {
         const __m256i packed = _mm256_loadu_si256((const __m256i*)values);
-        const __m256i words = _mm256_mask_expand_epi16(_mm512_castsi512_si256(zero), mask, packed);
+        const __m256i words = _mm256_mask_expand_epi16(_mm512_castsi512_si256(zero), place, packed);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
     }
-    FOR_AVX512 static inline __m512 expand(Word mask, const int8_t* values, Zero zero) {
+    FOR_AVX512 static inline __m512 expand(Place place, const int8_t* values, Zero zero) {
         const __m128i packed = _mm_loadu_si128((const __m128i*)values);
-        const __m128i bytes = _mm_mask_expand_epi8(_mm512_castsi512_si128(zero), mask, packed);
+        const __m128i bytes = _mm_mask_expand_epi8(_mm512_castsi512_si128(zero), place, packed);
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     }
-    FOR_AVX512 static inline __m512 expand(Word mask, const float* values, Zero zero) {
-        return _mm512_mask_expand_ps(_mm512_castsi512_ps(zero), mask, _mm512_loadu_ps(values));
+    FOR_AVX512 static inline __m512 expand(Place place, const float* values, Zero zero) {
+        return _mm512_mask_expand_ps(_mm512_castsi512_ps(zero), place, _mm512_loadu_ps(values));
     }
     FOR_AVX512 static inline Sum multiply_add(__m512 weight, const float* inputs, Sum sum) {
         return _mm512_fmadd_ps(weight, _mm512_loadu_ps(inputs), sum);
@@ -248,15 +260,16 @@ struct Avx512 {
 
 struct Avx512Bf16 {  // for bfloat16 weights and inputs; the rest goes by Avx512 there too
     static constexpr int step = 32;
-    using Word = uint32_t;
+    using Place = uint32_t;  // the mask itself
     using Input = Bfloat16;
     using Dense = Bfloat16;
     using Sum = __m512;
     using Zero = __m512i;
     FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
+    FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
     FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_ps(); }
-    FOR_AVX512_BF16 static inline __m512i expand(Word mask, const Bfloat16* values, Zero zero) {
-        return _mm512_mask_expand_epi16(zero, mask, _mm512_loadu_si512(values));
+    FOR_AVX512_BF16 static inline __m512i expand(Place place, const Bfloat16* values, Zero zero) {
+        return _mm512_mask_expand_epi16(zero, place, _mm512_loadu_si512(values));
     }
     FOR_AVX512_BF16 static inline Sum multiply_add(__m512i weight, const Bfloat16* inputs, Sum sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)_mm512_loadu_si512(inputs));
@@ -276,7 +289,7 @@ const Value* readable(const SparseWeight& weight, int64_t row_in_panels, Value* 
     const int64_t first = weight.starts[row_in_panels], end = weight.starts[row_in_panels + 1];
     const int64_t count = weight.starts[weight.rows * ceiling(weight.columns, weight.panel_columns)];
     if (end + OVERREAD <= count) return all + first;
-    memcpy(copy, all + first, (end - first) * sizeof(Value));
+    if (end > first) memcpy(copy, all + first, (end - first) * sizeof(Value));
     return copy;
 }
 
@@ -317,13 +330,14 @@ void convert(Same from, Same& to) {
     to = from;
 }
 
-// Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros at the end.
+// Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros up to whole
+// groups of 64 columns.
 template <class Input, class Element>
 void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged) {
-    for (int64_t first = 0; first < columns; first += step)
+    for (int64_t first = 0; first < ceiling(columns, 64) * 64; first += step)
         for (int64_t token = 0; token < tokens; ++token, arranged += step) {
-            const int64_t count = columns - first < step ? columns - first : step;
-            if (count < step) memset(arranged, 0, step * sizeof(Input));
+            const int64_t left = columns - first, count = left < 0 ? 0 : left < step ? left : step;
+            memset(arranged + count, 0, (step - count) * sizeof(Input));
             for (int64_t column = 0; column < count; ++column)
                 convert(inputs[token * columns + first + column], arranged[column]);
         }

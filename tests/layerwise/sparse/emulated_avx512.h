@@ -48,7 +48,11 @@ EMULATED To same_bits(From from) {
     return to;
 }
 
-EMULATED inline __m512 loadu_ps(const void* from) { return Lanes<__m512, float>(*(const __m512_u*)from).vector(); }
+EMULATED inline __m512 loadu_ps(const void* from) {
+    __m512 vector;
+    memcpy(&vector, from, 64);
+    return vector;
+}
 EMULATED inline void storeu_ps(void* to, __m512 vector) { memcpy(to, &vector, 64); }
 EMULATED inline __m512i loadu_si512(const void* from) { return same_bits<__m512i>(loadu_ps(from)); }
 EMULATED inline void storeu_si512(void* to, __m512i vector) { memcpy(to, &vector, 64); }
