@@ -6,6 +6,7 @@ import tasks.branch as branch_module
 from storage.damage import Damaged
 from storage.set_aside import set_aside
 from storage.store import ArtifactStore
+from tasks import grouping
 
 BETAS = (0.0, 0.1, 0.2)
 
@@ -18,14 +19,14 @@ def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
         run.branch(*BETAS)
     computed_layers.clear()
     other = replace(run, store=ArtifactStore(run.store.url))
-    begun_groups, done = branch_module.begun_groups, []
+    begun_groups, done = grouping.begun_groups, []
 
     def after_the_other(store, stages, missing):
         if store is run.store and not done:
             done.append(other.branch(*BETAS))
         return begun_groups(store, stages, missing)
 
-    monkeypatch.setattr("tasks.branch.begun_groups", after_the_other)
+    monkeypatch.setattr("tasks.grouping.begun_groups", after_the_other)
     assert run.branch(*BETAS) == done[0]
     assert computed_layers == []
 
