@@ -1,5 +1,10 @@
 """The theory as a flow, on a real Prefect server; and what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
@@ -61,6 +66,40 @@ def test_a_second_run_finds_the_same_page_and_computes_nothing(looked_at, worksh
     again = theory(Theory(search=small(workshop)), runtime)
     assert (again.page, again.findings) == (result.page, result.findings)
     assert {each.key for each in ArtifactStore(runtime.store).artifacts()} == before
+
+
+def layerwise_theory(workshop, server, store, *more) -> subprocess.CompletedProcess:
+    """The command, in a process of its own without a terminal."""
+    small = {name: value for name, value in workshop.parameters().items() if name != "betas"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", "theory", *options, f"--store={store}", *more],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PREFECT_API_URL": server},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_every_theorem_with_its_numbers_and_where_the_page_lies(
+    looked_at, workshop, prefect_backend
+):
+    _, result, runtime = looked_at
+    done = layerwise_theory(workshop, prefect_backend, runtime.store)
+    assert done.returncode == 0, done.stderr
+    for name, sentence in sentences(result.findings).items():
+        assert f"{name}  {sentence}" in done.stdout
+    assert f"Page: {result.page}" in done.stdout
+    assert Path(result.page).read_text().startswith("<!doctype html>")
+
+
+def test_the_command_refuses_a_beta_that_the_model_does_not_allow_in_one_line(
+    workshop, prefect_backend, tmp_path
+):
+    done = layerwise_theory(workshop, prefect_backend, tmp_path / "store", "--beta=0.51")
+    assert done.returncode == 1
+    assert "layerwise: beta 0.51 is outside of the legal range" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
