@@ -127,6 +127,6 @@ def run_flow(
         sys.exit(f"layerwise: {failure}")
     flow_seconds = time.monotonic() - flow_began
     return result, (
-        f"{time.monotonic() - began:.0f} s in all: the search {flow_seconds:.0f} s, start-up "
+        f"{time.monotonic() - began:.0f} s in all: the run {flow_seconds:.0f} s, start-up "
         f"{flow_began - began:.0f} s (Prefect's embedded server took {server.seconds:.0f} s of it)."
     )

@@ -8,6 +8,23 @@ EXAMPLE = """example:
   layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
       --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --device cuda
 """
+# In the order of the help.
+WITH_SETTINGS = {
+    "search": "find the best beta for a sparsity and export the pruned model",
+    "compare": "searches of one model with several allocators, pruners, sparsities and seeds, side by side",
+    "theory": "what the theorems of the paper say, measured on a model: numbers and a page",
+    "plan": "what a search would run, and what it will take; runs nothing",
+    "zero-shot": "how the models of a finished search answer lm-eval's zero-shot tasks",
+    "compress": "the pruned checkpoint of a finished search without its zeros: smaller files",
+}
+ON_STORES = {
+    "status": "who works in a store, what was begun and not finished, which searches have ended",
+    "ls": "the artifacts of a store",
+    "show": "one artifact, or the result of a search",
+    "report": "the report of a search: one page of HTML",
+    "gc": "what nobody can reach in a store; deletes it on request",
+    "verify": "read a whole store through; tells what is damaged",
+}
 # Options for flows that compute in this process only.
 SPREADING = ["fan_out", "groups"]
 
@@ -21,83 +38,68 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    search = commands.add_parser(
-        "search", help="find the best beta for a sparsity and export the pruned model"
-    )
-    compare = commands.add_parser(
-        "compare",
-        help="searches of one model with several allocators, pruners, sparsities and seeds, side by side",
-    )
-    theory = commands.add_parser(
-        "theory", help="what the theorems of the paper say, measured on a model: numbers and a page"
-    )
-    plan = commands.add_parser("plan", help="what a search would run, and what it will take; runs nothing")
-    if not set(command) <= {"status", "ls", "show", "report", "gc", "verify"}:
-        from flows.options import add_options
-        from flows.runtime import Runtime
-        from flows.settings import Search
+    parsers = {
+        name: commands.add_parser(name, help=what) for name, what in (WITH_SETTINGS | ON_STORES).items()
+    }
+    for name in ON_STORES:
+        _add_arguments_of_a_store(parsers[name], name)
+    if command and command[0] in WITH_SETTINGS:
+        _add_settings(parsers[command[0]], command[0])
+    return parser
 
-        for each in (search, plan):
-            add_options(each, Search)
-            add_options(each, Runtime)
-    if command == ["compare"]:
+
+def _add_settings(parser: ArgumentParser, command: str) -> None:
+    """One option for every setting of a flow."""
+    from flows.options import add_options
+    from flows.runtime import Runtime
+    from flows.settings import Search
+
+    if command == "compare":
         from flows.compare import Compare
 
-        add_options(compare, Compare, without=["search"])
-        add_options(compare, Search, optional=["sparsity"])
-        add_options(compare, Runtime)
-    zero_shot = commands.add_parser(
-        "zero-shot", help="how the models of a finished search answer lm-eval's zero-shot tasks"
-    )
-    compress = commands.add_parser(
-        "compress", help="the pruned checkpoint of a finished search without its zeros: smaller files"
-    )
-    if command == ["zero-shot"]:
-        from flows.zero_shot import ZeroShot
-
-        add_options(zero_shot, ZeroShot)
-        add_options(zero_shot, Runtime, without=SPREADING)
-    if command == ["compress"]:
-        from flows.compress import Compress
-
-        add_options(compress, Compress)
-        add_options(compress, Runtime, without=SPREADING)
-    if command == ["theory"]:
+        add_options(parser, Compare, without=["search"])
+        add_options(parser, Search, optional=["sparsity"])
+    elif command == "theory":
         from flows.theory import WITHOUT_OPTION, Theory
 
-        add_options(theory, Theory, without=["search"])
-        add_options(theory, Search, without=WITHOUT_OPTION)
-        add_options(theory, Runtime, without=SPREADING)
-    status = commands.add_parser(
-        "status", help="who works in a store, what was begun and not finished, which searches have ended"
-    )
-    status.add_argument("store", help="Folder or fsspec URL of the store.")
-    listing = commands.add_parser("ls", help="the artifacts of a store")
-    listing.add_argument("store", help="Folder or fsspec URL of the store.")
-    show = commands.add_parser("show", help="one artifact, or the result of a search")
-    show.add_argument("store", help="Folder or fsspec URL of the store.")
-    show.add_argument(
-        "key", nargs="?", help="Key as ls prints it (or its beginning); the newest search if left out."
-    )
-    report = commands.add_parser("report", help="the report of a search: one page of HTML")
-    report.add_argument("store", help="Folder or fsspec URL of the store.")
-    report.add_argument(
-        "key", nargs="?", help="Key of a search as ls prints it (or its beginning); the newest if left out."
-    )
-    report.add_argument("--output", type=Path, metavar="FILE", help="Copy the page to this file.")
-    collection = commands.add_parser("gc", help="what nobody can reach in a store; deletes it on request")
-    collection.add_argument("store", help="Folder or fsspec URL of the store.")
-    collection.add_argument("--apply", action="store_true", help="Delete it; only shown if left out.")
-    collection.add_argument(
-        "--results-only",
-        action="store_true",
-        help="Of finished searches keep the result (choice, pruned model, test), and no other artifact.",
-    )
-    verification = commands.add_parser("verify", help="read a whole store through; tells what is damaged")
-    verification.add_argument("store", help="Folder or fsspec URL of the store.")
-    verification.add_argument(
-        "--set-aside",
-        action="store_true",
-        help="Take damaged artifacts out of use, so that the next search builds anew those it needs.",
-    )
-    return parser
+        add_options(parser, Theory, without=["search"])
+        add_options(parser, Search, without=WITHOUT_OPTION)
+    elif command == "zero-shot":
+        from flows.zero_shot import ZeroShot
+
+        add_options(parser, ZeroShot)
+    elif command == "compress":
+        from flows.compress import Compress
+
+        add_options(parser, Compress)
+    else:
+        add_options(parser, Search)
+    add_options(parser, Runtime, without=[] if command in ("search", "compare", "plan") else SPREADING)
+
+
+def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
+    parser.add_argument("store", help="Folder or fsspec URL of the store.")
+    if command == "show":
+        parser.add_argument(
+            "key", nargs="?", help="Key as ls prints it (or its beginning); the newest search if left out."
+        )
+    if command == "report":
+        parser.add_argument(
+            "key",
+            nargs="?",
+            help="Key of a search as ls prints it (or its beginning); the newest if left out.",
+        )
+        parser.add_argument("--output", type=Path, metavar="FILE", help="Copy the page to this file.")
+    if command == "gc":
+        parser.add_argument("--apply", action="store_true", help="Delete it; only shown if left out.")
+        parser.add_argument(
+            "--results-only",
+            action="store_true",
+            help="Of finished searches keep the result (choice, pruned model, test), and no other artifact.",
+        )
+    if command == "verify":
+        parser.add_argument(
+            "--set-aside",
+            action="store_true",
+            help="Take damaged artifacts out of use, so that the next search builds anew those it needs.",
+        )

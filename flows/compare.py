@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from flows.cancelling import cancelled
-from flows.compared_searches import search_all
+from flows.compared_searches import search_all, with_common_reports
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.fields import AllocatorChoice, PrunerChoice, Strategy
 from flows.runtime import Runtime
@@ -160,7 +160,7 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
         try:
-            results = search_all(settings.named_searches, runtime)
+            results = with_common_reports(store, search_all(settings.named_searches, runtime))
         except (CancelledRun, TerminationSignal) as ending:
             return cast(list[Compared], cancelled(ending))
     _publish(store, results)

@@ -12,12 +12,15 @@ from prefect.logging import get_run_logger
 
 from flows.comparison import Compared
 from flows.mending import mending
+from flows.options import search_command
 from flows.runtime import Runtime
 from flows.search import run_search
 from flows.settings import Search
 from flows.together import advance_together
+from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.evaluate import best_losses
+from tasks.report import PAGE_FILE, report
 
 Named = tuple[Search, str]  # a search, and what its way of allocating is called
 
@@ -65,6 +68,32 @@ def _search_cell(cell: Sequence[Named], before: int, total: int, runtime: Runtim
         replace(each, seconds=each.seconds + together * len(each.result.selection.rows) / trials)
         for each in results
     ]
+
+
+def with_common_reports(store: ArtifactStore, results: Sequence[Compared]) -> list[Compared]:
+    """Make the reports of the searches by the first allocator again, with the best plans of the others beside theirs.
+
+    Returns:
+        All results, those with the places of their new reports.
+    """
+    common = []
+    for _, cell in groupby(results, key=lambda each: (*each.cell, each.result.settings.seed)):
+        first, *others = cell
+        if others:
+            compared: dict[str, Artifact] = {}
+            for number, other in enumerate(others, 2):
+                name = f"{other.allocator} ({number})" if other.allocator in compared else other.allocator
+                compared[name] = _artifact_of(other)
+            settings = first.result.settings
+            page = report(store, _artifact_of(first), search_command(settings), compared=compared)
+            first = replace(first, result=replace(first.result, report=store.location(page, PAGE_FILE)))
+        common += [first, *others]
+    return common
+
+
+def _artifact_of(compared: Compared) -> Artifact:
+    assert compared.result.artifact is not None, "a finished search is committed"
+    return compared.result.artifact
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flows.cancelling import cancelled
 from flows.fields import Settings
+from flows.mending import mending
 from flows.reopened import Reopened, reopen
 from flows.report import make_report
 from flows.runtime import Runtime
@@ -18,6 +19,7 @@ from storage.running import announced
 from storage.store import ArtifactStore
 from tasks.card_of_lane import card_of_lane, results_on_test
 from tasks.compress import compress as compress_export
+from tasks.execution import Execution
 from tasks.export import SPARSITY_FILE
 from tasks.model_card import ModelCard
 from tasks.stopping import stopping_on_sigterm
@@ -45,13 +47,17 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
     store, execution = ArtifactStore(runtime.store), runtime.execution()
     with stopping_on_sigterm(), announced(store.fs, store.root, "compress"):
         try:
-            finished = reopen(store, settings.search, execution)
-            exported = finished.exported(store, finished.best, execution)
-            folder = compress_export(store, exported, _card(store, finished, exported), execution)
+            return mending(store, lambda: _compressed(store, settings, execution))
         except (CancelledRun, TerminationSignal) as ending:
             return cast(Artifact, cancelled(ending))
-        make_report(store.url, finished.search.artifact.key)
-        return folder
+
+
+def _compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
+    finished = reopen(store, settings.search, execution)
+    exported = finished.exported(store, finished.best, execution)
+    folder = compress_export(store, exported, _card(store, finished, exported), execution)
+    make_report(store.url, finished.search.artifact.key)
+    return folder
 
 
 def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> ModelCard:

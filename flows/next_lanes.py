@@ -6,6 +6,7 @@ is what is to be done.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from flows.fields import Strategy as Name
 from flows.settings import OVER_LAYERS, Search
@@ -17,11 +18,12 @@ from layerwise.evolutionary_search import EvolutionarySearch
 from layerwise.racing import beaten, rounds
 from layerwise.skeleton import Linear
 from layerwise.trials import Point, Trial
-from layerwise.trials import Strategy as Proposals
 from layerwise.two_parameter_search import TwoParameterSearch
 from tasks.allocate import AllocateSettings
 from tasks.branch import LaneScore
 
+# Each is a function of the trials so far: see layerwise.trials.Strategy.
+Proposals = AdaptiveSearch | TwoParameterSearch | BayesianSearch | EvolutionarySearch
 Known = Mapping[SparsityPlan, Sequence[float]]
 
 
@@ -91,7 +93,7 @@ class Strategy:
         self, search: Proposals, plan_of: Callable[[int, Point], SparsityPlan], known: Known
     ) -> LaneRequest | None:
         done: list[Trial] = []
-        while points := search.propose(done):
+        while points := _points(search, tuple(done)):
             plans = tuple(plan_of(number, point) for number, point in enumerate(points, len(done)))
             if any(plan not in known for plan in plans):
                 return LaneRequest(plans)
@@ -118,6 +120,12 @@ class Strategy:
         if self.name == "evolutionary":
             return EvolutionarySearch(self._layer_sizes, starts, self.trials)
         return BayesianSearch(self.allocation.target, starts, budget=self.trials)
+
+
+@lru_cache(maxsize=1 << 12)
+def _points(search: Proposals, trials: tuple[Trial, ...]) -> tuple[Point, ...]:
+    """What a search proposes after these trials: a replay asks for it again and again, and Optuna takes its time."""
+    return search.propose(trials)
 
 
 def strategy_of(

@@ -89,8 +89,38 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     workers = _workers(runtime)
     groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
+    stages = _stages(settings, there, sizes, groups, request, missing)
+    budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
+    memory = sizes.memory | {"hidden states": min(states, budget)}
+    uncounted = tuple(role for role, count in counts.items() if count is None)
+    an_hour = 60 / runtime.boundary_minutes * states
+    by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
+    return Plan(
+        tuple(stages),
+        tuple(plan.beta for plan in plans),
+        memory,
+        max(states - budget, 0),
+        states,
+        an_hour,
+        by_layers * states,
+        uncounted,
+        tuple(map(len, groups)),
+        None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
+    )
+
+
+def _stages(
+    settings: Search,
+    there: Collection[str],
+    sizes: SearchSizes,
+    groups: Sequence[Sequence[int]],
+    request: LaneRequest | None,
+    missing: Sequence[int],
+) -> list[PlannedStage]:
+    """All stages of a search, in their order."""
+    index = sizes.index
     weights = sum(index.layer_bytes) + index.outer_bytes
-    stages = [
+    return [
         _stage(
             "import_checkpoint",
             "checkpoint" in there,
@@ -98,11 +128,11 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
             weights,
             0 if index.in_place else weights,
         ),
-        *(_stage(f"sample_tokens: {role}", role in there, "sample") for role in counts),
+        *(_stage(f"sample_tokens: {role}", role in there, "sample") for role in sizes.windows),
         _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
         *_extra_stages(settings, there, weights, sizes),
         _stage(
-            f"branch: {settings.trials_of(len(plans))} {'trials' if settings.is_over_layers else 'betas'}",
+            f"branch: {settings.trials_of(sizes.plans)} {'trials' if settings.is_over_layers else 'betas'}",
             not missing,
             _lanes_to_do(settings, request, missing),
             weights * len(groups),
@@ -116,24 +146,6 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         ),
         _stage("evaluate", "evaluate" in there, "dense, uniform and best on the test windows", weights),
     ]
-    budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
-    memory = sizes.memory | {"hidden states": min(states, budget)}
-    uncounted = tuple(role for role, count in counts.items() if count is None)
-    betas = tuple(plan.beta for plan in plans)
-    an_hour = 60 / runtime.boundary_minutes * states
-    by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
-    return Plan(
-        tuple(stages),
-        betas,
-        memory,
-        max(states - budget, 0),
-        states,
-        an_hour,
-        by_layers * states,
-        uncounted,
-        tuple(map(len, groups)),
-        None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
-    )
 
 
 def _extra_stages(

@@ -18,6 +18,7 @@ class SearchResult:
         stages: every artifact of the run by role.
         built: roles of the artifacts that this run, or others for it, had to build; the rest was in the store.
         bytes_read: bytes of weights that this process read.
+        artifact: the search's own; None before it is committed.
         report: where the report's page lies; "" before there is one.
     """
 
@@ -29,4 +30,5 @@ class SearchResult:
     stages: Mapping[str, Artifact]
     built: tuple[str, ...]
     bytes_read: int
+    artifact: Artifact | None = None
     report: str = ""

@@ -115,7 +115,7 @@ def publish_result(store: ArtifactStore, result: SearchResult) -> SearchResult:
     """Commit the result and its report to the store, and show it on Prefect's pages.
 
     Returns:
-        The result, with the place of its report.
+        The result, with its artifact and the place of its report.
     """
     keys = {role: artifact.key for role, artifact in result.stages.items()}
     document = {
@@ -133,7 +133,8 @@ def publish_result(store: ArtifactStore, result: SearchResult) -> SearchResult:
         draft.write(RESULT_FILE, json.dumps(document, indent=1).encode())
         draft.facts |= {"verdict": result.selection.verdict, "source": result.source, VERSIONS: versions()}
 
-    page = report(store, store.get_or_build(stage, build), search_command(result.settings))
-    result = replace(result, report=store.location(page, PAGE_FILE))
+    artifact = store.get_or_build(stage, build)
+    page = report(store, artifact, search_command(result.settings))
+    result = replace(result, artifact=artifact, report=store.location(page, PAGE_FILE))
     publish_to_prefect(store, result, page)
     return result

@@ -66,6 +66,14 @@ def show_comparison(console: Console, results: Sequence[Compared]) -> None:
     if not several:
         names = [name for name in names if not name.startswith("selection") and name != "seed"]
     show_rows(console, [{name: row.get(name, "") for name in names} for row in rows], ("pruner", "allocator"))
+    if len({each.allocator for each in results}) > 1:
+        for each in results:
+            if each.allocator == results[0].allocator:
+                search, seed = each.result.settings, f", seed {each.result.settings.seed}" if several else ""
+                what = f"{search.sparsity:g}, {search.pruner.method}{seed}"
+                console.print(
+                    f"Report, all allocators at {what}: {_short(each.result.report)}", soft_wrap=True
+                )
 
 
 def show_rows(console: Console, rows: Sequence[Mapping[str, object]], left: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from flows.cancelling import cancelled
 from flows.fields import Settings
+from flows.mending import mending
 from flows.reopened import reopen
 from flows.report import make_report
 from flows.runtime import Runtime
@@ -75,7 +76,8 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"zero-shot: {', '.join(settings.tasks)}"):
         try:
-            return _answered(store, settings, runtime.execution())
+            execution = runtime.execution()
+            return mending(store, lambda: _answered(store, settings, execution))
         except (CancelledRun, TerminationSignal) as ending:
             return cast(ZeroShotComparison, cancelled(ending))
 

@@ -148,9 +148,13 @@ class AllocateSettings:
         self, beta: float, layers: Sequence[float], layer_sizes: Sequence[int]
     ) -> SparsityPlan:
         """The plan with these sparsities, whose weighted mean is the target; with a pattern, the nearest levels."""
-        if self.pattern is not None and not self._is_fixed:
-            layers = on_levels(layers, layer_sizes, self.target, Pattern.parse(self.pattern).group)
-        return SparsityPlan(beta, tuple(layers))
+        return SparsityPlan(beta, self._on_levels(layers, layer_sizes))
+
+    def _on_levels(self, shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
+        """The nearest sparsities that the pattern has, if it leaves a choice."""
+        if self.pattern is None or self._is_fixed:
+            return tuple(shares)
+        return on_levels(shares, sizes, self.target, Pattern.parse(self.pattern).group)
 
     def _plan(
         self, beta: float, offset: float, linears: Sequence[Sequence[Linear]], scores: Sequence[float]
@@ -158,8 +162,8 @@ class AllocateSettings:
         sizes = [[linear.numel for linear in layer] for layer in linears]
         entries = [size for layer in sizes for size in layer] if self.by_linear else [*map(sum, sizes)]
         shares = spread_out(self.allocator, beta, scores, entries, self.target)
-        if self.pattern is not None and not self._is_fixed and not offset:
-            shares = on_levels(shares, entries, self.target, Pattern.parse(self.pattern).group)
+        if not offset:
+            shares = self._on_levels(shares, entries)
         if self.by_linear:
             every = iter(shares)
             return SparsityPlan(beta, tuple(tuple(next(every) for _ in layer) for layer in sizes))
@@ -168,14 +172,8 @@ class AllocateSettings:
         names = [[linear.name for linear in layer] for layer in linears]
         layers = with_offset(shares, offset, names, sizes, self.target)
         if self.pattern is not None:
-            every = iter(
-                on_levels(
-                    [share for layer in layers for share in layer],
-                    [size for layer in sizes for size in layer],
-                    self.target,
-                    Pattern.parse(self.pattern).group,
-                )
-            )
+            of_all = [share for layer in layers for share in layer]
+            every = iter(self._on_levels(of_all, [size for layer in sizes for size in layer]))
             layers = tuple(tuple(next(every) for _ in layer) for layer in sizes)
         return SparsityPlan(beta, layers, offset)
 

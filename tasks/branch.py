@@ -14,7 +14,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import read_table, write_table
 from tasks.execution import Execution
-from tasks.grouping import GROUP, built_together, group_stage
+from tasks.grouping import GROUP, built_together, copy_member, group_stage
 from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, plans_title, windows_title
@@ -134,9 +134,7 @@ def _copy_lane(
     store: ArtifactStore, group: Artifact, position: int, plan: SparsityPlan, draft: Draft
 ) -> None:
     folder = f"{lane_folder(position)}/"
-    for name in group.files:
-        if name.startswith(folder):
-            draft.write(name.removeprefix(folder), store.read(group, name))
+    copy_member(store, group, folder, draft)
     losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
     draft.facts |= plan_facts(plan) | {"selection perplexity": perplexity(losses)}
     draft.made[GROUP] = group.key  # which has the time and the memory; the lane is the same in whatever group

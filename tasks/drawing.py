@@ -29,6 +29,20 @@ def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
     return altair.Chart(altair.InlineData(list(rows)))
 
 
+def line_colors(marks: Mapping[str, tuple[str, float]]) -> altair.Color:
+    """Colours of the field ``line``, with a legend.
+
+    Args:
+        marks: colour and width of each line by its name.
+    """
+    return altair.Color(
+        "line:N",
+        title=None,
+        scale=altair.Scale(domain=list(marks), range=[color for color, _ in marks.values()]),
+        legend=altair.Legend(columns=2, symbolType="stroke"),
+    )
+
+
 def svg_inside(chart: altair.LayerChart, name: str) -> str:
     """The figure as SVG for the inside of a page, whose text colour it takes.
 

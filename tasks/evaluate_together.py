@@ -17,6 +17,7 @@ from tasks.evaluate import (
     write_evaluation,
 )
 from tasks.execution import Execution
+from tasks.grouping import copy_member
 from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title
@@ -45,9 +46,9 @@ def evaluate_together(
         inputs: with the test windows as ``scored``.
         bests: what several searches have chosen.
     """
-    by_key = {evaluate_stage(inputs, uniform, best, settings).key: best for best in bests}
-    stages = [(evaluate_stage(inputs, uniform, best, settings), best) for best in by_key.values()]
-    missing = [(stage, best) for stage, best in stages if store.find(stage) is None]
+    stages = [(evaluate_stage(inputs, uniform, best, settings), best) for best in bests]
+    by_key = {stage.key: (stage, best) for stage, best in stages}
+    missing = [(stage, best) for stage, best in by_key.values() if store.find(stage) is None]
     if len(missing) < 2 or settings.calibration_mode == "sequential":
         return
     others = [best for _, best in missing if best != uniform]
@@ -72,7 +73,5 @@ def evaluate_together(
 
 
 def _copy(store: ArtifactStore, group: Artifact, folder: str, draft: Draft) -> None:
-    for name in group.files:
-        if name.startswith(folder):
-            draft.write(name.removeprefix(folder), store.read(group, name))
+    copy_member(store, group, folder, draft)
     draft.facts |= evaluation_facts(read_test(store, group, folder))

@@ -11,8 +11,7 @@ from typing import Any
 import altair
 
 from tasks.axes import linear_axis, measure_axis
-from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of
-from tasks.report_extras import TheoryFigure
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of, line_colors
 from tasks.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
 FEW = 40  # layers; of more the points of a line are not drawn, they would touch
@@ -145,26 +144,8 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
     return figure_of(bars, height=24 * len(names))
 
 
-def theory_figure(figure: TheoryFigure) -> altair.LayerChart:
-    """Lines of what the theory predicts and what was measured."""
-    rows = [
-        {"line": name, "plan": name, "layer": x, "value": y, "said": f"{name}: {x:g}, {y:.4g}"}
-        for name, points in figure.lines
-        for x, y in points
-    ]
-    marks = {
-        name: (color, 2.0) for (name, _), color in zip(figure.lines, LINES * len(figure.lines), strict=False)
-    }
-    return _lines(
-        rows, marks, measure_axis([y for _, points in figure.lines for _, y in points], figure.y), figure.x
-    )
-
-
 def _lines(
-    rows: Sequence[Row],
-    marks: Mapping[str, tuple[str, float]],
-    axis: Mapping[str, Any],
-    x_title: str = DEPTH,
+    rows: Sequence[Row], marks: Mapping[str, tuple[str, float]], axis: Mapping[str, Any]
 ) -> altair.LayerChart:
     """Lines by layer.
 
@@ -173,15 +154,10 @@ def _lines(
         axis: the vertical one.
     """
     names = list(marks)
-    look = altair.Color(
-        "line:N",
-        title=None,
-        scale=altair.Scale(domain=names, range=[color for color, _ in marks.values()]),
-        legend=altair.Legend(columns=2, symbolType="stroke"),
-    )
+    look = line_colors(marks)
     y = altair.Y("value:Q", **axis)
     x = altair.X(
-        "layer:Q", title=x_title, axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False, padding=8)
+        "layer:Q", title=DEPTH, axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False, padding=8)
     )
     layers = [
         chart_of([row for row in rows if row["line"] == name])

@@ -54,6 +54,13 @@ def built_together(
     return [artifact for artifact in artifacts if artifact is not None]
 
 
+def copy_member(store: ArtifactStore, group: Artifact, folder: str, draft: Draft) -> None:
+    """Write the files of one member, which lie in ``folder`` (ends with "/") of its group's artifact, as its own."""
+    for name in group.files:
+        if name.startswith(folder):
+            draft.write(name.removeprefix(folder), store.read(group, name))
+
+
 def begun_groups(store: ArtifactStore, lanes: Sequence[Stage], missing: Sequence[int]) -> Iterator[list[int]]:
     """Groups that an earlier attempt has brought to a resume point, each as the numbers of its lanes.
 

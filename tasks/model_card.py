@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tasks.findings import number
 from tasks.source_license import License
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
@@ -162,7 +163,7 @@ def _results(results: Sequence[Result]) -> str:
     if not results:
         return ""
     rows = [
-        f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {_number(row.perplexity)} |"
+        f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {number(row.perplexity)} |"
         for row in results
     ]
     table = "\n".join(["| model | text | windows x tokens | perplexity |", "|:--|:--|--:|--:|", *rows])
@@ -180,8 +181,3 @@ def _licence(card: ModelCard) -> str:
         return f"That of `{card.base_model}` applies; the files that it was read from do not tell which one it is."
     link = "" if card.license.link is None else f" ({card.license.link})"
     return f"That of `{card.base_model}` applies: {card.license.title}{link}."
-
-
-def _number(perplexity: float) -> str:
-    """For people, also that of a model that failed, which has up to 300 digits."""
-    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"

@@ -16,7 +16,6 @@ from tasks.figures import (
     error_by_layer,
     sparsity_by_layer,
     sparsity_by_linear,
-    theory_figure,
     time_by_stage,
 )
 from tasks.perplexity_figure import perplexity_by_beta
@@ -80,9 +79,8 @@ def report(
         charts = figures_of(data)
         inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
         draft.write(PAGE_FILE, report_page(data, inside).encode())
-        titles = TITLES | {f"theory-{number}": each.title for number, each in enumerate(data.extras.theory)}
         for name, chart in charts.items():
-            title = [titles[name], data.title]
+            title = [TITLES[name], data.title]
             draft.write(figure_file(name), svg_file(chart, name, title).encode())
             draft.write(f"figures/{name}.png", png_file(chart, title))
         for name, rows in data.tables.items():
@@ -109,5 +107,4 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
         "errors": error_by_layer(tables["errors"]),
         "linears": sparsity_by_linear(tables["linears"]),
         "stages": time_by_stage(tables["stages"]),
-        **{f"theory-{number}": theory_figure(each) for number, each in enumerate(data.extras.theory)},
     }

@@ -106,14 +106,7 @@ def _texts(search: FinishedSearch) -> Rows:
 
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:
-    sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot, "speed": extras.speed}
+    sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot}
     if extras.sizes is not None:
         sequences["sizes"] = [extras.sizes]
-    tables = {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}
-    points = [
-        {"figure": figure.title, "line": name, "x": x, "y": y}
-        for figure in extras.theory
-        for name, line in figure.lines
-        for x, y in line
-    ]
-    return tables | ({"theory": points} if points else {})
+    return {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}

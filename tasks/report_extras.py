@@ -32,43 +32,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    """How fast one way of running the model is.
-
-    Attributes:
-        prefill, decode: tokens per second.
-        weight_bytes: of the weights in memory.
-        ratio: of the time per decoded token, the dense model's to this one's; above 1 is faster.
-    """
-
-    name: str
-    prefill: float
-    decode: float
-    weight_bytes: int
-    ratio: float
-
-
-@dataclass(frozen=True)
-class TheoryFigure:
-    """Something the theory predicts, beside what was measured.
-
-    Attributes:
-        note: what is to be seen, in a sentence.
-        lines: points by the name of their line.
-    """
-
-    title: str
-    x: str
-    y: str
-    note: str
-    lines: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
-
-
-@dataclass(frozen=True)
 class Extras:
     """All of it."""
 
     zero_shot: tuple[ZeroShotRow, ...] = ()
     sizes: Sizes | None = None
-    speed: tuple[SpeedRow, ...] = ()
-    theory: tuple[TheoryFigure, ...] = ()

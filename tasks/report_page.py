@@ -6,19 +6,17 @@ dark pages. A short script shows the value of a mark under the pointer or finger
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from layerwise.perplexity import DIVERGED
 from tasks import report_text
 from tasks.findings import number
+from tasks.page_template import render
 from tasks.report_data import ReportData
 from tasks.report_tables import BEST, Rows
 
-TEMPLATE = "report_page.html"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -26,16 +24,8 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
     """The page. Everything but the figures is escaped: names of models and texts are the user's.
 
     Args:
-        figures: SVG by name: "perplexity", "sparsity", "errors", "linears", "stages", and "theory-0", ...
+        figures: SVG by name: "perplexity", "sparsity", "errors", "linears", "stages".
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
     tables = data.tables
     text = {
         "done": report_text.what_was_done(data),
@@ -44,7 +34,9 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "failed": report_text.failed(tables["betas"]),
         "errors": report_text.on_errors(tables["errors"]),
     }
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        "report_page.html",
+        FILTERS,
         data=data,
         text=text,
         models=tables["models"],

@@ -41,8 +41,3 @@ class StreamedLM(HFLM):
             for _, context, continuation in requests
         ]
         return [(score.log_probability, score.greedy) for score in self._score(continuations)]
-
-    def generate_until(self, *_: Any, **__: Any) -> list[str]:
-        raise NotImplementedError(
-            "a streamed model generates nothing: every token would read all weights once. Ask for log-probabilities."
-        )

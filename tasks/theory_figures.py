@@ -9,9 +9,9 @@ import altair
 from layerwise.theory import Findings
 from layerwise.theory_plans import ASCENDING, DESCENDING, UNIFORM
 from tasks.axes import measure_axis
-from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of, line_colors
+from tasks.figures import DEPTH
 
-DEPTH = "decoder layer (0 is nearest to the input)"
 SHUFFLED = "shuffled"
 
 Row = Mapping[str, Any]
@@ -100,12 +100,7 @@ def _lines(
 ) -> altair.LayerChart:
     """Lines; ``marks`` are colour and width of each by its name, the important ones first and on top."""
     names = list(marks)
-    look = altair.Color(
-        "line:N",
-        title=None,
-        scale=altair.Scale(domain=names, range=[color for color, _ in marks.values()]),
-        legend=altair.Legend(columns=2, symbolType="stroke"),
-    )
+    look = line_colors(marks)
     width = altair.StrokeWidth(
         "line:N", scale=altair.Scale(domain=names, range=[width for _, width in marks.values()]), legend=None
     )

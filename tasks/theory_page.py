@@ -1,10 +1,8 @@
 """The page on the theory: one HTML file that needs nothing else, in the style of the report, with three figures."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from layerwise.theory_plans import UNIFORM
@@ -14,6 +12,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.drawing import png_file, svg_file, svg_inside
 from tasks.findings import number
+from tasks.page_template import render
 from tasks.report_page import FILTERS
 from tasks.stage_task import stage_task
 from tasks.theory import Rows, findings_of, read_tables, verdicts
@@ -21,7 +20,6 @@ from tasks.theory_figures import error_by_order, factor_by_layer, local_error_by
 from tasks.theory_text import CLAIMS, sentences, short
 
 PAGE_FILE = "theory.html"
-TEMPLATE = "theory_page.html"
 SUBJECTS = {
     "3.1": "more sparsity, more error of the layer's own",
     "3.2": "the error that arrives is handed on",
@@ -59,15 +57,9 @@ def theory_page(
             "factor": factor_by_layer(found),
             "orders": error_by_order(layers),
         }
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= FILTERS
-        page = environment.get_template(TEMPLATE).render(
+        page = render(
+            "theory_page.html",
+            FILTERS,
             title=title,
             settings=settings,
             key=measured.key,

@@ -13,7 +13,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
-from tasks.grouping import built_together, group_stage
+from tasks.grouping import built_together, copy_member, group_stage
 from tasks.questions import Questions
 from tasks.run_names import model_title
 from tasks.stage_task import stage_task
@@ -130,9 +130,7 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 def _copy_task(store: ArtifactStore, group: Artifact, position: int, draft: Draft) -> None:
     folder = _folder(position)
-    for name in group.files:
-        if name.startswith(folder):
-            draft.write(name.removeprefix(folder), store.read(group, name))
+    copy_member(store, group, folder, draft)
     metrics = read_answers(store, group, folder).metrics
     draft.facts |= {"task": metrics.task, "documents": metrics.acc.documents, "acc": metrics.acc.value}
     draft.facts["lm-eval"] = version("lm_eval")

@@ -46,6 +46,12 @@ def test_the_dockerfile_copies_every_package_of_the_wheel():
     assert set(re.findall(r'"(\w+)"', wheel[1])) <= set(copied())
 
 
+def test_the_dockerfile_copies_what_the_build_runs():
+    """hatchling refuses to build where its hook is missing."""
+    assert "hooks.custom" in (ROOT / "pyproject.toml").read_text()
+    assert "hatch_build.py" in copied()
+
+
 def test_every_build_argument_is_used():
     arguments = re.findall(r"^ARG (\w+)", dockerfile(), re.MULTILINE)
     assert arguments

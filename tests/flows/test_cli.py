@@ -334,7 +334,7 @@ def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(f
     assert finished[0].selection.verdict in done.out
     assert "Built 12 of 12 artifacts (checkpoint, calibration," in done.out
     assert re.search(
-        r"\d+ s in all: the search \d+ s, start-up \d+ s \(Prefect's embedded server took \d+ s", done.out
+        r"\d+ s in all: the run \d+ s, start-up \d+ s \(Prefect's embedded server took \d+ s", done.out
     )
     exported = re.search(r"^Pruned model: (.*)$", done.out, re.MULTILINE)[1]
     assert os.path.exists(f"{exported}/config.json")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -154,6 +155,11 @@ def test_searches_that_differ_in_allocation_share_their_groups_and_tests(
     for role in ("evaluate", "select"):
         assert results[0].stages[role].content == finished[0].stages[role].content
     assert results[1].test.uniform == results[0].test.uniform
+    page = Path(results[0].report).read_text()
+    for result, allocator in zip(results[1:], ("owl", "dlp"), strict=True):
+        assert f"{allocator}, {result.selection.name(result.selection.best)}" in page or (
+            result.selection.best == 0 and f"{allocator}, uniform" in page
+        )
     assert [each.result.built for each in compare(settings, runtime)] == [(), (), ()]
     assert names_in(store.url) == names
 

@@ -16,7 +16,7 @@ from tasks.branch import ERRORS_FILE, LINEARS_FILE
 from tasks.findings import number
 from tasks.report import figures_of, report
 from tasks.report_data import ReportData, report_data
-from tasks.report_extras import Extras, Sizes, SpeedRow, TheoryFigure, ZeroShotRow
+from tasks.report_extras import Extras, Sizes, ZeroShotRow
 from tasks.report_page import report_page
 from tasks.search_result import FinishedSearch, read_search
 
@@ -25,8 +25,6 @@ EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements that have
 EXTRAS = Extras(
     zero_shot=(ZeroShotRow("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
     sizes=Sizes(273_000_000, 272_000_000, 141_000_000),
-    speed=(SpeedRow("2:4 kernel", 812.5, 31.25, 141_000_000, 1.5),),
-    theory=(TheoryFigure("Bound", "depth", "error", "It holds.", (("bound", ((0, 2), (1, 3))),)),),
 )
 
 
@@ -223,20 +221,16 @@ def test_figures_lie_beside_the_page(store, artifact):
 
 def test_what_was_not_measured_is_left_out_with_a_sentence(page):
     assert "No zero-shot tasks were run." in page.said
-    assert "Speed was not measured." in page.said
-    assert "What the theory says" not in page.said
 
 
 def test_what_was_measured_elsewhere_has_its_place(store, found):
     made = report.fn(store, found.artifact, extras=EXTRAS, compared={"owl": found.artifact})
     page = Page(store.read(made, "report.html").decode())
     assert ["arc_easy", "61.0 %", "32.0 %", "40.0 %", "1.5 %", "+8.0", "0.0021"] in page.tables["models"][1]
-    assert ["2:4 kernel", "812.5", "31.2", "141 MB", "1.50"] in page.tables["models"][2]
     assert ["compressed, zeros left out", "", "", "141 MB"] in page.tables["models"][0]
-    assert "It holds." in page.said
     best = found.selection.name(found.selection.best)
     assert f"owl, {best}" in page.tables["sparsity"][0][0]
-    assert {"figures/theory-0.svg", "data/theory.parquet", "data/zero_shot.parquet"} <= set(made.files)
+    assert {"data/sizes.parquet", "data/zero_shot.parquet"} <= set(made.files)
     assert made.key != report.fn(store, found.artifact).key
 
 

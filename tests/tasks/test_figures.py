@@ -7,10 +7,8 @@ from tasks.figures import (
     error_by_layer,
     sparsity_by_layer,
     sparsity_by_linear,
-    theory_figure,
     time_by_stage,
 )
-from tasks.report_extras import TheoryFigure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -92,12 +90,3 @@ def test_stages_are_drawn_in_a_unit_that_fits():
     assert marks == ["capture: 9.0 s", "select: 0.0 s"]
     words, _ = parts(time_by_stage([stage("capture", 0.0, 40000.0)]))
     assert "hours at work since the beginning, pauses left out" in words
-
-
-def test_a_figure_of_the_theory_has_its_lines_by_name():
-    figure = TheoryFigure(
-        "Bound", "depth", "error", "It holds.", (("bound", ((0, 2), (1, 3))), ("seen", ((0, 1), (1, 2))))
-    )
-    words, marks = parts(theory_figure(figure))
-    assert {"bound", "seen", "depth", "error"} <= words
-    assert "seen: 1, 2" in marks
