@@ -34,7 +34,7 @@ def main() -> None:
             FLOWS[parsed.command](parsed, server, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
-            commands |= {"gc": _collect, "verify": _verify}
+            commands |= {"gc": _collect, "verify": _verify, "bench": _bench}
             commands[parsed.command](parsed)
     except KeyboardInterrupt:
         stop("stopped by the keyboard; what was committed stays", 130)
@@ -107,6 +107,16 @@ def _report(arguments: Namespace) -> None:
     from flows.report import make_report
 
     open_console().print(make_report(arguments.store, arguments.key, arguments.output), soft_wrap=True)
+
+
+def _bench(arguments: Namespace) -> None:
+    from flows.bench import bench
+    from flows.console import open_console
+    from flows.terminal import show_speed
+    from layerwise.sparse.speed import SpeedSettings
+
+    settings = SpeedSettings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds)
+    show_speed(open_console(), *bench(arguments.model, arguments.key, settings))
 
 
 def _collect(arguments: Namespace) -> None:

@@ -25,6 +25,7 @@ ON_STORES = {
     "gc": "what nobody can reach in a store; deletes it on request",
     "verify": "read a whole store through; tells what is damaged",
 }
+BENCH = "how fast a checkpoint runs on this machine's CPU, dense and with packed weights"
 # Options for flows that compute in this process only.
 SPREADING = ["fan_out", "groups"]
 
@@ -43,6 +44,7 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
     }
     for name in ON_STORES:
         _add_arguments_of_a_store(parsers[name], name)
+    _add_arguments_of_bench(commands.add_parser("bench", help=BENCH))
     if command and command[0] in WITH_SETTINGS:
         _add_settings(parsers[command[0]], command[0])
     return parser
@@ -75,6 +77,24 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
     else:
         add_options(parser, Search)
     add_options(parser, Runtime, without=[] if command in ("search", "compare", "plan") else SPREADING)
+
+
+def _add_arguments_of_bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="Folder of a checkpoint, with its zeros or compressed; or the store of a finished search.",
+    )
+    parser.add_argument(
+        "key", nargs="?", help="Key of a search in the store (or its beginning); the newest if left out."
+    )
+    for name, default, what in (
+        ("prompt", 64, "Tokens of the random prompt that is read at once. Default: 64."),
+        ("new", 32, "Tokens that are written after it, one at a time. Default: 32."),
+    ):
+        parser.add_argument(f"--{name}-tokens", type=int, default=default, metavar="TOKENS", help=what)
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="How often every way is run, in turns. Default: 5."
+    )
 
 
 def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:

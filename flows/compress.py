@@ -9,6 +9,7 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from pydantic import Field
 
 from flows.cancelling import cancelled
+from flows.extras import newest_speed
 from flows.fields import Settings
 from flows.mending import mending
 from flows.reopened import Reopened, reopen
@@ -61,9 +62,14 @@ def _compressed(store: ArtifactStore, settings: Compress, execution: Execution) 
 
 
 def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> ModelCard:
-    """The card with everything that is known by now."""
+    """The card with everything that is known by now: the test, and the speed if it was measured."""
     before = finished.captured
     rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
     card = card_of_lane(before.inputs("selection"), finished.best, finished.uniform, before.pruning, rows)
     tested = results_on_test(finished.search.test, before.windows["test"])
-    return replace(card, allocator=finished.settings.allocator.method, results=card.results + tested)
+    return replace(
+        card,
+        allocator=finished.settings.allocator.method,
+        results=card.results + tested,
+        speed=newest_speed(store, exported, list(store.artifacts())),
+    )

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterable
 
+from layerwise.sparse.speed import SpeedTable
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.report_extras import Extras, Sizes, ZeroShotRow
 from tasks.search_result import FinishedSearch
+from tasks.speed import SPEED_STAGE, read_speed
 from tasks.zero_shot_table import TABLE_FILE, TABLE_STAGE
 
 
 def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:
-    """A zero-shot table, and the sizes of the pruned checkpoint with and without its zeros.
+    """A zero-shot table, the sizes of the pruned checkpoint with and without its zeros, and its speed.
 
     Args:
         table: of the search's models; the newest one if left out.
@@ -21,7 +23,23 @@ def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | No
     rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
     exported = search.stages.get("export")
     smaller = None if exported is None else _made_from(artifacts, "compress", "export", exported)
-    return Extras(zero_shot=rows, sizes=None if smaller is None else _sizes(smaller))
+    return Extras(
+        zero_shot=rows,
+        sizes=None if smaller is None else _sizes(smaller),
+        speed=newest_speed(store, exported, artifacts),
+    )
+
+
+def newest_speed(
+    store: ArtifactStore, exported: Artifact | None, artifacts: Iterable[Artifact]
+) -> SpeedTable | None:
+    """What was last measured of an exported model, on whatever machine; None if nothing was.
+
+    Args:
+        artifacts: all of the store.
+    """
+    measured = None if exported is None else _made_from(artifacts, SPEED_STAGE, "export", exported)
+    return None if measured is None else read_speed(store, measured)
 
 
 def _made_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:

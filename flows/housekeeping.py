@@ -54,7 +54,7 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
 
 
 # Names of stages: pages, the pruned model without its zeros, what it answers.
-MADE_OF_RESULTS = ("report", "compare", "theory", "theory_page", "compress", "zero_shot_table")
+MADE_OF_RESULTS = ("report", "compare", "theory", "theory_page", "compress", "zero_shot_table", "speed")
 
 
 def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:

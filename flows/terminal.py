@@ -14,10 +14,12 @@ from flows.findings import work_sentence
 from flows.plan import Plan
 from flows.result import SearchResult
 from flows.theory import TheoryResult
+from layerwise.sparse.speed import SpeedTable
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.findings import number, sentence_on_test, table_rows
 from tasks.select import Selection
+from tasks.speed import speed_rows, speed_sentence
 from tasks.theory_text import sentences
 
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
@@ -98,6 +100,14 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
         before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
         console.print(f"{name}: {before} to {after} ({facts['ratio' + of_what]:.3f})")
     console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
+
+
+def show_speed(console: Console, table: SpeedTable, report: str | None) -> None:
+    """One row for every way of running the model."""
+    show_rows(console, speed_rows(table), left=("way",))
+    console.print(speed_sentence(table))
+    if report is not None:
+        console.print(f"Report: {_short(report)}", soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan) -> None:

@@ -131,13 +131,24 @@ def restored(sparse: SparseTensor, first: Tensor, values: Tensor) -> Tensor:
         TypeError: they have other dtypes.
     """
     if sparse.layout == "bitmask":
-        weight = bitmask.unpack(bitmask.PackedWeight(sparse.shape, first, values))
-    else:
-        weight = semi_structured.unpack(semi_structured.SemiStructuredWeight(values, first))
-    if tuple(weight.shape) != sparse.shape or str(weight.dtype) != f"torch.{sparse.dtype}":
+        return bitmask.unpack(packed_weight(sparse, first, values))
+    weight = semi_structured.unpack(semi_structured.SemiStructuredWeight(values, first))
+    rows, columns = weight.shape
+    _require_described(sparse, (rows, columns), weight)
+    return weight
+
+
+def packed_weight(sparse: SparseTensor, mask: Tensor, values: Tensor) -> bitmask.PackedWeight:
+    """The weight as it is stored; ``sparse`` has the layout "bitmask". Errors are those of ``restored``."""
+    packed = bitmask.PackedWeight(sparse.shape, mask, values)
+    _require_described(sparse, packed.shape, values)
+    return packed
+
+
+def _require_described(sparse: SparseTensor, shape: tuple[int, int], values: Tensor) -> None:
+    if shape != sparse.shape or str(values.dtype) != f"torch.{sparse.dtype}":
         raise ValueError(
-            f"the parts in {sparse.file} make a {weight.dtype} weight of shape {tuple(weight.shape)}, but "
+            f"the parts in {sparse.file} make a {values.dtype} weight of shape {shape}, but "
             f"{DESCRIPTION_FILE} says {sparse.dtype} of shape {sparse.shape}. The files are of different folders: copy "
             "all of them again from one place."
         )
-    return weight

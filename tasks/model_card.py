@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from layerwise.sparse.speed import SpeedTable
 from tasks.findings import number
 from tasks.source_license import License
+from tasks.speed import speed_rows, speed_sentence
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 
@@ -65,6 +67,7 @@ class ModelCard:
         layers: share of zeros among the pruned linears' weights of every decoder layer, first layer first.
         realised: the same of all layers together.
         results: in the order of the table; empty for a card without it.
+        speed: on some machine's CPU; None if it was not measured before the card was written.
 
     Raises:
         ValueError: no layers, or a share outside of [0, 1].
@@ -78,6 +81,7 @@ class ModelCard:
     layers: tuple[float, ...]
     realised: float
     results: tuple[Result, ...] = ()
+    speed: SpeedTable | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -122,7 +126,7 @@ linear.
 
 {_layer_table(card.layers)}
 
-{_results(card.results)}## How to load
+{_results(card.results)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
 
@@ -174,6 +178,15 @@ def _results(results: Sequence[Result]) -> str:
 The plan was chosen on the selection text, which flatters this model a little there.
 
 """
+
+
+def _speed(table: SpeedTable | None) -> str:
+    if table is None:
+        return ""
+    rows = speed_rows(table)
+    head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
+    lines = [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join(["## Speed", "", speed_sentence(table), "", head, *lines, "", ""])
 
 
 def _licence(card: ModelCard) -> str:

@@ -109,4 +109,6 @@ def _tables_of_extras(extras: Extras) -> dict[str, Rows]:
     sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot}
     if extras.sizes is not None:
         sequences["sizes"] = [extras.sizes]
+    if extras.speed is not None:
+        sequences["speed"] = extras.speed.speeds
     return {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from layerwise.sparse.speed import SpeedTable
+
 
 @dataclass(frozen=True)
 class ZeroShotRow:
@@ -37,3 +39,4 @@ class Extras:
 
     zero_shot: tuple[ZeroShotRow, ...] = ()
     sizes: Sizes | None = None
+    speed: SpeedTable | None = None

@@ -16,6 +16,7 @@ from tasks.findings import number
 from tasks.page_template import render
 from tasks.report_data import ReportData
 from tasks.report_tables import BEST, Rows
+from tasks.speed import speed_rows, speed_sentence
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -33,6 +34,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "shape": report_text.shape_of_curve(tables["betas"], data.parameter),
         "failed": report_text.failed(tables["betas"]),
         "errors": report_text.on_errors(tables["errors"]),
+        "speed": "" if data.extras.speed is None else speed_sentence(data.extras.speed),
     }
     return render(
         "report_page.html",
@@ -49,6 +51,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         errors=_by_layer(tables["errors"], "model", "relative_error"),
         linears=_by_layer(tables["linears"], "linear", "sparsity"),
         figures={name: Markup(svg) for name, svg in figures.items()},
+        speeds=[] if data.extras.speed is None else speed_rows(data.extras.speed),
         best=BEST,
         early=len({row["windows"] for row in tables["betas"]}) > 1,
     )

@@ -51,7 +51,8 @@ def match_tensors(
     )
 
 
-def _aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
+def aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
+    """What a stored tensor's name may be in the model: itself, with and without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, prefix + name, name.removeprefix(prefix)
 
@@ -62,7 +63,7 @@ def _model_names(
     """Stored name -> state-dict name."""
     found: dict[str, str] = {}  # state-dict name -> stored name
     for name in stored:
-        model_name = next((alias for alias in _aliases(name, model) if alias in expected), None)
+        model_name = next((alias for alias in aliases(name, model) if alias in expected), None)
         if model_name is None:
             continue
         if model_name in found:
@@ -72,7 +73,7 @@ def _model_names(
             )
         found[model_name] = name
     for name in stored:  # tied weights of which only the other one was saved
-        for alias in _aliases(name, model):
+        for alias in aliases(name, model):
             tied_to = model.all_tied_weights_keys.get(alias)
             if tied_to is not None and tied_to in expected:
                 found.setdefault(tied_to, name)
@@ -87,7 +88,7 @@ def _tied_copies(
     return {
         name: stored_as[tied_to]
         for name in stored
-        for alias in _aliases(name, model)
+        for alias in aliases(name, model)
         if name not in model_names and (tied_to := model.all_tied_weights_keys.get(alias)) in stored_as
     }
 
@@ -128,7 +129,7 @@ def _check_fit(
 
 def _layer_of(name: str, model: PreTrainedModel, source: str) -> int | None:
     pattern = re.compile(rf"{re.escape(layer_prefix(model))}\.(\d+)\.")
-    matches = [match for alias in _aliases(name, model) if (match := pattern.match(alias))]
+    matches = [match for alias in aliases(name, model) if (match := pattern.match(alias))]
     if not matches:
         return None
     layer, num_layers = int(matches[0][1]), model.config.get_text_config().num_hidden_layers

@@ -3,9 +3,11 @@
 // Every level of instructions has its own `Lanes`: how many columns are expanded at a time, and how. All the rest is
 // written once. Functions carry their instruction set as an attribute, so that one plain build runs on every CPU.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -15,7 +17,7 @@
 #ifndef FOR_AVX512  // a test compiles these functions for emulated instructions
 #define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,bmi2")))
 #define FOR_AVX512_BF16                                                                                                \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx512bf16,popcnt,bmi2")))
 #endif
 #define FOR_AVX2 __attribute__((target("avx2,fma,popcnt,bmi2")))
 
@@ -43,6 +45,7 @@ constexpr int64_t PANEL_LIMIT = 8192;
 constexpr int64_t OVERREAD = 32;  // values behind the end of a row that a vector load may touch
 constexpr int64_t MOST_TOKENS = 8;  // at a time: as many sums as registers hold
 constexpr int64_t ALIGNMENT = 64;
+constexpr int INT16_STEPS = 32767;  // of a token's largest input, to either side of zero
 
 float widen(float value) { return value; }
 float widen(int8_t value) { return value; }
@@ -280,6 +283,31 @@ struct Avx512Bf16 {  // for bfloat16 weights and inputs; the rest goes by Avx512
     LOOPS_OVER_COLUMNS(FOR_AVX512_BF16)
 };
 
+// For int8 weights and bfloat16 inputs, which are rounded to 16-bit steps of their token's largest one: finer by far than
+// the weights. No sum can overflow: PANEL_LIMIT / 16 products of at most 127 * 32767 are less than 2**31.
+struct Avx512Int8 {
+    static constexpr int step = 32;
+    using Place = uint32_t;  // the mask itself
+    using Input = int16_t;
+    using Sum = __m512i;
+    using Zero = __m512i;
+    using Dense = float;
+    FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
+    FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
+    FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_si512(); }
+    FOR_AVX512_BF16 static inline __m512i expand(Place place, const int8_t* values, Zero zero) {
+        const __m256i packed = _mm256_loadu_si256((const __m256i*)values);
+        return _mm512_cvtepi8_epi16(_mm256_mask_expand_epi8(_mm512_castsi512_si256(zero), place, packed));
+    }
+    FOR_AVX512_BF16 static inline Sum multiply_add(__m512i weight, const int16_t* inputs, Sum sum) {
+        return _mm512_dpwssd_epi32(sum, weight, _mm512_loadu_si512(inputs));
+    }
+    FOR_AVX512_BF16 static inline Sum add(Sum one, Sum other) { return _mm512_add_epi32(one, other); }
+    FOR_AVX512_BF16 static inline float total(Sum sum) { return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(sum)); }
+    static void store(__m512i, float, float*);  // never called: rows are unpacked by Avx512
+    LOOPS_OVER_COLUMNS(FOR_AVX512_BF16)
+};
+
 #endif
 
 // The values of a row, or a copy of them where a vector load could go beyond the end of all values.
@@ -324,22 +352,42 @@ void share_rows(int64_t rows, int threads, Work work) {
 
 float row_scale(const SparseWeight& weight, int64_t row) { return weight.scales ? weight.scales[row] : 1.0f; }
 
-void convert(Bfloat16 from, float& to) { to = widen(from); }
+// What one unit of a token's arranged inputs is worth: they are themselves, unless they are rounded to 16-bit steps.
+template <class Input, class Element>
+float unit_of(const Element* inputs, int64_t columns) {
+    if (!std::is_same<Input, int16_t>::value) return 1.0f;
+    float largest = 0;
+    for (int64_t column = 0; column < columns; ++column) {
+        const float size = std::fabs(widen(inputs[column]));
+        if (!(size < INFINITY)) return NAN;  // which all outputs are then
+        largest = size > largest ? size : largest;
+    }
+    return largest > 0 ? largest / INT16_STEPS : 1.0f;
+}
+
+void convert(Bfloat16 from, float, float& to) { to = widen(from); }
+void convert(Bfloat16 from, float units, int16_t& to) {
+    const float steps = widen(from) * units, limit = INT16_STEPS;
+    const float within = steps > limit ? limit : steps > -limit ? steps : -limit;
+    to = int16_t(within + (within < 0 ? -0.5f : 0.5f));
+}
 template <class Same>
-void convert(Same from, Same& to) {
+void convert(Same from, float, Same& to) {
     to = from;
 }
 
 // Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros up to whole
-// groups of 64 columns.
+// groups of 64 columns. `units` is what one of each token's is worth.
 template <class Input, class Element>
-void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged) {
+void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged, float* units) {
+    for (int64_t token = 0; token < tokens; ++token) units[token] = unit_of<Input>(inputs + token * columns, columns);
     for (int64_t first = 0; first < ceiling(columns, 64) * 64; first += step)
         for (int64_t token = 0; token < tokens; ++token, arranged += step) {
             const int64_t left = columns - first, count = left < 0 ? 0 : left < step ? left : step;
             memset(arranged + count, 0, (step - count) * sizeof(Input));
+            const float in_a_unit = 1.0f / units[token];
             for (int64_t column = 0; column < count; ++column)
-                convert(inputs[token * columns + first + column], arranged[column]);
+                convert(inputs[token * columns + first + column], in_a_unit, arranged[column]);
         }
 }
 
@@ -347,7 +395,8 @@ template <class Lanes, class Value, int TOKENS, class Element>
 void multiply_some(const SparseWeight& weight, int threads, const Element* inputs, const Element* bias,
                    Element* outputs, void* workspace) {
     auto* arranged = static_cast<typename Lanes::Input*>(workspace);
-    arrange(inputs, TOKENS, weight.columns, Lanes::step, arranged);
+    float units[TOKENS];
+    arrange(inputs, TOKENS, weight.columns, Lanes::step, arranged, units);
     float* sums = reinterpret_cast<float*>(arranged + ceiling(weight.columns, ALIGNMENT) * ALIGNMENT * TOKENS);
     share_rows(weight.rows, threads, [&](int64_t first, int64_t last) {
         memset(sums + first * TOKENS, 0, (last - first) * TOKENS * sizeof(float));
@@ -358,7 +407,7 @@ void multiply_some(const SparseWeight& weight, int threads, const Element* input
                           });
         for (int64_t row = first; row < last; ++row)
             for (int token = 0; token < TOKENS; ++token) {
-                const float sum = sums[row * TOKENS + token] * row_scale(weight, row);
+                const float sum = sums[row * TOKENS + token] * row_scale(weight, row) * units[token];
                 narrow(sum + (bias ? widen(bias[row]) : 0.0f), outputs[token * weight.rows + row]);
             }
     });
@@ -421,7 +470,7 @@ int layerwise_level() {
     if (!__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return AVX2;
-    return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? AVX512_BF16 : AVX512;
 #else
     return PORTABLE;
 #endif
@@ -436,6 +485,10 @@ int layerwise_multiply(const SparseWeight* weight, int level, int threads, int e
     if (weight->kind == FLOAT32) return AT_LEVEL(level, multiply, float, *weight, threads, ELEMENTS(float));
     if (weight->kind == INT8 && element == FLOAT32)
         return AT_LEVEL(level, multiply, int8_t, *weight, threads, ELEMENTS(float));
+#if defined(__x86_64__)
+    if (weight->kind == INT8 && level == AVX512_BF16)
+        return multiply<Avx512Int8, int8_t>(*weight, threads, ELEMENTS(Bfloat16));
+#endif
     if (weight->kind == INT8) return AT_LEVEL(level, multiply, int8_t, *weight, threads, ELEMENTS(Bfloat16));
 #if defined(__x86_64__)
     if (level == AVX512_BF16) return multiply<Avx512Bf16, Bfloat16>(*weight, threads, ELEMENTS(Bfloat16));

@@ -78,6 +78,18 @@ EMULATED inline __m512 cvtepi32_ps(__m512i vector) {
     for (int lane = 0; lane < 16; ++lane) result.lane[lane] = float(values.lane[lane]);
     return result.vector();
 }
+EMULATED inline __m512i add_epi32(__m512i a, __m512i b) {
+    Lanes<__m512i, uint32_t> result(a);
+    const Lanes<__m512i, uint32_t> other(b);
+    for (int lane = 0; lane < 16; ++lane) result.lane[lane] += other.lane[lane];
+    return result.vector();
+}
+EMULATED inline __m512i dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+    const Lanes<__m512i, int16_t> left(a), right(b);
+    Lanes<__m512i, uint32_t> result(sum);
+    for (int part = 0; part < 32; ++part) result.lane[part / 2] += uint32_t(left.lane[part] * right.lane[part]);
+    return result.vector();
+}
 EMULATED inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     const Lanes<__m512bh, uint16_t> left(a), right(b);
     Lanes<__m512, float> result(sum);
@@ -113,4 +125,8 @@ EMULATED inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_mask_expand_epi16 emulated::mask_expand<uint16_t>
 #define _mm256_mask_expand_epi16 emulated::mask_expand<uint16_t>
 #define _mm_mask_expand_epi8 emulated::mask_expand<uint8_t>
+#define _mm256_mask_expand_epi8 emulated::mask_expand<uint8_t>
+#define _mm512_cvtepi8_epi16 emulated::convert_integers<int16_t, int8_t>
+#define _mm512_add_epi32 emulated::add_epi32
+#define _mm512_dpwssd_epi32 emulated::dpwssd_epi32
 #define _mm512_dpbf16_ps emulated::dpbf16_ps

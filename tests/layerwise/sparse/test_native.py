@@ -8,7 +8,7 @@ import torch
 from layerwise.bitmask import pack
 from layerwise.sparse import native
 from layerwise.sparse.native import LEVELS, Kernel
-from layerwise.sparse.panels import PanelWeight, panels_of
+from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
 from tests.layerwise.sparse.shapes import (
     DTYPES,
     check_products,
@@ -63,8 +63,23 @@ def test_infinities_and_nans_come_through_where_a_weight_meets_them(kernel):
     outputs = kernel.multiply(weight, inputs)
     assert outputs[0].tolist() == [torch.inf, -torch.inf]
     assert outputs[1].isnan().all()
+    in_steps = panels_of(pack(torch.tensor([[2.0, 0.0], [-1.0, 0.0]])), int8=True)
+    assert not kernel.multiply(in_steps, inputs.bfloat16()).isfinite().any()
     in_bfloat16 = panels_of(pack(torch.tensor([[2.0]], dtype=torch.bfloat16)))
     assert kernel.multiply(in_bfloat16, torch.tensor([[torch.nan]], dtype=torch.bfloat16)).isnan().all()
+
+
+@pytest.mark.parametrize("largest", [1e-40, 1.0, 1e38])
+def test_int8_sums_hold_the_largest_panel_that_there_is(kernel, largest):
+    columns = PANEL_COLUMNS
+    weight = panels_of(pack(torch.ones(2, columns).mul_(torch.tensor([[1.0], [-3.0]]))), int8=True)
+    inputs = torch.full((1, columns), largest, dtype=torch.bfloat16)
+    expected = inputs.double().sum() * torch.tensor([[1.0, -3.0]], dtype=torch.float64)
+    outputs = kernel.multiply(weight, inputs)
+    if largest < 1e30:  # beyond, the sum is no bfloat16
+        torch.testing.assert_close(outputs.double(), expected, rtol=2**-7, atol=0)
+    else:
+        assert outputs.tolist() == [[torch.inf, -torch.inf]]
 
 
 def test_the_number_of_threads_is_torch_s_and_changes_no_bit(kernel):

@@ -1,0 +1,54 @@
+"""Bench: the speed of a checkpoint on this machine, of a folder or of what a search has exported."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flows.inspect import asked_artifact
+from flows.report import make_report
+from layerwise.sparse.speed import SpeedSettings, SpeedTable, measure_speed
+from storage.store import ArtifactStore
+from tasks.checkpoint_files import CONFIG
+from tasks.compressed_checkpoint import load
+from tasks.compressed_format import DESCRIPTION_FILE
+from tasks.search_result import read_search
+from tasks.speed import read_speed, speed
+
+
+def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTable, str | None]:
+    """Measure a model; of a search, keep what was measured and make its report again.
+
+    Args:
+        model: folder of a checkpoint, with its zeros or compressed; or a store.
+        key: of a search in the store, or its beginning; None for the newest one.
+
+    Returns:
+        What was measured, and where the search's report is.
+
+    Raises:
+        KeyError: the store has no such search.
+        ValueError: the search has exported no model, or there is a key but no store.
+    """
+    folder = Path(model)
+    if (folder / CONFIG).exists():
+        if key is not None:
+            raise ValueError(
+                f"{model} is a checkpoint, not a store that has a search {key}. Leave out the key."
+            )
+        return measure_speed(_model_in(folder), settings), None
+    store = ArtifactStore(model)
+    search = read_search(store, asked_artifact(store, key))
+    measured = speed.fn(store, search, settings)
+    return read_speed(store, measured), make_report(store.url, search.artifact.key)
+
+
+def _model_in(folder: Path) -> PreTrainedModel:
+    if (folder / DESCRIPTION_FILE).exists():
+        compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
+        loaded = compressed.to(torch.bfloat16)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded

@@ -1,0 +1,106 @@
+"""Speed: how fast the exported model runs on this machine's CPU, dense and packed, side by side."""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+
+from layerwise.sparse.native import kernel
+from layerwise.sparse.speed import Speed, SpeedSettings, SpeedTable, measure_speed
+from layerwise.sparse.timing import cpu_name
+from storage.artifact import Artifact
+from storage.draft import Draft
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tensors import read_tensors
+from tasks.checkpoint_files import CONFIG
+from tasks.model_config import config_from_document
+from tasks.sample_tokens import read_input_ids
+from tasks.search_result import FinishedSearch
+from tasks.stage_task import stage_task
+from tasks.whole_model import model_of_weights
+
+SPEED_FILE = "speed.json"
+SPEED_STAGE = "speed"
+WINDOWS = 4  # of the test, for the perplexity of every way: enough to see what int8 loses
+
+
+def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings) -> Stage:
+    """The stage of a measurement. It is about a machine, and so the one stage whose key has it."""
+    native = kernel()
+    machine = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "level": native.level if native else None,
+        "torch": version("torch"),
+    }
+    return Stage(
+        SPEED_STAGE,
+        1,
+        {**asdict(settings), **machine},
+        {"export": exported.key, "windows": windows.content},
+    )
+
+
+@stage_task(about=lambda search, **_: search.source)
+def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings) -> Artifact:
+    """Measure the search's exported model; on the same machine with the same packages once.
+
+    Raises:
+        ValueError: the search has exported no model.
+    """
+    exported, windows = search.stages.get("export"), search.stages["test"]
+    if exported is None:
+        raise ValueError(
+            f"{search.artifact.key} has exported no model to be measured. Run the search with --export true: what it "
+            "computed is not computed again."
+        )
+
+    def build(draft: Draft) -> None:
+        config = config_from_document(json.loads(store.read(exported, CONFIG)), exported.key)
+        shards = [name for name in exported.files if name.endswith(".safetensors")]
+        weights = {
+            name: weight for shard in shards for name, weight in read_tensors(store, exported, shard).items()
+        }
+        model = model_of_weights(weights, config, exported.key, torch.bfloat16)
+        del weights
+        table = measure_speed(model, settings, read_input_ids(store, windows)[:WINDOWS])
+        draft.write(SPEED_FILE, json.dumps(asdict(table), indent=1).encode())
+        draft.facts |= {each.way: f"{each.decode:.4g} tokens/s" for each in table.speeds}
+
+    return store.get_or_build(speed_stage(exported, windows, settings), build)
+
+
+def read_speed(store: ArtifactStore, artifact: Artifact) -> SpeedTable:
+    """What an artifact of ``speed`` holds."""
+    document = json.loads(store.read(artifact, SPEED_FILE))
+    return SpeedTable(**{**document, "speeds": tuple(Speed(**row) for row in document["speeds"])})
+
+
+def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
+    """The table for people."""
+    return [
+        {
+            "way": each.way,
+            "linears": each.linears,
+            "weights, MB": f"{each.weight_bytes / 1e6:.0f}",
+            "new tokens/s": f"{each.decode:.3g}",
+            "x torch float32": "" if each.to_float32 is None else f"{each.to_float32:.2f}",
+            "x torch bfloat16": f"{each.to_bfloat16:.2f}",
+            "of memory's limit": f"{100 * each.of_limit:.0f} %",
+            "prompt tokens/s": f"{each.prefill:.3g}",
+            "perplexity": "" if each.perplexity is None else f"{each.perplexity:.2f}",
+        }
+        for each in table.speeds
+    ]
+
+
+def speed_sentence(table: SpeedTable) -> str:
+    """On what machine, and what was not measured."""
+    level = "no sparse kernel" if table.level is None else f"sparse kernel at {table.level}"
+    left_out = "".join(f" {way}: {reason}." for way, reason in table.left_out.items())
+    return (
+        f"On {table.cpu}, {table.threads} threads, {level}, memory read at {table.bandwidth / 1e9:.1f} GB/s; one text "
+        f"at a time.{left_out}"
+    )

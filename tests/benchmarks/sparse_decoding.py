@@ -1,0 +1,72 @@
+"""Generating text with packed weights: a real transformers LLaMA with 7B shapes and random weights, 70 % pruned.
+
+    .venv/bin/python tests/benchmarks/sparse_decoding.py [--layers 16]
+
+Five minutes, 13 GB (16 layers). Sparsity rises from layer to layer as an ATP plan has it. Exits with 1 if the packed
+model generates less than 3.5 times as fast as torch in bfloat16 (a CPU with bfloat16 instructions; else 1.5 times), or
+its pruned linears take more than .37 of their dense bytes.
+"""
+
+import argparse
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.console import open_console
+from flows.terminal import show_speed
+from layerwise.allocation import arithmetic
+from layerwise.skeleton import linears_of
+from layerwise.sparse.native import LEVELS
+from layerwise.sparse.speed import BFLOAT16, SPARSE, SpeedSettings, measure_speed
+
+SPARSITY, LOWEST = 0.7, 0.55  # of all layers, of the first one
+FASTER = {"avx512_bf16": 3.5}
+LEAST_FASTER, MOST_BYTES = 1.5, 0.37
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=16)
+    layers = parser.parse_args().layers
+    table = measure_speed(pruned_llama(layers), SpeedSettings(prompt_tokens=16, new_tokens=32, rounds=3))
+    show_speed(open_console(), table, None)
+    speeds = {each.way: each for each in table.speeds}
+    if SPARSE not in speeds:
+        sys.exit(f"nothing to measure: {table.left_out[SPARSE]}")
+    config = LlamaConfig()
+    head = 2 * config.vocab_size * config.hidden_size
+    share = (speeds[SPARSE].weight_bytes - head) / (speeds[BFLOAT16].weight_bytes - head)
+    floor = FASTER.get(table.level or LEVELS[0], LEAST_FASTER)
+    print(f"pruned linears: {share:.3f} of their dense bytes (at most {MOST_BYTES})")
+    print(f"{speeds[SPARSE].to_bfloat16:.2f} times torch bfloat16 (at least {floor})")
+    sys.exit(share > MOST_BYTES or speeds[SPARSE].to_bfloat16 < floor)
+
+
+def pruned_llama(layers: int) -> LlamaForCausalLM:
+    """Random weights in bfloat16, one draw for all layers; each layer has as many zeros as its plan says."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    model.model.rotary_emb.__init__(model.config)  # its frequencies are no weights
+    sizes = [
+        sum(linear.numel for linear in linears_of(layer))
+        for layer in (model.model.layers[index] for index in range(layers))
+    ]
+    plan = arithmetic(SPARSITY, 2 * (SPARSITY - LOWEST) / (layers - 1), sizes)
+    torch.manual_seed(0)
+    drawn: dict[torch.Size, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1)
+            continue
+        if parameter.shape not in drawn:
+            drawn[parameter.shape] = 0.02 * torch.randn(parameter.shape, dtype=torch.bfloat16)
+        parameter.copy_(drawn[parameter.shape])
+        if ".layers." in name:
+            parameter.masked_fill_(torch.rand(parameter.shape) < plan.layers[int(name.split(".")[2])], 0)
+    return model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The command bench: on a folder, and on a search, whose report and model card then have the speed."""
+
+import sys
+
+import pytest
+
+from flows import cli
+from flows.bench import bench
+from flows.compress import Compress, compress
+from flows.housekeeping import keys_of_results
+from layerwise.sparse import accelerate
+from layerwise.sparse.native import kernel
+from layerwise.sparse.speed import BFLOAT16, SPARSE, SpeedSettings
+from storage.store import ArtifactStore
+
+QUICK = SpeedSettings(prompt_tokens=5, new_tokens=3, rounds=1)
+OPTIONS = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def any_size_gains(monkeypatch) -> None:
+    """Linears of this test's size are packed as large ones are."""
+    if kernel() is None:
+        pytest.skip("the sparse kernel was not built")
+    monkeypatch.setattr(accelerate, "LEAST_WEIGHTS", 1)
+
+
+def test_a_search_is_measured_once_and_its_report_and_card_tell(finished):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    table, page = bench(runtime.store, result.artifact.key, QUICK)
+    sparse = next(each for each in table.speeds if each.way == SPARSE)
+    dense = next(each for each in table.speeds if each.way == BFLOAT16)
+    assert sparse.perplexity == pytest.approx(dense.perplexity, rel=0.02)
+    html = store.fs.cat_file(page).decode()
+    assert "Speed on a CPU" in html
+    assert f"<td>{sparse.decode:.3g}</td>" in html
+    assert bench(runtime.store, result.artifact.key, QUICK) == (table, page)
+    card = store.read(compress(Compress(search=result.artifact.key), runtime), "README.md").decode()
+    assert f"| {SPARSE} |" in card
+    measured = [each.key for each in store.artifacts() if each.recipe["name"] == "speed"]
+    assert len(measured) == 1
+    assert set(measured) <= keys_of_results(list(store.artifacts()))
+
+
+def test_folders_with_zeros_and_without_are_measured(finished, monkeypatch, capsys):
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    smaller = store.location(compress(Compress(search=result.artifact.key), runtime))
+    tables = [bench(folder, None, QUICK)[0] for folder in (result.pruned, smaller)]
+    assert tables[0].speeds[0].weight_bytes == tables[1].speeds[0].weight_bytes
+    monkeypatch.setattr(sys, "argv", ["layerwise", "bench", smaller, *OPTIONS])
+    cli.main()
+    shown = capsys.readouterr().out
+    assert "x torch bfloat16" in shown
+    assert "threads, sparse kernel at" in shown
+    assert "Report" not in shown
+
+
+def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(finished, tmp_path):
+    result, runtime = finished
+    with pytest.raises(KeyError, match="holds no finished search"):
+        bench(str(tmp_path), None, QUICK)
+    with pytest.raises(ValueError, match=r"is a checkpoint, not a store .* Leave out the key"):
+        bench(result.pruned, result.artifact.key, QUICK)

@@ -1,0 +1,76 @@
+"""The speed of a model in several ways: what is measured, not how fast it is."""
+
+import pytest
+import torch
+
+from layerwise.sparse import speed as speed_module
+from layerwise.sparse.speed import BFLOAT16, FLOAT32, INT8, SPARSE, SpeedSettings, measure_speed
+from layerwise.sparse.timing import in_turns
+from tests.layerwise.sparse.test_accelerate import pruned_model
+
+QUICK = SpeedSettings(prompt_tokens=20, new_tokens=3, rounds=2)
+
+
+@pytest.mark.usefixtures("best_kernel")
+def test_every_way_is_measured_and_the_model_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(speed_module, "has_openvino", lambda: False)
+    model = pruned_model("llama", torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    windows = torch.randint(3, 61, (3, 24))
+    table = measure_speed(model, QUICK, windows)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert [each.way for each in table.speeds] == [FLOAT32, BFLOAT16, SPARSE, INT8]
+    float32, bfloat16, sparse, int8 = table.speeds
+    linears = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert bfloat16.weight_bytes == linears
+    assert float32.weight_bytes == 2 * linears
+    # At 70 %: 3 of 10 values in 2 bytes or 1, a bit for each weight, and 8 bytes for each row of 512 or 768.
+    assert sparse.weight_bytes == pytest.approx((0.3 + 1 / 16) * linears, rel=0.05)
+    assert int8.weight_bytes == pytest.approx((0.15 + 1 / 16) * linears, rel=0.08)
+    assert (sparse.linears, int8.linears, bfloat16.linears) == (14, 14, 15)
+    assert bfloat16.to_bfloat16 == float32.to_float32 == 1
+    assert all(each.decode > 0 and each.prefill > 0 and each.of_limit > 0 for each in table.speeds)
+    assert list(table.left_out) == ["OpenVINO bfloat16"]
+    expected = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean().exp()
+    assert bfloat16.perplexity == pytest.approx(expected.item(), rel=1e-3)
+    assert sparse.perplexity == pytest.approx(bfloat16.perplexity, rel=1e-3)
+    assert int8.perplexity == pytest.approx(bfloat16.perplexity, rel=1e-2)
+    assert float32.perplexity is None
+
+
+@pytest.mark.usefixtures("best_kernel")
+def test_a_dense_model_is_not_measured_as_a_sparse_one():
+    table = measure_speed(pruned_model("gpt2", torch.bfloat16, sparsity=0), QUICK)
+    assert {SPARSE, INT8} <= set(table.left_out)
+    assert table.left_out[SPARSE].startswith("no linear runs sparse: ")
+    assert "sparsity below" in table.left_out[SPARSE]
+    assert {each.way for each in table.speeds} >= {FLOAT32, BFLOAT16}
+
+
+@pytest.mark.usefixtures("best_kernel")
+def test_what_does_not_fit_beside_the_model_is_left_out(monkeypatch):
+    free = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(speed_module.psutil, "virtual_memory", lambda: free)
+    table = measure_speed(pruned_model("qwen2", torch.bfloat16), QUICK)
+    assert "of the 0.0 GB that are free" in table.left_out[FLOAT32]
+    assert all(each.to_float32 is None for each in table.speeds)
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"the model is in torch.float32. Load it with dtype=torch.bfloat16"):
+        measure_speed(pruned_model("llama"), QUICK)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": 1}, {"rounds": 0}])
+def test_settings_that_measure_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="measure nothing"):
+        SpeedSettings(**wrong)
+
+
+def test_every_round_begins_with_another_way():
+    calls = []
+    seconds = in_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 3)
+    assert "".join(calls) == "cab" + "abc" + "bca" + "cab"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    with pytest.raises(ValueError, match="0 rounds measure nothing"):
+        in_turns({}, 0)
