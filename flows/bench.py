@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flows.inspect import asked_artifact
@@ -13,6 +12,8 @@ from storage.store import ArtifactStore
 from tasks.checkpoint_files import CONFIG
 from tasks.compressed_checkpoint import load
 from tasks.compressed_format import DESCRIPTION_FILE
+from tasks.dtype_speed import fast_dtype
+from tasks.execution import Execution
 from tasks.search_result import read_search
 from tasks.speed import read_speed, speed
 
@@ -45,10 +46,11 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
 
 
 def _model_in(folder: Path) -> PreTrainedModel:
+    dtype = fast_dtype(Execution())
     if (folder / DESCRIPTION_FILE).exists():
         compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
-        loaded = compressed.to(torch.bfloat16)
+        loaded = compressed.to(dtype)
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert isinstance(loaded, PreTrainedModel)
     return loaded

@@ -110,11 +110,14 @@ def _report(arguments: Namespace) -> None:
 
 
 def _bench(arguments: Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from flows.bench import bench
     from flows.console import open_console
     from flows.terminal import show_speed
     from layerwise.sparse.speed import SpeedSettings
 
+    disable_progress_bar()
     settings = SpeedSettings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds)
     show_speed(open_console(), *bench(arguments.model, arguments.key, settings))
 

@@ -15,6 +15,8 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensors import read_tensors
 from tasks.checkpoint_files import CONFIG
+from tasks.dtype_speed import fast_dtype
+from tasks.execution import Execution
 from tasks.model_config import config_from_document
 from tasks.sample_tokens import read_input_ids
 from tasks.search_result import FinishedSearch
@@ -26,7 +28,7 @@ SPEED_STAGE = "speed"
 WINDOWS = 4  # of the test, for the perplexity of every way: enough to see what int8 loses
 
 
-def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings) -> Stage:
+def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, dtype: torch.dtype) -> Stage:
     """The stage of a measurement. It is about a machine, and so the one stage whose key has it."""
     native = kernel()
     machine = {
@@ -34,6 +36,7 @@ def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings) 
         "threads": torch.get_num_threads(),
         "level": native.level if native else None,
         "torch": version("torch"),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     return Stage(
         SPEED_STAGE,
@@ -57,19 +60,21 @@ def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings)
             "computed is not computed again."
         )
 
+    dtype = fast_dtype(Execution())
+
     def build(draft: Draft) -> None:
         config = config_from_document(json.loads(store.read(exported, CONFIG)), exported.key)
         shards = [name for name in exported.files if name.endswith(".safetensors")]
         weights = {
             name: weight for shard in shards for name, weight in read_tensors(store, exported, shard).items()
         }
-        model = model_of_weights(weights, config, exported.key, torch.bfloat16)
+        model = model_of_weights(weights, config, exported.key, dtype)
         del weights
         table = measure_speed(model, settings, read_input_ids(store, windows)[:WINDOWS])
         draft.write(SPEED_FILE, json.dumps(asdict(table), indent=1).encode())
         draft.facts |= {each.way: f"{each.decode:.4g} tokens/s" for each in table.speeds}
 
-    return store.get_or_build(speed_stage(exported, windows, settings), build)
+    return store.get_or_build(speed_stage(exported, windows, settings, dtype), build)
 
 
 def read_speed(store: ArtifactStore, artifact: Artifact) -> SpeedTable:
@@ -87,7 +92,7 @@ def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
             "weights, MB": f"{each.weight_bytes / 1e6:.0f}",
             "new tokens/s": f"{each.decode:.3g}",
             "x torch float32": "" if each.to_float32 is None else f"{each.to_float32:.2f}",
-            "x torch bfloat16": f"{each.to_bfloat16:.2f}",
+            "x torch bfloat16": "" if each.to_bfloat16 is None else f"{each.to_bfloat16:.2f}",
             "of memory's limit": f"{100 * each.of_limit:.0f} %",
             "prompt tokens/s": f"{each.prefill:.3g}",
             "perplexity": "" if each.perplexity is None else f"{each.perplexity:.2f}",

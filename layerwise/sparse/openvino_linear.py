@@ -1,6 +1,7 @@
 """A dense linear by OpenVINO: a baseline that multiplies one token faster than torch does."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ def has_openvino() -> bool:
 
 
 class OpenVinoLinear(nn.Module):
-    """``x @ weight.T + bias`` in bfloat16 by OpenVINO's CPU plugin, which keeps a copy of the weight of its own.
+    """``x @ weight.T + bias`` by OpenVINO's CPU plugin, which keeps a copy of the weight of its own.
 
     Args:
-        linear: its weight in bfloat16, on the CPU.
+        linear: its weight in bfloat16 or float32, on the CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -24,24 +25,31 @@ class OpenVinoLinear(nn.Module):
         from openvino import opset13
 
         weight = linear.weight.detach().contiguous()
-        shared = openvino.Tensor(weight.view(torch.int16).numpy(), list(weight.shape), openvino.Type.bf16)
-        inputs = opset13.parameter([-1, linear.in_features], openvino.Type.bf16)
-        product = opset13.matmul(inputs, opset13.constant(shared), False, True)
-        graph = openvino.Model([product], [inputs])
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "bf16"}
-        self._request = openvino.compile_model(graph, "CPU", settings).create_infer_request()
-        self._tensor, self._type = openvino.Tensor, openvino.Type.bf16
-        self.out_features, self.weight_bytes = linear.out_features, weight.nbytes
-        self.bias = linear.bias
+        in_bfloat16 = weight.dtype == torch.bfloat16
+        self.openvino_type = openvino.Type.bf16 if in_bfloat16 else openvino.Type.f32
+        self.numpy_dtype = torch.int16 if in_bfloat16 else torch.float32  # numpy has no bfloat16
+        self.openvino_tensor = openvino.Tensor
+        inputs = opset13.parameter([-1, linear.in_features], self.openvino_type)
+        product = opset13.matmul(inputs, opset13.constant(self._shared(weight)), False, True)
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
+        }
+        compiled = openvino.compile_model(openvino.Model([product], [inputs]), "CPU", settings)
+        self.request = compiled.create_infer_request()
+        self.out_features, self.weight_bytes, self.bias = linear.out_features, weight.nbytes, linear.bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shape ``(..., in_features)`` to ``(..., out_features)``, bfloat16."""
+        """Shape ``(..., in_features)`` to ``(..., out_features)``, in the same dtype."""
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        self._request.set_input_tensor(
-            self._tensor(inputs.view(torch.int16).numpy(), list(inputs.shape), self._type)
-        )
-        self._request.infer()
-        found = self._request.get_output_tensor()
-        outputs = torch.from_numpy(found.data.view("int16").copy()).view(torch.bfloat16)
+        self.request.set_input_tensor(self._shared(inputs))
+        self.request.infer()
+        bits = self.request.get_output_tensor().data.view(str(self.numpy_dtype).removeprefix("torch."))
+        outputs = torch.from_numpy(bits.copy()).view(hidden_states.dtype)
         outputs = outputs.reshape(*hidden_states.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias
+
+    def _shared(self, tensor: Tensor) -> Any:
+        return self.openvino_tensor(
+            tensor.view(self.numpy_dtype).numpy(), list(tensor.shape), self.openvino_type
+        )

@@ -3,33 +3,20 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from transformers.pytorch_utils import Conv1D
 
 from layerwise.perplexity import perplexity
-from layerwise.sparse.accelerate import accelerate
-from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import kernel
-from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino
 from layerwise.sparse.timing import cpu_name, in_turns, stream_bandwidth
-
-WAYS = FLOAT32, BFLOAT16, OPENVINO, SPARSE, INT8 = (
-    "torch float32",
-    "torch bfloat16",
-    "OpenVINO bfloat16",
-    "sparse",
-    "sparse int8",
-)
+from layerwise.sparse.ways import BFLOAT16, FLOAT32, ways_of, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -57,14 +44,14 @@ class Speed:
     """One way of running the model.
 
     Attributes:
-        way: "torch float32", "torch bfloat16", "OpenVINO bfloat16", "sparse" or "sparse int8".
+        way: "torch float32", "torch bfloat16", "OpenVINO", "sparse" or "sparse int8".
         linears: how many of the model's linears it runs in its own manner (sparse: those with enough zeros).
         weight_bytes: of all linears with the head: what is read for every new token.
         prefill: tokens a second of the prompt; median over the rounds.
         decode: new tokens a second; median over the rounds of their median token.
         to_float32: how many times faster it decodes than torch in float32; median of the rounds' ratios. None where
             that was not measured.
-        to_bfloat16: the same against torch in bfloat16.
+        to_bfloat16: the same against torch in bfloat16; None likewise.
         of_limit: share of what the memory allows: seconds to read ``weight_bytes`` once by seconds for a token.
         perplexity: on the windows that were given; None without them.
     """
@@ -75,7 +62,7 @@ class Speed:
     prefill: float
     decode: float
     to_float32: float | None
-    to_bfloat16: float
+    to_bfloat16: float | None
     of_limit: float
     perplexity: float | None
 
@@ -121,18 +108,19 @@ def measure_speed(
     """Run ``model`` by ``generate`` in every way that this machine has, batch of one, with the cache.
 
     Args:
-        model: in bfloat16, on the CPU, with its zeros; its weights stay as they are, but ask for no gradients any more.
-        windows: token ids, shape ``(windows, seqlen)``, for the perplexity; float32 is left out, which is not the model
-            as it is stored.
+        model: in the dtype that this CPU is fast in, on the CPU, with its zeros; its weights stay as they are, but ask
+            for no gradients any more. In bfloat16 torch's float32 is measured too, in float32 nothing in bfloat16.
+        windows: token ids, shape ``(windows, seqlen)``, for the perplexity of the ways in the model's own dtype.
 
     Raises:
-        ValueError: the model is not in bfloat16.
+        ValueError: the model is in neither.
     """
-    if model.dtype != torch.bfloat16:
+    if model.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(
-            f"speed is compared in bfloat16, and the model is in {model.dtype}. Load it with dtype=torch.bfloat16."
+            f"speed is measured in bfloat16 or float32, and the model is in {model.dtype}. Load it with "
+            "dtype=torch.bfloat16."
         )
-    ways, linears, left_out = _ways(model.eval())
+    ways, linears, left_out = ways_of(model.eval())
     clocks: dict[str, list[_Clock]] = {name: [] for name in ways}
     prompt = torch.randint(
         model.config.get_text_config().vocab_size,
@@ -156,7 +144,7 @@ def measure_speed(
     bandwidth = stream_bandwidth()
 
     def speed(name: str) -> Speed:
-        bytes_read = _weight_bytes(ways[name])
+        bytes_read = weight_bytes(ways[name])
         seconds = statistics.median(token[name])
         return Speed(
             name,
@@ -165,9 +153,9 @@ def measure_speed(
             settings.prompt_tokens / statistics.median(first[name]),
             1 / seconds,
             _ratio(token[FLOAT32], token[name]) if FLOAT32 in token else None,
-            _ratio(token[BFLOAT16], token[name]),
+            _ratio(token[BFLOAT16], token[name]) if BFLOAT16 in token else None,
             bytes_read / bandwidth / seconds,
-            None if windows is None or name == FLOAT32 else _perplexity(ways[name], windows),
+            None if windows is None or ways[name].dtype != model.dtype else _perplexity(ways[name], windows),
         )
 
     native = kernel()
@@ -179,78 +167,6 @@ def measure_speed(
         tuple(speed(name) for name in ways),
         left_out,
     )
-
-
-def _ways(
-    model: PreTrainedModel,
-) -> tuple[dict[str, PreTrainedModel], dict[str, int], dict[str, str]]:
-    """The model in every way, how many linears each runs, and the ways that are not to be had here."""
-    ways, linears, left_out = {BFLOAT16: model}, {BFLOAT16: len(_linears(model))}, {}
-    for name, int8 in ((SPARSE, False), (INT8, True)):
-        packed = _sharing(model)
-        done = accelerate(packed, int8)
-        if done.sparse:
-            ways[name], linears[name] = packed, len(done.sparse)
-        else:
-            reasons = ", ".join(sorted(set(done.dense.values())))
-            left_out[name] = f"no linear runs sparse: {reasons}"
-    bytes_of = sum(parameter.nbytes for parameter in model.parameters())
-    if not has_openvino():
-        left_out[OPENVINO] = "not installed (pip install openvino): a good dense engine to compare with"
-    elif (reason := _no_room(bytes_of)) is not None:
-        left_out[OPENVINO] = reason
-    else:
-        ways[OPENVINO], linears[OPENVINO] = _by_openvino(model)
-    if (reason := _no_room(2 * bytes_of)) is not None:
-        left_out[FLOAT32] = reason
-    else:
-        ways[FLOAT32], linears[FLOAT32] = deepcopy(model).float(), linears[BFLOAT16]
-    return {name: ways[name] for name in WAYS if name in ways}, linears, left_out
-
-
-def _no_room(needed: int) -> str | None:
-    """Why a copy of so many bytes is not made, or None; it is to leave a tenth of itself and a GB free."""
-    free = psutil.virtual_memory().available
-    if 1.1 * needed + 1e9 < free:
-        return None
-    return f"would need {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
-
-
-def _by_openvino(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
-    """The model with OpenVINO's linears, and how many they are."""
-    other = _sharing(model)
-    replaced = {name: module for name, module in _linears(other).items() if type(module) is nn.Linear}
-    for name, module in replaced.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(owner), leaf, OpenVinoLinear(module))
-    return other, len(replaced)
-
-
-def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with modules of its own and the same parameters."""
-    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | BitmaskLinear | OpenVinoLinear)
-    }
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    """Of all linears: what is read for every new token."""
-    return sum(_bytes_of(module) for module in _linears(model).values())
-
-
-def _bytes_of(module: nn.Module) -> int:
-    if isinstance(module, BitmaskLinear):
-        return module.panels.nbytes
-    if isinstance(module, OpenVinoLinear):
-        return module.weight_bytes
-    assert isinstance(module.weight, Tensor)
-    return module.weight.nbytes
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, clocks: list[_Clock]) -> None:

@@ -10,7 +10,8 @@ from flows.compress import Compress, compress
 from flows.housekeeping import keys_of_results
 from layerwise.sparse import accelerate
 from layerwise.sparse.native import kernel
-from layerwise.sparse.speed import BFLOAT16, SPARSE, SpeedSettings
+from layerwise.sparse.speed import SpeedSettings
+from layerwise.sparse.ways import BFLOAT16, SPARSE
 from storage.store import ArtifactStore
 
 QUICK = SpeedSettings(prompt_tokens=5, new_tokens=3, rounds=1)

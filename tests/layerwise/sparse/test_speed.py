@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from layerwise.sparse import speed as speed_module
-from layerwise.sparse.speed import BFLOAT16, FLOAT32, INT8, SPARSE, SpeedSettings, measure_speed
+from layerwise.sparse import ways as ways_module
+from layerwise.sparse.openvino_linear import OpenVinoLinear
+from layerwise.sparse.speed import SpeedSettings, measure_speed
 from layerwise.sparse.timing import in_turns
+from layerwise.sparse.ways import BFLOAT16, FLOAT32, INT8, SPARSE
 from tests.layerwise.sparse.test_accelerate import pruned_model
 
 QUICK = SpeedSettings(prompt_tokens=20, new_tokens=3, rounds=2)
@@ -13,7 +15,7 @@ QUICK = SpeedSettings(prompt_tokens=20, new_tokens=3, rounds=2)
 
 @pytest.mark.usefixtures("best_kernel")
 def test_every_way_is_measured_and_the_model_stays_as_it_was(monkeypatch):
-    monkeypatch.setattr(speed_module, "has_openvino", lambda: False)
+    monkeypatch.setattr(ways_module, "has_openvino", lambda: False)
     model = pruned_model("llama", torch.bfloat16)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     windows = torch.randint(3, 61, (3, 24))
@@ -30,7 +32,7 @@ def test_every_way_is_measured_and_the_model_stays_as_it_was(monkeypatch):
     assert (sparse.linears, int8.linears, bfloat16.linears) == (14, 14, 15)
     assert bfloat16.to_bfloat16 == float32.to_float32 == 1
     assert all(each.decode > 0 and each.prefill > 0 and each.of_limit > 0 for each in table.speeds)
-    assert list(table.left_out) == ["OpenVINO bfloat16"]
+    assert list(table.left_out) == ["OpenVINO"]
     expected = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean().exp()
     assert bfloat16.perplexity == pytest.approx(expected.item(), rel=1e-3)
     assert sparse.perplexity == pytest.approx(bfloat16.perplexity, rel=1e-3)
@@ -50,15 +52,38 @@ def test_a_dense_model_is_not_measured_as_a_sparse_one():
 @pytest.mark.usefixtures("best_kernel")
 def test_what_does_not_fit_beside_the_model_is_left_out(monkeypatch):
     free = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(speed_module.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(ways_module.psutil, "virtual_memory", lambda: free)
     table = measure_speed(pruned_model("qwen2", torch.bfloat16), QUICK)
     assert "of the 0.0 GB that are free" in table.left_out[FLOAT32]
     assert all(each.to_float32 is None for each in table.speeds)
 
 
+@pytest.mark.usefixtures("best_kernel")
+def test_a_cpu_that_is_slow_in_bfloat16_measures_float32_alone():
+    table = measure_speed(pruned_model("llama", torch.float32), QUICK, torch.randint(3, 61, (2, 24)))
+    speeds = {each.way: each for each in table.speeds}
+    assert BFLOAT16 not in speeds
+    assert table.left_out[BFLOAT16] == "this CPU has no fast instructions for it"
+    assert speeds[SPARSE].to_bfloat16 is None
+    assert speeds[SPARSE].to_float32 > 0
+    assert speeds[SPARSE].perplexity == pytest.approx(speeds[FLOAT32].perplexity, rel=1e-4)
+
+
 def test_another_dtype_is_refused():
-    with pytest.raises(ValueError, match=r"the model is in torch.float32. Load it with dtype=torch.bfloat16"):
-        measure_speed(pruned_model("llama"), QUICK)
+    with pytest.raises(ValueError, match=r"the model is in torch.float16. Load it with dtype=torch.bfloat16"):
+        measure_speed(pruned_model("llama", torch.float16), QUICK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_openvino_s_linear_is_the_same_linear(dtype):
+    linear = torch.nn.Linear(96, 40, dtype=dtype)
+    other = OpenVinoLinear(linear)
+    for shape in ((1, 1, 96), (3, 5, 96)):
+        inputs = torch.randn(shape, dtype=dtype)
+        expected = linear(inputs)
+        assert (other(inputs) - expected).norm() / expected.norm() < (
+            1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": 1}, {"rounds": 0}])
