@@ -100,7 +100,7 @@ def test_what_stays_dense_is_said_with_the_reason(best_kernel):
     assert isinstance(model["sparse"], BitmaskLinear)
     assert dict(done.dense) == {
         "dense": f"sparsity below {least:g}",
-        "small": "fewer than 262144 weights",
+        "small": "fewer than 65536 weights",
         "in_half": "its weights are float16, not bfloat16 or float32",
         "special": "a Special may do more than multiply",
         "tied": "another module uses the same weight",
