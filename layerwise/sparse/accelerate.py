@@ -12,9 +12,9 @@ from layerwise.bitmask import PackedWeight, pack, unpack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import Level, kernel
 
-# From which sparsity on a linear is faster packed than as torch multiplies it, one token at a time. With instructions for
-# bfloat16 it is even without zeros, as torch's own product is slow; a fifth of them makes it smaller, too. The portable
-# loop is only for what is nearly empty.
+# From which sparsity on a linear is faster packed than as torch multiplies it, one token at a time. With instructions
+# for bfloat16 it is even without zeros, as torch's own product is slow; a fifth of them makes it smaller, too. The
+# portable loop is only for what is nearly empty.
 LEAST_SPARSITY: dict[Level, float] = {"portable": 0.9, "avx2": 0.5, "avx512": 0.5, "avx512_bf16": 0.2}
 LEAST_WEIGHTS = 1 << 16  # a smaller matrix is multiplied faster than a call is prepared
 

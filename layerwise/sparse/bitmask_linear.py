@@ -108,7 +108,7 @@ def multiply_in_blocks(
     Arguments, result and errors are those of ``Kernel.multiply``.
     """
     native.require_fit(weight, inputs, bias)
-    dtype = native.dense_dtype(weight)
+    dtype = native.dense_dtype(inputs.dtype)
     outputs = inputs.new_empty(len(inputs), weight.shape[0])
     inputs = inputs.to(dtype)
     step = max(1, SCRATCH_BYTES // (weight.shape[1] * dtype.itemsize))
@@ -116,7 +116,12 @@ def multiply_in_blocks(
         last = min(first + step, weight.shape[0])
         rows = _scratch_rows(last - first, weight.shape[1], dtype)
         native.unpack_rows(weight, first, rows)
-        outputs[:, first:last] = linear(inputs, rows, None if bias is None else bias[first:last].to(dtype))
+        block_bias = None if bias is None else bias[first:last].to(dtype)
+        if weight.scales is not None and dtype == torch.bfloat16:
+            product = linear(inputs, rows).float() * weight.scales[first:last]
+            outputs[:, first:last] = product if block_bias is None else product + block_bias
+        else:
+            outputs[:, first:last] = linear(inputs, rows, block_bias)
     return outputs
 
 

@@ -291,7 +291,7 @@ struct Avx512Int8 {
     using Input = int16_t;
     using Sum = __m512i;
     using Zero = __m512i;
-    using Dense = float;
+    using Dense = Bfloat16;  // which every int8 value is exactly; the scale is left to who multiplies
     FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
     FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
     FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_si512(); }
@@ -304,7 +304,12 @@ struct Avx512Int8 {
     }
     FOR_AVX512_BF16 static inline Sum add(Sum one, Sum other) { return _mm512_add_epi32(one, other); }
     FOR_AVX512_BF16 static inline float total(Sum sum) { return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(sum)); }
-    static void store(__m512i, float, float*);  // never called: rows are unpacked by Avx512
+    FOR_AVX512_BF16 static inline void store(__m512i weight, float, Bfloat16* row) {
+        const __m256i first = _mm512_castsi512_si256(weight), second = _mm512_extracti64x4_epi64(weight, 1);
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(first));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(second));
+        _mm512_storeu_si512(row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
     LOOPS_OVER_COLUMNS(FOR_AVX512_BF16)
 };
 
@@ -459,7 +464,7 @@ int unpack(const SparseWeight& weight, int threads, int64_t first_row, int64_t l
 extern "C" {
 
 // Raised by hand, here and in native.py, when a function or SparseWeight changes.
-int layerwise_interface() { return 1; }
+int layerwise_interface() { return 2; }
 
 // The highest Level that this CPU has.
 int layerwise_level() {
@@ -496,15 +501,18 @@ int layerwise_multiply(const SparseWeight* weight, int level, int threads, int e
     return AT_LEVEL(level, multiply, Bfloat16, *weight, threads, ELEMENTS(Bfloat16));
 }
 
-// Rows [first_row, last_row) as a dense matrix: bfloat16 if the weight is and the level is AVX512_BF16, else float32.
-int layerwise_unpack(const SparseWeight* weight, int level, int threads, int64_t first_row, int64_t last_row,
-                     void* dense) {
-    if (weight->kind == FLOAT32) return AT_LEVEL(level, unpack, float, *weight, threads, first_row, last_row, dense);
-    if (weight->kind == INT8) return AT_LEVEL(level, unpack, int8_t, *weight, threads, first_row, last_row, dense);
+// Rows [first_row, last_row) as a dense matrix for inputs of `element`: bfloat16 if they are and the level is AVX512_BF16,
+// of int8 values without their scales; else float32.
+int layerwise_unpack(const SparseWeight* weight, int level, int threads, int element, int64_t first_row,
+                     int64_t last_row, void* dense) {
+#define ROWS *weight, threads, first_row, last_row, dense
 #if defined(__x86_64__)
-    if (level == AVX512_BF16) return unpack<Avx512Bf16, Bfloat16>(*weight, threads, first_row, last_row, dense);
+    if (level == AVX512_BF16 && element == BFLOAT16)
+        return weight->kind == INT8 ? unpack<Avx512Int8, int8_t>(ROWS) : unpack<Avx512Bf16, Bfloat16>(ROWS);
 #endif
-    return AT_LEVEL(level, unpack, Bfloat16, *weight, threads, first_row, last_row, dense);
+    if (weight->kind == FLOAT32) return AT_LEVEL(level, unpack, float, ROWS);
+    if (weight->kind == INT8) return AT_LEVEL(level, unpack, int8_t, ROWS);
+    return AT_LEVEL(level, unpack, Bfloat16, ROWS);
 }
 
 }  // extern "C"

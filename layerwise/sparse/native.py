@@ -17,7 +17,7 @@ Level = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # in the order of kernel.cpp's Level
 KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # in the order of kernel.cpp's Kind
 INTERFACE = (
-    1  # of kernel.cpp, raised by hand in both: a library that was built from other sources is not called
+    2  # of kernel.cpp, raised by hand in both: a library that was built from other sources is not called
 )
 
 
@@ -84,26 +84,29 @@ class Kernel:
             raise MemoryError(f"no memory for a copy of inputs of shape {tuple(inputs.shape)}.")
         return outputs
 
-    def dense_dtype(self, weight: PanelWeight) -> torch.dtype:
-        """What ``unpack_rows`` makes: the dtype in which this level's CPUs multiply dense matrices fastest."""
-        fast_bfloat16 = self.level == "avx512_bf16" and weight.values.dtype == torch.bfloat16
+    def dense_dtype(self, inputs: torch.dtype) -> torch.dtype:
+        """What ``unpack_rows`` makes for inputs of this dtype: what this level's CPUs multiply fastest."""
+        fast_bfloat16 = self.level == "avx512_bf16" and inputs == torch.bfloat16
         return torch.bfloat16 if fast_bfloat16 else torch.float32
 
     def unpack_rows(self, weight: PanelWeight, first: int, rows: Tensor) -> None:
         """Fill ``rows`` with those of ``weight`` from ``first`` on, zeros included.
 
+        Of int8 values bfloat16 rows have the steps, exactly, and not yet times their row's scale.
+
         Args:
-            rows: shape ``(count, in_features)``, contiguous, in ``dense_dtype(weight)``; ``first + count`` is at most
-                ``out_features``.
+            rows: shape ``(count, in_features)``, contiguous, in ``dense_dtype`` of the inputs; ``first + count`` is at
+                most ``out_features``.
         """
         assert rows.is_contiguous(), "rows of a scratch are contiguous"
-        assert rows.dtype == self.dense_dtype(weight), f"a scratch of {rows.dtype} was passed"
+        assert rows.dtype in (self.dense_dtype(rows.dtype), torch.float32), f"a scratch of {rows.dtype}"
         assert rows.shape[1] == weight.shape[1], f"a scratch for {rows.shape[1]} columns was passed"
         assert 0 <= first <= first + len(rows) <= weight.shape[0], "there are no such rows"
         self.library.layerwise_unpack(
             ctypes.byref(_pointers(weight)),
             LEVELS.index(self.level),
             torch.get_num_threads(),
+            KINDS[rows.dtype],
             first,
             first + len(rows),
             rows.data_ptr(),
@@ -163,7 +166,7 @@ def load(path: Path) -> ctypes.CDLL:
     number, integer, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     weight = ctypes.POINTER(_SparseWeight)
     library.layerwise_multiply.argtypes = [weight, number, number, number, integer, address, address, address]
-    library.layerwise_unpack.argtypes = [weight, number, number, integer, integer, address]
+    library.layerwise_unpack.argtypes = [weight, number, number, number, integer, integer, address]
     return library
 
 

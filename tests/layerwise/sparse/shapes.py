@@ -59,7 +59,8 @@ def check_products(kernel: Kernel, weight: PanelWeight, dense: Tensor, dtype: to
         rounding = largest / 32767 / 2 if in_steps else torch.zeros_like(largest)
         for given in (None, bias):
             require_product(kernel.multiply(weight, inputs, given), inputs, dense, given, rounding)
-            require_product(multiply_in_blocks(kernel, weight, inputs, given), inputs, dense, given)
+            in_blocks = multiply_in_blocks(kernel, weight, inputs, given)
+            require_product(in_blocks, inputs, dense, given, twice=in_steps)
 
 
 def require_product(
@@ -68,6 +69,7 @@ def require_product(
     dense: Tensor,
     bias: Tensor | None = None,
     rounded_by: Tensor | float = 0.0,
+    twice: bool = False,
 ) -> None:
     """``outputs`` are the product as far as their dtype can tell, and sums of float32.
 
@@ -75,6 +77,7 @@ def require_product(
 
     Args:
         rounded_by: how far every input may be from what was multiplied, shape ``(tokens, 1)``.
+        twice: the product may have been rounded once more, before its scale and bias.
     """
     offset = 0 if bias is None else bias.double()
     exact = inputs.double() @ dense.double().T + offset
@@ -82,6 +85,7 @@ def require_product(
     terms = min(inputs.shape[1], 1000) + 4  # beyond, roundings cancel each other
     rounding = 2.0**-8 if outputs.dtype == torch.bfloat16 else 2.0**-24
     allowed = sizes * terms * 2.0**-24 + exact.abs() * rounding * 1.01
+    allowed += (exact - offset).abs() * rounding * 1.01 * twice
     allowed += rounded_by * dense.double().abs().sum(dim=1) * 1.01
     assert outputs.dtype == inputs.dtype
     assert outputs.shape == exact.shape

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from layerwise.sparse.build import NoKernel, compile_kernel, compiler
-from layerwise.sparse.native import load
+from layerwise.sparse.native import INTERFACE, load
 
 
 def test_the_library_appears_whole(library_path):
-    assert load(library_path).layerwise_interface() == 1
+    assert load(library_path).layerwise_interface() == INTERFACE
     assert [file.name for file in library_path.parent.glob("kernel*")] == ["kernel.so"]
 
 
