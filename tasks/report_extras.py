@@ -33,7 +33,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Extras:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        theory: key of the artifact of ``tasks.theory.measure_theory``.
+    """
 
     zero_shot: tuple[ZeroShotRow, ...] = ()
     sizes: Sizes | None = None
+    theory: str = ""

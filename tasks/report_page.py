@@ -24,7 +24,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
     """The page. Everything but the figures is escaped: names of models and texts are the user's.
 
     Args:
-        figures: SVG by name: "perplexity", "sparsity", "errors", "linears", "stages".
+        figures: SVG by name, as of ``tasks.report.figures_of``.
     """
     tables = data.tables
     text = {
@@ -33,6 +33,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "shape": report_text.shape_of_curve(tables["betas"], data.parameter),
         "failed": report_text.failed(tables["betas"]),
         "errors": report_text.on_errors(tables["errors"]),
+        "measured": {name: report_text.on_what(each) for name, each in data.measured.items()},
     }
     return render(
         "report_page.html",
@@ -48,6 +49,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),
         linears=_by_layer(tables["linears"], "linear", "sparsity"),
+        theory=data.theory,
         figures={name: Markup(svg) for name, svg in figures.items()},
         best=BEST,
         early=len({row["windows"] for row in tables["betas"]}) > 1,

@@ -1,4 +1,4 @@
-"""The figures of the theory's page, from the rows of what was measured; drawn as those of a report."""
+"""The figures of the theory, from the rows of what was measured; drawn as those of a report."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -11,10 +11,25 @@ from layerwise.theory_plans import ASCENDING, DESCENDING, UNIFORM
 from tasks.axes import measure_axis
 from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of, line_colors
 from tasks.figures import DEPTH
+from tasks.theory_section import TheorySection
 
 SHUFFLED = "shuffled"
+TITLES = {
+    "rise": "Error of every layer's own, by sparsity",
+    "factor": "Factor of the arriving error",
+    "orders": "Error after every layer, by order",
+}
 
 Row = Mapping[str, Any]
+
+
+def figures_of_theory(theory: TheorySection) -> dict[str, altair.LayerChart]:
+    """The figures by name."""
+    return {
+        "rise": local_error_by_sparsity(theory.layers),
+        "factor": factor_by_layer(theory.found),
+        "orders": error_by_order(theory.layers),
+    }
 
 
 def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
