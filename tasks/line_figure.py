@@ -31,7 +31,7 @@ def line_figure(
         chart_of([row for row in rows if row["line"] == name])
         .mark_line(strokeWidth=marks[name][1], aria=False)
         .encode(x=x, y=y, color=look, detail="detail:N")
-        for name in reversed(marks)
+        for name in reversed(list(marks))
     ]
     strong = [row for row in rows if marks[row["line"]][1] > THIN]
     few = len({row["x"] for row in rows}) <= FEW
