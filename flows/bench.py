@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flows.inspect import asked_artifact
+from flows.asked_artifact import asked_artifact
 from flows.report import make_report
 from layerwise.sparse.speed import SpeedSettings, SpeedTable, measure_speed
 from storage.store import ArtifactStore

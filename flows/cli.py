@@ -58,7 +58,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _log_to_terminal() -> None:
-    """Show warnings, but not what Prefect logs.
+    """Show warnings, but neither what Prefect logs nor the bars of other packages.
 
     Prefect keeps its log with the run. On the terminal there are progress, the result, or one line by ``main`` that
     says what is wrong; Prefect would add the same error twice, each time with a traceback.
@@ -67,6 +67,7 @@ def _log_to_terminal() -> None:
     handler.setLevel(logging.WARNING)
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; lm-eval's bars know no other way
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name of one
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[handler])
 
@@ -110,14 +111,11 @@ def _report(arguments: Namespace) -> None:
 
 
 def _bench(arguments: Namespace) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
     from flows.bench import bench
     from flows.console import open_console
     from flows.terminal import show_speed
     from layerwise.sparse.speed import SpeedSettings
 
-    disable_progress_bar()
     settings = SpeedSettings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds)
     show_speed(open_console(), *bench(arguments.model, arguments.key, settings))
 

@@ -1,7 +1,8 @@
 """What was measured of a finished search after its end, found in the store: for its report."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from layerwise.sparse.speed import SpeedTable
 from storage.artifact import Artifact
@@ -9,11 +10,12 @@ from storage.store import ArtifactStore
 from tasks.report_extras import Extras, Sizes, ZeroShotRow
 from tasks.search_result import FinishedSearch
 from tasks.speed import SPEED_STAGE, read_speed
+from tasks.theory import THEORY_STAGE
 from tasks.zero_shot_table import TABLE_FILE, TABLE_STAGE
 
 
 def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:
-    """A zero-shot table, the sizes of the pruned checkpoint with and without its zeros, and its speed.
+    """A zero-shot table, the pruned checkpoint's sizes with and without its zeros, its speed, the paper's theorems.
 
     Args:
         table: of the search's models; the newest one if left out.
@@ -23,10 +25,12 @@ def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | No
     rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
     exported = search.stages.get("export")
     smaller = None if exported is None else _made_from(artifacts, "compress", "export", exported)
+    theory = _newest(artifacts, lambda each: is_theory_of(each, search))
     return Extras(
         zero_shot=rows,
         sizes=None if smaller is None else _sizes(smaller),
         speed=newest_speed(store, exported, artifacts),
+        theory="" if theory is None else theory.key,
     )
 
 
@@ -42,14 +46,39 @@ def newest_speed(
     return None if measured is None else read_speed(store, measured)
 
 
+def is_theory_of(artifact: Artifact, search: FinishedSearch) -> bool:
+    """Whether the theorems were measured on the model and the selection windows of a search, pruned as it prunes."""
+    if artifact.recipe.get("name") != THEORY_STAGE:
+        return False
+    tested = search.stages["evaluate"]
+    windows = {"scored": search.stages["selection"].content}
+    return artifact.recipe["inputs"] == _part(tested, "inputs") | windows and (
+        _part(artifact, "settings")["prune"] == _part(tested, "settings")["prune"]
+    )
+
+
+def _part(artifact: Artifact, name: str) -> dict[str, Any]:
+    part = artifact.recipe[name]
+    assert isinstance(part, dict), f"the stage {artifact.key} has {name} by their names"
+    return part
+
+
 def _made_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:
     """The newest artifact of a stage that ``source`` is an input of."""
 
     def reads(artifact: Artifact) -> bool:
         inputs = artifact.recipe.get("inputs")
-        return isinstance(inputs, dict) and inputs.get(role) == source.key
+        return (
+            artifact.recipe.get("name") == name
+            and isinstance(inputs, dict)
+            and inputs.get(role) == source.key
+        )
 
-    found = [each for each in artifacts if each.recipe.get("name") == name and reads(each)]
+    return _newest(artifacts, reads)
+
+
+def _newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -> Artifact | None:
+    found = [each for each in artifacts if wanted(each)]
     return max(found, key=lambda each: str(each.made.get("at")), default=None)
 
 

@@ -2,9 +2,9 @@
 
 import json
 
+from flows.asked_artifact import asked_artifact
 from flows.console import open_console, size
 from flows.terminal import show_selection, show_test
-from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
 from tasks.search_result import RESULT_FILE, RESULT_STAGE
@@ -39,33 +39,3 @@ def show_key(store_url: str, key: str | None) -> None:
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
             console.print(f"\nPruned model: {exported}", soft_wrap=True)
-
-
-def asked_artifact(store: ArtifactStore, key: str | None) -> Artifact:
-    """The artifact with this key, or whose key begins so; the newest search's if it is None.
-
-    Raises:
-        KeyError: no artifact has that key, or several begin with it.
-    """
-    return _newest_search(store) if key is None else _by_prefix(store, key)
-
-
-def _newest_search(store: ArtifactStore) -> Artifact:
-    searches = [artifact for artifact in store.artifacts() if artifact.recipe.get("name") == RESULT_STAGE]
-    if not searches:
-        raise KeyError(
-            f"{store.url} holds no finished search. Run `layerwise search`, "
-            "or name an artifact that `layerwise ls` lists."
-        )
-    return max(searches, key=lambda artifact: str(artifact.made.get("at")))
-
-
-def _by_prefix(store: ArtifactStore, key: str) -> Artifact:
-    if "/" in key and len(key.partition("/")[2]) == 32:
-        return store.get(key)
-    found = [artifact for artifact in store.artifacts() if artifact.key.startswith(key)]
-    if len(found) != 1:
-        raise KeyError(
-            f"{len(found)} artifacts of {store.url} have a key that begins with {key!r}. `layerwise ls` lists them."
-        )
-    return found[0]

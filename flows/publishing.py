@@ -10,9 +10,9 @@ from flows.result import SearchResult
 from storage.artifact import Artifact
 from storage.files import is_local
 from storage.store import ArtifactStore
+from tasks.figure_files import figure_file
 from tasks.findings import number, sentence_on_test, table_rows
 from tasks.progress import going_on_without_prefect
-from tasks.report import figure_file
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
 LOAD_HERE = """```python

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flows.inspect import asked_artifact
+from flows.asked_artifact import asked_artifact
 from flows.settings import Search
 from flows.stages import Captured, all_scored
 from storage.artifact import Artifact

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from flows.extras import extras_of
-from flows.inspect import asked_artifact
+from flows.asked_artifact import asked_artifact
+from flows.extras import extras_of, is_theory_of
 from flows.options import search_command
 from flows.settings import Search
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.report import PAGE_FILE, report
-from tasks.search_result import read_search
+from tasks.search_result import RESULT_STAGE, FinishedSearch, read_search
 
 
 def make_report(
@@ -39,3 +39,21 @@ def make_report(
         return store.location(page, PAGE_FILE)
     output.write_bytes(store.read(page, PAGE_FILE))
     return str(output)
+
+
+def make_report_with_theory(store: ArtifactStore, measured: Artifact) -> None:
+    """Make the report of the newest search that the theorems were measured for again; without one, do nothing."""
+    searches = [each for each in store.artifacts() if each.recipe.get("name") == RESULT_STAGE]
+    for artifact in sorted(searches, key=lambda each: str(each.made.get("at")), reverse=True):
+        search = _whole(store, artifact)
+        if search is not None and is_theory_of(measured, search):
+            make_report(store.url, artifact.key)
+            return
+
+
+def _whole(store: ArtifactStore, artifact: Artifact) -> FinishedSearch | None:
+    """A search; None if some of its artifacts are gone, so that there is no report of it any more."""
+    try:
+        return read_search(store, artifact)
+    except KeyError:
+        return None

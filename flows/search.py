@@ -25,6 +25,7 @@ from storage.stage import Stage
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
 from tasks.execution import Execution
+from tasks.measured_on import measured_on
 from tasks.report import PAGE_FILE, report
 from tasks.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS, lane_role
 from tasks.stopping import stopping_on_sigterm
@@ -124,6 +125,7 @@ def publish_result(store: ArtifactStore, result: SearchResult) -> SearchResult:
         "verdict": result.selection.verdict,
         "selection": asdict(result.selection),
         "test": asdict(result.test),
+        "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
         "stages": keys,
     }
     settings = {"settings": document["settings"], "source": result.source}

@@ -84,8 +84,9 @@ class Search(Settings):
     calibration: BareUrl = Field(
         title="Calibration text",
         default="builtin",
-        description="Text for calibration: hf:owner/name[/config][:split], a .txt, .jsonl or .parquet file "
-        "(path or URL), or 'builtin' (the documentation in Python's pydoc_data.topics).",
+        description="Text for calibration: wikitext2, c4 or ptb, as papers mean them; hf:owner/name[/config][:split], "
+        "a .txt, .jsonl or .parquet file (path or URL), or 'builtin' (the documentation in Python's "
+        "pydoc_data.topics).",
     )
     selection: BareUrl = Field(
         title="Selection text",

@@ -13,6 +13,7 @@ from flows.cancelling import cancelled
 from flows.comparison import markdown_of
 from flows.mending import mending
 from flows.publishing import where_the_report_is
+from flows.report import make_report_with_theory
 from flows.runtime import Runtime
 from flows.settings import Search
 from flows.stages import captured
@@ -59,8 +60,8 @@ class Theory(BaseModel):
     beta: float | None = Field(
         default=None,
         gt=0,
-        description="Common difference of the sparsities that are put into several orders; empty: half of the largest "
-        "legal one.",
+        description="Common difference of the sparsities that are put into several orders; empty: a sixth of the "
+        "largest legal one.",
     )
 
     @model_validator(mode="after")
@@ -113,6 +114,8 @@ class TheoryResult:
 def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
     """Measure on ``settings.search.model`` what the theorems of ATP say. Safe to stop and start again.
 
+    The newest search of the same model, sparsity, pruner and windows gets it into its report.
+
     Args:
         settings: what is looked at; decides the result.
         runtime: where and how; changes nothing in the result.
@@ -144,6 +147,7 @@ def _run_stages(store: ArtifactStore, settings: Theory, execution: Execution) ->
     page = theory_page(store, measured, settings.title, settings.shown)
     findings = findings_of(*read_tables(store, measured))
     result = TheoryResult(settings, findings, measured, store.location(page, PAGE_FILE))
+    make_report_with_theory(store, measured)
     _publish(result)
     return result
 

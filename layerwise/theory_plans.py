@@ -13,6 +13,7 @@ from layerwise.budget import fitted
 
 LEVELS = tuple(tenths / 10 for tenths in range(1, 10))
 SEEDS = (0, 1, 2, 3)  # of the shuffled orders
+DEFAULT_SHARE = 1 / 6  # of the largest legal beta
 UNIFORM, ASCENDING, DESCENDING = "uniform", "ascending", "descending"
 
 
@@ -36,9 +37,13 @@ def theory_plans(target: float, beta: float | None, layer_sizes: Sequence[int]) 
     An order that is the same as one before it, as there are only few of two or three layers, is left out. Of layers of
     different sizes each order is shifted by one common amount, so that all remove the same share.
 
+    Without a beta it is a sixth of the largest legal one, near the best of a grid over that range: of SmolLM2-135M at
+    .6 that was .0046 of .0276. With half of it the uniform plan had the lowest perplexity (46.06; ascending: 52.81), so
+    that orders were compared which nobody would choose.
+
     Args:
         target: overall sparsity of the orders, between 0 and 1.
-        beta: common difference of the ascending order; None for half of the largest legal one.
+        beta: common difference of the ascending order; None for ``DEFAULT_SHARE`` of the largest legal one.
         layer_sizes: number of prunable weights of every layer.
 
     Raises:
@@ -50,7 +55,7 @@ def theory_plans(target: float, beta: float | None, layer_sizes: Sequence[int]) 
             "Take a model of two layers or more."
         )
     if beta is None:
-        beta = largest_beta(target, layer_sizes) / 2
+        beta = DEFAULT_SHARE * largest_beta(target, layer_sizes)
     if beta <= 0:
         raise ValueError(
             f"beta is {beta:g}: with it all layers have the same sparsity, and there is no order. Give a positive one."

@@ -1,7 +1,7 @@
 """The vertical axis of a figure: linear, or by orders of magnitude where the values span some."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair
@@ -10,6 +10,7 @@ import altair
 WIDE_RANGE = 5.0
 # From here on only the powers of ten are named: there is no room for twos and fives.
 MANY_DECADES = 3000.0
+FEW_LAYERS, MANY_LAYERS = 12, 80  # there is room for the numbers of so many, and for a fifth of so many
 
 
 def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
@@ -30,6 +31,15 @@ def linear_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     domain = [low - margin, high + margin]
     scale = altair.Scale(domain=domain, nice=False, zero=False)
     return {"title": title, "axis": altair.Axis(tickCount=6), "scale": scale}
+
+
+def layer_axis(layers: Iterable[int]) -> dict[str, Any]:
+    """The horizontal axis of the decoder layers, whose ticks are layers: all of a few, else every fifth, or tenth."""
+    there = sorted(set(layers))
+    step = 1 if len(there) <= FEW_LAYERS else 5 if len(there) <= MANY_LAYERS else 10
+    ticks = [layer for layer in there if layer % step == 0]
+    title = "decoder layer (0 is nearest to the input)"
+    return {"title": title, "axis": altair.Axis(values=ticks, format="d", labelAngle=0)}
 
 
 def _decades(low: float, high: float) -> list[float]:

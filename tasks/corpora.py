@@ -7,9 +7,9 @@ from fractions import Fraction
 from functools import cache
 from itertools import accumulate, pairwise
 
-from tasks.documents import TEXT_LIMIT, Role, Text, join_documents
+from tasks.documents import BLANK_LINE, TEXT_LIMIT, Role, Text, join_documents
 from tasks.file_corpus import FileCorpus, open_file
-from tasks.hub_corpus import HubCorpus, open_hub
+from tasks.hub_corpus import PAPERS_NAMES, HubCorpus, open_hub
 
 # Roles in the order of their parts, with their shares of a corpus that all three name. Calibration gets half,
 # as it needs the most windows; 1/4 of the built-in corpus is some 28 000 tokens, 55 windows of 512.
@@ -27,6 +27,7 @@ class BuiltinCorpus:
     sha256: str
 
     label = "builtin"
+    joint = BLANK_LINE
 
     @property
     def identity(self) -> dict[str, object]:
@@ -53,8 +54,8 @@ def open_corpus(name: str, role: Role) -> Corpus:
     """Find a corpus and what identifies it; the text itself is not read yet.
 
     Args:
-        name: ``builtin``, ``hf:owner/name[/config][:split]``, or the path or fsspec URL of a ``.txt``,
-            ``.raw``, ``.jsonl`` or ``.parquet`` file.
+        name: ``builtin``; ``hf:owner/name[/config][:split]``; ``wikitext2``, ``c4`` or ``ptb``, which are such
+            names for short; or the path or fsspec URL of a ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet`` file.
         role: decides the split of a hub data set if the name does not.
 
     Raises:
@@ -64,19 +65,22 @@ def open_corpus(name: str, role: Role) -> Corpus:
     """
     if name == "builtin":
         return BuiltinCorpus(hashlib.sha256("\n\n".join(_topics()).encode()).hexdigest())
-    if name.startswith("hf:") and not name.startswith("hf://"):  # hf:// is fsspec's own, for files on the hub
+    on_hub = name.startswith("hf:") and not name.startswith(
+        "hf://"
+    )  # that is fsspec's own, for files on the hub
+    if on_hub or name in PAPERS_NAMES:
         return open_hub(name, role)
     return open_file(name)
 
 
 def read_text(corpus: Corpus, limit: int = TEXT_LIMIT) -> Text:
-    """The documents of a corpus, joined by a blank line, up to ``limit`` characters.
+    """The documents of a corpus, joined as its published perplexities have it, up to ``limit`` characters.
 
     Raises:
         ValueError: the corpus can't be read as text; names the place.
         OSError: it changed since it was opened.
     """
-    text = join_documents(corpus.documents(), corpus.label, limit)
+    text = join_documents(corpus.documents(), corpus.label, limit, corpus.joint)
     corpus.require_unchanged()
     return text
 

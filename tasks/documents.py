@@ -15,6 +15,9 @@ TEXT_LIMIT = 16 * 2**20
 
 # The field of a JSON line, a Parquet file or a hub data set: what C4, WikiText and most others call it.
 TEXT_FIELD = "text"
+BLANK_LINE = (
+    "\n\n"  # what stands between two documents, for all but one of the texts of published perplexities
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class Text:
     truncated: bool  # the corpus goes on after the last character
 
 
-def join_documents(documents: Iterable[str], label: str, limit: int = TEXT_LIMIT) -> Text:
-    """Join documents by a blank line and stop after ``limit`` characters, within a document if need be.
+def join_documents(
+    documents: Iterable[str], label: str, limit: int = TEXT_LIMIT, joint: str = BLANK_LINE
+) -> Text:
+    """Join documents and stop after ``limit`` characters, within a document if need be.
 
     Empty documents are kept: the published perplexities on WikiText-2 have them in the text.
 
@@ -35,6 +40,7 @@ def join_documents(documents: Iterable[str], label: str, limit: int = TEXT_LIMIT
         documents: read in order, and only as many as are needed.
         label: name of the corpus, for errors.
         limit: the largest text wanted, in characters.
+        joint: what comes between two documents.
 
     Raises:
         ValueError: no text at all, or half a surrogate pair, which UTF-8 (and a tokenizer) can't express.
@@ -43,7 +49,7 @@ def join_documents(documents: Iterable[str], label: str, limit: int = TEXT_LIMIT
     length = 0
     for document in documents:
         if pieces:
-            document = "\n\n" + document
+            document = joint + document
         pieces.append(document)
         length += len(document)
         if length > limit:
@@ -63,31 +69,32 @@ def join_documents(documents: Iterable[str], label: str, limit: int = TEXT_LIMIT
     return Text(content, sha256, truncated=length > limit)
 
 
-def text_of(row: Mapping[str, object], number: int, label: str) -> str:
+def text_of(row: Mapping[str, object], number: int, label: str, field: str = TEXT_FIELD) -> str:
     """The text field of a row.
 
     Args:
         row: field name -> value.
         number: of the row in its corpus, the first one is 1; for errors.
         label: name of the corpus, for errors.
+        field: that holds the text.
 
     Raises:
         ValueError: the row has no such field, or it is no string.
     """
-    if TEXT_FIELD not in row:
-        raise ValueError(missing_field(row, label, f"row {number}"))
-    text = row[TEXT_FIELD]
+    if field not in row:
+        raise ValueError(missing_field(row, label, f"row {number}", field))
+    text = row[field]
     if not isinstance(text, str):
         raise ValueError(
-            f"{label}, row {number}: field {TEXT_FIELD!r} holds {type(text).__name__}, not a string. "
+            f"{label}, row {number}: field {field!r} holds {type(text).__name__}, not a string. "
             "Remove or repair the row."
         )
     return text
 
 
-def missing_field(fields: Iterable[str], label: str, place: str) -> str:
+def missing_field(fields: Iterable[str], label: str, place: str, field: str = TEXT_FIELD) -> str:
     """Message for a corpus without the text field; lists the fields that are there."""
     return (
-        f"{label}, {place}: there is no field {TEXT_FIELD!r}, only {sorted(fields)}. "
-        f"Rename the field that holds the documents to {TEXT_FIELD!r}."
+        f"{label}, {place}: there is no field {field!r}, only {sorted(fields)}. "
+        f"Rename the field that holds the documents to {field!r}."
     )

@@ -5,18 +5,16 @@ readers read, too. Altair draws them: one grammar for all figures, rendered in t
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import altair
 
-from tasks.axes import linear_axis, measure_axis
-from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of, line_colors
+from tasks.axes import layer_axis, linear_axis, measure_axis
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, YELLOW, chart_of, figure_of
+from tasks.line_figure import line_figure
 from tasks.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
-FEW = 40  # layers; of more the points of a line are not drawn, they would touch
 LINES = (BLUE, PURPLE, SKY, YELLOW)  # beside those of uniform and best
-DEPTH = "decoder layer (0 is nearest to the input)"
 
 
 def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
@@ -35,15 +33,16 @@ def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
     rows = [
         {
             "line": names[row["plan"]],
-            "plan": row["plan"],
-            "layer": row["layer"],
-            "value": row["sparsity"],
+            "detail": row["plan"],
+            "x": row["layer"],
+            "y": row["sparsity"],
             "said": f"{row['plan']}, layer {row['layer']}: sparsity {row['sparsity']:.4f}",
         }
         for row in sparsities
     ]
-    axis = linear_axis([row["value"] for row in rows], "sparsity (fraction of weights removed)")
-    return _lines(rows, marks, axis)  # linear: ATP's plans are straight lines
+    # Linear, as ATP's plans are straight lines.
+    axis = linear_axis([row["y"] for row in rows], "sparsity (fraction of weights removed)")
+    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
 
 
 def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
@@ -63,12 +62,9 @@ def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
                 name = f"{row['model']}{part}"
                 marks[name] = (colors[row["model"]], 1.1 if part else 2.2)
                 said = f"{name}, layer {row['layer']}: {row[column]:.4g} of the dense output's energy"
-                rows.append(
-                    {"line": name, "plan": name, "layer": row["layer"], "value": row[column], "said": said}
-                )
-    return _lines(
-        rows, marks, measure_axis([row["value"] for row in rows], "squared error over dense energy")
-    )
+                rows.append({"line": name, "detail": name, "x": row["layer"], "y": row[column], "said": said})
+    axis = measure_axis([row["y"] for row in rows], "squared error over dense energy")
+    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
 
 
 def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
@@ -88,8 +84,6 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
     values = [row["sparsity"] for row in rows]
     low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 1e-9) / 10
     names = list(dict.fromkeys(row["linear"] for row in rows))
-    layers = max(row["layer"] for row in rows) + 1
-    ticks = [layer for layer in range(layers) if layer % (5 if layers > 12 else 1) == 0]
     legend = altair.Legend(gradientLength=200, gradientThickness=12, title="sparsity", tickCount=5)
     color = altair.Color(
         "sparsity:Q", scale=altair.Scale(scheme="viridis", domain=[low, high]), legend=legend
@@ -98,7 +92,7 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
         chart_of(rows)
         .mark_rect()
         .encode(
-            x=altair.X("layer:O", title=DEPTH, axis=altair.Axis(values=ticks, labelAngle=0)),
+            x=altair.X("layer:O", **layer_axis(row["layer"] for row in rows)),
             y=altair.Y("linear:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
             color=color,
             description="said:N",
@@ -142,33 +136,6 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
         )
     )
     return figure_of(bars, height=24 * len(names))
-
-
-def _lines(
-    rows: Sequence[Row], marks: Mapping[str, tuple[str, float]], axis: Mapping[str, Any]
-) -> altair.LayerChart:
-    """Lines by layer.
-
-    Args:
-        marks: colour and width of each line by its name, the important ones first: they are on top.
-        axis: the vertical one.
-    """
-    names = list(marks)
-    look = line_colors(marks)
-    y = altair.Y("value:Q", **axis)
-    x = altair.X(
-        "layer:Q", title=DEPTH, axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False, padding=8)
-    )
-    layers = [
-        chart_of([row for row in rows if row["line"] == name])
-        .mark_line(strokeWidth=marks[name][1], aria=False)
-        .encode(x=x, y=y, color=look, detail="plan:N")
-        for name in reversed(names)
-    ]
-    strong = [row for row in rows if marks[row["line"]][1] > 1.5]
-    few = len({row["layer"] for row in rows}) <= FEW
-    dots = chart_of(strong).mark_circle(size=34 if few else 16, opacity=1)
-    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
 
 
 def _plan_label(plan: str, kind: str) -> str:

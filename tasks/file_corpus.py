@@ -13,7 +13,7 @@ from fsspec.utils import infer_compression
 
 from storage.files import open_filesystem
 from storage.unreachable import reaching
-from tasks.documents import TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
+from tasks.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
 
 FileFormat = Literal["text", "json lines", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {
@@ -42,6 +42,8 @@ class FileCorpus:
     fingerprint: str
     file_format: FileFormat = field(compare=False)
     url: str = field(compare=False, repr=False)  # may hold credentials
+
+    joint = BLANK_LINE
 
     @property
     def label(self) -> str:
@@ -178,8 +180,9 @@ def format_of(url: str) -> FileFormat:
             if name.endswith(suffix) and not (compressed and file_format == "parquet"):
                 return file_format
     raise ValueError(
-        f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]' or a "
-        f"path or URL that ends in one of {sorted(SUFFIXES)} (or in .txt.gz, .raw.gz, .jsonl.gz)."
+        f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
+        f"'wikitext2', 'c4', 'ptb', or a path or URL that ends in one of {sorted(SUFFIXES)} (or in .txt.gz, .raw.gz, "
+        ".jsonl.gz)."
     )
 
 

@@ -5,14 +5,44 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tasks.documents import Role, text_of
+from tasks.documents import BLANK_LINE, TEXT_FIELD, Role, text_of
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-# Data sets with several configurations, and the one that "C4" and "WikiText-2" mean in papers: English, with
-# all filters; and the untokenised text (the other one has "<unk>" and "@-@" in it).
-DEFAULT_CONFIGS = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a data set is its text.
+
+    Attributes:
+        config: the one that papers mean; None for the only one there is.
+        revision: a branch to read instead of ``main``.
+        field: of a row, the one with the document.
+        joint: what stands between two documents.
+    """
+
+    config: str | None = None
+    revision: str | None = None
+    field: str = TEXT_FIELD
+    joint: str = BLANK_LINE
+
+
+# As the published perplexities have them. C4: English, with all filters. WikiText-2: the untokenised text (the other
+# one has "<unk>" and "@-@" in it). PTB: main is a script, which datasets 4 and newer refuse, so the conversion to
+# Parquet by the hub is read. A row is a sentence, and the tables of pruning papers come from the code of SparseGPT (the
+# "ptb-new" of GPTQ), which takes the test split and puts a space between two sentences. The "ptb" of GPTQ is another
+# text: the validation split, joined by blank lines.
+WELL_KNOWN = {
+    "allenai/c4": Reading(config="en"),
+    "Salesforce/wikitext": Reading(config="wikitext-2-raw-v1"),
+    "ptb-text-only/ptb_text_only": Reading(revision="refs/convert/parquet", field="sentence", joint=" "),
+}
+PAPERS_NAMES = {
+    "wikitext2": "hf:Salesforce/wikitext",
+    "c4": "hf:allenai/c4",
+    "ptb": "hf:ptb-text-only/ptb_text_only",
+}
 
 # The split for each role, and what stands in where a data set has no such split (C4 has no test, others no
 # validation). Calibration and selection never take a test split while there is another one. Roles that come
@@ -44,7 +74,20 @@ class HubCorpus:
     @property
     def identity(self) -> dict[str, object]:
         """What a key may depend on."""
-        return {"repo": self.repo, "config": self.config, "split": self.split, "commit": self.commit}
+        place = {"repo": self.repo, "config": self.config, "split": self.split, "commit": self.commit}
+        usual = {"field": TEXT_FIELD, "joint": BLANK_LINE}
+        own = {"field": self.reading.field, "joint": self.reading.joint}
+        return {**place, **{name: value for name, value in own.items() if value != usual[name]}}
+
+    @property
+    def joint(self) -> str:
+        """What stands between two documents."""
+        return self.reading.joint
+
+    @property
+    def reading(self) -> Reading:
+        """What of a row is read."""
+        return reading_of(self.repo)
 
     @property
     def facts(self) -> dict[str, object]:
@@ -66,7 +109,7 @@ class HubCorpus:
             )
         # Streaming reads a cached data set too, from its Arrow files: one way for both, a batch in memory.
         for number, row in enumerate(builder.as_streaming_dataset(split=self.split), start=1):
-            yield text_of(row, number, self.label)
+            yield text_of(row, number, self.label, self.reading.field)
 
     def require_unchanged(self) -> None:
         """A commit does not change."""
@@ -79,21 +122,21 @@ def open_hub(name: str, role: Role) -> HubCorpus:
     the commit.
 
     Args:
-        name: ``hf:owner/name[/config][:split]``.
+        name: ``hf:owner/name[/config][:split]``, or one of ``PAPERS_NAMES``, which is the same corpus.
         role: decides the split if the name does not.
 
     Raises:
         ValueError: a name that can't be read, an unknown configuration or split; lists those there are.
         ConnectionError: the hub can't be reached and the data set is not in the cache.
     """
-    match = NAME.fullmatch(name)
+    match = NAME.fullmatch(PAPERS_NAMES.get(name, name))
     if match is None:
         raise ValueError(
             f"{name!r} is not the name of a hub data set. "
             "Write hf:owner/name, with /config and :split if need be, as in hf:allenai/c4/en:validation."
         )
     repo = match["repo"]
-    builder = _load_builder(repo, match["config"] or DEFAULT_CONFIGS.get(repo))
+    builder = _load_builder(repo, match["config"] or reading_of(repo).config)
     # A folder ./owner/name would be taken for the data set, without a word (datasets 5.2, "Try locally").
     if builder.repo_id != repo or not builder.hash:
         raise ValueError(
@@ -103,6 +146,11 @@ def open_hub(name: str, role: Role) -> HubCorpus:
     label = f"hf:{repo}/{builder.config.name}"
     split, note = choose_split(role, _split_names(builder), match["split"], label)
     return HubCorpus(repo, builder.config.name, split, builder.hash, note)
+
+
+def reading_of(repo: str) -> Reading:
+    """What of a data set is its text: as in papers, or the field ``text`` of its only configuration."""
+    return WELL_KNOWN.get(repo, Reading())
 
 
 def choose_split(role: Role, splits: Sequence[str], asked: str | None, label: str) -> tuple[str, str]:
@@ -140,7 +188,7 @@ def _load_builder(repo: str, config: str | None, commit: str | None = None) -> "
             f"hf:{repo} is read with the package datasets, which is not installed. Run pip install datasets."
         ) from None
     try:
-        return load_dataset_builder(repo, config, revision=commit)
+        return load_dataset_builder(repo, config, revision=commit or reading_of(repo).revision)
     except ConnectionError as error:
         raise ConnectionError(
             f"hf:{repo} can't be read: {error}. Go online, or set HF_DATASETS_CACHE to a folder that has it."

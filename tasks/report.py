@@ -11,7 +11,8 @@ from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tables import write_table
-from tasks.drawing import png_file, svg_file, svg_inside
+from tasks.drawing import svg_inside
+from tasks.figure_files import write_figures
 from tasks.figures import (
     error_by_layer,
     sparsity_by_layer,
@@ -24,6 +25,8 @@ from tasks.report_extras import Extras
 from tasks.report_page import report_page
 from tasks.search_result import read_search
 from tasks.stage_task import stage_task
+from tasks.theory_figures import TITLES as THEORY_TITLES
+from tasks.theory_figures import figures_of_theory
 
 PAGE_FILE = "report.html"
 REPORT_STAGE = "report"
@@ -33,11 +36,14 @@ TITLES = {
     "errors": "Reconstruction error of every decoder layer",
     "linears": "Realised sparsity of every linear, best plan",
     "stages": "Time of every stage",
+    **THEORY_TITLES,
 }
 
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """The stage of a page. How long the stages took is no part of their keys, so it is a setting of this one."""
+    extras = asdict(data.extras)
+    theory = extras.pop("theory")
     settings = {
         "made": [
             {name: row[name] for name in ("key", "committed", "seconds", "peak_memory")}
@@ -45,11 +51,12 @@ def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
         ],
         "versions": dict(data.versions),
         "command": data.command,
-        "extras": asdict(data.extras),
+        "extras": extras,
         "compared": list(compared),
     }
     others = {f"compared {number:03d}": artifact.key for number, artifact in enumerate(compared.values())}
-    return Stage(REPORT_STAGE, 1, settings, {"search": data.search, **others})
+    measured = {"theory": theory} if theory else {}
+    return Stage(REPORT_STAGE, 1, settings, {"search": data.search, **others, **measured})
 
 
 @stage_task(about=lambda search, **_: str(search.facts.get("source", "")))
@@ -79,21 +86,13 @@ def report(
         charts = figures_of(data)
         inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
         draft.write(PAGE_FILE, report_page(data, inside).encode())
-        for name, chart in charts.items():
-            title = [TITLES[name], data.title]
-            draft.write(figure_file(name), svg_file(chart, name, title).encode())
-            draft.write(f"figures/{name}.png", png_file(chart, title))
+        write_figures(draft, charts, TITLES, data.title)
         for name, rows in data.tables.items():
             if rows:
                 write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
         draft.facts |= {"search": data.search, "title": data.title}
 
     return store.get_or_build(report_stage(data, compared or {}), build)
-
-
-def figure_file(name: str) -> str:
-    """Where a figure is in the artifact, as SVG."""
-    return f"figures/{name}.svg"
 
 
 def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
@@ -107,4 +106,5 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
         "errors": error_by_layer(tables["errors"]),
         "linears": sparsity_by_linear(tables["linears"]),
         "stages": time_by_stage(tables["stages"]),
+        **({} if data.theory is None else figures_of_theory(data.theory)),
     }

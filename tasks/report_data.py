@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.store import ArtifactStore
+from tasks.measured_on import MeasuredOn, measured_on
 from tasks.report_extras import Extras
 from tasks.report_stages import stages_table
 from tasks.report_tables import (
@@ -17,6 +18,7 @@ from tasks.report_tables import (
 )
 from tasks.run_names import title_of
 from tasks.search_result import VERSIONS, FinishedSearch
+from tasks.theory_section import TheorySection, read_section
 
 TEXTS = ("calibration", "selection", "test")
 OF_A_TEXT = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
@@ -30,10 +32,12 @@ class ReportData:
         search: key of the search's artifact.
         settings: of the search, by name.
         parameter: what beta is called with this allocator.
+        measured: what the perplexities of a text were measured on, by text.
         tables: rows by the name of their table; every number of the page and of a figure is in one of them.
         checkpoint: what the import noted of the model.
         versions: of the packages of the process that finished the search, by name; empty if they were not noted.
         command: that makes the same search; empty if it is not known.
+        theory: what was found of the paper's theorems; None if nobody has looked.
     """
 
     search: str
@@ -42,12 +46,14 @@ class ReportData:
     settings: Mapping[str, Any]
     verdict: str
     parameter: str
+    measured: Mapping[str, MeasuredOn]
     gain: Mapping[str, Any] | None
     tables: Mapping[str, Rows]
     checkpoint: Mapping[str, Any]
     versions: Mapping[str, str]
     command: str
     extras: Extras
+    theory: TheorySection | None
 
 
 def report_data(
@@ -66,6 +72,7 @@ def report_data(
     versions = search.artifact.facts.get(VERSIONS, {})
     assert isinstance(versions, dict), "versions are noted by package"
     gain = search.test.gain
+    theory = read_section(store, store.get(extras.theory)) if extras.theory else None
     return ReportData(
         search.artifact.key,
         f"{title_of(search.source)} at sparsity {search.settings['sparsity']:g}",
@@ -73,6 +80,7 @@ def report_data(
         search.settings,
         search.selection.verdict,
         search.selection.parameter,
+        measured_on(search.stages),
         None if gain is None else vars(gain),
         {
             "models": models_table(store, search),
@@ -84,11 +92,13 @@ def report_data(
             "artifacts": _artifacts(search),
             "texts": _texts(search),
             **_tables_of_extras(extras),
+            **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
         },
         search.stages["checkpoint"].facts,
         versions,
         command,
         extras,
+        theory,
     )
 
 

@@ -35,8 +35,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Extras:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        theory: key of the artifact of ``tasks.theory.measure_theory``.
+    """
 
     zero_shot: tuple[ZeroShotRow, ...] = ()
     sizes: Sizes | None = None
     speed: SpeedTable | None = None
+    theory: str = ""

@@ -25,7 +25,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
     """The page. Everything but the figures is escaped: names of models and texts are the user's.
 
     Args:
-        figures: SVG by name: "perplexity", "sparsity", "errors", "linears", "stages".
+        figures: SVG by name, as of ``tasks.report.figures_of``.
     """
     tables = data.tables
     text = {
@@ -35,6 +35,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "failed": report_text.failed(tables["betas"]),
         "errors": report_text.on_errors(tables["errors"]),
         "speed": "" if data.extras.speed is None else speed_sentence(data.extras.speed),
+        "measured": {name: report_text.on_what(each) for name, each in data.measured.items()},
     }
     return render(
         "report_page.html",
@@ -50,6 +51,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),
         linears=_by_layer(tables["linears"], "linear", "sparsity"),
+        theory=data.theory,
         figures={name: Markup(svg) for name, svg in figures.items()},
         speeds=[] if data.extras.speed is None else speed_rows(data.extras.speed),
         best=BEST,

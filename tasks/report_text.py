@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from layerwise.perplexity import DIVERGED
+from tasks.measured_on import MeasuredOn
 from tasks.report_data import ReportData
 from tasks.report_tables import BEST, UNIFORM, Row, Rows
 
@@ -36,6 +37,18 @@ def on_test(data: ReportData) -> str:
     return (
         f"On the test text the best plan's perplexity is {abs(change):.1f} % {direction} uniform's (paired t = {t}, "
         f"{data.gain['windows']} windows)."
+    )
+
+
+def on_what(measured: MeasuredOn) -> str:
+    """What perplexities were measured on, in one line."""
+    first, end = measured.part_tokens
+    part = "" if end - first == measured.text_tokens else f"tokens {first:,} to {end:,} of "
+    bos = "BOS" if measured.text_starts_with_bos else "no BOS"
+    return (
+        f"{measured.corpus}: {measured.windows} windows of {measured.seqlen} tokens from {part}"
+        f"{measured.text_tokens:,} ({bos} before the first), SHA-256 {measured.text_sha256[:12]}…; model in "
+        f"{measured.dtype}, losses in {measured.loss_dtype}"
     )
 
 

@@ -29,6 +29,7 @@ from tasks.streamed import layer_sizes_of
 LAYERS_FILE = "layers.parquet"  # by plan and layer
 PLANS_FILE = "plans.parquet"
 THEORY_FILE = "theory.json"
+THEORY_STAGE = "theory"
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -38,11 +39,11 @@ def theory_stage(inputs: LaneInputs, plans: Sequence[TheoryPlan], settings: Prun
     """The stage that measures these plans."""
     tried = [[each.order, each.target, list(each.plan.layers)] for each in plans]
     own = {"plans": tried, "local_windows": LOCAL_WINDOWS, "prune": settings.identity}
-    return Stage("theory", 1, own, inputs.keys(settings))
+    return Stage(THEORY_STAGE, 1, own, inputs.keys(settings))
 
 
 @stage_task(
-    name="theory",
+    name=THEORY_STAGE,
     about=lambda inputs, plans, settings, **_: (
         f"{model_title(inputs.checkpoint)} at {settings.target:g}, {len(plans)} plans"
     ),

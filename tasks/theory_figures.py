@@ -1,4 +1,4 @@
-"""The figures of the theory's page, from the rows of what was measured; drawn as those of a report."""
+"""The figures of the theory, from the rows of what was measured; drawn as those of a report."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -8,13 +8,28 @@ import altair
 
 from layerwise.theory import Findings
 from layerwise.theory_plans import ASCENDING, DESCENDING, UNIFORM
-from tasks.axes import measure_axis
-from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of, line_colors
-from tasks.figures import DEPTH
+from tasks.axes import layer_axis, measure_axis
+from tasks.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION
+from tasks.line_figure import line_figure
+from tasks.theory_section import TheorySection
 
 SHUFFLED = "shuffled"
+TITLES = {
+    "rise": "Error of every layer's own, by sparsity",
+    "factor": "Factor of the arriving error",
+    "orders": "Error after every layer, by order",
+}
 
 Row = Mapping[str, Any]
+
+
+def figures_of_theory(theory: TheorySection) -> dict[str, altair.LayerChart]:
+    """The figures by name."""
+    return {
+        "rise": local_error_by_sparsity(theory.layers),
+        "factor": factor_by_layer(theory.found),
+        "orders": error_by_order(theory.layers),
+    }
 
 
 def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
@@ -45,7 +60,8 @@ def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
         "last layer": (GREEN, 1.8),
         "other layers": (GREY, 0.7),
     }
-    return _lines(rows, marks, "sparsity (fraction of weights removed)", "own error over dense energy")
+    x = {"title": "sparsity (fraction of weights removed)"}
+    return line_figure(rows, marks, x, _measure_axis(rows, "own error over dense energy"))
 
 
 def factor_by_layer(found: Findings) -> altair.LayerChart:
@@ -63,7 +79,8 @@ def factor_by_layer(found: Findings) -> altair.LayerChart:
         names["relative_factor"]: (PURPLE, 2.4),
         "1: neither more nor less": (GREY, 1.0),
     }
-    return _lines(rows, marks, DEPTH, "factor of the arriving error")
+    depth = layer_axis(row["x"] for row in rows)
+    return line_figure(rows, marks, depth, _measure_axis(rows, "factor of the arriving error"))
 
 
 def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
@@ -88,30 +105,13 @@ def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
     }
     there = {row["line"] for row in rows}
     marks = {name: look for name, look in marks.items() if name in there}
-    return _lines(rows, marks, DEPTH, "error over dense energy")
+    depth = layer_axis(row["x"] for row in rows)
+    return line_figure(rows, marks, depth, _measure_axis(rows, "error over dense energy"))
 
 
 def _row(line: str, detail: str, x: float, y: float, said: str) -> dict[str, Any]:
     return {"line": line, "detail": detail, "x": x, "y": y, "said": f"{said}: {y:.4g}"}
 
 
-def _lines(
-    rows: Sequence[Row], marks: Mapping[str, tuple[str, float]], x_title: str, y_title: str
-) -> altair.LayerChart:
-    """Lines; ``marks`` are colour and width of each by its name, the important ones first and on top."""
-    names = list(marks)
-    look = line_colors(marks)
-    width = altair.StrokeWidth(
-        "line:N", scale=altair.Scale(domain=names, range=[width for _, width in marks.values()]), legend=None
-    )
-    x = altair.X("x:Q", title=x_title, scale=altair.Scale(nice=False, zero=False, padding=8))
-    y = altair.Y("y:Q", **measure_axis([row["y"] for row in rows], y_title))
-    layers = [
-        chart_of([row for row in rows if row["line"] == name])
-        .mark_line(aria=False)
-        .encode(x=x, y=y, color=look, strokeWidth=width, detail="detail:N")
-        for name in reversed(names)
-    ]
-    strong = [row for row in rows if marks[row["line"]][1] > 1.5]
-    dots = chart_of(strong).mark_circle(size=30, opacity=1)
-    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
+def _measure_axis(rows: Sequence[Row], title: str) -> dict[str, Any]:
+    return measure_axis([row["y"] for row in rows], title)

@@ -6,6 +6,11 @@ from layerwise.theory import Findings
 from layerwise.theory_plans import ASCENDING
 from tasks.findings import number
 
+SUBJECTS = {
+    "3.1": "more sparsity, more error of the layer's own",
+    "3.2": "the error that arrives is handed on",
+    "3.5": "ascending is the order with the least error",
+}
 CLAIMS = {
     "3.1": "It says: pruned more, and with the same input, a layer has a larger error of its own. The proof needs an "
     "inner product to be positive, which is certain only for one matrix whose masks are nested and whose inputs do not "

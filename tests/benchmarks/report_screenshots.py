@@ -20,7 +20,7 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 FLAGS += "--disable-component-update --disable-sync"
 MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
 MARK += ":not([aria-roledescription='legend'])"
-FIGURES = ("perplexity", "sparsity", "errors", "linears", "stages")
+FIGURES = "figures => figures.map(figure => figure.closest('section').id)"  # the sections that have one
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
 def silent_figures(tab: Any) -> list[str]:
     """Figures whose first mark says nothing under the pointer."""
     silent = []
-    for figure in FIGURES:
+    for figure in tab.eval_on_selector_all("figure", FIGURES):
         mark = tab.locator(MARK.format(figure=figure)).first
         mark.hover(force=True)
         said = tab.locator("#pointed")

@@ -1,8 +1,11 @@
 """What comes after a finished search: zero-shot tasks, the compressed checkpoint, and both in its report."""
 
+import os
 import random
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +114,24 @@ def test_a_search_without_export_has_its_model_written_when_it_is_needed(done, w
     compress(Compress(), runtime)
     added = set(names_in(runtime)) - set(before)
     assert [key for key in added if key.startswith("export/")]
+
+
+def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, prefect_backend):
+    store = ArtifactStore(done[1].store)
+    first = min(
+        (each for each in store.artifacts() if each.recipe["name"] == "search"), key=lambda a: a.made["at"]
+    )
+    options = ["--search", first.key, "--tasks", ",".join(tasks), "--documents", "12"]
+    command = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "zero-shot", "--store", done[1].store, *options],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PREFECT_API_URL": prefect_backend},
+        capture_output=True,
+        text=True,
+    )
+    assert command.returncode == 0, command.stderr
+    assert "average" in command.stdout
+    assert "it/s" not in command.stderr
 
 
 def test_what_was_made_of_a_result_stays_where_results_stay(done, answered):

@@ -1,5 +1,6 @@
 """The report of a real small search: every number on its page is an artifact's, and the page needs nothing else."""
 
+import hashlib
 import re
 import shutil
 from dataclasses import replace
@@ -221,6 +222,14 @@ def test_figures_lie_beside_the_page(store, artifact):
 
 def test_what_was_not_measured_is_left_out_with_a_sentence(page):
     assert "No zero-shot tasks were run." in page.said
+
+
+def test_beside_the_perplexities_stands_what_they_were_measured_on(page, workshop):
+    digest = hashlib.sha256(workshop.text.read_bytes()).hexdigest()[:12]
+    of_test = "3 windows of 16 tokens from tokens 1,500 to 2,000 of 2,000 (no BOS before the first)"
+    dtypes = "model in float32, losses in float32."
+    assert f"Test text: {workshop.text}: {of_test}, SHA-256 {digest}…; {dtypes}" in page.said
+    assert f"Selection text: {workshop.text}: 4 windows of 16 tokens from tokens 1,000 to 1,500" in page.said
 
 
 def test_what_was_measured_elsewhere_has_its_place(store, found):

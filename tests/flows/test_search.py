@@ -1,5 +1,6 @@
 """The search flow as a whole, on a real Prefect server."""
 
+import hashlib
 import json
 import math
 import os
@@ -194,6 +195,28 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
     ]
     assert committed.facts["versions"]["torch"] == version("torch")
     assert document["test"]["best"] == result.test.best
+
+
+def test_the_result_says_what_its_perplexities_were_measured_on(finished, workshop):
+    """Half of the 2000 words are calibration's, a quarter is for the selection, and a quarter for the test."""
+    result, runtime = finished
+    store = ArtifactStore(runtime.store)
+    measured = json.loads(store.read(result.artifact, RESULT_FILE))["measured on"]
+    text = {
+        "corpus": str(workshop.text),
+        "text_sha256": hashlib.sha256(workshop.text.read_bytes()).hexdigest(),
+        "text_tokens": 2000,
+        "seqlen": 16,
+        "text_starts_with_bos": False,
+        "dtype": "float32",
+        "loss_dtype": "float32",
+    }
+    conventions = {text.pop("convention") for text in measured.values()}
+    assert len(conventions) == 1
+    assert measured == {
+        "selection": text | {"part_tokens": [1000, 1500], "windows": 4},
+        "test": text | {"part_tokens": [1500, 2000], "windows": 3},
+    }
 
 
 @pytest.mark.parametrize(

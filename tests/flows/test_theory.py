@@ -1,8 +1,10 @@
 """The theory as a flow, on a real Prefect server; and what it refuses."""
 
 import os
+import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from pydantic import ValidationError
 
+from flows.report import make_report
 from flows.runtime import Runtime
+from flows.search import search
 from flows.settings import Search
 from flows.theory import Theory, theory
+from storage.artifact import Artifact
 from storage.store import ArtifactStore
+from storage.tables import read_table
 from tasks.theory_text import sentences
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
@@ -25,9 +31,12 @@ def small(workshop, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def looked_at(workshop, prefect_backend, finished):
-    """A run in the store of a finished search of the same model."""
-    runtime = Runtime(store=finished[1].store)
+def looked_at(workshop, prefect_backend, finished, tmp_path_factory):
+    """A run in a store with a finished search of the same model and sparsity, and a newer one of another sparsity."""
+    store = tmp_path_factory.mktemp("theory") / "store"
+    shutil.copytree(finished[1].store, store)
+    runtime = Runtime(store=str(store))
+    search(workshop.settings(sparsity=0.4, betas=[0.1], export=False), runtime)
     state = theory(Theory(search=small(workshop)), runtime, return_state=True)
     return state, state.result(), runtime
 
@@ -38,6 +47,38 @@ def test_the_capture_of_a_search_serves_the_theory_too(looked_at, finished):
     captures = [each for each in ArtifactStore(runtime.store).artifacts() if each.recipe["name"] == "capture"]
     assert [each.key for each in captures] == [statistics.key]
     assert result.measured.recipe["name"] == "theory"
+
+
+def report_of(runtime, sparsity) -> tuple[ArtifactStore, Artifact]:
+    """The newest report of a search at this sparsity."""
+    store = ArtifactStore(runtime.store)
+    reports = [each for each in store.artifacts() if each.recipe["name"] == "report"]
+    of_search = [each for each in reports if f"sparsity {sparsity}" in each.facts["title"]]
+    return store, max(of_search, key=lambda each: each.made["at"])
+
+
+def test_the_searchs_report_has_the_theory_as_a_section_with_all_numbers_beside_it(looked_at):
+    _, result, runtime = looked_at
+    store, report = report_of(runtime, 0.5)
+    html = unescape(store.read(report, "report.html").decode())
+    section = html[html.index('<section id="theory">') : html.index('<section id="stages">')]
+    assert "What the paper's theorems say" in section
+    for sentence in sentences(result.findings).values():
+        assert sentence in section
+    assert section.count("<svg") == 3
+    for name in ("rise", "factor", "orders"):
+        assert {f"figures/{name}.svg", f"figures/{name}.png"} <= set(report.files)
+    for name in ("layers", "plans"):
+        table = read_table(store, report, f"data/theory_{name}.parquet")
+        assert table.to_pylist() == read_table(store, result.measured, f"{name}.parquet").to_pylist()
+
+
+def test_a_search_of_another_sparsity_does_not_get_it(looked_at):
+    _, result, runtime = looked_at
+    store, report = report_of(runtime, 0.4)
+    make_report(runtime.store, report.facts["search"])
+    store, report = report_of(runtime, 0.4)
+    assert 'id="theory"' not in store.read(report, "report.html").decode()
 
 
 def test_orders_and_levels_are_all_there(looked_at):

@@ -35,11 +35,11 @@ def test_all_orders_are_of_the_same_numbers_and_the_first_one_ascends():
     assert len(set(orders.values())) == 6
 
 
-def test_beta_is_half_of_the_largest_legal_one_if_none_is_given():
+def test_beta_is_a_sixth_of_the_largest_legal_one_if_none_is_given():
     """The last of 8 layers may not rise above 1: beta <= (1 - .6) / 3.5."""
     ascending = next(each for each in theory_plans(0.6, None, EQUAL) if each.order == "ascending")
-    assert ascending.plan.beta == pytest.approx(0.4 / 3.5 / 2)
-    assert ascending.plan.layers[-1] == pytest.approx(0.8)
+    assert ascending.plan.beta == pytest.approx(0.4 / 3.5 / 6)
+    assert ascending.plan.layers[-1] == pytest.approx(0.6 + 0.2 / 3)
 
 
 def test_layers_of_different_sizes_lose_the_same_share_in_every_order():

@@ -135,9 +135,9 @@ def test_compressed_text_that_is_cut_off_is_refused(tmp_path):
         read_text(open_corpus(str(tmp_path / "a.jsonl.gz"), "test"))
 
 
-@pytest.mark.parametrize("name", ["wikitext2", "corpus.csv", "s3://bucket/folder", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["wikitext-2", "PTB", "corpus.csv", "s3://bucket/folder", "a.parquet.gz"])
 def test_a_name_that_means_nothing_is_refused_with_what_there_is(name):
-    with pytest.raises(ValueError, match="is no corpus. Use 'builtin', 'hf:owner/name.*jsonl"):
+    with pytest.raises(ValueError, match="is no corpus. Use 'builtin', 'hf:owner/name.*'ptb', .*jsonl"):
         open_corpus(name, "test")
 
 

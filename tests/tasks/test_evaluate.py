@@ -1,14 +1,36 @@
 """Evaluate: the test perplexities, compared with transformers, taken once and by nobody else."""
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from layerwise.perplexity import perplexity
 from storage.corrupt import Corrupt
+from tasks.capture import DENSE_PERPLEXITY
 from tasks.evaluate import read_test
 from tasks.sample_tokens import TOKENS_FILE
 
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+SMALL_OPT = {
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
 
@@ -28,6 +50,25 @@ def test_the_three_perplexities_are_those_of_the_three_models(small_run, mode):
         assert getattr(test, name) == pytest.approx(values.mean().exp().item(), rel=1e-5)
     assert test.gain.mean == pytest.approx((losses["best"] - losses["uniform"]).mean().item(), abs=1e-5)
     assert test.gain.mean == pytest.approx(math.log(test.best / test.uniform))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_streamed_perplexities_are_those_of_the_model_in_memory(small_run, llama, family):
+    """On a LLaMA of SmolLM2-135M's size, whose embedding is its head; and on a small OPT, with biases and positions."""
+    if family == "llama":
+        model: PreTrainedModel = llama(**SMOLLM2)
+    else:
+        model = OPTForCausalLM(OPTConfig(**SMALL_OPT))
+    run = small_run(model)
+    dense = float(run.capture().facts[DENSE_PERPLEXITY])
+    assert dense == pytest.approx(in_memory(run, run.transformers_model()), rel=1e-4)
+    (lane,) = run.branch(0.0)
+    assert perplexity(lane.losses) == pytest.approx(in_memory(run, run.exported_model(lane)), rel=1e-4)
+
+
+def in_memory(run, model) -> float:
+    """Perplexity on the selection windows."""
+    return math.exp(fmean(run.losses(model, "selection")))
 
 
 def test_where_uniform_is_the_best_it_is_scored_once(small_run, computed_layers):

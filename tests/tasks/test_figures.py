@@ -2,6 +2,8 @@
 
 from xml.etree import ElementTree
 
+import pytest
+
 from tasks.drawing import svg_inside
 from tasks.figures import (
     error_by_layer,
@@ -9,6 +11,7 @@ from tasks.figures import (
     sparsity_by_linear,
     time_by_stage,
 )
+from tasks.line_figure import line_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -40,6 +43,31 @@ def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_
     assert {"uniform", "best, beta 0.02", "others that were tried", "owl, alpha 1"} <= words
     assert "beta 0.02, layer 1: sparsity 0.5100" in marks
     assert "owl, alpha 1, layer 0: sparsity 0.4000" in marks
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        (3, [0, 1, 2]),
+        (12, [*range(12)]),
+        (30, [0, 5, 10, 15, 20, 25]),
+        (80, [*range(0, 80, 5)]),
+        (126, [*range(0, 126, 10)]),
+    ],
+)
+def test_the_axis_of_layers_names_whole_layers(layers, named):
+    rows = [sparsity("uniform", "best", layer, 0.5) for layer in range(layers)]
+    words, _ = parts(sparsity_by_layer(rows))
+    assert {word for word in words if word.isdigit()} == {str(layer) for layer in named}
+
+
+def test_lines_are_as_wide_as_they_are_important():
+    """As a scale of widths Vega would interpolate between them."""
+    rows = [{"line": line, "detail": line, "x": x, "y": x, "said": line} for line in "abcd" for x in (0, 1)]
+    marks = {"a": ("#111111", 2.6), "b": ("#222222", 1.8), "c": ("#333333", 1.8), "d": ("#444444", 0.7)}
+    svg = svg_inside(line_figure(rows, marks, {"title": "x"}, {"title": "y"}), "figure")
+    for color, width in marks.values():
+        assert f'stroke="{color}" stroke-width="{width}"' in svg
 
 
 def test_one_plan_alone_is_the_uniform_one_and_the_best_one():

@@ -19,6 +19,11 @@ WIKITEXT = {
     "validation": ["", " = A choice = \n", " It was made . \n"],
     "test": ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He acts . \n"],
 }
+PTB = {
+    "train": ["a train", "it left"],
+    "validation": ["a choice was <unk>"],
+    "test": ["no it was n't black monday", "but while the new york stock exchange did n't fall", "it rose"],
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -57,12 +62,20 @@ def test_a_hub_name_that_cannot_be_read_is_refused_with_the_form(name):
 QUESTIONS = """
 import json, sys
 from tasks.corpora import open_corpus, read_text
+from tasks.sample_tokens import TokenRequest, token_stage
 answers = {}
 for name in ("hf:Salesforce/wikitext", "hf:Salesforce/wikitext/wikitext-2-raw-v1:test"):
     corpus = open_corpus(name, "test")
     answers[name] = [corpus.identity, corpus.label, read_text(corpus).content]
 answers["selection"] = open_corpus("hf:Salesforce/wikitext", "selection").split
 answers["stand-in"] = open_corpus("hf:nyu-mll/glue", "test").facts
+for name, role in (("ptb", "test"), ("wikitext2", "calibration"), ("wikitext2", "test"), ("c4", "selection")):
+    corpus = open_corpus(name, role)
+    request = TokenRequest(role, corpus, 2, 8, seed=0 if role == "calibration" else None)
+    answers[f"{name} {role}"] = [token_stage("tokenizer", request).key, corpus.label, read_text(corpus).content]
+    named = TokenRequest(role, open_corpus(corpus.label, role), 2, 8, seed=request.seed)
+    answers[f"{name} {role} by its label"] = token_stage("tokenizer", named).key
+answers["ptb by owner"] = open_corpus("hf:ptb-text-only/ptb_text_only", "test").facts
 for name in ("hf:Salesforce/wikitext/nope", "hf:Salesforce/wikitext:nope", "hf:nobody/nothing"):
     try:
         open_corpus(name, "test")
@@ -103,6 +116,10 @@ def offline_answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     wikitext = {split: {"text": rows} for split, rows in WIKITEXT.items()}
     cache_data_set(folder / "cache", "Salesforce/wikitext", "wikitext-2-raw-v1", wikitext)
+    sentences = {split: {"sentence": rows} for split, rows in PTB.items()}
+    cache_data_set(folder / "cache", "ptb-text-only/ptb_text_only", "default", sentences)
+    pages = {split: {"text": ["A page.", "Another."], "url": ["x", "y"]} for split in ("train", "validation")}
+    cache_data_set(folder / "cache", "allenai/c4", "en", pages)
     pairs = {"idx": [0], "label": [1], "sentence1": ["It rains."], "sentence2": ["It is wet."]}
     cache_data_set(folder / "cache", "nyu-mll/glue", "rte", {"train": pairs, "validation": pairs})
     environment = os.environ | {
@@ -130,6 +147,29 @@ def test_wikitext_by_its_official_name_is_its_rows_joined_by_a_blank_line(offlin
         "commit": COMMIT,  # the cache's folder
     }
     assert offline_answers[label] == [identity, label, content]
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "content"),
+    [
+        ("wikitext2 test", "hf:Salesforce/wikitext/wikitext-2-raw-v1:test", "\n\n".join(WIKITEXT["test"])),
+        ("wikitext2 calibration", "hf:Salesforce/wikitext/wikitext-2-raw-v1:train", None),
+        ("c4 selection", "hf:allenai/c4/en:validation", "A page.\n\nAnother."),
+        ("ptb test", "hf:ptb-text-only/ptb_text_only/default:test", " ".join(PTB["test"])),
+    ],
+)
+def test_a_papers_name_is_the_hub_data_set_it_stands_for_and_has_its_key(
+    offline_answers, name, label, content
+):
+    key, opened, text = offline_answers[name]
+    assert opened == label
+    assert offline_answers[f"{name} by its label"] == key
+    assert content is None or text == content
+
+
+def test_the_sentences_of_ptb_are_joined_by_a_space_which_is_part_of_what_it_is(offline_answers):
+    facts = offline_answers["ptb by owner"]
+    assert (facts["field"], facts["joint"], facts["commit"]) == ("sentence", " ", COMMIT)
 
 
 def test_a_hub_split_follows_the_role_and_a_stand_in_is_told(offline_answers):
