@@ -41,7 +41,8 @@ def sentence_on_test(test: TestResult) -> str:
     gain = ""
     if test.gain is not None:
         t = "" if test.gain.t is None else f", t = {test.gain.t:.1f}"
-        gain = f" ({100 * (1 - test.best / test.uniform):.1f} % below uniform{t})"
+        change = 100 * (test.best / test.uniform - 1)
+        gain = f" ({abs(change):.1f} % {'below' if change < 0 else 'above'} uniform{t})"
     return (
         f"On the test text, {test.windows} windows: dense {number(test.dense)}, uniform {number(test.uniform)}, "
         f"best {number(test.best)}{gain}."

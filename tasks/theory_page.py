@@ -22,7 +22,7 @@ PAGE_FILE = "theory.html"
 
 def page_stage(measured: Artifact, title: str, settings: Mapping[str, Any]) -> Stage:
     """The stage of a page: what it shows beside the numbers are settings of its own."""
-    return Stage("theory_page", 1, {"title": title, "settings": settings}, {"theory": measured.key})
+    return Stage("theory_page", 2, {"title": title, "settings": settings}, {"theory": measured.key})
 
 
 @stage_task(about=lambda title, **_: title)

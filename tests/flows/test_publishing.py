@@ -148,3 +148,8 @@ def test_a_model_that_failed_the_test_has_a_number_of_few_digits():
     assert sentence_on_test(test) == (
         "On the test text, 3 windows: dense 11.00, uniform 1.0e+304, best 20.00 (100.0 % below uniform, t = -2.0)."
     )
+
+
+def test_a_best_plan_that_is_worse_on_the_test_text_is_said_to_be_above():
+    test = TestResult(4, 14.18, 25.0, 26.0, PairedDifference(0.04, 0.5, 4))
+    assert sentence_on_test(test).endswith("best 26.00 (4.0 % above uniform, t = 0.5).")
