@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from layerwise.sparse import accelerate as accelerate_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
@@ -10,6 +12,7 @@ from layerwise.sparse.native import kernel
 from tasks.compress import compress
 from tasks.compressed_checkpoint import load, load_packed
 from tasks.execution import Execution
+from tests.lm_task_files import give_words
 from tests.tasks.test_compress import CARD, GPT2
 
 SOURCES = ["LLaMA", "tied, bfloat16", "GPT-2", "GPT-2 without its head"]
@@ -69,3 +72,19 @@ def test_what_would_not_gain_is_dense_with_the_same_weights(folder):
     assert not done.sparse
     weights = packed.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("any_size_gains")
+def test_lm_eval_runs_on_packed_weights(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(give_words(tmp_path))
+    requests = [
+        Instance("loglikelihood", {}, (question, f" {answer}"), 0)
+        for question, answer in (("redfox", "bluecar"), ("red green bluetree", "greencar redfox"))
+    ]
+    packed, done = load_packed(folder)
+    assert done.sparse
+    dense_answers, packed_answers = (
+        HFLM(model, tokenizer=tokenizer).loglikelihood(requests) for model in (load(folder), packed)
+    )
+    for (expected, _), (found, _) in zip(dense_answers, packed_answers, strict=True):
+        assert found == pytest.approx(expected, rel=1e-2 if packed.dtype == torch.bfloat16 else 1e-5)
