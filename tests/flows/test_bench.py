@@ -8,6 +8,8 @@ from flows import cli
 from flows.bench import bench
 from flows.compress import Compress, compress
 from flows.housekeeping import keys_of_results
+from flows.runtime import Runtime
+from flows.search import search
 from layerwise.sparse import accelerate
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed import SpeedSettings
@@ -18,6 +20,13 @@ QUICK = SpeedSettings(prompt_tokens=5, new_tokens=3, rounds=1)
 OPTIONS = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1"]
 
 
+@pytest.fixture(scope="module")
+def done(workshop, prefect_backend, tmp_path_factory):
+    """A finished search and where it ran: a store of its own, as its reports are made again."""
+    runtime = Runtime(store=str(tmp_path_factory.mktemp("bench") / "store"))
+    return search(workshop.settings(), runtime), runtime
+
+
 @pytest.fixture(autouse=True)
 def any_size_gains(monkeypatch) -> None:
     """Linears of this test's size are packed as large ones are."""
@@ -26,8 +35,8 @@ def any_size_gains(monkeypatch) -> None:
     monkeypatch.setattr(accelerate, "LEAST_WEIGHTS", 1)
 
 
-def test_a_search_is_measured_once_and_its_report_and_card_tell(finished):
-    result, runtime = finished
+def test_a_search_is_measured_once_and_its_report_and_card_tell(done):
+    result, runtime = done
     store = ArtifactStore(runtime.store)
     table, page = bench(runtime.store, result.artifact.key, QUICK)
     sparse = next(each for each in table.speeds if each.way == SPARSE)
@@ -44,8 +53,8 @@ def test_a_search_is_measured_once_and_its_report_and_card_tell(finished):
     assert set(measured) <= keys_of_results(list(store.artifacts()))
 
 
-def test_folders_with_zeros_and_without_are_measured(finished, monkeypatch, capsys):
-    result, runtime = finished
+def test_folders_with_zeros_and_without_are_measured(done, monkeypatch, capsys):
+    result, runtime = done
     store = ArtifactStore(runtime.store)
     smaller = store.location(compress(Compress(search=result.artifact.key), runtime))
     tables = [bench(folder, None, QUICK)[0] for folder in (result.pruned, smaller)]
@@ -58,8 +67,8 @@ def test_folders_with_zeros_and_without_are_measured(finished, monkeypatch, caps
     assert "Report" not in shown
 
 
-def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(finished, tmp_path):
-    result, runtime = finished
+def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(done, tmp_path):
+    result, runtime = done
     with pytest.raises(KeyError, match="holds no finished search"):
         bench(str(tmp_path), None, QUICK)
     with pytest.raises(ValueError, match=r"is a checkpoint, not a store .* Leave out the key"):
