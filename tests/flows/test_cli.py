@@ -58,6 +58,11 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return own | no_aws | {"PREFECT_HOME": home, "COLUMNS": "100"}
 
 
+def obey_ctrl_c() -> None:
+    """As at a terminal: shells have what they run in the background ignore it, and with it all of its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def start(environment, pytestconfig):
     def start_process(*arguments, **more) -> subprocess.Popen:
@@ -69,6 +74,7 @@ def start(environment, pytestconfig):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a group of its own, as at a terminal
+            preexec_fn=obey_ctrl_c,
         )
 
     return start_process
