@@ -14,14 +14,20 @@ def asked_artifact(store: ArtifactStore, key: str | None) -> Artifact:
     return _newest_search(store) if key is None else _by_prefix(store, key)
 
 
-def _newest_search(store: ArtifactStore) -> Artifact:
+def finished_searches(store: ArtifactStore) -> list[Artifact]:
+    """All of a store, the newest first."""
     searches = [artifact for artifact in store.artifacts() if artifact.recipe.get("name") == RESULT_STAGE]
+    return sorted(searches, key=lambda artifact: str(artifact.made.get("at")), reverse=True)
+
+
+def _newest_search(store: ArtifactStore) -> Artifact:
+    searches = finished_searches(store)
     if not searches:
         raise KeyError(
             f"{store.url} holds no finished search. Run `layerwise search`, "
             "or name an artifact that `layerwise ls` lists."
         )
-    return max(searches, key=lambda artifact: str(artifact.made.get("at")))
+    return searches[0]
 
 
 def _by_prefix(store: ArtifactStore, key: str) -> Artifact:

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flows.asked_artifact import asked_artifact
 from flows.report import make_report
-from layerwise.sparse.speed import SpeedSettings, SpeedTable, measure_speed
+from layerwise.sparse.speed import SpeedTable, measure_speed
+from layerwise.sparse.speed_settings import SpeedSettings
 from storage.store import ArtifactStore
 from tasks.checkpoint_files import CONFIG
 from tasks.compressed_checkpoint import load
@@ -16,6 +17,7 @@ from tasks.dtype_speed import fast_dtype
 from tasks.execution import Execution
 from tasks.search_result import read_search
 from tasks.speed import read_speed, speed
+from tasks.streamed import DTYPES
 
 
 def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTable, str | None]:
@@ -46,7 +48,7 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
 
 
 def _model_in(folder: Path) -> PreTrainedModel:
-    dtype = fast_dtype(Execution())
+    dtype = DTYPES[fast_dtype(Execution())]
     if (folder / DESCRIPTION_FILE).exists():
         compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
         loaded = compressed.to(dtype)

@@ -114,7 +114,7 @@ def _bench(arguments: Namespace) -> None:
     from flows.bench import bench
     from flows.console import open_console
     from flows.terminal import show_speed
-    from layerwise.sparse.speed import SpeedSettings
+    from layerwise.sparse.speed_settings import SpeedSettings
 
     settings = SpeedSettings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds)
     show_speed(open_console(), *bench(arguments.model, arguments.key, settings))

@@ -4,6 +4,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from layerwise.sparse.speed_settings import SpeedSettings
+
 EXAMPLE = """example:
   layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
       --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --device cuda
@@ -87,14 +89,16 @@ def _add_arguments_of_bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "key", nargs="?", help="Key of a search in the store (or its beginning); the newest if left out."
     )
+    usual = SpeedSettings()
     for name, default, what in (
-        ("prompt", 64, "Tokens of the random prompt that is read at once. Default: 64."),
-        ("new", 32, "Tokens that are written after it, one at a time. Default: 32."),
+        ("prompt-tokens", usual.prompt_tokens, "Tokens of the random prompt that is read at once."),
+        ("new-tokens", usual.new_tokens, "Tokens that are written after it, one at a time."),
+        ("rounds", usual.rounds, "How often every way is run, in turns."),
     ):
-        parser.add_argument(f"--{name}-tokens", type=int, default=default, metavar="TOKENS", help=what)
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="How often every way is run, in turns. Default: 5."
-    )
+        metavar = name.rpartition("-")[2].upper()
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar=metavar, help=f"{what} Default: {default}."
+        )
 
 
 def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:

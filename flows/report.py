@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from flows.asked_artifact import asked_artifact
+from flows.asked_artifact import asked_artifact, finished_searches
 from flows.extras import extras_of, is_theory_of
 from flows.options import search_command
 from flows.settings import Search
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.report import PAGE_FILE, report
-from tasks.search_result import RESULT_STAGE, FinishedSearch, read_search
+from tasks.search_result import FinishedSearch, read_search
 
 
 def make_report(
@@ -43,8 +43,7 @@ def make_report(
 
 def make_report_with_theory(store: ArtifactStore, measured: Artifact) -> None:
     """Make the report of the newest search that the theorems were measured for again; without one, do nothing."""
-    searches = [each for each in store.artifacts() if each.recipe.get("name") == RESULT_STAGE]
-    for artifact in sorted(searches, key=lambda each: str(each.made.get("at")), reverse=True):
+    for artifact in finished_searches(store):
         search = _whole(store, artifact)
         if search is not None and is_theory_of(measured, search):
             make_report(store.url, artifact.key)

@@ -37,8 +37,12 @@ def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor
         input_ids: shape ``(windows, seqlen)``.
     """
     windows = zip(hidden_states.split(1), input_ids.split(1), strict=True)
-    losses = [model.loss(states, ids) for states, ids in windows]
-    return [min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED for loss in losses]
+    return [finite_loss(model.loss(states, ids)) for states, ids in windows]
+
+
+def finite_loss(loss: float) -> float:
+    """A loss in nats, at most ``DIVERGED``, which also stands for what is no number."""
+    return min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED
 
 
 def mean_loss(losses: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from tasks.compressed_format import packed_weight, parts_of, read_description, r
 from tasks.export import SPARSITY_FILE
 from tasks.model_config import config_from_document
 from tasks.tensor_matching import aliases
-from tasks.whole_model import model_of_weights
 
 
 def load(folder: str | PathLike) -> PreTrainedModel:
@@ -31,7 +31,17 @@ def load(folder: str | PathLike) -> PreTrainedModel:
     """
     folder = Path(folder)
     weights = {name: weight for _, tensors in _dense_files(folder) for name, weight in tensors.items()}
-    model = model_of_weights(weights, _config(folder), str(folder), "auto")
+    config = _config(folder)
+    model_class: Any = type(build_skeleton(deepcopy(config)))
+    model, found = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{folder} has no weights for {sorted(found['missing_keys'])}, which transformers would have filled with "
+            "random ones. Copy all of its files again from one place."
+        )
+    assert isinstance(model, PreTrainedModel)
     return _with_generation_config(model, folder)
 
 

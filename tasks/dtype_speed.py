@@ -29,9 +29,9 @@ def times_slower_than_float32(dtype: str, execution: Execution) -> float:
     return seconds(DTYPES[dtype]) / seconds(torch.float32)
 
 
-def fast_dtype(execution: Execution) -> torch.dtype:
+def fast_dtype(execution: Execution) -> str:
     """bfloat16, where the device does not multiply it many times slower than float32."""
-    return torch.float32 if times_slower_than_float32("bfloat16", execution) > TOLERABLE else torch.bfloat16
+    return "float32" if times_slower_than_float32("bfloat16", execution) > TOLERABLE else "bfloat16"
 
 
 def warn_if_slow(dtype: str, execution: Execution) -> None:

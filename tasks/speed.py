@@ -7,28 +7,28 @@ from importlib.metadata import version
 import torch
 
 from layerwise.sparse.native import kernel
-from layerwise.sparse.speed import Speed, SpeedSettings, SpeedTable, measure_speed
+from layerwise.sparse.speed import Speed, SpeedTable, measure_speed
+from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name
 from storage.artifact import Artifact
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
-from storage.tensors import read_tensors
-from tasks.checkpoint_files import CONFIG
 from tasks.dtype_speed import fast_dtype
 from tasks.execution import Execution
-from tasks.model_config import config_from_document
+from tasks.findings import number
+from tasks.import_checkpoint import import_checkpoint
 from tasks.sample_tokens import read_input_ids
 from tasks.search_result import FinishedSearch
 from tasks.stage_task import stage_task
-from tasks.whole_model import model_of_weights
+from tasks.whole_model import whole_model
 
 SPEED_FILE = "speed.json"
 SPEED_STAGE = "speed"
 WINDOWS = 4  # of the test, for the perplexity of every way: enough to see what int8 loses
 
 
-def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, dtype: torch.dtype) -> Stage:
+def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, dtype: str) -> Stage:
     """The stage of a measurement. It is about a machine, and so the one stage whose key has it."""
     native = kernel()
     machine = {
@@ -36,7 +36,7 @@ def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, 
         "threads": torch.get_num_threads(),
         "level": native.level if native else None,
         "torch": version("torch"),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
     }
     return Stage(
         SPEED_STAGE,
@@ -60,16 +60,12 @@ def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings)
             "computed is not computed again."
         )
 
-    dtype = fast_dtype(Execution())
+    execution = Execution()
+    dtype = fast_dtype(execution)
 
     def build(draft: Draft) -> None:
-        config = config_from_document(json.loads(store.read(exported, CONFIG)), exported.key)
-        shards = [name for name in exported.files if name.endswith(".safetensors")]
-        weights = {
-            name: weight for shard in shards for name, weight in read_tensors(store, exported, shard).items()
-        }
-        model = model_of_weights(weights, config, exported.key, dtype)
-        del weights
+        checkpoint = import_checkpoint(store, store.location(exported))
+        model = whole_model(checkpoint, dtype, execution)
         table = measure_speed(model, settings, read_input_ids(store, windows)[:WINDOWS])
         draft.write(SPEED_FILE, json.dumps(asdict(table), indent=1).encode())
         draft.facts |= {each.way: f"{each.decode:.4g} tokens/s" for each in table.speeds}
@@ -95,7 +91,7 @@ def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
             "x torch bfloat16": "" if each.to_bfloat16 is None else f"{each.to_bfloat16:.2f}",
             "of memory's limit": f"{100 * each.of_limit:.0f} %",
             "prompt tokens/s": f"{each.prefill:.3g}",
-            "perplexity": "" if each.perplexity is None else f"{each.perplexity:.2f}",
+            "perplexity": "" if each.perplexity is None else number(each.perplexity),
         }
         for each in table.speeds
     ]

@@ -1,12 +1,6 @@
-"""A checkpoint as one model of transformers with all its weights in memory."""
+"""Open a checkpoint as one model of transformers with all its weights in memory."""
 
-from collections.abc import Mapping
-from copy import deepcopy
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from layerwise.skeleton import build_skeleton
 from tasks.checkpoint import Checkpoint
@@ -37,28 +31,3 @@ def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> Pre
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not meta, f"an imported checkpoint has every tensor of the model, but {meta} stayed without"
     return model.requires_grad_(False).eval()
-
-
-def model_of_weights(
-    weights: Mapping[str, Tensor], config: PretrainedConfig, source: str, dtype: torch.dtype | Literal["auto"]
-) -> PreTrainedModel:
-    """The model that transformers makes of a whole checkpoint's tensors, on the CPU.
-
-    Args:
-        source: what the error calls the checkpoint.
-        dtype: of the model; "auto" is that of the weights.
-
-    Raises:
-        ValueError: weights are missing.
-    """
-    model_class: Any = type(build_skeleton(deepcopy(config)))
-    model, found = model_class.from_pretrained(
-        None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
-    )
-    if found["missing_keys"]:
-        raise ValueError(
-            f"{source} has no weights for {sorted(found['missing_keys'])}, which transformers would have filled with "
-            "random ones. Copy all of its files again from one place."
-        )
-    assert isinstance(model, PreTrainedModel)
-    return model

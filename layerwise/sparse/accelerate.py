@@ -105,7 +105,7 @@ def accelerate(
         weight = given if given is not None else pack(_oriented(module).detach() + 0.0)
         swapped = BitmaskLinear(weight, module.bias, int8, transposed=isinstance(module, Conv1D))
         sparse.append(_facts(name, weight, swapped))
-        _replace(model, name, swapped)
+        replace_module(model, name, swapped)
     model.requires_grad_(False)
     return Acceleration(native.level if native else None, tuple(sparse), dense)
 
@@ -171,6 +171,7 @@ def _facts(name: str, weight: PackedWeight, swapped: BitmaskLinear) -> SparseLin
     return SparseLinear(name, sparsity, rows * columns * weight.values.itemsize, swapped.panels.nbytes)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the one that ``model`` knows by this name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)

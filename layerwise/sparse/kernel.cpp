@@ -261,15 +261,18 @@ struct Avx512 {
     LOOPS_OVER_COLUMNS(FOR_AVX512)
 };
 
-struct Avx512Bf16 {  // for bfloat16 weights and inputs; the rest goes by Avx512 there too
+struct ThirtyTwoColumns {  // what the two levels below have in common
     static constexpr int step = 32;
     using Place = uint32_t;  // the mask itself
-    using Input = Bfloat16;
     using Dense = Bfloat16;
-    using Sum = __m512;
     using Zero = __m512i;
     FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
     FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
+};
+
+struct Avx512Bf16 : ThirtyTwoColumns {  // for bfloat16 weights and inputs; the rest goes by Avx512 there too
+    using Input = Bfloat16;
+    using Sum = __m512;
     FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_ps(); }
     FOR_AVX512_BF16 static inline __m512i expand(Place place, const Bfloat16* values, Zero zero) {
         return _mm512_mask_expand_epi16(zero, place, _mm512_loadu_si512(values));
@@ -284,16 +287,11 @@ struct Avx512Bf16 {  // for bfloat16 weights and inputs; the rest goes by Avx512
 };
 
 // For int8 weights and bfloat16 inputs, which are rounded to 16-bit steps of their token's largest one: finer by far than
-// the weights. No sum can overflow: PANEL_LIMIT / 16 products of at most 127 * 32767 are less than 2**31.
-struct Avx512Int8 {
-    static constexpr int step = 32;
-    using Place = uint32_t;  // the mask itself
+// the weights. No sum can overflow: PANEL_LIMIT / 16 products of at most 127 * 32767 are less than 2**31. Rows are
+// unpacked without their scale, as bfloat16, which every int8 value is exactly.
+struct Avx512Int8 : ThirtyTwoColumns {
     using Input = int16_t;
     using Sum = __m512i;
-    using Zero = __m512i;
-    using Dense = Bfloat16;  // which every int8 value is exactly; the scale is left to who multiplies
-    FOR_AVX512_BF16 static inline Zero opaque_zero() { return Avx512::opaque_zero(); }
-    FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
     FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_si512(); }
     FOR_AVX512_BF16 static inline __m512i expand(Place place, const int8_t* values, Zero zero) {
         const __m256i packed = _mm256_loadu_si256((const __m256i*)values);

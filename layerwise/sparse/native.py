@@ -99,7 +99,10 @@ class Kernel:
                 most ``out_features``.
         """
         assert rows.is_contiguous(), "rows of a scratch are contiguous"
-        assert rows.dtype in (self.dense_dtype(rows.dtype), torch.float32), f"a scratch of {rows.dtype}"
+        assert rows.dtype == self.dense_dtype(rows.dtype), f"a scratch of {rows.dtype} was passed"
+        assert weight.values.dtype != torch.float32 or rows.dtype == torch.float32, (
+            "rows would lose bits of values"
+        )
         assert rows.shape[1] == weight.shape[1], f"a scratch for {rows.shape[1]} columns was passed"
         assert 0 <= first <= first + len(rows) <= weight.shape[0], "there are no such rows"
         self.library.layerwise_unpack(

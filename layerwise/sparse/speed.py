@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,30 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from layerwise.perplexity import perplexity
+from layerwise.perplexity import finite_loss, perplexity
 from layerwise.sparse.native import kernel
+from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name, in_turns, stream_bandwidth
-from layerwise.sparse.ways import BFLOAT16, FLOAT32, ways_of, weight_bytes
-
-
-@dataclass(frozen=True)
-class SpeedSettings:
-    """What is run: every way reads a random prompt and writes after it, in turns.
-
-    Raises:
-        ValueError: a number below 1; fewer than two new tokens, of which only those after the first are decoded alone.
-    """
-
-    prompt_tokens: int = 64
-    new_tokens: int = 32
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        if min(self.prompt_tokens, self.rounds) < 1 or self.new_tokens < 2:
-            raise ValueError(
-                f"a prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones and {self.rounds} rounds measure "
-                "nothing. Use 1 or more; of new tokens 2 or more."
-            )
+from layerwise.sparse.ways import BFLOAT16, FLOAT32, linears_run_by, ways_of, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -88,17 +70,30 @@ class SpeedTable:
     left_out: Mapping[str, str]
 
 
-@dataclass
 class _Clock(BaseStreamer):
     """Notes when tokens come: the first call is the prompt, before anything is computed."""
 
-    times: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is held back."""
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Of one text, in seconds.
+
+    Attributes:
+        prompt: until the first new token.
+        token: from one new token to the next; the median.
+    """
+
+    prompt: float
+    token: float
 
 
 @torch.inference_mode()
@@ -120,69 +115,66 @@ def measure_speed(
             f"speed is measured in bfloat16 or float32, and the model is in {model.dtype}. Load it with "
             "dtype=torch.bfloat16."
         )
-    ways, linears, left_out = ways_of(model.eval())
-    clocks: dict[str, list[_Clock]] = {name: [] for name in ways}
-    prompt = torch.randint(
-        model.config.get_text_config().vocab_size,
-        (1, settings.prompt_tokens),
-        generator=torch.Generator().manual_seed(0),
-    )
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(_generate, way, prompt, settings.new_tokens, clocks[name]) for name, way in ways.items()
-    }
-    in_turns(calls, settings.rounds)
-    first = {name: [clock.times[1] - clock.times[0] for clock in found[1:]] for name, found in clocks.items()}
-    token = {
-        name: [
-            statistics.median(
-                late - early for early, late in zip(clock.times[1:], clock.times[2:], strict=False)
-            )
-            for clock in found[1:]
-        ]
-        for name, found in clocks.items()
-    }
-    bandwidth = stream_bandwidth()
-
-    def speed(name: str) -> Speed:
-        bytes_read = weight_bytes(ways[name])
-        seconds = statistics.median(token[name])
-        return Speed(
-            name,
-            linears[name],
-            bytes_read,
-            settings.prompt_tokens / statistics.median(first[name]),
-            1 / seconds,
-            _ratio(token[FLOAT32], token[name]) if FLOAT32 in token else None,
-            _ratio(token[BFLOAT16], token[name]) if BFLOAT16 in token else None,
-            bytes_read / bandwidth / seconds,
-            None if windows is None or ways[name].dtype != model.dtype else _perplexity(ways[name], windows),
-        )
-
-    native = kernel()
-    return SpeedTable(
-        cpu_name(),
-        native.level if native else None,
-        torch.get_num_threads(),
-        bandwidth,
-        tuple(speed(name) for name in ways),
-        left_out,
-    )
+    ways, left_out = ways_of(model.eval())
+    times = _times_of(ways, settings)
+    bandwidth, native = stream_bandwidth(), kernel()
+    speeds = []
+    for name, way in ways.items():
+        measured = None if windows is None or way.dtype != model.dtype else _perplexity(way, windows)
+        speeds.append(_speed(name, way, times, settings.prompt_tokens, bandwidth, measured))
+    level = native.level if native else None
+    return SpeedTable(cpu_name(), level, torch.get_num_threads(), bandwidth, tuple(speeds), left_out)
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, clocks: list[_Clock]) -> None:
-    clocks.append(_Clock())
+def _times_of(ways: Mapping[str, PreTrainedModel], settings: SpeedSettings) -> dict[str, list[_Times]]:
+    """Of every way in every round, for the same random prompt."""
+    vocabulary = next(iter(ways.values())).config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, settings.prompt_tokens), generator=generator)
+    calls = {name: partial(_generate, way, prompt, settings.new_tokens) for name, way in ways.items()}
+    return in_turns(calls, settings.rounds)
+
+
+def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> _Times:
+    clock = _Clock()
     # The model's own settings may ask for sampling or stop early.
     greedy = GenerationConfig(
         min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, use_cache=True
     )
     generation: Any = model  # transformers' types take no streamer of one's own
-    generation.generate(
-        prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clocks[-1]
+    mask = torch.ones_like(prompt)
+    generation.generate(prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
+    began, *tokens = clock.times
+    return _Times(tokens[0] - began, statistics.median(late - early for early, late in pairwise(tokens)))
+
+
+def _speed(
+    name: str,
+    way: PreTrainedModel,
+    times: Mapping[str, Sequence[_Times]],
+    prompt_tokens: int,
+    bandwidth: float,
+    perplexity: float | None,
+) -> Speed:
+    own = [each.token for each in times[name]]
+
+    def ratio(base: str) -> float | None:
+        if base not in times:
+            return None
+        return statistics.median(other.token / token for other, token in zip(times[base], own, strict=True))
+
+    bytes_read, seconds = weight_bytes(way), statistics.median(own)
+    return Speed(
+        way=name,
+        linears=linears_run_by(way),
+        weight_bytes=bytes_read,
+        prefill=prompt_tokens / statistics.median(each.prompt for each in times[name]),
+        decode=1 / seconds,
+        to_float32=ratio(FLOAT32),
+        to_bfloat16=ratio(BFLOAT16),
+        of_limit=bytes_read / bandwidth / seconds,
+        perplexity=perplexity,
     )
-
-
-def _ratio(base: list[float], other: list[float]) -> float:
-    return statistics.median(ours / its for ours, its in zip(base, other, strict=True))
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor) -> float:
@@ -190,5 +182,5 @@ def _perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     losses = []
     for window in windows:
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(cross_entropy(logits, window[1:]).item())
+        losses.append(finite_loss(cross_entropy(logits, window[1:]).item()))
     return perplexity(losses)

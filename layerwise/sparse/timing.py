@@ -1,4 +1,4 @@
-"""Times of several ways to the same result, in turns, so that what else the machine does falls on all of them."""
+"""Measurements of several ways to the same result, in turns: what else the machine does falls on all of them."""
 
 import platform
 import re
@@ -6,15 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Measured = TypeVar("Measured")
 
 STREAM_BYTES = 256 << 20  # more than the last-level cache of any CPU this is likely to run on
 STREAM_ROUNDS = 9
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after a round that does not count.
+def in_turns(ways: Mapping[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
+    """What every way measures in every round, after a round that does not count.
 
     Every round begins with another way, so that none always follows the same one.
 
@@ -24,21 +27,27 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     if rounds < 1:
         raise ValueError(f"{rounds} rounds measure nothing. Ask for one or more.")
     names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    measured: dict[str, list[Measured]] = {name: [] for name in names}
     for number in range(-1, rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            began = time.perf_counter()
-            ways[name]()
+            found = ways[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+                measured[name].append(found)
+    return measured
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def stream_bandwidth() -> float:
     """Bytes a second at which this process reads memory that is in no cache, with torch's threads: the median."""
     numbers = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
-    seconds = in_turns({"read": numbers.sum}, STREAM_ROUNDS)["read"]
+    seconds = in_turns({"read": lambda: seconds_of(numbers.sum)}, STREAM_ROUNDS)["read"]
     return STREAM_BYTES / statistics.median(seconds)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.sparse.accelerate import accelerate
+from layerwise.sparse.accelerate import accelerate, replace_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino
 
@@ -21,34 +21,31 @@ WAYS = FLOAT32, BFLOAT16, OPENVINO, SPARSE, INT8 = (
 )
 
 
-def ways_of(
-    model: PreTrainedModel,
-) -> tuple[dict[str, PreTrainedModel], dict[str, int], dict[str, str]]:
-    """The model in every way, how many linears each runs, and the ways that are not to be had here."""
+def ways_of(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
+    """The model in every way, and the ways that are not to be had here, with the reason."""
     own = BFLOAT16 if model.dtype == torch.bfloat16 else FLOAT32
-    ways, linears, left_out = {own: model}, {own: len(_linears(model))}, {}
+    ways, left_out = {own: model}, {}
     for name, int8 in ((SPARSE, False), (INT8, True)):
         packed = _sharing(model)
         done = accelerate(packed, int8)
         if done.sparse:
-            ways[name], linears[name] = packed, len(done.sparse)
+            ways[name] = packed
         else:
-            reasons = ", ".join(sorted(set(done.dense.values())))
-            left_out[name] = f"no linear runs sparse: {reasons}"
+            left_out[name] = f"no linear runs sparse: {', '.join(sorted(set(done.dense.values())))}"
     bytes_of = sum(parameter.nbytes for parameter in model.parameters())
     if not has_openvino():
         left_out[OPENVINO] = "not installed (pip install openvino): a good dense engine to compare with"
     elif (reason := _no_room(bytes_of)) is not None:
         left_out[OPENVINO] = reason
     else:
-        ways[OPENVINO], linears[OPENVINO] = _by_openvino(model)
+        ways[OPENVINO] = _by_openvino(model)
     if own == FLOAT32:
         left_out[BFLOAT16] = "this CPU has no fast instructions for it"
     elif (reason := _no_room(2 * bytes_of)) is not None:
         left_out[FLOAT32] = reason
     else:
-        ways[FLOAT32], linears[FLOAT32] = deepcopy(model).float(), linears[BFLOAT16]
-    return {name: ways[name] for name in WAYS if name in ways}, linears, left_out
+        ways[FLOAT32] = deepcopy(model).float()
+    return {name: ways[name] for name in WAYS if name in ways}, left_out
 
 
 def _no_room(needed: int) -> str | None:
@@ -59,14 +56,12 @@ def _no_room(needed: int) -> str | None:
     return f"would need {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
 
 
-def _by_openvino(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
-    """The model with OpenVINO's linears, and how many they are."""
+def _by_openvino(model: PreTrainedModel) -> PreTrainedModel:
     other = _sharing(model)
-    replaced = {name: module for name, module in _linears(other).items() if type(module) is nn.Linear}
-    for name, module in replaced.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(owner), leaf, OpenVinoLinear(module))
-    return other, len(replaced)
+    for name, module in _linears(other).items():
+        if type(module) is nn.Linear:
+            replace_module(other, name, OpenVinoLinear(module))
+    return other
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
@@ -80,6 +75,13 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | BitmaskLinear | OpenVinoLinear)
     }
+
+
+def linears_run_by(way: nn.Module) -> int:
+    """How many linears are multiplied in the way's own manner: those that were swapped, or all of a model by torch."""
+    linears = _linears(way).values()
+    swapped = [module for module in linears if isinstance(module, BitmaskLinear | OpenVinoLinear)]
+    return len(swapped or linears)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -18,7 +18,8 @@ from flows.terminal import show_speed
 from layerwise.allocation import arithmetic
 from layerwise.skeleton import linears_of
 from layerwise.sparse.native import LEVELS
-from layerwise.sparse.speed import SpeedSettings, measure_speed
+from layerwise.sparse.speed import measure_speed
+from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.ways import BFLOAT16, SPARSE
 
 SPARSITY, LOWEST = 0.7, 0.55  # of all layers, of the first one

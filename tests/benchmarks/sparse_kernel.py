@@ -12,9 +12,11 @@ import ctypes
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from layerwise.bitmask import pack
 from layerwise.sparse.build import compile_kernel
 from layerwise.sparse.native import LEVELS, Kernel, kernel
 from layerwise.sparse.panels import panels_of
-from layerwise.sparse.timing import in_turns, stream_bandwidth
+from layerwise.sparse.timing import in_turns, seconds_of, stream_bandwidth
 
+TORCH, DENSE = "torch bfloat16", "dense kernel"  # the baselines
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 SPARSITIES = (0.5, 0.7)
 TOTAL_BYTES = 400 << 20  # of the dense matrices of a shape
@@ -57,78 +60,77 @@ def main() -> None:
     sys.exit(bool(missed))
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to multiply, and the matrices that it goes through."""
+
+    multiply: Callable[[Any], object]
+    weights: Sequence[Any]
+
+    def seconds(self) -> float:
+        """Of one matrix."""
+        return seconds_of(lambda: [self.multiply(weight) for weight in self.weights]) / len(self.weights)
+
+
 def measure(
     shape: tuple[int, int], sparsity: float, native: Kernel, dense: Callable[..., object], rounds: int
 ) -> list[str]:
     """Print a table of one shape at one sparsity; returns the floors that were missed."""
-    count = -(-TOTAL_BYTES // (2 * shape[0] * shape[1]))
-    weights = [random_weight(shape, sparsity) for _ in range(count)]
+    ways = ways_of(shape, sparsity, native, dense)
+    seconds = in_turns({name: way.seconds for name, way in ways.items()}, rounds)
+
+    def ratio(base: str, name: str) -> float:
+        """Round by round: what another process takes from one way it takes from both."""
+        return statistics.median(ours / its for ours, its in zip(seconds[base], seconds[name], strict=True))
+
+    title = f"{shape[0]} x {shape[1]} at {100 * sparsity:.0f} %"
+    print(f"\n{title}, {len(ways[TORCH].weights)} matrices")
+    print(f"{'':15}{'ms':>8}{'GB/s':>8}{f'x {TORCH}':>18}{f'x {DENSE}':>16}")
+    for name, way in ways.items():
+        median = statistics.median(seconds[name])
+        rate = way.weights[0].nbytes / median / 1e9
+        print(f"{name:15}{1000 * median:8.3f}{rate:8.1f}{ratio(TORCH, name):18.2f}{ratio(DENSE, name):16.2f}")
+    return [
+        f"{title}: {name} {ratio(base, name):.2f} times {base}, not {floor}"
+        for (base, name), floor in floors_of(shape, sparsity, native).items()
+        if ratio(base, name) < floor
+    ]
+
+
+def ways_of(
+    shape: tuple[int, int], sparsity: float, native: Kernel, dense: Callable[..., object]
+) -> dict[str, Way]:
+    """All ways by name, each with as many matrices as no cache holds."""
+    weights = [random_weight(shape, sparsity) for _ in range(-(-TOTAL_BYTES // (2 * shape[0] * shape[1])))]
     packed = [panels_of(pack(weight)) for weight in weights]
     steps = [panels_of(pack(weight), int8=True) for weight in weights]
-    wide = [weight.float() for weight in weights[: -(-count // 2)]]
+    wide = [weight.float() for weight in weights[: -(-len(weights) // 2)]]
     inputs = torch.randn(1, shape[1], dtype=torch.bfloat16)
     avx2 = Kernel(native.library, "avx2")
-    calls = {
-        "torch float32": partial(each, wide, partial(linear, inputs.float())),
-        "torch bfloat16": partial(each, weights, partial(linear, inputs)),
-        "dense kernel": partial(each, weights, partial(dense_product, dense, inputs)),
-        "sparse": partial(each, packed, lambda weight: native.multiply(weight, inputs)),
-        "sparse int8": partial(each, steps, lambda weight: native.multiply(weight, inputs)),
-        "sparse AVX2": partial(each, packed, lambda weight: avx2.multiply(weight, inputs)),
+    return {
+        "torch float32": Way(partial(linear, inputs.float()), wide),
+        TORCH: Way(partial(linear, inputs), weights),
+        DENSE: Way(partial(dense_product, dense, inputs), weights),
+        "sparse": Way(lambda weight: native.multiply(weight, inputs), packed),
+        "sparse int8": Way(lambda weight: native.multiply(weight, inputs), steps),
+        "sparse AVX2": Way(lambda weight: avx2.multiply(weight, inputs), packed),
     }
-    bytes_of = {
-        "torch float32": wide[0].nbytes,
-        "torch bfloat16": weights[0].nbytes,
-        "dense kernel": weights[0].nbytes,
-        "sparse": packed[0].nbytes,
-        "sparse int8": steps[0].nbytes,
-        "sparse AVX2": packed[0].nbytes,
-    }
-    seconds = in_turns(calls, rounds)
-    sizes = {name: len(wide) if name == "torch float32" else count for name in calls}
-    medians = {name: statistics.median(times) / sizes[name] for name, times in seconds.items()}
-    # Ratios round by round: what another process takes from one round it takes from both.
-    ratios = {
-        base: {
-            name: statistics.median(
-                [
-                    (ours / sizes[base]) / (its / sizes[name])
-                    for ours, its in zip(seconds[base], seconds[name], strict=True)
-                ]
-            )
-            for name in calls
-        }
-        for base in ("torch bfloat16", "dense kernel")
-    }
-    print(f"\n{shape[0]} x {shape[1]} at {100 * sparsity:.0f} %, {count} matrices")
-    print(f"{'':15}{'ms':>8}{'GB/s':>8}{'x torch bfloat16':>18}{'x dense kernel':>16}")
-    for name, median in medians.items():
-        print(
-            f"{name:15}{1000 * median:8.3f}{bytes_of[name] / median / 1e9:8.1f}"
-            f"{ratios['torch bfloat16'][name]:18.2f}{ratios['dense kernel'][name]:16.2f}"
-        )
-    fast = native.level == LEVELS[-1]
-    floors = {("torch bfloat16", "sparse AVX2"): OF_AVX2} if sparsity == 0.7 else {}
-    if fast:
-        floors[("torch bfloat16", "sparse")] = AT_70[shape] if sparsity == 0.7 else AT_50
+
+
+def floors_of(shape: tuple[int, int], sparsity: float, native: Kernel) -> dict[tuple[str, str], float]:
+    """The least ratios by base and way, as far as this CPU has the instructions."""
+    floors = {(TORCH, "sparse AVX2"): OF_AVX2} if sparsity == 0.7 else {}
+    if native.level == LEVELS[-1]:
+        floors[TORCH, "sparse"] = AT_70[shape] if sparsity == 0.7 else AT_50
         if sparsity == 0.7:
-            floors[("dense kernel", "sparse")] = TO_DENSE
-    return [
-        f"{shape[0]} x {shape[1]} at {100 * sparsity:.0f} %: {name} {ratios[base][name]:.2f} times {base}, not {floor}"
-        for (base, name), floor in floors.items()
-        if ratios[base][name] < floor
-    ]
+            floors[DENSE, "sparse"] = TO_DENSE
+    return floors
 
 
 def random_weight(shape: tuple[int, int], sparsity: float) -> Tensor:
     """Random numbers in bfloat16, a random share of them zero."""
     weight = torch.randn(shape, dtype=torch.bfloat16)
     return weight.masked_fill_(torch.rand(shape) < sparsity, 0)
-
-
-def each(weights: list, multiply: Callable[[object], object]) -> None:
-    for weight in weights:
-        multiply(weight)
 
 
 def dense_product(dense: Callable[..., object], inputs: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from flows.runtime import Runtime
 from flows.search import search
 from layerwise.sparse import accelerate
 from layerwise.sparse.native import kernel
-from layerwise.sparse.speed import SpeedSettings
+from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.ways import BFLOAT16, SPARSE
 from storage.store import ArtifactStore
 

@@ -5,7 +5,8 @@ import torch
 
 from layerwise.sparse import ways as ways_module
 from layerwise.sparse.openvino_linear import OpenVinoLinear
-from layerwise.sparse.speed import SpeedSettings, measure_speed
+from layerwise.sparse.speed import measure_speed
+from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import in_turns
 from layerwise.sparse.ways import BFLOAT16, FLOAT32, INT8, SPARSE
 from tests.layerwise.sparse.test_accelerate import pruned_model
@@ -94,8 +95,13 @@ def test_settings_that_measure_nothing_are_refused(wrong):
 
 def test_every_round_begins_with_another_way():
     calls = []
-    seconds = in_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 3)
+
+    def call(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    measured = in_turns({name: lambda name=name: call(name) for name in "abc"}, 3)
     assert "".join(calls) == "cab" + "abc" + "bca" + "cab"
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert measured == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
     with pytest.raises(ValueError, match="0 rounds measure nothing"):
         in_turns({}, 0)
