@@ -1,5 +1,8 @@
 """The speed of a model in several ways: what is measured, not how fast it is."""
 
+import ctypes
+import gc
+
 import pytest
 import torch
 
@@ -85,6 +88,24 @@ def test_openvino_s_linear_is_the_same_linear(dtype):
         assert (other(inputs) - expected).norm() / expected.norm() < (
             1e-2 if dtype == torch.bfloat16 else 1e-5
         )
+
+
+def signal_stack() -> int | None:
+    """Where this thread's signals are handled: the first field of what sigaltstack(2) tells."""
+    stack = (ctypes.c_void_p * 3)()
+    assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+    return stack[0]
+
+
+def test_many_of_openvino_s_linears_leave_signals_where_one_has_them():
+    """Else the next one, a Ctrl-C for instance, is delivered to memory that was freed."""
+    OpenVinoLinear(torch.nn.Linear(8, 8))
+    before = signal_stack()
+    several = [OpenVinoLinear(torch.nn.Linear(8, 8)) for _ in range(3)]
+    assert signal_stack() == before
+    del several
+    gc.collect()
+    assert signal_stack() == before
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": 1}, {"rounds": 0}])
