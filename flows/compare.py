@@ -36,6 +36,8 @@ def _by_name(value: Any) -> Any:
     """A way of allocating by the allocator's name, or by the allocator with its settings."""
     if value == "atp+offset":
         return {"offsets": OFFSETS, "strategy": "two-parameter"}
+    if value == "atp+projections":
+        return {"strategy": "projections"}
     if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
         return {"allocator": value}
     return value
@@ -71,6 +73,7 @@ class Allocation(BaseModel):
         """What it is called in a table."""
         search = self.of(common)
         parts = [search.allocator.method, *(["offset"] if search.offsets else [])]
+        parts += ["projections"] if search.strategy == "projections" else []
         by_linear = " by linear" if search.granularity == "linear" else ""
         return "+".join(parts) + by_linear
 

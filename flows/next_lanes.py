@@ -15,6 +15,7 @@ from layerwise.allocation import SparsityPlan
 from layerwise.bayesian_search import BayesianSearch, require_optuna
 from layerwise.budget import fitted
 from layerwise.evolutionary_search import EvolutionarySearch
+from layerwise.projection_search import ProjectionSearch
 from layerwise.racing import beaten, rounds
 from layerwise.skeleton import Linear
 from layerwise.trials import Point, Trial
@@ -23,7 +24,7 @@ from tasks.allocate import AllocateSettings
 from tasks.branch import LaneScore
 
 # Each is a function of the trials so far: see layerwise.trials.Strategy.
-Proposals = AdaptiveSearch | TwoParameterSearch | BayesianSearch | EvolutionarySearch
+Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
 Known = Mapping[SparsityPlan, Sequence[float]]
 
 
@@ -74,6 +75,8 @@ class Strategy:
             spreads, offsets = ({plan.beta for plan in self.plans}, {plan.offset for plan in self.plans})
             search = TwoParameterSearch(tuple(sorted(spreads)), tuple(sorted(offsets)), self.trials)
             return self._proposed(search, self._of_parameters, known)
+        if self.name == "projections":
+            return self._proposed(self._over_projections(), self._of_projections, known)
         if self.name in OVER_LAYERS:
             return self._proposed(self._over_layers(), self._of_layers, known)
         return None if all(plan in known for plan in self.plans) else LaneRequest(self.plans)
@@ -110,9 +113,31 @@ class Strategy:
         target, sizes = self.allocation.target, self._layer_sizes
         return self.allocation.plan_of_layers(float(number), fitted(point, sizes, target), sizes)
 
+    def _of_projections(self, number: int, point: Point) -> SparsityPlan:
+        """The plan of ``(beta, *offsets)``; trials have their number for a beta."""
+        beta, *offsets = point
+        (plan,) = (plan for plan in self.plans if plan.beta == beta)
+        if not any(offsets):
+            return SparsityPlan(float(number), plan.layers)
+        kinds = dict(zip(self._shares_of_kinds, offsets, strict=True))
+        return self.allocation.plan_of_kinds(float(number), plan, kinds, self.linears)
+
     @property
     def _layer_sizes(self) -> tuple[int, ...]:
         return tuple(sum(linear.numel for linear in layer) for layer in self.linears)
+
+    @property
+    def _shares_of_kinds(self) -> dict[str, float]:
+        """The kinds of linears, by their names within a layer, and the part of the prunable weights that each has."""
+        numel: dict[str, int] = {}
+        for layer in self.linears:
+            for linear in layer:
+                numel[linear.name] = numel.get(linear.name, 0) + linear.numel
+        return {kind: size / sum(numel.values()) for kind, size in numel.items()}
+
+    def _over_projections(self) -> ProjectionSearch:
+        betas = tuple(sorted(plan.beta for plan in self.plans))
+        return ProjectionSearch(betas, tuple(self._shares_of_kinds.values()), self.trials)
 
     def _over_layers(self) -> BayesianSearch | EvolutionarySearch:
         sizes = [[linear.numel for linear in layer] for layer in self.linears]

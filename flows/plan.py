@@ -132,7 +132,7 @@ def _stages(
         _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
         *_extra_stages(settings, there, weights, sizes),
         _stage(
-            f"branch: {settings.trials_of(sizes.plans)} {'trials' if settings.is_over_layers else 'betas'}",
+            f"branch: {settings.trials_of(sizes.plans)} {'trials' if settings.makes_plans else 'betas'}",
             not missing,
             _lanes_to_do(settings, request, missing),
             weights * len(groups),

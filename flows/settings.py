@@ -26,9 +26,15 @@ from tasks.measure import needs_grams
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import title_of
 
-# Enough for a dozen betas on curves like those of the paper; as many again for the offset. The paper's Bayesian search
-# over all layers took about 1000.
-TRIALS: dict[str, int] = {"adaptive": 6, "two-parameter": 12, "bayesian": 64, "evolutionary": 64}
+# Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's
+# seven kinds of projections. The paper's Bayesian search over all layers took about 1000.
+TRIALS: dict[str, int] = {
+    "adaptive": 6,
+    "two-parameter": 12,
+    "projections": 48,
+    "bayesian": 64,
+    "evolutionary": 64,
+}
 OVER_LAYERS = ("bayesian", "evolutionary")
 
 
@@ -129,7 +135,8 @@ class Search(Settings):
         default="grid",
         description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
         "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "
-        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset. bayesian "
+        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset. "
+        "projections: beta, then how much more or less every kind of linear (q_proj, ..., down_proj) loses. bayesian "
         "(Optuna), evolutionary: over the sparsities of all layers, beginning with uniform and the betas given.",
     )
     trials: int | None = Field(
@@ -163,9 +170,9 @@ class Search(Settings):
                 f"trials is {self.trials}, but the strategy {self.strategy} tries all plans. Leave trials empty, or "
                 f"set strategy to {' or '.join(TRIALS)}."
             )
-        if self.is_over_layers and (self.granularity == "linear" or self._is_fixed_pattern):
+        if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
             raise ValueError(
-                f"strategy is {self.strategy}, which gives every layer a sparsity of its own, and there is the pattern "
+                f"strategy is {self.strategy}, which chooses sparsities itself, and there is the pattern "
                 f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
             )
         if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
@@ -186,7 +193,7 @@ class Search(Settings):
         step, betas = self.beta_step, self.betas
         searched = isinstance(self.allocator, ATP) and not self._is_fixed_pattern
         if searched and step is None and betas is None and self.beta_count is None:
-            step, betas = (None, ()) if self.is_over_layers else (BETA_STEP, None)
+            step, betas = (None, ()) if self.strategy in OVER_LAYERS else (BETA_STEP, None)
         return AllocateSettings(
             self.sparsity,
             betas,
@@ -201,12 +208,12 @@ class Search(Settings):
     @property
     def parameter(self) -> str:
         """What the beta of a plan is called."""
-        return "trial" if self.is_over_layers else parameter_name(self.allocator)
+        return "trial" if self.makes_plans else parameter_name(self.allocator)
 
     @property
-    def is_over_layers(self) -> bool:
-        """Whether the sparsities of all layers are searched, and not the parameters of an allocator."""
-        return self.strategy in OVER_LAYERS
+    def makes_plans(self) -> bool:
+        """Whether the plans that are tried are others than the allocator's."""
+        return self.strategy in (*OVER_LAYERS, "projections")
 
     def trials_of(self, plans: int) -> int:
         """How many of its allocator's plans the search tries at most; or how many others."""

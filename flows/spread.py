@@ -162,7 +162,7 @@ def _branch_step(
         "points": [[plan.beta, plan.offset] for plan in plans],
         "windows": windows and list(windows),
     }
-    if settings.is_over_layers:
+    if settings.makes_plans:
         parameters["layers"] = [list(plan.layers) for plan in plans]
     return Step(
         "branch",

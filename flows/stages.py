@@ -100,14 +100,14 @@ def scored(
     execution: Execution,
     points: Sequence[tuple[float, float]],
     windows: tuple[int, int] | None,
-    layers: Sequence[tuple[float, ...]] | None = None,
+    layers: Sequence[tuple[float | tuple[float, ...], ...]] | None = None,
 ) -> list[LaneScore]:
     """Prune and score one lane per plan, in one group.
 
     Args:
         points: beta and offset of some of the search's plans.
         windows: of the selection windows, these; None for all of them.
-        layers: sparsities of the plans, where the search is over these.
+        layers: sparsities of the plans, where the strategy makes them.
 
     Raises:
         ValueError: one of ``points`` is none of the search's.

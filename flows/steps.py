@@ -40,7 +40,7 @@ def branch(
     runtime: Runtime,
     points: tuple[tuple[float, float], ...] | None = None,
     windows: tuple[int, int] | None = None,
-    layers: tuple[tuple[float, ...], ...] | None = None,
+    layers: tuple[tuple[float | tuple[float, ...], ...], ...] | None = None,
 ) -> State | None:
     """Prune the model by these plans and score them, all in one group.
 
@@ -49,7 +49,7 @@ def branch(
         runtime: where and how this group runs.
         points: beta and offset of some of the search's plans; empty: all that its strategy tries.
         windows: of the selection windows, these (first, and the one after the last); empty: all of them.
-        layers: sparsities of every layer of the plans, with a strategy that searches over these.
+        layers: sparsities of every layer of the plans, or of its linears, with a strategy that makes plans itself.
     """
     if points is None:
         return _step(settings, runtime, "all plans", all_scored)

@@ -1,12 +1,13 @@
 """Allocate: which sparsity plans may be tried."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerwise.allocation import ATP, SparsityPlan, beta_grid, beta_spread
 from layerwise.allocators import Allocator, Given, spread_out, strength_of
 from layerwise.attention_offset import with_offset
+from layerwise.budget import fitted
 from layerwise.patterns import Pattern, on_levels
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
@@ -150,6 +151,30 @@ class AllocateSettings:
         """The plan with these sparsities, whose weighted mean is the target; with a pattern, the nearest levels."""
         return SparsityPlan(beta, self._on_levels(layers, layer_sizes))
 
+    def plan_of_kinds(
+        self,
+        beta: float,
+        plan: SparsityPlan,
+        offset_of: Mapping[str, float],
+        linears: Sequence[Sequence[Linear]],
+    ) -> SparsityPlan:
+        """The plan whose linears differ from their layer in ``plan`` by the offset of their kind, fitted to the target.
+
+        Args:
+            plan: a sparsity for every layer.
+            offset_of: by the linears' names within their layer.
+            linears: the prunable ones, by layer.
+        """
+        sizes = [[linear.numel for linear in layer] for layer in linears]
+        flat = [size for layer in sizes for size in layer]
+        by_linear = zip(linears, plan.by_linear(sizes), strict=True)
+        moved = [
+            share + offset_of[linear.name]
+            for layer, shares in by_linear
+            for linear, share in zip(layer, shares, strict=True)
+        ]
+        return SparsityPlan(beta, _nested(self._on_levels(fitted(moved, flat, self.target), flat), sizes))
+
     def _on_levels(self, shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
         """The nearest sparsities that the pattern has, if it leaves a choice."""
         if self.pattern is None or self._is_fixed:
@@ -165,17 +190,21 @@ class AllocateSettings:
         if not offset:
             shares = self._on_levels(shares, entries)
         if self.by_linear:
-            every = iter(shares)
-            return SparsityPlan(beta, tuple(tuple(next(every) for _ in layer) for layer in sizes))
+            return SparsityPlan(beta, _nested(shares, sizes))
         if not offset:
             return SparsityPlan(beta, shares)
         names = [[linear.name for linear in layer] for layer in linears]
         layers = with_offset(shares, offset, names, sizes, self.target)
         if self.pattern is not None:
             of_all = [share for layer in layers for share in layer]
-            every = iter(self._on_levels(of_all, [size for layer in sizes for size in layer]))
-            layers = tuple(tuple(next(every) for _ in layer) for layer in sizes)
+            layers = _nested(self._on_levels(of_all, [size for layer in sizes for size in layer]), sizes)
         return SparsityPlan(beta, layers, offset)
+
+
+def _nested(shares: Sequence[float], sizes: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+    """One sparsity for each linear, by layer."""
+    every = iter(shares)
+    return tuple(tuple(next(every) for _ in layer) for layer in sizes)
 
 
 def allocate_stage(

@@ -367,6 +367,7 @@ def test_options_and_settings_cannot_differ():
         {"allocator": {"method": "owl", "threshold": 3.0}, "granularity": "linear"},
         {"allocator": {"method": "given", "layers": [0.4, 0.6]}},
         {"offsets": [-0.1, 0.1], "strategy": "two-parameter"},
+        {"strategy": "projections", "trials": 30},
         {"pruner": "magnitude", "allocator": "erf"},
     ],
 )

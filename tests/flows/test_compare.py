@@ -215,16 +215,17 @@ def test_the_table_can_be_checked_by_hand(compared):
 def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
     settings = Compare(
         search=Search(**LEAST, betas=(0.01,)),
-        allocators=("atp", "owl", "atp+offset", {"allocator": "erf", "betas": [0.1]}),
+        allocators=("atp", "owl", "atp+offset", "atp+projections", {"allocator": "erf", "betas": [0.1]}),
         pruners=("wanda", "sparsegpt"),
     )
     named = [(search.pruner.method, name) for search, name in settings.named_searches]
-    names = ["atp", "owl", "atp+offset", "erf"]
+    names = ["atp", "owl", "atp+offset", "atp+projections", "erf"]
     assert named == [(pruner, name) for pruner in ("wanda", "sparsegpt") for name in names]
-    atp, owl, offset, erf = settings.searches[:4]
+    atp, owl, offset, projections, erf = settings.searches[:5]
     assert (atp.betas, owl.betas, offset.betas, erf.betas) == ((0.01,), None, (0.01,), (0.1,))
     assert (offset.strategy, offset.offsets) == ("two-parameter", (-0.1, -0.05, 0.05, 0.1))
-    assert settings.title == "demo at 0.5: wanda, sparsegpt, 4 allocators"
+    assert (projections.strategy, projections.betas) == ("projections", (0.01,))
+    assert settings.title == "demo at 0.5: wanda, sparsegpt, 5 allocators"
 
 
 def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):

@@ -24,6 +24,8 @@ METHODS = {
     "erf": {"allocator": "erf", "betas": [0.1, 0.3]},
     "given": {"allocator": {"method": "given", "layers": [0.45, 0.5, 0.55]}, "betas": None},
     "offsets": {"offsets": [-0.1, 0.1], "strategy": "two-parameter", "trials": 7},
+    "projections": {"strategy": "projections", "trials": 21},
+    "projections, N:4": {"strategy": "projections", "trials": 21, "pattern": "N:4", "betas": [0.2]},
     "N:8": {"pattern": "N:8", "betas": [0.1]},
     "2:4": {"pattern": "2:4", "betas": None, "pruner": "magnitude"},
     "without the last down_proj": {"exclude": "2.mlp.down_proj"},

@@ -113,6 +113,43 @@ def test_a_two_parameter_search_finds_the_bottom_of_a_bowl_within_its_budget():
     assert len(tried) == len(set(tried)) <= 20
 
 
+def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meets_the_target():
+    layer = [
+        Linear("attn.out", 10, 10, False),
+        Linear("mlp.up", 10, 20, False),
+        Linear("mlp.down", 20, 5, False),
+    ]
+    plans = tuple(SparsityPlan(beta, (0.5 - beta, 0.5 + beta)) for beta in (0.0, 0.1, 0.2))
+    searched = Strategy("projections", plans, 30, 4, AllocateSettings(0.5, betas=()), [layer] * 2)
+    up_bears_more = (
+        0.5,
+        0.35,
+        0.65,
+        0.7,
+        0.55,
+        0.85,
+    )  # of .1 more in the second layer: an offset for each kind
+
+    def level(plan):
+        every = [share for layer in plan.by_linear([[100, 200, 100]] * 2) for share in layer]
+        return 3 + sum((share - wanted) ** 2 for share, wanted in zip(every, up_bears_more, strict=True))
+
+    tried = [plan for request in play(searched, level) for plan in request.plans]
+    assert [plan.beta for plan in tried] == [float(number) for number in range(len(tried))]
+    assert tried[0].layers == (0.5, 0.5)
+    assert {plan.layers for plan in tried if not isinstance(plan.layers[0], tuple)} == {
+        plan.layers for plan in plans
+    }
+    for plan in tried:
+        (first, second), uniform = plan.by_linear([[100, 200, 100]] * 2), plan.by_layer([[100, 200, 100]] * 2)
+        assert sum(uniform) == pytest.approx(1.0, abs=1e-12)
+        assert {round(b - a, 9) for a, b in zip(first, second, strict=True)} == {
+            round(uniform[1] - uniform[0], 9)
+        }
+    assert level(min(tried, key=level)) - 3 < 0.2 * (min(map(level, tried[:3])) - 3)
+    assert len(tried) <= 30
+
+
 def steps_from(ideal):
     """A loss that grows with the distance to this plan."""
     return lambda plan: (

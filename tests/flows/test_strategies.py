@@ -133,3 +133,35 @@ def test_over_processes_a_bayesian_search_ends_as_in_one(settings, bayesian, tmp
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
         role: artifact.content for role, artifact in bayesian.stages.items()
     }
+
+
+@pytest.fixture(scope="module")
+def projections(settings, grid):
+    return search(settings(strategy="projections", trials=20, betas=[0.1]), grid[1])
+
+
+def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_not_worse(
+    settings, grid, projections
+):
+    whole = losses_by_beta(grid[0])
+    rows = projections.selection.rows
+    assert rows[0].loss == whole[0.0]
+    assert rows[1].loss == whole[0.1]
+    assert len(rows) == 2 + 14 + 4
+    assert projections.selection.best_row.loss <= min(rows[0].loss, rows[1].loss)
+    assert len({row.realised_sparsity for row in rows}) == 1
+    assert (
+        look_up(
+            ArtifactStore(grid[1].store), settings(strategy="projections", trials=20, betas=[0.1])
+        ).missing
+        == []
+    )
+
+
+def test_over_processes_a_search_over_projections_ends_as_in_one(settings, projections, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    spread = search(settings(strategy="projections", trials=20, betas=[0.1]), runtime)
+    assert spread.selection == projections.selection
+    assert {role: artifact.content for role, artifact in spread.stages.items()} == {
+        role: artifact.content for role, artifact in projections.stages.items()
+    }

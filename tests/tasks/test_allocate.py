@@ -142,3 +142,21 @@ def test_a_fixed_pattern_leaves_the_uniform_plan_only(local_store):
 def test_what_does_not_go_together_is_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         AllocateSettings(**settings)
+
+
+def test_kinds_of_linears_are_apart_by_their_offsets_in_every_layer():
+    settings, linears = AllocateSettings(0.5, betas=(0.2,)), [[ATTENTION, MLP]] * 2
+    _, steep = settings.plans(linears)
+    plan = settings.plan_of_kinds(7.0, steep, {ATTENTION.name: 0.1, MLP.name: -0.1}, linears)
+    assert plan.beta == 7.0
+    assert [layer[0] - layer[1] for layer in plan.layers] == pytest.approx([0.2, 0.2])
+    assert plan.layers[1][0] - plan.layers[0][0] == pytest.approx(0.2)
+    sizes = [[linear.numel for linear in layer] for layer in linears]
+    assert sum(plan.by_layer(sizes)) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_kinds_of_linears_get_levels_of_a_mixed_pattern():
+    settings, linears = AllocateSettings(0.5, betas=(), pattern="N:8"), [[ATTENTION, MLP]] * 2
+    (uniform,) = settings.plans(linears)
+    plan = settings.plan_of_kinds(1.0, uniform, {ATTENTION.name: 0.13, MLP.name: -0.13}, linears)
+    assert plan.layers == ((0.625, 0.375),) * 2
