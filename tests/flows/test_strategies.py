@@ -126,15 +126,6 @@ def test_an_evolutionary_search_goes_on_from_its_best_plan(settings, grid):
     assert look_up(ArtifactStore(grid[1].store), result.settings).missing == []
 
 
-def test_over_processes_a_bayesian_search_ends_as_in_one(settings, bayesian, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
-    spread = search(settings(strategy="bayesian", trials=14, betas=[0.1]), runtime)
-    assert spread.selection == bayesian.selection
-    assert {role: artifact.content for role, artifact in spread.stages.items()} == {
-        role: artifact.content for role, artifact in bayesian.stages.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def projections(settings, grid):
     return search(settings(strategy="projections", trials=20, betas=[0.1]), grid[1])
@@ -158,10 +149,12 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
     )
 
 
-def test_over_processes_a_search_over_projections_ends_as_in_one(settings, projections, tmp_path):
+@pytest.mark.parametrize("strategy", ["bayesian", "projections"])
+def test_over_processes_a_search_that_makes_plans_ends_as_in_one(strategy, request, tmp_path):
+    alone = request.getfixturevalue(strategy)
     runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
-    spread = search(settings(strategy="projections", trials=20, betas=[0.1]), runtime)
-    assert spread.selection == projections.selection
+    spread = search(alone.settings, runtime)
+    assert spread.selection == alone.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
-        role: artifact.content for role, artifact in projections.stages.items()
+        role: artifact.content for role, artifact in alone.stages.items()
     }

@@ -7,6 +7,7 @@ import pytest
 
 from layerwise.bayesian_search import BayesianSearch
 from layerwise.trials import Trial
+from tests.layerwise.played_search import proposals
 
 UNIFORM, ATP = (0.7,) * 3, (0.6, 0.7, 0.8)
 
@@ -15,17 +16,9 @@ def loss_of(point):
     return sum((sparsity - wanted) ** 2 for sparsity, wanted in zip(point, (0.5, 0.75, 0.85), strict=True))
 
 
-def proposals(search: BayesianSearch):
-    trials, batches = [], []
-    while points := search.propose(trials):
-        batches.append(points)
-        trials += [Trial(point, (loss_of(point),)) for point in points]
-    return batches
-
-
 @pytest.fixture(scope="module")
 def batches():
-    return proposals(BayesianSearch(0.7, (UNIFORM, ATP, UNIFORM), deviation=0.2, budget=33))
+    return proposals(BayesianSearch(0.7, (UNIFORM, ATP, UNIFORM), deviation=0.2, budget=33), loss_of)
 
 
 def test_the_starts_come_first_and_the_budget_is_kept(batches):

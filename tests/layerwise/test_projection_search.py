@@ -7,6 +7,7 @@ import pytest
 
 from layerwise.projection_search import BETA_TRIALS, STEPS, ProjectionSearch
 from layerwise.trials import Trial
+from tests.layerwise.played_search import proposals, tried
 
 BETAS = tuple(0.002 * index for index in range(8))
 SHARES = (0.1, 0.03, 0.03, 0.09, 0.25, 0.25, 0.25)
@@ -25,18 +26,6 @@ def bowl(beta: float, ideal=IDEAL, twist: float = 0.0):
         )
 
     return loss
-
-
-def proposals(search: ProjectionSearch, loss):
-    trials, batches = [], []
-    while points := search.propose(trials):
-        batches.append(points)
-        trials += [Trial(point, (loss(point),)) for point in points]
-    return batches
-
-
-def tried(search: ProjectionSearch, loss):
-    return list(itertools.chain.from_iterable(proposals(search, loss)))
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -7,6 +7,7 @@ import pytest
 
 from layerwise.trials import Trial
 from layerwise.two_parameter_search import TwoParameterSearch
+from tests.layerwise.played_search import proposals, tried
 
 SPREADS = tuple(0.002 * index for index in range(11))
 OFFSETS = (-0.1, -0.05, 0.0, 0.05, 0.1)
@@ -21,18 +22,6 @@ def bowl(spread: float, offset: float, twist: float = 0.0):
         return 3 + 0.01 * (steps**2 + shifts**2 + twist * steps * shifts)
 
     return loss
-
-
-def proposals(search: TwoParameterSearch, loss):
-    trials, batches = [], []
-    while points := search.propose(trials):
-        batches.append(points)
-        trials += [Trial(point, (loss(point),)) for point in points]
-    return batches
-
-
-def tried(search: TwoParameterSearch, loss):
-    return list(itertools.chain.from_iterable(proposals(search, loss)))
 
 
 @pytest.mark.parametrize("spread", SPREADS)
