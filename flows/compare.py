@@ -35,9 +35,9 @@ OFFSETS = (-0.1, -0.05, 0.05, 0.1)
 def _by_name(value: Any) -> Any:
     """A way of allocating by the allocator's name, or by the allocator with its settings."""
     if value == "atp+offset":
-        return {"offsets": OFFSETS, "strategy": "two-parameter"}
+        return {"allocator": "atp", "offsets": OFFSETS, "strategy": "two-parameter"}
     if value == "atp+projections":
-        return {"strategy": "projections"}
+        return {"allocator": "atp", "offsets": (), "strategy": "projections"}
     if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
         return {"allocator": value}
     return value
@@ -58,6 +58,8 @@ class Allocation(BaseModel):
     def of(self, common: Search) -> Search:
         """The search with this way of allocating."""
         changes = {name: value for name, value in dict(self).items() if value is not None}
+        if self.strategy is not None and self.strategy != common.strategy:
+            changes = {"trials": None} | changes  # the common ones are of the common strategy
         if self.allocator is not None and self.allocator != common.allocator:
             # The common betas are ATP's, or another allocator's strengths.
             changes = {
@@ -71,11 +73,7 @@ class Allocation(BaseModel):
 
     def title(self, common: Search) -> str:
         """What it is called in a table."""
-        search = self.of(common)
-        parts = [search.allocator.method, *(["offset"] if search.offsets else [])]
-        parts += ["projections"] if search.strategy == "projections" else []
-        by_linear = " by linear" if search.granularity == "linear" else ""
-        return "+".join(parts) + by_linear
+        return self.of(common).allocation_title
 
 
 class Compare(BaseModel):
@@ -92,9 +90,9 @@ class Compare(BaseModel):
     )
     allocators: tuple[Annotated[Allocation, BeforeValidator(_by_name)], ...] = Field(
         default=(),
-        description="How sparsity is spread over the layers: names (atp, atp+offset, owl, ...), allocators with "
-        "settings of their own, or a search's settings about it. The first is what the others are compared with. "
-        "Empty: the common way.",
+        description="How sparsity is spread over the layers: names (atp, atp+offset, atp+projections, owl, ...), "
+        "allocators with settings of their own, or a search's settings about it. The first is what the others are "
+        "compared with. Empty: the common way.",
     )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),

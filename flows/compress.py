@@ -69,7 +69,7 @@ def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> Model
     tested = results_on_test(finished.search.test, before.windows["test"])
     return replace(
         card,
-        allocator=finished.settings.allocator.method,
+        allocator=finished.settings.allocation_title,
         results=card.results + tested,
         speed=newest_speed(store, exported, list(store.artifacts())),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flows.fields import Strategy as Name
-from flows.settings import OVER_LAYERS, Search
+from flows.settings import OVER_LAYERS, TRIALS, Search
 from layerwise.adaptive_search import AdaptiveSearch
 from layerwise.allocation import SparsityPlan
 from layerwise.bayesian_search import BayesianSearch, require_optuna
@@ -45,11 +45,11 @@ class Strategy:
     """How a search goes through its plans.
 
     Attributes:
-        plans: those of the allocator, the uniform one first: all that may be tried, or what a search over the
-            sparsities of all layers begins with.
+        plans: those of the allocator, the uniform one first: all that may be tried, or what a strategy that makes
+            plans itself begins with.
         trials: how many are tried at most, where not all are.
         windows: how many selection windows there are.
-        allocation: how sparsities of the layers become a plan.
+        allocation: how sparsities become a plan that meets the budget.
         linears: the prunable ones, by layer.
     """
 
@@ -59,6 +59,17 @@ class Strategy:
     windows: int
     allocation: AllocateSettings
     linears: Sequence[Sequence[Linear]]
+
+    @property
+    def most_together(self) -> int:
+        """How many lanes are asked for at once at most."""
+        if self.name == "projections":
+            return self._over_projections().most_together
+        if self.name in OVER_LAYERS:
+            search = self._over_layers()
+            at_once = search.batch if isinstance(search, BayesianSearch) else search.offspring
+            return max(at_once, len(self.plans))
+        return min(len(self.plans), 4) if self.name in TRIALS else len(self.plans)
 
     def next_lanes(self, known: Known) -> LaneRequest | None:
         """What is to be known next; None if nothing is.

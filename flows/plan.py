@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from flows.found import Found, look_up
 from flows.groups import lane_groups
-from flows.next_lanes import LaneRequest, first_lanes
+from flows.next_lanes import LaneRequest, first_lanes, strategy_of
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
-from flows.settings import Search
-from flows.stages import check_plans
+from flows.settings import TRIALS, Search
+from flows.stages import check_plans, expected_plans
 from flows.token_requests import window_counts
 from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
@@ -80,7 +81,8 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     found = look_up(store, settings)
     index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)
     linears = found.linears or linears_by_layer(index, settings.seqlen)
-    plans = found.plans or _expected_plans(settings, linears)
+    check_plans(settings, linears)
+    plans = found.plans or expected_plans(settings, linears)
     dtype = settings.dtype_for(index.dtype)
     counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
@@ -89,6 +91,9 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     workers = _workers(runtime)
     groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
+    if settings.strategy in TRIALS:  # later requests may be larger than the next one
+        most = strategy_of(settings, plans, linears, counts["selection"] or 0).most_together
+        together = max(together, ceil(most / max(len(groups), 1)))
     stages = _stages(settings, there, sizes, groups, request, missing)
     budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
     memory = sizes.memory | {"hidden states": min(states, budget)}
@@ -158,14 +163,6 @@ def _extra_stages(
     if is_measured(settings.allocator):
         todo = f"what {settings.allocator.method} goes by"
         yield _stage("measure", "measure" in there, todo, sum(sizes.index.layer_bytes))
-
-
-def _expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
-    """The plans, as many as there will be: what an allocator will measure is not known yet, and taken for equal."""
-    check_plans(settings, linears)
-    prunable = settings.pruning("auto").prunable(linears)
-    entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
-    return settings.allocation.plans(prunable, (0.0,) * entries)
 
 
 def _next_lanes(

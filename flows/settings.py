@@ -25,6 +25,7 @@ from tasks.allocate import AllocateSettings
 from tasks.measure import needs_grams
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import title_of
+from tasks.select import TRIAL
 
 # Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's
 # seven kinds of projections. The paper's Bayesian search over all layers took about 1000.
@@ -175,6 +176,11 @@ class Search(Settings):
                 f"strategy is {self.strategy}, which chooses sparsities itself, and there is the pattern "
                 f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
             )
+        if self.strategy == "projections" and self.pattern is not None:
+            raise ValueError(
+                f"strategy is projections, and there is the pattern {self.pattern}, whose levels are further "
+                "apart than what this strategy tries. Leave the pattern out, or use grid, race or two-parameter."
+            )
         if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
             raise ValueError(
                 f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. Give offsets with the "
@@ -208,7 +214,14 @@ class Search(Settings):
     @property
     def parameter(self) -> str:
         """What the beta of a plan is called."""
-        return "trial" if self.makes_plans else parameter_name(self.allocator)
+        return TRIAL if self.makes_plans else parameter_name(self.allocator)
+
+    @property
+    def allocation_title(self) -> str:
+        """How sparsity is spread, in a word or two: the allocator, and what is searched beside its strength."""
+        searched = "offset" if self.offsets else self.strategy if self.makes_plans else None
+        parts = [self.allocator.method] if searched is None else [self.allocator.method, searched]
+        return "+".join(parts) + (" by linear" if self.granularity == "linear" else "")
 
     @property
     def makes_plans(self) -> bool:

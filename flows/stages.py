@@ -77,6 +77,7 @@ def captured(store: ArtifactStore, settings: Search, execution: Execution) -> Ca
     checkpoint = load_checkpoint(store, settings)
     windows = sample_windows(store, checkpoint, requests)
     linears = linears_by_layer(checkpoint.index, settings.seqlen)
+    check_plans(settings, linears)
     dtype = settings.dtype_for(checkpoint.index.dtype)
     capture_settings = CaptureSettings(dtype, settings.retain)
     capture_artifact = capture(
@@ -115,8 +116,8 @@ def scored(
     before = captured(store, settings, execution)
     inputs = before.inputs("selection", windows)
     if layers is not None:
-        over_layers = [SparsityPlan(beta, each) for (beta, _), each in zip(points, layers, strict=True)]
-        return branch(store, inputs, over_layers, before.linears, before.pruning, execution)
+        made = [SparsityPlan(beta, each) for (beta, _), each in zip(points, layers, strict=True)]
+        return branch(store, inputs, made, before.linears, before.pruning, execution)
     plans = {(plan.beta, plan.offset): plan for plan in read_plans(store, before.allocation)}
     if unknown := set(points) - set(plans):
         raise ValueError(
@@ -187,9 +188,14 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
                     f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
-    if not is_measured(settings.allocator):
-        plans = settings.allocation.plans(prunable)
-        first_lanes(settings, plans, linears, None)
+    first_lanes(settings, expected_plans(settings, linears), linears, None)
+
+
+def expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
+    """The plans, as many as there will be: what an allocator will measure is not known yet, and taken for equal."""
+    prunable = settings.pruning("auto").prunable(linears)
+    entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
+    return settings.allocation.plans(prunable, (0.0,) * entries)
 
 
 @stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))

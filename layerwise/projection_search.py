@@ -15,6 +15,8 @@ from layerwise.trials import Point, Trial, comparable_losses
 
 BETA_TRIALS = 6  # of a first search along beta alone, as ``AdaptiveSearch`` has by default
 STEPS = (0.5, 1.0, 1.5, 2.5)  # how far the kind that moves furthest goes, in distances of the probes
+# Nats above the round's beginning: what a probe loses beyond that tells a side, and no slope (a lane that failed).
+WORST = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,32 @@ class ProjectionSearch:
         if len(self.shares) < 2 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-9:
             raise ValueError(
                 f"the kinds of linears have the shares {self.shares} of the weights; at least two are needed, all "
-                "positive, with the sum 1. Use the strategy adaptive for a model with one kind of linear."
+                "positive, with the sum 1. Use the strategy adaptive for one kind of linear, or exclude fewer linears."
+            )
+        if self.budget < self.least:
+            raise ValueError(
+                f"the budget is {self.budget} trials. With {len(self.shares)} kinds of linears one round takes "
+                f"{self._round}, after those of {len(self.betas)} betas: give at least {self.least}, or use the "
+                "strategy adaptive, which tries betas only."
             )
         if not 0 < self.probe < 0.5:
             raise ValueError(
                 f"offsets are probed at a distance of {self.probe:g}; it must lie in (0, 0.5), e.g. 0.05."
             )
+
+    @property
+    def most_together(self) -> int:
+        """How many points are proposed at once at most: the probes of a round."""
+        return 2 * len(self.shares) + min(2, len(self.betas) - 1)
+
+    @property
+    def _round(self) -> int:
+        return self.most_together + len(STEPS)
+
+    @property
+    def least(self) -> int:
+        """How many trials the search along beta and one round may take."""
+        return min(BETA_TRIALS, len(self.betas)) + self._round
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
         """See ``trials.Strategy``; a point is ``(beta, *offsets)``, an offset for each kind.
@@ -65,7 +87,7 @@ class ProjectionSearch:
         zeros = (0.0,) * len(self.shares)
         first = takewhile(lambda point: point[1:] == zeros, losses)  # a round begins with offsets
         along = {self.betas.index(point[0]): losses[point] for point in first}
-        room = min(BETA_TRIALS, self.budget) - len(along)
+        room = BETA_TRIALS - len(along)
         if room > 0 and (indices := next_indices(self.betas, along)[:room]):
             return tuple((self.betas[index], *zeros) for index in indices)
         best = min(along, key=lambda index: (along[index], index))
@@ -78,7 +100,7 @@ class ProjectionSearch:
             probes = self._probes(start, probe)
             if untried := _untried(probes, losses):
                 return untried if len(untried) + len(STEPS) <= self.budget - len(losses) else ()
-            steps = self._steps(start, probe, losses)
+            steps = self._steps(start, probe, {point: losses[point] for point in (start, *probes)})
             if untried := _untried(steps, losses):
                 return untried
             best = min((start, *probes, *steps), key=lambda point: losses[point])
@@ -94,9 +116,16 @@ class ProjectionSearch:
         return sides + [(beta, *start[1:]) for beta in beside]
 
     def _steps(self, start: Point, probe: float, losses: Mapping[Point, float]) -> list[Point]:
-        """From ``start``, or the better one of the betas beside it, down the slope; none where there is no slope."""
-        kinds = range(len(self.shares))
-        down = [losses[_moved(start, kind, -probe)] - losses[_moved(start, kind, probe)] for kind in kinds]
+        """From ``start``, or the better one of the betas beside it, down the slope; none where there is no slope.
+
+        Args:
+            losses: of the points of this round.
+        """
+
+        def seen(kind: int, distance: float) -> float:
+            return min(losses[_moved(start, kind, distance)], losses[start] + WORST)
+
+        down = [seen(kind, -probe) - seen(kind, probe) for kind in range(len(self.shares))]
         common = math.fsum(each * share for each, share in zip(down, self.shares, strict=True))
         furthest = max(abs(each - common) for each in down)
         if furthest == 0:

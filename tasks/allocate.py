@@ -173,7 +173,7 @@ class AllocateSettings:
             for layer, shares in by_linear
             for linear, share in zip(layer, shares, strict=True)
         ]
-        return SparsityPlan(beta, _nested(self._on_levels(fitted(moved, flat, self.target), flat), sizes))
+        return SparsityPlan(beta, _nested(fitted(moved, flat, self.target), sizes))
 
     def _on_levels(self, shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
         """The nearest sparsities that the pattern has, if it leaves a choice."""

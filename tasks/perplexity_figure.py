@@ -8,6 +8,7 @@ from tasks.axes import measure_axis
 from tasks.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
 from tasks.findings import number
 from tasks.report_tables import BEST, UNIFORM, Row
+from tasks.select import TRIAL
 
 
 def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:
@@ -41,7 +42,8 @@ def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "bet
     level = [{"perplexity": dense, "looks": f"dense: {number(dense)}", "said": f"dense: {number(dense)}"}]
     of_shown, of_failed = chart_of(shown), chart_of([row for row in curve if row["failed"]])
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
-    line = of_shown.mark_line(strokeWidth=1.5, color=BLUE, opacity=0.5, aria=False)
+    joined = [] if parameter == TRIAL else shown
+    line = chart_of(joined).mark_line(strokeWidth=1.5, color=BLUE, opacity=0.5, aria=False)
     return figure_of(
         chart_of(level).mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color=GREY, aria=False).encode(y=y),
         line.encode(x=x, y=y),

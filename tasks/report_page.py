@@ -32,6 +32,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "done": report_text.what_was_done(data),
         "on_test": report_text.on_test(data),
         "shape": report_text.shape_of_curve(tables["betas"], data.parameter),
+        "kinds": report_text.on_kinds(tables["linears"]),
         "failed": report_text.failed(tables["betas"]),
         "errors": report_text.on_errors(tables["errors"]),
         "speed": "" if data.extras.speed is None else speed_sentence(data.extras.speed),

@@ -1,11 +1,13 @@
 """The sentences of a report: what was done, and what is to be seen in its figures."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from layerwise.perplexity import DIVERGED
 from tasks.measured_on import MeasuredOn
 from tasks.report_data import ReportData
 from tasks.report_tables import BEST, UNIFORM, Row, Rows
+from tasks.select import TRIAL
 
 
 def what_was_done(data: ReportData) -> str:
@@ -20,10 +22,29 @@ def what_was_done(data: ReportData) -> str:
     return (
         f"{settings['pruner']['method']} removed {best['zeros']:,} of {best['weights']:,} weights{pattern} "
         f"({100 * best['zeros'] / best['weights']:.2f} %) from {len(linears)} linears in {layers} decoder layers of "
-        f"{data.source}; how much from which layer is by {settings['allocator']['method']}. {plans} scored on "
+        f"{data.source}; how much from which layer is by {_allocation(data)}. {plans} scored on "
         f"{windows} windows of {settings['seqlen']} tokens of the selection text, and the best one was tested on "
         f"{'all' if tested is None else tested} windows of the test text, by which nothing was chosen."
     )
+
+
+def _allocation(data: ReportData) -> str:
+    method = data.settings["allocator"]["method"]
+    return (
+        f"{method} and the strategy {data.settings['strategy']}" if data.parameter == TRIAL else str(method)
+    )
+
+
+def on_kinds(linears: Rows) -> str:
+    """How much every kind of linear lost, if that is not the same for all; else nothing."""
+    weights, zeros = Counter[str](), Counter[str]()
+    for row in linears:
+        weights[row["linear"]] += row["weights"]
+        zeros[row["linear"]] += row["zeros"]
+    shares = {kind: zeros[kind] / weights[kind] for kind in weights}
+    if max(shares.values()) - min(shares.values()) < 0.005:
+        return ""
+    return "By kind: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items()) + "."
 
 
 def on_test(data: ReportData) -> str:
@@ -54,6 +75,10 @@ def on_what(measured: MeasuredOn) -> str:
 
 def shape_of_curve(betas: Sequence[Row], parameter: str) -> str:
     """Whether the curve is the paper's U, and what to do if its lowest point is at an end."""
+    if parameter == TRIAL:
+        return (
+            "Trials have numbers, in which a curve means nothing: the strategy chose each by those before it."
+        )
     curve = sorted((row for row in betas if not row["offset"]), key=lambda row: row["beta"])
     losses = [row["loss"] for row in curve]
     lowest = losses.index(min(losses))

@@ -17,6 +17,9 @@ from tasks.stage_task import stage_task
 SELECTION_FILE = "selection.json"
 
 
+TRIAL = "trial"  # the parameter of plans that a strategy made: their number
+
+
 @dataclass(frozen=True)
 class ScoreRow:
     """One beta's line in the result table.

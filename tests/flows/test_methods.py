@@ -24,8 +24,14 @@ METHODS = {
     "erf": {"allocator": "erf", "betas": [0.1, 0.3]},
     "given": {"allocator": {"method": "given", "layers": [0.45, 0.5, 0.55]}, "betas": None},
     "offsets": {"offsets": [-0.1, 0.1], "strategy": "two-parameter", "trials": 7},
-    "projections": {"strategy": "projections", "trials": 21},
-    "projections, N:4": {"strategy": "projections", "trials": 21, "pattern": "N:4", "betas": [0.2]},
+    "projections": {"strategy": "projections", "trials": 23, "betas": [0.1, 0.2]},
+    "projections, owl": {
+        "strategy": "projections",
+        "trials": 21,
+        "allocator": "owl",
+        "betas": None,
+        "pruner": "magnitude",
+    },
     "N:8": {"pattern": "N:8", "betas": [0.1]},
     "2:4": {"pattern": "2:4", "betas": None, "pruner": "magnitude"},
     "without the last down_proj": {"exclude": "2.mlp.down_proj"},
@@ -78,6 +84,8 @@ def test_given_sparsities_are_those_of_the_lane(run_search, finished):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"strategy": "projections", "trials": 20}, "give at least 2"),
+        ({"strategy": "projections", "exclude": "(?<!q_proj)$"}, "at least two are needed"),
         ({"exclude": "^1[.]"}, r"leaves nothing to prune in the layers \[1\]"),
         ({"pattern": "2:5", "sparsity": 0.6, "betas": None}, "which the pattern 2:5 does not divide"),
         ({"allocator": {"method": "given", "layers": [0.5, 0.5]}, "betas": None}, "2 values do not go with"),

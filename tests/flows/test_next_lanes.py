@@ -121,14 +121,7 @@ def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meet
     ]
     plans = tuple(SparsityPlan(beta, (0.5 - beta, 0.5 + beta)) for beta in (0.0, 0.1, 0.2))
     searched = Strategy("projections", plans, 30, 4, AllocateSettings(0.5, betas=()), [layer] * 2)
-    up_bears_more = (
-        0.5,
-        0.35,
-        0.65,
-        0.7,
-        0.55,
-        0.85,
-    )  # of .1 more in the second layer: an offset for each kind
+    up_bears_more = [0.5, 0.35, 0.65, 0.7, 0.55, 0.85]  # by layer and linear
 
     def level(plan):
         every = [share for layer in plan.by_linear([[100, 200, 100]] * 2) for share in layer]
@@ -141,10 +134,13 @@ def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meet
         plan.layers for plan in plans
     }
     for plan in tried:
-        (first, second), uniform = plan.by_linear([[100, 200, 100]] * 2), plan.by_layer([[100, 200, 100]] * 2)
-        assert sum(uniform) == pytest.approx(1.0, abs=1e-12)
+        (first, second), by_layer = (
+            plan.by_linear([[100, 200, 100]] * 2),
+            plan.by_layer([[100, 200, 100]] * 2),
+        )
+        assert sum(by_layer) == pytest.approx(1.0, abs=1e-12)
         assert {round(b - a, 9) for a, b in zip(first, second, strict=True)} == {
-            round(uniform[1] - uniform[0], 9)
+            round(by_layer[1] - by_layer[0], 9)
         }
     assert level(min(tried, key=level)) - 3 < 0.2 * (min(map(level, tried[:3])) - 3)
     assert len(tried) <= 30

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from layerwise.perplexity import DIVERGED
 from layerwise.projection_search import BETA_TRIALS, STEPS, ProjectionSearch
-from layerwise.trials import Trial
+from layerwise.trials import Point, Trial
 from tests.layerwise.played_search import proposals, tried
 
 BETAS = tuple(0.002 * index for index in range(8))
@@ -70,14 +71,33 @@ def test_a_better_beta_beside_the_best_one_is_gone_on_with():
     assert best[0] == 0.008
 
 
-@pytest.mark.parametrize("budget", [2, 5, 6, 20, 24, 30, 47, 60])
-def test_the_budget_holds_and_no_round_is_begun_without_room_for_its_steps(budget):
-    dice = random.Random(0)
-    batches = proposals(ProjectionSearch(BETAS, SHARES, budget), lambda point: dice.random())
-    sizes = [len(batch) for batch in batches if any(any(point[1:]) for point in batch)]
-    assert sum(map(len, batches)) <= budget
-    assert all(size == len(STEPS) for size in sizes[1::2])
-    assert len(sizes) % 2 == 0
+@pytest.mark.parametrize("kinds", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(40))
+def test_on_any_losses_nothing_is_tried_twice_and_the_budget_holds(kinds, seed):
+    dice, shares = random.Random(seed), (1 / kinds,) * kinds
+    search = ProjectionSearch(BETAS, shares, dice.randint(24, 200))
+    losses: dict[Point, float] = {}
+
+    def loss(point):
+        rough = dice.choice([1.0, 0.01]) * dice.random()  # every point gets its own once
+        return losses.setdefault(point, 3 + 10 * sum(abs(each - 0.1) for each in point) + rough)
+
+    batches = proposals(search, loss)
+    points = [point for batch in batches for point in batch]
+    assert len(points) == len(set(points)) <= search.budget
+    assert max(map(len, batches)) <= search.most_together
+    assert any(any(point[1:]) for point in points), "there was room for a round"
+
+
+def test_a_probe_that_failed_tells_a_side_and_leaves_the_others_their_slopes():
+    whole = bowl(0.006)
+
+    def loss(point):
+        return DIVERGED if point[0] == 0.006 and point[1] == -0.05 else whole(point)
+
+    step = proposals(ProjectionSearch(BETAS, SHARES, 30), loss)[-1][0]
+    assert step[1] > 0, "away from the side that failed"
+    assert step[3] < step[5] - 0.2 * step[1], "the third kind still bears less than the fifth"
 
 
 def test_it_is_a_function_of_its_trials():
@@ -95,6 +115,7 @@ def test_it_is_a_function_of_its_trials():
         ({"shares": (1.0,)}, "at least two are needed"),
         ({"shares": (0.5, 0.6)}, "with the sum 1"),
         ({"budget": 0}, "the budget is 0 trials"),
+        ({"budget": 25}, r"With 7 kinds .* round takes 20, after those of 8 betas: give at least 26"),
         ({"probe": 0.5}, "probed at a distance of 0.5"),
     ],
 )

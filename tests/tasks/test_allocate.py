@@ -155,8 +155,11 @@ def test_kinds_of_linears_are_apart_by_their_offsets_in_every_layer():
     assert sum(plan.by_layer(sizes)) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_kinds_of_linears_get_levels_of_a_mixed_pattern():
-    settings, linears = AllocateSettings(0.5, betas=(), pattern="N:8"), [[ATTENTION, MLP]] * 2
-    (uniform,) = settings.plans(linears)
-    plan = settings.plan_of_kinds(1.0, uniform, {ATTENTION.name: 0.13, MLP.name: -0.13}, linears)
-    assert plan.layers == ((0.625, 0.375),) * 2
+def test_kinds_that_a_layer_lacks_and_sparsities_beyond_the_bounds_leave_the_target():
+    settings, linears = AllocateSettings(0.5, betas=(0.4,)), [[ATTENTION, MLP], [MLP], [ATTENTION, MLP]]
+    _, steep = settings.plans(linears)
+    plan = settings.plan_of_kinds(1.0, steep, {ATTENTION.name: 0.3, MLP.name: -0.3}, linears)
+    assert [len(layer) for layer in plan.layers] == [2, 1, 2]
+    shares = [share for layer in plan.layers for share in layer]
+    assert (min(shares), max(shares)) == (0.0, 1.0)
+    assert sum(shares) == pytest.approx(2.5, abs=1e-12)
