@@ -100,8 +100,9 @@ def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
 def speed_sentence(table: SpeedTable) -> str:
     """On what machine, and what was not measured."""
     level = "no sparse kernel" if table.level is None else f"sparse kernel at {table.level}"
+    threads = f"{table.threads} thread{'' if table.threads == 1 else 's'}"
     left_out = "".join(f" {way}: {reason}." for way, reason in table.left_out.items())
     return (
-        f"On {table.cpu}, {table.threads} threads, {level}, memory read at {table.bandwidth / 1e9:.1f} GB/s; one text "
+        f"On {table.cpu}, {threads}, {level}, memory read at {table.bandwidth / 1e9:.1f} GB/s; one text "
         f"at a time.{left_out}"
     )

@@ -1,5 +1,6 @@
 """The command bench: on a folder, and on a search, whose report and model card then have the speed."""
 
+import re
 import sys
 
 import pytest
@@ -63,7 +64,7 @@ def test_folders_with_zeros_and_without_are_measured(done, monkeypatch, capsys):
     cli.main()
     shown = capsys.readouterr().out
     assert "x torch bfloat16" in shown
-    assert "threads, sparse kernel at" in shown
+    assert re.search(r"threads?, sparse kernel at", shown)
     assert "Report" not in shown
 
 
