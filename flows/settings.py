@@ -171,15 +171,15 @@ class Search(Settings):
                 f"trials is {self.trials}, but the strategy {self.strategy} tries all plans. Leave trials empty, or "
                 f"set strategy to {' or '.join(TRIALS)}."
             )
-        if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
-            raise ValueError(
-                f"strategy is {self.strategy}, which chooses sparsities itself, and there is the pattern "
-                f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
-            )
         if self.strategy == "projections" and self.pattern is not None:
             raise ValueError(
                 f"strategy is projections, and there is the pattern {self.pattern}, whose levels are further "
                 "apart than what this strategy tries. Leave the pattern out, or use grid, race or two-parameter."
+            )
+        if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
+            raise ValueError(
+                f"strategy is {self.strategy}, which chooses sparsities itself, and there is the pattern "
+                f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
             )
         if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
             raise ValueError(

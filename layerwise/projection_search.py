@@ -24,7 +24,7 @@ class ProjectionSearch:
     """Goes down the slope that trials on both sides of the best point measure, as far as the best of some steps.
 
     A round tries every kind's offset a little higher and a little lower, all in one group of lanes, and the betas
-    beside the best one if they are not known. Then it tries steps of several lengths against the slope. The next
+    beside the best one if they are not known. Then it tries steps of several lengths down the slope. The next
     round begins at the best of these points; when none is better than the round's beginning, or the budget has no room
     for a whole round, it ends. All points of the search along beta alone stay candidates, uniform among them.
 

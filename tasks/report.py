@@ -56,7 +56,7 @@ def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     }
     others = {f"compared {number:03d}": artifact.key for number, artifact in enumerate(compared.values())}
     measured = {"theory": theory} if theory else {}
-    return Stage(REPORT_STAGE, 2, settings, {"search": data.search, **others, **measured})
+    return Stage(REPORT_STAGE, 3, settings, {"search": data.search, **others, **measured})
 
 
 @stage_task(about=lambda search, **_: str(search.facts.get("source", "")))

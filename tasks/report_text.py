@@ -31,7 +31,7 @@ def what_was_done(data: ReportData) -> str:
 def _allocation(data: ReportData) -> str:
     method = data.settings["allocator"]["method"]
     return (
-        f"{method} and the strategy {data.settings['strategy']}" if data.parameter == TRIAL else str(method)
+        f"{method} and the strategy {data.settings['strategy']}" if data.parameter == TRIAL else f"{method}"
     )
 
 

@@ -319,9 +319,9 @@ def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
 def test_ctrl_c_at_a_terminal_ends_a_search_and_its_processes_and_tells_how_to_resume(
     start, options, tmp_path
 ):
-    """The whole group of processes gets the signal there, Prefect's embedded server with the rest."""
+    """The whole group of processes gets the signal there; a server that ended with it would be asked for 17 minutes."""
     where = ["--store", str(tmp_path / "store"), "--fan-out", "processes:1"]
-    process = start("-m", "flows.cli", "search", *options(), *where)
+    process = start("-m", "flows.cli", "search", *options(), *where, PREFECT_CLIENT_MAX_RETRIES="9")
     while "capture: pending" not in (line := process.stderr.readline()):
         assert line, "it has ended before"
     os.killpg(process.pid, signal.SIGINT)

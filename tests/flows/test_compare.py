@@ -228,6 +228,14 @@ def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
     assert settings.title == "demo at 0.5: wanda, sparsegpt, 5 allocators"
 
 
+def test_a_way_with_another_strategy_does_not_take_over_the_trials_of_the_common_one():
+    common = Search(**LEAST, strategy="adaptive", trials=4)
+    atp, projections, given = Compare(
+        search=common, allocators=("atp", "atp+projections", {"strategy": "projections", "trials": 30})
+    ).searches
+    assert (atp.trials, projections.trials, given.trials) == (4, None, 30)
+
+
 def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):
     """A search as a comparison has it, with other figures of its test."""
     settings = result.settings.model_copy(update={"seed": seed})

@@ -142,6 +142,7 @@ def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meet
         assert {round(b - a, 9) for a, b in zip(first, second, strict=True)} == {
             round(by_layer[1] - by_layer[0], 9)
         }
+    assert max(len(request.plans) for request in play(searched, level)) == searched.most_together == 2 * 3 + 2
     assert level(min(tried, key=level)) - 3 < 0.2 * (min(map(level, tried[:3])) - 3)
     assert len(tried) <= 30
 

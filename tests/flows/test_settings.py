@@ -151,3 +151,11 @@ def test_another_place_to_compute_is_refused_by_its_field(fan_out):
 def test_one_process_makes_no_groups():
     with pytest.raises(ValidationError, match=r"groups is 3, but fan_out is local"):
         Runtime(store="here", groups=3)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "N:8"])
+def test_offsets_of_projections_are_too_small_for_a_pattern(pattern):
+    with pytest.raises(
+        ValueError, match=f"the pattern {pattern}, whose levels are further apart .* Leave the pattern out"
+    ):
+        Search(model="demo", sparsity=0.5, strategy="projections", pattern=pattern)
