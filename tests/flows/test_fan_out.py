@@ -2,14 +2,17 @@
 
 import json
 import logging
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep, time
 
+import psutil
 import pytest
 import torch
 from prefect import Flow
@@ -250,6 +253,21 @@ def now_at_work(machines: list[Worker], since: float, layer: int) -> Worker:
     return there()[0]
 
 
+def stopped_at_work(machine: Worker, since: float, layer: int) -> psutil.Process:
+    """The process of a group, stopped by SIGSTOP as soon as it has this layer done after ``since``."""
+    now_at_work([machine], since, layer)
+    process = psutil.Process(machine.said()[-1].pid)
+    process.suspend()
+    return process
+
+
+def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that stands still."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending.split()[1], 16) >> (wanted - 1) & 1)
+
+
 def test_three_groups_on_two_machines_make_what_one_process_makes(
     client, settings, bucket, undisturbed, workers
 ):
@@ -314,8 +332,12 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_ther
     deployment = deploy(search, "parents", "cancelled")
     parameters = {"settings": settings, "runtime": pool_runtime(store)}
     parent = client.create_flow_run_from_deployment(deployment, parameters=parameters)
-    now_at_work(workers, began, 2)
+    # They could be done before the word reaches them: each stands still from layer 2 until it has its signal.
+    groups = [stopped_at_work(worker, began, 2) for worker in workers]
     client.set_flow_run_state(parent.id, Cancelling())
+    for group in groups:
+        until(partial(has_waiting, group, signal.SIGTERM), "a cancelled group's signal")
+        group.resume()
 
     def ended() -> list[FlowRun]:
         runs = [client.read_flow_run(parent.id), *runs_of(client, store, "branch")]
