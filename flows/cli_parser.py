@@ -28,8 +28,9 @@ ON_STORES = {
     "verify": "read a whole store through; tells what is damaged",
 }
 BENCH = "how fast a checkpoint runs on this machine's CPU, dense and with packed weights"
-# Options for flows that compute in this process only.
+# Options that some flows do not have: those that compute in this process only, and those that end by themselves.
 SPREADING = ["fan_out", "groups"]
+LIMITING = ["minutes"]
 
 
 def command_parser(command: Sequence[str]) -> ArgumentParser:
@@ -78,7 +79,10 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
         add_options(parser, Compress)
     else:
         add_options(parser, Search)
-    add_options(parser, Runtime, without=[] if command in ("search", "compare", "plan") else SPREADING)
+    without = [] if command in ("search", "plan") else LIMITING
+    if command not in ("search", "plan", "compare"):
+        without = without + SPREADING
+    add_options(parser, Runtime, without=without)
 
 
 def _add_arguments_of_bench(parser: ArgumentParser) -> None:

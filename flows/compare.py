@@ -15,6 +15,7 @@ from flows.cancelling import cancelled
 from flows.compared_searches import search_all, with_common_reports
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.fields import AllocatorChoice, PrunerChoice, Strategy
+from flows.minutes import refuse_minutes
 from flows.runtime import Runtime
 from flows.settings import Search
 from storage.draft import Draft
@@ -155,9 +156,11 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
         runtime: Where and how; changes nothing in the results.
 
     Raises:
+        ValueError: ``runtime`` has a limit of time.
         SearchFailed: one of them cannot be done; the results of those before it stay in the store.
         CancelledRun: with ``fan_out``, somebody cancelled the run or a part of it.
     """
+    refuse_minutes(runtime, "compare")
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
         try:

@@ -43,6 +43,7 @@ class Found:
         checkpoint: the model, if it is imported.
         linears: the prunable weights by layer; empty if it is not.
         plans: those of the allocator; empty if they cannot be known yet.
+        tried: how many plans are scored before those.
         request: the lanes that are to be scored next; None if there is no capture, or all are.
         lanes: their stages.
     """
@@ -51,6 +52,7 @@ class Found:
     checkpoint: Checkpoint | None = None
     linears: Sequence[Sequence[Linear]] = ()
     plans: tuple[SparsityPlan, ...] = ()
+    tried: int = 0
     request: LaneRequest | None = None
     lanes: tuple[Stage, ...] = ()
     missing_lanes: tuple[int, ...] = ()  # positions in ``lanes`` of those that are not there
@@ -166,7 +168,7 @@ def _look_up_lanes(
     if request is not None:
         roles |= {_role_of(plan): None for plan in request.plans}
         missing = tuple(number for number, lane in enumerate(lanes) if lane is None)
-        found = replace(found, request=request, lanes=tuple(stages), missing_lanes=missing)
+        found = replace(found, tried=len(scores), request=request, lanes=tuple(stages), missing_lanes=missing)
     elif joined:
         ends |= _look_up_ends(store, inputs, pruning, joined, parameter, found)
     before = {role: artifact for role, artifact in found.stages.items() if role not in CHOSEN}

@@ -51,6 +51,7 @@ class Strategy:
         windows: how many selection windows there are.
         allocation: how sparsities become a plan that meets the budget.
         linears: the prunable ones, by layer.
+        stop_after: nothing more is asked for once so many plans are known.
     """
 
     name: Name
@@ -59,6 +60,7 @@ class Strategy:
     windows: int
     allocation: AllocateSettings
     linears: Sequence[Sequence[Linear]]
+    stop_after: int | None = None
 
     @property
     def most_together(self) -> int:
@@ -77,6 +79,8 @@ class Strategy:
         Args:
             known: losses of the first selection windows, in nats.
         """
+        if self.stop_after is not None and len(known) >= self.stop_after:
+            return None
         if self.name == "race":
             return self._race(known)
         if self.name == "adaptive":
@@ -180,7 +184,9 @@ def strategy_of(
         require_optuna()
     prunable = settings.pruning("auto").prunable(linears)
     trials = settings.trials_of(len(plans))
-    return Strategy(settings.strategy, tuple(plans), trials, windows, settings.allocation, prunable)
+    return Strategy(
+        settings.strategy, tuple(plans), trials, windows, settings.allocation, prunable, settings.stop_after
+    )
 
 
 def first_lanes(

@@ -6,6 +6,7 @@ from math import ceil
 
 from flows.found import Found, look_up
 from flows.groups import lane_groups
+from flows.minutes import check_minutes
 from flows.next_lanes import LaneRequest, first_lanes, strategy_of
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
@@ -77,6 +78,7 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     Raises:
         ValueError: whatever a search would refuse about these settings before it computes.
     """
+    check_minutes(settings, runtime)
     store = ArtifactStore(runtime.store)
     found = look_up(store, settings)
     index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)

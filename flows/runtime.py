@@ -22,7 +22,7 @@ def _known_place(value: str) -> str:
 
 
 class Runtime(Settings):
-    """Where and how a search runs; changes nothing in its result."""
+    """Where and how a search runs; changes nothing in its result, but that minutes end it earlier."""
 
     store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
     device: str = Field(
@@ -66,6 +66,15 @@ class Runtime(Settings):
         ge=1,
         description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
         "the workers and their memory for hidden states ask for.",
+    )
+
+    minutes: float | None = Field(
+        title="Minutes for the search",
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="With a strategy that does not try all plans: begin no more of them after this time, and choose "
+        "from those that were tried; the same search again goes on from there. Empty: no limit.",
     )
 
     @property

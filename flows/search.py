@@ -10,6 +10,7 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 
 from flows.cancelling import cancelled
 from flows.mending import mending
+from flows.minutes import check_minutes, end_of, score_in_time
 from flows.options import search_command
 from flows.publishing import publish_to_prefect
 from flows.result import SearchResult
@@ -37,12 +38,14 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
 
     Args:
         settings: what is searched for; decides the result.
-        runtime: where and how; changes nothing in the result.
+        runtime: where and how; changes nothing in the result, but that ``minutes`` end it earlier.
 
     Raises:
+        ValueError: the model, the texts or the settings are not fit for it, before any work.
         StepFailed: with ``fan_out``, another process could not do its part.
         CancelledRun: with ``fan_out``, this run or one of a part was cancelled.
     """
+    check_minutes(settings, runtime)
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"search: {settings.title}"):
         try:
@@ -58,16 +61,25 @@ def run_search(store: ArtifactStore, settings: Search, runtime: Runtime) -> Sear
         StepFailed: with ``fan_out``, another process could not do its part.
         CancelledRun: with ``fan_out``, this run or one of a part was cancelled.
     """
+    end = end_of(runtime)
     if runtime.fan_out == "local":
         execution = runtime.execution()
-        return mending(store, lambda: _run_stages(store, settings, settings, execution))
+
+        def run_here() -> SearchResult:
+            tried = settings
+            if runtime.minutes is not None:
+                tried = score_in_time(store, settings, execution, end)
+            return _run_stages(store, tried, tried, execution)
+
+        return mending(store, run_here)
     # What others have made is only read here: no device is asked for.
     execution = runtime.model_copy(update={"device": "cpu"}).execution()
     shared = mending(store, lambda: share(store, settings, runtime))
 
     def run() -> SearchResult:
-        spread(store, shared)
-        return _run_stages(store, settings, shared.settings, execution, shared.there)
+        tried = spread(store, shared, end)
+        asked = settings.model_copy(update={"stop_after": tried.stop_after})
+        return _run_stages(store, asked, tried, execution, shared.there)
 
     return mending(store, run)
 

@@ -147,6 +147,13 @@ class Search(Settings):
         description="With a strategy that does not try all: at most so many, uniform among them; empty: "
         f"{' or '.join(f'{count} ({name})' for name, count in TRIALS.items())}.",
     )
+    stop_after: int | None = Field(
+        title="Plans after which it stops",
+        default=None,
+        ge=1,
+        description="With such a strategy: begin nothing more once so many plans are scored, however far it would go. "
+        "A search whose minutes are over says here where that was; empty: no stop.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         title="Dtype of the computation",
         default="auto",
@@ -166,11 +173,12 @@ class Search(Settings):
     @model_validator(mode="after")
     def _betas_given_once(self) -> "Search":
         _ = self.allocation
-        if self.trials is not None and self.strategy not in TRIALS:
-            raise ValueError(
-                f"trials is {self.trials}, but the strategy {self.strategy} tries all plans. Leave trials empty, or "
-                f"set strategy to {' or '.join(TRIALS)}."
-            )
+        for name in ("trials", "stop_after"):
+            if getattr(self, name) is not None and self.strategy not in TRIALS:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but the strategy {self.strategy} tries all plans. Leave {name} "
+                    f"empty, or set strategy to {' or '.join(TRIALS)}."
+                )
         if self.strategy == "projections" and self.pattern is not None:
             raise ValueError(
                 f"strategy is projections, and there is the pattern {self.pattern}, whose levels are further "

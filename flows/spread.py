@@ -14,6 +14,7 @@ from flows.fan_out import FanOut
 from flows.found import Found, look_up
 from flows.groups import lane_groups
 from flows.local_processes import LocalProcesses
+from flows.minutes import stopped_in_time
 from flows.place import Place
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
@@ -56,8 +57,14 @@ def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
 
 
 @stage_task(about=lambda store, shared: f"{shared.settings.title} over {shared.runtime.fan_out}")
-def spread(store: ArtifactStore, shared: Shared) -> None:
+def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
     """Have others build what the store lacks of a search.
+
+    Args:
+        end: no plans are begun any more from then on, on the clock ``time.monotonic``.
+
+    Returns:
+        The search of which all is there: see ``minutes.stopped_in_time``.
 
     Raises:
         ValueError: there is no such place, or it is not a place for this; before any work.
@@ -67,7 +74,7 @@ def spread(store: ArtifactStore, shared: Shared) -> None:
     settings, runtime = shared.settings, shared.runtime
     found = look_up(store, settings)
     if not found.missing:
-        return
+        return settings
     tag = f"search:{digest({'settings': settings.model_dump(mode='json'), 'store': runtime.store})[:12]}"
     with get_client(sync_client=True) as client, closing(open_place(client, runtime)) as place:
         fan_out = FanOut(client, store, place, tag)
@@ -75,7 +82,10 @@ def spread(store: ArtifactStore, shared: Shared) -> None:
             fan_out.run([_capture_step(store, settings, runtime)])
             found = look_up(store, settings)
         while found.missing_lanes:
-            fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
+            stopped = stopped_in_time(settings, found, end)
+            if stopped == settings:
+                fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
+            settings = stopped
             found = look_up(store, settings)
         if found.missing:
             fan_out.run([_evaluate_step(store, settings, runtime)])
@@ -85,6 +95,7 @@ def spread(store: ArtifactStore, shared: Shared) -> None:
             f"{store.url} has no {', '.join(found.missing)}, although all steps are done. "
             "Has a text or the model changed meanwhile?"
         )
+    return settings
 
 
 def open_place(client: SyncPrefectClient, runtime: Runtime) -> Place:

@@ -42,5 +42,5 @@ class Step:
 
 def parameters_of(settings: Search, runtime: Runtime) -> dict[str, object]:
     """Parameters of a step of this search: it computes alone, on whatever device it has."""
-    alone = runtime.model_copy(update={"fan_out": "local", "groups": None})
+    alone = runtime.model_copy(update={"fan_out": "local", "groups": None, "minutes": None})
     return {"settings": settings.model_dump(mode="json"), "runtime": alone.model_dump(mode="json")}

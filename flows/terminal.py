@@ -30,6 +30,9 @@ def show_result(console: Console, result: SearchResult) -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
+    if result.settings.stop_after is not None:
+        tried = len(result.selection.rows)
+        console.print(f"Stopped after {tried} plans, of which this is the best; others may be better.")
     if result.pruned is not None:
         console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
     if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL

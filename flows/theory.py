@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from flows.cancelling import cancelled
 from flows.comparison import markdown_of
 from flows.mending import mending
+from flows.minutes import refuse_minutes
 from flows.publishing import where_the_report_is
 from flows.report import make_report_with_theory
 from flows.runtime import Runtime
@@ -44,6 +45,7 @@ OF_A_SEARCH = (
     "beta_step",
     "strategy",
     "trials",
+    "stop_after",
 )
 WITHOUT_OPTION = (*OF_A_SEARCH, "export", "retain")
 
@@ -121,7 +123,8 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
         runtime: where and how; changes nothing in the result.
 
     Raises:
-        ValueError: ``runtime`` asks for other processes, or the model does not allow what is asked for.
+        ValueError: ``runtime`` asks for other processes or has a limit of time, or the model does not allow what is
+            asked for.
         CancelledRun: the run was cancelled.
     """
     if runtime.fan_out != "local":
@@ -129,6 +132,7 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
             f"fan_out is {runtime.fan_out}, but all plans of the theory advance in one group, in this process. Leave "
             "fan_out out; to compute elsewhere, start the command there with the same store."
         )
+    refuse_minutes(runtime, "theory")
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"theory: {settings.title}"):
         try:

@@ -1,5 +1,7 @@
 """Strategies: which lanes run next, on losses that can be checked by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from flows.next_lanes import LaneRequest, Strategy
@@ -180,3 +182,19 @@ def test_a_search_over_layers_with_a_pattern_tries_its_levels_only():
     requests = play(strategy("bayesian", (0.0,), 20, 4, pattern="N:8"), steps_from((0.25, 0.5, 0.5, 0.75)))
     layers = {layer for request in requests for plan in request.plans for layer in plan.layers}
     assert {8 * layer for layer in layers} <= set(range(9))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "bayesian", "evolutionary"])
+def test_a_search_that_is_stopped_asks_for_what_it_would_have_asked_for_until_then(name):
+    searched = strategy(name, BETAS, 20, 4)
+
+    def level(plan):
+        return steps_from((0.3, 0.4, 0.6, 0.7))(plan) + (plan.beta - 0.004) ** 2
+
+    requests = play(searched, level)
+    assert len(requests) > 1
+    tried = 0
+    for number, request in enumerate(requests, 1):
+        for stop_after in range(tried + 1, tried + len(request.plans) + 1):
+            assert play(replace(searched, stop_after=stop_after), level) == requests[:number]
+        tried += len(request.plans)

@@ -2,16 +2,19 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flows.compare import Compare, compare
 from flows.found import look_up
 from flows.plan import plan_search
 from flows.runtime import Runtime
 from flows.search import search
 from storage.store import ArtifactStore
+from tasks.search_result import lane_role
 
 BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the last one removes the whole third layer
 WINDOWS = 24
@@ -163,3 +166,36 @@ def test_over_processes_a_search_that_makes_plans_ends_as_in_one(strategy, reque
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
         role: artifact.content for role, artifact in alone.stages.items()
     }
+
+
+@pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:2"}], ids=["one process", "two processes"])
+def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_from_there(
+    settings, fan_out, tmp_path
+):
+    asked = settings(strategy="adaptive", trials=6)
+    store = str(tmp_path / "store")
+    stopped = search(asked, Runtime(store=store, minutes=1e-6, **fan_out))
+    tried = [0.0, BETAS[0], BETAS[2]]  # what an adaptive search begins with
+    assert [row.beta for row in stopped.selection.rows] == tried
+    assert stopped.settings == asked.model_copy(update={"stop_after": 3})
+    assert "of the selection text, where the search was stopped" in Path(stopped.report).read_text()
+    assert search(stopped.settings, Runtime(store=store)).built == ()
+    again = search(asked, Runtime(store=store, minutes=60, **fan_out))
+    assert again.settings == asked
+    assert len(again.selection.rows) > 3
+    assert not [role for role in again.built if role in {lane_role(beta, 0) for beta in tried}]
+
+
+def test_minutes_are_for_a_search_that_they_can_end(settings, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"), minutes=5)
+    for strategy in ("grid", "race"):
+        for run in (search, plan_search):
+            with pytest.raises(
+                ValueError, match=f"^minutes is 5, but the strategy {strategy} scores all plans"
+            ):
+                run(settings(strategy=strategy), runtime)
+    with pytest.raises(ValueError, match="minutes is 5, which is for a search alone: compare needs"):
+        compare(Compare(search=settings(strategy="adaptive")), runtime)
+    with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
+        settings(stop_after=3)
+    assert not Path(runtime.store).exists()
