@@ -7,6 +7,8 @@ from flows.console import open_console, size
 from flows.terminal import show_selection, show_test
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
+from tasks.measured_on import MeasuredOn
+from tasks.report_text import on_what
 from tasks.search_result import RESULT_FILE, RESULT_STAGE
 from tasks.select import read_selection
 
@@ -36,6 +38,8 @@ def show_key(store_url: str, key: str | None) -> None:
         title = f"{document['source']} at sparsity {document['settings']['sparsity']:g}"
         show_selection(console, title, read_selection(store, store.get(stages["select"])))
         show_test(console, read_test(store, store.get(stages["evaluate"])))
+        for text, what in document.get("measured on", {}).items():  # old results do not say it
+            console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
             console.print(f"\nPruned model: {exported}", soft_wrap=True)

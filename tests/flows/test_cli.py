@@ -224,6 +224,7 @@ def test_show_of_a_search_has_its_table_its_verdict_and_the_place_of_the_model(s
     assert [row[0] for row in rows] == ["0", "0.1", "0.25"]
     assert said["show"].code == 0
     assert "Pruned model: " in said["show"].out
+    assert re.search(r"test: .*: \d+ windows of 16 tokens from .*SHA-256 \w{12}", said["show"].out)
 
 
 def test_report_says_where_the_page_of_a_search_lies(said, finished):
