@@ -60,7 +60,8 @@ class Allocation(BaseModel):
         """The search with this way of allocating."""
         changes = {name: value for name, value in dict(self).items() if value is not None}
         if self.strategy is not None and self.strategy != common.strategy:
-            changes = {"trials": None} | changes  # the common ones are of the common strategy
+            # The common ones are of the common strategy.
+            changes = {"trials": None, "stop_after": None} | changes
         if self.allocator is not None and self.allocator != common.allocator:
             # The common betas are ATP's, or another allocator's strengths.
             changes = {
@@ -69,6 +70,7 @@ class Allocation(BaseModel):
                 "beta_step": None,
                 "strategy": "grid",
                 "trials": None,
+                "stop_after": None,
             } | changes
         return Search(**dict(common) | changes)
 

@@ -12,6 +12,7 @@ from flows.cancelling import cancelled
 from flows.extras import newest_speed
 from flows.fields import Settings
 from flows.mending import mending
+from flows.minutes import refuse_minutes
 from flows.reopened import Reopened, reopen
 from flows.report import make_report
 from flows.runtime import Runtime
@@ -44,7 +45,9 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
 
     Raises:
         KeyError: there is no such search in the store.
+        ValueError: ``runtime`` has a limit of time.
     """
+    refuse_minutes(runtime, "compress")
     store, execution = ArtifactStore(runtime.store), runtime.execution()
     with stopping_on_sigterm(), announced(store.fs, store.root, "compress"):
         try:

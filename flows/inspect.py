@@ -4,7 +4,7 @@ import json
 
 from flows.asked_artifact import asked_artifact
 from flows.console import open_console, size
-from flows.terminal import show_selection, show_test
+from flows.terminal import show_selection, show_stop, show_test
 from storage.store import ArtifactStore
 from tasks.evaluate import read_test
 from tasks.measured_on import MeasuredOn
@@ -36,8 +36,10 @@ def show_key(store_url: str, key: str | None) -> None:
         stages = document["stages"]
         console.print()
         title = f"{document['source']} at sparsity {document['settings']['sparsity']:g}"
-        show_selection(console, title, read_selection(store, store.get(stages["select"])))
+        selection = read_selection(store, store.get(stages["select"]))
+        show_selection(console, title, selection)
         show_test(console, read_test(store, store.get(stages["evaluate"])))
+        show_stop(console, document["settings"].get("stop_after"), selection)
         for text, what in document.get("measured on", {}).items():  # old results do not say it
             console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
         if "export" in stages:

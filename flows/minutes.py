@@ -4,13 +4,8 @@ import time
 
 from prefect.logging import get_run_logger
 
-from flows.found import Found, look_up
 from flows.runtime import Runtime
 from flows.settings import TRIALS, Search
-from flows.stages import captured
-from storage.store import ArtifactStore
-from tasks.branch import branch
-from tasks.execution import Execution
 
 
 def check_minutes(settings: Search, runtime: Runtime) -> None:
@@ -34,8 +29,8 @@ def refuse_minutes(runtime: Runtime, flow: str) -> None:
     """
     if runtime.minutes is not None:
         raise ValueError(
-            f"minutes is {runtime.minutes:g}, which is for a search alone: {flow} needs all of its plans. Leave "
-            "minutes empty."
+            f"minutes is {runtime.minutes:g}, which limits a search, but {flow} does all of its work. Leave minutes "
+            "empty."
         )
 
 
@@ -44,33 +39,21 @@ def end_of(runtime: Runtime) -> float:
     return float("inf") if runtime.minutes is None else time.monotonic() + 60 * runtime.minutes
 
 
-def stopped_in_time(settings: Search, found: Found, end: float) -> Search:
-    """The search itself, or if its time is over the one that stops at what was tried by now.
+def is_too_late(tried: int, end: float) -> bool:
+    """Whether no request for lanes is to be begun any more; one of which the store has some was begun before.
 
-    What it begins with is always scored: uniform is among that.
+    Args:
+        tried: how many plans were scored before. What a search begins with is always scored, as uniform is among it.
+        end: when that is, on the clock ``time.monotonic``.
     """
-    if found.request is None or not found.tried or time.monotonic() < end:
-        return settings
+    return tried > 0 and time.monotonic() >= end
+
+
+def stopped(settings: Search, tried: int) -> Search:
+    """The search that stops at what was tried when the time of this one was over."""
     get_run_logger().warning(
-        "the minutes of %s are over after %d plans, from which the best is chosen now; the same search again goes on "
-        "from there",
-        settings.title,
-        found.tried,
+        "the minutes are over, after %d of the plans that this search would try: the best of them is chosen now, and "
+        "the same search again goes on from there",
+        tried,
     )
-    return settings.model_copy(update={"stop_after": found.tried})
-
-
-def score_in_time(store: ArtifactStore, settings: Search, execution: Execution, end: float) -> Search:
-    """Score plans in this process until the search has no more to try, or until its time is over.
-
-    Returns:
-        The search of which all plans are scored: see ``stopped_in_time``.
-    """
-    before = captured(store, settings, execution)
-    while (found := look_up(store, settings)).request is not None:
-        stopped = stopped_in_time(settings, found, end)
-        if stopped != settings:
-            return stopped
-        inputs = before.inputs("selection", found.request.windows)
-        branch(store, inputs, found.request.plans, before.linears, before.pruning, execution)
-    return settings
+    return settings.model_copy(update={"stop_after": tried})

@@ -93,10 +93,11 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     workers = _workers(runtime)
     groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
-    if settings.strategy in TRIALS:  # later requests may be larger than the next one
+    is_last = _is_last(settings, found, request)
+    if settings.strategy in TRIALS and not is_last:  # later requests may be larger than the next one
         most = strategy_of(settings, plans, linears, counts["selection"] or 0).most_together
         together = max(together, ceil(most / max(len(groups), 1)))
-    stages = _stages(settings, there, sizes, groups, request, missing)
+    stages = _stages(settings, there, sizes, groups, request, missing, is_last)
     budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
     memory = sizes.memory | {"hidden states": min(states, budget)}
     uncounted = tuple(role for role, count in counts.items() if count is None)
@@ -123,6 +124,7 @@ def _stages(
     groups: Sequence[Sequence[int]],
     request: LaneRequest | None,
     missing: Sequence[int],
+    is_last: bool,
 ) -> list[PlannedStage]:
     """All stages of a search, in their order."""
     index = sizes.index
@@ -141,7 +143,7 @@ def _stages(
         _stage(
             f"branch: {settings.trials_of(sizes.plans)} {'trials' if settings.makes_plans else 'betas'}",
             not missing,
-            _lanes_to_do(settings, request, missing),
+            _lanes_to_do(request, missing, is_last),
             weights * len(groups),
             sizes.lanes_files(len(missing)),
         ),
@@ -182,9 +184,15 @@ def _next_lanes(
     return request, range(len(request.plans))
 
 
-def _lanes_to_do(settings: Search, request: LaneRequest | None, missing: Sequence[int]) -> str:
+def _is_last(settings: Search, found: Found, request: LaneRequest | None) -> bool:
+    """Whether nothing is asked for after this request."""
+    asked = found.tried + (0 if request is None else len(request.plans))
+    return settings.strategy == "grid" or (settings.stop_after is not None and asked >= settings.stop_after)
+
+
+def _lanes_to_do(request: LaneRequest | None, missing: Sequence[int], is_last: bool) -> str:
     windows = "" if request is None else windows_title(request.windows)
-    then = "" if settings.strategy == "grid" else "; then what these tell"
+    then = "" if is_last else "; then what these tell"
     return f"prune and score {len(missing)} of them{windows}{then}"
 
 

@@ -11,7 +11,7 @@ from storage.artifact import Artifact
 from storage.files import is_local
 from storage.store import ArtifactStore
 from tasks.figure_files import figure_file
-from tasks.findings import number, sentence_on_test, table_rows
+from tasks.findings import number, sentence_on_stop, sentence_on_test, table_rows
 from tasks.progress import going_on_without_prefect
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
@@ -77,7 +77,7 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
 
 **{selection.verdict}.**
 
-{sentence_on_test(test)}
+{sentence_on_test(test)} {sentence_on_stop(settings.stop_after, len(selection.rows))}
 
 | | {selection.parameter} | perplexity, selection text | perplexity, test text |
 |:--|--:|--:|--:|

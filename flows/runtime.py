@@ -67,14 +67,13 @@ class Runtime(Settings):
         description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
         "the workers and their memory for hidden states ask for.",
     )
-
     minutes: float | None = Field(
         title="Minutes for the search",
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="With a strategy that does not try all plans: begin no more of them after this time, and choose "
-        "from those that were tried; the same search again goes on from there. Empty: no limit.",
+        description="With a strategy that does not try all plans: begin no more of them after so long a run, and "
+        "choose from those that were tried; the same search again goes on from there. Empty: no limit.",
     )
 
     @property

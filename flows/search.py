@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from math import inf
 from typing import cast
 
 from prefect import flow
@@ -10,7 +11,7 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 
 from flows.cancelling import cancelled
 from flows.mending import mending
-from flows.minutes import check_minutes, end_of, score_in_time
+from flows.minutes import check_minutes, end_of
 from flows.options import search_command
 from flows.publishing import publish_to_prefect
 from flows.result import SearchResult
@@ -64,22 +65,14 @@ def run_search(store: ArtifactStore, settings: Search, runtime: Runtime) -> Sear
     end = end_of(runtime)
     if runtime.fan_out == "local":
         execution = runtime.execution()
-
-        def run_here() -> SearchResult:
-            tried = settings
-            if runtime.minutes is not None:
-                tried = score_in_time(store, settings, execution, end)
-            return _run_stages(store, tried, tried, execution)
-
-        return mending(store, run_here)
+        return mending(store, lambda: _run_stages(store, settings, settings, execution, end))
     # What others have made is only read here: no device is asked for.
     execution = runtime.model_copy(update={"device": "cpu"}).execution()
     shared = mending(store, lambda: share(store, settings, runtime))
 
     def run() -> SearchResult:
         tried = spread(store, shared, end)
-        asked = settings.model_copy(update={"stop_after": tried.stop_after})
-        return _run_stages(store, asked, tried, execution, shared.there)
+        return _run_stages(store, settings, tried, execution, there=shared.there)
 
     return mending(store, run)
 
@@ -89,22 +82,24 @@ def _run_stages(
     asked: Search,
     settings: Search,
     execution: Execution,
+    end: float = inf,
     there: Collection[str] | None = None,
 ) -> SearchResult:
     """Run the stages, and publish what came out.
 
     Args:
         asked: the search as the user knows it; ``settings``: as all processes know it.
+        end: no plans are begun any more from then on, on the clock ``time.monotonic``.
         there: roles of the artifacts that were in the store before others worked for this search, if they did.
     """
-    end = chosen(store, settings, execution)
-    before = end.captured
+    found = chosen(store, settings, execution, end)
+    before = found.captured
     stages: dict[str, Artifact] = {
         **before.artifacts,
-        **{lane_role(score.plan.beta, score.plan.offset): score.artifact for score in end.scores},
-        "select": end.selected,
-        **({} if end.exported is None else {"export": end.exported}),
-        "evaluate": end.tested,
+        **{lane_role(score.plan.beta, score.plan.offset): score.artifact for score in found.scores},
+        "select": found.selected,
+        **({} if found.exported is None else {"export": found.exported}),
+        "evaluate": found.tested,
     }
     built = [
         role
@@ -112,11 +107,11 @@ def _run_stages(
         if artifact.key in store.built or (there is not None and role not in there)
     ]
     result = SearchResult(
-        asked,
+        asked.model_copy(update={"stop_after": found.settings.stop_after}),
         str(before.checkpoint.artifact.facts["source"]),
-        end.selection,
-        read_test(store, end.tested),
-        None if end.exported is None else store.location(end.exported),
+        found.selection,
+        read_test(store, found.tested),
+        None if found.exported is None else store.location(found.exported),
         stages,
         tuple(built),
         before.checkpoint.bytes_read,

@@ -14,7 +14,7 @@ from flows.fan_out import FanOut
 from flows.found import Found, look_up
 from flows.groups import lane_groups
 from flows.local_processes import LocalProcesses
-from flows.minutes import stopped_in_time
+from flows.minutes import is_too_late, stopped
 from flows.place import Place
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
@@ -64,7 +64,7 @@ def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
         end: no plans are begun any more from then on, on the clock ``time.monotonic``.
 
     Returns:
-        The search of which all is there: see ``minutes.stopped_in_time``.
+        The search of which all is there: where its time was over, the one that stops there.
 
     Raises:
         ValueError: there is no such place, or it is not a place for this; before any work.
@@ -82,10 +82,10 @@ def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
             fan_out.run([_capture_step(store, settings, runtime)])
             found = look_up(store, settings)
         while found.missing_lanes:
-            stopped = stopped_in_time(settings, found, end)
-            if stopped == settings:
+            if len(found.missing_lanes) == len(found.lanes) and is_too_late(found.tried, end):
+                settings = stopped(settings, found.tried)
+            else:
                 fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
-            settings = stopped
             found = look_up(store, settings)
         if found.missing:
             fan_out.run([_evaluate_step(store, settings, runtime)])

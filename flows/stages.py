@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
+from flows.minutes import is_too_late, stopped
 from flows.next_lanes import LaneRequest, first_lanes, follow, strategy_of
 from flows.settings import Search
 from flows.token_requests import token_requests
@@ -11,7 +13,7 @@ from layerwise.skeleton import Linear
 from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from tasks.allocate import allocate, read_plans
-from tasks.branch import LaneScore, branch
+from tasks.branch import LaneScore, branch, lane_stage
 from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture
 from tasks.capture_grams import capture_grams
 from tasks.checkpoint import Checkpoint
@@ -61,8 +63,13 @@ class Captured:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What came out in the end."""
+    """What came out in the end.
 
+    Attributes:
+        settings: the search of which all is done: where its time was over, the one that stops there.
+    """
+
+    settings: Search
     captured: Captured
     scores: Sequence[LaneScore]
     selected: Artifact
@@ -136,23 +143,48 @@ def all_scored(
     Returns:
         The lanes that were tried, the uniform one first.
     """
+    before, scores, _ = _scored_in_time(store, settings, execution, inf)
+    return before, scores
+
+
+def _scored_in_time(
+    store: ArtifactStore, settings: Search, execution: Execution, end: float
+) -> tuple[Captured, list[LaneScore], LaneRequest | None]:
+    """As ``all_scored``, with the request that it was too late for; None if there was none.
+
+    Args:
+        end: no request is begun any more from then on, on the clock ``time.monotonic``.
+    """
     before = captured(store, settings, execution)
     plans = read_plans(store, before.allocation)
 
-    def advance(request: LaneRequest) -> list[LaneScore]:
+    tried: set[SparsityPlan] = set()
+
+    def advance(request: LaneRequest) -> list[LaneScore] | None:
         inputs = before.inputs("selection", request.windows)
+        if is_too_late(len(tried), end):
+            lanes = (lane_stage(plan, inputs, before.pruning) for plan in request.plans)
+            if not any(map(store.find, lanes)):
+                return None
+        tried.update(request.plans)
         return branch(store, inputs, request.plans, before.linears, before.pruning, execution)
 
     windows = int(str(before.windows["selection"].facts["windows"]))
-    lanes, _ = follow(strategy_of(settings, plans, before.linears, windows), advance)
+    lanes, left = follow(strategy_of(settings, plans, before.linears, windows), advance)
     if all(len(rounds) == 1 for rounds in lanes):
-        return before, [score for (score,) in lanes]
-    return before, join_rounds(store, lanes)
+        return before, [score for (score,) in lanes], left
+    return before, join_rounds(store, lanes), left
 
 
-def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chosen:
-    """Score all plans, choose the best, export the model pruned by it if that is wanted, and test it."""
-    before, scores = all_scored(store, settings, execution)
+def chosen(store: ArtifactStore, settings: Search, execution: Execution, end: float = inf) -> Chosen:
+    """Score all plans, choose the best, export the model pruned by it if that is wanted, and test it.
+
+    Args:
+        end: no plans are begun any more from then on, on the clock ``time.monotonic``.
+    """
+    before, scores, left = _scored_in_time(store, settings, execution, end)
+    if left is not None:
+        settings = stopped(settings, len(scores))
     dense = float(str(before.capture.facts[DENSE_PERPLEXITY]))
     selected = select(store, scores, dense, settings.parameter)
     selection = read_selection(store, selected)
@@ -164,7 +196,7 @@ def chosen(store: ArtifactStore, settings: Search, execution: Execution) -> Chos
     tested = evaluate(
         store, before.inputs("test"), uniform.plan, best.plan, before.linears, before.pruning, execution
     )
-    return Chosen(before, scores, selected, selection, exported, tested)
+    return Chosen(settings, before, scores, selected, selection, exported, tested)
 
 
 def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:

@@ -9,6 +9,7 @@ from prefect.states import Crashed, State
 
 from flows.cancelling import cancelled
 from flows.mending import mending
+from flows.minutes import refuse_minutes
 from flows.parent_process import stop_with_parent
 from flows.runtime import Runtime
 from flows.settings import Search
@@ -81,6 +82,7 @@ def _step(
     Returns:
         A crash, for others to take up, if the storage does not answer here; a cancellation if it was one.
     """
+    refuse_minutes(runtime, "a part of one")
     execution = runtime.execution()
     run_id = flow_run.id
     name = None if run_id is None else run_id.replace("-", "")

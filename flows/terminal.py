@@ -17,7 +17,7 @@ from flows.theory import TheoryResult
 from layerwise.sparse.speed import SpeedTable
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
-from tasks.findings import number, sentence_on_test, table_rows
+from tasks.findings import number, sentence_on_stop, sentence_on_test, table_rows
 from tasks.select import Selection
 from tasks.speed import speed_rows, speed_sentence
 from tasks.theory_text import sentences
@@ -30,9 +30,7 @@ def show_result(console: Console, result: SearchResult) -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
-    if result.settings.stop_after is not None:
-        tried = len(result.selection.rows)
-        console.print(f"Stopped after {tried} plans, of which this is the best; others may be better.")
+    show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
     if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL
@@ -61,6 +59,12 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
 def show_test(console: Console, test: TestResult) -> None:
     """Test perplexities side by side."""
     console.print(sentence_on_test(test))
+
+
+def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:
+    """That a search did not go on, if it was stopped."""
+    if sentence := sentence_on_stop(stop_after, len(selection.rows)):
+        console.print(sentence)
 
 
 def show_comparison(console: Console, results: Sequence[Compared]) -> None:

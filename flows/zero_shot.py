@@ -10,6 +10,7 @@ from pydantic import Field
 from flows.cancelling import cancelled
 from flows.fields import Settings
 from flows.mending import mending
+from flows.minutes import refuse_minutes
 from flows.reopened import reopen
 from flows.report import make_report
 from flows.runtime import Runtime
@@ -70,9 +71,10 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
 
     Raises:
         KeyError: there is no such search in the store.
-        ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities.
+        ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities; a limit of time.
         ImportError: lm-eval is not installed.
     """
+    refuse_minutes(runtime, "zero-shot")
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"zero-shot: {', '.join(settings.tasks)}"):
         try:

@@ -36,6 +36,13 @@ def number(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"
 
 
+def sentence_on_stop(stop_after: int | None, tried: int) -> str:
+    """That a search did not go on after so many plans; nothing if it was not stopped."""
+    if stop_after is None or tried < stop_after:
+        return ""
+    return f"The search was stopped after {tried} plan{'' if tried == 1 else 's'}; others may be better."
+
+
 def sentence_on_test(test: TestResult) -> str:
     """Test perplexities side by side, and how sure the gain is."""
     gain = ""

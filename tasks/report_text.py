@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from layerwise.perplexity import DIVERGED
+from tasks.findings import sentence_on_stop
 from tasks.measured_on import MeasuredOn
 from tasks.report_data import ReportData
 from tasks.report_tables import BEST, UNIFORM, Row, Rows
@@ -23,10 +24,10 @@ def what_was_done(data: ReportData) -> str:
         f"{settings['pruner']['method']} removed {best['zeros']:,} of {best['weights']:,} weights{pattern} "
         f"({100 * best['zeros'] / best['weights']:.2f} %) from {len(linears)} linears in {layers} decoder layers of "
         f"{data.source}; how much from which layer is by {_allocation(data)}. {plans} scored on "
-        f"{windows} windows of {settings['seqlen']} tokens of the selection text"
-        f"{', where the search was stopped' if settings.get('stop_after') else ''}, and the best one was tested on "
-        f"{'all' if tested is None else tested} windows of the test text, by which nothing was chosen."
-    )
+        f"{windows} windows of {settings['seqlen']} tokens of the selection text, and the best one was tested on "
+        f"{'all' if tested is None else tested} windows of the test text, by which nothing was chosen. "
+        f"{sentence_on_stop(settings.get('stop_after'), len(betas))}"
+    ).strip()
 
 
 def _allocation(data: ReportData) -> str:

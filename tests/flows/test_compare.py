@@ -229,11 +229,14 @@ def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
 
 
 def test_a_way_with_another_strategy_does_not_take_over_the_trials_of_the_common_one():
-    common = Search(**LEAST, strategy="adaptive", trials=4)
+    common = Search(**LEAST, strategy="adaptive", trials=4, stop_after=3)
     atp, projections, given = Compare(
         search=common, allocators=("atp", "atp+projections", {"strategy": "projections", "trials": 30})
     ).searches
     assert (atp.trials, projections.trials, given.trials) == (4, None, 30)
+    assert (atp.stop_after, projections.stop_after, given.stop_after) == (3, None, None)
+    (owl,) = Compare(search=common, allocators=("owl",)).searches
+    assert (owl.strategy, owl.trials, owl.stop_after) == ("grid", None, None)
 
 
 def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):

@@ -1,5 +1,6 @@
 """A search spread over workers: a real server, real workers on machines of their own, and everything dies once."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -8,8 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
+from threading import Event
 from time import monotonic, sleep, time
 
 import psutil
@@ -253,12 +254,40 @@ def now_at_work(machines: list[Worker], since: float, layer: int) -> Worker:
     return there()[0]
 
 
-def stopped_at_work(machine: Worker, since: float, layer: int) -> psutil.Process:
-    """The process of a group, stopped by SIGSTOP as soon as it has this layer done after ``since``."""
-    now_at_work([machine], since, layer)
-    process = psutil.Process(machine.said()[-1].pid)
-    process.suspend()
-    return process
+@contextlib.contextmanager
+def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterator[dict[int, psutil.Process]]:
+    """Stop every group as soon as it has this layer done after ``since``, until its SIGTERM waits for it.
+
+    Yields:
+        Those that were stopped, by their process id; grows.
+    """
+    held: dict[int, psutil.Process] = {}
+    over = Event()
+
+    def hold() -> None:
+        for each in (each for machine in machines for each in machine.said()):
+            if each.at > since and each.pid not in held and layer_of_a_group(layer)(each.line):
+                held[each.pid] = psutil.Process(each.pid)
+                held[each.pid].suspend()
+        for process in held.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED and has_waiting(process, signal.SIGTERM):
+                    process.resume()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            hold()
+
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(watch)
+        try:
+            yield held
+        finally:
+            over.set()
+            for process in held.values():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+            watching.result()
 
 
 def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
@@ -332,18 +361,16 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_ther
     deployment = deploy(search, "parents", "cancelled")
     parameters = {"settings": settings, "runtime": pool_runtime(store)}
     parent = client.create_flow_run_from_deployment(deployment, parameters=parameters)
-    # They could be done before the word reaches them: each stands still from layer 2 until it has its signal.
-    groups = [stopped_at_work(worker, began, 2) for worker in workers]
-    client.set_flow_run_state(parent.id, Cancelling())
-    for group in groups:
-        until(partial(has_waiting, group, signal.SIGTERM), "a cancelled group's signal")
-        group.resume()
 
     def ended() -> list[FlowRun]:
         runs = [client.read_flow_run(parent.id), *runs_of(client, store, "branch")]
         return runs if all(run.state.is_final() for run in runs) else []
 
-    until(ended, "the end of the search and its groups")
+    # A group could be done before the word reaches it.
+    with held_until_told(workers, began, 2) as held:
+        until(lambda: held, "layer 2 of a group")
+        client.set_flow_run_state(parent.id, Cancelling())
+        until(ended, "the end of the search and its groups")
     assert [run.state.name for run in ended()] == ["Cancelled"] * 4
     branches = runs_of(client, store, "branch")
     layers = [log.work.get("branch, layer", [0])[-1] for log in logs_of(branches, workers)]

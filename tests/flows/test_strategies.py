@@ -13,6 +13,8 @@ from flows.found import look_up
 from flows.plan import plan_search
 from flows.runtime import Runtime
 from flows.search import search
+from flows.steps import evaluate
+from flows.theory import Theory, theory
 from storage.store import ArtifactStore
 from tasks.search_result import lane_role
 
@@ -178,12 +180,44 @@ def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_
     tried = [0.0, BETAS[0], BETAS[2]]  # what an adaptive search begins with
     assert [row.beta for row in stopped.selection.rows] == tried
     assert stopped.settings == asked.model_copy(update={"stop_after": 3})
-    assert "of the selection text, where the search was stopped" in Path(stopped.report).read_text()
+    assert "The search was stopped after 3 plans; others may be better." in Path(stopped.report).read_text()
+    plan = plan_search(stopped.settings, Runtime(store=store))
+    assert not [stage for stage in plan.stages if stage.to_do]
     assert search(stopped.settings, Runtime(store=store)).built == ()
     again = search(asked, Runtime(store=store, minutes=60, **fan_out))
     assert again.settings == asked
     assert len(again.selection.rows) > 3
+    assert "The search was stopped" not in Path(again.report).read_text()
     assert not [role for role in again.built if role in {lane_role(beta, 0) for beta in tried}]
+
+
+def test_minutes_change_nothing_in_a_search_that_ends_in_time(settings, tmp_path):
+    asked = settings(strategy="adaptive", trials=6)
+    plain, limited = (
+        search(asked, Runtime(store=str(tmp_path / name), minutes=minutes))
+        for name, minutes in (("plain", None), ("limited", 60))
+    )
+    assert limited.settings == asked
+    assert (limited.selection, limited.bytes_read) == (plain.selection, plain.bytes_read)
+
+
+def test_a_request_that_was_begun_is_finished_when_the_time_is_over(settings, tmp_path):
+    store, other = (ArtifactStore(str(tmp_path / name)) for name in ("store", "other"))
+    asked = settings(strategy="evolutionary", trials=10, betas=[0.1], export=False)
+    whole = search(asked, Runtime(store=store.url))
+    shutil.copytree(tmp_path / "store", tmp_path / "other")
+    begun = whole.stages["lane beta 9"]  # of two plans to begin with and a generation of eight
+    shutil.rmtree(tmp_path / "other" / begun.key)
+    again = search(asked, Runtime(store=other.url, minutes=1e-6))
+    assert (again.settings, again.selection) == (asked, whole.selection)
+
+
+def test_a_plan_of_a_search_that_stops_says_that_nothing_follows(settings, tmp_path):
+    runtime = Runtime(store=str(tmp_path / "store"))
+    ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; then what these tell"}
+    for stop_after, state in ends.items():
+        plan = plan_search(settings(strategy="adaptive", stop_after=stop_after), runtime)
+        assert [stage.state for stage in plan.stages if stage.name.startswith("branch")] == [state]
 
 
 def test_minutes_are_for_a_search_that_they_can_end(settings, tmp_path):
@@ -194,8 +228,12 @@ def test_minutes_are_for_a_search_that_they_can_end(settings, tmp_path):
                 ValueError, match=f"^minutes is 5, but the strategy {strategy} scores all plans"
             ):
                 run(settings(strategy=strategy), runtime)
-    with pytest.raises(ValueError, match="minutes is 5, which is for a search alone: compare needs"):
+    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but compare does all"):
         compare(Compare(search=settings(strategy="adaptive")), runtime)
+    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but theory does all"):
+        theory(Theory(search=settings(export=False, betas=None)), runtime)
+    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but a part of one does all"):
+        evaluate(settings(strategy="adaptive"), runtime)
     with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
         settings(stop_after=3)
     assert not Path(runtime.store).exists()
