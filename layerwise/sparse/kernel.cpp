@@ -74,6 +74,15 @@ inline uint64_t load_mask(const uint8_t* mask, int64_t bytes = 8) {
     return group;
 }
 
+// Into the first-level cache what is read some hundred cycles later: what a CPU fetches by itself comes late while it is
+// busy expanding. Addresses beyond an array do no harm.
+inline void fetch_ahead(const uint8_t* mask, const void* values) {
+    const char* ahead = static_cast<const char*>(values) + 2048;
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
+    __builtin_prefetch(mask + 1024);
+}
+
 struct Portable {
     static constexpr int step = 64;
     using Input = float;
@@ -120,7 +129,8 @@ struct Tables {
 };
 alignas(ALIGNMENT) constexpr Tables TABLES;
 
-// The loops over the columns of a row, 64 at a time. A macro, as a template cannot take its instruction set from an
+// The loops over the columns of a row, in groups of 64; two groups at a time, so that the widest vectors, of which one
+// group has only two, have sums enough that do not wait for each other. A macro, as a template cannot take its instruction set from an
 // argument. They use of a level: `step` columns in a vector, Input, Dense, Sum, and how to expand and multiply.
 #define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                             \
     template <class Value>                                                                                        \
@@ -128,13 +138,14 @@ alignas(ALIGNMENT) constexpr Tables TABLES;
         const uint64_t before = group & ((uint64_t(1) << block * step) - 1);                                      \
         return expand(place(group, block), values + __builtin_popcountll(before), zero);                          \
     }                                                                                                             \
-    template <int TOKENS, int CHAINS, class Value>                                                                \
+    template <int TOKENS, int CHAINS, int FIRST, class Value>                                                     \
     FOR_LEVEL static inline void add_group(uint64_t group, const Value* values, const Input* inputs, Zero zero,   \
                                            Sum (*sums)[TOKENS]) {                                                 \
         _Pragma("GCC unroll 8") for (int block = 0; block < 64 / step; ++block) {                                 \
             const auto weight = block_of(group, block, values, zero);                                             \
+            Sum* chain = sums[(FIRST + block) % CHAINS];                                                          \
             _Pragma("GCC unroll 8") for (int token = 0; token < TOKENS; ++token, inputs += step)                  \
-                sums[block % CHAINS][token] = multiply_add(weight, inputs, sums[block % CHAINS][token]);          \
+                chain[token] = multiply_add(weight, inputs, chain[token]);                                        \
         }                                                                                                         \
     }                                                                                                             \
     template <int TOKENS, class Value>                                                                            \
@@ -145,12 +156,19 @@ alignas(ALIGNMENT) constexpr Tables TABLES;
         Sum sums[CHAINS][TOKENS];                                                                                 \
         for (auto& some : sums)                                                                                   \
             for (Sum& sum : some) sum = no_sum();                                                                 \
-        for (; columns >= 64; columns -= 64, mask += 8, inputs += 64 * TOKENS) {                                  \
-            const uint64_t group = load_mask(mask);                                                               \
-            add_group<TOKENS, CHAINS>(group, values, inputs, zero, sums);                                         \
+        for (; columns >= 128; columns -= 128, mask += 16, inputs += 128 * TOKENS) {                              \
+            fetch_ahead(mask, values);                                                                            \
+            const uint64_t group = load_mask(mask), next = load_mask(mask + 8);                                   \
+            add_group<TOKENS, CHAINS, 0>(group, values, inputs, zero, sums);                                      \
+            values += __builtin_popcountll(group);                                                                \
+            add_group<TOKENS, CHAINS, 64 / step>(next, values, inputs + 64 * TOKENS, zero, sums);                 \
+            values += __builtin_popcountll(next);                                                                 \
+        }                                                                                                         \
+        for (; columns > 0; columns -= 64, mask += 8, inputs += 64 * TOKENS) {                                    \
+            const uint64_t group = columns < 64 ? load_mask(mask, ceiling(columns, 8)) : load_mask(mask);         \
+            add_group<TOKENS, CHAINS, 0>(group, values, inputs, zero, sums);                                      \
             values += __builtin_popcountll(group);                                                                \
         }                                                                                                         \
-        if (columns > 0) add_group<TOKENS, CHAINS>(load_mask(mask, ceiling(columns, 8)), values, inputs, zero, sums);\
         for (int token = 0; token < TOKENS; ++token) {                                                            \
             Sum sum = sums[0][token];                                                                             \
             for (int chain = 1; chain < CHAINS; ++chain) sum = add(sum, sums[chain][token]);                      \

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.bitmask import BYTE_BITS, PackedWeight, pack, unpack
+from layerwise.sparse.pages import in_huge_pages
 
 # The inputs of a panel stay in the first-level cache (32 kB) while its weights stream by: 24 kB in float32.
 PANEL_COLUMNS = 6144
@@ -106,12 +107,12 @@ def panels_of(packed: PackedWeight, int8: bool = False) -> PanelWeight:
     panels = [packed] if dense is None else [pack(dense[:, first:last]) for first, last in bounds]
     counts = torch.cat([BYTE_BITS[panel.mask.int()].sum(dim=1) for panel in panels])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    mask = torch.cat([panel.mask.flatten() for panel in panels])
+    mask = in_huge_pages(torch.cat([panel.mask.flatten() for panel in panels]))
     values = torch.cat([panel.values for panel in panels])
     if not int8:
-        return PanelWeight(packed.shape, mask, values, starts)
+        return PanelWeight(packed.shape, mask, in_huge_pages(values), starts)
     steps, scales = _int8(values, torch.arange(rows).repeat(len(bounds)).repeat_interleave(counts), rows)
-    return PanelWeight(packed.shape, mask, steps, starts, scales)
+    return PanelWeight(packed.shape, mask, in_huge_pages(steps), starts, scales)
 
 
 def _int8(values: Tensor, row_of_value: Tensor, rows: int) -> tuple[Tensor, Tensor]:

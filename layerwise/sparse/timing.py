@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from layerwise.sparse.pages import in_huge_pages
+
 Measured = TypeVar("Measured")
 
 STREAM_BYTES = 256 << 20  # more than the last-level cache of any CPU this is likely to run on
@@ -46,7 +48,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 def stream_bandwidth() -> float:
     """Bytes a second at which this process reads memory that is in no cache, with torch's threads: the median."""
-    numbers = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
+    numbers = in_huge_pages(torch.ones(STREAM_BYTES // 8, dtype=torch.int64))
     seconds = in_turns({"read": lambda: seconds_of(numbers.sum)}, STREAM_ROUNDS)["read"]
     return STREAM_BYTES / statistics.median(seconds)
 
