@@ -59,19 +59,14 @@ class Allocation(BaseModel):
     def of(self, common: Search) -> Search:
         """The search with this way of allocating."""
         changes = {name: value for name, value in dict(self).items() if value is not None}
+        no_stops: dict[str, None] = {"trials": None, "stop_after": None}
         if self.strategy is not None and self.strategy != common.strategy:
             # The common ones are of the common strategy.
-            changes = {"trials": None, "stop_after": None} | changes
+            changes = no_stops | changes
         if self.allocator is not None and self.allocator != common.allocator:
             # The common betas are ATP's, or another allocator's strengths.
-            changes = {
-                "betas": None,
-                "beta_count": None,
-                "beta_step": None,
-                "strategy": "grid",
-                "trials": None,
-                "stop_after": None,
-            } | changes
+            no_betas = {"betas": None, "beta_count": None, "beta_step": None}
+            changes = {**no_betas, "strategy": "grid", **no_stops} | changes
         return Search(**dict(common) | changes)
 
     def title(self, common: Search) -> str:

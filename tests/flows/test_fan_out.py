@@ -270,7 +270,7 @@ def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterato
                 held[each.pid] = psutil.Process(each.pid)
                 held[each.pid].suspend()
         for process in held.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 if process.status() == psutil.STATUS_STOPPED and has_waiting(process, signal.SIGTERM):
                     process.resume()
 
