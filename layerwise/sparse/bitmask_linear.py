@@ -24,7 +24,8 @@ class BitmaskLinear(nn.Module):
 
     Sums are kept in float32. The state dict has the weight as an ordinary dense tensor, made for the occasion, so that
     a model with such linears is saved as the checkpoint it came from; nothing can be loaded into one. Without the
-    compiled kernel it calculates with that dense tensor, which is slow: ``accelerate`` leaves linears dense then.
+    compiled kernel it calculates with that dense tensor, which is slow: ``accelerate`` leaves linears dense then. The
+    packed parts are in huge pages; those of a copy (``deepcopy``, pickle) are not, which makes it a little slower.
 
     Args:
         packed: weight of shape ``(out_features, in_features)``, bfloat16 or float32.

@@ -74,13 +74,13 @@ inline uint64_t load_mask(const uint8_t* mask, int64_t bytes = 8) {
     return group;
 }
 
-// Into the first-level cache what is read some hundred cycles later: what a CPU fetches by itself comes late while it is
-// busy expanding. Addresses beyond an array do no harm.
-inline void fetch_ahead(const uint8_t* mask, const void* values) {
-    const char* ahead = static_cast<const char*>(values) + 2048;
-    __builtin_prefetch(ahead);
-    __builtin_prefetch(ahead + 64);
-    __builtin_prefetch(mask + 1024);
+// Into the first-level cache the values that are read some hundred cycles later: what a CPU fetches by itself comes late
+// while it is busy. Two lines for 64 columns are all of them in bfloat16, and in float32 from 50 % zeros on. The address
+// is a number, as it may lie beyond the array.
+inline void fetch_ahead(const void* values) {
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(values) + 2048;
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64));
 }
 
 struct Portable {
@@ -130,8 +130,9 @@ struct Tables {
 alignas(ALIGNMENT) constexpr Tables TABLES;
 
 // The loops over the columns of a row, in groups of 64; two groups at a time, so that the widest vectors, of which one
-// group has only two, have sums enough that do not wait for each other. A macro, as a template cannot take its instruction set from an
-// argument. They use of a level: `step` columns in a vector, Input, Dense, Sum, and how to expand and multiply.
+// group has only two, have sums enough that do not wait for each other. A macro, as a template cannot take its
+// instruction set from an argument. They use of a level: `step` columns in a vector, Input, Dense, Sum, and how to
+// expand and multiply.
 #define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                             \
     template <class Value>                                                                                        \
     FOR_LEVEL static inline auto block_of(uint64_t group, int block, const Value* values, Zero zero) {            \
@@ -157,15 +158,17 @@ alignas(ALIGNMENT) constexpr Tables TABLES;
         for (auto& some : sums)                                                                                   \
             for (Sum& sum : some) sum = no_sum();                                                                 \
         for (; columns >= 128; columns -= 128, mask += 16, inputs += 128 * TOKENS) {                              \
-            fetch_ahead(mask, values);                                                                            \
             const uint64_t group = load_mask(mask), next = load_mask(mask + 8);                                   \
+            fetch_ahead(values);                                                                                  \
             add_group<TOKENS, CHAINS, 0>(group, values, inputs, zero, sums);                                      \
             values += __builtin_popcountll(group);                                                                \
+            fetch_ahead(values);                                                                                  \
             add_group<TOKENS, CHAINS, 64 / step>(next, values, inputs + 64 * TOKENS, zero, sums);                 \
             values += __builtin_popcountll(next);                                                                 \
         }                                                                                                         \
         for (; columns > 0; columns -= 64, mask += 8, inputs += 64 * TOKENS) {                                    \
             const uint64_t group = columns < 64 ? load_mask(mask, ceiling(columns, 8)) : load_mask(mask);         \
+            fetch_ahead(values);                                                                                  \
             add_group<TOKENS, CHAINS, 0>(group, values, inputs, zero, sums);                                      \
             values += __builtin_popcountll(group);                                                                \
         }                                                                                                         \

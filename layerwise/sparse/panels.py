@@ -85,7 +85,7 @@ def panel_bounds(columns: int) -> list[tuple[int, int]]:
 def panels_of(packed: PackedWeight, int8: bool = False) -> PanelWeight:
     """The same weight in panels.
 
-    A weight of one panel shares mask and values with ``packed``; a wider one is unpacked on the way.
+    Mask and values are copies, in huge pages; a weight of more than one panel is unpacked on the way.
 
     Args:
         packed: its values in bfloat16 or float32.
@@ -94,6 +94,7 @@ def panels_of(packed: PackedWeight, int8: bool = False) -> PanelWeight:
     Raises:
         TypeError: values of another dtype.
         ValueError: no rows or no columns; with ``int8``, values that are not finite.
+        OSError: no memory.
     """
     if packed.values.dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(

@@ -267,8 +267,9 @@ def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterato
     def hold() -> None:
         for each in (each for machine in machines for each in machine.said()):
             if each.at > since and each.pid not in held and layer_of_a_group(layer)(each.line):
-                held[each.pid] = psutil.Process(each.pid)
-                held[each.pid].suspend()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    held[each.pid] = psutil.Process(each.pid)
+                    held[each.pid].suspend()
         for process in held.values():
             with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 if process.status() == psutil.STATUS_STOPPED and has_waiting(process, signal.SIGTERM):

@@ -10,7 +10,8 @@ from layerwise.sparse.bitmask_linear import multiply_in_blocks
 from layerwise.sparse.native import LEVELS, Kernel
 from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
 
-# Single numbers, odd sizes, exact multiples of every step (8, 16, 32, 64), two and three panels.
+# Single numbers, odd sizes, exact multiples of every step (8, 16, 32, 64), two groups of 64 and a rest, two and three
+# panels.
 SHAPES = (
     (1, 1),
     (3, 7),
@@ -19,6 +20,7 @@ SHAPES = (
     (64, 64),
     (31, 100),
     (128, 256),
+    (7, 161),
     (6, PANEL_COLUMNS + 1),
     (5, 13000),
 )

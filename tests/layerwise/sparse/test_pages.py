@@ -1,6 +1,9 @@
 """Arrays in huge pages."""
 
+import copy
+import gc
 import mmap
+import pickle
 import re
 from pathlib import Path
 
@@ -9,45 +12,63 @@ import torch
 from torch import Tensor
 
 from layerwise.bitmask import pack
+from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.pages import HUGE_PAGE, in_huge_pages
-from layerwise.sparse.panels import panels_of
+from tests.layerwise.sparse.shapes import require_product, sparse_weight
 
-has_huge_pages = pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages"
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+gives_huge_pages = pytest.mark.skipif(
+    not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="this system gives no huge pages"
 )
 
 
-def is_advised(tensor: Tensor) -> bool:
-    """Whether Linux knows the memory of a tensor as what is to be in huge pages: the flag hg of its mapping."""
+def bytes_in_huge_pages(tensor: Tensor) -> int:
+    """Of the mapping that has the tensor's first number, as Linux counts them."""
     address, found = tensor.data_ptr(), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             found = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif found and line.startswith("VmFlags:"):
-            return "hg" in line.split()
+        elif found and line.startswith("AnonHugePages:"):
+            return 1024 * int(line.split()[1])
     raise AssertionError(f"no mapping has the address {address:x}")
 
 
-@has_huge_pages
+@gives_huge_pages
+@pytest.mark.parametrize("pages", [1, 1.2, 2.9])
+def test_an_array_fills_as_many_huge_pages_as_it_can(pages):
+    array = in_huge_pages(torch.ones(int(pages * HUGE_PAGE), dtype=torch.uint8))
+    assert array.data_ptr() % HUGE_PAGE == 0
+    assert bytes_in_huge_pages(array) >= int(pages) * HUGE_PAGE
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
-def test_a_large_array_is_copied_into_huge_pages(dtype):
-    count = 2 * HUGE_PAGE // dtype.itemsize + 3
-    ordinary = torch.arange(count).to(dtype)
-    copied = in_huge_pages(ordinary)
-    assert is_advised(copied)
-    assert not is_advised(ordinary)
+def test_a_copy_has_the_same_numbers_in_the_same_shape(dtype):
+    array = torch.arange(3 * HUGE_PAGE // dtype.itemsize).to(dtype).view(3, -1)
+    copied = in_huge_pages(array)
     assert copied.dtype == dtype
-    assert torch.equal(copied, ordinary)
-    copied[0] = 77
-    assert ordinary[0] == 0
+    assert torch.equal(copied, array)
+    copied[0, 0] = 77
+    assert array[0, 0] == 0
 
 
-@has_huge_pages
+@gives_huge_pages
+@pytest.mark.usefixtures("best_kernel")
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_packed_weight_has_its_mask_and_values_there(int8):
-    weight = panels_of(pack(torch.randn(4200, 6400)[:, :6200]), int8)
-    assert is_advised(weight.mask)
-    assert is_advised(weight.values)
+def test_a_packed_weight_of_some_size_is_there_and_multiplies(int8):
+    weight = sparse_weight((2100, 8200), 0.8, torch.bfloat16)
+    linear = BitmaskLinear(pack(weight), int8=int8)
+    for part in (linear.panels.mask, linear.panels.values):
+        assert bytes_in_huge_pages(part) >= HUGE_PAGE
+    inputs = torch.randn(2, 8200).bfloat16()
+    outputs = linear(inputs)
+    if not int8:
+        require_product(outputs, inputs, weight)
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(other(inputs), outputs)
+    values, before = linear.panels.values[-5:], linear.panels.values[-5:].clone()
+    del linear
+    gc.collect()
+    assert torch.equal(values, before)
 
 
 def test_a_small_array_stays_where_it_is():
@@ -55,13 +76,11 @@ def test_a_small_array_stays_where_it_is():
     assert in_huge_pages(small) is small
 
 
-def test_a_system_without_such_advice_keeps_its_arrays(monkeypatch):
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+def test_systems_without_huge_pages_keep_their_arrays(monkeypatch):
     large = torch.zeros(HUGE_PAGE, dtype=torch.uint8)
+    monkeypatch.setattr(
+        mmap, "MADV_HUGEPAGE", 9999, raising=False
+    )  # which no Linux knows: EINVAL, as one without
     assert in_huge_pages(large) is large
-
-
-def test_a_linux_without_huge_pages_gives_ordinary_memory(monkeypatch):
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # which no Linux knows: EINVAL, as there
-    large = torch.ones(HUGE_PAGE, dtype=torch.uint8)
-    assert torch.equal(in_huge_pages(large), large)
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    assert in_huge_pages(large) is large
