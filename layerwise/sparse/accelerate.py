@@ -83,6 +83,7 @@ def accelerate(
 
     Raises:
         ValueError: a weight that is not on the CPU, or a packed one for which the model has no linear of that shape.
+        OSError: no memory for the packed weights.
     """
     packed = dict(packed or {})
     _require_weights(model, packed)

@@ -36,6 +36,7 @@ class BitmaskLinear(nn.Module):
     Raises:
         TypeError: another dtype.
         ValueError: an empty weight, one that is not finite with ``int8``, or a bias that does not fit.
+        OSError: no memory for the packed parts.
     """
 
     def __init__(

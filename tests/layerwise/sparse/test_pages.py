@@ -78,9 +78,8 @@ def test_a_small_array_stays_where_it_is():
 
 def test_systems_without_huge_pages_keep_their_arrays(monkeypatch):
     large = torch.zeros(HUGE_PAGE, dtype=torch.uint8)
-    monkeypatch.setattr(
-        mmap, "MADV_HUGEPAGE", 9999, raising=False
-    )  # which no Linux knows: EINVAL, as one without
+    # Which no Linux knows, and answers with EINVAL, as one without huge pages does.
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999, raising=False)
     assert in_huge_pages(large) is large
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     assert in_huge_pages(large) is large
