@@ -1,0 +1,187 @@
+"""Keys that stand in users' stores: a change of one means that finished work is not found any more.
+
+Every key below was taken at commit 8f252e1. A new value is a decision that stands in CHANGELOG.md.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from flows.settings import Search
+from layerwise.allocation import SparsityPlan
+from layerwise.alps import ALPS
+from layerwise.owl import OWL
+from layerwise.skeleton import Linear
+from layerwise.sparsegpt import SparseGPT
+from layerwise.theory_plans import TheoryPlan
+from layerwise.wanda import Wanda
+from storage.artifact import Artifact, StoredFile
+from storage.keys import digest
+from storage.stage import Stage
+from storage.store import ArtifactStore
+from storage.tensor_entry import TensorEntry
+from tasks.allocate import AllocateSettings, allocate_stage
+from tasks.branch import LaneScore, lane_stage
+from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
+from tasks.capture_grams import grams_stage
+from tasks.checkpoint import INDEX_FILE, Checkpoint
+from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.compress import compress_stage
+from tasks.evaluate import evaluate_stage
+from tasks.export import export_stage
+from tasks.grouping import group_stage
+from tasks.hub_corpus import HubCorpus
+from tasks.import_checkpoint import import_stage
+from tasks.join_rounds import joined_stage
+from tasks.lane_group import LaneInputs
+from tasks.measure import measure_stage
+from tasks.model_card import ModelCard
+from tasks.prune_settings import PruneSettings
+from tasks.sample_tokens import TokenRequest, token_stage
+from tasks.select import select_stage
+from tasks.theory import theory_stage
+from tasks.theory_page import page_stage
+from tasks.zero_shot import ZeroShotSettings, zero_shot_stage
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LINEARS = [[Linear("self_attn.q_proj", 4, 4, False), Linear("mlp.down_proj", 4, 8, False)]] * 2
+UNIFORM, ASCENDING = SparsityPlan(0.0, (0.5, 0.5)), SparsityPlan(0.1, (0.45, 0.55))
+WANDA = PruneSettings(0.5, Wanda(), "dense", "bfloat16")
+
+
+def artifact(stage: str, number: int, **facts: object) -> Artifact:
+    """An artifact that only its key, its content and its facts are asked of."""
+    names = {"capture": "statistics/layer_000.parquet", "checkpoint": "tokenizer.json"}
+    name = names.get(stage, "data.bin")
+    return Artifact(
+        f"{stage}/{number:032x}", {name: StoredFile(f"{stage}/{name}", 8, f"{number:032x}")}, dict(facts)
+    )
+
+
+class FixedQuestions:
+    """What a key of zero-shot answers depends on, without lm-eval and its data sets."""
+
+    task, identity = "arc_easy", "f" * 32
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, str]:
+    """The key of every kind of stage, for fixed inputs."""
+    store = ArtifactStore("memory://golden-keys")
+    tensors = (
+        IndexedTensor(
+            "model.layers.0.mlp.down_proj.weight",
+            "model.layers.0.mlp.down_proj.weight",
+            0,
+            "model.safetensors",
+            TensorEntry("BF16", (4, 8), 128, "a" * 32),
+        ),
+    )
+    index = CheckpointIndex({"model_type": "llama"}, "model.layers", 2, False, tensors)
+
+    def write(draft):
+        draft.write(INDEX_FILE, index.to_json())
+        draft.write("tokenizer.json", b"{}")
+        draft.write("tokenizer_config.json", b"{}")
+        draft.write("config.json", b"{}")
+        draft.facts["source"] = "owner/name"
+
+    checkpoint = Checkpoint(store, store.get_or_build(Stage("golden", 1), write), None)
+    capture = artifact("capture", 1, **{DENSE_PERPLEXITY: 11.5})
+    calibration, selection, grams = (
+        artifact("sample_tokens", 2),
+        artifact("sample_tokens", 3),
+        artifact("grams", 4),
+    )
+    inputs = LaneInputs(checkpoint, capture, calibration, selection, grams)
+    score = LaneScore(ASCENDING, artifact("lane", 5), (3.5, 3.25), 0.5)
+    uniform = LaneScore(UNIFORM, artifact("lane", 6), (3.75, 3.5), 0.5)
+    text = HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1", "train", COMMIT)
+    card = ModelCard("owner/name", None, "wanda", None, "atp", (0.45, 0.55), 0.5)
+    settings = Search(
+        model="demo",
+        sparsity=0.5,
+        calibration_windows=128,
+        selection_windows=64,
+        test_windows=None,
+        seqlen=2048,
+    )
+    stages = {
+        "import, demo": import_stage("demo"),
+        "import, hub": import_stage(f"owner/name@{COMMIT}"),
+        "calibration windows": token_stage(
+            checkpoint.tokenizer_identity, TokenRequest("calibration", text, 128, 2048, (0.0, 0.5), 0)
+        ),
+        "test windows": token_stage(checkpoint.tokenizer_identity, TokenRequest("test", text, None, 2048)),
+        "capture": capture_stage(checkpoint.identity, calibration, selection, CaptureSettings("bfloat16")),
+        "grams": grams_stage(checkpoint.identity, calibration, "bfloat16"),
+        "measure": measure_stage(checkpoint, capture, grams, OWL(), False, LINEARS),
+        "allocate": allocate_stage(LINEARS, AllocateSettings(0.5, step=0.002), None),
+        "allocate, offsets": allocate_stage(
+            LINEARS,
+            AllocateSettings(0.5, betas=(0.1,), offsets=(0.1,), allocator=OWL()),
+            artifact("measure", 7),
+        ),
+        "lane": lane_stage(ASCENDING, inputs, WANDA),
+        "lane, sequential": lane_stage(ASCENDING, inputs, replace(WANDA, calibration_mode="sequential")),
+        "lane, sparsegpt": lane_stage(ASCENDING, inputs, replace(WANDA, pruner=SparseGPT())),
+        "lane, alps": lane_stage(ASCENDING, inputs, replace(WANDA, pruner=ALPS())),
+        "lane, pattern and exclusion": lane_stage(
+            ASCENDING, inputs, replace(WANDA, pattern="2:4", exclude="down_proj$")
+        ),
+        "lane, a round": lane_stage(ASCENDING, replace(inputs, windows=(0, 8)), WANDA),
+        "lane_group": group_stage([lane_stage(plan, inputs, WANDA) for plan in (UNIFORM, ASCENDING)]),
+        "lane_rounds": joined_stage([score, uniform]),
+        "select": select_stage([uniform, score], 11.5, "beta"),
+        "export": export_stage(inputs, score, uniform, WANDA),
+        "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
+        "compress": compress_stage(artifact("export", 8).key, card),
+        "theory": theory_stage(inputs, [TheoryPlan("ascending", 0.5, ASCENDING)], WANDA),
+        "theory_page": page_stage(artifact("theory", 9), "title", {"sparsity": 0.5}),
+        "zero_shot": zero_shot_stage(checkpoint, FixedQuestions(), ZeroShotSettings("bfloat16")),  # type: ignore[arg-type]
+    }
+    return {name: stage.key for name, stage in stages.items()} | {
+        "identity of a checkpoint": checkpoint.identity,
+        "identity of a tokenizer": checkpoint.tokenizer_identity,
+        "settings of a search": digest(settings.model_dump(mode="json")),
+    }
+
+
+GOLDEN = {
+    "import, demo": "import_checkpoint/4c9ea97c6cd3226a3322436ca22b74c9",
+    "import, hub": "import_checkpoint/78a662bcaa03862f140a2856a5bf9670",
+    "calibration windows": "sample_tokens/998c496276ba5d01c351eb1489c7098b",
+    "test windows": "sample_tokens/d7af1caac917f830c5d8db6f8a6a34fc",
+    "capture": "capture/00f4ee86783ce48ca5ea92e9d1776b38",
+    "grams": "grams/27740f962eeecdc381561b299ca84147",
+    "measure": "measure/7b66d6f7c27ab990b94e54993995ae97",
+    "allocate": "allocate/05aaa57209abf47f90cce061ffe0f3e2",
+    "allocate, offsets": "allocate/730981252f444217d88a569622dbce42",
+    "lane": "lane/65967dfa8de14f79df57e26afd829129",
+    "lane, sequential": "lane/bb3919f4d264e51f46627efe06a6db24",
+    "lane, sparsegpt": "lane/40e64d0c36d2068c26a8292c2ef097a6",
+    "lane, alps": "lane/e24b0dabbeaacd851d9783f9fae3fcd6",
+    "lane, pattern and exclusion": "lane/30b362f6379aab03153321c56d572ad5",
+    "lane, a round": "lane/b51fbe40aa73f619a01b308acd16fa71",
+    "lane_group": "lane_group/bbcc0bc97f7e292d7477864c78a1d79b",
+    "lane_rounds": "lane_rounds/982792a6871635432d7cb044c12b412e",
+    "select": "select/a4c6c4a570d7a622c4eaca72238e9958",
+    "export": "export/917947c0ef88ef4b9451a86dfaef6dbe",
+    "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
+    "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
+    "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
+    "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",
+    "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",
+    "identity of a checkpoint": "4eb37c8ea08b8bae7a0cfaa333a06b57",
+    "identity of a tokenizer": "c499c195b44d0b3b3e69dffc935c3452",
+    "settings of a search": "15eca869bf95776acd7fadb219f630e6",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_stage_has_the_key_that_stands_in_users_stores(keys, name):
+    assert keys[name] == GOLDEN[name]
+
+
+def test_every_kind_of_stage_is_pinned(keys):
+    assert keys.keys() == GOLDEN.keys()
