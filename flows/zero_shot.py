@@ -61,6 +61,11 @@ class ZeroShot(Settings):
         description="streamed: one decoder layer at a time, one pass over the weights for all tasks. memory: the whole "
         "model at once, by lm-eval's own computation.",
     )
+    trust_task_code: bool = Field(
+        default=False,
+        description="Run the Python code that YAML files of your own ask for (!function, other metrics, data sets of "
+        "other kinds). Set it only for files that you have read.",
+    )
 
 
 @flow(name="zero-shot", persist_result=False)
@@ -85,7 +90,7 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
 
 
 def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
-    questions = load_questions(settings.tasks, settings.documents, settings.seed)
+    questions = load_questions(settings.tasks, settings.documents, settings.seed, settings.trust_task_code)
     finished = reopen(store, settings.search, execution)
     how = ZeroShotSettings(finished.captured.pruning.dtype, settings.way)
     lanes = {"uniform": finished.uniform, "best": finished.best}
