@@ -19,6 +19,7 @@ from storage.store import ArtifactStore
 from tasks.compare_zero_shot import ZeroShotComparison, compare_zero_shot
 from tasks.execution import Execution
 from tasks.lm_tasks import load_questions
+from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 from tasks.zero_shot import ZeroShotSettings
@@ -105,6 +106,6 @@ def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) ->
     table = store_table(store, finished.search.artifact, answers, comparison)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
-        title = f"{finished.settings.title}: zero-shot accuracy in per cent"
+        title = f"{plain(finished.settings.title)}: zero-shot accuracy in per cent"
         create_table_artifact(table_rows(comparison), key="zero-shot", description=title)
     return comparison

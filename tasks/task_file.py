@@ -54,8 +54,8 @@ def read_task(path: Path) -> dict[str, Any]:
     task = _merged(path, ())
     if not isinstance(task.get("task"), str) or {"group", "task_list"} & task.keys():
         raise ValueError(
-            f"the task {path} cannot be loaded (it has not one name). Check that its file describes one task, not a group: "
-            "a name under task, and neither group nor task_list."
+            f"the task {path} cannot be loaded (it has not one name). Check that its file describes one task, not a "
+            "group: a name under task, and neither group nor task_list."
         )
     for name, meaning in CODE.items():
         if task.get(name):
