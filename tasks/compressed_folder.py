@@ -42,6 +42,7 @@ from tasks.tensor_matching import match_tensors
 TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
 LONGEST_DESCRIPTION = 100_000_000  # bytes; as the header of a safetensors file
 LARGEST_SIZE = 1 << 48  # of a tensor's dimension: what is larger torch cannot count
+SUBFOLDERS = ("additional_chat_templates",)  # the only ones that transformers reads anything from
 COPY_AGAIN = "Copy all files of the folder again from one place."
 
 
@@ -201,18 +202,20 @@ def _listed(folder: Path) -> Folder:
     inside = [root]
     if root.parent.name == "snapshots":
         inside.append(root.parent.parent / "blobs")
-    files = {}
-    with os.scandir(root) as entries:
-        present = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+    places = [root, *(root / name for name in SUBFOLDERS if (root / name).is_dir())]
+    found = [Path(entry.path) for place in places for entry in os.scandir(place) if entry.is_file()]
+    present = {str(path.relative_to(root)): path for path in found}
     used = {DESCRIPTION_FILE, SPARSITY_FILE, *copied_files(present)}
-    for name, status in sorted(present.items()):
-        target = Path(os.path.realpath(root / name))
+    files = {}
+    for name, path in sorted(present.items()):
+        target = Path(os.path.realpath(path))
         if (name in used or TENSOR_FILE.fullmatch(name)) and not any(map(target.is_relative_to, inside)):
             raise ValueError(
                 f"{name} of {folder} is a link to {target}, outside of the folder, and is not followed: a folder that "
                 "comes from elsewhere could read any file by it. Put the file itself there."
             )
-        files[name] = FileState(status.st_size, status.st_mtime_ns)
+        status = path.stat()
+        files[name] = FileState(status.st_size, str(status.st_mtime_ns))
     # Nothing of it is kept: who reads it later opens it anew.
     return Folder(LocalFileSystem(), str(root), str(folder), files, pinned=True)
 
