@@ -3,18 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flows.asked_artifact import asked_artifact
 from flows.report import make_report
 from layerwise.sparse.speed import SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
+from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.checkpoint_files import CONFIG
 from tasks.compressed_checkpoint import load
 from tasks.compressed_format import DESCRIPTION_FILE
 from tasks.dtype_speed import fast_dtype
 from tasks.execution import Execution
+from tasks.folder import list_folder
+from tasks.model_in_folder import model_in_folder
 from tasks.search_result import read_search
 from tasks.speed import read_speed, speed
 from tasks.streamed import DTYPES
@@ -32,7 +35,8 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
 
     Raises:
         KeyError: the store has no such search.
-        ValueError: the search has exported no model, or there is a key but no store.
+        ValueError: the search has exported no model, there is a key but no store, or the folder does not hold a model
+            that a search would take.
     """
     folder = Path(model)
     if (folder / CONFIG).exists():
@@ -49,10 +53,9 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
 
 def _model_in(folder: Path) -> PreTrainedModel:
     dtype = DTYPES[fast_dtype(Execution())]
-    if (folder / DESCRIPTION_FILE).exists():
-        compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
-        loaded = compressed.to(dtype)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if not (folder / DESCRIPTION_FILE).exists():
+        return model_in_folder(list_folder(*open_filesystem(str(folder)), name=str(folder)), dtype)
+    compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
+    loaded = compressed.to(dtype)
     assert isinstance(loaded, PreTrainedModel)
     return loaded

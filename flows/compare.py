@@ -22,6 +22,7 @@ from storage.draft import Draft
 from storage.running import announced
 from storage.stage import Stage
 from storage.store import ArtifactStore
+from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 
@@ -177,7 +178,7 @@ def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
         f"search {number:03d}": each.result.stages["evaluate"].key for number, each in enumerate(results)
     }
     names = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
-    title = f"{results[0].result.source}. {COLUMNS}"
+    title = f"{plain(results[0].result.source)}. {COLUMNS}"
 
     def build(draft: Draft) -> None:
         draft.write(

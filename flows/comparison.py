@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 
 from flows.result import SearchResult
 from layerwise.perplexity import DIVERGED, paired_difference
+from tasks.markdown import plain
 
 Row = dict[str, str | float]
 
@@ -101,10 +102,10 @@ def summary_of(searches: Sequence[Compared]) -> list[Row]:
 
 
 def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
-    """A table for people; columns that some rows lack are empty there."""
+    """A table for people; columns that some rows lack are empty there. All of it is plain text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + "--:|" * len(names)]
-    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "--:|" * len(names)]
+    lines += ["| " + " | ".join(plain(str(row.get(name, ""))) for name in names) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from flows.fields import BareUrl
 from flows.housekeeping import by_kind, existing_store, in_short, keys_of_results, what_failed, what_stays
 from storage.collect import collect, plan_collection
 from storage.garbage import Garbage
+from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 
 
@@ -60,4 +61,4 @@ def _tell(title: str, garbage: Sequence[Garbage]) -> None:
     get_run_logger().info("; ".join([title, *lines]))
     table = [{"kind": kind, "count": count, "bytes": taken} for kind, count, taken in rows]
     with going_on_without_prefect():
-        create_table_artifact(key="store-garbage", table=table, description=title)
+        create_table_artifact(key="store-garbage", table=table, description=plain(title))

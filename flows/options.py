@@ -37,6 +37,8 @@ def add_options(
             required=field.is_required() and name not in optional,
             metavar=name.rpartition("_")[2].upper(),
             help=_help(field),
+            # The option alone means true.
+            **({"nargs": "?", "const": "true"} if field.annotation is bool else {}),
         )
 
 

@@ -1,6 +1,7 @@
 """What a search found, on Prefect's pages: a table, a report with figures, and where the pruned model is."""
 
 import base64
+import shlex
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
@@ -12,6 +13,7 @@ from storage.files import is_local
 from storage.store import ArtifactStore
 from tasks.figure_files import figure_file
 from tasks.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from tasks.markdown import code, fenced, plain
 from tasks.progress import going_on_without_prefect
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
@@ -44,7 +46,8 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifac
         page: the report's artifact.
     """
     get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
-    title = f"{result.settings.title}: {result.selection.verdict}"
+    name = plain(result.settings.title)  # what Prefect calls a description is Markdown
+    title = f"{name}: {result.selection.verdict}"
     report = search_report(store, result, page)
     with going_on_without_prefect():
         create_table_artifact(table_rows(result.selection), key="search-result", description=title)
@@ -52,13 +55,13 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifac
         create_markdown_artifact(
             where_the_report_is(result.report),
             key="report-page",
-            description=f"{result.settings.title}: the report's page",
+            description=f"{name}: the report's page",
         )
         if result.pruned is not None:
             create_markdown_artifact(
                 how_to_load(result.pruned),
                 key="pruned-model",
-                description=f"{result.settings.title}: the pruned model",
+                description=f"{name}: the pruned model",
             )
 
 
@@ -73,7 +76,7 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
     name = selection.name(selection.best)
     curve, profile = (store.read(page, figure_file(name)) for name in ("perplexity", "sparsity"))
     place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
-    return f"""# {settings.title}, {settings.pruner.method}
+    return f"""# {plain(settings.title)}, {settings.pruner.method}
 
 **{selection.verdict}.**
 
@@ -99,7 +102,7 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 {where_the_report_is(result.report)}
 ## In the store
 
-{work_sentence(result)} `layerwise show {place}` tells how it was made.
+{work_sentence(result)} {code(shlex.join(["layerwise", "show", place]))} tells how it was made.
 
 | | artifact | |
 |:--|:--|:--|
@@ -109,13 +112,13 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 
 def where_the_report_is(place: str) -> str:
     """Where the report's page lies, as text to be copied."""
-    return f"One page with everything; a browser opens it without a network.\n\n```text\n{place}\n```\n"
+    return f"One page with everything; a browser opens it without a network.\n\n{fenced(place)}\n"
 
 
 def how_to_load(place: str) -> str:
     """Where an exported model lies, and the code that loads it; in blocks, which a long name does not leave."""
     load = LOAD_FROM_AFAR if "://" in place else LOAD_HERE  # transformers opens no URL
-    return f"```text\n{place}\n```\n\n{load.format(place=place)}"
+    return f"{fenced(place)}\n\n{load.format(place=place)}"
 
 
 def _stage_rows(result: SearchResult) -> str:

@@ -25,6 +25,7 @@ from storage.running import announced
 from storage.store import ArtifactStore
 from tasks.execution import Execution
 from tasks.findings import number
+from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 from tasks.streamed import layer_sizes_of
@@ -158,7 +159,7 @@ def _run_stages(store: ArtifactStore, settings: Theory, execution: Execution) ->
 
 def _publish(result: TheoryResult) -> None:
     """The findings on Prefect's pages."""
-    found = sentences(result.findings)
+    found, title = sentences(result.findings), plain(result.settings.title)
     for name, sentence in found.items():
         get_run_logger().info("theorem %s: %s", name, sentence)
     said = "\n\n".join(f"**{name}** {sentence}" for name, sentence in found.items())
@@ -175,7 +176,7 @@ def _publish(result: TheoryResult) -> None:
     with going_on_without_prefect():
         create_markdown_artifact(
             key="theory",
-            markdown=f"# {result.settings.title}: the theorems of ATP\n\n{said}\n\n{markdown_of(orders)}\n\n"
+            markdown=f"# {title}: the theorems of ATP\n\n{said}\n\n{markdown_of(orders)}\n\n"
             f"## The page\n\n{where_the_report_is(result.page)}",
-            description=result.settings.title,
+            description=title,
         )

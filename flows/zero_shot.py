@@ -19,6 +19,7 @@ from storage.store import ArtifactStore
 from tasks.compare_zero_shot import ZeroShotComparison, compare_zero_shot
 from tasks.execution import Execution
 from tasks.lm_tasks import load_questions
+from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
 from tasks.zero_shot import ZeroShotSettings
@@ -61,6 +62,11 @@ class ZeroShot(Settings):
         description="streamed: one decoder layer at a time, one pass over the weights for all tasks. memory: the whole "
         "model at once, by lm-eval's own computation.",
     )
+    trust_task_code: bool = Field(
+        default=False,
+        description="Run the Python code that YAML files of your own ask for (!function, other metrics, data sets of "
+        "other kinds). Set it only for files that you have read.",
+    )
 
 
 @flow(name="zero-shot", persist_result=False)
@@ -85,7 +91,7 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
 
 
 def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
-    questions = load_questions(settings.tasks, settings.documents, settings.seed)
+    questions = load_questions(settings.tasks, settings.documents, settings.seed, settings.trust_task_code)
     finished = reopen(store, settings.search, execution)
     how = ZeroShotSettings(finished.captured.pruning.dtype, settings.way)
     lanes = {"uniform": finished.uniform, "best": finished.best}
@@ -100,6 +106,6 @@ def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) ->
     table = store_table(store, finished.search.artifact, answers, comparison)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
-        title = f"{finished.settings.title}: zero-shot accuracy in per cent"
+        title = f"{plain(finished.settings.title)}: zero-shot accuracy in per cent"
         create_table_artifact(table_rows(comparison), key="zero-shot", description=title)
     return comparison

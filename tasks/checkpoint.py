@@ -138,7 +138,7 @@ class Checkpoint:
                 Path(folder, name).write_bytes(self._store.read(self.artifact, name))
             try:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False
+                    folder, trust_remote_code=False, local_files_only=True
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(

@@ -30,6 +30,7 @@ All weights with their zeros, as a state dict:
 
 ```python
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def read_weights(folder):
     description = json.loads((Path(folder) / "compressed.json").read_text())
     weights = {}
     for file in description["files"]:
+        if not re.fullmatch(r"compressed-[0-9]+-of-[0-9]+\\.safetensors", file):
+            raise ValueError(f"{file!r} is not a file of this folder")
         weights |= load_file(Path(folder) / file)
     for name, sparse in description["tensors"].items():
         shape, values = torch.Size(sparse["shape"]), weights.pop(f"{name}.values")

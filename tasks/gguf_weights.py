@@ -118,7 +118,10 @@ class GgufWeights:
         }
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = AutoTokenizer.from_pretrained(
-                str(self.path.parent), gguf_file=self.path.name, trust_remote_code=False
+                str(self.path.parent),
+                gguf_file=self.path.name,
+                trust_remote_code=False,
+                local_files_only=True,
             )
             tokenizer.save_pretrained(folder)
             files |= {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

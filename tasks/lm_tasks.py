@@ -7,28 +7,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import BaseLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from tasks.questions import Questions
+from tasks.task_file import read_task
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 # The line that names the task in its file. lm-eval's own index of its 14,000 files parses them all: 20 to 40 s.
 NAMED = re.compile(r"""^["']?task["']?[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+# What lm-eval and the templates of a task raise if the file or the data are wrong.
+STUMBLES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TemplateError),
+    *(TypeError, ValueError),
+)
 SCORED = ("multiple_choice", "loglikelihood")  # the kinds of tasks that are decided by log-probabilities
 
 
-def load_questions(names: Sequence[str], documents: int | None = None, seed: int = 0) -> list[Questions]:
+def load_questions(
+    names: Sequence[str], documents: int | None = None, seed: int = 0, trust_task_code: bool = False
+) -> list[Questions]:
     """Load tasks of lm-eval with some of their documents, without examples (zero-shot).
+
+    Templates of all tasks are rendered in Jinja's sandbox, out of which no Python object is reached.
 
     Args:
         names: as lm-eval knows them, such as ``arc_easy``; or paths of YAML files with tasks of one's own.
         documents: at most so many of each task, drawn at random; all if None. With the same seed a larger number has
             the documents of a smaller one among its own.
         seed: of the draw.
+        trust_task_code: run the code that YAML files outside of lm-eval's own folder ask for. It decides nothing about
+            results: what is asked is part of the questions' identity, word for word.
 
     Raises:
-        ValueError: for a name that lm-eval does not know, or a task that is not decided by log-probabilities.
+        ValueError: for a name that lm-eval does not know, a task that is not decided by log-probabilities, or a file
+            that asks to run code which is not trusted.
         OSError: if a task's data set is neither in the cache nor reachable.
         ImportError: if lm-eval is not installed.
     """
@@ -41,13 +56,26 @@ def load_questions(names: Sequence[str], documents: int | None = None, seed: int
             f"the tasks are {', '.join(names) or 'none'}. Name at least one, and each of them once."
         )
     files = _files(names)
-    tasks = [_loaded(name, file) for name, file in zip(names, files, strict=True)]
+    _render_in_sandbox()
+    tasks = [_loaded(name, file, trust_task_code) for name, file in zip(names, files, strict=True)]
     if len({task.task_name for task in tasks}) < len(tasks):
         raise ValueError(
             f"{', '.join(names)} are the tasks {', '.join(task.task_name for task in tasks)}: some have the same name. "
             "Leave one out, or give your own another name."
         )
     return [_questions(task, documents, seed) for task in tasks]
+
+
+def _render_in_sandbox() -> None:
+    """Have lm-eval render templates by an environment that refuses what leads to Python's internals."""
+    import lm_eval.utils
+
+    if not isinstance(lm_eval.utils.env, SandboxedEnvironment):
+        sandbox = SandboxedEnvironment(
+            loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+        )
+        sandbox.filters |= lm_eval.utils.env.filters
+        lm_eval.utils.env = sandbox
 
 
 def _files(names: Sequence[str]) -> list[Path]:
@@ -79,27 +107,29 @@ def _file_of(name: str, files: Mapping[str, Path]) -> Path:
     return files[name]
 
 
-def _loaded(name: str, file: Path) -> "Task":
+def _loaded(name: str, file: Path, trust_task_code: bool) -> "Task":
     """The task, with its data set.
+
+    Args:
+        trust_task_code: of a file that is not lm-eval's own, too.
 
     Raises:
         ValueError: if it is not decided by log-probabilities.
         OSError: if there is no data.
     """
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
+    own = file.resolve().is_relative_to(Path(next(iter(lm_eval.tasks.__path__))).resolve())
+    described = str(file) if own or trust_task_code else read_task(file)
     try:
-        (task,) = TaskManager(include_defaults=False).load([str(file)])["tasks"].values()
+        (task,) = lm_eval.tasks.TaskManager(include_defaults=False).load([described])["tasks"].values()
     except OSError as error:  # datasets' own errors are OSErrors, too
         raise OSError(
             f"the data of the task {name} cannot be loaded ({error}). Connect to the Hugging Face Hub once, or let "
             "HF_DATASETS_CACHE name a folder that has it and set HF_HUB_OFFLINE=1."
         ) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # whatever lm-eval stumbles over
-        raise ValueError(
-            f"the task {name} cannot be loaded ({error!r}). Check that its file describes one task, not a group, and "
-            "that its data set has what the file says."
-        ) from error
+    except STUMBLES as error:
+        raise ValueError(_what_is_wrong(name, error)) from error
     if task.OUTPUT_TYPE not in SCORED or "acc" not in task.aggregation():
         raise ValueError(
             f"the task {name} is of the kind {task.OUTPUT_TYPE} with the metrics {', '.join(task.aggregation())}. Only "
@@ -113,11 +143,27 @@ def _loaded(name: str, file: Path) -> "Task":
     return task
 
 
+def _what_is_wrong(name: str, error: Exception) -> str:
+    if isinstance(error, TemplateError):
+        return (
+            f"a template of the task {name} cannot be rendered ({' '.join(str(error).split())}). Correct it: templates "
+            "may use the fields of a document, filters and the methods of their values, and nothing that begins with "
+            "an underscore."
+        )
+    return (
+        f"the task {name} cannot be loaded ({error!r}). Check that its file describes one task, not a group, and that "
+        "its data set has what the file says."
+    )
+
+
 def _questions(task: "Task", documents: int | None, seed: int) -> Questions:
     available = len(task.eval_docs)
     chosen = None if documents is None or documents >= available else _drawn(available, documents, seed)
-    # Rising: lm-eval takes them in the order of the data set, whatever the order they are given in.
-    task.build_all_requests(samples=chosen)
+    try:
+        # Rising: lm-eval takes them in the order of the data set, whatever the order they are given in.
+        task.build_all_requests(samples=chosen)
+    except STUMBLES as error:
+        raise ValueError(_what_is_wrong(task.task_name, error)) from error
     asked: dict[int, list[Any]] = {}
     for instance in task.instances:
         asked.setdefault(instance.doc_id, []).append(instance)

@@ -1,13 +1,16 @@
 """The model card of an exported checkpoint: README.md in the form that the Hugging Face Hub reads."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote
+
+import yaml
 
 from layerwise.sparse.speed import SpeedTable
 from tasks.findings import number
+from tasks.markdown import code, one_line, plain
 from tasks.source_license import License
 from tasks.speed import speed_rows, speed_sentence
 
@@ -102,7 +105,7 @@ class ModelCard:
 
 
 def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
-    """The text of README.md.
+    """The text of README.md. Names of models and licences are those of whoever made them: each is text, and no more.
 
     Args:
         form: of the folder that the card lies in: with the zeros, as transformers loads it, or without.
@@ -114,10 +117,10 @@ def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
 {_front_matter(card, form)}
 ---
 
-# {card.base_model}, {100 * card.realised:.1f} % sparse
+# {plain(card.base_model)}, {100 * card.realised:.1f} % sparse
 
-Made from `{card.base_model}` by layerwise: one-shot pruning with {card.pruner}{pattern}. Of the weights of the pruned
-linears {100 * card.realised:.2f} % are zero. Embeddings, norms and head are those of the base model.
+Made from {code(card.base_model)} by layerwise: one-shot pruning with {card.pruner}{pattern}. Of the weights of the
+pruned linears {100 * card.realised:.2f} % are zero. Embeddings, norms and head are those of the base model.
 
 ## Plan
 
@@ -143,19 +146,20 @@ layerwise is built around this paper:
 
 
 def _front_matter(card: ModelCard, form: str) -> str:
-    """YAML; a JSON string is one of its strings, whatever is in it."""
-    lines = (
-        ["library_name: transformers"] if form == "dense" else []
-    )  # of which the hub shows how to load the folder
+    """YAML that means the same, whatever is in a name."""
+    # Of a library the hub shows how to load the folder.
+    entries: dict[str, object] = {"library_name": "transformers"} if form == "dense" else {}
     if card.hub_id is not None:
-        lines.append(f"base_model: {json.dumps(card.hub_id)}")
+        entries["base_model"] = card.hub_id
     if card.license is not None:
         named = {"license": "identifier", "license_name": "name", "license_link": "link"}
         facts = card.license.facts
-        lines += [f"{key}: {json.dumps(facts[field])}" for key, field in named.items() if field in facts]
+        entries |= {key: one_line(facts[field]) for key, field in named.items() if field in facts}
     methods = [method for method in (card.allocator, card.pruner) if method is not None]
-    tags = ["pruning", "sparsity", "layerwise", *methods]
-    return "\n".join([*lines, "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}"])
+    entries["pipeline_tag"] = "text-generation"
+    entries["tags"] = ["pruning", "sparsity", "layerwise", *methods]
+    text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return text.rstrip("\n")
 
 
 def _layer_table(layers: Sequence[float]) -> str:
@@ -185,12 +189,14 @@ def _speed(table: SpeedTable | None) -> str:
         return ""
     rows = speed_rows(table)
     head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
-    lines = [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return "\n".join(["## Speed", "", speed_sentence(table), "", head, *lines, "", ""])
+    lines = [f"| {' | '.join(plain(str(value)) for value in row.values())} |" for row in rows]
+    return "\n".join(["## Speed", "", plain(speed_sentence(table)), "", head, *lines, "", ""])
 
 
 def _licence(card: ModelCard) -> str:
+    applies = f"That of {code(card.base_model)} applies"
     if card.license is None:
-        return f"That of `{card.base_model}` applies; the files that it was read from do not tell which one it is."
-    link = "" if card.license.link is None else f" ({card.license.link})"
-    return f"That of `{card.base_model}` applies: {card.license.title}{link}."
+        return f"{applies}; the files that it was read from do not tell which one it is."
+    # Encoded, as a space or a bracket would end the link.
+    link = "" if card.license.link is None else f" (<{quote(card.license.link, safe=':/?&=#%+,;@~')}>)"
+    return f"{applies}: {plain(card.license.title)}{link}."

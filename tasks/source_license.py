@@ -8,7 +8,7 @@ from tasks.folder import Folder
 CARD = "README.md"  # of a model: its first lines are YAML
 LONGEST_CARD = 4 << 20  # bytes; what is longer is no model card
 FRONT_MATTER = re.compile(r"\ufeff?---\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
-# Plain words only: no library that reads YAML is needed for them, and none is declared.
+# Plain words only: whatever else the YAML of a foreign card holds is not looked at.
 ENTRY = re.compile(r"""^(license(?:_name|_link)?):[ ]*["']?([^\r\n"'\[\]#]+?)["']?[ ]*\r?$""", re.MULTILINE)
 
 

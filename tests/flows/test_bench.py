@@ -1,6 +1,7 @@
 """The command bench: on a folder, and on a search, whose report and model card then have the speed."""
 
 import re
+import shutil
 import sys
 
 import pytest
@@ -74,3 +75,10 @@ def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(done, tmp_
         bench(str(tmp_path), None, QUICK)
     with pytest.raises(ValueError, match=r"is a checkpoint, not a store .* Leave out the key"):
         bench(result.pruned, result.artifact.key, QUICK)
+
+
+def test_a_folder_is_checked_as_a_search_checks_it(workshop, tmp_path):
+    folder = shutil.copytree(workshop.model, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle files and their like can run code"):
+        bench(str(folder), None, QUICK)

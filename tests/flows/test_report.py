@@ -14,6 +14,7 @@ from storage.artifact import Artifact
 from storage.store import ArtifactStore
 from storage.tables import read_table
 from tasks.branch import ERRORS_FILE, LINEARS_FILE
+from tasks.drawing import svg_inside
 from tasks.findings import number
 from tasks.report import figures_of, report
 from tasks.report_data import ReportData, report_data
@@ -260,6 +261,18 @@ def test_names_are_text_whatever_is_in_them(data):
         page.said.count(name) == 9
     )  # title, heading, verdict, what was done, setting, command, versions, model
     assert [value for tag, _, value in page.attributes if tag == "script"] == []
+
+
+def test_no_element_of_the_page_comes_from_a_name_in_a_table_or_figure(data):
+    def elements(name):
+        linears = [{**row, "linear": f"{row['linear']}{name}"} for row in data.tables["linears"]]
+        tasks = tuple(replace(row, task=name) for row in EXTRAS.zero_shot)
+        tables = {**data.tables, "linears": linears}
+        changed = replace(data, tables=tables, extras=replace(EXTRAS, zero_shot=tasks))
+        figures = {figure: svg_inside(chart, figure) for figure, chart in figures_of(changed).items()}
+        return [(tag, key) for tag, key, _ in Page(report_page(changed, figures)).attributes]
+
+    assert elements("\"><script src='x'>'</title></svg>") == elements("plain")
 
 
 def test_the_same_artifacts_give_the_same_bytes(store, artifact, tmp_path):

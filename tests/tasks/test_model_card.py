@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard as HubCard
+from markdown_it import MarkdownIt
 
 from tasks.model_card import ModelCard, Result, model_card
 from tasks.source_license import License
@@ -83,3 +85,44 @@ def test_a_perplexity_of_a_model_that_failed_is_a_number_for_people():
 def test_sparsities_that_cannot_be_are_refused(changes):
     with pytest.raises(ValueError, match="the model card of owner/name@0123abc"):
         replace(CARD, **changes)
+
+
+NASTY = [
+    'x"><script>alert(1)</script>',
+    "a|b",
+    "---\nlicense: mit\n---\n# other",
+    "`x` ``y``\n\n- z",
+    "[a](b) <i>",
+]
+
+
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+@pytest.mark.parametrize("name", NASTY, ids=ascii)
+def test_names_and_licences_are_text_whatever_is_in_them(name, form):
+    """The front matter has the entries of a card with plain names, and the text the same elements."""
+    license = License(f"other {name}", f"name {name}", f"https://example.org/{name}")
+    nasty = model_card(replace(CARD, base_model=name, license=license), form)
+    tame = model_card(replace(CARD, base_model="model", license=License("other", "name", "https://a")), form)
+    (_, front, body), (_, tame_front, tame_body) = (text.split("---\n", 2) for text in (nasty, tame))
+    found, expected = yaml.safe_load(front), yaml.safe_load(tame_front)
+    flat = " ".join(name.split())
+    assert found == expected | {
+        "license": f"other {flat}",
+        "license_name": f"name {flat}",
+        "license_link": f"https://example.org/{flat}",
+    }
+    assert HubCard(nasty).data.license == f"other {flat}"
+    markdown = MarkdownIt("commonmark").enable("table")
+    tokens, tame_tokens = (
+        [each.type for token in markdown.parse(text) for each in (token, *(token.children or ()))]
+        for text in (body, tame_body)
+    )
+    escapes = {"text", "text_special"}
+    assert [kind for kind in tokens if kind not in escapes] == [
+        kind for kind in tame_tokens if kind not in escapes
+    ]
+
+
+def test_a_licence_in_other_scripts_is_read_back():
+    card = replace(CARD, license=License("other", "许可 🙂", None))
+    assert HubCard(model_card(card, "dense")).data.license_name == "许可 🙂"
