@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import httpx
@@ -14,6 +14,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 # An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every
 # layer.
 SECONDS_BETWEEN_REPORTS = 10.0
+# Prefect's client would repeat each report for a minute, and wait a minute for each answer, while nothing is computed.
+REPORTING = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 10.0}
 
 
 class Step(Protocol):
@@ -114,7 +117,7 @@ class _Reports:
     def say(self, line: str, to_stderr: bool = True) -> None:
         """One line for the run's log, and for whoever watches."""
         self._log.info(line)
-        if to_stderr:
+        if to_stderr and not is_on_stderr(self._log, logging.INFO):
             sys.stderr.write(f"{line}\n")
 
 
@@ -122,9 +125,27 @@ class _Reports:
 def going_on_without_prefect() -> Iterator[None]:
     """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
     try:
-        yield
+        with temporary_settings(REPORTING):
+            yield
     except (httpx.HTTPError, PrefectException) as error:
         logger.warning("Prefect's server did not take a report (%r); the work goes on", error)
+
+
+def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -> bool:
+    """Whether ``log`` has a handler that writes this level to standard error, as Prefect's own does in a worker."""
+    logger: logging.Logger | None = log.logger if isinstance(log, logging.LoggerAdapter) else log
+    assert logger is not None, "an adapter has a logger"
+    record = logging.makeLogRecord(
+        {"name": logger.name, "levelno": level, "levelname": logging.getLevelName(level)}
+    )
+    enabled = logger.isEnabledFor(level)
+    while enabled and logger is not None:
+        for handler in logger.handlers:
+            on_stderr = isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+            if on_stderr and handler.level <= level and handler.filter(record):
+                return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def _memory() -> str:
