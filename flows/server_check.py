@@ -43,7 +43,8 @@ def server_problem(error: Exception) -> str:
         error: an ``httpx.HTTPError`` or ``httpx.InvalidURL``.
     """
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return f"{WHERE_SET} is not a URL ({without_secrets(str(error))}). Set it to http(s)://HOST:PORT/api, or unset it."
+        reason = without_secrets(str(error))
+        return f"{WHERE_SET} is not a URL ({reason}). Set it to http(s)://HOST:PORT/api, or unset it."
     if isinstance(error, httpx.HTTPStatusError):
         return _refusal(error)
     reason = without_secrets(f"{type(error).__name__}: {error}".rstrip(": "))
