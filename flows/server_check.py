@@ -19,6 +19,7 @@ from storage.unreachable import without_secrets
 
 # By default Prefect's client repeats a request for a minute, and waits a minute for each answer.
 QUICKLY = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 5.0}
+VERSION_HEADER = "X-PREFECT-API-VERSION"  # Prefect's client sends it with every request
 WHERE_SET = "PREFECT_API_URL (environment, Prefect profile or prefect.toml)"
 
 
@@ -34,6 +35,12 @@ def check_server() -> None:
                 _check(client)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ConnectionError(server_problem(error)) from None  # its traceback would show the URL
+
+
+def is_about_server(error: BaseException) -> bool:
+    """Whether a request to Prefect's server failed, and not one to the hub or a storage."""
+    request = getattr(error, "_request", None) or getattr(error, "request", None)
+    return isinstance(error, httpx.HTTPError) and request is not None and VERSION_HEADER in request.headers
 
 
 def server_problem(error: Exception) -> str:

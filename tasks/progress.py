@@ -11,10 +11,9 @@ from uuid import UUID
 import httpx
 import psutil
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import TaskRunContext
+from prefect.context import SettingsContext, TaskRunContext, get_settings_context
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
-from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,7 +33,8 @@ logger = logging.getLogger(__name__)
 # layer.
 SECONDS_BETWEEN_REPORTS = 10.0
 # Prefect's client would repeat each report for a minute, and wait a minute for each answer, while nothing is computed.
-REPORTING = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 10.0}
+REPORT_REPETITIONS = 1
+REPORT_TIMEOUT = 10.0  # seconds
 
 
 class Step(Protocol):
@@ -125,10 +125,23 @@ class _Reports:
 def going_on_without_prefect() -> Iterator[None]:
     """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
     try:
-        with temporary_settings(REPORTING):
+        with _quick_reports():
             yield
     except (httpx.HTTPError, PrefectException) as error:
         logger.warning("Prefect's server did not take a report (%r); the work goes on", error)
+
+
+def _quick_reports() -> SettingsContext:
+    """Prefect's settings with few repetitions and a short timeout.
+
+    Not by ``temporary_settings``: a Ctrl-C or SIGTERM in the middle of it comes out as a pydantic error.
+    """
+    now = get_settings_context()
+    client = now.settings.client.model_copy(update={"max_retries": REPORT_REPETITIONS})
+    api = now.settings.api.model_copy(update={"request_timeout": REPORT_TIMEOUT})
+    return SettingsContext(
+        profile=now.profile, settings=now.settings.model_copy(update={"client": client, "api": api})
+    )
 
 
 def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -> bool:

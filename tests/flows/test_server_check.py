@@ -6,9 +6,10 @@ from threading import Thread
 
 import httpx
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.server_check import check_server, refuse_unusable_proxies
+from flows.server_check import check_server, is_about_server, refuse_unusable_proxies
 
 
 @pytest.fixture
@@ -101,6 +102,16 @@ def test_a_wrong_password_is_not_called_missing_and_not_shown(answering):
 )
 def test_a_url_that_leads_nowhere_is_one_line(url, message):
     assert message in refusal_of(url)
+
+
+def test_a_failed_request_to_the_server_is_told_from_one_to_others():
+    url = "http://127.0.0.1:1/api"
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        of_server = client.api_healthcheck()
+    with pytest.raises(httpx.ConnectError) as of_another:
+        httpx.get(url)
+    assert is_about_server(of_server)
+    assert not is_about_server(of_another.value)
 
 
 @pytest.mark.parametrize("proxy", ["socks5://user:SECRET@127.0.0.1:1", "nonsense://127.0.0.1:1"])
