@@ -31,6 +31,9 @@ PREFERENCES = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,layerwise,storage",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
+# Of a request to the embedded server, which does not come back once it has ended: 14 s, in which SQLite gets over a
+# lock. Prefect's default is a minute, for each of the requests at the end of a run.
+RETRIES = "3"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Any of these means that the user has chosen a database.
 DATABASE_SETTINGS = {"connection_url", "driver", "host", "name"}
@@ -117,6 +120,7 @@ def _start_embedded(settings: "Settings") -> None:
     Raises:
         ConnectionError: it did not start.
     """
+    from prefect.context import refresh_global_settings_context
     from prefect.server.api.server import SubprocessASGIServer
 
     if not settings.server.ephemeral.enabled:
@@ -142,6 +146,9 @@ def _start_embedded(settings: "Settings") -> None:
         ) from error
     server.running = True
     atexit.register(server.stop)
+    if "max_retries" not in settings.client.model_fields_set:
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = RETRIES
+        refresh_global_settings_context()
     if own:
         remove_old_homes(folder)
 
