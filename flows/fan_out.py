@@ -16,7 +16,9 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.states import Pending
 
 from flows.cancelling import CANCELLED, was_cancelled
+from flows.embedded_server import death_of_embedded_server
 from flows.place import Place
+from flows.server_check import server_problem
 from flows.step import Step, StepFailed
 from flows.steps_shown import StepsShown
 from flows.watch import Watch, Work, has_ended
@@ -206,11 +208,13 @@ class FanOut:
         """Wait for a server that does not answer.
 
         Raises:
-            StepFailed: it does answer, and refuses.
+            StepFailed: it does answer, and refuses; or it is the embedded one, and has ended.
         """
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
         if status is not None and status < 500 and status not in PASSING:
-            raise StepFailed(f"Prefect's server refuses: {without_secrets(str(error))}") from None
+            raise StepFailed(server_problem(error)) from None
+        if death := death_of_embedded_server():
+            raise StepFailed(death) from None
         if self._answering:
             self._shown.say(
                 f"Prefect's server does not answer ({without_secrets(repr(error))}): "

@@ -19,6 +19,7 @@ from prefect.states import Cancelled, Crashed, Pending
 
 from flows import steps
 from flows.cancelling import set_states
+from flows.embedded_server import lifeline
 from flows.parent_process import ENDS_WITH_PARENT
 from flows.step import Step
 from flows.watch import has_ended
@@ -82,6 +83,7 @@ class LocalProcesses:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                pass_fds=lifeline(),
                 start_new_session=True,  # a Ctrl-C is for the parent, which lets it finish its layer
             )
         self._children[run.id] = _Child(process, slot, log)

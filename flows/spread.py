@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import cast
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
@@ -18,6 +19,7 @@ from flows.minutes import is_too_late, stopped
 from flows.place import Place
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
+from flows.server_check import server_problem
 from flows.settings import Search
 from flows.step import Step, StepFailed, parameters_of
 from flows.token_requests import window_counts
@@ -44,7 +46,7 @@ class Shared:
     there: frozenset[str]
 
 
-@stage_task(about=lambda store, settings, runtime: settings.title)
+@stage_task(about=lambda settings, **_: settings.title)
 def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
     """Look once, for all processes, at what changes with time and place."""
     source = find_source(settings.model)
@@ -56,7 +58,7 @@ def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
     return Shared(settings, runtime, frozenset(there))
 
 
-@stage_task(about=lambda store, shared: f"{shared.settings.title} over {shared.runtime.fan_out}")
+@stage_task(about=lambda shared, **_: f"{shared.settings.title} over {shared.runtime.fan_out}")
 def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
     """Have others build what the store lacks of a search.
 
@@ -68,9 +70,16 @@ def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
 
     Raises:
         ValueError: there is no such place, or it is not a place for this; before any work.
-        StepFailed: a step failed.
+        StepFailed: a step failed, or Prefect's server refuses.
         CancelledRun: the search was cancelled.
     """
+    try:
+        return _spread(store, shared, end)
+    except httpx.HTTPError as error:  # not from the fan-out, which waits for a server that does not answer
+        raise StepFailed(server_problem(error)) from None
+
+
+def _spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
     settings, runtime = shared.settings, shared.runtime
     found = look_up(store, settings)
     if not found.missing:

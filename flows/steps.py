@@ -1,7 +1,9 @@
 """The steps of a search as flows of their own, for other processes and machines: what each makes lies in the store."""
 
+import logging
 from collections.abc import Callable
 
+import torch
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
@@ -20,6 +22,8 @@ from storage.unreachable import Unreachable
 from tasks.execution import Execution
 from tasks.run_names import points_title, windows_title
 from tasks.stopping import stopping_on_sigterm
+
+logger = logging.getLogger(__name__)
 
 
 @flow(name="capture", flow_run_name="{settings.title}: capture", persist_result=False)
@@ -84,6 +88,8 @@ def _step(
     """
     refuse_minutes(runtime, "a part of one")
     execution = runtime.execution()
+    if warning := shared_device_warning(execution.device, torch.cuda.device_count()):
+        logger.warning(warning)
     run_id = flow_run.id
     name = None if run_id is None else run_id.replace("-", "")
     try:
@@ -97,3 +103,18 @@ def _step(
     except TerminationSignal as ending:
         return cancelled(ending)
     return None
+
+
+def shared_device_warning(device: str, visible: int) -> str | None:
+    """Tell that other workers of this machine would compute on the same GPU; None if each can have its own.
+
+    Args:
+        device: for torch; ``cuda`` is the first one that is visible.
+        visible: number of GPUs that this process may use.
+    """
+    if device != "cuda" or visible < 2:
+        return None
+    return (
+        f"this flow run sees {visible} GPUs and computes on the first one, as do all others on this machine. Start one "
+        "worker for each GPU: CUDA_VISIBLE_DEVICES=0 prefect worker start ... --limit 1, and so on."
+    )

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from storage.running import doing
-from tasks.progress import going_on_without_prefect
+from tasks.progress import going_on_without_prefect, is_on_stderr
 
 KEY = "search-steps"
 LISTED = 40  # rows; of more steps only those at work are listed, and the others counted
@@ -94,6 +94,8 @@ class StepsShown:
         """One line for the run's log, and for whoever watches."""
         self._last_line = time.monotonic()
         self._log.log(level, line)
+        if is_on_stderr(self._log, level):
+            return
         if self._console.is_terminal:
             self._console.print(line, highlight=False, markup=False)
         else:

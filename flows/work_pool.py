@@ -47,7 +47,7 @@ class WorkPool:
             number of its workers that are online.
 
     Raises:
-        ValueError: there is no such pool, or no deployment on it.
+        ValueError: there is no such pool, it is paused, or it has no deployment of ours.
     """
 
     def __init__(self, client: SyncPrefectClient, name: str) -> None:
@@ -61,6 +61,11 @@ class WorkPool:
                 f"{pools or 'none'}. Make it: prefect work-pool create {name} --type process, or set PREFECT_API_URL "
                 "to the server that has it."
             ) from error
+        if pool.is_paused:
+            raise ValueError(
+                f"the work pool {name!r} is paused: no worker takes a flow run from it. Resume it: "
+                f"prefect work-pool resume {name}"
+            )
         self._deployments = {flow: self._deployment_of(client, flow) for flow in FLOWS}
         online = [worker for worker in client.read_workers_for_work_pool(name) if worker.status == "ONLINE"]
         self.workers = pool.concurrency_limit or max(len(online), 1)

@@ -5,13 +5,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import httpx
 import psutil
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import TaskRunContext
+from prefect.context import SettingsContext, TaskRunContext, get_settings_context
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from rich.console import Console
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every
 # layer.
 SECONDS_BETWEEN_REPORTS = 10.0
+# Prefect's client would repeat each report for a minute, and wait a minute for each answer, while nothing is computed.
+REPORT_REPETITIONS = 1
+REPORT_TIMEOUT = 10.0  # seconds
 
 
 class Step(Protocol):
@@ -114,7 +117,7 @@ class _Reports:
     def say(self, line: str, to_stderr: bool = True) -> None:
         """One line for the run's log, and for whoever watches."""
         self._log.info(line)
-        if to_stderr:
+        if to_stderr and not is_on_stderr(self._log, logging.INFO):
             sys.stderr.write(f"{line}\n")
 
 
@@ -122,9 +125,40 @@ class _Reports:
 def going_on_without_prefect() -> Iterator[None]:
     """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
     try:
-        yield
+        with _quick_reports():
+            yield
     except (httpx.HTTPError, PrefectException) as error:
         logger.warning("Prefect's server did not take a report (%r); the work goes on", error)
+
+
+def _quick_reports() -> SettingsContext:
+    """Prefect's settings with few repetitions and a short timeout.
+
+    Not by ``temporary_settings``: a Ctrl-C or SIGTERM in the middle of it comes out as a pydantic error.
+    """
+    now = get_settings_context()
+    client = now.settings.client.model_copy(update={"max_retries": REPORT_REPETITIONS})
+    api = now.settings.api.model_copy(update={"request_timeout": REPORT_TIMEOUT})
+    return SettingsContext(
+        profile=now.profile, settings=now.settings.model_copy(update={"client": client, "api": api})
+    )
+
+
+def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -> bool:
+    """Whether ``log`` has a handler that writes this level to standard error, as Prefect's own does in a worker."""
+    logger: logging.Logger | None = log.logger if isinstance(log, logging.LoggerAdapter) else log
+    assert logger is not None, "an adapter has a logger"
+    record = logging.makeLogRecord(
+        {"name": logger.name, "levelno": level, "levelname": logging.getLevelName(level)}
+    )
+    enabled = logger.isEnabledFor(level)
+    while enabled and logger is not None:
+        for handler in logger.handlers:
+            on_stderr = isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+            if on_stderr and handler.level <= level and handler.filter(record):
+                return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def _memory() -> str:

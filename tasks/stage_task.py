@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
@@ -29,10 +30,15 @@ def stage_task(
         name: of the task; the function's if left out.
         about: gives what a run is about, in some words, from the task's own arguments, all by name. The run is called
             by the task's name and these words.
+
+    Raises:
+        TypeError: ``about`` does not take the task's arguments.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Task[Parameters, Result]:
         task_name = name or function.__name__
+        if about is not None:
+            signature(about).bind(**dict.fromkeys(signature(function).parameters))
         stage: Task[Parameters, Result] = task(
             name=task_name,
             task_run_name=None if about is None else _run_name(task_name, about),

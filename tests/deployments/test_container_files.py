@@ -89,6 +89,26 @@ def test_every_secret_of_the_compose_file_comes_from_outside_and_a_missing_one_s
     assert "compose.env" in (FOLDER / ".gitignore").read_text().splitlines()
 
 
+def test_the_server_lets_nobody_in_without_the_string_that_its_clients_have():
+    services = {name: service.get("environment", {}) for name, service in compose()["services"].items()}
+    asked = services["server"]["PREFECT_SERVER_API_AUTH_STRING"]
+    clients = [environment for environment in services.values() if "PREFECT_API_URL" in environment]
+    assert len(clients) == 3
+    assert {environment["PREFECT_API_AUTH_STRING"] for environment in clients} == {asked}
+
+
+COMMANDS = [ROOT / "README.md", FOLDER / "README.md"]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=["README.md", "deployments/README.md"])
+def test_a_server_that_others_reach_is_shown_with_authentication(path):
+    for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+        if "prefect server start" in block:
+            for name in ("SERVER_API_AUTH_STRING", "UI_API_URL", "SERVER_ANALYTICS_ENABLED=false"):
+                assert f"PREFECT_{name}" in block
+            assert "--host 0.0.0.0" not in block
+
+
 @pytest.mark.parametrize(
     "text",
     [

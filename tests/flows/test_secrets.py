@@ -1,5 +1,6 @@
 """Credentials: searched for in everything that a search leaves behind, on S3, when it ends well and when it fails."""
 
+import base64
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from prefect.client.orchestration import get_client
 from storage.files import open_filesystem
 
 HUB_TOKEN = "hf_thisTokenIsASecret0123456789"
+AUTH_STRING = "admin:thisPasswordIsASecret0123456789"
 WRONG = "thisWrongSecret0123456789"
 
 
@@ -30,6 +32,7 @@ def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
             "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
             "PREFECT_LOGGING_LEVEL": "DEBUG",
             "HF_TOKEN": HUB_TOKEN,
+            "PREFECT_API_AUTH_STRING": AUTH_STRING,
         }
         options = [f"--{n.replace('_', '-')}={v}" for n, v in workshop.parameters(betas="0.1").items()]
         done = subprocess.run(
@@ -46,7 +49,9 @@ def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
 
 
 def secrets() -> list[str]:
-    return [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], HUB_TOKEN, WRONG]
+    own = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], HUB_TOKEN, WRONG]
+    sent = base64.b64encode(AUTH_STRING.encode()).decode()  # in the header of every request
+    return [*own, AUTH_STRING.partition(":")[2], sent]
 
 
 def found_in(text: str) -> list[str]:

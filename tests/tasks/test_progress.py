@@ -1,5 +1,6 @@
 """Progress: plain lines where there is no terminal, a bar where there is one, an artifact and a log in Prefect."""
 
+import logging
 import os
 import pty
 import re
@@ -41,6 +42,18 @@ def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_re
     first, last = captured.err.splitlines()
     assert re.fullmatch(r"branch: 3 betas: layer 1 of 2, \d+ s left, \d+\.\d GiB", first)
     assert re.fullmatch(r"branch: 3 betas: layer 2 of 2, 0 s left, \d+\.\d GiB", last)
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING], ids=["a worker's", "the command line's"])
+def test_a_line_is_said_once_also_where_the_log_goes_to_the_terminal(capsys, caplog, monkeypatch, level):
+    """Prefect's handler of a worker writes all log lines to standard error; the command line's writes warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    caplog.set_level(logging.INFO, logger="tasks")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with showing("export", total=1) as step:
+        step(1)
+    assert capsys.readouterr().err.count("export: layer 1 of 1") == 1
 
 
 def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):

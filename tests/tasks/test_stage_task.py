@@ -80,6 +80,13 @@ def test_a_run_is_called_by_its_task_and_what_it_is_about(run_name):
     assert re.fullmatch(r"prune-\w+", run_name())
 
 
-@pytest.mark.parametrize("about", [lambda beta: beta.missing, lambda sparsity: "", lambda beta: 1 / 0])
+def test_words_that_do_not_take_the_tasks_arguments_are_refused_when_it_is_defined():
+    with pytest.raises(TypeError, match="'end'"):
+
+        @stage_task(about=lambda store: "words")
+        def stage(store: object, end: float) -> None: ...
+
+
+@pytest.mark.parametrize("about", [lambda beta: beta.missing, lambda beta: 1 / 0])
 def test_a_name_that_cannot_be_made_fails_no_run(run_name, about):
     assert run_name(about=about) == "prune"
