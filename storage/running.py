@@ -20,7 +20,8 @@ from storage.corrupt import Corrupt
 from storage.document import read_sealed, seal
 from storage.files import is_local
 from storage.inventory import RUNNING_FILE, modified
-from storage.local_disk import explaining_refusals
+from storage.local_disk import REFUSED, explaining_refusals
+from storage.pauses import noticing_pauses
 from storage.publishing import overwrite, remove_quietly
 from storage.unreachable import Unreachable, reaching
 
@@ -183,6 +184,22 @@ def storage_clock(fs: AbstractFileSystem, root: str) -> float:
             fs.rm_file(path)  # not remove_quietly, which would take an empty root with it
 
 
+def time_for_looking(fs: AbstractFileSystem, root: str) -> float:
+    """Now in seconds since 1970: by the storage's clock, or, where nothing can be written, by this machine's.
+
+    For people who only look; never to decide what is deleted.
+
+    Raises:
+        Unreachable: the storage does not answer.
+    """
+    try:
+        return storage_clock(fs, root)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return time.time()
+
+
 class _SignGiver:
     """Keeps the file of one process up to date."""
 
@@ -208,9 +225,13 @@ class _SignGiver:
             self._failed = True
 
     def keep_giving(self, done: threading.Event) -> None:
-        while not done.wait(EVERY):
+        while not self._wait(done):
             self.give()
         remove_quietly(self._fs, [self._path])
+
+    def _wait(self, done: threading.Event) -> bool:
+        with noticing_pauses(EVERY):
+            return done.wait(EVERY)
 
     def _content(self) -> dict[str, object]:
         if self._since is None:
