@@ -34,8 +34,8 @@ def existing_store(url: str) -> ArtifactStore:
         names = sorted(row["name"].rstrip("/").rsplit("/", 1)[-1] for row in rows)
         others = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise FileNotFoundError(
-            f"{url} holds no store: {', '.join(map(repr, names[:NAMED]))}{others} are there, but nothing that layerwise "
-            "has written. Check the path or URL."
+            f"{url} holds no store: {', '.join(map(repr, names[:NAMED]))}{others} are there, but nothing that "
+            "layerwise has written. Check the path or URL."
         )
     return store
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Removed
 from storage.document import read_sealed, seal
 from storage.files import is_local
 from storage.inventory import RUNNING_FILE, modified
@@ -212,10 +212,15 @@ class _SignGiver:
     def give(self, first: bool = False) -> None:
         try:
             overwrite(self._fs, self._path, seal(self._content()))
+        except Removed:
+            pass  # deleted while this process was paused in the middle of writing it; the next sign is soon to come
         except Exception as error:  # whatever it is, the work goes on; clients raise more than OSErrors
             if first and isinstance(error, Unreachable):
                 raise
-            if not self._failed:
+            if isinstance(error, OSError) and error.errno in REFUSED:
+                # Who may only read is told so by the first stage that is to be built, if there is one.
+                logger.info("%s is used without a sign of life (%s)", self._root, error)
+            elif not self._failed:
                 logger.warning(
                     "%s cannot be written (%s): the work goes on, but `layerwise gc` does not know of it. "
                     "Do not run that now.",

@@ -14,6 +14,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 
+from flows.cli import main
 from flows.options import add_options, read_options, search_command
 from flows.runtime import Runtime
 from flows.settings import Search
@@ -382,3 +383,19 @@ def test_the_command_of_a_search_makes_the_same_search(changes):
     parsed = parser.parse_args(options)
     assert read_options(parsed, Search) == settings
     assert parsed.store == "STORE"
+
+
+@pytest.mark.parametrize(
+    "command", ["ls", "status", "show", "report", "bench", "gc", "verify", "compress", "zero-shot"]
+)
+def test_a_store_that_does_not_exist_is_told_before_anything_starts(command, tmp_path, monkeypatch, capsys):
+    missing = tmp_path / "missing"
+    option = ["--store"] if command in ("compress", "zero-shot") else []
+    monkeypatch.setattr("flows.cli.ServerStart", lambda: None)  # nobody waits for it
+    monkeypatch.setattr(sys, "argv", ["layerwise", command, *option, str(missing)])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert (
+        ending.value.code == f"layerwise: {missing} holds no store: nothing is there. Check the path or URL."
+    )
+    assert not missing.exists()
