@@ -1,14 +1,12 @@
-"""Pauses of this process: it was stopped (SIGSTOP) or its machine suspended, and others could take it for dead."""
+"""Pauses of this process: it was stopped (SIGSTOP), or its machine suspended, and others could take it for dead."""
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 
-SHORTEST = 60.0  # seconds; a machine that is merely busy keeps a thread waiting for less
+SHORTEST = 60.0  # seconds; a thread of a machine that is merely busy is late by less
 
 _lock = threading.Lock()
-_waits: dict[object, float] = {}  # when each wait that is under way should be over
+_due: dict[object, float] = {}  # when each that gives beats is to give the next
 _pauses: list[tuple[float, float]] = []  # when each pause ended, and its seconds
 
 
@@ -17,31 +15,31 @@ def since_boot() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-@contextlib.contextmanager
-def noticing_pauses(seconds: float) -> Iterator[None]:
-    """Put around a wait: if it takes much longer than ``seconds``, this process was paused meanwhile."""
-    wait = object()
+def beat(who: object, seconds: float) -> None:
+    """Say that this process is at work, and that ``who`` will say so again in so many seconds."""
+    end_beats(who)
     with _lock:
-        _waits[wait] = since_boot() + seconds
-    try:
-        yield
-    finally:
-        now = since_boot()
-        with _lock:
-            pause = now - _waits.pop(wait)
-            if pause > SHORTEST:
-                _pauses.append((now, pause))
+        _due[who] = since_boot() + seconds
+
+
+def end_beats(who: object) -> None:
+    """Say that ``who`` gives no more beats; one that is late tells of a pause."""
+    now = since_boot()
+    with _lock:
+        pause = now - _due.pop(who, now)
+        if pause > SHORTEST:
+            _pauses.append((now, pause))
 
 
 def longest_pause(since: float) -> float:
     """Seconds of the longest pause that ended after ``since`` (by ``since_boot``); 0 if none was noticed.
 
-    A process that waits for nothing (see ``storage.running.announced``) notices none.
+    Only a process that gives beats (see ``storage.running.announced``) notices pauses.
     """
     now = since_boot()
     with _lock:
-        # The thread that waits may not have run yet since the pause.
-        ended = [*_pauses, *((now, now - over) for over in _waits.values())]
+        # A thread that gives beats may not have run yet since the pause.
+        ended = [*_pauses, *((now, now - due) for due in _due.values())]
     return max((seconds for end, seconds in ended if end >= since and seconds > SHORTEST), default=0.0)
 
 
@@ -52,6 +50,6 @@ def why_files_are_gone(since: float) -> str:
         return "Another process deleted it: leave the cleaning of the store to `layerwise gc`."
     length = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
     return (
-        f"Likely reason: this process was paused for {length} (stopped, or its machine suspended), and "
-        "`layerwise gc --apply` took it for dead."
+        f"Likely reason: this process was paused for {length} (stopped, suspended with its machine, or cut off from "
+        "the store), and `layerwise gc --apply` took it for dead."
     )

@@ -21,7 +21,7 @@ from storage.document import read_sealed, seal
 from storage.files import is_local
 from storage.inventory import RUNNING_FILE, modified
 from storage.local_disk import REFUSED, explaining_refusals
-from storage.pauses import noticing_pauses
+from storage.pauses import beat, end_beats
 from storage.publishing import overwrite, remove_quietly
 from storage.unreachable import Unreachable, reaching
 
@@ -230,13 +230,12 @@ class _SignGiver:
             self._failed = True
 
     def keep_giving(self, done: threading.Event) -> None:
-        while not self._wait(done):
+        beat(self, EVERY)
+        while not done.wait(EVERY):
             self.give()
+            beat(self, EVERY)
+        end_beats(self)
         remove_quietly(self._fs, [self._path])
-
-    def _wait(self, done: threading.Event) -> bool:
-        with noticing_pauses(EVERY):
-            return done.wait(EVERY)
 
     def _content(self) -> dict[str, object]:
         if self._since is None:

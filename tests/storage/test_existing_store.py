@@ -69,6 +69,7 @@ def test_who_may_only_read_a_bucket_can_look_at_its_store(fault_proxy, s3_bucket
     build_weights(store)
     die_in_attempt(store, OTHER)
     before = paths_in(store)
+    store = ArtifactStore(store.url)  # that has not asked yet whether it can write
     fault_proxy.inject(error(403), lambda request: request.writes, times=float("inf"))
     show_status(store.url)
     assert collect_garbage(store.url, apply=False, results_only=False) == 0

@@ -139,6 +139,7 @@ with contextlib.redirect_stdout(io.StringIO()) as out, announced(store.fs, store
     facts["artifacts"] = [each.key for each in store.artifacts()]
 facts["said"] = out.getvalue()
 failing("gc --apply", lambda: collect_garbage(store.url, True, False))
+store = ArtifactStore(store.url)  # that has not asked yet whether it can write
 failing("build", lambda: store.get_or_build(Stage("other", 1), lambda draft: facts.update(worked=True)))
 facts["unchanged"] = files() == before
 """
