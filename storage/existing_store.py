@@ -34,7 +34,7 @@ def existing_store(url: str) -> ArtifactStore:
         names = sorted(row["name"].rstrip("/").rsplit("/", 1)[-1] for row in rows)
         others = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise FileNotFoundError(
-            f"{url} holds no store: {', '.join(map(repr, names[:NAMED]))}{others} are there, but nothing that "
+            f"{url} holds no store: it holds {', '.join(map(repr, names[:NAMED]))}{others}, but nothing that "
             "layerwise has written. Check the path or URL."
         )
     return store

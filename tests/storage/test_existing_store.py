@@ -38,9 +38,7 @@ def test_files_of_others_are_no_store_and_are_named(store, fresh_store_url):
     for name in ("config.json", "model/weights.safetensors", "running/log.json", "x/y/z", "zzz"):
         overwrite(store.fs, f"{store.root}/{name}", b"{}")
     before = paths_in(store)
-    with pytest.raises(
-        FileNotFoundError, match="'config.json', 'model', 'running' and 2 more are there, but"
-    ):
+    with pytest.raises(FileNotFoundError, match="'config.json', 'model', 'running' and 2 more, but nothing"):
         existing_store(fresh_store_url)
     assert paths_in(store) == before
 
