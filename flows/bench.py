@@ -9,8 +9,8 @@ from flows.asked_artifact import asked_artifact
 from flows.report import make_report
 from layerwise.sparse.speed import SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
+from storage.existing_store import existing_store
 from storage.files import open_filesystem
-from storage.store import ArtifactStore
 from tasks.checkpoint_files import CONFIG
 from tasks.compressed_checkpoint import load
 from tasks.compressed_format import DESCRIPTION_FILE
@@ -35,6 +35,7 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
 
     Raises:
         KeyError: the store has no such search.
+        FileNotFoundError: there is neither a checkpoint nor a store.
         ValueError: the search has exported no model, there is a key but no store, or the folder does not hold a model
             that a search would take.
     """
@@ -45,7 +46,7 @@ def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTa
                 f"{model} is a checkpoint, not a store that has a search {key}. Leave out the key."
             )
         return measure_speed(_model_in(folder), settings), None
-    store = ArtifactStore(model)
+    store = existing_store(model)
     search = read_search(store, asked_artifact(store, key))
     measured = speed.fn(store, search, settings)
     return read_speed(store, measured), make_report(store.url, search.artifact.key)

@@ -92,9 +92,9 @@ def _status(arguments: Namespace) -> None:
 def _list(arguments: Namespace) -> None:
     from flows.console import open_console
     from flows.terminal import show_artifacts
-    from storage.store import ArtifactStore
+    from storage.existing_store import existing_store
 
-    show_artifacts(open_console(), ArtifactStore(arguments.store).artifacts())
+    show_artifacts(open_console(), existing_store(arguments.store).artifacts())
 
 
 def _show(arguments: Namespace) -> None:

@@ -72,9 +72,11 @@ def run_zero_shot(arguments: Namespace, server: ServerStart, began: float) -> No
     from flows.runtime import Runtime
     from flows.terminal import show_rows
     from flows.zero_shot import ZeroShot, zero_shot
+    from storage.existing_store import existing_store
     from tasks.zero_shot_table import table_rows
 
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
+    existing_store(runtime.store)  # told before the server is waited for
     comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
     console = open_console()
     show_rows(console, table_rows(comparison), left=("task",))
@@ -87,12 +89,13 @@ def run_compress(arguments: Namespace, server: ServerStart, began: float) -> Non
     from flows.options import read_options
     from flows.runtime import Runtime
     from flows.terminal import show_compressed
-    from storage.store import ArtifactStore
+    from storage.existing_store import existing_store
 
     settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
+    store = existing_store(runtime.store)  # told before the server is waited for
     folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
     console = open_console()
-    show_compressed(console, folder, ArtifactStore(runtime.store).location(folder))
+    show_compressed(console, folder, store.location(folder))
     console.print(seconds)
 
 

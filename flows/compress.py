@@ -17,6 +17,7 @@ from flows.reopened import Reopened, reopen
 from flows.report import make_report
 from flows.runtime import Runtime
 from storage.artifact import Artifact
+from storage.existing_store import existing_store
 from storage.running import announced
 from storage.store import ArtifactStore
 from tasks.card_of_lane import card_of_lane, results_on_test
@@ -44,11 +45,12 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
         The folder; its sizes are facts of it.
 
     Raises:
+        FileNotFoundError: there is no such store.
         KeyError: there is no such search in the store.
         ValueError: ``runtime`` has a limit of time.
     """
     refuse_minutes(runtime, "compress")
-    store, execution = ArtifactStore(runtime.store), runtime.execution()
+    store, execution = existing_store(runtime.store), runtime.execution()
     with stopping_on_sigterm(), announced(store.fs, store.root, "compress"):
         try:
             return mending(store, lambda: _compressed(store, settings, execution))

@@ -79,7 +79,7 @@ def _made_from(artifacts: Iterable[Artifact], name: str, role: str, source: Arti
 
 def _newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -> Artifact | None:
     found = [each for each in artifacts if wanted(each)]
-    return max(found, key=lambda each: str(each.made.get("at")), default=None)
+    return max(found, key=lambda each: each.committed, default=None)
 
 
 def _sizes(compressed: Artifact) -> Sizes:

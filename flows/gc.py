@@ -8,9 +8,11 @@ from prefect.logging import get_run_logger
 
 from flows.console import size
 from flows.fields import BareUrl
-from flows.housekeeping import by_kind, existing_store, in_short, keys_of_results, what_failed, what_stays
+from flows.housekeeping import by_kind, in_short, keys_of_results, what_failed, what_stays
 from storage.collect import collect, plan_collection
+from storage.existing_store import existing_store
 from storage.garbage import Garbage
+from storage.running import time_for_looking
 from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 
@@ -27,14 +29,15 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
         results_only: Keep only what finished searches found (choice, pruned model, test); refused while one runs.
 
     Raises:
-        FileNotFoundError: if there is nothing at ``store``.
+        FileNotFoundError: if there is no store at ``store``.
         OSError: if the storage cannot be used, if something could not be deleted, or, with ``results_only``, if a
             process works in the store.
         ValueError: with ``results_only``, if artifacts are damaged.
     """
     logger = get_run_logger()
     opened = existing_store(store)
-    collection = plan_collection(opened, keys_of_results if results_only else None)
+    now = None if apply else time_for_looking(opened.fs, opened.root)
+    collection = plan_collection(opened, keys_of_results if results_only else None, now=now)
     for line in what_stays(collection):
         logger.info(line)
     if not apply:

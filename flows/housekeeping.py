@@ -16,10 +16,11 @@ from flows.console import open_console, size
 from storage.artifact import Artifact
 from storage.collect import Collected, Collection, collect, plan_collection
 from storage.damage import Damaged
+from storage.existing_store import existing_store
 from storage.garbage import KINDS, Garbage
+from storage.running import time_for_looking
 from storage.set_aside import set_aside
 from storage.store import ArtifactStore
-from storage.unreachable import reaching
 from storage.verify import Finding, Tally, verify
 
 LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
@@ -37,12 +38,13 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
         The exit code: 1 if something could not be deleted.
 
     Raises:
-        FileNotFoundError: if there is nothing at ``store_url``.
+        FileNotFoundError: if there is no store at ``store_url``.
         OSError: if the storage cannot be used, or, with ``results_only``, if a process works in the store.
         ValueError: with ``results_only``, if artifacts are damaged.
     """
     store, console = existing_store(store_url), open_console()
-    collection = plan_collection(store, keys_of_results if results_only else None)
+    now = None if apply else time_for_looking(store.fs, store.root)
+    collection = plan_collection(store, keys_of_results if results_only else None, now=now)
     _show_collection(console, collection)
     if not collection.garbage:
         console.print("nothing to delete")
@@ -68,21 +70,6 @@ def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
             assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
             keys |= {artifact.key, *(inputs[role] for role in RESULT_ROLES if role in inputs)}
     return keys
-
-
-def existing_store(url: str) -> ArtifactStore:
-    """The store at ``url``, which must hold something: a wrong path would be found clean for ever.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        OSError: if the storage cannot be reached.
-    """
-    store = ArtifactStore(url)
-    with reaching(store.fs, store.root):
-        there = store.fs.exists(store.root)
-    if not there:
-        raise FileNotFoundError(f"{url} holds no store: nothing is there. Check the path or URL.")
-    return store
 
 
 def by_kind(garbage: Sequence[Garbage]) -> list[tuple[str, int, int]]:
@@ -129,7 +116,7 @@ def verify_store(store_url: str, put_aside: bool = False) -> int:
         The exit code: 1 if something is damaged, or could not be read.
 
     Raises:
-        FileNotFoundError: if there is nothing at ``store_url``.
+        FileNotFoundError: if there is no store at ``store_url``.
         OSError: if the store cannot be listed.
     """
     store, console = existing_store(store_url), open_console()

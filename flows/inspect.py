@@ -5,7 +5,7 @@ import json
 from flows.asked_artifact import asked_artifact
 from flows.console import open_console, size
 from flows.terminal import show_selection, show_stop, show_test
-from storage.store import ArtifactStore
+from storage.existing_store import existing_store
 from tasks.evaluate import read_test
 from tasks.measured_on import MeasuredOn
 from tasks.report_text import on_what
@@ -20,9 +20,10 @@ def show_key(store_url: str, key: str | None) -> None:
         key: as ``ls`` prints it, or its beginning; None for the newest search.
 
     Raises:
+        FileNotFoundError: there is no store at ``store_url``.
         KeyError: no artifact has that key, or several begin with it.
     """
-    store = ArtifactStore(store_url)
+    store = existing_store(store_url)
     artifact = asked_artifact(store, key)
     console = open_console()
     console.print(artifact.key, style="bold")

@@ -7,6 +7,7 @@ from flows.extras import extras_of, is_theory_of
 from flows.options import search_command
 from flows.settings import Search
 from storage.artifact import Artifact
+from storage.existing_store import existing_store
 from storage.store import ArtifactStore
 from tasks.report import PAGE_FILE, report
 from tasks.search_result import FinishedSearch, read_search
@@ -28,9 +29,10 @@ def make_report(
     Raises:
         KeyError: no artifact has that key, or several begin with it; or the search's own artifacts are gone.
         ValueError: the artifact is not that of a search.
+        FileNotFoundError: there is no store at ``store_url``.
         OSError: the store cannot be reached, or ``output`` not be written.
     """
-    store = ArtifactStore(store_url)
+    store = existing_store(store_url)
     artifact = asked_artifact(store, key)
     search = read_search(store, artifact)
     command = search_command(Search.model_validate(search.settings))

@@ -4,10 +4,9 @@ All of it is read from the store alone, so that it works from any machine and wi
 ``flows.housekeeping`` this imports neither Prefect nor transformers: people run it again and again.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -17,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import open_console, size
-from flows.housekeeping import existing_store
 from storage.artifact import Artifact
 from storage.corrupt import Corrupt
+from storage.existing_store import existing_store
 from storage.files import is_local
 from storage.inventory import Inventory, StageFolder, take_inventory
 from storage.progress import Progress, read_progress
-from storage.running import SILENT, RunningProcess, running_processes, storage_clock
+from storage.running import SILENT, RunningProcess, running_processes, time_for_looking
 from storage.store import ArtifactStore
 
 SEARCH = "search"  # tasks.search_result.RESULT_STAGE, whose module brings Prefect
@@ -56,11 +55,11 @@ def show_status(store_url: str) -> None:
     """Print who works in a store, what was begun and not finished, and the newest finished searches.
 
     Raises:
-        FileNotFoundError: if there is nothing at ``store_url``.
+        FileNotFoundError: if there is no store at ``store_url``.
         OSError: if the storage cannot be reached.
     """
     store, console = existing_store(store_url), open_console()
-    now = _now(store)
+    now = time_for_looking(store.fs, store.root)
     processes = running_processes(store.fs, store.root, now, within=float("inf"))
     alive = [each for each in processes if now - each.last_sign.timestamp() <= SILENT]
     inventory = take_inventory(store.fs, store.root)
@@ -68,13 +67,6 @@ def show_status(store_url: str) -> None:
     _show_silent(console, now, [each for each in processes if each not in alive])
     _show_unfinished(console, now, _unfinished(store, inventory), alive)
     _show_searches(console, now, store, inventory)
-
-
-def _now(store: ArtifactStore) -> float:
-    try:
-        return storage_clock(store.fs, store.root)
-    except PermissionError:  # one who may only read wants to look, too
-        return time.time()
 
 
 def _show_processes(console: Console, now: float, alive: Sequence[RunningProcess]) -> None:
@@ -131,19 +123,23 @@ def _show_unfinished(
 
 
 def _show_searches(console: Console, now: float, store: ArtifactStore, inventory: Inventory) -> None:
-    committed = [
-        (folder.manifest.modified, key)
+    listed = {
+        key: folder.manifest.modified
         for key, folder in inventory.folders.items()
         if folder.manifest is not None and _name(key) == SEARCH
-    ]
-    if not committed:
+    }
+    if not listed:
         console.print("\nNo search has finished.")
         return
-    newest = sorted(committed, reverse=True)[:NEWEST]
+    artifacts = dict(zip(listed, _read_all(store, listed, lambda key: _search(store, key)), strict=True))
+    committed = [
+        (dated if (artifact := artifacts[key]) is None else replace(artifact, dated=dated).committed, key)
+        for key, dated in listed.items()
+    ]
     which = f", the newest {NEWEST} of {len(committed)}" if len(committed) > NEWEST else ""
     console.print(f"\nFinished searches{which}", style="bold")
-    artifacts = _read_all(store, [key for _, key in newest], lambda key: _search(store, key))
-    for (ended, key), artifact in zip(newest, artifacts, strict=True):
+    for ended, key in sorted(committed, reverse=True)[:NEWEST]:
+        artifact = artifacts[key]
         if artifact is None:
             title, verdict = "damaged", f"`layerwise verify {store.url}` tells more"
         else:

@@ -1,6 +1,7 @@
 """What a person sees in the terminal: results, plans and lists of artifacts."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -164,7 +165,7 @@ def show_theory(console: Console, result: TheoryResult) -> None:
 
 def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
     """One line per artifact of a store, the newest last."""
-    by_age = sorted(artifacts, key=lambda artifact: str(artifact.made.get("at")))
+    by_age = sorted(artifacts, key=lambda artifact: artifact.committed)
     if not by_age:
         console.print("no artifacts here")
         return
@@ -178,7 +179,7 @@ def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
         made = artifact.made
         table.add_row(
             artifact.key[: artifact.key.index("/") + 1 + KEY_DIGITS],
-            str(made["at"])[:16].replace("T", " "),
+            f"{datetime.fromtimestamp(artifact.committed, UTC):%Y-%m-%d %H:%M}",
             f"{made['seconds']:.1f}",
             size(artifact.size),
             Text(", ".join(shown), no_wrap=True, overflow="ellipsis"),

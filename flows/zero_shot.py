@@ -14,6 +14,7 @@ from flows.minutes import refuse_minutes
 from flows.reopened import reopen
 from flows.report import make_report
 from flows.runtime import Runtime
+from storage.existing_store import existing_store
 from storage.running import announced
 from storage.store import ArtifactStore
 from tasks.compare_zero_shot import ZeroShotComparison, compare_zero_shot
@@ -76,12 +77,13 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     What was answered before is not asked again; safe to stop and start again.
 
     Raises:
+        FileNotFoundError: there is no such store.
         KeyError: there is no such search in the store.
         ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities; a limit of time.
         ImportError: lm-eval is not installed.
     """
     refuse_minutes(runtime, "zero-shot")
-    store = ArtifactStore(runtime.store)
+    store = existing_store(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"zero-shot: {', '.join(settings.tasks)}"):
         try:
             execution = runtime.execution()

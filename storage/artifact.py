@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from storage.keys import digest
 from storage.tensor_entry import TensorEntry
+
+STORAGE_CLOCK = "storage"  # whose clock ``made["at"]`` is by; artifacts without it have that of their writer
+COPIED = 3600.0  # seconds between an artifact's own time and its manifest's: clocks rarely differ by more
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Artifact:
         recipe: the stage as plain JSON: name, version, settings, inputs.
         made: when, in how many seconds, in how much memory; not part of what the artifact is.
         token: of the manifest, tells it from one that another attempt wrote.
+        dated: when its manifest was written according to the storage's listing, in seconds since 1970; None if it was
+            not listed.
     """
 
     key: str
@@ -66,6 +72,25 @@ class Artifact:
     recipe: dict[str, object] = field(default_factory=dict)
     made: dict[str, object] = field(default_factory=dict)
     token: str = ""
+    dated: float | None = field(default=None, compare=False)
+
+    @property
+    def committed(self) -> float:
+        """When it was committed, by the storage's clock, in seconds since 1970.
+
+        The date of the manifest says it, unless the store was copied since: then all manifests are dated by the copy,
+        in any order. So an artifact that has its time by the storage's clock goes by that. Those that older versions
+        made have it by their writer's clock; it counts if the manifest is dated more than ``COPIED`` later.
+        """
+        if self.dated is None:
+            return self.recorded
+        is_certain = self.made.get("clock") == STORAGE_CLOCK or self.dated - self.recorded > COPIED
+        return min(self.recorded, self.dated) if is_certain else self.dated
+
+    @property
+    def recorded(self) -> float:
+        """When its writer says that it was committed, in seconds since 1970."""
+        return datetime.fromisoformat(str(self.made["at"])).timestamp()
 
     @property
     def content(self) -> str:

@@ -7,7 +7,7 @@ from fsspec import AbstractFileSystem
 from xxhash import xxh3_128
 
 from storage.artifact import Artifact, StoredFile
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Missing
 from storage.damage import Damaged
 from storage.files import PIECE, WINDOW, read_exactly
 from storage.unreachable import reaching
@@ -66,7 +66,8 @@ def require_size(fs: AbstractFileSystem, root: str, file: StoredFile) -> None:
     """Look whether ``file`` is there with the size it was written with.
 
     Raises:
-        Corrupt: if it is not; names it.
+        Missing: if it is not there.
+        Corrupt: if it has another size; names it.
         Unreachable: if the storage does not answer.
     """
     path = f"{root}/{file.path}"
@@ -74,7 +75,7 @@ def require_size(fs: AbstractFileSystem, root: str, file: StoredFile) -> None:
         with reaching(fs, path):
             size = fs.info(path)["size"]
     except FileNotFoundError as error:
-        raise Corrupt(f"{path} is missing") from error
+        raise Missing(path) from error
     if size != file.size:
         raise Corrupt(f"{path} has {size} bytes, but {file.size} were written")
 

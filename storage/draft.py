@@ -12,14 +12,16 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from storage.artifact import Artifact, StoredFile, checked_name
+from storage.artifact import STORAGE_CLOCK, Artifact, StoredFile, checked_name
 from storage.checking import require_content, require_sizes
 from storage.copies import copy_within
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Missing, Removed
 from storage.damage import Damaged
 from storage.document import read_sealed, seal
+from storage.pauses import longest_pause, since_boot
 from storage.progress import PROGRESS, Progress, read_progress
 from storage.publishing import overwrite, publish, remove_quietly
+from storage.running import storage_clock
 from storage.stage import Stage
 from storage.tensor_entry import TensorEntry
 
@@ -41,6 +43,7 @@ class Draft:
         made: for the manifest, beside time and memory: how this attempt made it; no part of what the artifact is.
         resumed: where an earlier attempt stopped; None on a fresh start.
         tokens: of that resume point, and of those that this attempt left.
+        began: when this attempt did, by ``since_boot``.
     """
 
     def __init__(self, fs: AbstractFileSystem, root: str, stage: Stage) -> None:
@@ -55,6 +58,10 @@ class Draft:
         self._unusable: set[str] = set()  # tokens of resume points whose files are missing or damaged
         self._inherited: frozenset[str] = frozenset()  # names of files that an earlier attempt wrote
         self._started, self._seconds_before = time.monotonic(), 0.0
+        self._booted: float | None = (
+            None  # this machine, by the storage's clock; known once a file is written
+        )
+        self.began = self._looked = since_boot()  # when its files were last looked for
 
     def write(
         self,
@@ -71,6 +78,7 @@ class Draft:
 
         Raises:
             ValueError: if ``name`` is no proper name, or was already written by this attempt.
+            Removed: if another process deleted the file while it was being written.
         """
         path = f"{self._attempt}/{checked_name(name)}"
         if name in self.files and self.files[name].path == path:
@@ -79,7 +87,9 @@ class Draft:
                 "choose another name, or write it once."
             )
         pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
-        size, digest = publish(self._fs, f"{self._root}/{path}", pieces)
+        size, digest, date = publish(self._fs, f"{self._root}/{path}", pieces)
+        # The latest: S3 cuts dates to the second, and dates a large file with the beginning of its upload.
+        self._booted = max(date - since_boot(), self._booted or 0.0)
         self.files[name] = StoredFile(path, size, digest, tensors)
         self._inherited -= {name}
         return self.files[name]
@@ -96,7 +106,10 @@ class Draft:
 
         Raises:
             Committed: another process has finished the artifact.
+            Removed: another process deleted what was written, while this one was paused.
         """
+        if longest_pause(self._looked):
+            self.require_files()
         if self._is_behind(step):
             return
         state = Draft(self._fs, self._root, self._stage)
@@ -145,11 +158,17 @@ class Draft:
         """Bring the files of earlier attempts into this attempt's folder, by copies on the storage itself.
 
         For artifacts whose folder is opened by programs that know no manifest.
+
+        Raises:
+            Damaged: one of them is missing; the resume point that names it is useless.
         """
         for name, file in self.files.items():
             path = f"{self._attempt}/{name}"
             if file.path != path:
-                copy_within(self._fs, f"{self._root}/{file.path}", f"{self._root}/{path}")
+                try:
+                    copy_within(self._fs, f"{self._root}/{file.path}", f"{self._root}/{path}")
+                except FileNotFoundError as error:
+                    raise self._useless(Missing(f"{self._root}/{file.path}")) from error
                 self.files[name] = replace(file, path=path)
 
     def check_inherited(self) -> None:
@@ -169,17 +188,21 @@ class Draft:
 
         Raises:
             Damaged: one of an earlier attempt is not; the resume point that names it is useless.
-            Corrupt: one of this attempt is not.
+            Removed: one of this attempt is not there any more.
+            Corrupt: one of this attempt has another size.
         """
+        self._looked = since_boot()
         for names in (self._inherited, self.files.keys() - self._inherited):
             try:
                 require_sizes(self._fs, self._root, [self.files[name] for name in sorted(names)])
             except Corrupt as error:
                 if names is self._inherited:
                     raise self._useless(error) from error
+                if isinstance(error, Missing):
+                    raise Removed(error.path) from error
                 raise Corrupt(
-                    f"{self._stage.key} cannot be committed: {error}. Somebody has removed or changed it since it was "
-                    "written a moment ago. Run again, and leave the cleaning of the store to `layerwise gc`."
+                    f"{self._stage.key} cannot be committed: {error}. Another process changed it since. Run again, and "
+                    "let only layerwise write to the store."
                 ) from error
 
     def remove_progress(self) -> None:
@@ -194,9 +217,14 @@ class Draft:
 
     @property
     def how_it_was_made(self) -> dict[str, object]:
-        """When, in how many seconds, and in how many bytes of memory: the most that this process has held so far."""
+        """When, in how many seconds, and in how many bytes of memory: the most that this process has held so far.
+
+        Raises:
+            OSError: if the storage cannot be asked for its time.
+        """
         return {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "at": datetime.fromtimestamp(self._storage_time(), UTC).isoformat(timespec="milliseconds"),
+            "clock": STORAGE_CLOCK,
             "seconds": self.seconds,
             "peak_memory": 1024
             * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # which is in KiB on Linux
@@ -207,6 +235,12 @@ class Draft:
     def seconds(self) -> float:
         """Time spent on this artifact, earlier attempts up to their last resume point included."""
         return round(self._seconds_before + time.monotonic() - self._started, 3)
+
+    def _storage_time(self) -> float:
+        """Now by the storage's clock, in seconds since 1970: the clocks of the machines that share it may differ."""
+        if self._booted is None:
+            return storage_clock(self._fs, self._root)
+        return self._booted + since_boot()
 
     @property
     def _progress_path(self) -> str:

@@ -88,7 +88,7 @@ class Inventory:
         """Put a file to those of its kind."""
         if RUNNING_FILE.fullmatch(entry.path):
             self.running.append(entry)
-        elif _LOOSE_TEMPORARY.fullmatch(entry.path):
+        elif is_temporary(entry.path):
             self.temporary.append(entry)
         elif not (
             (match := STAGE_FILE.fullmatch(entry.path)) and self._add_to_folder(entry, **match.groupdict())
@@ -111,6 +111,11 @@ class Inventory:
             return False
         self.folders[key] = folder
         return True
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a file outside of the stages' folders is ours, and of use only while it is being written."""
+    return _LOOSE_TEMPORARY.fullmatch(path) is not None
 
 
 def take_inventory(fs: AbstractFileSystem, root: str) -> Inventory:

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from storage.corrupt import Removed
+
 Made = TypeVar("Made")
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -20,12 +22,13 @@ def replace_file(path: str, pieces: Iterable[memoryview]) -> None:
     """Write a file, in place of one that may be there.
 
     Raises:
+        Removed: if another process deleted the unfinished file.
         OSError: if the disk is full or refuses; the old file, if any, is unchanged.
     """
     temporary = _write_beside(path, pieces)
     try:
         with explaining_refusals(path):
-            os.replace(temporary, path)
+            _put_in_place(temporary, path, os.replace)
     except BaseException:
         _remove(temporary)
         raise
@@ -37,12 +40,13 @@ def create_file(path: str, document: bytes) -> bool:
     """Write a file unless it is there; of any number of callers exactly one gets True.
 
     Raises:
+        Removed: if another process deleted the unfinished file.
         OSError: if the disk is full or refuses, or has no hard links.
     """
     temporary = _write_beside(path, [memoryview(document)])
     try:
         with explaining_refusals(path):
-            _link(temporary, path)
+            _put_in_place(temporary, path, _link)
     except FileExistsError:
         return False
     finally:
@@ -108,6 +112,13 @@ def _write_beside(path: str, pieces: Iterable[memoryview]) -> str:
     finally:
         os.close(descriptor)
     return temporary
+
+
+def _put_in_place(temporary: str, path: str, put: Callable[[str, str], None]) -> None:
+    try:
+        put(temporary, path)
+    except FileNotFoundError as error:
+        raise Removed(path) from error
 
 
 def _in_its_folder(path: str, make: Callable[[], Made]) -> Made:

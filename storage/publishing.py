@@ -10,8 +10,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from xxhash import xxh3_128
 
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Removed
 from storage.files import is_local, read_exactly
+from storage.inventory import modified
 from storage.local_disk import create_file, replace_file
 from storage.unreachable import reaching, status_of
 
@@ -22,16 +23,20 @@ CONFLICTS = 6  # attempts of a conditional request: 3 seconds in all
 memory_lock = threading.Lock()  # fsspec's memory file system looks first and writes later
 
 
-def publish(fs: AbstractFileSystem, path: str, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+def publish(
+    fs: AbstractFileSystem, path: str, pieces: Iterable[bytes | memoryview]
+) -> tuple[int, str, float]:
     """Write a file from its pieces; it becomes visible when complete, and not at all if anything fails.
 
     Args:
         pieces: consecutive parts of the content, of any length; consumed once.
 
     Returns:
-        Size in bytes and xxh3_128 digest (32 hex digits) of the content.
+        Size in bytes and xxh3_128 digest (32 hex digits) of the content, and the date of the file: seconds since
+        1970, by the storage's clock.
 
     Raises:
+        Removed: if another process deleted the file, or the unfinished upload of it, meanwhile.
         Corrupt: if the stored file has another size than what was written.
         OSError: if the disk is full or refuses; see ``reaching`` for those of other storages.
     """
@@ -56,14 +61,14 @@ def publish(fs: AbstractFileSystem, path: str, pieces: Iterable[bytes | memoryvi
     else:
         _publish_remote(fs, path, counted())
     fs.invalidate_cache(fs._parent(path))
-    with reaching(fs, path):
-        stored = fs.info(path)["size"]
-    if stored != size:
+    with _noticing_removal(path), reaching(fs, path):
+        row = fs.info(path)
+    if row["size"] != size:
         raise Corrupt(
-            f"{path}: {size} bytes were written, but {stored} are stored. Check the storage (full? another "
+            f"{path}: {size} bytes were written, but {row['size']} are stored. Check the storage (full? another "
             "writer?) and run again."
         )
-    return size, hasher.hexdigest()
+    return size, hasher.hexdigest(), modified(fs, row)
 
 
 def overwrite(fs: AbstractFileSystem, path: str, document: bytes) -> None:
@@ -151,13 +156,13 @@ def _publish_remote(fs: AbstractFileSystem, path: str, pieces: Iterator[memoryvi
     with reaching(fs, path):
         file = fs.open(path, "wb", block_size=BLOCK, autocommit=False)
     try:
-        with reaching(fs, path):
+        with _noticing_removal(path), reaching(fs, path):
             file.write(start)
         del start
         for piece in pieces:
-            with reaching(fs, path):
+            with _noticing_removal(path), reaching(fs, path):
                 file.write(piece)
-        with reaching(fs, path):
+        with _noticing_removal(path), reaching(fs, path):
             file.close()
             file.commit()
     except BaseException:
@@ -165,3 +170,12 @@ def _publish_remote(fs: AbstractFileSystem, path: str, pieces: Iterator[memoryvi
             file.closed = True  # or its finaliser would upload the rest
             file.discard()
         raise
+
+
+@contextlib.contextmanager
+def _noticing_removal(path: str) -> Iterator[None]:
+    """Put around requests about a file that this process is writing: it is missing only if somebody deleted it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Removed(path) from error

@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Removed
 from storage.document import read_sealed, seal
 from storage.files import is_local
 from storage.inventory import RUNNING_FILE, modified
-from storage.local_disk import explaining_refusals
+from storage.local_disk import REFUSED, explaining_refusals
+from storage.pauses import beat, end_beats
 from storage.publishing import overwrite, remove_quietly
 from storage.unreachable import Unreachable, reaching
 
@@ -183,6 +184,22 @@ def storage_clock(fs: AbstractFileSystem, root: str) -> float:
             fs.rm_file(path)  # not remove_quietly, which would take an empty root with it
 
 
+def time_for_looking(fs: AbstractFileSystem, root: str) -> float:
+    """Now in seconds since 1970: by the storage's clock, or, where nothing can be written, by this machine's.
+
+    For people who only look; never to decide what is deleted.
+
+    Raises:
+        Unreachable: the storage does not answer.
+    """
+    try:
+        return storage_clock(fs, root)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return time.time()
+
+
 class _SignGiver:
     """Keeps the file of one process up to date."""
 
@@ -195,10 +212,15 @@ class _SignGiver:
     def give(self, first: bool = False) -> None:
         try:
             overwrite(self._fs, self._path, seal(self._content()))
+        except Removed:
+            pass  # deleted while this process was paused in the middle of writing it; the next sign is soon to come
         except Exception as error:  # whatever it is, the work goes on; clients raise more than OSErrors
             if first and isinstance(error, Unreachable):
                 raise
-            if not self._failed:
+            if isinstance(error, OSError) and error.errno in REFUSED:
+                # Who may only read is told so by the first stage that is to be built, if there is one.
+                logger.info("%s is used without a sign of life (%s)", self._root, error)
+            elif not self._failed:
                 logger.warning(
                     "%s cannot be written (%s): the work goes on, but `layerwise gc` does not know of it. "
                     "Do not run that now.",
@@ -208,8 +230,11 @@ class _SignGiver:
             self._failed = True
 
     def keep_giving(self, done: threading.Event) -> None:
+        beat(self, EVERY)
         while not done.wait(EVERY):
             self.give()
+            beat(self, EVERY)
+        end_beats(self)
         remove_quietly(self._fs, [self._path])
 
     def _content(self) -> dict[str, object]:

@@ -4,25 +4,28 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
 from storage.checking import require_size
-from storage.corrupt import Corrupt
+from storage.corrupt import Corrupt, Removed
 from storage.damage import Damaged
 from storage.document import read_sealed, seal
 from storage.draft import MANIFEST, Committed, Draft
 from storage.files import is_local, open_filesystem, read_exactly
+from storage.inventory import take_inventory
+from storage.pauses import why_files_are_gone
 from storage.probe import require_exclusive_creation
 from storage.progress import Progress, read_progress
 from storage.publishing import create_once
 from storage.stage import STAGE_NAME, Stage
-from storage.unreachable import reaching
 
 logger = logging.getLogger(__name__)
 
+REBUILDS = 3  # of a stage whose files others delete while it is being built
 KEY = re.compile(rf"{STAGE_NAME.pattern}/[0-9a-f]{{32}}")
 
 
@@ -78,35 +81,44 @@ class ArtifactStore:
 
         Raises:
             OSError: the storage cannot be written, or does not create files exclusively; before any work.
+            Corrupt: other processes delete its files again and again while it is being built.
             Damaged: an artifact that ``build`` reads is damaged (see ``storage.set_aside``).
         """
+        unusable: set[str] = set()
+        removals = 0
         while (artifact := self.find(stage)) is None:
             self._require_writable()
             self.built.add(stage.key)
-            if draft := self._built_draft(stage, build):
-                self._commit(stage, draft)
-        return artifact
-
-    def _built_draft(self, stage: Stage, build: Callable[[Draft], None]) -> Draft | None:
-        """What ``build`` made, ready for its manifest; None if another process was first."""
-        unusable: set[str] = set()
-        while True:
             draft = self.draft(stage)
             draft.resume(unusable)
             try:
                 build(draft)
                 draft.require_files()
-                return draft
+                self._commit(stage, draft)
             except Committed:
                 logger.info("%s was committed by another process meanwhile; using that one", stage.key)
                 draft.remove_progress()
-                return None
             except Damaged as error:
                 if draft.resumed is None or error.key != draft.resumed.state.key:
                     raise
                 # Damaged, or deleted by another process at work on this stage, which has left a newer one.
                 logger.warning("%s: its resume point cannot be used: %s", stage.key, error)
                 unusable |= draft.tokens
+            except Removed as error:
+                removals += 1
+                if removals > REBUILDS:
+                    raise Corrupt(
+                        f"{stage.key} cannot be built: its files were deleted {removals} times, the last time "
+                        f"{error.path}. Stop what deletes files in {self.root}, and run again. `layerwise gc` spares "
+                        "what running processes have written."
+                    ) from error
+                logger.warning(
+                    "%s: %s. %s It is built again, from its last resume point if there is one.",
+                    stage.key,
+                    error,
+                    why_files_are_gone(draft.began),
+                )
+        return artifact
 
     def _commit(self, stage: Stage, draft: Draft) -> None:
         manifest = {
@@ -162,18 +174,22 @@ class ArtifactStore:
         except KeyError:
             raise KeyError(f"{artifact.key} has no file {name!r}; it has {sorted(artifact.files)}") from None
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """All committed artifacts, by listing: for people. Damaged ones are skipped with a warning."""
-        for stage_folder in self._subfolders(self.root):
-            for folder in self._subfolders(stage_folder):
-                key = "/".join(folder.rstrip("/").split("/")[-2:])
-                try:
-                    artifact = self._find(key)
-                except Corrupt as error:
-                    logger.warning("%s is skipped: %s", key, error)
-                    continue
-                if artifact is not None:
-                    yield artifact
+    def artifacts(self, beginning: str = "") -> Iterator[Artifact]:
+        """All committed artifacts, by listing: for people. Damaged ones are skipped with a warning.
+
+        Args:
+            beginning: of the keys that are asked for.
+        """
+        for key, folder in sorted(take_inventory(self.fs, self.root).folders.items()):
+            if folder.manifest is None or not key.startswith(beginning):
+                continue
+            try:
+                artifact = self._find(key)
+            except Corrupt as error:
+                logger.warning("%s is skipped: %s", key, error)
+                continue
+            if artifact is not None:
+                yield replace(artifact, dated=folder.manifest.modified)
 
     def location(self, artifact: Artifact, name: str = "") -> str:
         """Where a file is, for people: a plain path on a local disk, a URL elsewhere.
@@ -235,11 +251,3 @@ class ArtifactStore:
 
     def _manifest_path(self, key: str) -> str:
         return f"{self.root}/{key}/{MANIFEST}"
-
-    def _subfolders(self, path: str) -> list[str]:
-        try:
-            with reaching(self.fs, path):
-                rows = self.fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(row["name"] for row in rows if row["type"] == "directory")

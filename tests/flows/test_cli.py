@@ -14,6 +14,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 
+from flows.cli import FLOWS, main
+from flows.cli_parser import command_parser
 from flows.options import add_options, read_options, search_command
 from flows.runtime import Runtime
 from flows.settings import Search
@@ -382,3 +384,23 @@ def test_the_command_of_a_search_makes_the_same_search(changes):
     parsed = parser.parse_args(options)
     assert read_options(parsed, Search) == settings
     assert parsed.store == "STORE"
+
+
+@pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])
+def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, monkeypatch):
+    missing = tmp_path / "missing"
+    monkeypatch.setattr(sys, "argv", ["layerwise", command, str(missing)])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert (
+        ending.value.code == f"layerwise: {missing} holds no store: nothing is there. Check the path or URL."
+    )
+    assert not missing.exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "zero-shot"])
+def test_a_store_that_does_not_exist_is_told_before_a_server_is_waited_for(command, tmp_path):
+    arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
+    with pytest.raises(FileNotFoundError, match="missing holds no store: nothing is there"):
+        FLOWS[command](arguments, None, 0.0)
+    assert not (tmp_path / "missing").exists()

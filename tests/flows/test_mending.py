@@ -2,12 +2,15 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from flows.mending import mending
+from storage.collect import collect, plan_collection
 from storage.damage import Damaged
+from storage.stage import Stage
 from storage.store import ArtifactStore
 
 
@@ -81,3 +84,22 @@ def test_what_is_damaged_twice_stops_the_run(tmp_path):
     with pytest.raises(Damaged, match="its file 'x' is damaged"):
         mending(store, run)
     assert len(calls) == 2
+
+
+def test_what_was_deleted_since_it_was_found_is_built_anew_with_a_warning(tmp_path, caplog):
+    store, stage = ArtifactStore(str(tmp_path / "store")), Stage("capture", 1)
+    found = []
+
+    def run():
+        artifact = store.get_or_build(stage, lambda draft: draft.write("weights.bin", b"w"))
+        found.append(artifact)
+        if len(found) == 1:
+            collect(store, plan_collection(store, lambda artifacts: set(), 0.0, time.time() + 86400))
+        return store.read(artifact, "weights.bin")
+
+    with caplog.at_level(logging.WARNING):
+        assert mending(store, run) == b"w"
+    assert len(found) == 2
+    (record,) = caplog.records
+    assert f"{stage.key} is not in the store any more" in record.getMessage()
+    assert record.getMessage().endswith("It is built anew.")

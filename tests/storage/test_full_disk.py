@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.publishing import create_once, overwrite, publish
+from storage.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 GO_ON = "then start the same command again: it goes on from its last resume point."
@@ -119,6 +120,43 @@ def test_a_read_only_disk_is_told_as_that(tmp_path):
             f"Mount the disk writable, or change the owner or mode of the folder, {GO_ON}"
         )
     assert found["files"] == ["progress.json"]
+
+
+LOOKING = """
+import contextlib, io
+from flows.housekeeping import collect_garbage, verify_store
+from flows.status import show_status
+from storage.running import announced
+
+store.get_or_build(stage, lambda draft: draft.write("weights.bin", b"w"))
+overwrite(store.fs, f"{store.root}/{stage.key}/{'a' * 32}/abandoned.bin", b"x")
+os.utime(f"{store.root}/{stage.key}/{'a' * 32}/abandoned.bin", (1e9, 1e9))
+before = files()
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+with contextlib.redirect_stdout(io.StringIO()) as out, announced(store.fs, store.root, "a search"):
+    show_status(store.url)
+    facts["codes"] = [collect_garbage(store.url, False, False), verify_store(store.url)]
+    facts["artifacts"] = [each.key for each in store.artifacts()]
+facts["said"] = out.getvalue()
+failing("gc --apply", lambda: collect_garbage(store.url, True, False))
+store = ArtifactStore(store.url)  # that has not asked yet whether it can write
+failing("build", lambda: store.get_or_build(Stage("other", 1), lambda draft: facts.update(worked=True)))
+facts["unchanged"] = files() == before
+"""
+
+
+def test_a_read_only_store_can_be_looked_at_and_is_not_worked_for_in_vain(tmp_path):
+    found = on_a_disk_of_its_own(tmp_path, "size=4m", LOOKING)
+    assert found["codes"] == [0, 0]
+    assert found["artifacts"] == [Stage("capture", 1).key]
+    for said in ("Nobody is at work", "abandoned attempts", "nothing was deleted", "nothing is damaged"):
+        assert said in found["said"]
+    for action in ("gc --apply", "build"):
+        number, message = found[action]
+        assert number == errno.EROFS
+        assert "cannot be written: this is not allowed (Read-only file system)" in message
+    assert "worked" not in found
+    assert found["unchanged"]
 
 
 GOES_ON = """

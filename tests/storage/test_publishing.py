@@ -27,9 +27,11 @@ def hasty_threads():
     sys.setswitchinterval(usual)
 
 
-def test_publish_tells_size_and_digest(store):
+def test_publish_tells_size_digest_and_the_storages_date(store):
     path = f"{store.root}/folder/file.bin"
-    assert publish(store.fs, path, [b"ab", b"", memoryview(b"c")]) == (3, xxh3_128_hexdigest(b"abc"))
+    size, digest, date = publish(store.fs, path, [b"ab", b"", memoryview(b"c")])
+    assert (size, digest) == (3, xxh3_128_hexdigest(b"abc"))
+    assert date == store.fs.modified(path).timestamp()
     assert store.fs.cat_file(path) == b"abc"
 
 

@@ -63,7 +63,7 @@ def test_the_manifest_says_what_was_made_from_what(store):
         "settings": {"layer": 3, "sparsity": 0.5},
         "inputs": {"dense": "import/0"},
     }
-    assert artifact.made.keys() == {"at", "seconds", "peak_memory", "by"}
+    assert artifact.made.keys() == {"at", "clock", "seconds", "peak_memory", "by"}
     assert artifact.made["by"] == "hand"
     assert 1 << 20 < artifact.made["peak_memory"] < 1 << 40  # bytes of a process with torch in it
     assert artifact.size == 6
