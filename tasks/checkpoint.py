@@ -135,6 +135,7 @@ class Checkpoint:
         """
         with tempfile.TemporaryDirectory() as folder:
             for name in copied_files(self.artifact.files):
+                Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(self._store.read(self.artifact, name))
             try:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

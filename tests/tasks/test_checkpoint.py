@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import uuid
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from storage.corrupt import Corrupt
 from storage.files import open_filesystem
-from tasks.folder import SourceChanged, list_folder
+from tasks.file_identity import SourceChanged
+from tasks.folder import list_folder
 from tasks.import_checkpoint import import_checkpoint
 
 
@@ -44,16 +46,49 @@ def test_closing_the_layers_early_leaves_no_thread(local_store, save_model):
     assert set(threading.enumerate()) - before == set()
 
 
-def test_weights_that_change_after_the_import_are_never_used(local_store, save_model):
+def flip(file, place):
+    """Change one bit of a file, and set its times back."""
+    times = file.stat()
+    time.sleep(0.02)  # two ticks of the clock by which the kernel dates changes
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        (byte,) = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_weights_that_change_under_a_run_with_their_times_set_back_are_noticed(local_store, save_model):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
-    file = folder / "model.safetensors"
-    place = checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset
-    content, times = bytearray(file.read_bytes()), file.stat()
-    content[place] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # nothing shows it but the bytes
-    layers = import_checkpoint(local_store, str(folder)).layers()
+    layers = checkpoint.layers()
+    next(layers)
+    flip(folder / "model.safetensors", checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset)
+    with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
+        list(checkpoint.layers())
+    assert import_checkpoint(local_store, str(folder)).identity != checkpoint.identity
+
+
+def test_one_bit_anywhere_in_a_large_file_makes_another_model_even_with_the_times_set_back(
+    local_store, llama, save_model
+):
+    folder = save_model(llama(vocab_size=3000, hidden_size=256))
+    first = import_checkpoint(local_store, str(folder))
+    flip(
+        folder / "model.safetensors", first.outer_tensors()["model.embed_tokens.weight"].entry.offset + 70_000
+    )
+    second = import_checkpoint(local_store, str(folder))
+    assert second.artifact.key != first.artifact.key
+    assert second.identity != first.identity
+
+
+def test_weights_that_change_where_nothing_but_the_bytes_shows_it_are_never_used(local_store, save_model):
+    fs, place = open_filesystem(f"memory://{uuid.uuid4().hex}")
+    fs.put(str(save_model()), place, recursive=True)
+    checkpoint = import_checkpoint(local_store, f"memory:/{place}")
+    content = fs.store[f"{place}/model.safetensors"].getbuffer()
+    content[checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset] ^= 1
+    layers = checkpoint.layers()
     next(layers)
     with pytest.raises(Corrupt, match=r"model\.safetensors.*model\.layers\.1\.mlp\.down_proj\.weight"):
         next(layers)
