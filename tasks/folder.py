@@ -7,7 +7,14 @@ from fsspec import AbstractFileSystem
 
 from storage.files import read_exactly
 from storage.unreachable import reaching
-from tasks.file_identity import BrokenLink, FileState, require_unchanged, resolve_link, state_of_entry
+from tasks.file_identity import (
+    BrokenLink,
+    FileState,
+    require_target,
+    require_unchanged,
+    resolve_link,
+    state_of_entry,
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ def list_folder(
 
     Raises:
         FileNotFoundError: if there is no such folder, or nothing in it.
+        BrokenLink: if the folder itself is a link that leads to nothing.
     """
     root = root.rstrip("/")
+    require_target(fs, root)
     fs.invalidate_cache(root)  # a listing that is remembered would hide a changed file
     files: dict[str, FileState] = {}
     broken: dict[str, BrokenLink] = {}

@@ -7,9 +7,12 @@ import uuid
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+from xxhash import xxh3_128_hexdigest
 
 from storage.corrupt import Corrupt
 from storage.files import open_filesystem
+from storage.keys import digest
 from tasks.file_identity import SourceChanged
 from tasks.folder import list_folder
 from tasks.import_checkpoint import import_checkpoint
@@ -18,6 +21,49 @@ from tasks.import_checkpoint import import_checkpoint
 def test_the_tokenizer_comes_with_the_checkpoint(store, save_model):
     checkpoint = import_checkpoint(store, str(save_model()))
     assert checkpoint.tokenizer()("hello big world")["input_ids"] == [1, 0, 2]
+
+
+def give_templates(folder):
+    """Chat templates as transformers saves several: one in the folder, the others below it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "a default", "tool_use": "with tools", "rag": "with texts"}
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates" / "rag.jinja").exists()
+    return tokenizer.chat_template
+
+
+def test_chat_templates_below_the_folder_come_with_the_checkpoint(store, save_model):
+    folder = save_model()
+    bare = import_checkpoint(store, str(folder))
+    templates = give_templates(folder)
+    checkpoint = import_checkpoint(store, str(folder))
+    assert checkpoint.tokenizer().chat_template == templates
+    assert checkpoint.identity == bare.identity
+    assert checkpoint.tokenizer_identity != bare.tokenizer_identity
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("with other texts")
+    assert import_checkpoint(store, str(folder)).tokenizer().chat_template["rag"] == "with other texts"
+
+
+def test_chat_templates_below_a_repository_of_the_hub_come_too(local_store, hub):
+    templates = give_templates(hub.folder)
+    assert import_checkpoint(local_store, "tiny/llama").tokenizer().chat_template == templates
+
+
+def test_the_folder_of_chat_templates_may_be_a_link(local_store, save_model, tmp_path):
+    folder = save_model()
+    templates = give_templates(folder)
+    (folder / "additional_chat_templates").rename(tmp_path / "templates")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    assert import_checkpoint(local_store, str(folder)).tokenizer().chat_template == templates
+
+
+def test_the_tokenizer_identity_of_models_without_more_files_is_the_one_in_existing_stores(store, save_model):
+    checkpoint = import_checkpoint(store, str(save_model()))
+    files = {
+        name: xxh3_128_hexdigest(store.read(checkpoint.artifact, name))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+    assert checkpoint.tokenizer_identity == digest(files)
 
 
 def test_a_missing_tokenizer_is_reported_when_it_is_needed(local_store, llama, tmp_path):
