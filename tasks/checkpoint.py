@@ -151,7 +151,7 @@ class Checkpoint:
 
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:
-            self._folder.require_unchanged(file)
+            self._folder.require_unchanged(file, bytes_are_checked=True)
             return read_entries(self._folder.fs, self._folder.path(file), entries, buffer)
         with self._store.blaming(self.artifact, file):
             path = f"{self._store.root}/{self._store.file(self.artifact, file).path}"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -36,14 +36,16 @@ class FileState:
     """Size in bytes of a file, and what changes with its content.
 
     Attributes:
-        version: an ETag, blob id or modification time; on a local disk the times of the last change of content
-            and of the last change at all (ctime), which nobody can set back.
+        version: an ETag, blob id or modification time.
         checksum: of the whole content, if the storage tells one.
+        changed: of a file on a local disk, the time of its last change of any kind (ctime), in ns. Nobody can set
+            it back, but a new hard link or other permissions are such a change, too.
     """
 
     size: int
     version: str
     checksum: str | None = None
+    changed: int | None = None
 
 
 def file_state(fs: AbstractFileSystem, path: str) -> FileState:
@@ -57,7 +59,7 @@ def file_state(fs: AbstractFileSystem, path: str) -> FileState:
     if is_local(fs):
         require_target(fs, path)
         status = os.stat(fs._strip_protocol(path))
-        return FileState(status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns}")
+        return FileState(status.st_size, str(status.st_mtime_ns), changed=status.st_ctime_ns)
     fs.invalidate_cache(fs._parent(path))  # a listing that is remembered would hide a changed file
     with reaching(fs, path):
         return state_of_entry(fs, fs.info(path))
@@ -88,8 +90,14 @@ def state_of_entry(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> FileStat
     )
 
 
-def require_unchanged(fs: AbstractFileSystem, path: str, listed: FileState) -> None:
+def require_unchanged(
+    fs: AbstractFileSystem, path: str, listed: FileState, bytes_are_checked: bool = False
+) -> None:
     """Look whether the file at ``path`` is still the one that was ``listed``.
+
+    Args:
+        bytes_are_checked: whether what is read of it is compared with digests: then a changed ctime alone, as a new
+            hard link gives it, does not matter.
 
     Raises:
         SourceChanged: it has another size, ETag or time of change, or is gone.
@@ -100,10 +108,11 @@ def require_unchanged(fs: AbstractFileSystem, path: str, listed: FileState) -> N
         raise SourceChanged(
             f"{path} is gone since this run began. Put it back and run again, or name the place where it is now."
         ) from error
-    if found != listed:
+    expected = replace(listed, changed=found.changed) if bytes_are_checked else listed
+    if found != expected:
         raise SourceChanged(
-            f"{path} has changed since this run began: {listed.size} bytes, version {listed.version}, became "
-            f"{found.size} bytes, version {found.version}. Put the original back, or run again: the changed "
+            f"{path} has changed since this run began: {listed.size} bytes, version {_version(listed)}, became "
+            f"{found.size} bytes, version {_version(found)}. Put the original back, or run again: the changed "
             "checkpoint is imported anew, and a run never mixes the two."
         )
 
@@ -129,7 +138,7 @@ def fingerprints(
     samples = sample_contents(fs, unknown, whole)
     found = {path: state.checksum for path, state in states.items() if state.checksum is not None}
     for path, sample in samples.items():
-        found[path] = sample.digest if sample.whole else f"{sample.digest} {states[path].version}"
+        found[path] = sample.digest if sample.whole else f"{sample.digest} {_version(states[path])}"
     return found
 
 
@@ -164,6 +173,10 @@ def require_target(fs: AbstractFileSystem, path: str) -> None:
     path = fs._strip_protocol(path)
     if is_local(fs) and os.path.islink(path) and not os.path.exists(path):
         raise BrokenLink(_broken(path, f" to {os.readlink(path)}"))
+
+
+def _version(state: FileState) -> str:
+    return state.version if state.changed is None else f"{state.version} {state.changed}"
 
 
 def _broken(name: str, target: str) -> str:

@@ -43,14 +43,17 @@ class Folder:
             )
         return f"{self.root}/{name}"
 
-    def require_unchanged(self, name: str) -> None:
+    def require_unchanged(self, name: str, bytes_are_checked: bool = False) -> None:
         """Look whether a file is still the one that was listed.
 
+        Args:
+            bytes_are_checked: whether what is read of it is compared with digests.
+
         Raises:
-            SourceChanged: it has another size, ETag or modification time, or is gone.
+            SourceChanged: it has another size, ETag or time of change, or is gone.
         """
         if not self.pinned:
-            require_unchanged(self.fs, self.path(name), self.files[name])
+            require_unchanged(self.fs, self.path(name), self.files[name], bytes_are_checked)
 
     def read(self, name: str) -> bytes:
         """All bytes of a small file.

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from xxhash import xxh3_128_hexdigest
 
+import tasks.import_checkpoint as import_module
 from storage.corrupt import Corrupt
 from storage.files import open_filesystem
 from storage.keys import digest
@@ -99,20 +100,43 @@ def flip(file, place):
     with file.open("r+b") as opened:
         opened.seek(place)
         (byte,) = opened.read(1)
-        opened.seek(place)
+        opened.seek(-1, os.SEEK_CUR)
         opened.write(bytes([byte ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_weights_that_change_under_a_run_with_their_times_set_back_are_noticed(local_store, save_model):
+def test_weights_that_change_under_a_run_with_their_times_set_back_are_never_used(local_store, save_model):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
+    flip(folder / "model.safetensors", checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset)
     layers = checkpoint.layers()
     next(layers)
-    flip(folder / "model.safetensors", checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset)
-    with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
-        list(checkpoint.layers())
+    with pytest.raises(Corrupt, match=r"model\.safetensors.*model\.layers\.1\.mlp\.down_proj\.weight"):
+        next(layers)
     assert import_checkpoint(local_store, str(folder)).identity != checkpoint.identity
+
+
+def test_a_hard_link_that_is_made_under_a_run_does_not_stop_it(local_store, save_model, tmp_path):
+    folder = save_model()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    time.sleep(0.02)
+    os.link(folder / "model.safetensors", tmp_path / "backup")
+    assert len(list(checkpoint.layers())) == 2
+
+
+def test_a_file_that_changes_during_the_import_with_its_times_set_back_ends_it(
+    local_store, save_model, monkeypatch
+):
+    folder = save_model()
+    index_in_place = import_module.index_in_place
+
+    def then_changed(store, draft, folder_at_work):
+        flip(folder / "model.safetensors", 50_000)
+        return index_in_place(store, draft, folder_at_work)
+
+    monkeypatch.setattr(import_module, "index_in_place", then_changed)
+    with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
+        import_checkpoint(local_store, str(folder))
 
 
 def test_one_bit_anywhere_in_a_large_file_makes_another_model_even_with_the_times_set_back(
@@ -126,18 +150,6 @@ def test_one_bit_anywhere_in_a_large_file_makes_another_model_even_with_the_time
     second = import_checkpoint(local_store, str(folder))
     assert second.artifact.key != first.artifact.key
     assert second.identity != first.identity
-
-
-def test_weights_that_change_where_nothing_but_the_bytes_shows_it_are_never_used(local_store, save_model):
-    fs, place = open_filesystem(f"memory://{uuid.uuid4().hex}")
-    fs.put(str(save_model()), place, recursive=True)
-    checkpoint = import_checkpoint(local_store, f"memory:/{place}")
-    content = fs.store[f"{place}/model.safetensors"].getbuffer()
-    content[checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset] ^= 1
-    layers = checkpoint.layers()
-    next(layers)
-    with pytest.raises(Corrupt, match=r"model\.safetensors.*model\.layers\.1\.mlp\.down_proj\.weight"):
-        next(layers)
 
 
 def test_a_file_that_disappears_is_named(local_store, save_model):
