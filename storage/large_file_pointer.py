@@ -38,11 +38,7 @@ def refuse_pointers(fs: AbstractFileSystem, sizes: Mapping[str, int], names: Map
     Raises:
         ValueError: for the first pointer, by name.
     """
-    starts = {
-        path: bytearray(min(size, len(BEGINNING)))
-        for path, size in sizes.items()
-        if len(BEGINNING) < size < LONGEST
-    }
-    read_blocks(fs, {path: [(0, memoryview(start))] for path, start in starts.items()})
-    for path in sorted(starts, key=names.__getitem__):
-        refuse_pointer(starts[path], names[path])
+    small = {path: bytearray(size) for path, size in sizes.items() if len(BEGINNING) < size < LONGEST}
+    read_blocks(fs, {path: [(0, memoryview(content))] for path, content in small.items()})
+    for path in sorted(small, key=names.__getitem__):
+        refuse_pointer(small[path], names[path])

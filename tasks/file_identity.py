@@ -4,9 +4,13 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from http import HTTPStatus
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from fsspec.asyn import sync
+from fsspec.implementations.http import HTTPFileSystem
+from xxhash import xxh3_128
 
 from storage.content_sample import sample_contents
 from storage.files import is_local
@@ -124,7 +128,8 @@ def fingerprints(
 
     A digest of all bytes where the storage tells one, for small files and for those named in ``whole``: it is the
     same wherever and whenever the file was written. For others the digest of a sample (``sample_contents``) and the
-    storage's version of the file, as nobody knows whether the bytes that were not read are equal elsewhere.
+    storage's version of the file, as nobody knows whether the bytes that were not read are equal elsewhere. What
+    lies behind an HTTP server that gives no parts of files is read to its end.
 
     Args:
         states: by path.
@@ -135,8 +140,13 @@ def fingerprints(
         OSError: if a file cannot be read.
     """
     unknown = {path: state.size for path, state in states.items() if state.checksum is None}
-    samples = sample_contents(fs, unknown, whole)
     found = {path: state.checksum for path, state in states.items() if state.checksum is not None}
+    if isinstance(fs, HTTPFileSystem) and (
+        streamed := [path for path in unknown if not _serves_ranges(fs, path)]
+    ):
+        found |= {path: _streamed_digest(fs, path) for path in streamed}
+        unknown = {path: size for path, size in unknown.items() if path not in found}
+    samples = sample_contents(fs, unknown, whole)
     for path, sample in samples.items():
         found[path] = sample.digest if sample.whole else f"{sample.digest} {_version(states[path])}"
     return found
@@ -173,6 +183,26 @@ def require_target(fs: AbstractFileSystem, path: str) -> None:
     path = fs._strip_protocol(path)
     if is_local(fs) and os.path.islink(path) and not os.path.exists(path):
         raise BrokenLink(_broken(path, f" to {os.readlink(path)}"))
+
+
+def _serves_ranges(fs: HTTPFileSystem, url: str) -> bool:
+    """Whether a server gives a part of a file; python -m http.server, for one, always gives all of it."""
+
+    async def answers_with_a_part() -> bool:
+        session = await fs.set_session()
+        async with session.get(fs.encode_url(url), headers={"Range": "bytes=0-0"}) as answer:
+            return bool(answer.status == HTTPStatus.PARTIAL_CONTENT)
+
+    with reaching(fs, url):
+        return bool(sync(fs.loop, answers_with_a_part))
+
+
+def _streamed_digest(fs: HTTPFileSystem, url: str) -> str:
+    digest = xxh3_128()
+    with reaching(fs, url), fs.open(url, "rb", block_size=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _version(state: FileState) -> str:
