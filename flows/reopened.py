@@ -11,7 +11,7 @@ from tasks.branch import LaneScore
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.export import export
-from tasks.import_checkpoint import import_checkpoint
+from tasks.import_checkpoint import open_exported
 from tasks.search_result import FinishedSearch, read_search
 
 
@@ -38,7 +38,7 @@ class Reopened:
 
     def checkpoint(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Checkpoint:
         """The same, opened for reading."""
-        return import_checkpoint(store, store.location(self.exported(store, lane, execution)))
+        return open_exported(store, self.exported(store, lane, execution))
 
 
 def reopen(store: ArtifactStore, key: str | None, execution: Execution) -> Reopened:

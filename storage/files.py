@@ -4,7 +4,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 PIECE = 16 << 20  # bytes of one ranged request
 WINDOW = 2  # requests under way at once: 32 MB of memory beside the target, near the best rate measured
 GAP = 1 << 20  # unwanted bytes between two wanted ranges that cost less than another request
+BLOCK_GAP = 64 << 10  # the same where many small blocks are wanted: their requests run side by side
 ATTEMPTS = 4
 FIRST_DELAY = 0.2  # seconds; doubles with every attempt
 PATIENCE = 60  # seconds of asking in vain after which there is no further attempt: the client repeats, too
@@ -90,13 +91,40 @@ def read_scattered(fs: AbstractFileSystem, path: str, targets: Iterable[tuple[in
         path = fs._strip_protocol(path)
         _read_local(path, ordered)
         return
-    pieces = [piece for run in _runs(ordered) for piece in _pieces(run)]
+    pieces = [(path, *piece) for run in _runs(ordered, GAP) for piece in _pieces(run)]
     for start in range(0, len(pieces), WINDOW):
-        _fetch(fs, path, pieces[start : start + WINDOW])
+        _fetch(fs, pieces[start : start + WINDOW])
+
+
+def read_blocks(fs: AbstractFileSystem, blocks: Mapping[str, Sequence[tuple[int, memoryview]]]) -> None:
+    """Fill many small buffers from several files; checked and retried as in ``read_scattered``.
+
+    All requests of a remote storage are under way at once, as many as its client allows, and only blocks that
+    are next to each other are fetched together: memory for all blocks and their gaps is needed.
+
+    Args:
+        blocks: by path, the (offset in the file, writable buffer) pairs; those of a file must not overlap.
+
+    Raises:
+        Corrupt: if a file ends before.
+        Unreachable: if the storage fails, or keeps giving another number of bytes.
+        OSError: as for ``reaching``.
+    """
+    pieces: list[Piece] = []
+    for path, targets in blocks.items():
+        ordered = sorted(
+            ((offset, into) for offset, into in targets if into.nbytes), key=lambda each: each[0]
+        )
+        if is_local(fs):
+            _read_local(fs._strip_protocol(path), ordered)
+        else:
+            pieces += [(path, *piece) for run in _runs(ordered, BLOCK_GAP) for piece in _pieces(run)]
+    if pieces:
+        _fetch(fs, pieces)
 
 
 Target = tuple[int, memoryview]  # offset in the file, where its bytes go
-Piece = tuple[int, int, list[Target]]  # begin and end in the file, the targets it fills
+Piece = tuple[str, int, int, list[Target]]  # path, begin and end in the file, the targets it fills
 
 
 def _read_local(path: str, targets: Sequence[Target]) -> None:
@@ -116,11 +144,11 @@ def _read_local(path: str, targets: Sequence[Target]) -> None:
         os.close(descriptor)
 
 
-def _runs(targets: Sequence[Target]) -> Iterator[list[Target]]:
+def _runs(targets: Sequence[Target], gap: int) -> Iterator[list[Target]]:
     """Groups of targets that lie close enough to be fetched together."""
     run: list[Target] = []
     for offset, into in targets:
-        if run and offset - (run[-1][0] + len(run[-1][1])) > GAP:
+        if run and offset - (run[-1][0] + len(run[-1][1])) > gap:
             yield run
             run = []
         run.append((offset, into))
@@ -128,7 +156,7 @@ def _runs(targets: Sequence[Target]) -> Iterator[list[Target]]:
         yield run
 
 
-def _pieces(run: Sequence[Target]) -> Iterator[Piece]:
+def _pieces(run: Sequence[Target]) -> Iterator[tuple[int, int, list[Target]]]:
     """The ranges that cover a run, none longer than ``PIECE``, each with the parts of targets inside it."""
     last = run[-1][0] + len(run[-1][1])
     for begin in range(run[0][0], last, PIECE):
@@ -142,22 +170,23 @@ def _pieces(run: Sequence[Target]) -> Iterator[Piece]:
             yield begin, end, inside
 
 
-def _fetch(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> None:
+def _fetch(fs: AbstractFileSystem, pieces: Sequence[Piece]) -> None:
     todo, began = list(pieces), time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         failed = []
-        for piece, answer in zip(todo, _answers(fs, path, todo), strict=True):
+        for piece, answer in zip(todo, _answers(fs, todo), strict=True):
+            path, begin, end, targets = piece
             if isinstance(answer, BaseException):
                 answer = _passing_failure(fs, path, answer)
             # A shorter or longer body comes without any error from a faulty proxy: STORAGE.md 5.
-            if isinstance(answer, Exception) or len(answer) != piece[1] - piece[0]:
+            if isinstance(answer, Exception) or len(answer) != end - begin:
                 failed.append((piece, answer))
             else:
-                for offset, into in piece[2]:
-                    into[:] = memoryview(answer)[offset - piece[0] : offset - piece[0] + len(into)]
+                for offset, into in targets:
+                    into[:] = memoryview(answer)[offset - begin : offset - begin + len(into)]
         if not failed:
             return
-        (begin, end, _), answer = failed[0]
+        (path, begin, end, _), answer = failed[0]
         reason = str(answer) if isinstance(answer, Exception) else f"{len(answer)} bytes came"
         if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
             raise _lasting_failure(fs, path, (begin, end), attempt, answer) from None
@@ -166,12 +195,12 @@ def _fetch(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> None:
         time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
-def _answers(fs: AbstractFileSystem, path: str, pieces: Sequence[Piece]) -> Sequence[Any]:
-    begins, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+def _answers(fs: AbstractFileSystem, pieces: Sequence[Piece]) -> Sequence[Any]:
+    paths, begins, ends, _ = zip(*pieces, strict=True)
     # The blocking form of a coroutine, which fsspec sets on the object itself, takes a time limit.
     limit = {"timeout": LIMIT} if "cat_ranges" in vars(fs) else {}
     try:
-        return fs.cat_ranges([path] * len(pieces), begins, ends, on_error="return", **limit)
+        return fs.cat_ranges(list(paths), list(begins), list(ends), on_error="return", **limit)
     except TimeoutError as error:
         return [error] * len(pieces)
 

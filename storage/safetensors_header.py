@@ -8,6 +8,7 @@ from fsspec import AbstractFileSystem
 
 from storage.corrupt import Corrupt
 from storage.files import read_exactly
+from storage.large_file_pointer import refuse_pointer
 from storage.tensor_entry import TensorEntry
 from storage.unreachable import reaching
 
@@ -24,6 +25,7 @@ def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
         Name to entry in the order of the data, offsets counted from the beginning of the file, no digests.
 
     Raises:
+        ValueError: if Git LFS has left a pointer in place of the file.
         Corrupt: if the tensors do not fill the file exactly: truncated, overlapping, with gaps, of another
             size than type and shape say, of an unknown type; or if the header cannot be read at all.
     """
@@ -31,21 +33,50 @@ def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
         size = fs.info(path)["size"]
     start = bytearray(min(size, FIRST_READ))
     read_exactly(fs, path, 0, memoryview(start))
-    length = LENGTH.unpack(start[:8])[0] if size >= 8 else LONGEST + 1
-    if length > LONGEST or 8 + length > size:
+    refuse_pointer(start, path)
+    end = header_end(start, size)
+    if end is None:
+        length = LENGTH.unpack(start[:8])[0] if size >= 8 else LONGEST + 1
         raise _damaged(path, f"of {size} bytes begins with a header length of {length}")
-    if 8 + length > len(start):
-        rest = bytearray(8 + length - len(start))
+    if end > len(start):
+        rest = bytearray(end - len(start))
         read_exactly(fs, path, len(start), memoryview(rest))
         start += rest
+    return parse_header(start[:end], size, path)
+
+
+def header_end(start: bytes | bytearray, size: int) -> int | None:
+    """Where the data of a safetensors file begin; None for what cannot be one.
+
+    Args:
+        start: the first 8 bytes or more.
+        size: of the file.
+    """
+    if len(start) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack_from(start)
+    return LENGTH.size + length if length <= LONGEST and LENGTH.size + length <= size else None
+
+
+def parse_header(start: bytes | bytearray, size: int, path: str) -> dict[str, TensorEntry]:
+    """Every tensor that a header describes.
+
+    Args:
+        start: the file up to its data, whose first byte is at ``header_end``.
+        size: of the file.
+        path: what errors call the file.
+
+    Raises:
+        Corrupt: as ``read_header``.
+    """
     try:
-        header = json.loads(bytes(start[8 : 8 + length]), object_pairs_hook=_without_repeats)
+        header = json.loads(bytes(start[LENGTH.size :]), object_pairs_hook=_without_repeats)
         header.pop(METADATA, None)
-        places = {name: _entry(tensor, 8 + length) for name, tensor in header.items()}
+        places = {name: _entry(tensor, len(start)) for name, tensor in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"has a header that cannot be understood: {error}") from error
     entries = dict(sorted(places.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    position = 8 + length
+    position = len(start)
     for name, entry in entries.items():
         if entry.offset != position:
             raise _damaged(path, f"has tensor {name!r} at byte {entry.offset}, expected at {position}")

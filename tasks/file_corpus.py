@@ -1,10 +1,8 @@
 """A corpus in one file, on any storage that fsspec knows: plain text, JSON lines or Parquet."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from gzip import BadGzipFile
 from typing import Literal
 
@@ -12,8 +10,10 @@ from fsspec import AbstractFileSystem
 from fsspec.utils import infer_compression
 
 from storage.files import open_filesystem
+from storage.large_file_pointer import refuse_pointers
 from storage.unreachable import reaching
 from tasks.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
+from tasks.file_identity import file_state, fingerprint, require_target
 
 FileFormat = Literal["text", "json lines", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {
@@ -22,14 +22,6 @@ SUFFIXES: dict[str, FileFormat] = {
     ".jsonl": "json lines",
     ".parquet": "parquet",
 }
-
-# What file systems call a checksum of the contents (S3, HTTP; Azure, Google; Google; Azure; the Hugging Face
-# hub) ...
-CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
-# ... and the time of the last change (local; S3; HTTP; Azure; Google; memory).
-TIMES = ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created")
-# A time alone is weak: unpacked archives give many files the same one. So the head of the file joins it.
-HEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -141,14 +133,15 @@ class FileCorpus:
 
 
 def open_file(url: str) -> FileCorpus:
-    """Find a file and its fingerprint; nothing but (at most) its first MiB is read.
+    """Find a file and its fingerprint; a few MiB of it are read.
 
     Args:
         url: local path or fsspec URL that ends in ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet``; ``.txt``,
             ``.raw`` and ``.jsonl`` may be compressed (``.gz``, ``.bz2``, ``.xz`` ...).
 
     Raises:
-        ValueError: unknown format, a folder, or a storage that tells neither checksum nor time.
+        ValueError: unknown format, a folder, a Git LFS pointer, or a storage that tells neither checksum nor
+            time.
         FileNotFoundError: there is no such file.
     """
     file_format = format_of(url)
@@ -156,14 +149,17 @@ def open_file(url: str) -> FileCorpus:
     filesystem, path = open_filesystem(url)
     filesystem.invalidate_cache(path)  # a bucket may answer from an earlier listing, even for a replaced file
     try:
+        require_target(filesystem, path)
         with reaching(filesystem, path):
             information = filesystem.info(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
     if information["type"] != "file":
         raise ValueError(f"{label} is a {information['type']}, not a file. Name one file of it.")
-    fingerprint = _fingerprint(filesystem, path, information, label)
-    return FileCorpus(path.rstrip("/").rpartition("/")[2], information["size"], fingerprint, file_format, url)
+    state = file_state(filesystem, path)
+    refuse_pointers(filesystem, {path: state.size}, {path: label})
+    name = path.rstrip("/").rpartition("/")[2]
+    return FileCorpus(name, state.size, fingerprint(filesystem, path, state), file_format, url)
 
 
 def format_of(url: str) -> FileFormat:
@@ -206,21 +202,3 @@ def _without_credentials(link: str) -> str:
     if at and (":" in before or "/" not in before):
         rest = after
     return f"{protocol}://{rest}"
-
-
-def _fingerprint(
-    filesystem: AbstractFileSystem, path: str, information: Mapping[str, object], label: str
-) -> str:
-    for checksum in CHECKSUMS:
-        if information.get(checksum):
-            return str(information[checksum]).strip('"')
-    for time in TIMES:
-        if information.get(time):
-            value = information[time]
-            moment = value.isoformat() if isinstance(value, datetime) else str(value)
-            head = filesystem.cat_file(path, start=0, end=min(HEAD_BYTES, int(str(information["size"]))))
-            return f"{moment} {hashlib.sha256(head).hexdigest()}"
-    raise ValueError(
-        f"the storage of {label} tells neither a checksum nor a time, only {sorted(information)}, so nobody "
-        "could know later whether the file is still the same. Copy it to a local folder or a bucket."
-    )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.checkpoint_files import SUBFOLDERS
 from tasks.folder import Folder, list_folder
 
 FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,7 +40,7 @@ def open_repository(repo: str, commit: str) -> Folder:
 
     with _hub_errors(repo, commit):
         fs = HfFileSystem(endpoint=_endpoint(), block_size=READ_AHEAD)
-        folder = list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}", pinned=True)
+        folder = list_folder(fs, f"{repo}@{commit}", f"{repo}@{commit}", pinned=True, subfolders=SUBFOLDERS)
         # A gated repository lists its files for everybody, and refuses only to give them: ask for one byte.
         largest = max(folder.files, key=lambda name: folder.files[name].size)
         fs.cat_file(folder.path(largest), 0, 1)

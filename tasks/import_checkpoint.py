@@ -6,6 +6,10 @@ demo model go into the store, one shard per decoder layer, with never more than 
 
 from dataclasses import replace
 
+from storage.artifact import Artifact
+from storage.checking import require_whole
+from storage.corrupt import Corrupt
+from storage.damage import Damaged
 from storage.draft import Draft
 from storage.stage import Stage
 from storage.store import ArtifactStore
@@ -32,6 +36,34 @@ def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:
     source = find_source(model)
     artifact = store.get_or_build(_stage(source), lambda draft: _build(store, draft, source))
     return Checkpoint(store, artifact, source.folder if isinstance(source, FolderSource) else None)
+
+
+def open_exported(store: ArtifactStore, exported: Artifact) -> Checkpoint:
+    """Open the checkpoint in an artifact of the store, if it is still the one that was written there.
+
+    Raises:
+        Damaged: if one of its files is missing, or a tensor, the configuration or the tokenizer has other bytes.
+    """
+    require_whole(store.fs, store.root, exported)
+    for name in copied_files(exported.files):
+        store.read(exported, name)  # compares it with its digest
+    try:
+        checkpoint = import_checkpoint(store, store.location(exported))
+    except Damaged:
+        raise
+    except Corrupt as error:
+        raise Damaged(f"{exported.key} is damaged: {error}", exported.key, exported.token) from error
+    found = {tensor.name: tensor.entry.digest for tensor in checkpoint.index.tensors}
+    for file in exported.files.values():
+        for name, entry in (file.tensors or {}).items():
+            if found.get(name) != entry.digest:
+                raise Damaged(
+                    f"{exported.key} is damaged: tensor {name!r} of {store.location(exported)} has digest "
+                    f"{found.get(name)}, but {entry.digest} was written. A search builds the artifact anew.",
+                    exported.key,
+                    exported.token,
+                )
+    return checkpoint
 
 
 def import_stage(model: str) -> Stage:

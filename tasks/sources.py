@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -10,13 +11,22 @@ from fsspec import AbstractFileSystem
 
 from storage.files import is_local, open_filesystem
 from storage.keys import digest
+from storage.large_file_pointer import refuse_pointers
 from storage.unreachable import reaching
-from tasks.checkpoint_files import identifying_files
+from tasks.checkpoint_files import INDEX, SUBFOLDERS, copied_files, identifying_files, require_files
 from tasks.demo_model import WHEEL_SHA256, demo_gguf
 from tasks.file_corpus import without_credentials
-from tasks.folder import FileState, Folder, file_version, list_folder, require_unchanged
+from tasks.file_identity import (
+    FileState,
+    SourceChanged,
+    file_state,
+    fingerprint,
+    fingerprints,
+    require_unchanged,
+)
+from tasks.folder import Folder, list_folder
 from tasks.hub import open_repository, resolve_commit
-from tasks.user_cache import cache_folder, fetch_once
+from tasks.user_cache import cache_folder, fetch_with_checksum
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 # In a URL a revision ends at the next slash, apart from refs/pr/3: the rest is a path in the repository.
@@ -72,10 +82,17 @@ class FolderSource:
     def label(self) -> str:
         return self.folder.name
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, object]:
-        states = {name: self.folder.files[name] for name in identifying_files(self.folder)}
-        return {"files": [[name, state.size, state.version] for name, state in sorted(states.items())]}
+        """Name, size and fingerprint of every file that decides what an import gives. Reads a few MiB."""
+        folder, names = self.folder, identifying_files(self.folder)
+        whole = {*copied_files(names), INDEX}
+        found = fingerprints(
+            folder.fs,
+            {folder.path(name): folder.files[name] for name in names},
+            {folder.path(name) for name in names if name in whole},
+        )
+        return {"files": [[name, folder.files[name].size, found[folder.path(name)]] for name in names]}
 
 
 @dataclass(frozen=True)
@@ -91,15 +108,17 @@ class GgufSource:
     def file_name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, object]:
-        return {"gguf": [self.file_name, self.state.size, self.state.version], "dtype": "BF16"}
+        """Name, size and fingerprint of the file, of which a few MiB are read."""
+        found = fingerprint(self.fs, self.path, self.state)
+        return {"gguf": [self.file_name, self.state.size, found], "dtype": "BF16"}
 
     def require_unchanged(self) -> None:
         """Look whether the file is still the one that was named.
 
         Raises:
-            SourceChanged: it has another size, ETag or modification time, or is gone.
+            SourceChanged: it has another size, ETag or time of change, or is gone.
         """
         require_unchanged(self.fs, self.path, self.state)
 
@@ -110,12 +129,18 @@ class GgufSource:
         target = cache_folder() / "gguf" / digest(self.identity) / self.file_name
 
         def download(folder: Path) -> Path:
+            copy = folder / self.file_name
             with reaching(self.fs, self.path):
-                self.fs.get_file(self.path, str(folder / self.file_name))
+                self.fs.get_file(self.path, str(copy))
             self.require_unchanged()
-            return folder / self.file_name
+            if copy.stat().st_size != self.state.size:
+                raise SourceChanged(
+                    f"{self.label} has {self.state.size} bytes, but {copy.stat().st_size} came. Run again; if it "
+                    "stays, something on the way alters downloads."
+                )
+            return copy
 
-        return fetch_once(target, lambda path: path.stat().st_size == self.state.size, download)
+        return fetch_with_checksum(target, download)
 
 
 Source = DemoSource | HubSource | FolderSource | GgufSource
@@ -139,7 +164,7 @@ def find_source(model: str) -> Source:
         hub_id = HUB_URL.fullmatch(model)
         return _hub_source(hub_id) if hub_id else _stored_source(model, model.split("?")[0])
     local = os.path.abspath(os.path.expanduser(model))
-    if model and os.path.exists(local):
+    if model and os.path.lexists(local):
         return _stored_source(local, model)
     if hub_id := HUB_ID.fullmatch(model):
         return _hub_source(hub_id)
@@ -158,13 +183,13 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
     fs, path = open_filesystem(url)
     if label.endswith(".gguf"):
         try:
-            with reaching(fs, path):
-                entry = fs.info(path)
+            state = file_state(fs, path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"there is no file {label}. Check the spelling, and for remote files the access rights."
             ) from error
-        return GgufSource(fs, path, label, FileState(entry["size"], file_version(fs, entry)))
+        refuse_pointers(fs, {path: state.size}, {path: label})
+        return GgufSource(fs, path, label, state)
     with reaching(fs, path):
         is_file = fs.isfile(path)
     if is_file:
@@ -172,7 +197,9 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
             f"{label} is a single file. Give the folder that holds config.json and the *.safetensors files, "
             "or a .gguf file."
         )
-    return FolderSource(list_folder(fs, path, label))
+    folder = list_folder(fs, path, label, subfolders=SUBFOLDERS)
+    require_files(folder)
+    return FolderSource(folder)
 
 
 def holds_credentials(url: str) -> bool:

@@ -17,7 +17,7 @@ from storage.store import ArtifactStore
 from tasks.dtype_speed import fast_dtype
 from tasks.execution import Execution
 from tasks.findings import number
-from tasks.import_checkpoint import import_checkpoint
+from tasks.import_checkpoint import open_exported
 from tasks.sample_tokens import read_input_ids
 from tasks.search_result import FinishedSearch
 from tasks.stage_task import stage_task
@@ -64,7 +64,7 @@ def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings)
     dtype = fast_dtype(execution)
 
     def build(draft: Draft) -> None:
-        checkpoint = import_checkpoint(store, store.location(exported))
+        checkpoint = open_exported(store, exported)
         model = whole_model(checkpoint, dtype, execution)
         table = measure_speed(model, settings, read_input_ids(store, windows)[:WINDOWS])
         draft.write(SPEED_FILE, json.dumps(asdict(table), indent=1).encode())

@@ -13,7 +13,7 @@ from fsspec.registry import _registry
 from xxhash import xxh3_128_hexdigest
 
 from storage.corrupt import Corrupt
-from storage.files import open_filesystem, read_exactly, read_scattered
+from storage.files import open_filesystem, read_blocks, read_exactly, read_scattered
 from storage.stage import Stage
 from storage.store import ArtifactStore
 from storage.tensor_entry import TensorEntry
@@ -61,6 +61,20 @@ def test_passing_faults_are_outlived(faulty, faults):
     into = bytearray(100)
     read_exactly(faulty, "/file", 3, memoryview(into))
     assert into == CONTENT[3:103]
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_blocks_of_several_files_are_read_again_where_they_came_wrong(faulty):
+    faulty.pipe_file("/other", CONTENT[::-1])
+    faulty.faults = [short, lambda content: content, broken, short]
+    first, second, third = bytearray(10), bytearray(20), bytearray(1)
+    blocks = {
+        "/file": [(200, memoryview(second)), (3, memoryview(first))],
+        "/other": [(5, memoryview(third))],
+    }
+    read_blocks(faulty, blocks)
+    assert (first, second, third) == (CONTENT[3:13], CONTENT[200:220], CONTENT[::-1][5:6])
+    assert faulty.faults == []
 
 
 @pytest.mark.usefixtures("quick_retries")

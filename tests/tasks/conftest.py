@@ -168,10 +168,15 @@ class _HubRequest(BaseHTTPRequestHandler):
             known = match[1] in (None, "main", COMMIT)
             answer = {"id": "tiny/llama", "_id": "1", "sha": COMMIT, "tags": [], "siblings": []}
             self._json(200, answer) if known else self._unknown_revision()
-        elif path == f"/api/models/tiny/llama/tree/{COMMIT}":
-            files = sorted(self.hub.folder.iterdir())
+        elif match := re.fullmatch(rf"/api/models/tiny/llama/tree/{COMMIT}(?:/(.+))?", path):
+            files = sorted((self.hub.folder / (match[1] or "")).iterdir())
             tree = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"oid{f.name}"}
+                {
+                    "type": "directory" if f.is_dir() else "file",
+                    "path": str(f.relative_to(self.hub.folder)),
+                    "size": f.stat().st_size,
+                    "oid": f"oid{f.name}",
+                }
                 for f in files
             ]
             self._json(200, tree)

@@ -7,7 +7,7 @@ import pytest
 import tasks.import_checkpoint as import_module
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
-from tasks.folder import SourceChanged
+from tasks.file_identity import SourceChanged
 from tasks.import_checkpoint import import_checkpoint
 from tasks.sources import find_source
 from tests.small_search import small_search

@@ -2,20 +2,69 @@
 
 import os
 import threading
+import time
 import uuid
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+from xxhash import xxh3_128_hexdigest
 
+import tasks.import_checkpoint as import_module
 from storage.corrupt import Corrupt
 from storage.files import open_filesystem
-from tasks.folder import SourceChanged, list_folder
+from storage.keys import digest
+from tasks.file_identity import SourceChanged
+from tasks.folder import list_folder
 from tasks.import_checkpoint import import_checkpoint
 
 
 def test_the_tokenizer_comes_with_the_checkpoint(store, save_model):
     checkpoint = import_checkpoint(store, str(save_model()))
     assert checkpoint.tokenizer()("hello big world")["input_ids"] == [1, 0, 2]
+
+
+def give_templates(folder):
+    """Chat templates as transformers saves several: one in the folder, the others below it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "a default", "tool_use": "with tools", "rag": "with texts"}
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates" / "rag.jinja").exists()
+    return tokenizer.chat_template
+
+
+def test_chat_templates_below_the_folder_come_with_the_checkpoint(store, save_model):
+    folder = save_model()
+    bare = import_checkpoint(store, str(folder))
+    templates = give_templates(folder)
+    checkpoint = import_checkpoint(store, str(folder))
+    assert checkpoint.tokenizer().chat_template == templates
+    assert checkpoint.identity == bare.identity
+    assert checkpoint.tokenizer_identity != bare.tokenizer_identity
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("with other texts")
+    assert import_checkpoint(store, str(folder)).tokenizer().chat_template["rag"] == "with other texts"
+
+
+def test_chat_templates_below_a_repository_of_the_hub_come_too(local_store, hub):
+    templates = give_templates(hub.folder)
+    assert import_checkpoint(local_store, "tiny/llama").tokenizer().chat_template == templates
+
+
+def test_the_folder_of_chat_templates_may_be_a_link(local_store, save_model, tmp_path):
+    folder = save_model()
+    templates = give_templates(folder)
+    (folder / "additional_chat_templates").rename(tmp_path / "templates")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    assert import_checkpoint(local_store, str(folder)).tokenizer().chat_template == templates
+
+
+def test_the_tokenizer_identity_of_models_without_more_files_is_the_one_in_existing_stores(store, save_model):
+    checkpoint = import_checkpoint(store, str(save_model()))
+    files = {
+        name: xxh3_128_hexdigest(store.read(checkpoint.artifact, name))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+    assert checkpoint.tokenizer_identity == digest(files)
 
 
 def test_a_missing_tokenizer_is_reported_when_it_is_needed(local_store, llama, tmp_path):
@@ -44,19 +93,63 @@ def test_closing_the_layers_early_leaves_no_thread(local_store, save_model):
     assert set(threading.enumerate()) - before == set()
 
 
-def test_weights_that_change_after_the_import_are_never_used(local_store, save_model):
+def flip(file, place):
+    """Change one bit of a file, and set its times back."""
+    times = file.stat()
+    time.sleep(0.02)  # two ticks of the clock by which the kernel dates changes
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        (byte,) = opened.read(1)
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_weights_that_change_under_a_run_with_their_times_set_back_are_never_used(local_store, save_model):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
-    file = folder / "model.safetensors"
-    place = checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset
-    content, times = bytearray(file.read_bytes()), file.stat()
-    content[place] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # nothing shows it but the bytes
-    layers = import_checkpoint(local_store, str(folder)).layers()
+    flip(folder / "model.safetensors", checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset)
+    layers = checkpoint.layers()
     next(layers)
     with pytest.raises(Corrupt, match=r"model\.safetensors.*model\.layers\.1\.mlp\.down_proj\.weight"):
         next(layers)
+    assert import_checkpoint(local_store, str(folder)).identity != checkpoint.identity
+
+
+def test_a_hard_link_that_is_made_under_a_run_does_not_stop_it(local_store, save_model, tmp_path):
+    folder = save_model()
+    checkpoint = import_checkpoint(local_store, str(folder))
+    time.sleep(0.02)
+    os.link(folder / "model.safetensors", tmp_path / "backup")
+    assert len(list(checkpoint.layers())) == 2
+
+
+def test_a_file_that_changes_during_the_import_with_its_times_set_back_ends_it(
+    local_store, save_model, monkeypatch
+):
+    folder = save_model()
+    index_in_place = import_module.index_in_place
+
+    def then_changed(store, draft, folder_at_work):
+        flip(folder / "model.safetensors", 50_000)
+        return index_in_place(store, draft, folder_at_work)
+
+    monkeypatch.setattr(import_module, "index_in_place", then_changed)
+    with pytest.raises(SourceChanged, match=r"model\.safetensors has changed since this run began"):
+        import_checkpoint(local_store, str(folder))
+
+
+def test_one_bit_anywhere_in_a_large_file_makes_another_model_even_with_the_times_set_back(
+    local_store, llama, save_model
+):
+    folder = save_model(llama(vocab_size=3000, hidden_size=256))
+    first = import_checkpoint(local_store, str(folder))
+    flip(
+        folder / "model.safetensors", first.outer_tensors()["model.embed_tokens.weight"].entry.offset + 70_000
+    )
+    second = import_checkpoint(local_store, str(folder))
+    assert second.artifact.key != first.artifact.key
+    assert second.identity != first.identity
 
 
 def test_a_file_that_disappears_is_named(local_store, save_model):

@@ -1,6 +1,8 @@
 """Export: the folder that transformers loads, and what it says about itself."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,13 @@ from transformers import (
 
 from flows.mending import mending
 from layerwise.magnitude import Magnitude
+from storage.collect import collect, plan_collection
+from storage.damage import Damaged
 from storage.tables import read_table
 from tasks.checkpoint_files import copied_files
+from tasks.evaluate import read_test
 from tasks.export import export_stage
+from tasks.import_checkpoint import import_checkpoint, open_exported
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
@@ -109,6 +115,56 @@ def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run):
     assert set(copied_files(names)) >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
     for name in copied_files(names):
         assert (folder / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+def test_models_of_equal_names_sizes_and_times_have_results_of_their_own_in_one_store(
+    small_run, save_model, llama
+):
+    runs = []
+    for name in ("a", "b"):
+        folder = save_model(llama(num_hidden_layers=3, initializer_range=0.5), name)
+        for file in folder.iterdir():
+            os.utime(file, (315532800, 315532800))
+        runs.append(small_run(folder))
+    listed = [{file.name: file.stat().st_size for file in run.folder.iterdir()} for run in runs]
+    assert listed[0] == listed[1]
+    for run in runs:
+        (lane,) = run.branch(0.25)
+        losses = torch.tensor(run.losses(run.transformers_model(), "test"))
+        measured = read_test(run.store, run.evaluate(0.0, 0.25))
+        assert measured.dense == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+        source, result = tensors_of(run.folder), tensors_of(exported(run, lane))
+        for name, weight in source.items():
+            assert torch.equal(weight[result[name] != 0], result[name][result[name] != 0])
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00006.safetensors", "config.json"])
+def test_an_export_that_was_changed_in_the_store_is_not_opened_as_the_pruned_model(small_run, name):
+    run = small_run()
+    artifact = run.export(run.branch(0.25)[0])
+    assert open_exported(run.store, artifact).index.num_layers == 3
+    file = Path(run.store.location(artifact)) / name
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[-2] = (
+        ord(" ") if name == "config.json" else content[-2] ^ 1
+    )  # still JSON: before it is a line's end
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(Damaged, match=r"export/.* damaged: .* has digest .*, but") as damaged:
+        open_exported(run.store, artifact)
+    assert damaged.value.key == artifact.key
+
+
+def test_chat_templates_below_the_folder_are_exported_and_survive_a_collection(small_run, save_model, llama):
+    folder = save_model(llama(num_hidden_layers=3, initializer_range=0.2))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "a default", "rag": "with texts"}
+    tokenizer.save_pretrained(folder)
+    run = small_run(folder)
+    result = exported(run, run.branch(0.25)[0])
+    collect(run.store, plan_collection(run.store, now=time.time() + 1e9))
+    assert AutoTokenizer.from_pretrained(result).chat_template == tokenizer.chat_template
+    assert import_checkpoint(run.store, str(result)).tokenizer().chat_template == tokenizer.chat_template
 
 
 def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run):

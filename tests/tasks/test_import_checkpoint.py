@@ -1,7 +1,7 @@
 """Importing checkpoints from folders: what comes back, and what is shared."""
 
 import logging
-import os
+import shutil
 import uuid
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from transformers import (
     LlamaModel,
 )
 
+from storage.content_sample import WHOLE
 from storage.files import open_filesystem
 from tasks.import_checkpoint import import_checkpoint, inspect_source
 
@@ -147,8 +148,23 @@ def test_other_files_of_the_folder_do_not_matter(local_store, save_model):
     (folder / "README.md").write_text("new")
     assert import_checkpoint(local_store, str(folder)).artifact == first
     config = folder / "config.json"
-    os.utime(config, ns=(0, config.stat().st_mtime_ns + 1))
+    config.write_bytes(config.read_bytes())
+    assert import_checkpoint(local_store, str(folder)).artifact == first
+    config.write_bytes(config.read_bytes() + b"\n")
     assert import_checkpoint(local_store, str(folder)).artifact.key != first.key
+
+
+def test_a_large_model_copied_elsewhere_is_imported_once_more_and_is_the_same_model(
+    tmp_path, local_store, llama, save_model
+):
+    folder = save_model(llama(vocab_size=3000, hidden_size=256))
+    assert (folder / "model.safetensors").stat().st_size > WHOLE
+    shutil.copytree(folder, tmp_path / "copy")
+    first, copy = (import_checkpoint(local_store, str(place)) for place in (folder, tmp_path / "copy"))
+    assert first.artifact.key != copy.artifact.key
+    assert (first.identity, first.tokenizer_identity) == (copy.identity, copy.tokenizer_identity)
+    for checkpoint, place in ((first, folder), (copy, tmp_path / "copy")):
+        assert import_checkpoint(local_store, str(place)).artifact == checkpoint.artifact
 
 
 def test_inspecting_tells_the_shape_without_reading_weights(save_model, llama):

@@ -1,6 +1,8 @@
 """What a model name means."""
 
 import logging
+import os
+import re
 import socket
 
 import pytest
@@ -93,7 +95,43 @@ def test_a_remote_gguf_file_is_downloaded_once_and_whole(monkeypatch, tmp_path):
     assert local.read_bytes() == b"GGUF"
     fs.rm(path, recursive=True)
     assert source.local_gguf() == local
-    assert [file.name for file in local.parent.iterdir()] == ["tiny.gguf"]
+    assert [file.name for file in local.parent.iterdir() if file.suffix == ".gguf"] == ["tiny.gguf"]
+
+
+def test_a_damaged_copy_of_a_remote_gguf_file_is_downloaded_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/tiny.gguf"
+    fs, path = open_filesystem(url)
+    fs.pipe_file(path, b"GGUF" + bytes(1000))
+    local = find_source(url).local_gguf()
+    local.write_bytes(bytes(1004))  # what a loss of power can leave: the size is right
+    assert find_source(url).local_gguf().read_bytes() == b"GGUF" + bytes(1000)
+
+
+@pytest.mark.parametrize("size", [100, 6 << 20])
+@pytest.mark.parametrize("name", ["model.gguf", "folder/model.safetensors"])
+def test_files_of_equal_names_sizes_and_times_are_told_apart_by_their_content(tmp_path, name, size):
+    identities = []
+    for place, byte in (("a", b"a"), ("b", b"b")):
+        file = tmp_path / place / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"GGUF" + size * byte)
+        os.utime(file, (315532800, 315532800))
+        identity = find_source(str(file if name.endswith(".gguf") else file.parent)).identity
+        # On file systems whose times of change are equal, too: what is left without them.
+        identities.append(re.sub(r" \d{18,}", "", repr(identity)))
+    assert identities[0] != identities[1]
+    assert len(identities[0]) == len(identities[1])
+
+
+def test_small_files_are_the_same_wherever_and_whenever_they_were_written(tmp_path, s3_bucket):
+    identities = set()
+    for url in (str(tmp_path), f"memory://{tmp_path.name}", f"s3://{s3_bucket}/{tmp_path.name}"):
+        fs, path = open_filesystem(url)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            fs.pipe_file(f"{path}/{name}", name.encode())
+        identities.add(repr(find_source(url).identity))
+    assert len(identities) == 1
 
 
 @pytest.mark.parametrize(
