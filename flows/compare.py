@@ -179,15 +179,14 @@ def _warn_of_common_windows(store: ArtifactStore, settings: Compare) -> None:
     if len(settings.seeds) < 2:
         return
     texts = mending(store, lambda: check_inputs(store, settings.searches[0])).texts
-    windows, fitting = texts.windows["calibration"], texts.fitting("calibration")
-    if 2 * windows > fitting:
+    if texts.samples_overlap:
         logger.warning(
             "each of the %d seeds takes %d of the %d calibration windows that the text gives, so their samples have "
             "most windows in common, and the spread over seeds is too small. Use a longer text (calibration) or fewer "
             "windows (calibration_windows).",
             len(settings.seeds),
-            windows,
-            fitting,
+            texts.windows["calibration"],
+            texts.fitting("calibration"),
         )
 
 

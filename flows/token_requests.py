@@ -39,6 +39,11 @@ class Texts:
         request = self.requests[role]
         return fitting_windows(self.counts[role].tokens, request.part, request.seqlen)
 
+    @property
+    def samples_overlap(self) -> bool:
+        """Whether calibration samples of two seeds have most of their windows in common."""
+        return 2 * self.windows["calibration"] > self.fitting("calibration")
+
     def keep(self, store: ArtifactStore) -> None:
         """Commit the counts, so that the texts are not tokenised for them again."""
         for role, request in self.requests.items():

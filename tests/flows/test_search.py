@@ -300,10 +300,25 @@ def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_back
     assert keys_of(again)["calibration"] != keys_of(result)["calibration"]
 
 
+@pytest.mark.parametrize("windows", [{}, {"calibration_windows": 4, "selection_windows": None}])
+def test_a_deployment_takes_a_model_a_sparsity_and_a_store_and_any_number_of_windows(
+    prefect_backend, windows
+):
+    deployment = search.to_deployment("least", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    parameters = {
+        "settings": {"model": "demo", "sparsity": 0.6, **windows},
+        "runtime": {"store": "memory://unused"},
+    }
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+        assert client.read_flow_run(run.id).parameters["settings"] == parameters["settings"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"sparsity": 2}, "sparsity"),
+        ({"calibration_windows": "some"}, "calibration_windows"),
         ({"sparsty": 0.5}, "sparsty"),
         ({"pruner": {"method": "random"}}, "pruner"),
     ],
