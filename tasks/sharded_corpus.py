@@ -1,5 +1,6 @@
 """A corpus in several files: a folder, or a pattern such as ``data/*.jsonl.gz``, on any storage that fsspec knows."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -13,21 +14,15 @@ from storage.unreachable import reaching
 from tasks.documents import BLANK_LINE, TEXT_LIMIT
 from tasks.file_corpus import FileCorpus, known_format, listed_file, without_credentials
 
+logger = logging.getLogger(__name__)
+
 # Files are taken in the order of their names until they hold so many bytes together, and no others are looked at: the
 # identity of a corpus must be known before it is read, and a thousand shards are not to be read for it. Sixteen bytes
 # for every character of the largest text: shards with so little text in them are rare.
 SHARD_BYTES = 16 * TEXT_LIMIT
-# What programs put next to shards.
-NOT_TEXT = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-    "dataset_info",
-    "dataset_infos",
-    "dataset_dict",
-    "state",
-)
+# What stands next to shards: notes for people, by the name before the suffix, and what the package datasets writes.
+NOTES = {"readme", "license", "licence", "notice"}
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 NAMED = 4  # files that an error names
 
 
@@ -72,6 +67,15 @@ class ShardedCorpus:
         """
         for file in self.files:
             yield from file.documents()
+        if self.found > len(self.files):
+            logger.warning(
+                "%s: the text is that of the first %d of %d files, which hold at least %d bytes; the others are not "
+                "read",
+                self.label,
+                len(self.files),
+                self.found,
+                SHARD_BYTES,
+            )
 
     def require_unchanged(self) -> None:
         """Refuse to use what was read if a file was replaced, added or removed meanwhile."""
@@ -149,8 +153,9 @@ def _entries_of_pattern(rows: Mapping[str, Mapping[str, Any]], label: str) -> di
 def _may_be_text(path: str) -> bool:
     """Whether a file of a folder belongs to the corpus: not if it is hidden, or describes it."""
     name = PurePosixPath(path).name
-    described = name.lower().partition(".")[0] in NOT_TEXT
-    return not name.startswith((".", "_")) and not described and known_format(path) is not None
+    if name.startswith((".", "_")) or name in DESCRIPTIONS or name.lower().partition(".")[0] in NOTES:
+        return False
+    return known_format(path) is not None
 
 
 def _require_one_format(entries: Mapping[str, object], label: str) -> None:
@@ -169,6 +174,8 @@ def _url_of(filesystem: AbstractFileSystem, url: str, path: str, name: str) -> s
     if is_local(filesystem):
         return name
     inside = path.strip("/")
+    if inside not in url:  # the file system writes paths in another way
+        return str(filesystem.unstrip_protocol(name))
     start = url.index(inside) if inside else url.index("://") + len("://")  # the root of an archive
     return f"{url[:start]}{name.strip('/')}{url[start + len(inside) :].lstrip('/')}"
 

@@ -15,7 +15,6 @@ from pyarrow.parquet import write_table
 from tasks.corpora import assign_parts, open_corpus, read_text
 from tasks.file_corpus import without_credentials
 from tasks.hub_corpus import HubCorpus
-from tasks.sharded_corpus import SHARD_BYTES
 
 DOCUMENTS = ["One.", "", "Zwei: ä\r\nund drei."]
 JOINED = "One.\n\n\n\nZwei: ä\r\nund drei."
@@ -207,15 +206,16 @@ def test_reading_shards_stops_at_the_limit_and_later_ones_are_never_opened(tmp_p
         read_text(corpus)
 
 
-def test_shards_beyond_those_that_a_text_can_need_have_no_part_in_it(tmp_path):
+def test_shards_beyond_those_that_a_text_can_need_have_no_part_in_it(tmp_path, monkeypatch, caplog):
     """Their fingerprints would take a request for each; so a thousand of them cost no more than the first ones."""
-    with (tmp_path / "a.txt").open("wb") as large:
-        large.truncate(SHARD_BYTES)
-    (tmp_path / "b.txt").write_text("more")
+    monkeypatch.setattr("tasks.sharded_corpus.SHARD_BYTES", 10)
+    for name, text in {"a.txt": "four", "b.txt": "sixsix", "c.txt": "more"}.items():
+        (tmp_path / name).write_text(text)
     corpus = open_corpus(str(tmp_path), "test")
-    assert [file.name for file in corpus.files] == ["a.txt"]
-    assert corpus.facts["shards_found"] == 2
-    (tmp_path / "b.txt").write_text("other")
+    assert read_text(corpus).content == "four\n\nsixsix"
+    assert (corpus.facts["shards"], corpus.facts["shards_found"]) == (2, 3)
+    assert "the first 2 of 3 files" in caplog.text
+    (tmp_path / "c.txt").write_text("other")
     assert open_corpus(str(tmp_path), "test").identity == corpus.identity
 
 
