@@ -1,6 +1,7 @@
 """Compare: several searches of one model, with several allocators, pruners, sparsities and calibration samples."""
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, cast
@@ -15,9 +16,11 @@ from flows.cancelling import cancelled
 from flows.compared_searches import search_all, with_common_reports
 from flows.comparison import Compared, markdown_of, rows_of, summary_of
 from flows.fields import AllocatorChoice, PrunerChoice, Strategy
+from flows.mending import mending
 from flows.minutes import refuse_minutes
 from flows.runtime import Runtime
 from flows.settings import Search
+from flows.stages import check_inputs
 from storage.draft import Draft
 from storage.running import announced
 from storage.stage import Stage
@@ -25,6 +28,8 @@ from storage.store import ArtifactStore
 from tasks.markdown import plain
 from tasks.progress import going_on_without_prefect
 from tasks.stopping import stopping_on_sigterm
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (
     "Perplexities. Gain: how far the best plan's is below uniform's on the test text; t: of the paired difference of "
@@ -162,11 +167,28 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
     store = ArtifactStore(runtime.store)
     with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
         try:
+            _warn_of_common_windows(store, settings)
             results = with_common_reports(store, search_all(settings.named_searches, runtime))
         except (CancelledRun, TerminationSignal) as ending:
             return cast(list[Compared], cancelled(ending))
     _publish(store, results)
     return results
+
+
+def _warn_of_common_windows(store: ArtifactStore, settings: Compare) -> None:
+    """Say so if the samples of several seeds have most of their windows in common: they would tell too little apart."""
+    if len(settings.seeds) < 2:
+        return
+    texts = mending(store, lambda: check_inputs(store, settings.searches[0])).texts
+    if texts.samples_overlap:
+        logger.warning(
+            "each of the %d seeds takes %d of the %d calibration windows that the text gives, so their samples have "
+            "most windows in common, and the spread over seeds is too small. Use a longer text (calibration) or fewer "
+            "windows (calibration_windows).",
+            len(settings.seeds),
+            texts.windows["calibration"],
+            texts.fitting("calibration"),
+        )
 
 
 def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:

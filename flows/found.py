@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 from flows.next_lanes import LaneRequest, Strategy, follow, strategy_of
 from flows.settings import Search
-from flows.stages import check_plans
-from flows.token_requests import token_requests
+from flows.stages import SearchInputs, look_at_inputs
 from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
@@ -19,7 +18,6 @@ from tasks.capture_grams import grams_stage
 from tasks.checkpoint import Checkpoint
 from tasks.evaluate import evaluate_stage
 from tasks.export import export_stage
-from tasks.import_checkpoint import import_checkpoint, import_stage
 from tasks.join_rounds import joined_stage
 from tasks.lane_group import LaneInputs
 from tasks.measure import is_measured, measure_stage, read_scores
@@ -27,7 +25,6 @@ from tasks.prune_settings import PruneSettings
 from tasks.sample_tokens import token_stage
 from tasks.search_result import lane_role
 from tasks.select import compare, select_stage
-from tasks.streamed import linears_by_layer
 
 CAPTURED = ("checkpoint", "calibration", "selection", "test", "capture")
 CHOSEN = ("select", "export", "evaluate")
@@ -40,8 +37,7 @@ class Found:
     Attributes:
         stages: artifacts by role, as a search's result names them; None for what is missing, and for what can only be
             known by something that is missing.
-        checkpoint: the model, if it is imported.
-        linears: the prunable weights by layer; empty if it is not.
+        inputs: the model and the texts.
         plans: those of the allocator; empty if they cannot be known yet.
         tried: how many plans are scored before those.
         request: the lanes that are to be scored next; None if there is no capture, or all are.
@@ -49,13 +45,22 @@ class Found:
     """
 
     stages: dict[str, Artifact | None]
-    checkpoint: Checkpoint | None = None
-    linears: Sequence[Sequence[Linear]] = ()
+    inputs: SearchInputs
     plans: tuple[SparsityPlan, ...] = ()
     tried: int = 0
     request: LaneRequest | None = None
     lanes: tuple[Stage, ...] = ()
     missing_lanes: tuple[int, ...] = ()  # positions in ``lanes`` of those that are not there
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The model, if it is imported."""
+        return self.inputs.checkpoint
+
+    @property
+    def linears(self) -> Sequence[Sequence[Linear]]:
+        """The prunable weights, by layer."""
+        return self.inputs.linears
 
     @property
     def is_captured(self) -> bool:
@@ -88,23 +93,21 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
     """
     ends = [role for role in CHOSEN if role != "export" or settings.export]
     stages: dict[str, Artifact | None] = dict.fromkeys((*_roles_before(settings), *ends))
-    requests = token_requests(settings)
-    if store.find(import_stage(settings.model)) is None:
-        return Found(stages)
-    checkpoint = import_checkpoint(store, settings.model)
-    linears = linears_by_layer(checkpoint.index, settings.seqlen)
-    check_plans(settings, linears)
+    inputs = look_at_inputs(store, settings)
+    for role, request in inputs.texts.requests.items():
+        stages[role] = store.find(token_stage(inputs.texts.tokenizer_identity, request))
+    checkpoint, linears = inputs.checkpoint, inputs.linears
+    if checkpoint is None:
+        return Found(stages, inputs)
     stages["checkpoint"] = checkpoint.artifact
-    for role, request in requests.items():
-        stages[role] = store.find(token_stage(checkpoint.tokenizer_identity, request))
-    found = _look_up_captured(store, settings, Found(stages, checkpoint, linears))
+    found = _look_up_captured(store, settings, Found(stages, inputs))
     capture, calibration, selection = (stages[role] for role in ("capture", "calibration", "selection"))
     if not found.is_captured or capture is None or calibration is None or selection is None:
         return found
     pruning = settings.pruning(settings.dtype_for(checkpoint.index.dtype))
-    inputs = LaneInputs(checkpoint, capture, calibration, selection, stages.get("grams"))
-    strategy = strategy_of(settings, found.plans, linears, int(str(selection.facts["windows"])))
-    return _look_up_lanes(store, inputs, pruning, strategy, settings.parameter, found)
+    lane_inputs = LaneInputs(checkpoint, capture, calibration, selection, stages.get("grams"))
+    strategy = strategy_of(settings, found.plans, linears, inputs.texts.windows["selection"])
+    return _look_up_lanes(store, lane_inputs, pruning, strategy, settings.parameter, found)
 
 
 def _roles_before(settings: Search) -> list[str]:

@@ -11,16 +11,12 @@ from flows.next_lanes import LaneRequest, first_lanes, strategy_of
 from flows.runtime import Runtime
 from flows.search_sizes import SearchSizes
 from flows.settings import TRIALS, Search
-from flows.stages import check_plans, expected_plans
-from flows.token_requests import window_counts
+from flows.stages import expected_plans
 from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
 from storage.store import ArtifactStore
-from tasks.documents import Role
-from tasks.import_checkpoint import inspect_source
 from tasks.measure import is_measured
 from tasks.run_names import windows_title
-from tasks.streamed import linears_by_layer
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,6 @@ class Plan:
         resume_point: bytes of one resume point of the largest stage.
         resume_bytes_an_hour: bytes of resume points that are written in an hour, each replacing the one before.
         resume_bytes_a_stage: the same for those after so many layers; 0 if they are committed by time only.
-        uncounted: roles whose windows are in none of these figures: all that the text gives, which is known once it
-            is tokenised.
         groups: how many betas there are in each group that is to run; each group reads the model once.
         fan_out: over what the groups are spread, for people; None if one process does all of it. Memory, scratch and
             resume points are those of one of the processes then.
@@ -67,7 +61,6 @@ class Plan:
     resume_point: int
     resume_bytes_an_hour: float
     resume_bytes_a_stage: int
-    uncounted: tuple[Role, ...]
     groups: tuple[int, ...]
     fan_out: str | None
 
@@ -81,26 +74,22 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
     check_minutes(settings, runtime)
     store = ArtifactStore(runtime.store)
     found = look_up(store, settings)
-    index = found.checkpoint.index if found.checkpoint else inspect_source(settings.model)
-    linears = found.linears or linears_by_layer(index, settings.seqlen)
-    check_plans(settings, linears)
+    index, linears, windows = found.inputs.index, found.linears, found.inputs.texts.windows
     plans = found.plans or expected_plans(settings, linears)
     dtype = settings.dtype_for(index.dtype)
-    counts = window_counts(settings, found.stages)
     there = {role for role, artifact in found.stages.items() if artifact is not None}
-    request, missing = _next_lanes(settings, found, plans, linears, counts["selection"])
-    sizes = SearchSizes(settings, index, linears, dtype, len(plans), counts)
+    request, missing = _next_lanes(settings, found, plans, linears, windows["selection"])
+    sizes = SearchSizes(settings, index, linears, dtype, len(plans), windows)
     workers = _workers(runtime)
     groups = lane_groups(store, found.lanes, missing, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
     is_last = _is_last(settings, found, request)
     if settings.strategy in TRIALS and not is_last:  # later requests may be larger than the next one
-        most = strategy_of(settings, plans, linears, counts["selection"] or 0).most_together
+        most = strategy_of(settings, plans, linears, windows["selection"]).most_together
         together = max(together, ceil(most / max(len(groups), 1)))
     stages = _stages(settings, there, sizes, groups, request, missing, is_last)
     budget, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
     memory = sizes.memory | {"hidden states": min(states, budget)}
-    uncounted = tuple(role for role, count in counts.items() if count is None)
     an_hour = 60 / runtime.boundary_minutes * states
     by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
     return Plan(
@@ -111,7 +100,6 @@ def plan_search(settings: Search, runtime: Runtime) -> Plan:
         states,
         an_hour,
         by_layers * states,
-        uncounted,
         tuple(map(len, groups)),
         None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
     )
@@ -137,7 +125,12 @@ def _stages(
             weights,
             0 if index.in_place else weights,
         ),
-        *(_stage(f"sample_tokens: {role}", role in there, "sample") for role in sizes.windows),
+        *(
+            _stage(
+                f"sample_tokens: {role}", role in there, f"cut {count} windows of {settings.seqlen} tokens"
+            )
+            for role, count in sizes.windows.items()
+        ),
         _stage("capture", "capture" in there, "run the dense model", weights, sizes.capture),
         *_extra_stages(settings, there, weights, sizes),
         _stage(
@@ -174,12 +167,12 @@ def _next_lanes(
     found: Found,
     plans: Sequence[SparsityPlan],
     linears: Sequence[Sequence[Linear]],
-    windows: int | None,
+    windows: int,
 ) -> tuple[LaneRequest | None, Sequence[int]]:
     """The lanes that are to be scored next, and the positions among them of those that are missing."""
     if found.is_captured:
         return found.request, found.missing_lanes
-    # Without a capture nothing is known of the lanes, and without the text not how many windows there are.
+    # Without a capture nothing is known of the lanes.
     request = first_lanes(settings, plans, linears, windows)
     return request, range(len(request.plans))
 

@@ -25,7 +25,7 @@ class SearchSizes:
 
     Attributes:
         plans: number of betas.
-        windows: by role; None for all that the text gives, which nobody has counted yet.
+        windows: number of windows, by role.
     """
 
     settings: Search
@@ -33,7 +33,7 @@ class SearchSizes:
     linears: Sequence[Sequence[Linear]]
     dtype: str
     plans: int
-    windows: Mapping[Role, int | None]
+    windows: Mapping[Role, int]
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -48,7 +48,7 @@ class SearchSizes:
     def lane(self) -> int:
         """Hidden states of one lane of a group."""
         own = self.settings.calibration_mode == "sequential"
-        return self.window * ((self._count("calibration") if own else 0) + self._count("selection"))
+        return self.window * ((self.windows["calibration"] if own else 0) + self.windows["selection"])
 
     def of(self, request: LaneRequest | None) -> "SearchSizes":
         """The sizes for lanes that run on the requested part of the selection windows."""
@@ -64,12 +64,9 @@ class SearchSizes:
             together: how many betas the largest group has, beside the dense model.
             request: on which windows they run.
         """
-        captured = self.window * (self._count("calibration") + self._count("selection"))
-        tested = self.lane + self.window * (self._count("test") - self._count("selection"))
+        captured = self.window * (self.windows["calibration"] + self.windows["selection"])
+        tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
         return max(captured, (together + 1) * self.of(request).lane, min(self.plans + 1, 3) * tested)
-
-    def _count(self, role: Role) -> int:
-        return self.windows[role] or 0
 
     @property
     def statistics(self) -> int:
@@ -79,7 +76,7 @@ class SearchSizes:
     @property
     def capture(self) -> int:
         """Statistics and retained hidden states."""
-        windows = [self._count("calibration"), self._count("selection")]
+        windows = [self.windows["calibration"], self.windows["selection"]]
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
         return self.statistics + (self.index.num_layers + 1) * count * self.window

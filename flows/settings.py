@@ -22,6 +22,7 @@ from layerwise.layer_pruning import MaskPruner
 from layerwise.patterns import Pattern
 from layerwise.wanda import Wanda
 from tasks.allocate import AllocateSettings
+from tasks.documents import Role
 from tasks.measure import needs_grams
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import title_of
@@ -37,6 +38,10 @@ TRIALS: dict[str, int] = {
     "evolutionary": 64,
 }
 OVER_LAYERS = ("bayesian", "evolutionary")
+
+# What "auto" stands for where the text is long enough: the calibration of Wanda's and SparseGPT's papers, and half of
+# it for the choice. The built-in text gives about 27 and 13 windows of 2048 tokens.
+AUTO_WINDOWS: dict[Role, int] = {"calibration": 128, "selection": 64}
 
 
 class Search(Settings):
@@ -91,9 +96,9 @@ class Search(Settings):
     calibration: BareUrl = Field(
         title="Calibration text",
         default="builtin",
-        description="Text for calibration: wikitext2, c4 or ptb, as papers mean them; hf:owner/name[/config][:split], "
-        "a .txt, .jsonl or .parquet file (path or URL), or 'builtin' (the documentation in Python's "
-        "pydoc_data.topics).",
+        description="Text for calibration: wikitext2, c4 or ptb, as papers mean them; hf:owner/name[/config][:split]; "
+        "a .txt, .jsonl, .json or .parquet file, a folder of such files or a pattern such as 'data/*.jsonl.gz' (path "
+        "or URL); or 'builtin' (the documentation in Python's pydoc_data.topics).",
     )
     selection: BareUrl = Field(
         title="Selection text",
@@ -106,9 +111,15 @@ class Search(Settings):
         description="Text for the final perplexity, touched once; empty: as for selection, of which it gets a part "
         "of its own (the test split of a hub data set).",
     )
-    calibration_windows: int = Field(default=128, ge=1, description="Number of calibration windows.")
-    selection_windows: int | None = Field(
-        default=64, ge=2, description="Number of selection windows; empty: all that the text gives."
+    calibration_windows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all that its part of the "
+        "text gives if these are fewer; a number: exactly so many, and a text that is too short is refused.",
+    )
+    selection_windows: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
+        default="auto",
+        description=f"Number of selection windows. auto: {AUTO_WINDOWS['selection']}, or all that its part of the text "
+        "gives if these are fewer; a number: exactly so many; empty: all that the text gives.",
     )
     test_windows: int | None = Field(
         default=None, ge=1, description="Number of test windows; empty: all that the text gives."

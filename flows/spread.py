@@ -22,7 +22,6 @@ from flows.search_sizes import SearchSizes
 from flows.server_check import server_problem
 from flows.settings import Search
 from flows.step import Step, StepFailed, parameters_of
-from flows.token_requests import window_counts
 from flows.work_pool import WorkPool, require_server
 from storage.keys import digest
 from storage.store import ArtifactStore
@@ -54,7 +53,9 @@ def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
         settings = settings.model_copy(update={"model": source.label})
     if "://" not in runtime.store:
         runtime = runtime.model_copy(update={"store": os.path.abspath(runtime.store)})
-    there = (role for role, artifact in look_up(store, settings).stages.items() if artifact is not None)
+    found = look_up(store, settings)
+    found.inputs.texts.keep(store)
+    there = (role for role, artifact in found.stages.items() if artifact is not None)
     return Shared(settings, runtime, frozenset(there))
 
 
@@ -142,11 +143,9 @@ def _branch_steps(
     store: ArtifactStore, settings: Search, runtime: Runtime, found: Found, fan_out: FanOut, workers: int
 ) -> list[Step]:
     """One step for each group: those that others are at already, and those that are to be begun."""
-    assert found.checkpoint is not None, "there are no lanes without a checkpoint"
-    index = found.checkpoint.index
+    index, windows = found.inputs.index, found.inputs.texts.windows
     dtype = settings.dtype_for(index.dtype)
-    counts = window_counts(settings, found.stages)
-    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), counts).of(found.request)
+    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), windows).of(found.request)
     groups: list[list[int]] = []
     left = set(found.missing_lanes)
     for lanes in (_lanes_of(run, found) for run in fan_out.under_way("branch")):

@@ -7,7 +7,7 @@ from math import inf
 from flows.minutes import is_too_late, stopped
 from flows.next_lanes import LaneRequest, first_lanes, follow, strategy_of
 from flows.settings import Search
-from flows.token_requests import token_requests
+from flows.token_requests import Texts, count_texts, open_corpora
 from layerwise.allocation import SparsityPlan
 from layerwise.skeleton import Linear
 from storage.artifact import Artifact
@@ -17,6 +17,7 @@ from tasks.branch import LaneScore, branch, lane_stage
 from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture
 from tasks.capture_grams import capture_grams
 from tasks.checkpoint import Checkpoint
+from tasks.checkpoint_index import CheckpointIndex
 from tasks.documents import Role
 from tasks.evaluate import evaluate
 from tasks.execution import Execution
@@ -25,12 +26,31 @@ from tasks.import_checkpoint import import_checkpoint, import_stage, inspect_sou
 from tasks.join_rounds import join_rounds
 from tasks.lane_group import LaneInputs
 from tasks.measure import is_measured, measure
+from tasks.model_config import config_from_document
 from tasks.prune_settings import PruneSettings
 from tasks.run_names import model_title, title_of
 from tasks.sample_tokens import TokenRequest, sample_tokens
 from tasks.select import Selection, read_selection, select
 from tasks.stage_task import stage_task
 from tasks.streamed import linears_by_layer
+from tasks.tokenizer_files import tokenizer_of_source
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """The model and the texts of a search, before anything is computed.
+
+    Attributes:
+        checkpoint: the model, if it is imported.
+        index: its configuration and the shapes of its tensors, imported or not.
+        linears: its prunable weights, by layer.
+        texts: the windows that each text gives.
+    """
+
+    checkpoint: Checkpoint | None
+    index: CheckpointIndex
+    linears: Sequence[Sequence[Linear]]
+    texts: Texts
 
 
 @dataclass(frozen=True)
@@ -80,11 +100,10 @@ class Chosen:
 
 def captured(store: ArtifactStore, settings: Search, execution: Execution) -> Captured:
     """Import the model, sample the windows, run the dense model, make the plans."""
-    requests = token_requests(settings)
+    inputs = check_inputs(store, settings)
     checkpoint = load_checkpoint(store, settings)
-    windows = sample_windows(store, checkpoint, requests)
-    linears = linears_by_layer(checkpoint.index, settings.seqlen)
-    check_plans(settings, linears)
+    windows = sample_windows(store, checkpoint, inputs.texts.requests)
+    linears = inputs.linears
     dtype = settings.dtype_for(checkpoint.index.dtype)
     capture_settings = CaptureSettings(dtype, settings.retain)
     capture_artifact = capture(
@@ -230,17 +249,50 @@ def expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tup
     return settings.allocation.plans(prunable, (0.0,) * entries)
 
 
+def look_at_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+    """Look at the model and the texts of a search, and refuse what cannot work. Imports and writes nothing.
+
+    Raises:
+        ValueError: a model that cannot be pruned; plans, windows or a tokenizer that do not fit it; a text that is too
+            short or cannot be read.
+        OSError: the model, a text or the store cannot be reached.
+    """
+    corpora = open_corpora(settings)
+    checkpoint = None
+    if store.find(import_stage(settings.model)) is not None:
+        checkpoint = import_checkpoint(store, settings.model)
+    index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
+    linears = linears_by_layer(index, settings.seqlen)
+    check_plans(settings, linears)
+    vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
+    if checkpoint is None:
+        tokenizer = tokenizer_of_source(settings.model)
+        how = tokenizer.identity, tokenizer.load
+    else:
+        how = checkpoint.tokenizer_identity, checkpoint.tokenizer
+    return SearchInputs(checkpoint, index, linears, count_texts(store, settings, corpora, *how, vocabulary))
+
+
+@stage_task(name="check_inputs", about=lambda settings, **_: title_of(settings.model))
+def check_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+    """Check the model and the texts before anything is imported; keep what was counted.
+
+    Raises:
+        ValueError: as ``look_at_inputs``.
+        OSError: as ``look_at_inputs``.
+    """
+    inputs = look_at_inputs(store, settings)
+    inputs.texts.keep(store)
+    return inputs
+
+
 @stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))
 def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
     """Import the model unless the store has it; open it for reading.
 
     Raises:
-        ValueError: a model that cannot be pruned, or betas that its depth does not allow; before anything is
-        copied.
+        ValueError: a model that cannot be pruned.
     """
-    if store.find(import_stage(settings.model)) is None:
-        linears = linears_by_layer(inspect_source(settings.model), settings.seqlen)
-        check_plans(settings, linears)
     return import_checkpoint(store, settings.model)
 
 

@@ -150,9 +150,6 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one; "
         f"written by time {size(round(plan.resume_bytes_an_hour))} an hour{by_layers}"
     )
-    if plan.uncounted:
-        roles = " and ".join(plan.uncounted)
-        console.print(f"not in these figures: the windows for {roles}, as many as the text will give")
 
 
 def show_theory(console: Console, result: TheoryResult) -> None:

@@ -70,21 +70,27 @@ def random_windows(token_ids: Tensor, windows: int, seqlen: int, seed: int) -> T
     return token_ids[offset : offset + on_grid * seqlen].reshape(on_grid, seqlen)[chosen]
 
 
-def require_tokens(tokens: int, windows: int | None, seqlen: int, source: str = "the text") -> None:
-    """Refuse a stream that is too short for ``windows`` windows (for one window if ``windows`` is None).
+def require_tokens(
+    tokens: int, windows: int | None, seqlen: int, source: str = "the text", least: int = 1
+) -> None:
+    """Refuse a stream that is too short for ``windows`` windows (for ``least`` windows if ``windows`` is None).
 
     Args:
         tokens: length of the stream.
         windows: how many windows are to be cut from it.
         seqlen: tokens in each window.
         source: what the stream is, for the message.
+        least: smallest number of windows that is of use.
 
     Raises:
         ValueError: names the source, the tokens there, the tokens needed and what to do.
     """
-    count = 1 if windows is None else windows
+    count = least if windows is None else windows
     if tokens < count * seqlen:
+        fitting = tokens // seqlen
+        fewer = fitting >= least
         raise ValueError(
-            f"{source} has {tokens} tokens, but {count} x {seqlen} = {count * seqlen} are needed. "
-            f"Use a longer text, shorter windows or fewer of them: {tokens // seqlen} of {seqlen} tokens fit."
+            f"{source} has {tokens} tokens, but {count} x {seqlen} = {count * seqlen} are needed. Use a longer text"
+            f"{', shorter windows or fewer of them' if fewer else ' or shorter windows'}: {fitting} of {seqlen} "
+            "tokens fit."
         )

@@ -1,19 +1,16 @@
 """An imported checkpoint, opened for reading one decoder layer at a time."""
 
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from storage.artifact import Artifact
-from storage.keys import digest
 from storage.store import ArtifactStore
 from storage.tensor_entry import TensorEntry
 from storage.tensors import needed_bytes, read_entries
@@ -21,6 +18,7 @@ from tasks.checkpoint_files import copied_files
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
 from tasks.model_config import config_from_document
+from tasks.tokenizer_files import TokenizerFiles, tokenizer_identity
 
 INDEX_FILE = "checkpoint.json"
 
@@ -124,8 +122,7 @@ class Checkpoint:
     @property
     def tokenizer_identity(self) -> str:
         """Digest of the files that decide how text becomes tokens."""
-        names = set(copied_files(self.artifact.files)) - {"config.json", "generation_config.json"}
-        return digest({name: self.artifact.files[name].digest for name in sorted(names)})
+        return tokenizer_identity({name: file.digest for name, file in self.artifact.files.items()})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the model.
@@ -133,21 +130,9 @@ class Checkpoint:
         Raises:
             ValueError: if none came, or it cannot be used without running code that comes with it.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            for name in copied_files(self.artifact.files):
-                Path(folder, name).parent.mkdir(exist_ok=True)
-                Path(folder, name).write_bytes(self._store.read(self.artifact, name))
-            try:
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{self.artifact.facts.get('source')} has no tokenizer that transformers can open (its "
-                    f"files: {', '.join(copied_files(self.artifact.files))}). Copy tokenizer.json and "
-                    "tokenizer_config.json beside the weights and import again."
-                ) from error
-        return tokenizer
+        names = copied_files(self.artifact.files)
+        contents = {name: self._store.read(self.artifact, name) for name in names}
+        return TokenizerFiles(str(self.artifact.facts.get("source")), contents).load()
 
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from tasks.documents import BLANK_LINE, TEXT_LIMIT, Role, Text, join_documents
 from tasks.file_corpus import FileCorpus, open_file
 from tasks.hub_corpus import PAPERS_NAMES, HubCorpus, open_hub
+from tasks.sharded_corpus import ShardedCorpus, is_sharded, open_shards
 
 # Roles in the order of their parts, with their shares of a corpus that all three name. Calibration gets half,
 # as it needs the most windows; 1/4 of the built-in corpus is some 28 000 tokens, 55 windows of 512.
@@ -47,7 +48,7 @@ class BuiltinCorpus:
         """The texts of a running Python do not change."""
 
 
-Corpus = BuiltinCorpus | FileCorpus | HubCorpus
+Corpus = BuiltinCorpus | FileCorpus | ShardedCorpus | HubCorpus
 
 
 def open_corpus(name: str, role: Role) -> Corpus:
@@ -55,7 +56,8 @@ def open_corpus(name: str, role: Role) -> Corpus:
 
     Args:
         name: ``builtin``; ``hf:owner/name[/config][:split]``; ``wikitext2``, ``c4`` or ``ptb``, which are such
-            names for short; or the path or fsspec URL of a ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet`` file.
+            names for short; or the path or fsspec URL of a ``.txt``, ``.raw``, ``.jsonl``, ``.json`` or ``.parquet``
+            file, of a folder of such files, or a pattern that matches some.
         role: decides the split of a hub data set if the name does not.
 
     Raises:
@@ -70,7 +72,7 @@ def open_corpus(name: str, role: Role) -> Corpus:
     )  # that is fsspec's own, for files on the hub
     if on_hub or name in PAPERS_NAMES:
         return open_hub(name, role)
-    return open_file(name)
+    return open_shards(name) if is_sharded(name) else open_file(name)
 
 
 def read_text(corpus: Corpus, limit: int = TEXT_LIMIT) -> Text:

@@ -15,6 +15,8 @@ TEXT_LIMIT = 16 * 2**20
 
 # The field of a JSON line, a Parquet file or a hub data set: what C4, WikiText and most others call it.
 TEXT_FIELD = "text"
+# Fields of conversations: what chat data sets call them.
+CHAT_FIELDS = ("messages", "conversations", "conversation")
 BLANK_LINE = (
     "\n\n"  # what stands between two documents, for all but one of the texts of published perplexities
 )
@@ -94,7 +96,14 @@ def text_of(row: Mapping[str, object], number: int, label: str, field: str = TEX
 
 def missing_field(fields: Iterable[str], label: str, place: str, field: str = TEXT_FIELD) -> str:
     """Message for a corpus without the text field; lists the fields that are there."""
+    there = sorted(fields)
+    if chats := [name for name in CHAT_FIELDS if name in there]:
+        return (
+            f"{label}, {place}: there is no field {field!r}, but a conversation in {chats[0]!r}. Conversations need "
+            "the model's chat template, which is not applied here. Write them as plain text into a field "
+            f"{field!r} first, with tokenizer.apply_chat_template(..., tokenize=False)."
+        )
     return (
-        f"{label}, {place}: there is no field {field!r}, only {sorted(fields)}. "
+        f"{label}, {place}: there is no field {field!r}, only {there}. "
         f"Rename the field that holds the documents to {field!r}."
     )

@@ -1,27 +1,42 @@
-"""A corpus in one file, on any storage that fsspec knows: plain text, JSON lines or Parquet."""
+"""A corpus in one file, on any storage that fsspec knows: plain text, JSON lines, a JSON array or Parquet."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
-from typing import Literal
+from importlib import import_module
+from io import TextIOWrapper
+from lzma import LZMAError
+from typing import IO, Any, Literal
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 from fsspec import AbstractFileSystem
 from fsspec.utils import infer_compression
 
+from storage.corrupt import Corrupt
 from storage.files import open_filesystem
 from storage.large_file_pointer import refuse_pointers
 from storage.unreachable import reaching
 from tasks.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
-from tasks.file_identity import file_state, fingerprint, require_target
+from tasks.file_identity import fingerprints, require_target, state_of_entry
 
-FileFormat = Literal["text", "json lines", "parquet"]
+FileFormat = Literal["text", "json lines", "json", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {
     ".txt": "text",
     ".raw": "text",
     ".jsonl": "json lines",
+    ".json": "json",  # lines, as C4 has them, or one array
     ".parquet": "parquet",
 }
+# An array of documents is parsed as a whole: several times its size in memory. In characters.
+ARRAY_LIMIT = 256 * 2**20
+
+
+ZSTANDARD = ".zst"
+# What the readers of compressed files raise for bytes that are not theirs.
+DAMAGED = (EOFError, BadGzipFile, BadZipFile, LZMAError, ZlibError)
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,12 @@ class FileCorpus:
         """
         filesystem, path = open_filesystem(self.url)
         try:
-            with reaching(filesystem, path):
+            with reaching(filesystem, path), self._naming_damage():
                 match self.file_format:
                     case "text":
                         yield self._plain_text(filesystem, path)
-                    case "json lines":
-                        yield from self._json_lines(filesystem, path)
+                    case "json lines" | "json":
+                        yield from self._json_rows(filesystem, path)
                     case "parquet":
                         yield from self._parquet_rows(filesystem, path)
         except UnicodeDecodeError as error:
@@ -75,8 +90,6 @@ class FileCorpus:
                 f"{self.label} is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason}). "
                 "Convert it, for example with iconv -f LATIN1 -t UTF-8."
             ) from None
-        except (EOFError, BadGzipFile) as error:
-            raise OSError(f"{self.label} is cut off or not compressed: {error} Copy it again.") from error
 
     def require_unchanged(self) -> None:
         """Refuse to use what was read if the file was replaced meanwhile: it would be stored under a stale
@@ -88,29 +101,74 @@ class FileCorpus:
                 f"{now.size} bytes ({now.fingerprint}). Start the run again."
             )
 
-    def _plain_text(self, filesystem: AbstractFileSystem, path: str) -> str:
-        # newline="\n": line ends stay as they are. In text mode a CRLF file would become another text.
-        with filesystem.open(path, "rt", compression="infer", encoding="utf-8", newline="\n") as file:
-            text: str = file.read(TEXT_LIMIT + 1)  # one more, so that a cut is noticed
-            return text
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # bz2 raises a bare OSError, and Zstandard's package is imported only where it is needed.
+            of_bz2, of_zstandard = str(error) == "Invalid data stream", type(error).__name__ == "ZstdError"
+            if not (isinstance(error, DAMAGED) or of_bz2 or of_zstandard):
+                raise
+            raise Corrupt(
+                f"{self.label} is cut off, damaged or not compressed as its name says: {error}. Copy it again."
+            ) from error
 
-    def _json_lines(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
-        with filesystem.open(path, "rt", compression="infer", encoding="utf-8", newline="\n") as file:
+    def _open_text(self, filesystem: AbstractFileSystem, path: str) -> IO[str]:
+        # newline="\n": line ends stay as they are. In text mode a CRLF file would become another text.
+        if path.lower().endswith(ZSTANDARD):
+            # Not by fsspec: with some packages it stops after the first frame, or takes a cut file for a whole one.
+            zstd = require_zstandard(self.label)
+            long_windows = {zstd.DecompressionParameter.window_log_max: 31}
+            raw = filesystem.open(path, "rb")
+            return TextIOWrapper(zstd.ZstdFile(raw, options=long_windows), encoding="utf-8", newline="\n")
+        file: IO[str] = filesystem.open(path, "rt", compression="infer", encoding="utf-8", newline="\n")
+        return file
+
+    def _plain_text(self, filesystem: AbstractFileSystem, path: str) -> str:
+        with self._open_text(filesystem, path) as file:
+            return file.read(TEXT_LIMIT + 1)  # one more, so that a cut is noticed
+
+    def _json_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+        with self._open_text(filesystem, path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                if number == 1 and self.file_format == "json" and line.lstrip().startswith("["):
+                    yield from self._array(line + file.read(ARRAY_LIMIT + 1))
+                    return
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(
-                        f"{self.label}, row {number} is not JSON: {error}. Write one object on each line."
+                        f"{self.label}, row {number} is not JSON: {error}. Write one object on each line"
+                        f"{', or one array of objects' if self.file_format == 'json' else ''}."
                     ) from None
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{self.label}, row {number} holds {type(row).__name__}, not an object. "
-                        f'Write each document as {{"{TEXT_FIELD}": "..."}} on a line of its own.'
-                    )
-                yield text_of(row, number, self.label)
+                yield self._text_of(row, number)
+
+    def _array(self, content: str) -> Iterator[str]:
+        """The documents of a file that is one array."""
+        if len(content) > ARRAY_LIMIT:
+            raise ValueError(
+                f"{self.label} is one array of more than {ARRAY_LIMIT} characters, which has to be read as a whole. "
+                f"Write one object on each line (jq -c '.[]' {self.name} > documents.jsonl)."
+            )
+        try:
+            rows = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.label} is not JSON: {error}. Write one array of objects, or one object on each line."
+            ) from None
+        for number, row in enumerate(rows, start=1):
+            yield self._text_of(row, number)
+
+    def _text_of(self, row: object, number: int) -> str:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{self.label}, row {number} holds {type(row).__name__}, not an object. "
+                f'Write each document as {{"{TEXT_FIELD}": "..."}} on a line of its own.'
+            )
+        return text_of(row, number, self.label)
 
     def _parquet_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
         from pyarrow import ArrowInvalid
@@ -136,15 +194,15 @@ def open_file(url: str) -> FileCorpus:
     """Find a file and its fingerprint; a few MiB of it are read.
 
     Args:
-        url: local path or fsspec URL that ends in ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet``; ``.txt``,
-            ``.raw`` and ``.jsonl`` may be compressed (``.gz``, ``.bz2``, ``.xz`` ...).
+        url: local path or fsspec URL that ends in one of ``SUFFIXES``; all but Parquet may be compressed (``.gz``,
+            ``.bz2``, ``.xz``, ``.zst`` ...).
 
     Raises:
-        ValueError: unknown format, a folder, a Git LFS pointer, or a storage that tells neither checksum nor
-            time.
+        ValueError: unknown format, not a file, a Git LFS pointer, or a storage that tells neither checksum nor time.
         FileNotFoundError: there is no such file.
+        ImportError: a compression that needs a package that is not installed.
     """
-    file_format = format_of(url)
+    format_of(url)  # a name that means nothing is no missing file
     label = without_credentials(url)
     filesystem, path = open_filesystem(url)
     filesystem.invalidate_cache(path)  # a bucket may answer from an earlier listing, even for a replaced file
@@ -156,10 +214,33 @@ def open_file(url: str) -> FileCorpus:
         raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
     if information["type"] != "file":
         raise ValueError(f"{label} is a {information['type']}, not a file. Name one file of it.")
-    state = file_state(filesystem, path)
-    refuse_pointers(filesystem, {path: state.size}, {path: label})
-    name = path.rstrip("/").rpartition("/")[2]
-    return FileCorpus(name, state.size, fingerprint(filesystem, path, state), file_format, url)
+    return listed_files(filesystem, {path: (url, information)})[0]
+
+
+def listed_files(
+    filesystem: AbstractFileSystem, listed: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> tuple[FileCorpus, ...]:
+    """Files that were listed, with their fingerprints; a few MiB of each are read.
+
+    Args:
+        listed: by path, the URL that opens the file, and what the file system tells of it.
+
+    Raises:
+        ValueError: unknown format, a Git LFS pointer, or a storage that tells neither checksum nor time.
+        ImportError: a compression that needs a package that is not installed.
+    """
+    formats = {path: format_of(url) for path, (url, _) in listed.items()}
+    labels = {path: without_credentials(url) for path, (url, _) in listed.items()}
+    for path, label in labels.items():
+        if path.lower().endswith(ZSTANDARD):
+            require_zstandard(label)
+    states = {path: state_of_entry(filesystem, entry) for path, (_, entry) in listed.items()}
+    refuse_pointers(filesystem, {path: state.size for path, state in states.items()}, labels)
+    found = fingerprints(filesystem, states)
+    return tuple(
+        FileCorpus(path.rstrip("/").rpartition("/")[2], states[path].size, found[path], formats[path], url)
+        for path, (url, _) in listed.items()
+    )
 
 
 def format_of(url: str) -> FileFormat:
@@ -168,17 +249,42 @@ def format_of(url: str) -> FileFormat:
     Raises:
         ValueError: a name that tells none; lists the formats.
     """
+    file_format = known_format(url)
+    if file_format is None:
+        raise ValueError(
+            f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
+            "'wikitext2', 'c4', 'ptb', a path or URL that ends in one of "
+            f"{sorted(SUFFIXES)} (or in .txt.gz, .jsonl.gz, .json.gz, ...), a folder of such files, or a pattern such "
+            "as 'data/*.jsonl.gz'."
+        )
+    return file_format
+
+
+def known_format(url: str) -> FileFormat | None:
+    """The format that a file's name tells; None if it tells none."""
     for segment in url.split("::"):  # simplecache::s3://bucket/a.txt and zip://a.txt::s3://bucket/b.zip
-        path = segment.split("?")[0] if "://" in segment else segment
-        compressed = infer_compression(path) is not None
-        name = path.lower().rpartition(".")[0] if compressed else path.lower()
+        path = (segment.split("?")[0] if "://" in segment else segment).lower()
+        compressed = infer_compression(path) is not None or path.endswith(ZSTANDARD)
+        name = path.rpartition(".")[0] if compressed else path
         for suffix, file_format in SUFFIXES.items():
             if name.endswith(suffix) and not (compressed and file_format == "parquet"):
                 return file_format
-    raise ValueError(
-        f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
-        f"'wikitext2', 'c4', 'ptb', or a path or URL that ends in one of {sorted(SUFFIXES)} (or in .txt.gz, .raw.gz, "
-        ".jsonl.gz)."
+    return None
+
+
+def require_zstandard(label: str) -> Any:
+    """The module for Zstandard: Python's own from 3.14 on, before that the same as a package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    for module in ("compression.zstd", "backports.zstd"):
+        try:
+            return import_module(module)
+        except ImportError:
+            continue
+    raise ImportError(
+        f"{label} is compressed with Zstandard, and the package for it is missing. Run pip install backports.zstd."
     )
 
 

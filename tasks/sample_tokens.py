@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_FILE = "tokens.safetensors"
+# Plans are compared by their losses on the same selection windows, paired: that takes two.
+LEAST_WINDOWS: dict[Role, int] = {"calibration": 1, "selection": 2, "test": 1}
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,7 @@ def sample_tokens(
         tokenizer = load_tokenizer()
         token_ids = tokenise(tokenizer, text.content)
         start, end = part_bounds(len(token_ids), request.part)
-        cut = f", of which the first {TEXT_LIMIT} characters are read," if text.truncated else ""
-        share = "" if request.part == (0.0, 1.0) else f" (tokens {start} to {end} of {len(token_ids)})"
-        source = f"{request.corpus.label}{cut} for {request.role}{share}"
-        require_tokens(end - start, request.windows, request.seqlen, source)
+        require_windows(request, len(token_ids), text.truncated)
         input_ids = cut_windows(token_ids[start:end], request)
         write_tensors(draft, TOKENS_FILE, {"input_ids": input_ids})
         bos = tokenizer.bos_token_id
@@ -130,6 +129,35 @@ def sample_tokens(
         )
 
     return store.get_or_build(token_stage(tokenizer_identity, request), build)
+
+
+def require_windows(request: TokenRequest, tokens: int, truncated: bool) -> None:
+    """Refuse a text that has too few tokens for the windows of a request; with all that fit, for the fewest of use.
+
+    Args:
+        tokens: number of tokens of the text, of which the role may get a part only.
+        truncated: the corpus is longer than what is read of it.
+
+    Raises:
+        ValueError: names the corpus, the tokens there, the tokens needed and what to do.
+    """
+    start, end = part_bounds(tokens, request.part)
+    cut = f", of which the first {TEXT_LIMIT} characters are read," if truncated else ""
+    share = "" if request.part == (0.0, 1.0) else f" (tokens {start} to {end} of {tokens})"
+    source = f"{request.corpus.label}{cut} for {request.role}{share}"
+    require_tokens(end - start, request.windows, request.seqlen, source, LEAST_WINDOWS[request.role])
+
+
+def fitting_windows(tokens: int, part: tuple[float, float], seqlen: int) -> int:
+    """How many windows a part of a text gives.
+
+    Args:
+        tokens: number of tokens of the whole text.
+        part: start and end of the part, as fractions.
+        seqlen: tokens in each window.
+    """
+    start, end = part_bounds(tokens, part)
+    return (end - start) // seqlen
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:

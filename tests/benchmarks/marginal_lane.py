@@ -14,14 +14,13 @@ from pathlib import Path
 
 from flows.runtime import Runtime
 from flows.settings import Search
-from flows.stages import load_checkpoint, sample_windows
-from flows.token_requests import token_requests
+from flows.stages import check_inputs, load_checkpoint, sample_windows
 from layerwise.allocation import arithmetic
 from storage.store import ArtifactStore
 from tasks.branch import branch
 from tasks.capture import CaptureSettings, capture
 from tasks.lane_group import LaneInputs
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from tasks.streamed import layer_sizes_of
 
 ROUNDS = 3
 BETAS = tuple(0.001 * index for index in range(9))
@@ -35,12 +34,12 @@ def main() -> None:
         model="demo", sparsity=0.5, seqlen=512, calibration_windows=8, selection_windows=8, test_windows=8
     )
     execution = Runtime(store=store.url).execution()
-    checkpoint = load_checkpoint.fn(store, settings)
-    windows = sample_windows.fn(store, checkpoint, token_requests(settings))
-    linears = linears_by_layer(checkpoint.index, settings.seqlen)
+    inputs = check_inputs.fn(store, settings)
+    checkpoint, linears = load_checkpoint.fn(store, settings), inputs.linears
+    windows = sample_windows.fn(store, checkpoint, inputs.texts.requests)
     calibration, selection = windows["calibration"], windows["selection"]
     captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
-    inputs = LaneInputs(checkpoint, captured, calibration, selection)
+    lane_inputs = LaneInputs(checkpoint, captured, calibration, selection)
     layers = sum(checkpoint.index.layer_bytes)
     ratios = []
     salt = time.time() % 1e-3  # another target every time, so that no lane is in the store already
@@ -51,7 +50,7 @@ def main() -> None:
             plans = [arithmetic(target, beta, layer_sizes_of(linears)) for beta in BETAS[:count]]
             pruning = settings.model_copy(update={"sparsity": target}).pruning("bfloat16")
             read, began = checkpoint.bytes_read, time.monotonic()
-            branch.fn(store, inputs, plans, linears, pruning, execution)
+            branch.fn(store, lane_inputs, plans, linears, pruning, execution)
             seconds[count] = time.monotonic() - began
             read = checkpoint.bytes_read - read
             print(

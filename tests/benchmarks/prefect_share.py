@@ -20,7 +20,17 @@ from flows.search import search
 from flows.settings import Search
 from tests.demo_search import DEMO
 
-TASKS = ("load_checkpoint", "sample_windows", "allocate", "capture", "branch", "select", "export", "evaluate")
+TASKS = (
+    "check_inputs",
+    "load_checkpoint",
+    "sample_windows",
+    "allocate",
+    "capture",
+    "branch",
+    "select",
+    "export",
+    "evaluate",
+)
 
 
 def main() -> None:

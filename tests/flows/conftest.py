@@ -32,7 +32,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with a model (three layers of LLaMA), two that cannot be used, and a text of 2000 words."""
+    """A folder with a model (three layers of LLaMA), some that cannot be used, and a text of 2000 words."""
 
     folder: Path
 
@@ -67,10 +67,15 @@ def workshop(tmp_path_factory) -> Workshop:
         "model": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.2)),
         "short": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=8)),
         "experts": MixtralForCausalLM(MixtralConfig(**SHAPE, **HEADS, num_local_experts=2)),
+        "narrow": LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50}, **HEADS)),
+        "mute": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / name)
+        if name != "mute":
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+                folder / name
+            )
     (folder / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
     return Workshop(folder)
 

@@ -158,7 +158,7 @@ def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Do
         "report a capture": ["report", runtime.store, key],
         "plan before": ["plan", *options(), "--store", empty],
         "plan after": ["plan", *options(), "--store", runtime.store],
-        "plan with all windows": ["plan", *options(selection_windows=""), "--store", empty],
+        "plan with all windows": ["plan", *options(selection_windows="", seqlen=4), "--store", empty],
         "wrong number": ["plan", *options(sparsity=2), "--store", empty],
         "two wrong options": ["plan", *options(pruner="random", betas="0.1,x"), "--store", empty],
         "unknown option": ["plan", *options(), "--sparsty=0.5", "--store", empty],
@@ -252,7 +252,11 @@ def test_plan_says_what_is_to_do_before_and_after(said):
 
 
 def test_an_empty_option_means_all_windows_not_the_default(said):
-    assert "the windows for selection, as many as the text will give" in said["plan with all windows"].out
+    """A quarter of 2000 words in windows of four; auto would be 64."""
+    (line,) = [
+        line for line in said["plan with all windows"].out.splitlines() if "sample_tokens: sel" in line
+    ]
+    assert "cut 125 windows of 4 tokens" in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Plan: says before, between and after what there is to do, and leaves no trace."""
 
+import shutil
+
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -136,20 +138,21 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     assert half.memory["layer in use"] > layer
 
 
-def test_windows_that_nobody_has_counted_yet_are_named(workshop, finished, tmp_path, run_search):
-    settings = workshop.settings(test_windows=None)
-    assert plan_search(settings, Runtime(store=str(tmp_path))).uncounted == ("test",)
-    run_search(test_windows=None)
-    plan = plan_search(settings, finished[1])
-    assert plan.uncounted == ()
-    windows = 2000 // 4 // 16  # of a quarter of the text
-    assert plan.memory["hidden states"] == 3 * windows * 16 * 32 * 4
+def test_a_plan_counts_the_windows_of_a_text_that_nobody_has_tokenised_yet(workshop, tmp_path):
+    """A quarter of the 2000 words is the test's: 31 windows of 16 tokens; and all others get what they ask for."""
+    plan = plan_search(workshop.settings(test_windows=None), Runtime(store=str(tmp_path / "store")))
+    assert stage_of(plan, "sample_tokens: calibration").state == "cut 6 windows of 16 tokens"
+    assert stage_of(plan, "sample_tokens: test").state == "cut 31 windows of 16 tokens"
+    assert plan.memory["hidden states"] == 3 * 31 * 16 * 32 * 4
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(workshop, tmp_path):
     GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64)
     ).save_pretrained(tmp_path / "gpt2")
+    for file in workshop.model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "gpt2")
     plan = plan_search(
         workshop.settings(model=str(tmp_path / "gpt2")), Runtime(store=str(tmp_path / "store"))
     )
@@ -158,7 +161,11 @@ def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(wo
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"betas": [0.6]}, "outside of the legal range"), ({"model": "experts"}, "mixture of experts")],
+    [
+        ({"betas": [0.6]}, "outside of the legal range"),
+        ({"model": "experts"}, "mixture of experts"),
+        ({"selection_windows": 32}, "500 tokens, but 32 x 16 = 512 are needed"),
+    ],
 )
 def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes, message):
     if "model" in changes:

@@ -4,9 +4,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -14,11 +17,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flows.found import look_up
+from flows.plan import plan_search
 from flows.runtime import Runtime
 from flows.search import search
+from flows.settings import Search
 from storage.files import open_filesystem
 from storage.store import ArtifactStore
 from tasks.findings import table_rows
@@ -29,6 +37,8 @@ from tasks.search_result import RESULT_FILE
 ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
 END = ["select", "export", "evaluate"]
+BUILTIN = "\n\n".join(topics[name] for name in sorted(topics))
+PHRASE = r"[^\n.,:()]+"
 
 
 def keys_of(result):
@@ -220,32 +230,36 @@ def test_the_result_says_what_its_perplexities_were_measured_on(finished, worksh
 
 
 @pytest.mark.parametrize(
-    ("changes", "message", "in_store"),
+    ("changes", "message"),
     [
-        ({"betas": [0.6]}, r"beta 0.6 is outside of the legal range \[0, 0.50000\]", set()),
-        ({"betas": None, "beta_step": 0.001}, "at most 255", set()),
-        ({"model": "experts"}, "mixtral is a mixture of experts", set()),
-        ({"model": "short"}, "gpt2 has learned 8 positions, and a window has 16 tokens", set()),
-        ({"model": "nowhere"}, "no such model|neither a file or folder", set()),
-        ({"seqlen": 400}, r"1000 tokens, but 6 x 400 = 2400 are needed", {"import_checkpoint"}),
+        ({"betas": [0.6]}, r"beta 0.6 is outside of the legal range \[0, 0.50000\]"),
+        ({"betas": None, "beta_step": 0.001}, "at most 255"),
+        ({"model": "experts"}, "mixtral is a mixture of experts"),
+        ({"model": "short"}, "gpt2 has learned 8 positions, and a window has 16 tokens"),
         (
-            {"selection_windows": 32},
-            r"500 tokens, but 32 x 16 = 512 are needed",
-            {"import_checkpoint", "sample_tokens"},
+            {"model": "narrow"},
+            "token ids up to 96 of the text .*text.txt, but the model's embedding has 50 rows",
         ),
-        ({"calibration": "nowhere.txt"}, "there is no corpus at nowhere.txt", set()),
+        ({"model": "mute"}, "mute has no tokenizer that transformers can open"),
+        ({"model": "nowhere"}, "no such model|neither a file or folder"),
+        ({"seqlen": 400}, r"1000 tokens, but 6 x 400 = 2400 are needed"),
+        ({"selection_windows": 32}, r"500 tokens, but 32 x 16 = 512 are needed"),
+        (
+            {"selection_windows": "auto", "calibration_windows": "auto", "seqlen": 300},
+            r"500 tokens, but 2 x 300 = 600 are needed",
+        ),
+        ({"calibration": "nowhere.txt"}, "there is no corpus at nowhere.txt"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_computed(
-    workshop, prefect_backend, tmp_path, changes, message, in_store
+def test_what_cannot_work_is_refused_before_anything_is_imported(
+    workshop, prefect_backend, tmp_path, changes, message
 ):
-    if changes.get("model") in ("experts", "short"):
+    if changes.get("model") in ("experts", "short", "narrow", "mute"):
         changes = {"model": str(workshop.folder / changes["model"])}
-    runtime = Runtime(store=str(tmp_path / "store"))
+    store = str(tmp_path / "store")
     with pytest.raises((ValueError, OSError), match=message):
-        search(workshop.settings(**changes), runtime)
-    store = ArtifactStore(runtime.store)
-    assert {artifact.recipe["name"] for artifact in store.artifacts()} == in_store
+        search(workshop.settings(**changes), Runtime(store=store))
+    assert list(ArtifactStore(store).artifacts()) == []
 
 
 def test_a_device_that_is_not_there_is_refused(workshop, prefect_backend, tmp_path):
@@ -286,10 +300,25 @@ def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_back
     assert keys_of(again)["calibration"] != keys_of(result)["calibration"]
 
 
+@pytest.mark.parametrize("windows", [{}, {"calibration_windows": 4, "selection_windows": None}])
+def test_a_deployment_takes_a_model_a_sparsity_and_a_store_and_any_number_of_windows(
+    prefect_backend, windows
+):
+    deployment = search.to_deployment("least", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    parameters = {
+        "settings": {"model": "demo", "sparsity": 0.6, **windows},
+        "runtime": {"store": "memory://unused"},
+    }
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+        assert client.read_flow_run(run.id).parameters["settings"] == parameters["settings"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"sparsity": 2}, "sparsity"),
+        ({"calibration_windows": "some"}, "calibration_windows"),
         ({"sparsty": 0.5}, "sparsty"),
         ({"pruner": {"method": "random"}}, "pruner"),
     ],
@@ -315,3 +344,38 @@ def test_a_search_that_writes_no_model_is_done_without_one_and_leaves_the_rest_t
     assert chosen.built == ()
     assert (chosen.selection, chosen.test) == (finished[0].selection, finished[0].test)
     assert look_up(ArtifactStore(finished[1].store), workshop.settings(export=False)).missing == []
+
+
+@pytest.fixture
+def terse_model(tmp_path) -> str:
+    """Four tiny layers, and a tokenizer with one token for every phrase of the built-in text, so that it is quick."""
+    phrases = Counter(re.findall(PHRASE, BUILTIN))
+    words = {"<unk>": 0} | {phrase: n for n, (phrase, _) in enumerate(phrases.most_common(96), 1)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(PHRASE), "removed", invert=True)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 97}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=2048))
+    model.save_pretrained(tmp_path / "terse")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "terse")
+    return str(tmp_path / "terse")
+
+
+def test_a_model_a_sparsity_and_a_store_are_enough(terse_model, prefect_backend, tmp_path):
+    """Of the built-in text half is for calibration and a quarter for each of the others, in windows of 2048 tokens."""
+    tokens = len(re.findall(PHRASE, BUILTIN))
+    settings, runtime = Search(model=terse_model, sparsity=0.97), Runtime(store=str(tmp_path / "store"))
+    result = search(settings, runtime)
+    windows = {role: result.stages[role].facts["windows"] for role in ("calibration", "selection", "test")}
+    assert windows == {
+        "calibration": tokens // 2 // 2048,
+        "selection": tokens // 4 // 2048,
+        "test": tokens // 4 // 2048,
+    }
+    assert result.selection.verdict
+    assert result.pruned is not None
+    numbers = {"calibration_windows": windows["calibration"], "selection_windows": windows["selection"]}
+    same = search(settings.model_copy(update=numbers), runtime)
+    assert same.built == ()
+    assert keys_of(same) == keys_of(result)
+    assert {stage.state for stage in plan_search(settings, runtime).stages} == {"in the store"}

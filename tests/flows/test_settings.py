@@ -41,6 +41,8 @@ def test_a_model_and_a_sparsity_are_enough():
         ({"pruner": {"method": "wanda", "block_size": 3}}, "block_size"),
         ({"calibration_mode": "none"}, "calibration_mode"),
         ({"calibration_windows": 0}, "calibration_windows"),
+        ({"calibration_windows": "all"}, "calibration_windows"),
+        ({"calibration_windows": None}, "calibration_windows"),
         ({"selection_windows": 1}, "selection_windows"),
         ({"seqlen": 1}, "seqlen"),
         ({"betas": ["steep"]}, "betas"),
@@ -106,7 +108,10 @@ def test_other_places_are_left_as_they_are(url):
 
 
 def test_settings_survive_json():
-    settings = Search(**LEAST, pruner="magnitude", betas=(0.1, 0.2), test_windows=None)
+    settings = Search(
+        **LEAST, pruner="magnitude", betas=(0.1, 0.2), test_windows=None, calibration_windows="12"
+    )
+    assert (settings.calibration_windows, settings.selection_windows) == (12, "auto")
     assert settings.pruner == Magnitude()
     assert Search.model_validate_json(settings.model_dump_json()) == settings
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerwise.windows import consecutive_windows, part_bounds, random_windows
+from layerwise.windows import consecutive_windows, part_bounds, random_windows, require_tokens
 
 
 def test_consecutive_windows_lie_side_by_side_and_the_tail_is_dropped():
@@ -60,8 +60,18 @@ def test_too_short_a_stream_is_an_error_with_the_count_needed():
         random_windows(torch.arange(39), 4, 10, seed=0)
     with pytest.raises(ValueError, match="has 39 tokens, but 4 x 10 = 40 are needed"):
         consecutive_windows(torch.arange(39), 4, 10)
-    with pytest.raises(ValueError, match="has 9 tokens, but 1 x 10 = 10 are needed"):
+    with pytest.raises(
+        ValueError, match="has 9 tokens, but 1 x 10 = 10 are needed. Use a longer text or shorter"
+    ):
         consecutive_windows(torch.arange(9), None, 10)
+
+
+def test_a_stream_that_gives_fewer_windows_than_are_of_use_is_refused_without_the_advice_to_use_fewer():
+    require_tokens(20, None, 10, least=2)
+    with pytest.raises(
+        ValueError, match="19 tokens, but 2 x 10 = 20 are needed. Use a longer text or shorter windows:"
+    ):
+        require_tokens(19, None, 10, least=2)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 100, 304_986])

@@ -1,9 +1,12 @@
 """Corpora by name: built in and in files on any storage; who gets which part of them."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
+import sys
 
 import pyarrow as pa
 import pytest
@@ -33,7 +36,7 @@ def place(store):
 
     def put(name, data):
         path = f"{store.root}/corpora/{name}"
-        store.fs.makedirs(f"{store.root}/corpora", exist_ok=True)
+        store.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         store.fs.pipe_file(path, data)
         return store.fs.unstrip_protocol(path)
 
@@ -49,6 +52,9 @@ def test_json_lines_and_parquet_are_joined_by_a_blank_line_with_empty_documents_
     files = {
         "a.jsonl": as_json_lines(rows),
         "a.jsonl.gz": gzip.compress(as_json_lines(rows)),
+        "c4-train.00000-of-01024.json.gz": gzip.compress(as_json_lines(rows)),
+        "lines.json": as_json_lines(rows),
+        "array.json": json.dumps(rows, indent=1).encode(),
         "a.parquet": as_parquet(rows),
     }
     for name, data in files.items():
@@ -127,6 +133,11 @@ def test_a_text_as_long_as_the_limit_is_not_truncated(tmp_path):
         ("a.parquet", as_parquet([{"text": 1}]), "row 1: field 'text' holds int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"', "row 2 is not JSON"),
         ("a.jsonl", b'["x"]', "row 1 holds list, not an object"),
+        ("a.json", b'["x"]', "row 1 holds str, not an object"),
+        ("a.json", b'[{"text": "x"}', "is not JSON"),
+        ("a.json", b'{\n"text": "x"}', "row 1 is not JSON.*one object on each line, or one array of objects"),
+        ("chat.jsonl", b'{"messages": []}', "a conversation in 'messages'.*apply_chat_template"),
+        ("chat.parquet", as_parquet([{"conversations": "x"}]), "a conversation in 'conversations'"),
         ("a.parquet", b"PAR1 but no more", "can't be read as Parquet"),
         ("a.txt", "ä".encode("latin-1"), "is not UTF-8: byte 0xe4"),
         ("a.txt", b" \n", "holds no text"),
@@ -140,22 +151,142 @@ def test_what_is_not_text_is_refused_with_its_place(tmp_path, name, data, messag
     assert name in str(error.value)
 
 
-def test_compressed_text_that_is_cut_off_is_refused(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_json_lines([{"text": "x"}]))[:-9])
-    with pytest.raises(OSError, match="a.jsonl.gz is cut off"):
-        read_text(open_corpus(str(tmp_path / "a.jsonl.gz"), "test"))
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compressed_text_that_is_damaged_is_refused_on_any_storage(place, suffix, compress):
+    """On a bucket, too, it is the file that is wrong, and not the connection."""
+    whole = compress(as_json_lines([{"text": "x"}]))
+    for name, data in (("cut", whole[:-9]), ("never", b"not compressed")):
+        with pytest.raises(OSError, match=f"{name}.jsonl.{suffix} is cut off, damaged or not compressed"):
+            read_text(open_corpus(place(f"{name}.jsonl.{suffix}", data), "test"))
 
 
-@pytest.mark.parametrize("name", ["wikitext-2", "PTB", "corpus.csv", "s3://bucket/folder", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["wikitext-2", "PTB", "corpus.csv", "a.parquet.gz"])
 def test_a_name_that_means_nothing_is_refused_with_what_there_is(name):
     with pytest.raises(ValueError, match="is no corpus. Use 'builtin', 'hf:owner/name.*'ptb', .*jsonl"):
         open_corpus(name, "test")
 
 
-def test_a_folder_is_not_a_corpus(tmp_path):
-    (tmp_path / "a.txt").mkdir()
-    with pytest.raises(ValueError, match="is a directory, not a file"):
-        open_corpus(str(tmp_path / "a.txt"), "test")
+@pytest.fixture
+def place_shards(place):
+    """Writes files into a folder beside the store; gives the folder's URL."""
+
+    def put(files):
+        urls = [place(f"shards/{name}", data) for name, data in files.items()]
+        return urls[0].rpartition("/")[0]
+
+    return put
+
+
+def test_a_folder_and_a_pattern_are_one_text_in_the_order_of_the_file_names(place_shards):
+    url = place_shards(
+        {
+            "part-1.jsonl": as_json_lines([{"text": "three"}]),
+            "part-0.jsonl.gz": gzip.compress(as_json_lines([{"text": "one"}, {"text": "two"}])),
+            "README.md": b"about",
+            "readme.txt": b"about",
+            "_SUCCESS": b"",
+            "._part-2.jsonl": b"not JSON",
+        }
+    )
+    corpora = [open_corpus(name, "test") for name in (url, f"{url}/", f"{url}/part-*")]
+    assert {read_text(corpus).content for corpus in corpora} == {"one\n\ntwo\n\nthree"}
+    assert corpora[0] == corpora[1] == corpora[2]
+
+
+def test_shards_are_known_by_the_contents_of_each_and_by_their_number(place_shards):
+    url = place_shards({"a.txt": b"one", "b.txt": b"two"})
+    before = open_corpus(url, "test")
+    place_shards({"b.txt": b"TWO"})
+    with pytest.raises(OSError, match="shards changed while it was in use"):
+        read_text(before)
+    replaced = open_corpus(url, "test")
+    place_shards({"c.txt": b"three"})
+    identities = [before.identity, replaced.identity, open_corpus(url, "test").identity]
+    assert len({json.dumps(identity) for identity in identities}) == 3
+    assert "corpora" not in json.dumps(identities)  # where they lie is no part of what they are
+
+
+def test_reading_shards_stops_at_the_limit_and_later_ones_are_never_opened(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_json_lines([{"text": "abc"}, {"text": "def"}]))
+    (tmp_path / "b.jsonl").write_text("never read")
+    corpus = open_corpus(str(tmp_path), "test")
+    assert (read_text(corpus, limit=7).content, read_text(corpus, limit=7).truncated) == ("abc\n\nde", True)
+    with pytest.raises(ValueError, match="b.jsonl, row 1 is not JSON"):
+        read_text(corpus)
+
+
+def test_shards_beyond_those_that_a_text_can_need_have_no_part_in_it(tmp_path, monkeypatch, caplog):
+    """Their fingerprints would take a request for each; so a thousand of them cost no more than the first ones."""
+    monkeypatch.setattr("tasks.sharded_corpus.SHARD_BYTES", 10)
+    for name, text in {"a.txt": "four", "b.txt": "sixsix", "c.txt": "more"}.items():
+        (tmp_path / name).write_text(text)
+    corpus = open_corpus(str(tmp_path), "test")
+    assert read_text(corpus).content == "four\n\nsixsix"
+    assert (corpus.facts["shards"], corpus.facts["shards_found"]) == (2, 3)
+    assert "the first 2 of 3 files" in caplog.text
+    (tmp_path / "c.txt").write_text("other")
+    assert open_corpus(str(tmp_path), "test").identity == corpus.identity
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "message"),
+    [
+        (["a.txt", "b.jsonl"], "", r"files of 2 formats: a.txt, b.jsonl. Give a pattern"),
+        (["notes.md", "deeper/a.txt"], "", r"holds no file of text \(deeper/, notes.md\)"),
+        ([], "", r"holds no file of text \(it is empty\)"),
+        (["data-0.arrow", "dataset_info.json"], "", "written by datasets.save_to_disk.*to_parquet"),
+        (["a.jsonl", "b.csv"], "*", "matches b.csv, which no corpus can be read from"),
+        (["a.txt"], "*.jsonl", r"no file matches .*\*.jsonl"),
+    ],
+)
+def test_shards_that_make_no_corpus_are_named(tmp_path, files, pattern, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_corpus(str(tmp_path / pattern), "test")
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    (tmp_path / "a[0].txt").write_text("brackets")
+    (tmp_path / "a0.txt").write_text("zero")
+    assert read_text(open_corpus(str(tmp_path / "a[0].txt"), "test")).content == "brackets"
+
+
+def test_a_file_inside_of_a_folder_with_brackets_is_found(tmp_path):
+    (tmp_path / "texts [old]").mkdir()
+    (tmp_path / "texts [old]" / "a.txt").write_text("old")
+    assert read_text(open_corpus(str(tmp_path / "texts [old]"), "test")).content == "old"
+    assert read_text(open_corpus(str(tmp_path / "texts [old]" / "a.txt"), "test")).content == "old"
+
+
+def test_shards_on_a_web_server_are_refused_as_it_has_no_folders():
+    with pytest.raises(ValueError, match="is no corpus"):
+        open_corpus("https://host.invalid/folder", "test")
+
+
+def test_zstandard_needs_a_package_and_says_which(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    for module in ("compression.zstd", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("a.jsonl.zst", ""):
+        with pytest.raises(
+            ImportError, match="a.jsonl.zst is compressed with Zstandard.*pip install backports.zstd"
+        ):
+            open_corpus(str(tmp_path / name), "test")
+
+
+def test_zstandard_is_read_over_all_frames_and_refused_if_it_is_cut_off(tmp_path):
+    zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    lines = [as_json_lines([{"text": text}]) for text in ("one", "two")]
+    frames = b"".join(map(zstd.compress, lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    assert read_text(open_corpus(str(tmp_path / "a.jsonl.zst"), "test")).content == "one\n\ntwo"
+    (tmp_path / "cut.jsonl.zst").write_bytes(frames[:-5])
+    with pytest.raises(OSError, match="cut.jsonl.zst is cut off"):
+        read_text(open_corpus(str(tmp_path / "cut.jsonl.zst"), "test"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""The tokenizer of a model: the files that decide how text becomes tokens, before and after the import."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from xxhash import xxh3_128_hexdigest
+
+from storage.keys import digest
+from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG, copied_files
+from tasks.folder import Folder
+from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The small files of a model: configuration and tokenizer.
+
+    Attributes:
+        source: name of the model, for errors.
+        contents: by file name.
+    """
+
+    source: str
+    contents: Mapping[str, bytes]
+
+    @property
+    def identity(self) -> str:
+        """See ``tokenizer_identity``."""
+        return tokenizer_identity(
+            {name: xxh3_128_hexdigest(content) for name, content in self.contents.items()}
+        )
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ValueError: if there is none, or it cannot be used without running code that comes with it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in self.contents.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)
+                Path(folder, name).write_bytes(content)
+            try:
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{self.source} has no tokenizer that transformers can open (its files: "
+                    f"{', '.join(sorted(self.contents))}). Copy tokenizer.json and tokenizer_config.json beside the "
+                    "weights and import again."
+                ) from error
+        return tokenizer
+
+
+def tokenizer_identity(digests: Mapping[str, str]) -> str:
+    """Digest of the files that decide how text becomes tokens.
+
+    Args:
+        digests: of all files of a model, by name; those of other files have no part in it.
+    """
+    names = set(copied_files(digests)) - {CONFIG, GENERATION_CONFIG}
+    return digest({name: digests[name] for name in sorted(names)})
+
+
+def tokenizer_of_source(model: str) -> TokenizerFiles:
+    """The tokenizer of a model that is not imported, as an import would copy it. No weights are read.
+
+    Args:
+        model: see ``find_source``.
+
+    Raises:
+        ValueError: as ``import_checkpoint``.
+        OSError: as ``import_checkpoint``.
+    """
+    source = find_source(model)
+    match source:
+        case FolderSource():
+            return _of_folder(source.label, source.folder)
+        case HubSource():
+            return _of_folder(source.label, source.open())
+        case GgufSource() | DemoSource():
+            from tasks.gguf_weights import GgufWeights  # gguf takes its time, and only these sources need it
+
+            return TokenizerFiles(source.label, GgufWeights(source.local_gguf()).small_files())
+
+
+def _of_folder(label: str, folder: Folder) -> TokenizerFiles:
+    return TokenizerFiles(label, {name: folder.read(name) for name in copied_files(folder.files)})
