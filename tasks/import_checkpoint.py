@@ -14,7 +14,7 @@ from tasks.checkpoint_files import copied_files
 from tasks.checkpoint_index import CheckpointIndex
 from tasks.copy_into_store import convert_gguf, copy_into_store
 from tasks.folder import Folder
-from tasks.folder_index import check_tied_copies, describe_folder, index_in_place
+from tasks.folder_index import check_tied_copies, describe_folder, index_in_place, refuse_adapter
 from tasks.source_license import License, license_of_folder
 from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, Source, find_source
 
@@ -40,6 +40,8 @@ def import_stage(model: str) -> Stage:
 
 
 def _stage(source: Source) -> Stage:
+    if isinstance(source, FolderSource):
+        refuse_adapter(source.folder)  # it may have come after the import
     return Stage("import_checkpoint", 1, source.identity)
 
 

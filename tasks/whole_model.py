@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from layerwise.skeleton import build_skeleton
+from layerwise.skeleton import build_skeleton, with_plain_forward
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.streamed import DTYPES
@@ -15,7 +15,7 @@ def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> Pre
         Corrupt: if a tensor is not the one that was imported.
     """
     wanted, device = DTYPES[dtype], execution.torch_device
-    model = build_skeleton(checkpoint.config)
+    model = build_skeleton(with_plain_forward(checkpoint.config))
     weights = {
         name: tensor.to(device, wanted)
         for name, tensor in checkpoint.read(checkpoint.outer_tensors()).items()
