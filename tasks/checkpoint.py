@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from storage.artifact import Artifact
 from storage.keys import digest
@@ -21,6 +21,7 @@ from tasks.checkpoint_files import copied_files
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
 from tasks.model_config import config_from_document
+from tasks.tokenizer import open_tokenizer
 
 INDEX_FILE = "checkpoint.json"
 
@@ -131,22 +132,12 @@ class Checkpoint:
         """The tokenizer that came with the model.
 
         Raises:
-            ValueError: if none came, or it cannot be used without running code that comes with it.
+            ValueError: see ``open_tokenizer``.
         """
         with tempfile.TemporaryDirectory() as folder:
             for name in copied_files(self.artifact.files):
                 Path(folder, name).write_bytes(self._store.read(self.artifact, name))
-            try:
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{self.artifact.facts.get('source')} has no tokenizer that transformers can open (its "
-                    f"files: {', '.join(copied_files(self.artifact.files))}). Copy tokenizer.json and "
-                    "tokenizer_config.json beside the weights and import again."
-                ) from error
-        return tokenizer
+            return open_tokenizer(folder, str(self.artifact.facts.get("source")))
 
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:

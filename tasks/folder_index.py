@@ -10,7 +10,7 @@ from layerwise.skeleton import layer_prefix
 from storage.draft import Draft
 from storage.files import read_exactly
 from storage.store import ArtifactStore
-from tasks.checkpoint_files import stored_tensors
+from tasks.checkpoint_files import CONFIG, stored_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.finite_weights import require_finite
 from tasks.folder import Folder
@@ -41,7 +41,7 @@ def describe_folder(folder: Folder) -> CheckpointIndex:
     refuse_adapter(folder)
     document = read_config_document(folder)
     stored = stored_tensors(folder)
-    check_values(document, folder.name, layers_stored(stored))
+    check_values(document, f"{CONFIG} of {folder.name}", layers_stored(stored))
     model = outline_from_document(document, folder.name)
     notice_own_code(document, folder.name)
     tensors = match_tensors(stored, model, folder.name)

@@ -84,8 +84,9 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             from tasks.gguf_weights import GgufWeights
 
             weights = GgufWeights(source.local_gguf())
+            small_files = weights.small_files()  # first: a tokenizer that cannot be opened takes no time
             index = convert_gguf(draft, weights, source.require_unchanged)
-            for name, content in weights.small_files().items():
+            for name, content in small_files.items():
                 draft.write(name, content)
             found = None if weights.license is None else License(weights.license)
     draft.write(INDEX_FILE, index.to_json())

@@ -93,7 +93,7 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             f"{name} is quantized with {method}; weights must be float16, bfloat16 or float32 to be pruned. "
             "Give the original model; a pruned one can be quantized afterwards."
         )
-    return _built(_config, document, name)
+    return built(_config, document, f"{CONFIG} of {name}")
 
 
 def outline_from_document(document: Mapping[str, Any], name: str) -> PreTrainedModel:
@@ -105,14 +105,14 @@ def outline_from_document(document: Mapping[str, Any], name: str) -> PreTrainedM
         UnsupportedModel: a model that cannot be streamed layer by layer.
     """
     config_from_document(document, name)  # which refuses model types and quantization
-    return _built(lambda entries: build_outline(_config(entries)), document, name)
+    return built(outline, document, f"{CONFIG} of {name}")
 
 
-def check_values(document: Mapping[str, Any], name: str, layers_stored: int) -> None:
-    """Compare what ``config.json`` counts with what the tensor files hold, before anything is built from it.
+def check_values(document: Mapping[str, Any], place: str, layers_stored: int) -> None:
+    """Compare what a configuration counts with what the tensor files hold, before anything is built from it.
 
     Args:
-        name: what errors call the model.
+        place: where the values come from, e.g. "config.json of gpt2".
         layers_stored: length of the longest numbered list of modules that the tensors' names tell of.
 
     Raises:
@@ -129,23 +129,23 @@ def check_values(document: Mapping[str, Any], name: str, layers_stored: int) -> 
         for size in SIZES:
             for key in dict.fromkeys((size, own_names.get(size, size))):
                 if (value := entries.get(key)) is not None:
-                    _check_size(size, key, value, name)
+                    _check_size(size, key, value, place)
         labels = entries.get(LABELS)
         if _is_number(labels) and labels > MOST_LABELS:
             raise ValueError(
-                f"{CONFIG} of {name} has {labels} for {LABELS}, which a language model does not need. Remove the entry."
+                f"{place} has {labels} for {LABELS}, which a language model does not need. Remove the entry."
             )
         num_layers = entries.get(NUM_LAYERS, entries.get(own_names.get(NUM_LAYERS, NUM_LAYERS)))
         if num_layers is not None and num_layers > layers_stored:
             raise ValueError(
-                f"{CONFIG} of {name} asks for {num_layers} layers ({NUM_LAYERS}), but its files hold tensors of "
-                f"{layers_stored}. Weights and {CONFIG} are from different models, or files are missing: copy all of "
+                f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but its files hold tensors of "
+                f"{layers_stored}. The two are from different models, or files are missing: copy all of "
                 "them again."
             )
         vocabulary, padding = entries.get("vocab_size"), entries.get("pad_token_id")
         if vocabulary is not None and _is_number(padding) and not -vocabulary <= padding < vocabulary:
             raise ValueError(
-                f"{CONFIG} of {name} has the pad_token_id {padding}, but the vocabulary (vocab_size) has "
+                f"{place} has the pad_token_id {padding}, but the vocabulary (vocab_size) has "
                 f"{vocabulary} tokens. Set it to null, or to the id that the model was trained with."
             )
 
@@ -159,6 +159,11 @@ def notice_own_code(document: Mapping[str, Any], name: str) -> None:
         )
 
 
+def outline(document: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a configuration whose values are believed; see ``built``."""
+    return build_outline(_config(document))
+
+
 def _config(document: Mapping[str, Any]) -> PretrainedConfig:
     config: PretrainedConfig = CONFIG_MAPPING[document["model_type"]].from_dict(
         decoded_floats(dict(document))
@@ -166,13 +171,13 @@ def _config(document: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def _built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], name: str) -> T:
-    """What ``build`` makes of a ``config.json``; whatever transformers raises meanwhile becomes one line.
+def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], place: str) -> T:
+    """What ``build`` makes of a configuration; whatever transformers raises meanwhile becomes one line.
 
     Every error means here that a value does not fit, and transformers has many kinds of exceptions for that.
 
     Args:
-        name: what errors call the model.
+        place: where the values come from, e.g. "config.json of gpt2".
 
     Raises:
         ValueError: always in the place of another exception, apart from a lack of memory and ``UnsupportedModel``.
@@ -183,7 +188,7 @@ def _built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any],
         raise
     except Exception as error:
         raise ValueError(
-            f"{CONFIG} of {name} cannot be used{_culprit(build, document)}: {one_line(error)}. Correct the value, or "
+            f"{place} cannot be used{_culprit(build, document)}: {one_line(error)}. Correct the value, or "
             "copy the file again from where the model comes from."
         ) from error
 
@@ -217,7 +222,8 @@ def one_line(error: BaseException, most: int = 300) -> str:
     """The reason that an exception gives, on one line, with its kind where the text alone says little."""
     text = " ".join(str(error).split()).rstrip(".")
     text = text if len(text) <= most else f"{text[:most]} ..."
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    says_enough = isinstance(error, ValueError) or type(error) is Exception
+    return text if says_enough and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _check_nesting(value: object) -> None:
@@ -234,7 +240,7 @@ def _check_nesting(value: object) -> None:
     raise ValueError(f"it is nested more than {MOST_NESTED} levels deep")
 
 
-def _check_size(size: str, key: str, value: object, name: str) -> None:
+def _check_size(size: str, key: str, value: object, place: str) -> None:
     """Refuse what is not a positive whole number."""
     per_layer = isinstance(value, list) and size not in (NUM_LAYERS, "vocab_size")
     values = value if isinstance(value, list) and per_layer else [value]
@@ -242,7 +248,7 @@ def _check_size(size: str, key: str, value: object, name: str) -> None:
         if number is None or (_is_number(number) and 0 < number <= LARGEST_SIZE):
             continue
         raise ValueError(
-            f"{CONFIG} of {name} has {_shown(value)} for {key}, which must be a whole number from 1 on. Correct it, "
+            f"{place} has {_shown(value)} for {key}, which must be a whole number from 1 on. Correct it, "
             "or copy the file again from where the model comes from."
         )
 
