@@ -179,6 +179,9 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
     """
     config = model.config.get_text_config()
     known = getattr(config, "max_position_embeddings", None)
+    has_table = known is None  # MPT computes its ALiBi for so many positions
+    if known is None:
+        known = getattr(config, "max_seq_len", None)
     if known is None or seqlen <= known:
         return
     # A table may have a few rows more than positions: OPT's first two are for padding.
@@ -189,8 +192,10 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
         for module in model.modules()
     )
     # GPT-J's table is computed, but ends at the same place.
-    if learned or any(
-        name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers()
+    if (
+        learned
+        or has_table
+        or any(name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers())
     ):
         raise ValueError(
             f"{model.config.model_type} has {'learned' if learned else 'a table of'} {known} positions, and a window "
