@@ -219,8 +219,9 @@ def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
 
 
 def _has_rotary_positions(model: PreTrainedModel) -> bool:
-    """Whether frequencies of rotary embeddings are among the buffers; ALiBi and recurrent layers have none."""
-    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    """Whether frequencies of rotary embeddings are among the buffers and used: Falcon has them with ALiBi, too."""
+    frequencies = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    return frequencies and not getattr(model.config.get_text_config(), "alibi", False)
 
 
 def _scaled_positions(config: PretrainedConfig, known: int) -> int:
