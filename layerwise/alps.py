@@ -88,7 +88,8 @@ class ALPS:
             raise ValueError(
                 f"ALPS needs second moments, but they come from {tokens} tokens and "
                 f"{int((~diagonal.isfinite()).sum())} of {len(gram)} inputs are not finite. "
-                "Pass at least one window, and compute in bfloat16 or float32."
+                "Pass at least one window, and compute in bfloat16 or float32. A linear whose weight the model uses "
+                "without calling it (Mamba's dt_proj) gets none: leave it dense (--exclude with its name)."
             )
         inverse_norms = _reciprocal(diagonal.sqrt()).float()
         hessian = (gram.float() * inverse_norms).mul_(inverse_norms[:, None])

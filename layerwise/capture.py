@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from layerwise.finite import is_finite
 from layerwise.gram import InputGram, watching_grams
 from layerwise.hidden_states import batches
 from layerwise.statistics import InputStatistics, watching
 from layerwise.streaming import StreamedModel
+
+OTHER_DTYPE = "Compute in another dtype: --dtype bfloat16 or float32."
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,17 @@ def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor
         hidden_states: shape ``(windows, seqlen, hidden_size)``; written to.
         first_part: so many windows from the front go through the layers apart from the others, so that no
             batch holds windows of both.
+
+    Raises:
+        ValueError: the embedding gives NaN or infinity.
     """
     for part in (slice(0, first_part), slice(first_part, None)):
         for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
             some_states.copy_(model.embed(some_ids))
+            if not is_finite(some_states):
+                raise ValueError(
+                    f"the embedding gives values that are not finite in {_name(model)}. {OTHER_DTYPE}"
+                )
     model.release_embedding()
 
 
@@ -50,14 +60,19 @@ def capture_layers(
             output when the layer is yielded.
         calibration_windows: how many of the windows, from the front, count in the statistics.
         first: layer to begin with.
+
+    Raises:
+        ValueError: a layer gives NaN or infinity, from which every later one would.
     """
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
             with watching(layer, model.linears[index]) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
+                    _require_finite(model, index, weights, states)
             for states in batches(hidden_states[calibration_windows:]):
                 states.copy_(model.run_layer(index, layer, states))
+                _require_finite(model, index, weights, states)
         yield CapturedLayer(index, statistics)
 
 
@@ -80,3 +95,20 @@ def capture_grams(
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))
         yield grams
+
+
+def _require_finite(model: StreamedModel, index: int, weights: Mapping[str, Tensor], states: Tensor) -> None:
+    if is_finite(states):
+        return
+    if damaged := [name for name, weight in weights.items() if not is_finite(weight)]:
+        raise ValueError(
+            f"layer {index} of the dense model gives hidden states that are not finite: its {', '.join(damaged)} hold "
+            "NaN or infinity. Save the checkpoint again from where it is whole."
+        )
+    raise ValueError(
+        f"layer {index} of the dense model gives hidden states that are not finite in {_name(model)}. {OTHER_DTYPE}"
+    )
+
+
+def _name(model: StreamedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -1,15 +1,34 @@
 """The shape of a model without its weights: where its decoder layers are, and what can be pruned in them."""
 
+import logging
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
 
 # Number of experts under the names that transformers' configurations use for it.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+OTHER_TOWERS = (
+    "vision",
+    "audio",
+    "speech",
+    "vq_",
+)  # in the names of the configurations inside a configuration
+# Entries of a configuration that change what a forward pass returns, and the values that streaming needs.
+PLAIN_FORWARD = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
 
 class UnsupportedModel(ValueError):
@@ -42,12 +61,29 @@ def check_supported(config: PretrainedConfig) -> None:
     """Refuse what cannot be pruned layer by layer before anything is built.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, or a mixture of experts.
+        UnsupportedModel: an encoder, an encoder-decoder, a multimodal model, a mixture of experts, or a model that
+            transformers has no causal language model for.
     """
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
             "Use a causal language model such as LLaMA, Mistral, Qwen or GPT-2."
+        )
+    towers = [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
+    if towers:
+        raise UnsupportedModel(
+            f"{config.model_type} is a multimodal model ({', '.join(towers)}); layerwise prunes models of text alone. "
+            "Use a language model without other towers, or save the model's language model by itself first."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(
+            f"transformers has no causal language model for {config.model_type!r}. "
+            "Models that bring their own code are not run; use one that transformers knows."
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        raise UnsupportedModel(
+            f"{config.model_type} is an encoder, whose tokens see those that follow them; layerwise prunes causal "
+            'language models. If this one was trained as a decoder, set "is_decoder": true in its config.json.'
         )
     text_config = config.get_text_config()
     for name in EXPERT_COUNTS:
@@ -62,19 +98,35 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of ``config`` with every parameter on the meta device and every buffer computed for real.
 
     Raises:
-        UnsupportedModel: see ``check_supported``; also if transformers has no causal language model for it.
+        UnsupportedModel: see ``check_supported``; also a model without one list of decoder layers.
     """
     check_supported(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"transformers has no causal language model for {config.model_type!r} ({error}). "
-            "Models that bring their own code are not run; use one that transformers knows."
-        ) from error
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layer_prefix(model)  # refuses a model without a list of decoder layers
     return model.eval()
+
+
+def build_outline(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of ``config`` with everything on the meta device: names and shapes, no memory, whatever their size.
+
+    Raises:
+        UnsupportedModel: as ``build_skeleton``.
+    """
+    check_supported(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layer_prefix(model)
+    return model.eval()
+
+
+def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` whose model returns logits by name and nothing besides, whatever the original asks for."""
+    plain = deepcopy(config)
+    for part in {id(each): each for each in (plain, plain.get_text_config())}.values():
+        for name, value in PLAIN_FORWARD.items():
+            setattr(part, name, value)
+    return plain
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
@@ -118,20 +170,72 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
 
 
 def require_positions(model: PreTrainedModel, seqlen: int) -> None:
-    """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); rotary ones have no end.
+    """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); warn where rotary ones end.
+
+    The warning is given once for each model type and length in a process.
 
     Raises:
         ValueError: ``seqlen`` tokens do not fit.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    has_table = known is None  # MPT computes its ALiBi for so many positions
+    if known is None:
+        known = getattr(config, "max_seq_len", None)
     if known is None or seqlen <= known:
         return
     # A table may have a few rows more than positions: OPT's first two are for padding.
-    tables = [
-        m for m in model.modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - known <= 8
-    ]
-    if any(table is not model.get_input_embeddings() for table in tables):
+    learned = any(
+        isinstance(module, nn.Embedding)
+        and 0 <= module.num_embeddings - known <= 8
+        and module is not model.get_input_embeddings()
+        for module in model.modules()
+    )
+    # GPT-J's table is computed, but ends at the same place.
+    if (
+        learned
+        or has_table
+        or any(name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers())
+    ):
         raise ValueError(
-            f"{model.config.model_type} has learned {known} positions, and a window has {seqlen} tokens. "
-            f"Set the window's length (--seqlen) to {known} or less."
+            f"{model.config.model_type} has {'learned' if learned else 'a table of'} {known} positions, and a window "
+            f"has {seqlen} tokens. Set the window's length (--seqlen) to {known} or less."
         )
+    longest = max(known, _scaled_positions(config, known))
+    if seqlen > longest and _has_rotary_positions(model):
+        _warn_beyond_positions(model.config.model_type, seqlen, longest)
+
+
+@cache
+def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
+    logger.warning(
+        "a window has %d tokens, but this %s model was made for %d positions (max_position_embeddings in config.json): "
+        "perplexities beyond them say little. Set the window's length (--seqlen) to %d or less.",
+        seqlen,
+        model_type,
+        longest,
+        longest,
+    )
+
+
+def _has_rotary_positions(model: PreTrainedModel) -> bool:
+    """Whether frequencies of rotary embeddings are among the buffers and used: Falcon has them with ALiBi, too."""
+    frequencies = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    return frequencies and not getattr(model.config.get_text_config(), "alibi", False)
+
+
+def _scaled_positions(config: PretrainedConfig, known: int) -> int:
+    """How far a scaling of the rotary embeddings stretches the positions; 0 without one.
+
+    ``max_position_embeddings`` may be the length before (linear, YaRN) or after (LLaMA 3) the scaling.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []  # one, or one by type of layer
+    return max(
+        (
+            int(kind["factor"] * (kind.get("original_max_position_embeddings") or known))
+            for kind in kinds
+            if isinstance(kind, dict) and isinstance(kind.get("factor"), int | float)
+        ),
+        default=0,
+    )

@@ -74,7 +74,8 @@ class SparseGPT:
             raise ValueError(
                 f"SparseGPT needs second moments, but they come from {tokens} tokens and "
                 f"{int((~diagonal.isfinite()).sum())} of {in_features} inputs are not finite. "
-                "Pass at least one window, and compute in bfloat16 or float32."
+                "Pass at least one window, and compute in bfloat16 or float32. A linear whose weight the model uses "
+                "without calling it (Mamba's dt_proj) gets none: leave it dense (--exclude with its name)."
             )
         require_full_float32()
         mean = diagonal.sum().item() / max(int((~dead).sum()), 1) or 1.0

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from layerwise.skeleton import UnsupportedModel, build_skeleton, expected_tensors, layer_prefix, linears_of
+from layerwise.skeleton import (
+    UnsupportedModel,
+    build_skeleton,
+    expected_tensors,
+    layer_prefix,
+    linears_of,
+    with_plain_forward,
+)
 from layerwise.stand_ins import (
+    ExtraOutputUsed,
     Injector,
     LastLayerReached,
     LayerArguments,
@@ -25,6 +33,9 @@ from layerwise.stand_ins import (
 
 # Positions whose logits are turned into float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
 LOSS_POSITIONS = 256
+MOST_OUTPUTS = (
+    4  # entries of a tuple that a layer returns: hidden states, attention weights, cache, router logits
+)
 
 
 class StreamedModel:
@@ -47,7 +58,7 @@ class StreamedModel:
         self, config: PretrainedConfig, outer: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.model = build_skeleton(config)
+        self.model = build_skeleton(with_plain_forward(config))
         self.prefix = layer_prefix(self.model)
         self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
         self.linears = tuple(linears_of(layer) for layer in self.layers)
@@ -62,7 +73,7 @@ class StreamedModel:
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
         self._check_outer_is_complete()
         self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
-        self._layers_return_tuples = False
+        self._outputs = 0  # of a layer: entries of the tuple that it returns; 0: hidden states alone
 
     def _untied(self, module: nn.Module | None) -> str | None:
         """State-dict name of the weight of ``module`` if it is a parameter of its own."""
@@ -125,20 +136,23 @@ class StreamedModel:
 
     def _record(self, input_ids: Tensor) -> list[Recorder]:
         shape = tuple(input_ids.shape)
-        # Tuples are the older convention: Falcon, BLOOM, GPT-J, MPT.
-        for in_tuple in (self._layers_return_tuples, True):
+        # Tuples are the older convention: the first entry is taken (Falcon, BLOOM, GPT-J, MPT), or all are (Bamba).
+        for outputs in (self._outputs, *range(1, MOST_OUTPUTS + 1)):
             last = self.layers[-1]
-            recorders = [Recorder(layer, shape, in_tuple, layer is last) for layer in self.layers]
+            recorders = [Recorder(layer, shape, outputs, layer is last) for layer in self.layers]
             try:
                 with self._layers_replaced(recorders), suppress(LastLayerReached):
                     self.model(input_ids=input_ids.to(self.device), use_cache=False)
             except OtherShape:
-                continue
-            except ValueError as error:
-                raise self._unsupported(f"takes more from its layers than hidden states ({error})") from error
-            self._layers_return_tuples = in_tuple
-            return recorders
-        raise self._unsupported("changes the shape of the windows between its layers")
+                reason = "changes the shape of the windows between its layers"
+            except ExtraOutputUsed:
+                raise self._unsupported("hands more from layer to layer than hidden states") from None
+            except (ValueError, IndexError) as error:  # another number of values than it unpacks
+                reason = f"takes more from its layers than hidden states ({error})"
+            else:
+                self._outputs = outputs
+                return recorders
+        raise self._unsupported(reason)
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -172,7 +186,7 @@ class StreamedModel:
         output = layer(hidden_states.to(self.device), *args, **kwargs)
         if isinstance(output, Tensor):
             return output
-        self._layers_return_tuples = True  # a model of one layer has no second one to notice it by
+        self._outputs = self._outputs or len(output)  # a model of one layer has no second one to notice it by
         return output[0]
 
     def _arguments_for(self, shape: tuple[int, ...]) -> list[LayerArguments]:
@@ -191,7 +205,7 @@ class StreamedModel:
         if not self._arguments:
             self._arguments_for(tuple(hidden_states.shape[:2]))  # finds out what the model's layers return
         states = hidden_states.to(self.device)
-        with self._layers_replaced([Injector(states, self._layers_return_tuples)]):
+        with self._layers_replaced([Injector(states, self._outputs)]):
             # Replaced by the injector, whatever their values; this way no embedding has to be loaded.
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

@@ -33,8 +33,9 @@ class Wanda:
         """
         if inputs.tokens == 0:
             raise ValueError(
-                "Wanda needs input statistics, but no calibration token reached this linear. "
-                "Pass at least one window, or use Magnitude, which needs no calibration text."
+                "Wanda needs input statistics, but no calibration token reached this linear. If there were calibration "
+                "windows, the model uses its weight without calling it, or never (Mamba's dt_proj): leave it dense "
+                "(--exclude with its name), or use Magnitude, which needs no calibration text."
             )
         norms = inputs.norms.to(weight.device)
         return removal_levels(

@@ -128,7 +128,7 @@ class Checkpoint:
         """The tokenizer that came with the model.
 
         Raises:
-            ValueError: if none came, or it cannot be used without running code that comes with it.
+            ValueError: see ``open_tokenizer``.
         """
         names = copied_files(self.artifact.files)
         contents = {name: self._store.read(self.artifact, name) for name in names}

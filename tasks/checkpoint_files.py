@@ -108,7 +108,7 @@ def _sharded(folder: Folder) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(folder.read(INDEX))["weight_map"]
         file_of: dict[str, str] = {name: str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{INDEX} of {folder.name} has no readable weight_map ({error!r}). Copy the file again, or save "
             "the model again with save_pretrained."

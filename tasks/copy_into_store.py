@@ -10,6 +10,7 @@ from torch import Tensor
 from storage.draft import Draft
 from storage.tensors import needed_bytes, read_entries, write_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.finite_weights import require_finite
 from tasks.folder import Folder
 from tasks.progress import showing
 from tasks.stopping import stop, stop_deferred
@@ -85,7 +86,11 @@ def _write_shards(
     with stop_deferred() as asked_to_stop, showing(title, len(shards), done, draft.resumed, "shard") as show:
         for step, (file, shard) in enumerate(shards.items(), start=1):
             if file not in draft.files:
-                write_tensors(draft, file, read(shard), metadata={"format": "pt"})
+                weights = read(shard)
+                for tensor in shard:
+                    if tensor.model_name is not None:
+                        require_finite(weights[tensor.name], tensor.name, tensor.file)
+                write_tensors(draft, file, weights, metadata={"format": "pt"})
                 show(step)
                 draft.save_progress(step, _no_state)
             if asked_to_stop():

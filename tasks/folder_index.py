@@ -3,37 +3,87 @@
 import json
 from dataclasses import replace
 
+import torch
 from xxhash import xxh3_128
 
-from layerwise.skeleton import build_skeleton, layer_prefix
+from layerwise.skeleton import layer_prefix
 from storage.draft import Draft
 from storage.files import read_exactly
 from storage.store import ArtifactStore
-from tasks.checkpoint_files import stored_tensors
+from tasks.checkpoint_files import CONFIG, stored_tensors
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.finite_weights import require_finite
 from tasks.folder import Folder
-from tasks.model_config import config_from_document, read_config_document
+from tasks.model_config import (
+    check_values,
+    notice_own_code,
+    outline_from_document,
+    read_config_document,
+)
 from tasks.progress import showing
 from tasks.stopping import stop, stop_deferred
-from tasks.tensor_matching import match_tensors
+from tasks.tensor_matching import layers_stored, match_tensors
 
 PIECE = 32 << 20  # bytes in memory while a digest is computed: one window of requests to a remote storage
 DIGESTS = "digests.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def describe_folder(folder: Folder) -> CheckpointIndex:
     """The index of ``folder`` without digests: reads ``config.json`` and the headers of the tensor files.
 
+    The headers are read first: nothing is built from a configuration that asks for more than they hold.
+
     Raises:
         ValueError: if the files do not make a model that can be pruned.
         Corrupt: if a file contradicts its own header.
     """
+    refuse_adapter(folder)
     document = read_config_document(folder)
-    model = build_skeleton(config_from_document(document, folder.name))
-    prefix = layer_prefix(model)
-    tensors = match_tensors(stored_tensors(folder), model, folder.name)
+    stored = stored_tensors(folder)
+    check_values(document, f"{CONFIG} of {folder.name}", layers_stored(stored))
+    model = outline_from_document(document, folder.name)
+    notice_own_code(document, folder.name)
+    tensors = match_tensors(stored, model, folder.name)
     num_layers = model.config.get_text_config().num_hidden_layers
-    return CheckpointIndex(document, prefix, num_layers, in_place=True, tensors=tensors)
+    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place=True, tensors=tensors)
+
+
+def refuse_adapter(folder: Folder) -> None:
+    """Refuse a folder with the files of an adapter (LoRA and its like): its weights would be left out silently.
+
+    Raises:
+        ValueError: naming the files, and how to merge them.
+    """
+    files = sorted(
+        name for name in folder.files if name == ADAPTER_CONFIG or name.startswith("adapter_model")
+    )
+    if not files:
+        return
+    kind, base = "an adapter", "BASE"
+    if ADAPTER_CONFIG in files:
+        try:
+            settings = json.loads(folder.read(ADAPTER_CONFIG))
+        except (ValueError, RecursionError):
+            settings = None  # the advice is the same
+        if isinstance(settings, dict):
+            kind = f"an adapter ({settings.get('peft_type', 'of an unnamed kind')})"
+            base = str(settings.get("base_model_name_or_path") or base)
+    merge = (
+        f'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; '
+        f"PeftModel.from_pretrained(M.from_pretrained({base!r}, dtype='auto'), 'ADAPTER')"
+        ".merge_and_unload().save_pretrained('NEW')\""
+    )
+    whole = any(name.endswith(".safetensors") and name not in files for name in folder.files)
+    remedy = (
+        f"If it is merged into the weights already, remove these files; if not, merge it: {merge}, and give NEW"
+        if whole
+        else f"Merge it into the model that it was trained on: {merge}, and give NEW"
+    )
+    raise ValueError(
+        f"{folder.name} holds {kind} {'next to the weights' if whole else 'and no model'}: {', '.join(files)}. "
+        f"Adapters are not applied. {remedy} (with the tokenizer files copied into it)."
+    )
 
 
 def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> CheckpointIndex:
@@ -42,7 +92,7 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     A resume point is left after every file.
 
     Raises:
-        ValueError: if the files do not make a model that can be pruned.
+        ValueError: if the files do not make a model that can be pruned, or a weight holds NaN or infinity.
         Corrupt: if a file contradicts its own header or cannot be read.
         SourceChanged: if a file changes meanwhile.
     """
@@ -94,12 +144,18 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
 
 
 def _digest(folder: Folder, tensor: IndexedTensor) -> str:
+    """Checksum of a tensor's bytes; refuses a weight that holds NaN or infinity, since each byte passes here."""
     digest, entry = xxh3_128(), tensor.entry
     piece = memoryview(bytearray(min(PIECE, entry.nbytes)))
     for start in range(0, entry.nbytes, PIECE):
         part = piece[: min(PIECE, entry.nbytes - start)]
         read_exactly(folder.fs, folder.path(tensor.file), entry.offset + start, part)
         digest.update(part)
+        if tensor.model_name is not None:
+            values = torch.frombuffer(
+                part, dtype=entry.torch_dtype
+            )  # pieces are multiples of every item size
+            require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
     return digest.hexdigest()
 
 

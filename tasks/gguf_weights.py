@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_SUPPORTED_ARCHITECTURES,
     TENSOR_PROCESSORS,
@@ -24,10 +24,14 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from layerwise.skeleton import UnsupportedModel, build_skeleton, expected_tensors, layer_prefix
+from layerwise.skeleton import UnsupportedModel, expected_tensors, layer_prefix
 from storage.tensor_entry import DTYPE_NAMES, TensorEntry
 from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
+from tasks.gguf_header import check_gguf_header
+from tasks.model_config import built, check_values, one_line, outline
+from tasks.tensor_matching import layers_stored
+from tasks.tokenizer import open_gguf_tokenizer
 
 DTYPE = torch.bfloat16  # of the weights after dequantizing: GGUF blocks hold far less precision than that
 
@@ -48,10 +52,11 @@ class GgufWeights:
         self.path = path
         self._reader = _open(path)
         self._architecture = _architecture(self._reader, path)
-        document = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-        document.pop("_model_name_or_path", None)
-        self.config: PretrainedConfig = CONFIG_MAPPING[document["model_type"]].from_dict(document)
-        self.model = build_skeleton(self.config)
+        document = _document(path)
+        place = f"the metadata of {path.name}"
+        check_values(document, place, layers_stored(tensor.name for tensor in self._reader.tensors))
+        self.model = built(outline, document, place)
+        self.config: PretrainedConfig = self.model.config
         self.config.architectures = [type(self.model).__name__]
         self.config.dtype = DTYPE
         self._processor: TensorProcessor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(
@@ -72,8 +77,15 @@ class GgufWeights:
         """
         stored = self._stored[model_name]
         extra: dict[str, Any] = {"tensors": {}}  # where GPT-2's processor puts the head
+        try:
+            dequantized = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{stored.name} in {self.path.name} is stored as {stored.tensor_type.name}, which is not dequantized. "
+                "Use a file in another format (Q8_0, F16, BF16), or the model's safetensors."
+            ) from error
         processed = self._processor.process(
-            weights=dequantize(stored.data, stored.tensor_type),
+            weights=dequantized,
             name=stored.name,
             tensor_key_mapping=self._model_name_of,
             parsed_parameters=extra,
@@ -117,13 +129,7 @@ class GgufWeights:
             GENERATION_CONFIG: generation.to_json_string().encode(),
         }
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(self.path.parent),
-                gguf_file=self.path.name,
-                trust_remote_code=False,
-                local_files_only=True,
-            )
-            tokenizer.save_pretrained(folder)
+            open_gguf_tokenizer(self.path).save_pretrained(folder)
             files |= {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
         return files
 
@@ -176,16 +182,41 @@ class _Names:
 
 def _open(path: Path) -> GGUFReader:
     try:
+        check_gguf_header(path)
         return GGUFReader(path)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path.name} cannot be read as GGUF ({error}): it is damaged, truncated or something else. "
+            f"{path.name} cannot be read as GGUF ({one_line(error)}): it is damaged, truncated or something else. "
             "Download it again."
         ) from error
 
 
+def _document(path: Path) -> dict[str, Any]:
+    """The configuration that transformers makes of the metadata.
+
+    Raises:
+        ValueError: whatever transformers raises because of their values.
+    """
+    try:
+        document: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers believes the metadata
+        raise ValueError(
+            f"the metadata of {path.name} cannot be used: {one_line(error)}. Download the file again, or use the "
+            "model's safetensors."
+        ) from error
+    document.pop("_model_name_or_path", None)
+    return document
+
+
 def _architecture(reader: GGUFReader, path: Path) -> str:
-    architecture = str(_metadata(reader, "general.architecture"))
+    architecture = _metadata(reader, "general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError(
+            f"{path.name} has {architecture!r} for general.architecture, so that it is not known which model it is. "
+            "Download it again."
+        )
     if experts := _metadata(reader, f"{architecture}.expert_count"):
         raise UnsupportedModel(
             f"{path.name} is a mixture of experts ({architecture} with {experts} experts); experts that see "

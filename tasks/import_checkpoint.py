@@ -18,7 +18,7 @@ from tasks.checkpoint_files import copied_files
 from tasks.checkpoint_index import CheckpointIndex
 from tasks.copy_into_store import convert_gguf, copy_into_store
 from tasks.folder import Folder
-from tasks.folder_index import check_tied_copies, describe_folder, index_in_place
+from tasks.folder_index import check_tied_copies, describe_folder, index_in_place, refuse_adapter
 from tasks.source_license import License, license_of_folder
 from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, Source, find_source
 
@@ -72,6 +72,8 @@ def import_stage(model: str) -> Stage:
 
 
 def _stage(source: Source) -> Stage:
+    if isinstance(source, FolderSource):
+        refuse_adapter(source.folder)  # it may have come after the import
     return Stage("import_checkpoint", 1, source.identity)
 
 
@@ -114,8 +116,9 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             from tasks.gguf_weights import GgufWeights
 
             weights = GgufWeights(source.local_gguf())
+            small_files = weights.small_files()  # first: a tokenizer that cannot be opened takes no time
             index = convert_gguf(draft, weights, source.require_unchanged)
-            for name, content in weights.small_files().items():
+            for name, content in small_files.items():
                 draft.write(name, content)
             found = None if weights.license is None else License(weights.license)
     draft.write(INDEX_FILE, index.to_json())

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.skeleton import Linear, build_skeleton, linears_of, require_positions
+from layerwise.skeleton import Linear, linears_of, require_positions
 from layerwise.streaming import StreamedModel
 from tasks.checkpoint import Checkpoint
 from tasks.checkpoint_index import CheckpointIndex
 from tasks.execution import Execution
-from tasks.model_config import config_from_document
+from tasks.model_config import outline_from_document
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,7 +46,7 @@ def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, 
     Raises:
         ValueError: the model has no positions for windows of ``seqlen`` tokens.
     """
-    model = build_skeleton(config_from_document(index.config, "the checkpoint"))
+    model = outline_from_document(index.config, "the checkpoint")
     require_positions(model, seqlen)
     return [linears_of(layer) for layer in model.get_submodule(index.layer_prefix).children()]
 

@@ -2,17 +2,21 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 
 from layerwise.skeleton import expected_tensors, layer_prefix
 from tasks.checkpoint_files import StoredTensor
 from tasks.checkpoint_index import IndexedTensor
+from tasks.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
+# Modules that torch.compile, activation checkpointing, FSDP and DDP put around others, and so into the names.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 # Buffers that older versions of transformers saved and newer ones compute.
 COMPUTED_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 
@@ -23,7 +27,8 @@ def match_tensors(
     """Find the model's weights among the stored tensors.
 
     A name means itself, or itself with or without the prefix of the base model: ``layers.0`` in a checkpoint
-    saved from the base model is ``model.layers.0``. Of tied weights it does not matter which one is stored.
+    saved from the base model is ``model.layers.0``. Of tied weights it does not matter which one is stored. Modules
+    that were wrapped around the model when it was saved are left out of the names, with a warning.
 
     Args:
         model: the model on the meta device.
@@ -34,6 +39,7 @@ def match_tensors(
             layers beyond those of the configuration.
     """
     expected = expected_tensors(model)
+    stored = _without_wrappers(stored, expected, model, source)
     model_names = _model_names(stored, expected, model, source)
     _check_complete(expected, model_names, source)
     _check_fit(stored, expected, model_names, source)
@@ -57,6 +63,50 @@ def aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
     return name, prefix + name, name.removeprefix(prefix)
 
 
+def layers_stored(names: Iterable[str]) -> int:
+    """Length of the longest numbered list of modules that some tensors' names tell of."""
+    numbers: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        for match in re.finditer(r"\.(\d+)\.", f".{name}"):
+            numbers[name[: max(match.start() - 1, 0)]].add(match[1])
+    return max(map(len, numbers.values()), default=0)
+
+
+def _without_wrappers(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
+) -> Mapping[str, StoredTensor]:
+    """The tensors under the names they had before modules were wrapped around the model.
+
+    Raises:
+        ValueError: two tensors have the same name then.
+    """
+    clean: dict[str, StoredTensor] = {}
+    originals: dict[str, str] = {}
+    for name, place in stored.items():
+        parts = name.split(".")
+        shorter = ".".join(part for part in parts if part not in WRAPPERS)
+        if any(alias in expected for alias in aliases(name, model)):
+            shorter = name  # a part of the model itself is called so
+        if shorter in clean:
+            raise _two_for_one(shorter, originals[shorter], name, source)
+        clean[shorter], originals[shorter] = place, name
+    renamed = [name for short, name in originals.items() if short != name]
+    if renamed:
+        wrappers = sorted({part for name in renamed for part in name.split(".") if part in WRAPPERS})
+        warn_once(
+            f"{source}: {len(renamed)} of {len(stored)} tensors were saved from a wrapped model. Their names are used, "
+            f"and exported, without {' and '.join(wrappers)}."
+        )
+    return clean
+
+
+def _two_for_one(model_name: str, one: str, other: str, source: str) -> ValueError:
+    return ValueError(
+        f"{source} holds two tensors for {model_name}: {one} and {other}. Remove one of them, or save the model again "
+        "with save_pretrained."
+    )
+
+
 def _model_names(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
 ) -> dict[str, str]:
@@ -67,10 +117,7 @@ def _model_names(
         if model_name is None:
             continue
         if model_name in found:
-            raise ValueError(
-                f"{source} holds two tensors for {model_name}: {found[model_name]} and {name}. Remove one of "
-                "them, or save the model again with save_pretrained."
-            )
+            raise _two_for_one(model_name, found[model_name], name, source)
         found[model_name] = name
     for name in stored:  # tied weights of which only the other one was saved
         for alias in aliases(name, model):
@@ -114,17 +161,31 @@ def _check_fit(
 ) -> None:
     for name, model_name in model_names.items():
         entry = stored[name].entry
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{name} in {stored[name].file} of {source} is stored as {entry.dtype}; weights must be one "
+                f"of {', '.join(WEIGHT_DTYPES)} to be pruned. {_dtype_advice(entry.dtype)}"
+            )
         if tuple(entry.shape) != expected[model_name]:
             raise ValueError(
                 f"{name} in {stored[name].file} of {source} has the shape {tuple(entry.shape)}, but "
                 f"config.json asks for {expected[model_name]}. Weights and config.json are from different "
                 "models: copy both again."
             )
-        if entry.dtype not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"{name} in {stored[name].file} of {source} is stored as {entry.dtype}; weights must be one "
-                f"of {', '.join(WEIGHT_DTYPES)} to be pruned. Give the original model, not a quantized one."
-            )
+
+
+def _dtype_advice(dtype: str) -> str:
+    if dtype == "F64":
+        return (
+            'Convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('SOURCE', dtype='float32').save_pretrained('NEW')\", then give NEW (with the tokenizer "
+            "files copied into it)."
+        )
+    if dtype.startswith("C"):
+        return "Models with complex weights cannot be pruned: use another model."
+    if dtype == "BOOL":
+        return "A mask is no weight: save the model again with save_pretrained."
+    return "Give the original model, not a quantized one; a pruned one can be quantized afterwards."
 
 
 def _layer_of(name: str, model: PreTrainedModel, source: str) -> int | None:

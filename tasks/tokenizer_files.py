@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
 
 from storage.keys import digest
 from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG, copied_files
 from tasks.folder import Folder
 from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
+from tasks.tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,13 @@ class TokenizerFiles:
         """The tokenizer.
 
         Raises:
-            ValueError: if there is none, or it cannot be used without running code that comes with it.
+            ValueError: see ``open_tokenizer``.
         """
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.contents.items():
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
-            try:
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{self.source} has no tokenizer that transformers can open (its files: "
-                    f"{', '.join(sorted(self.contents))}). Copy tokenizer.json and tokenizer_config.json beside the "
-                    "weights and import again."
-                ) from error
-        return tokenizer
+            return open_tokenizer(folder, self.source)
 
 
 def tokenizer_identity(digests: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layerwise.skeleton import build_skeleton
+from layerwise.skeleton import build_skeleton, with_plain_forward
 from tasks.checkpoint import Checkpoint
 from tasks.execution import Execution
 from tasks.streamed import DTYPES
@@ -37,7 +37,7 @@ def model_of_weights(
     Args:
         weights: all that the model has, tied ones once, by their state-dict names, on ``device``.
     """
-    model = build_skeleton(config)
+    model = build_skeleton(with_plain_forward(config))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     for name, buffer in model.named_buffers():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -62,6 +63,13 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
     "recurrent-gemma": (  # two layers with a recurrent block, one with attention
         RecurrentGemmaConfig,
         MODERN | {"lru_width": 32, "head_dim": 8, "attention_window_size": 5},
+        "model.layers",
+    ),
+    "bamba": (  # recurrent layers and attention; every layer returns a pair
+        BambaConfig,
+        MODERN
+        | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+        | {"attn_layer_indices": [1, 3]},
         "model.layers",
     ),
     "phi3": (Phi3Config, MODERN, "model.layers"),

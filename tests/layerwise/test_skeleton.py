@@ -5,8 +5,14 @@ import torch
 from torch import nn
 from transformers import (
     BartConfig,
+    BertConfig,
+    FalconConfig,
+    Gemma3Config,
+    GPTJConfig,
     LlamaConfig,
     MixtralConfig,
+    MptConfig,
+    Qwen2_5_VLConfig,
     Qwen3MoeConfig,
     T5Config,
     ViTConfig,
@@ -16,6 +22,7 @@ from transformers import (
 from layerwise.skeleton import (
     Linear,
     UnsupportedModel,
+    build_outline,
     build_skeleton,
     expected_tensors,
     layer_prefix,
@@ -138,7 +145,84 @@ def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, famil
         require_positions(skeleton, positions + 1)
 
 
-def test_rotary_positions_have_no_end(tiny_model):
-    skeleton = build_skeleton(tiny_model("llama").reference.config)
-    beyond = skeleton.config.max_position_embeddings + 1
-    assert require_positions(skeleton, beyond) is None
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=16, rotary_dim=4, vocab_size=61),
+        MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=16, vocab_size=61),
+    ],
+    ids=["gptj", "mpt"],
+)
+def test_windows_longer_than_a_computed_table_of_positions_are_refused(config):
+    require_positions(build_outline(config), 16)
+    with pytest.raises(ValueError, match="16 positions, and a window has 17 tokens"):
+        require_positions(build_outline(config), 17)
+
+
+def rope(**settings) -> dict:
+    return {"rope_parameters": {"rope_theta": 10000.0, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "settings", "warned"),
+    [
+        (256, {}, False),
+        (257, {}, True),
+        (1024, rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256), False),
+        (1025, rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256), True),
+        (1026, rope(rope_type="linear", factor=4.0), True),
+        (1024, rope(rope_type="linear", factor=4.0), False),
+        (
+            258,
+            rope(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            True,
+        ),
+    ],
+    ids=["within", "beyond", "yarn within", "yarn beyond", "linear beyond", "linear within", "llama3 beyond"],
+)
+def test_windows_beyond_rotary_positions_are_warned_of_once(caplog, seqlen, settings, warned):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(**small, max_position_embeddings=256, **settings)
+    for _ in range(2):
+        require_positions(build_outline(config), seqlen)
+    messages = [record.getMessage() for record in caplog.records if record.name == "layerwise.skeleton"]
+    assert len(messages) == warned
+    assert all(
+        f"a window has {seqlen} tokens" in message and "was made for" in message for message in messages
+    )
+
+
+def test_alibi_has_no_end(caplog):
+    config = FalconConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, alibi=True, max_position_embeddings=16
+    )
+    require_positions(build_outline(config), 400)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("config_class", [Gemma3Config, Qwen2_5_VLConfig])
+def test_a_multimodal_model_is_refused_by_name(config_class):
+    with pytest.raises(
+        UnsupportedModel, match=rf"{config_class.model_type} is a multimodal model \(vision_config"
+    ):
+        build_skeleton(config_class())
+
+
+def test_an_encoder_is_refused_unless_it_was_made_a_decoder():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    with pytest.raises(UnsupportedModel, match="bert is an encoder"):
+        build_skeleton(BertConfig(**small))
+    assert layer_prefix(build_skeleton(BertConfig(**small, is_decoder=True))) == "bert.encoder.layer"
+
+
+def test_an_outline_has_the_shapes_of_the_model_and_takes_no_memory(tiny_model):
+    config = tiny_model("gemma2-window").reference.config
+    outline = build_outline(config)
+    assert expected_tensors(outline) == expected_tensors(build_skeleton(config))
+    assert all(tensor.is_meta for tensor in [*outline.parameters(), *outline.buffers()])

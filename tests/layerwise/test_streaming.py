@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CpmAntConfig
+from transformers import AutoModelForCausalLM, CpmAntConfig, RwkvConfig
 
 from layerwise.skeleton import UnsupportedModel
 from layerwise.streaming import StreamedModel
@@ -17,6 +17,7 @@ FAMILIES = [
     "gemma2-window",
     "gemma4",
     "recurrent-gemma",
+    "bamba",
     "phi3",
     "opt",
     "opt-projected",
@@ -52,6 +53,16 @@ def test_logits_are_those_of_the_whole_model(tiny_model, random_windows_of, fami
     assert (logits - expected).abs().max() <= 1e-4
 
 
+def test_a_configuration_that_asks_for_other_outputs_changes_nothing(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(3)
+    expected = reference_logits(tiny.reference, input_ids)
+    asked = {"return_dict": False, "output_hidden_states": True, "use_cache": True}
+    tiny.reference.config.update(asked)
+    logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
+    assert (logits - expected).abs().max() <= 1e-4
+    assert asked.items() <= tiny.reference.config.to_dict().items()
+
+
 @pytest.mark.parametrize("family", ["mistral-window", "gemma2-window"])
 def test_a_sliding_window_shorter_than_the_sequence_is_kept(tiny_model, random_windows_of, family):
     input_ids = random_windows_of(2)
@@ -63,7 +74,7 @@ def test_a_sliding_window_shorter_than_the_sequence_is_kept(tiny_model, random_w
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt2", "falcon", "bloom"],
+    ["llama", "gpt2", "falcon", "bloom", "bamba"],
 )
 def test_a_model_of_a_single_layer_is_streamed_like_any_other(tiny_model, random_windows_of, family):
     tiny, input_ids = tiny_model(family, num_hidden_layers=1), random_windows_of(3)
@@ -283,6 +294,15 @@ def test_a_model_whose_layers_do_not_keep_the_shape_of_the_windows_is_refused_by
     outer = {name: weight for name, weight in reference.state_dict().items() if ".layers." not in name}
     with pytest.raises(UnsupportedModel, match="cpmant"):
         StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(2))
+
+
+def test_a_model_that_hands_more_than_hidden_states_from_layer_to_layer_is_refused_by_name(random_windows_of):
+    """RWKV passes a state on."""
+    config = RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61)
+    reference = AutoModelForCausalLM.from_config(config)
+    outer = {name: weight for name, weight in reference.state_dict().items() if ".blocks." not in name}
+    with pytest.raises(UnsupportedModel, match="rwkv hands more from layer to layer"):
+        StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(3))
 
 
 def test_a_new_shape_does_not_bring_the_embedding_back(tiny_model, random_windows_of, layer_outputs):

@@ -186,6 +186,14 @@ def test_a_dense_model_that_overflows_its_dtype_is_refused(small_run, llama):
     model.model.layers[1].mlp.up_proj.weight.data *= 1e5
     model.model.layers[1].mlp.down_proj.weight.data *= 1e5
     run = small_run(model, dtype="float16")
+    with pytest.raises(ValueError, match="layer 1 of .* not finite in float16.*--dtype bfloat16"):
+        run.capture()
+
+
+def test_a_head_that_overflows_its_dtype_is_refused(small_run, llama):
+    model = llama(num_hidden_layers=3)
+    model.lm_head.weight.data *= 1e5
+    run = small_run(model, dtype="float16")
     with pytest.raises(
         ValueError, match="not finite on 3 of 3 selection windows in float16.*--dtype bfloat16"
     ):

@@ -118,6 +118,57 @@ def test_gguf_files_that_cannot_be_pruned_are_refused_by_name(local_store, tmp_p
         import_checkpoint(local_store, str(path))
 
 
+NUMBER, BLOCKS, ARRAYS = b"general.architecture", b"llama.block_count", b"tokenizer.ggml.tokens"
+
+
+@pytest.mark.parametrize(
+    ("after", "skipped", "value", "message"),
+    [
+        (b"GGUF", 4, 2**60, r"takes .* bytes at byte .* but the file ends"),  # number of tensors
+        (b"GGUF", 12, 2**60, r"cannot be read as GGUF"),  # number of fields
+        (NUMBER, 4, 2**60, r"a string takes 1152921504606846976 bytes"),
+        (ARRAYS, 8, 2**60, r"cannot be read as GGUF"),  # entries of an array of strings
+        (b"tokenizer.ggml.token_type", 8, 2**60, r"an array takes 4611686018427387904 bytes"),
+        (BLOCKS, 4, 10**9, r"asks for 1000000000 layers .* hold tensors of 2"),
+        (BLOCKS, 4, 0, r"has 0 for num_hidden_layers"),
+        (b"llama.attention.head_count", 4, 0, r"has 0 for num_attention_heads"),
+        (b"blk.1.ffn_up.weight", 0, 2**31, r"a tensor has 2147483648 dimensions"),
+        (b"blk.1.ffn_up.weight", 4, 2**62, r"cannot be read as GGUF"),
+    ],
+)
+def test_numbers_of_a_gguf_header_that_cannot_be_are_refused_at_once(
+    local_store, tmp_path, after, skipped, value, message
+):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    content = bytearray(path.read_bytes())
+    at = content.index(after) + len(after) + skipped
+    size = 4 if after in (BLOCKS, b"llama.attention.head_count") or value == 2**31 else 8
+    content[at : at + size] = value.to_bytes(size, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        import_checkpoint(local_store, str(path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        (b"general.architecture", b"general.architecturx"),
+        (b"llama.embedding_length", b"llama.embedding_lengtx"),
+        (b"tokenizer.ggml.model", b"tokenizer.ggml.modex"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenx"),
+    ],
+)
+def test_a_gguf_file_without_a_field_that_is_needed_is_refused_in_one_line(
+    local_store, tmp_path, name, other
+):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(name, other))
+    with pytest.raises(ValueError, match=r"tiny\.gguf") as refused:
+        import_checkpoint(local_store, str(path))
+    assert "\n" not in str(refused.value)
+
+
 def test_what_is_no_whole_gguf_file_is_refused(local_store, tmp_path):
     content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
     for name, damaged in {"other": b"safetensors", "short": content[:-5000], "header": content[:100]}.items():

@@ -1,6 +1,7 @@
 """Importing checkpoints from folders: what comes back, and what is shared."""
 
 import logging
+import re
 import shutil
 import uuid
 from typing import ClassVar
@@ -10,6 +11,8 @@ import torch
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
@@ -101,6 +104,65 @@ def test_names_saved_from_the_base_model_are_found(local_store, llama, save_mode
     checkpoint = import_checkpoint(local_store, str(save_model(base)))
     assert_same(all_weights(checkpoint), {f"model.{name}": t for name, t in base.state_dict().items()})
     assert checkpoint.layer_tensors(1)["mlp.up_proj.weight"].name == "layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: re.sub(r"(layers\.\d+)", r"\1._checkpoint_wrapped_module", name),
+        lambda name: re.sub(r"(layers\.\d+)", r"_fsdp_wrapped_module.\1._orig_mod", name),
+    ],
+    ids=["compiled", "DDP", "both", "checkpointed", "FSDP"],
+)
+def test_names_of_wrapped_modules_are_those_of_the_model(
+    local_store, llama, save_model, edit_tensors, caplog, wrapped
+):
+    model = llama()
+    plain = import_checkpoint(local_store, str(save_model(model, "plain")))
+    folder = save_model(model, f"wrapped {uuid.uuid4()}")
+
+    def rename(tensors) -> None:
+        for name in list(tensors):
+            tensors[wrapped(name)] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    inspect_source(str(folder))
+    checkpoint = import_checkpoint(local_store, str(folder))
+    assert_same(all_weights(checkpoint), model.state_dict())
+    assert checkpoint.identity == plain.identity
+    assert len([record for record in caplog.records if "of 21 tensors" in record.getMessage()]) == 1
+
+
+def test_code_that_a_known_model_brings_is_not_used_and_that_is_said_once(
+    local_store, save_model, edit_config, caplog
+):
+    folder = save_model(name=f"own code {uuid.uuid4()}")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "own.Own"})
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    inspect_source(str(folder))
+    import_checkpoint(local_store, str(folder))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len([text for text in messages if "never run" in text and "'llama'" in text]) == 1
+
+
+def test_infinities_as_transformers_writes_them_are_numbers_and_stay_as_they_are(local_store, save_model):
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    layers = {
+        "num_hidden_layers": 2,
+        "attn_layer_indices": [1],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = BambaConfig(**sizes, **layers, hidden_size=32, intermediate_size=48, vocab_size=97)
+    folder = save_model(BambaForCausalLM(config))
+    written = (folder / "config.json").read_bytes()
+    assert b"__float__" in written
+    checkpoint = import_checkpoint(local_store, str(folder))
+    assert list(checkpoint.config.time_step_limit) == [0.0, float("inf")]
+    assert local_store.read(checkpoint.artifact, "config.json") == written
 
 
 def test_buffers_that_the_model_computes_are_indexed_but_not_loaded(
