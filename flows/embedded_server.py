@@ -33,10 +33,12 @@ class ServerStart:
 
     Attributes:
         seconds: how long that took, once ``wait`` has returned.
+        embedded: whether it is the embedded server, and none that the user has configured.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.embedded = True
         self._error: Exception | None = None
         self._thread = Thread(target=self._start, name="prefect-server-start", daemon=True)
         self._thread.start()
@@ -55,12 +57,14 @@ class ServerStart:
             ) from self._error
 
     def _start(self) -> None:
+        from prefect.client.base import ServerType
         from prefect.client.orchestration import get_client
 
         began = time.monotonic()
         try:
             _outlive_a_ctrl_c()
             with get_client(sync_client=True) as client:
+                self.embedded = client.server_type == ServerType.EPHEMERAL
                 self._error = client.api_healthcheck()
         except (RuntimeError, OSError) as error:
             self._error = error

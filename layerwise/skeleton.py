@@ -1,12 +1,16 @@
 """The shape of a model without its weights: where its decoder layers are, and what can be pruned in them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:  # takes two seconds: whoever only validates settings does not wait for it
+    from transformers import PreTrainedModel
 
 # Number of experts under the names that transformers' configurations use for it.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
@@ -58,7 +62,7 @@ def check_supported(config: PretrainedConfig) -> None:
             )
 
 
-def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig) -> "PreTrainedModel":
     """The model of ``config`` with every parameter on the meta device and every buffer computed for real.
 
     Raises:
@@ -77,7 +81,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def layer_prefix(model: PreTrainedModel) -> str:
+def layer_prefix(model: "PreTrainedModel") -> str:
     """Name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
@@ -100,7 +104,7 @@ def layer_prefix(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
-def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def expected_tensors(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
     """State-dict name and shape of every tensor that a checkpoint must hold; tied ones are left out."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -117,7 +121,7 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def require_positions(model: PreTrainedModel, seqlen: int) -> None:
+def require_positions(model: "PreTrainedModel", seqlen: int) -> None:
     """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); rotary ones have no end.
 
     Raises:
