@@ -377,6 +377,7 @@ def test_a_second_search_finds_everything_done(said, finished):
     assert (done.code, done.err) == (0, "")
     assert "Everything was in the store already: no layer was computed, no weight was read." in done.out
     assert result.selection.verdict in done.out
+    assert re.search(r"start-up \d+ s \(to reach your Prefect server took \d+ s of it\)", done.out)
 
 
 def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
