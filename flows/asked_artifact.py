@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from storage.artifact import STORAGE_CLOCK, Artifact
 from storage.store import ArtifactStore
+from tasks.printable import printable
 from tasks.search_result import RESULT_STAGE
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def _title(search: Artifact) -> str:
         f"{search.key}, {search.facts['source']} at sparsity {settings['sparsity']:g}, "
         f"{settings['pruner']['method']}, finished {datetime.fromtimestamp(search.committed, UTC):%Y-%m-%d %H:%M} UTC"
     )
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in title)
+    return printable(title)
 
 
 def _by_prefix(store: ArtifactStore, key: str) -> Artifact:

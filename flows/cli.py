@@ -3,13 +3,16 @@
 import logging
 import os
 import sys
+import threading
 import time
 from argparse import Namespace
+from io import TextIOWrapper
 
+from flows.cli_errors import explain
 from flows.cli_flows import run_compare, run_compress, run_search, run_theory, run_zero_shot
-from flows.cli_parser import command_parser
-from flows.cli_stop import stop
-from flows.embedded_server import ServerStart
+from flows.cli_parser import parse_command
+from flows.cli_stop import fail, stop
+from tasks.printable import one_line, printable
 
 FLOWS = {
     "search": run_search,
@@ -23,32 +26,45 @@ FLOWS = {
 def main() -> None:
     """Entry point of the command ``layerwise``."""
     began = time.monotonic()
-    _log_to_terminal()
-    arguments = sys.argv[1:]
-    runs = arguments[:1] in [[command] for command in FLOWS] and not {"-h", "--help"} & set(arguments)
-    server = ServerStart() if runs else None
-    parsed = command_parser(arguments[:1]).parse_args(arguments)
+    debug = "--debug" in sys.argv  # before the options are parsed, which may fail, too
+    # A name that this terminal cannot show must not end the command. stderr is like that by itself.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    _log_to_terminal(debug)
+    threading.excepthook = lambda thread: _say_error_of_thread(thread, debug)
     try:
+        parsed = parse_command(sys.argv[1:])
         if parsed.command in FLOWS:
-            assert server is not None, "a flow that is not asked for its help starts the server"
-            FLOWS[parsed.command](parsed, server, began)
+            FLOWS[parsed.command](parsed, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
             commands |= {"gc": _collect, "verify": _verify, "bench": _bench}
             commands[parsed.command](parsed)
     except KeyboardInterrupt:
         stop("stopped by the keyboard; what was committed stays", 130)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"layerwise: {message}")
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # the outermost frame: every error is said here, and none is lost
         if not _is_out_of_memory(error):
-            raise
+            fail(explain(error, debug))
         stop(
             f"not enough memory ({str(error).splitlines()[0]}). `layerwise plan` shows what a search needs: use fewer "
             "windows or betas, a smaller --hidden-states-gib, or another machine",
             1,
         )
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left for stdout; nobody may read it any more, as in ``layerwise ls STORE | head -1``."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_error_of_thread(thread: threading.ExceptHookArgs, debug: bool) -> None:
+    if thread.exc_value is not None and thread.exc_type is not SystemExit:
+        sys.stderr.write(f"layerwise: in the background: {one_line(explain(thread.exc_value, debug))}\n")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -57,7 +73,26 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or of_torch
 
 
-def _log_to_terminal() -> None:
+class LineFormatter(logging.Formatter):
+    """A log record in printable lines; of an error that it carries one line, and the traceback only to debug."""
+
+    def __init__(self, debug: bool) -> None:
+        super().__init__("%(levelname)s %(message)s")
+        self._debug = debug
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self._debug:
+            text = super().format(record)
+        else:
+            record.message = record.getMessage()
+            text = self.formatMessage(record)
+            if record.exc_info and record.exc_info[1] is not None:
+                text += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
+        # Further lines are indented: no name can begin a line of its own.
+        return "\n  ".join(map(printable, text.split("\n")))
+
+
+def _log_to_terminal(debug: bool) -> None:
     """Show warnings, but neither what Prefect logs nor the bars of other packages.
 
     Prefect keeps its log with the run. On the terminal there are progress, the result, or one line by ``main`` that
@@ -65,11 +100,12 @@ def _log_to_terminal() -> None:
     """
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
+    handler.setFormatter(LineFormatter(debug))
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; lm-eval's bars know no other way
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name of one
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def _plan(arguments: Namespace) -> None:

@@ -1,23 +1,27 @@
 """The commands that run a flow: settings from their options, the flow, what it found."""
 
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TypeVar
 
-from flows.cli_stop import stop
+from flows.cli_stop import fail, stop
 from flows.embedded_server import ServerStart
 
 Result = TypeVar("Result")
 
 
-def run_search(arguments: Namespace, server: ServerStart, began: float) -> None:
+def run_search(arguments: Namespace, began: float) -> None:
+    from flows.minutes import check_minutes
     from flows.options import read_options
     from flows.runtime import Runtime
     from flows.settings import Search
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    check_minutes(settings, runtime)
+    server = (
+        ServerStart()
+    )  # only now: a wrong option must not wait for it. It starts while the rest is imported
     from flows.console import open_console
     from flows.search import search
     from flows.terminal import show_result
@@ -28,7 +32,7 @@ def run_search(arguments: Namespace, server: ServerStart, began: float) -> None:
     console.print(seconds)
 
 
-def run_compare(arguments: Namespace, server: ServerStart, began: float) -> None:
+def run_compare(arguments: Namespace, began: float) -> None:
     from flows.compare import Compare, compare
     from flows.compared_searches import SearchFailed
     from flows.console import open_console
@@ -41,16 +45,17 @@ def run_compare(arguments: Namespace, server: ServerStart, began: float) -> None
         arguments.sparsity = arguments.sparsities.partition(",")[0]
     runtime = read_options(arguments, Runtime)
     settings = read_options(arguments, Compare, search=read_options(arguments, Search))
+    server = ServerStart()
     try:
         results, seconds = run_flow(lambda: compare(settings, runtime), server, runtime.pool, began)
     except SearchFailed as failure:
-        sys.exit(f"layerwise: {failure}")
+        fail(str(failure))
     console = open_console()
     show_comparison(console, results)
     console.print(seconds)
 
 
-def run_theory(arguments: Namespace, server: ServerStart, began: float) -> None:
+def run_theory(arguments: Namespace, began: float) -> None:
     from flows.console import open_console
     from flows.options import read_options
     from flows.runtime import Runtime
@@ -60,13 +65,14 @@ def run_theory(arguments: Namespace, server: ServerStart, began: float) -> None:
 
     runtime = read_options(arguments, Runtime)
     settings = read_options(arguments, Theory, search=read_options(arguments, Search))
+    server = ServerStart()
     result, seconds = run_flow(lambda: theory(settings, runtime), server, None, began)
     console = open_console()
     show_theory(console, result)
     console.print(seconds)
 
 
-def run_zero_shot(arguments: Namespace, server: ServerStart, began: float) -> None:
+def run_zero_shot(arguments: Namespace, began: float) -> None:
     from flows.console import open_console
     from flows.options import read_options
     from flows.runtime import Runtime
@@ -77,13 +83,14 @@ def run_zero_shot(arguments: Namespace, server: ServerStart, began: float) -> No
 
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
     existing_store(runtime.store)  # told before the server is waited for
+    server = ServerStart()
     comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
     console = open_console()
     show_rows(console, table_rows(comparison), left=("task",))
     console.print(seconds)
 
 
-def run_compress(arguments: Namespace, server: ServerStart, began: float) -> None:
+def run_compress(arguments: Namespace, began: float) -> None:
     from flows.compress import Compress, compress
     from flows.console import open_console
     from flows.options import read_options
@@ -93,6 +100,7 @@ def run_compress(arguments: Namespace, server: ServerStart, began: float) -> Non
 
     settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
     store = existing_store(runtime.store)  # told before the server is waited for
+    server = ServerStart()
     folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
     console = open_console()
     show_compressed(console, folder, store.location(folder))
@@ -127,9 +135,10 @@ def run_flow(
     except CancelledRun as cancelled:
         stop(str(cancelled), 1)
     except StepFailed as failure:
-        sys.exit(f"layerwise: {failure}")
+        fail(str(failure))
+    whose = "Prefect's embedded server" if server.embedded else "to reach your Prefect server"
     flow_seconds = time.monotonic() - flow_began
     return result, (
         f"{time.monotonic() - began:.0f} s in all: the run {flow_seconds:.0f} s, start-up "
-        f"{flow_began - began:.0f} s (Prefect's embedded server took {server.seconds:.0f} s of it)."
+        f"{flow_began - began:.0f} s ({whose} took {server.seconds:.0f} s of it)."
     )

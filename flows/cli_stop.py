@@ -1,11 +1,20 @@
-"""How a command ends that could not go on: with what resumes it."""
+"""How a command ends that could not go on: one line on stderr, and the command that resumes it."""
 
 import shlex
 import sys
 from typing import NoReturn
 
+from tasks.printable import one_line, printable
+
+
+def fail(why: str, status: int = 1) -> NoReturn:
+    """End the process with one line."""
+    sys.stderr.write(f"layerwise: {one_line(why)}\n")
+    sys.exit(status)
+
 
 def stop(why: str, status: int) -> NoReturn:
     """End the process with one line, and the command that goes on from there."""
-    sys.stderr.write(f"layerwise: {why}. Resume with:\n  {shlex.join(['layerwise', *sys.argv[1:]])}\n")
+    command = printable(shlex.join(["layerwise", *sys.argv[1:]]))
+    sys.stderr.write(f"layerwise: {one_line(why)}. Resume with:\n  {command}\n")
     sys.exit(status)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from typing import Annotated, Any, Literal, cast
 
 from prefect import flow
@@ -35,6 +36,7 @@ COLUMNS = (
     "Perplexities. Gain: how far the best plan's is below uniform's on the test text; t: of the paired difference of "
     "their losses, over the test windows, negative if the best plan's is lower."
 )
+MOST_SEARCHES = 1000  # a table of more is read by nobody; a list by mistake ends here
 # Of a two-parameter search that is asked for by name: attention loses up to a tenth more or less than the MLP.
 OFFSETS = (-0.1, -0.05, 0.05, 0.1)
 
@@ -106,7 +108,13 @@ class Compare(BaseModel):
 
     @model_validator(mode="after")
     def _each_search_once(self) -> "Compare":
-        for name in ("sparsities", "pruners", "allocators", "seeds"):
+        lists = ("sparsities", "pruners", "allocators", "seeds")
+        if (count := prod(max(len(getattr(self, name)), 1) for name in lists)) > MOST_SEARCHES:
+            raise ValueError(
+                f"these are {count} searches, and at most {MOST_SEARCHES} can be compared. Give fewer sparsities, "
+                "pruners, allocators or seeds."
+            )
+        for name in lists:
             values = getattr(self, name)
             if twice := [value for index, value in enumerate(values) if value in values[:index]]:
                 shown = getattr(twice[0], "method", twice[0])

@@ -1,5 +1,6 @@
 """Kinds of fields that settings have: what they accept, and what they say to everything else."""
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,30 @@ from tasks.sources import holds_credentials
 
 
 def _method(value: Any) -> Any:
-    return {"method": value} if isinstance(value, str) else value
+    """A method by its name, or by its settings, whose numbers have to be numbers.
+
+    pydantic takes "0.1" and true for numbers, which is right for an option and a form, and a mistake in JSON.
+    """
+    if isinstance(value, str):
+        return {"method": value}
+    if isinstance(value, dict):
+        for name, setting in value.items():
+            for each in setting if isinstance(setting, list) else [setting]:
+                if isinstance(each, bool) or (isinstance(each, str) and _is_number(each)):
+                    raise PydanticCustomError(
+                        "number",
+                        "{name} has the value {value}; give a number",
+                        {"name": name, "value": json.dumps(each)},
+                    )
+    return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _bare_url(value: Any) -> Any:
@@ -78,4 +102,5 @@ class Settings(BaseModel):
     """What a user can set, as one value."""
 
     # An error must not show what was given: it might be a URL with a password.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    # NaN and infinities are no settings; that holds for the numbers of methods, too, which are dataclasses.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from flows.console import open_console, size
 from storage.artifact import Artifact
@@ -124,7 +123,7 @@ def verify_store(store_url: str, put_aside: bool = False) -> int:
     found = dict.fromkeys(("damaged", "unread", "unfinished"), 0)
     keys = set()
     progress = Live(
-        console=console, get_renderable=lambda: Text(_progress(tally)), refresh_per_second=4, transient=True
+        console=console, get_renderable=lambda: _progress(tally), refresh_per_second=4, transient=True
     )
     if console.is_terminal:
         progress.start()
@@ -133,7 +132,8 @@ def verify_store(store_url: str, put_aside: bool = False) -> int:
             found[finding.kind] += 1
             if finding.kind == "damaged":
                 keys.add(finding.key)
-            console.print(_line(finding), soft_wrap=True)
+            style = "red" if finding.kind == "damaged" else None
+            console.print(_line(finding), style=style, soft_wrap=True)
     finally:
         progress.stop()
     console.print(
@@ -169,12 +169,12 @@ def _show_collection(console: Console, collection: Collection) -> None:
         table.add_row("all", str(count), size(total), style="bold")
         console.print(table)
     for line in what_stays(collection):
-        console.print(Text(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _show_collected(console: Console, collected: Collected) -> int:
     for line in what_failed(collected):
-        console.print(Text(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(in_short(collected))
     return 1 if collected.failures else 0
 
@@ -190,10 +190,9 @@ def _progress(tally: Tally) -> str:
     return f"{done} of {tally.folders} artifacts and resume points, {tally.files} files, {size(tally.bytes) or '0 B'}"
 
 
-def _line(finding: Finding) -> Text:
+def _line(finding: Finding) -> str:
     words = {"damaged": "damaged", "unread": "could not be read", "unfinished": "unfinished"}
-    style = "red" if finding.kind == "damaged" else ""
-    return Text(f"{words[finding.kind]}: {finding.key} {finding.name}: {finding.problem}", style=style)
+    return f"{words[finding.kind]}: {finding.key} {finding.name}: {finding.problem}"
 
 
 def _verdict(found: dict[str, int]) -> str:

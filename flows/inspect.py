@@ -2,6 +2,8 @@
 
 import json
 
+from rich.json import JSONHighlighter
+
 from flows.asked_artifact import asked_artifact
 from flows.console import open_console, size
 from flows.terminal import show_selection, show_stop, show_test
@@ -27,9 +29,8 @@ def show_key(store_url: str, key: str | None) -> None:
     artifact = asked_artifact(store, key)
     console = open_console()
     console.print(artifact.key, style="bold")
-    console.print_json(
-        json.dumps({"recipe": artifact.recipe, "made": artifact.made, "facts": artifact.facts})
-    )
+    known = {"recipe": artifact.recipe, "made": artifact.made, "facts": artifact.facts}
+    console.print(JSONHighlighter()(_printable_json(known)), soft_wrap=True)
     for name, file in sorted(artifact.files.items()):
         console.print(f"  {size(file.size):>8}  {store.location(artifact, name)}", soft_wrap=True)
     if artifact.recipe.get("name") == RESULT_STAGE:
@@ -45,4 +46,13 @@ def show_key(store_url: str, key: str | None) -> None:
             console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
-            console.print(f"\nPruned model: {exported}", soft_wrap=True)
+            console.print()
+            console.print(f"Pruned model: {exported}", soft_wrap=True)
+
+
+def _printable_json(document: object) -> str:
+    """``document`` as JSON, in which what is not printable is escaped."""
+    lines = json.dumps(document, ensure_ascii=False, indent=2).split("\n")
+    return "\n".join(
+        "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line) for line in lines
+    )

@@ -3,17 +3,20 @@
 import json
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 # Fields that take several values, which are separated by commas.
 LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds", "tasks")
+LONGEST = 200  # characters of a value in an error
 
 
 def add_options(
@@ -57,12 +60,50 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            name = str(problem["loc"][0]) if problem["loc"] else ""
-            got = f", got {given[name]!r}" if name in given and problem["type"] != "credentials" else ""
-            problems.append(f"{_flag(name) if name else 'settings'}: {problem['msg']}{got}")
-        raise ValueError("; ".join(problems)) from error
+        # One problem for each option: a wrong entry of a list is a wrong length of it, too.
+        first = {problem["loc"][:1]: problem for problem in reversed(error.errors())}
+        raise ValueError("; ".join(_said(first[loc], given) for loc in reversed(first))) from error
+
+
+def _said(problem: ErrorDetails, given: Mapping[str, str | None]) -> str:
+    """What is wrong with an option; with a field of a method or an entry of a list, which one that is."""
+    message = _message(problem)
+    if not problem["loc"]:
+        return f"settings: {message}"
+    name, *path = map(str, problem["loc"])
+    value = given.get(name)
+    if problem["type"] == "credentials" or value is None:
+        return f"{_flag(name)}: {message}"
+    # Of a method pydantic names the tag, too, which is none of its fields.
+    inner = [part for part in path if part != _method_in(value)]
+    if inner and value.startswith(("{", "[")):
+        return f"{_flag(name)}: {'.'.join(inner)}: {message}, got {_shown(problem['input'])}"
+    return f"{_flag(name)}: {message}, got {_shown(value)}"
+
+
+def _message(problem: ErrorDetails) -> str:
+    if problem["type"] == "union_tag_invalid":
+        tag, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        near = get_close_matches(tag, [each.strip("'") for each in expected.split(", ")], n=1)
+        nearest = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"there is no method {tag!r}{nearest}; there are {expected}"
+    if problem["type"] in ("union_tag_not_found", "model_attributes_type"):
+        return 'a method is its name, or JSON with "method" and its settings, such as {"method": "NAME"}'
+    return problem["msg"].removeprefix("Value error, ").rstrip(".")
+
+
+def _method_in(value: str) -> object:
+    try:
+        document = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return document.get("method") if isinstance(document, dict) else None
+
+
+def _shown(value: object) -> str:
+    """``value``; of a long one the beginning and its length."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def search_command(settings: BaseModel) -> str:
@@ -93,16 +134,31 @@ def _parsed(name: str, value: str) -> object:
     """An empty option is no value, which is not the same as the default where that is a number.
 
     Raises:
-        ValueError: JSON that is none.
+        ValueError: text that is not valid JSON, is nested too deeply, names a key twice, or has a number that is none.
     """
     if not value:
         return None
     if value.startswith(("{", "[")):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{_flag(name)}: {value!r} is no JSON ({error}).") from error
+            return json.loads(value, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+        except RecursionError:
+            raise ValueError(f"{_flag(name)}: {_shown(value)} is nested too deeply.") from None
+        except ValueError as error:
+            raise ValueError(f"{_flag(name)}: {_shown(value)} is not valid JSON ({error}).") from error
     return value.split(",") if name in LISTS else value
+
+
+def _without_repetition(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there more than once")
+    return document
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that a setting can have")
 
 
 def _flag(name: str) -> str:

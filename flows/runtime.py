@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flows.fields import BareUrl, Settings
+from tasks.allocate import MOST_PLANS
 from tasks.execution import Execution
 
 FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
@@ -33,7 +34,7 @@ class Runtime(Settings):
         title="Memory for hidden states in GiB",
         default=4,
         ge=0,
-        allow_inf_nan=False,
+        le=1_000_000,
         description="Memory for hidden states, in GiB; what goes beyond lies in files.",
     )
     scratch: Path | None = Field(
@@ -64,6 +65,7 @@ class Runtime(Settings):
         title="Groups of betas",
         default=None,
         ge=1,
+        le=MOST_PLANS,
         description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
         "the workers and their memory for hidden states ask for.",
     )
@@ -71,7 +73,6 @@ class Runtime(Settings):
         title="Minutes for the search",
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="With a strategy that does not try all plans: begin no more of them after so long a run, and "
         "choose from those that were tried; the same search again goes on from there. Empty: no limit.",
     )

@@ -5,7 +5,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from flows.fields import (
     AllocatorChoice,
@@ -36,6 +37,17 @@ TRIALS: dict[str, int] = {
     "projections": 48,
     "bayesian": 64,
     "evolutionary": 64,
+}
+# Far above what anybody has run, and low enough that a typing error ends at once: the longest context of a model is
+# 10 million tokens; a search over layers took 1000 trials; torch takes seeds of 63 bits.
+MOST: dict[str, int] = {
+    "calibration_windows": 1_000_000,
+    "selection_windows": 1_000_000,
+    "test_windows": 1_000_000,
+    "seqlen": 2**24,
+    "seed": 2**63 - 1,
+    "trials": 10_000,
+    "stop_after": 10_000,
 }
 OVER_LAYERS = ("bayesian", "evolutionary")
 
@@ -180,6 +192,14 @@ class Search(Settings):
         default="none",
         description="Windows whose hidden states are kept at every layer boundary of the dense model.",
     )
+
+    @field_validator(*MOST)
+    @classmethod
+    def _at_most(cls, value: int | None, field: ValidationInfo) -> int | None:
+        most = MOST[str(field.field_name)]
+        if value is not None and value > most:
+            raise PydanticCustomError("too_many", "must be {most} or less", {"most": most})
+        return value
 
     @model_validator(mode="after")
     def _betas_given_once(self) -> "Search":

@@ -53,6 +53,9 @@ class SearchInputs:
     texts: Texts
 
 
+EXAMPLES = 8  # linears that an error names: those of a layer
+
+
 @dataclass(frozen=True)
 class Captured:
     """All that comes before the betas."""
@@ -226,6 +229,14 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
     """
     pruning = settings.pruning("auto")
     prunable = pruning.prunable(linears)
+    names = [f"{index}.{linear.name}" for index, layer in enumerate(linears) for linear in layer]
+    left = sum(map(len, prunable))
+    if settings.exclude is not None and left in (0, len(names)):
+        found = "every one" if left == 0 else "none"
+        raise ValueError(
+            f"exclude is {settings.exclude!r}, which is found in {found} of the model's {len(names)} linears, such as "
+            f"{', '.join(names[:EXAMPLES])}. Correct the expression, or leave it out."
+        )
     if not all(prunable):
         empty = [index for index, layer in enumerate(prunable) if not layer]
         raise ValueError(

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from flows.console import open_console, size
 from storage.artifact import Artifact
@@ -77,18 +76,19 @@ def _show_processes(console: Console, now: float, alive: Sequence[RunningProcess
     table = _table("host", "process", "began", "last sign", "what", "doing")
     for each in alive[:LISTED]:
         began, last = (_ago(now, time.timestamp()) for time in (each.since, each.last_sign))
-        table.add_row(each.host, str(each.pid), began, last, Text(each.what), Text(each.doing))
+        table.add_row(each.host, str(each.pid), began, last, each.what, each.doing)
     _print(console, table, len(alive))
 
 
 def _show_silent(console: Console, now: float, silent: Sequence[RunningProcess]) -> None:
     if not silent:
         return
-    console.print("\nFallen silent: killed, or cut off from the store", style="bold")
+    console.print()
+    console.print("Fallen silent: killed, or cut off from the store", style="bold")
     table = _table("host", "process", "last sign", "what", "was doing")
     for each in sorted(silent, key=lambda each: each.last_sign, reverse=True)[:LISTED]:
         last = _ago(now, each.last_sign.timestamp())
-        table.add_row(each.host, str(each.pid), last, Text(each.what), Text(each.doing))
+        table.add_row(each.host, str(each.pid), last, each.what, each.doing)
     _print(console, table, len(silent))
     console.print("What they saved is below. `layerwise gc` forgets those that are an hour old.")
 
@@ -97,9 +97,11 @@ def _show_unfinished(
     console: Console, now: float, unfinished: Sequence[Unfinished], alive: Sequence[RunningProcess]
 ) -> None:
     if not unfinished:
-        console.print("\nNothing is begun and not finished.")
+        console.print()
+        console.print("Nothing is begun and not finished.")
         return
-    console.print("\nBegun, not finished", style="bold")
+    console.print()
+    console.print("Begun, not finished", style="bold")
     oldest = min((process.since.timestamp() for process in alive), default=float("inf"))
     table = _table("stage", "saved", "host", "step", "work so far", "size", "")
     for each in unfinished[:LISTED]:
@@ -129,7 +131,8 @@ def _show_searches(console: Console, now: float, store: ArtifactStore, inventory
         if folder.manifest is not None and _name(key) == SEARCH
     }
     if not listed:
-        console.print("\nNo search has finished.")
+        console.print()
+        console.print("No search has finished.")
         return
     artifacts = dict(zip(listed, _read_all(store, listed, lambda key: _search(store, key)), strict=True))
     committed = [
@@ -137,7 +140,8 @@ def _show_searches(console: Console, now: float, store: ArtifactStore, inventory
         for key, dated in listed.items()
     ]
     which = f", the newest {NEWEST} of {len(committed)}" if len(committed) > NEWEST else ""
-    console.print(f"\nFinished searches{which}", style="bold")
+    console.print()
+    console.print(f"Finished searches{which}", style="bold")
     for ended, key in sorted(committed, reverse=True)[:NEWEST]:
         artifact = artifacts[key]
         if artifact is None:
@@ -147,8 +151,8 @@ def _show_searches(console: Console, now: float, store: ArtifactStore, inventory
             source, pruner = artifact.facts["source"], settings["pruner"]["method"]
             title = f"{source} at sparsity {settings['sparsity']:g}, {pruner}"
             verdict = str(artifact.facts["verdict"])
-        console.print(Text(f"{_ago(now, ended)}: {title}  ({_short(key)})"), soft_wrap=True)
-        console.print(Padding(Text(verdict), (0, 0, 0, 2), expand=False))
+        console.print(f"{_ago(now, ended)}: {title}  ({_short(key)})", soft_wrap=True)
+        console.print(Padding(verdict, (0, 0, 0, 2), expand=False))
     console.print(f"`layerwise show {store.url} KEY` shows one of them.", soft_wrap=True)
 
 

@@ -14,11 +14,12 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from storage.running import doing
+from tasks.plain_console import PlainConsole
+from tasks.printable import printable
 from tasks.progress import going_on_without_prefect, is_on_stderr
 
 KEY = "search-steps"
@@ -51,7 +52,7 @@ class StepsShown:
 
     def __init__(self) -> None:
         self._log = get_run_logger()
-        self._console = Console(stderr=True)
+        self._console = PlainConsole(stderr=True)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._artifact: UUID | None = None
         self._shown: list[Row] = []
@@ -97,9 +98,9 @@ class StepsShown:
         if is_on_stderr(self._log, level):
             return
         if self._console.is_terminal:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line)
         else:
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{printable(line)}\n")
 
     def _tell_prefect(self, rows: list[dict[str, object]], summary: str) -> None:
         if self._artifact is None:

@@ -19,6 +19,7 @@ from layerwise.sparse.speed import SpeedTable
 from storage.artifact import Artifact
 from tasks.evaluate import TestResult
 from tasks.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from tasks.printable import printable
 from tasks.select import Selection
 from tasks.speed import speed_rows, speed_sentence
 from tasks.theory_text import sentences
@@ -33,7 +34,8 @@ def show_result(console: Console, result: SearchResult) -> None:
     show_test(console, result.test)
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
-        console.print(f"\nPruned model: {_short(result.pruned)}", soft_wrap=True)
+        console.print()
+        console.print(f"Pruned model: {_short(result.pruned)}", soft_wrap=True)
     if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL
         console.print(
             f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
@@ -44,7 +46,8 @@ def show_result(console: Console, result: SearchResult) -> None:
 
 def show_selection(console: Console, title: str, selection: Selection) -> None:
     """One row per beta; the best one stands out."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    console.print(title, style="italic", soft_wrap=True)  # a title of the table would be as narrow as that
+    table = Table(box=None, pad_edge=False, header_style="bold")
     rows = table_rows(selection)
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "plan" else "right")
@@ -52,8 +55,9 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
         cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()]
         table.add_row(*cells, style="bold green" if index == selection.best else None)
     console.print(table)
+    console.print()
     console.print(
-        f"\nOn the selection text (dense: {number(selection.dense_perplexity)}): {selection.verdict}."
+        f"On the selection text (dense: {number(selection.dense_perplexity)}): {selection.verdict}."
     )
 
 
@@ -130,7 +134,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         table.add_row(stage.name, stage.state, size(stage.reads), size(stage.writes), style=style)
     console.print(table)
     betas = ", ".join(f"{beta:g}" for beta in plan.betas)
-    console.print(f"\nbetas: {betas} (0 is uniform)", soft_wrap=True)
+    console.print()
+    console.print(f"betas: {betas} (0 is uniform)", soft_wrap=True)
     if plan.fan_out and plan.groups:
         groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
         sizes = ", ".join(map(str, plan.groups))
@@ -157,7 +162,8 @@ def show_theory(console: Console, result: TheoryResult) -> None:
     console.print(f"{result.settings.title}: the theorems of ATP", style="bold")
     for name, sentence in sentences(result.findings).items():
         console.print(f"{name}  {sentence}", soft_wrap=True)
-    console.print(f"\nPage: {_short(result.page)}", soft_wrap=True)
+    console.print()
+    console.print(f"Page: {_short(result.page)}", soft_wrap=True)
 
 
 def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
@@ -179,7 +185,7 @@ def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
             f"{datetime.fromtimestamp(artifact.committed, UTC):%Y-%m-%d %H:%M}",
             f"{made['seconds']:.1f}",
             size(artifact.size),
-            Text(", ".join(shown), no_wrap=True, overflow="ellipsis"),
+            Text(printable(", ".join(shown)), no_wrap=True, overflow="ellipsis"),
         )
     console.print(table)
 

@@ -116,13 +116,18 @@ def arithmetic(target: float, beta: float, layer_sizes: Sequence[int]) -> Sparsi
 
 def beta_grid(target: float, layer_sizes: Sequence[int], step: float = BETA_STEP) -> tuple[float, ...]:
     """Multiples of ``step`` in the legal range, 0 (uniform) first: the grid of the paper with the default step."""
+    largest = largest_beta(target, layer_sizes)
+    count = beta_grid_size(target, layer_sizes, step)
+    return tuple(min(round(step * index, 12), largest) for index in range(count))
+
+
+def beta_grid_size(target: float, layer_sizes: Sequence[int], step: float) -> int:
+    """Number of betas of ``beta_grid``, 0 among them; computes none of them."""
     if step <= 0:
         raise ValueError(f"the step of the beta grid is {step:g}; it must be positive, e.g. {BETA_STEP:g}.")
     # The paper's own bounds fall on grid points (2 x .3 / 30 = .02), which floating point may miss by one
     # unit.
-    largest = largest_beta(target, layer_sizes)
-    count = math.floor(largest / step + 1e-9)
-    return tuple(min(round(step * index, 12), largest) for index in range(count + 1))
+    return math.floor(min(largest_beta(target, layer_sizes) / step + 1e-9, 1e18)) + 1
 
 
 def beta_spread(target: float, layer_sizes: Sequence[int], count: int) -> tuple[float, ...]:

@@ -23,6 +23,14 @@ class Given:
     layers: tuple[float, ...]
     method: Literal["given"] = "given"
 
+    def __post_init__(self) -> None:
+        for index, sparsity in enumerate(self.layers):
+            if not 0 <= sparsity <= 1:
+                raise ValueError(
+                    f"the given sparsity of layer {index} is {sparsity:g}; it must lie in [0, 1], as the "
+                    "fraction removed."
+                )
+
 
 Allocator = ATP | Measuring | Erf | Power | Given
 
@@ -81,6 +89,10 @@ def spread_out(
 
 
 def _given(layers: tuple[float, ...], sizes: Sequence[int], target: float) -> tuple[float, ...]:
+    if len(layers) != len(sizes):
+        raise ValueError(
+            f"{len(layers)} sparsities are given, and the model has {len(sizes)} decoder layers. Give one for each."
+        )
     mean = weighted_mean(layers, sizes)
     if abs(mean - target) > TOLERANCE:
         raise ValueError(

@@ -14,6 +14,7 @@ from layerwise.masks import lowest, removal_levels, removed_per_group, require_p
 # Up to so many inputs the inverse for every level of rho is kept: four take 1.1 GB at 8192 inputs. Beyond (13 GB at
 # 28672) each weight computes them again: about a quarter more time where inputs are three times the outputs.
 KEPT_INPUTS = 8192
+MOST_STEPS = 1000  # of every kind: a search with a typing error would not end
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,10 @@ class ALPS:
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho is {self.rho:g}; it must be positive and finite, e.g. 0.1.")
         for name, least in (("levels", 1), ("iterations", 1), ("refit_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            if not least <= getattr(self, name) <= MOST_STEPS:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least {least}, and at most {MOST_STEPS}."
+                )
 
     def prepare(self, gram: Tensor, tokens: int) -> AlpsInput:
         """Scale the second moments, and invert them for every level of ``rho``.

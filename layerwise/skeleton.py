@@ -4,6 +4,7 @@ import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
@@ -13,9 +14,11 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     PretrainedConfig,
-    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:  # takes two seconds: whoever only validates settings does not wait for it
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +97,7 @@ def check_supported(config: PretrainedConfig) -> None:
             )
 
 
-def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig) -> "PreTrainedModel":
     """The model of ``config`` with every parameter on the meta device and every buffer computed for real.
 
     Raises:
@@ -107,7 +110,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def build_outline(config: PretrainedConfig) -> PreTrainedModel:
+def build_outline(config: PretrainedConfig) -> "PreTrainedModel":
     """The model of ``config`` with everything on the meta device: names and shapes, no memory, whatever their size.
 
     Raises:
@@ -129,7 +132,7 @@ def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
     return plain
 
 
-def layer_prefix(model: PreTrainedModel) -> str:
+def layer_prefix(model: "PreTrainedModel") -> str:
     """Name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
@@ -152,7 +155,7 @@ def layer_prefix(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
-def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def expected_tensors(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
     """State-dict name and shape of every tensor that a checkpoint must hold; tied ones are left out."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -169,7 +172,7 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def require_positions(model: PreTrainedModel, seqlen: int) -> None:
+def require_positions(model: "PreTrainedModel", seqlen: int) -> None:
     """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); warn where rotary ones end.
 
     The warning is given once for each model type and length in a process.
@@ -218,7 +221,7 @@ def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
     )
 
 
-def _has_rotary_positions(model: PreTrainedModel) -> bool:
+def _has_rotary_positions(model: "PreTrainedModel") -> bool:
     """Whether frequencies of rotary embeddings are among the buffers and used: Falcon has them with ALiBi, too."""
     frequencies = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
     return frequencies and not getattr(model.config.get_text_config(), "alibi", False)

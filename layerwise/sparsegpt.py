@@ -16,6 +16,7 @@ from layerwise.masks import lowest, removal_levels, removed_per_group, require_p
 DOUBLE_INPUTS = 16384
 # Rows of the triangular factor that are inverted at a time.
 PANEL = 256
+MOST_COLUMNS = 2**20  # more than any linear has
 
 
 class NotPositiveDefinite(ValueError):
@@ -38,8 +39,10 @@ class SparseGPT:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}; it is a number of columns, e.g. 128.")
+        if not 1 <= self.block_size <= MOST_COLUMNS:
+            raise ValueError(
+                f"block_size is {self.block_size}; it is a number of columns, from 1 to {MOST_COLUMNS}, e.g. 128."
+            )
         if not 0 <= self.damping < math.inf:
             raise ValueError(
                 f"damping is {self.damping:g}; it is a fraction of the mean Hessian diagonal, e.g. 0.01."

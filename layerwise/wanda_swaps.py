@@ -9,6 +9,8 @@ from torch import Tensor
 from layerwise.mask_swaps import refine
 from layerwise.masks import removal_levels
 
+MOST_ROUNDS = 1000  # a search with a typing error would not end
+
 
 @dataclass(frozen=True)
 class WandaSwaps:
@@ -22,8 +24,10 @@ class WandaSwaps:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be at least 0, which is Wanda itself.")
+        if not 0 <= self.rounds <= MOST_ROUNDS:
+            raise ValueError(
+                f"rounds is {self.rounds}; it must be at least 0, which is Wanda itself, and at most {MOST_ROUNDS}."
+            )
 
     def prepare(self, gram: Tensor, tokens: int) -> Tensor:
         """The second moments as they are.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocation import ATP, SparsityPlan, beta_grid, beta_spread
+from layerwise.allocation import ATP, SparsityPlan, beta_grid, beta_grid_size, beta_spread
 from layerwise.allocators import Allocator, Given, spread_out, strength_of
 from layerwise.attention_offset import with_offset
 from layerwise.budget import fitted
@@ -48,6 +48,8 @@ class AllocateSettings:
 
     def __post_init__(self) -> None:
         given = [name for name in ("betas", "count", "step") if getattr(self, name) is not None]
+        # Before any of them is computed: a count may be a billion.
+        self._check_number(1 + self.count if self.count else len({0.0, *(self.betas or ())}))
         if self._is_fixed:
             self._check_fixed(given)
         elif isinstance(self.allocator, ATP):
@@ -95,6 +97,15 @@ class AllocateSettings:
                 f"Leave allocator, betas and offsets out, or use N:{pattern.group}."
             )
 
+    def _check_number(self, betas: int) -> None:
+        """Refuse more plans than can be tried together, by how many betas there are."""
+        plans = betas * len({0.0, *self.offsets})
+        if plans > MOST_PLANS:
+            raise ValueError(
+                f"these are {plans} plans, uniform among them, and at most {MOST_PLANS} can be tried together. Give "
+                "fewer betas or offsets, or a wider step."
+            )
+
     @property
     def identity(self) -> dict[str, object]:
         """The settings as a key holds them; without what was added later and is not used, so that older keys stay."""
@@ -123,13 +134,11 @@ class AllocateSettings:
             ValueError: strengths or offsets that this model does not allow, or too many of them.
         """
         layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
+        if self.step is not None:
+            self._check_number(beta_grid_size(self.target, layer_sizes, self.step))
         betas = self._betas(layer_sizes)
+        self._check_number(len(betas))
         offsets = sorted({0.0, *self.offsets})
-        if len(betas) * len(offsets) > MOST_PLANS:
-            raise ValueError(
-                f"these are {len(betas) * len(offsets)} plans, and at most {MOST_PLANS} can be tried together. Give a "
-                "count of betas, a wider step, or a list."
-            )
         points = [(beta, offset) for beta in betas for offset in offsets]
         points.sort(key=lambda point: point != (0.0, 0.0))  # stable
         return tuple(self._plan(beta, offset, linears, scores) for beta, offset in points)

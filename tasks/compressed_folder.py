@@ -21,7 +21,7 @@ from storage.corrupt import Corrupt
 from storage.safetensors_header import read_header
 from storage.tensor_entry import DTYPE_NAMES, TORCH_DTYPES, TensorEntry
 from storage.tensors import read_entries
-from tasks.checkpoint_files import CONFIG, StoredTensor, copied_files
+from tasks.checkpoint_files import CONFIG, SUBFOLDERS, StoredTensor, copied_files
 from tasks.compressed_format import (
     DESCRIPTION_FILE,
     PARTS,
@@ -42,7 +42,6 @@ from tasks.tensor_matching import match_tensors
 TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
 LONGEST_DESCRIPTION = 100_000_000  # bytes; as the header of a safetensors file
 LARGEST_SIZE = 1 << 48  # of a tensor's dimension: what is larger torch cannot count
-SUBFOLDERS = ("additional_chat_templates",)  # the only ones that transformers reads anything from
 COPY_AGAIN = "Copy all files of the folder again from one place."
 
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 import altair
 import vl_convert
 
+from tasks.printable import printable
+
 # Okabe and Ito's, two of them darker: the colour-blind tell them apart, and all stand out on white and on near-black.
 BLUE, VERMILION, GREEN, YELLOW, PURPLE, SKY = "#1F7FC1", "#D55E00", "#009E73", "#B88A00", "#B5588F", "#35A0D6"
 GREY = "#808080"
@@ -64,7 +66,9 @@ def svg_file(chart: altair.LayerChart, name: str, title: Sequence[str]) -> str:
 
 def png_file(chart: altair.LayerChart, title: Sequence[str]) -> bytes:
     """The same as PNG."""
-    png: bytes = vl_convert.vegalite_to_png(_picture(chart, title), scale=PIXELS, allowed_base_urls=[])
+    png: bytes = vl_convert.vegalite_to_png(
+        _printable(_picture(chart, title)), scale=PIXELS, allowed_base_urls=[]
+    )
     return png
 
 
@@ -74,8 +78,19 @@ def _picture(chart: altair.LayerChart, title: Sequence[str]) -> dict[str, Any]:
 
 
 def _svg(spec: dict[str, Any]) -> str:
-    svg: str = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    svg: str = vl_convert.vegalite_to_svg(_printable(spec), allowed_base_urls=[])
     return svg
+
+
+def _printable(part: Any) -> Any:
+    """The part of a specification with all its texts printable: names come from outside, and XML forbids some."""
+    if isinstance(part, str):
+        return printable(part)
+    if isinstance(part, Mapping):
+        return {name: _printable(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_printable(value) for value in part]
+    return part
 
 
 def _with_own_identifiers(svg: str, name: str) -> str:

@@ -14,7 +14,6 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import SettingsContext, TaskRunContext, get_settings_context
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +25,8 @@ from rich.progress import (
 
 from storage.progress import Progress as Resumed
 from storage.running import doing
+from tasks.plain_console import PlainConsole
+from tasks.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def showing(
     """
     reports = _Reports(title, total, start, unit)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn(f"{unit}s"),
@@ -69,11 +70,11 @@ def showing(
         TimeRemainingColumn(elapsed_when_finished=False),
         TextColumn("{task.fields[memory]}"),
     )
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if resumed is not None:
         reports.say(f"{title}: goes on from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(title, total=total, completed=start, memory=_memory())
+        bar = bars.add_task(printable(title), total=total, completed=start, memory=_memory())
 
         def step(completed: int) -> None:
             doing(f"{title}: {unit} {completed} of {total}")
@@ -118,7 +119,7 @@ class _Reports:
         """One line for the run's log, and for whoever watches."""
         self._log.info(line)
         if to_stderr and not is_on_stderr(self._log, logging.INFO):
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{printable(line)}\n")
 
 
 @contextmanager

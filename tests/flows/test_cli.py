@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -19,6 +20,7 @@ from flows.cli_parser import command_parser
 from flows.options import add_options, read_options, search_command
 from flows.runtime import Runtime
 from flows.settings import Search
+from storage.stage import Stage
 from storage.store import ArtifactStore
 
 SEVERAL_COMMANDS = """
@@ -168,6 +170,17 @@ def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Do
         "no text": ["plan", *options(selection="nowhere.txt"), "--store", empty],
         "experts": ["plan", *options(model=workshop.folder / "experts"), "--store", empty],
         "a secret": ["plan", *options(calibration="s3://key:SECRET@bucket/text.txt"), "--store", empty],
+        "misspelt command": ["serch", "--store", empty],
+        "misspelt option of a store": ["gc", "--aply", runtime.store],
+        "an argument too many": ["ls", runtime.store, "more"],
+        "a dash": ["plan", *options(), "--offsets", "-0.1,0.1", "--store", empty],
+        "nothing excluded": ["plan", *options(exclude="no_such_linear"), "--store", empty],
+        "everything excluded": ["search", *options(exclude="proj"), "--store", failing],
+        "a billion betas": ["plan", *options(betas="", beta_count=10**9), "--store", empty],
+        "traceback": ["--debug", "plan", *options(model="nowhere"), "--store", empty],
+        "traceback after": ["plan", *options(model="nowhere"), "--store", empty, "--debug"],
+        "nothing": [],
+        "version": ["--version"],
         "unknown storage": ["ls", "nosuch://bucket"],
         "no S3 credentials": ["ls", "s3://bucket/prefix"],
         "no package": ["ls", "gs://bucket/prefix"],
@@ -277,6 +290,9 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("unknown storage", "no storage is known for nosuch:// URLs"),
         ("no S3 credentials", "bucket/prefix at .* was refused .*Unable to locate credentials.*AWS_PROFILE"),
         ("no package", "gs:// URLs need a package that is not installed"),
+        ("nothing excluded", "exclude is 'no_such_linear', which is found in none of the model's 21 linears"),
+        ("everything excluded", "exclude is 'proj', which is found in every one of .* 0.self_attn.q_proj, "),
+        ("a billion betas", "settings: these are 1000000001 plans, .* at most 255"),
         ("infinite", "--hidden-states-gib: Input should be a finite number"),
     ],
 )
@@ -288,10 +304,69 @@ def test_an_error_is_one_line_that_names_what_is_wrong(said, name, message):
     assert re.match(f"layerwise: .*{message}", line)
 
 
-def test_a_misspelt_option_is_refused_with_the_usage(said):
-    done = said["unknown option"]
-    assert done.code == 2
-    assert done.err.splitlines()[-1].endswith("unrecognized arguments: --sparsty=0.5")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown option", "layerwise plan: unknown option --sparsty; did you mean --sparsity?"),
+        ("misspelt command", "layerwise: unknown command 'serch'; did you mean search?"),
+        ("misspelt option of a store", "layerwise gc: unknown option --aply; did you mean --apply?"),
+        ("an argument too many", "layerwise: unexpected argument 'more'"),
+        ("a dash", "layerwise plan: argument --offsets: expected one argument. .* --offsets=-0.1"),
+    ],
+)
+def test_a_misspelt_command_line_is_one_line_that_names_what_was_meant(said, name, message):
+    done = said[name]
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert re.match(message.replace("?", r"\?"), line)
+    assert re.search("See `layerwise.* --help`.$", line)
+
+
+def test_without_arguments_the_help_is_shown(said):
+    assert said["nothing"] == said["help"]
+
+
+def test_the_version_is_that_of_the_installed_package(said):
+    assert said["version"] == Done(0, f"layerwise {version('layerwise-pruning')}\n", "")
+
+
+@pytest.mark.parametrize("name", ["traceback", "traceback after"])
+def test_debug_shows_the_traceback_before_the_line(said, name):
+    done = said[name]
+    assert done.code == 1
+    assert done.err.startswith("Traceback (most recent call last):\n")
+    assert re.match("layerwise: 'nowhere' is neither", done.err.splitlines()[-1])
+
+
+def test_a_wrong_option_is_told_before_a_server_is_started(start, options, tmp_path):
+    process = start(
+        "-m", "flows.cli", "search", *options(sparsity=2), "--store", "s", PREFECT_HOME=str(tmp_path)
+    )
+    _, err = process.communicate(timeout=300)
+    assert err == "layerwise: --sparsity: Input should be less than 1, got '2'\n"
+    assert not (tmp_path / "prefect.db").exists()
+
+
+@pytest.mark.parametrize("command", [["--help"], ["ls", "."]])
+def test_a_closed_pipe_is_no_error(start, command):
+    process = start("-m", "flows.cli", *command)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"TERM": "dumb"}]
+)
+def test_a_name_that_the_terminal_cannot_show_is_shown_with_escapes(start, tmp_path, encoding):
+    store = ArtifactStore(str(tmp_path))
+    stage = Stage("named", 1, "größe \udcff \x1b[2J \u202e [/x] :smile:", {})
+    artifact = store.get_or_build(stage, lambda draft: draft.write("file", b""))
+    process = start("-m", "flows.cli", "show", str(tmp_path), artifact.key, **encoding)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert r"\udcff \u001b[2J \u202e [/x] :smile:" in out
 
 
 def test_a_search_that_fails_says_so_in_one_line(said):
@@ -308,6 +383,7 @@ def test_a_second_search_finds_everything_done(said, finished):
     assert (done.code, done.err) == (0, "")
     assert "Everything was in the store already: no layer was computed, no weight was read." in done.out
     assert result.selection.verdict in done.out
+    assert re.search(r"start-up \d+ s \(to reach your Prefect server took \d+ s of it\)", done.out)
 
 
 def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):

@@ -72,10 +72,21 @@ def test_a_beta_that_no_model_of_this_depth_can_have_is_refused_and_leaves_nothi
     assert list(local_store.artifacts()) == []
 
 
-@pytest.mark.parametrize("settings", [AllocateSettings(0.5, count=255), AllocateSettings(0.5, step=0.001)])
-def test_more_lanes_than_one_ranking_can_tell_apart_are_refused_at_once(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"count": 255},
+        {"count": 10**9},
+        {"step": 0.001},
+        {"step": 1e-12},
+        {"step": 5e-324},
+        {"betas": tuple(number / 1000 for number in range(1, 256))},
+        {"count": 100, "offsets": (-0.1, 0.1)},
+    ],
+)
+def test_more_lanes_than_one_ranking_can_tell_apart_are_refused_before_any_is_made(settings):
     with pytest.raises(ValueError, match="at most 255"):
-        settings.plans(FOUR_EQUAL_LAYERS)
+        AllocateSettings(0.5, **settings).plans(FOUR_EQUAL_LAYERS)
 
 
 def test_the_same_betas_are_the_same_artifact(local_store):

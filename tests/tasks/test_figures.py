@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tasks.drawing import svg_inside
+from tasks.drawing import png_file, svg_file, svg_inside
 from tasks.figures import (
     error_by_layer,
     sparsity_by_layer,
@@ -118,3 +118,17 @@ def test_stages_are_drawn_in_a_unit_that_fits():
     assert marks == ["capture: 9.0 s", "select: 0.0 s"]
     words, _ = parts(time_by_stage([stage("capture", 0.0, 40000.0)]))
     assert "hours at work since the beginning, pauses left out" in words
+
+
+def test_a_name_with_characters_that_xml_forbids_is_drawn_with_its_escapes():
+    name = "beta \x1b[2J \uffff \udcff [old] & <b>"
+    rows = [sparsity(name, "best", layer, 0.5) for layer in range(2)]
+    words, marks = parts(sparsity_by_layer(rows))
+    shown = r"beta \x1b[2J \uffff \udcff [old] & <b>"
+    assert f"best, {shown}" in words
+    assert f"{shown}, layer 0: sparsity 0.5000" in marks
+    picture = svg_file(sparsity_by_layer(rows), "figure", ["Title", name])
+    assert any(
+        shown in "".join(text.itertext()) for text in ElementTree.fromstring(picture).iter(f"{SVG}text")
+    )
+    assert png_file(sparsity_by_layer(rows), ["Title", name]).startswith(b"\x89PNG")

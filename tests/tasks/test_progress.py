@@ -56,6 +56,13 @@ def test_a_line_is_said_once_also_where_the_log_goes_to_the_terminal(capsys, cap
     assert capsys.readouterr().err.count("export: layer 1 of 1") == 1
 
 
+def test_a_title_from_outside_commands_no_terminal(capsys, every_step_reported):
+    with showing("export: [/x] \x1b[2J\nforged", total=1) as step:
+        step(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"export: [/x] \x1b[2J\nforged: layer 1 of 1")
+
+
 def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):
     with showing("export", total=50) as step:
         for layer in range(1, 51):
