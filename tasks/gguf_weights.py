@@ -29,7 +29,7 @@ from storage.tensor_entry import DTYPE_NAMES, TensorEntry
 from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.gguf_header import check_gguf_header
-from tasks.model_config import built, check_values, one_line, outline
+from tasks.model_config import built, check_values, outline, short_reason
 from tasks.tensor_matching import layers_stored
 from tasks.tokenizer import open_gguf_tokenizer
 
@@ -186,7 +186,7 @@ def _open(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path.name} cannot be read as GGUF ({one_line(error)}): it is damaged, truncated or something else. "
+            f"{path.name} cannot be read as GGUF ({short_reason(error)}): it is damaged, truncated or something else. "
             "Download it again."
         ) from error
 
@@ -203,7 +203,7 @@ def _document(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # transformers believes the metadata
         raise ValueError(
-            f"the metadata of {path.name} cannot be used: {one_line(error)}. Download the file again, or use the "
+            f"the metadata of {path.name} cannot be used: {short_reason(error)}. Download the file again, or use the "
             "model's safetensors."
         ) from error
     document.pop("_model_name_or_path", None)

@@ -8,7 +8,7 @@ becomes one line that names the file.
 import json
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
@@ -188,7 +188,7 @@ def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], 
         raise
     except Exception as error:
         raise ValueError(
-            f"{place} cannot be used{_culprit(build, document)}: {one_line(error)}. Correct the value, or "
+            f"{place} cannot be used{_culprit(build, document)}: {short_reason(error)}. Correct the value, or "
             "copy the file again from where the model comes from."
         ) from error
 
@@ -218,7 +218,7 @@ def decoded_floats(value: Any) -> Any:
     return [decoded_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
+def short_reason(error: BaseException, most: int = 300) -> str:
     """The reason that an exception gives, on one line, with its kind where the text alone says little."""
     text = " ".join(str(error).split()).rstrip(".")
     text = text if len(text) <= most else f"{text[:most]} ..."
@@ -253,7 +253,7 @@ def _check_size(size: str, key: str, value: object, place: str) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG
-from tasks.model_config import one_line
+from tasks.model_config import short_reason
 
 WHOLE = "tokenizer.json"  # the file that the tokenizers library reads by itself
 SENTENCEPIECE_START = (
@@ -59,7 +59,7 @@ def _opened(folder: str | os.PathLike, name: str, origin: str, **options: str) -
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or panicked):
             raise
         own_code = "trust_remote_code" in str(error)
-        reason = "it needs code that comes with it, which is never run" if own_code else one_line(error)
+        reason = "it needs code that comes with it, which is never run" if own_code else short_reason(error)
         raise ValueError(
             f"{name} has no tokenizer that transformers can open ({reason}; {origin}). Copy tokenizer.json and "
             "tokenizer_config.json beside the weights, from where the model comes from, and import again."
