@@ -136,7 +136,7 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
                 f"{place} has {labels} for {LABELS}, which a language model does not need. Remove the entry."
             )
         num_layers = entries.get(NUM_LAYERS, entries.get(own_names.get(NUM_LAYERS, NUM_LAYERS)))
-        if num_layers is not None and num_layers > layers_stored:
+        if _is_number(num_layers) and num_layers > layers_stored:
             raise ValueError(
                 f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but its files hold tensors of "
                 f"{layers_stored}. The two are from different models, or files are missing: copy all of "
