@@ -59,6 +59,12 @@ def _bare_url(value: Any) -> Any:
             "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
             "environment or the fsspec configuration and give the bare URL",
         )
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise PydanticCustomError(
+            "encoding",
+            "the name is not valid UTF-8, which parameters and reports are written in; rename the folder, or give a "
+            "symbolic link to it",
+        )
     return value
 
 

@@ -97,6 +97,10 @@ def read(*options: str) -> Search:
         ("--calibration-windows=1000000000", "--calibration-windows: must be 1000000 or less"),
         ("--seqlen=1000000000000", "--seqlen: must be 16777216 or less"),
         ("--seed=99999999999999999999", "--seed: must be 9223372036854775807 or less"),
+        (
+            "--model=caf\udce9",
+            r"--model: the name is not valid UTF-8, .*rename the folder.*, got 'caf\\udce9'$",
+        ),
         ("--groups=1000000000", "--groups: Input should be less than or equal to 255"),
         ("--hidden-states-gib=1e308", "--hidden-states-gib: Input should be less than or equal to 1000000"),
         ("--boundary-minutes=inf", "--boundary-minutes: Input should be a finite number"),
