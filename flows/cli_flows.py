@@ -115,8 +115,10 @@ def run_flow(
     Returns:
         What the flow returns, and a line on what took how long.
     """
+    import httpx
     from prefect.exceptions import CancelledRun
 
+    from flows.server_check import is_about_server, server_problem
     from flows.step import StepFailed
     from tasks.stopping import TerminationSignal, stopping_on_sigterm
 
@@ -136,6 +138,10 @@ def run_flow(
         stop(str(cancelled), 1)
     except StepFailed as failure:
         fail(str(failure))
+    except httpx.HTTPError as error:
+        if not is_about_server(error):
+            raise
+        fail(server_problem(error))
     whose = "Prefect's embedded server" if server.embedded else "to reach your Prefect server"
     flow_seconds = time.monotonic() - flow_began
     return result, (
