@@ -195,9 +195,9 @@ class Search(Settings):
 
     @field_validator(*MOST)
     @classmethod
-    def _at_most(cls, value: int | None, field: ValidationInfo) -> int | None:
+    def _at_most(cls, value: int | str | None, field: ValidationInfo) -> int | str | None:
         most = MOST[str(field.field_name)]
-        if value is not None and value > most:
+        if isinstance(value, int) and value > most:
             raise PydanticCustomError("too_many", "must be {most} or less", {"most": most})
         return value
 

@@ -44,7 +44,7 @@ def test_the_newest_of_several_searches_is_taken_and_named(store, capsys, caplog
     assert asked_artifact(store, None) == newest
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"The newest of 2 searches: {newest.key}, second\ufffd[2J/model at sparsity 0.5, wanda, finish"
+        f"The newest of 2 searches: {newest.key}, second\\x1b[2J/model at sparsity 0.5, wanda, finish"
     )
     assert caplog.records == []
     assert asked_artifact(store, newest.key[:12]) == newest
