@@ -347,9 +347,9 @@ def test_a_wrong_option_is_told_before_a_server_is_started(start, options, tmp_p
     assert not (tmp_path / "prefect.db").exists()
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ls", "."]])
-def test_a_closed_pipe_is_no_error(start, command):
-    process = start("-m", "flows.cli", *command)
+@pytest.mark.parametrize("command", ["--help", "ls"])
+def test_a_closed_pipe_is_no_error(start, command, tmp_path):
+    process = start("-m", "flows.cli", command, *([str(tmp_path)] if command == "ls" else []))
     process.stdout.close()
     err = process.stderr.read()
     process.wait(timeout=60)
@@ -373,9 +373,11 @@ def test_a_search_that_fails_says_so_in_one_line(said):
     """Prefect logs the same error twice, with tracebacks: into its own log, not on the terminal."""
     done = said["search that fails"]
     assert (done.code, done.out) == (1, "")
-    *progress, line = done.err.splitlines()
+    warning, line = done.err.splitlines()
+    assert warning.startswith(
+        "WARNING a window has 400 tokens, but this llama model was made for 64 positions"
+    )
     assert re.match(r"layerwise: .*1000 tokens, but 6 x 400 = 2400 are needed", line)
-    assert all(re.match(r"import: checksums: tensor \d+ of \d+", each) for each in progress)
 
 
 def test_a_second_search_finds_everything_done(said, finished):
@@ -467,14 +469,14 @@ def test_the_command_of_a_search_makes_the_same_search(changes):
 
 
 @pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])
-def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, monkeypatch):
+def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, monkeypatch, capsys):
     missing = tmp_path / "missing"
     monkeypatch.setattr(sys, "argv", ["layerwise", command, str(missing)])
     with pytest.raises(SystemExit) as ending:
         main()
-    assert (
-        ending.value.code == f"layerwise: {missing} holds no store: nothing is there. Check the path or URL."
-    )
+    assert ending.value.code == 1
+    line = f"layerwise: {missing} holds no store: nothing is there. Check the path or URL.\n"
+    assert capsys.readouterr().err == line
     assert not missing.exists()
 
 
@@ -482,5 +484,5 @@ def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, mon
 def test_a_store_that_does_not_exist_is_told_before_a_server_is_waited_for(command, tmp_path):
     arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
     with pytest.raises(FileNotFoundError, match="missing holds no store: nothing is there"):
-        FLOWS[command](arguments, None, 0.0)
+        FLOWS[command](arguments, 0.0)
     assert not (tmp_path / "missing").exists()

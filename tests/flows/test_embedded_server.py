@@ -158,7 +158,7 @@ def test_a_server_that_has_ended_is_told_from_one_that_runs(first_starts):
     asking.server.kill()
     while asking.server.status() != psutil.STATUS_ZOMBIE:  # its parent is to notice it
         time.sleep(0.01)
-    out, _ = asking.process.communicate("\n", timeout=30)
+    out, _ = asking.process.communicate("\n", timeout=120)
     assert re.match(r"Prefect's embedded server has ended \(exit code -9\)\. Its log is \S+\. Start", out)
 
 

@@ -12,6 +12,7 @@ STEPS = """
 import json, subprocess, sys
 from flows.cli import main
 
+sys.stderr = sys.stdout
 for step in json.loads(sys.argv[1]):
     code = 0
     if step[0] == "mount":
@@ -22,9 +23,6 @@ for step in json.loads(sys.argv[1]):
         main()
     except SystemExit as leaving:
         code = leaving.code
-        if isinstance(code, str):
-            print(code)
-            code = 1
     print(f"<exit code {code or 0}>", flush=True)
 """
 
