@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flows.settings import AUTO_WINDOWS, Search
 from storage.store import ArtifactStore
-from tasks.corpora import Corpus, assign_parts, open_corpus
+from tasks.corpora import Corpus, assign_parts, open_corpus, require_apart
 from tasks.count_tokens import TokenCount, count_tokens, find_count, keep_count
 from tasks.documents import Role
 from tasks.sample_tokens import LEAST_WINDOWS, TokenRequest, fitting_windows, require_windows
@@ -54,7 +54,7 @@ def open_corpora(settings: Search) -> dict[Role, Corpus]:
     """The corpus of each role; nothing is read yet.
 
     Raises:
-        ValueError: a name that means nothing.
+        ValueError: a name that means nothing, or texts that have some of their files in common.
         OSError: a text that is not there, or cannot be reached.
     """
     names: dict[Role, str] = {
@@ -62,7 +62,9 @@ def open_corpora(settings: Search) -> dict[Role, Corpus]:
         "selection": settings.selection,
         "test": settings.test or settings.selection,
     }
-    return {role: open_corpus(name, role) for role, name in names.items()}
+    corpora = {role: open_corpus(name, role) for role, name in names.items()}
+    require_apart(corpora)
+    return corpora
 
 
 def count_texts(

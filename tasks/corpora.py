@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 
 from tasks.documents import BLANK_LINE, TEXT_LIMIT, Role, Text, join_documents
 from tasks.file_corpus import FileCorpus, open_file
@@ -104,6 +104,32 @@ def assign_parts(corpora: Mapping[Role, Corpus]) -> dict[Role, tuple[float, floa
         edges = accumulate((SHARES[role] / total for role in sharing), initial=Fraction(0))
         parts.update(zip(sharing, pairwise(map(float, edges)), strict=True))
     return parts
+
+
+def require_apart(corpora: Mapping[Role, Corpus]) -> None:
+    """Refuse corpora that have some files in common, but not all: their roles would be given the same text.
+
+    Raises:
+        ValueError: names the roles, the corpora and a file.
+    """
+    for (role, corpus), (other_role, other) in combinations(corpora.items(), 2):
+        if corpus == other:
+            continue
+        if common := sorted(file.name for file in set(_files(corpus)) & set(_files(other))):
+            raise ValueError(
+                f"{role} ({corpus.label}) and {other_role} ({other.label}) both hold {common[0]}, so they would use "
+                "the same text. Give them different files; or the same files for both: each gets a part of its own."
+            )
+
+
+def _files(corpus: Corpus) -> tuple[FileCorpus, ...]:
+    match corpus:
+        case FileCorpus():
+            return (corpus,)
+        case ShardedCorpus():
+            return corpus.files
+        case _:
+            return ()
 
 
 @cache

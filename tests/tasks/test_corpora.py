@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow.parquet import write_table
 
-from tasks.corpora import assign_parts, open_corpus, read_text
+from tasks.corpora import assign_parts, open_corpus, read_text, require_apart
 from tasks.file_corpus import without_credentials
 from tasks.hub_corpus import HubCorpus
 
@@ -342,6 +342,18 @@ def test_roles_that_share_a_corpus_get_consecutive_parts_by_their_shares():
         "selection": (0.5, 0.75),
         "test": (0.75, 1.0),
     }
+
+
+def test_files_that_two_roles_have_in_common_in_part_are_refused_with_the_name_of_one(place_shards):
+    url = place_shards({"a.txt": b"one", "b.txt": b"two"})
+    both, again, pattern, file = (
+        open_corpus(name, "test") for name in (url, f"{url}/*.txt", f"{url}/[b].txt", f"{url}/b.txt")
+    )
+    for selection, test in ((both, file), (file, both), (pattern, file), (both, pattern)):
+        with pytest.raises(ValueError, match=r"selection .* and test .* both hold b\.txt"):
+            require_apart({"calibration": hub("train"), "selection": selection, "test": test})
+    require_apart({"calibration": both, "selection": again, "test": open_corpus("builtin", "test")})
+    require_apart({"calibration": file, "selection": open_corpus(f"{url}/a.txt", "test")})
 
 
 def test_shares_are_renormalised_over_the_roles_that_share():
