@@ -95,7 +95,6 @@ def unpack_checkpoint(folder: str | PathLike, out: str | PathLike) -> None:
             size += sum(weight.nbytes for weight in tensors.values())
         for name in compressed.copied:
             (written / name).parent.mkdir(exist_ok=True)
-            (written / name).parent.mkdir(exist_ok=True)
             with (written / name).open("xb") as copy:  # two names may be one where case does not count
                 copy.write(compressed.folder.read(name))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}

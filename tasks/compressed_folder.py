@@ -36,8 +36,13 @@ from tasks.compressed_format import (
 )
 from tasks.export import SPARSITY_FILE
 from tasks.folder import FileState, Folder
-from tasks.model_config import config_from_document, read_config_document
-from tasks.tensor_matching import match_tensors
+from tasks.model_config import (
+    check_values,
+    config_from_document,
+    outline_from_document,
+    read_config_document,
+)
+from tasks.tensor_matching import layers_stored, match_tensors
 
 TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
 LONGEST_DESCRIPTION = 100_000_000  # bytes; as the header of a safetensors file
@@ -77,9 +82,12 @@ class CompressedFolder:
         self._headers = {file: self._header(file) for file in self.description.files}
         stored = self._dense_tensors()
         self._check_sizes(stored)
-        self.config = config_from_document(read_config_document(self.folder), self.folder.name)
+        document = read_config_document(self.folder)
+        check_values(document, f"{CONFIG} of {self.folder.name}", layers_stored(stored))
+        # By names and shapes alone, before anything takes memory that the configuration asks for.
+        matched = match_tensors(stored, outline_from_document(document, self.folder.name), self.folder.name)
+        self.config = config_from_document(document, self.folder.name)
         self.model = build_skeleton(deepcopy(self.config))
-        matched = match_tensors(stored, self.model, self.folder.name)
         self.model_names = {each.name: each.model_name for each in matched if each.model_name is not None}
 
     def files(self) -> Iterator[tuple[str, dict[str, Tensor | PackedWeight]]]:

@@ -118,17 +118,22 @@ def _loaded(name: str, file: Path, trust_task_code: bool) -> "Task":
         OSError: if there is no data.
     """
     import lm_eval.tasks
+    from datasets.exceptions import DatasetsError
 
     own = file.resolve().is_relative_to(Path(next(iter(lm_eval.tasks.__path__))).resolve())
     described = str(file) if own or trust_task_code else read_task(file)
     try:
         (task,) = lm_eval.tasks.TaskManager(include_defaults=False).load([described])["tasks"].values()
-    except OSError as error:  # datasets' own errors are OSErrors, too
+    except (
+        TemplateError
+    ) as error:  # one that includes another template, which is not there, is an OSError, too
+        raise ValueError(_what_is_wrong(name, error)) from error
+    except OSError as error:  # errors of datasets about what is not there are OSErrors, too
         raise OSError(
             f"the data of the task {name} cannot be loaded ({error}). Connect to the Hugging Face Hub once, or let "
             "HF_DATASETS_CACHE name a folder that has it and set HF_HUB_OFFLINE=1."
         ) from error
-    except STUMBLES as error:
+    except (*STUMBLES, DatasetsError) as error:
         raise ValueError(_what_is_wrong(name, error)) from error
     if task.OUTPUT_TYPE not in SCORED or "acc" not in task.aggregation():
         raise ValueError(
@@ -150,8 +155,9 @@ def _what_is_wrong(name: str, error: Exception) -> str:
             "may use the fields of a document, filters and the methods of their values, and nothing that begins with "
             "an underscore."
         )
+    reason = error.__cause__ or error  # datasets says that it failed, and the error before that why
     return (
-        f"the task {name} cannot be loaded ({error!r}). Check that its file describes one task, not a group, and that "
+        f"the task {name} cannot be loaded ({reason!r}). Check that its file describes one task, not a group, and that "
         "its data set has what the file says."
     )
 

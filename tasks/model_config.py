@@ -116,8 +116,7 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
         layers_stored: length of the longest numbered list of modules that the tensors' names tell of.
 
     Raises:
-        ValueError: a size that is not a positive number, more layers than are stored, or a padding token outside of
-            the vocabulary.
+        ValueError: a size that is not a positive number, or more layers than are stored.
     """
     model_type = str(document.get("model_type"))
     if model_type not in CONFIG_MAPPING:
@@ -141,12 +140,6 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
                 f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but its files hold tensors of "
                 f"{layers_stored}. The two are from different models, or files are missing: copy all of "
                 "them again."
-            )
-        vocabulary, padding = entries.get("vocab_size"), entries.get("pad_token_id")
-        if vocabulary is not None and _is_number(padding) and not -vocabulary <= padding < vocabulary:
-            raise ValueError(
-                f"{place} has the pad_token_id {padding}, but the vocabulary (vocab_size) has "
-                f"{vocabulary} tokens. Set it to null, or to the id that the model was trained with."
             )
 
 

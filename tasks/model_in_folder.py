@@ -12,7 +12,7 @@ from tasks.checkpoint_files import GENERATION_CONFIG
 from tasks.execution import Execution
 from tasks.folder import Folder
 from tasks.folder_index import check_tied_copies, describe_folder
-from tasks.model_config import config_from_document
+from tasks.model_config import config_from_document, short_reason
 from tasks.whole_model import model_of_weights
 
 
@@ -37,7 +37,25 @@ def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def with_generation_config(model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
-    """``model`` with the settings of ``generate`` that lie in the local ``folder``, if there are any."""
+    """``model`` with the settings of ``generate`` that lie in the local ``folder``, if there are any.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
     if GENERATION_CONFIG in folder.files:
-        model.generation_config = GenerationConfig.from_pretrained(folder.root, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder.root, local_files_only=True)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(
+                f"{GENERATION_CONFIG} of {folder.name} cannot be used ({short_reason(error)}). Correct it, or remove "
+                "it: then the defaults of transformers hold."
+            ) from error
     return model

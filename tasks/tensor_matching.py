@@ -4,8 +4,11 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from layerwise.skeleton import expected_tensors, layer_prefix
 from tasks.checkpoint_files import StoredTensor
@@ -58,9 +61,17 @@ def match_tensors(
 
 
 def aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
-    """What a stored tensor's name may be in the model: itself, with and without the base model's prefix."""
+    """What a stored tensor's name may be in the model: itself, with and without the base model's prefix, and the name
+    that transformers gives it on loading (GPT-NeoX's ``embed_out`` is ``lm_head``)."""
     prefix = f"{model.base_model_prefix}."
-    return name, prefix + name, name.removeprefix(prefix)
+    renamed, _ = rename_source_key(name, _renamings(model), [])
+    return name, prefix + name, name.removeprefix(prefix), renamed
+
+
+@lru_cache(maxsize=1)
+def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [each for each in found if isinstance(each, WeightRenaming)]
 
 
 def layers_stored(names: Iterable[str]) -> int:

@@ -326,6 +326,22 @@ def test_weights_that_are_missing_altogether_are_not_made_up(folder, tmp_path):
     refused(folder, tmp_path, f"lacks 1 of the .*{norm}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        ({"hidden_size": -1}, "has -1 for hidden_size"),
+        ({"vocab_size": 10**9}, r"has the shape .*config\.json asks for"),
+        ({"hidden_act": "os.system"}, r"cannot be used with 'os\.system' for hidden_act"),
+    ],
+)
+def test_nothing_is_built_from_a_configuration_that_does_not_fit_the_weights(
+    folder, tmp_path, edit_config, changes, message
+):
+    edit_config(folder, **changes)
+    refused(folder, tmp_path, match=message)
+
+
 def test_two_checkpoints_never_mix(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

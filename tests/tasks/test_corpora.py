@@ -135,6 +135,8 @@ def test_a_text_as_long_as_the_limit_is_not_truncated(tmp_path):
         ("a.jsonl", b'["x"]', "row 1 holds list, not an object"),
         ("a.json", b'["x"]', "row 1 holds str, not an object"),
         ("a.json", b'[{"text": "x"}', "is not JSON"),
+        ("a.json", b"[" * 100_000, "is not JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "row 1 is not JSON"),
         ("a.json", b'{\n"text": "x"}', "row 1 is not JSON.*one object on each line, or one array of objects"),
         ("chat.jsonl", b'{"messages": []}', "a conversation in 'messages'.*apply_chat_template"),
         ("chat.parquet", as_parquet([{"conversations": "x"}]), "a conversation in 'conversations'"),
@@ -206,6 +208,19 @@ def test_shards_are_known_by_the_contents_of_each_and_by_their_number(place_shar
     identities = [before.identity, replaced.identity, open_corpus(url, "test").identity]
     assert len({json.dumps(identity) for identity in identities}) == 3
     assert "corpora" not in json.dumps(identities)  # where they lie is no part of what they are
+
+
+def test_a_local_text_is_known_by_every_byte_and_by_no_time(tmp_path):
+    content = bytearray(b"a text of some words " * 400_000)
+    first, same, other = (tmp_path / folder / "a.txt" for folder in ("first", "same", "other"))
+    for file, changed in ((first, 0), (same, 0), (other, 1)):
+        file.parent.mkdir()
+        content[4_100_077] += changed
+        file.write_bytes(content)
+    os.utime(same, (1, 1))
+    identities = [open_corpus(str(file), "test").identity for file in (first, same, other)]
+    assert identities[0] == identities[1]
+    assert identities[0]["fingerprint"].split()[0] != identities[2]["fingerprint"].split()[0]
 
 
 def test_reading_shards_stops_at_the_limit_and_later_ones_are_never_opened(tmp_path):

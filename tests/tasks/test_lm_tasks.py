@@ -123,6 +123,21 @@ def test_data_that_cannot_be_loaded_are_named_with_what_to_do(tmp_path, task):
         load_questions([task])
 
 
+def test_data_of_another_format_than_the_task_says_are_named_as_the_reason(tmp_path):
+    (tmp_path / "notes.jsonl").write_text("no JSON\n")
+    path = write_task(
+        tmp_path, "words", some_documents(3), dataset_kwargs={"data_files": f"{tmp_path}/notes.jsonl"}
+    )
+    with pytest.raises(ValueError, match=r"task .*words\.yaml cannot be loaded \(.*JSON"):
+        load_questions([path])
+
+
+def test_a_template_that_includes_another_is_refused_as_a_template(tmp_path):
+    path = write_task(tmp_path, "words", some_documents(3), doc_to_text="{% include 'other' %}")
+    with pytest.raises(ValueError, match="template of the task .* cannot be rendered"):
+        load_questions([path])
+
+
 def test_two_files_with_the_same_task_are_refused(tmp_path, task):
     copy = tmp_path / "copy.yaml"
     copy.write_text(Path(task).read_text())

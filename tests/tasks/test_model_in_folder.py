@@ -78,7 +78,7 @@ def test_a_pickle_is_refused_unopened(save_model, mark):
 
 def test_pickles_beside_the_weights_are_left_alone(save_model, mark):
     folder = save_model()
-    for name in ("pytorch_model.bin", "training_args.bin", "adapter_model.bin"):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
     assert opened(folder)(TOKENS).logits.isfinite().all()
     assert not mark.exists()
@@ -112,3 +112,14 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(save_model, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
     with pytest.raises(ValueError, match=r"lacks 1 of the 1 shards"):
         opened(folder)
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", "[" * 100_000, '{"watermarking_config": {"x": 1}}'])
+def test_settings_of_generate_that_cannot_be_used_are_refused_in_one_line(save_model, content):
+    folder = save_model()
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json of .* cannot be used \(.*remove it"
+    ) as refused:
+        opened(folder)
+    assert "\n" not in str(refused.value)

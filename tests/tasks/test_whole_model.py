@@ -2,21 +2,38 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from tasks.execution import Execution
 from tasks.import_checkpoint import import_checkpoint
 from tasks.whole_model import whole_model
 
 SHAPE = {"vocab_size": 97, "n_head": 4, "n_layer": 3}
+NEOX = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 
 
-@pytest.fixture(params=["llama", "llama-tied", "gpt2", "bloom"])
+# GPT-NeoX names its head otherwise in files than in the model. GPT-2 has no use for a padding token, so that one
+# beyond the vocabulary, which was added to the tokenizer alone, does no harm.
+@pytest.fixture(params=["llama", "llama-tied", "gpt2", "gpt2-padding", "bloom", "gpt-neox"])
 def folder(request, save_model, llama):
     models = {
         "llama": lambda: llama(num_hidden_layers=3),
         "llama-tied": lambda: llama(tie_word_embeddings=True),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_positions=64, **SHAPE)),
+        "gpt2-padding": lambda: GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_positions=64, pad_token_id=97, **SHAPE)
+        ),
+        "gpt-neox": lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(num_attention_heads=4, tie_word_embeddings=False, **NEOX)
+        ),
         "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, **SHAPE)),
     }
     return save_model(models[request.param]())
