@@ -2,16 +2,16 @@
 
 import os
 import platform
-import re
 import sys
 import time
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from storage.unreachable import without_secrets
+
 KEPT = 20  # reports in the folder; older ones are deleted
 PACKAGES = ("layerwise-pruning", "torch", "transformers", "prefect", "pyarrow", "fsspec", "rich")
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def report_folder() -> Path:
@@ -41,7 +41,7 @@ def write_report(error: BaseException) -> Path:
     ]
     text = "\n".join([*facts, "", "".join(traceback.format_exception(error))])
     # Credentials end up in no log, not even in this one.
-    hidden = CREDENTIALS.sub("...", text).encode("utf-8", "backslashreplace")
+    hidden = without_secrets(text).encode("utf-8", "backslashreplace")
     with open(report, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
         file.write(hidden)
     for old in sorted(folder.glob("bug-*.txt"))[:-KEPT]:

@@ -6,6 +6,7 @@ import traceback
 from types import FrameType, TracebackType
 
 from flows.bug_report import write_report
+from storage.unreachable import without_secrets
 from tasks.printable import one_line, printable
 
 # Packages that meet the user's files, storage and network. Their errors are about those; some derive from Exception.
@@ -46,10 +47,10 @@ def explain(error: BaseException, debug: bool) -> str:
     """
     if debug:
         for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
-            sys.stderr.write(f"{printable(line)}\n")
+            sys.stderr.write(f"{printable(without_secrets(line))}\n")
     if is_expected(error):
-        return _message(error)
-    said = f"{type(error).__name__}: {one_line(str(error))}{_place(error)}"
+        return without_secrets(_message(error))
+    said = f"{type(error).__name__}: {one_line(without_secrets(str(error)))}{_place(error)}"
     return f"this is a bug in layerwise: {said}. {_what_to_do(error, debug)}"
 
 

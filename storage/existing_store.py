@@ -17,9 +17,14 @@ def existing_store(url: str) -> ArtifactStore:
     """The store at ``url``; an empty folder is an empty store. Nothing is created.
 
     Raises:
+        ValueError: ``url`` is empty, as an unset variable of a shell is. It does not mean the current folder.
         FileNotFoundError: if there is nothing at ``url``, or something that is no store: a wrong path or URL.
         OSError: if the storage cannot be reached.
     """
+    if not url.strip():
+        raise ValueError(
+            f"the name of the store is empty ({url!r}). Give its folder or URL; the current folder is a dot."
+        )
     store = ArtifactStore(url)
     try:
         with reaching(store.fs, store.root):

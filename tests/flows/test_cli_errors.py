@@ -93,12 +93,15 @@ def test_a_mistake_of_the_program_is_called_a_bug_and_kept_in_a_file(name, state
     assert stat.S_IMODE(report.stat().st_mode) == 0o600
 
 
-def test_a_report_holds_no_credentials(state, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["layerwise", "ls", "s3://key:SECRET@bucket"])
-    explain(caught(lambda: raise_(TypeError("s3://key:SECRET@bucket \udcff"))), debug=False)
+def test_neither_the_report_nor_the_terminal_shows_credentials(state, monkeypatch, capsys):
+    places = "s3://key:SECRET@bucket https://host/x?X-Amz-Signature=SECRET"
+    monkeypatch.setattr(sys, "argv", ["layerwise", "ls", places])
+    line = explain(caught(lambda: raise_(TypeError(f"{places} \udcff"))), debug=True)
     (report,) = state.iterdir()
-    assert "SECRET" not in report.read_text()
-    assert "s3://...@bucket" in report.read_text()
+    for shown in (line, capsys.readouterr().err, report.read_text()):
+        assert "SECRET" not in shown
+        assert "s3://***@bucket" in shown
+        assert "https://host/x?***" in shown
 
 
 def test_only_the_newest_reports_are_kept(state):

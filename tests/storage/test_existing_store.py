@@ -81,3 +81,12 @@ def test_who_may_only_read_a_bucket_can_look_at_its_store(fault_proxy, s3_bucket
     assert caplog.records == []
     fault_proxy.heal()
     assert paths_in(store) == before
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name, tmp_path, monkeypatch):
+    ArtifactStore(str(tmp_path)).get_or_build(Stage("example", 1, {}), lambda draft: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name of the store is empty"):
+        existing_store(name)
+    assert list(existing_store(".").artifacts())
