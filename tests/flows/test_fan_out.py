@@ -395,7 +395,9 @@ def test_a_group_that_cannot_work_fails_the_search_at_once_with_the_reason_first
         search(Search(**{**settings, "model": "small.gguf"}), Runtime(**pool_runtime(bucket)))
     (run,) = runs_of(client, bucket, "capture")
     assert run.state.is_failed()
-    assert {key.partition("/")[0] for key in contents(bucket)} == {"count_tokens"}  # this machine has the model
+    assert {key.partition("/")[0] for key in contents(bucket)} == {
+        "count_tokens"
+    }  # this machine has the model
 
 
 def test_a_scheduled_search_fires_by_itself_finds_everything_done_and_says_so(client, scheduled, parents):
