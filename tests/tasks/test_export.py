@@ -261,7 +261,7 @@ def test_the_card_passes_the_licence_on_that_the_source_s_card_tells(small_run, 
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     run = small_run(folder)
     card = run.store.read(run.export(run.branch(0.0)[0]), "README.md").decode()
-    assert 'license: "apache-2.0"\n' in card.split("---")[1]
+    assert "license: apache-2.0\n" in card.split("---")[1]
     assert "applies: apache-2.0." in card
 
 
