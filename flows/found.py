@@ -95,7 +95,7 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
     stages: dict[str, Artifact | None] = dict.fromkeys((*_roles_before(settings), *ends))
     inputs = look_at_inputs(store, settings)
     for role, request in inputs.texts.requests.items():
-        stages[role] = store.find(token_stage(inputs.texts.tokenizer_identity, request))
+        stages[role] = store.find(token_stage(inputs.texts.encoding_identity, request))
     checkpoint, linears = inputs.checkpoint, inputs.linears
     if checkpoint is None:
         return Found(stages, inputs)

@@ -278,9 +278,9 @@ def look_at_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
     if checkpoint is None:
         tokenizer = tokenizer_of_source(settings.model)
-        how = tokenizer.identity, tokenizer.load
+        how = tokenizer.encoding_identity, tokenizer.load
     else:
-        how = checkpoint.tokenizer_identity, checkpoint.tokenizer
+        how = checkpoint.encoding_identity, checkpoint.tokenizer
     return SearchInputs(checkpoint, index, linears, count_texts(store, settings, corpora, *how, vocabulary))
 
 
@@ -313,6 +313,6 @@ def sample_windows(
 ) -> dict[Role, Artifact]:
     """Token windows for calibration, selection and test; where they share a corpus they never overlap."""
     return {
-        role: sample_tokens(store, checkpoint.tokenizer, checkpoint.tokenizer_identity, request)
+        role: sample_tokens(store, checkpoint.tokenizer, checkpoint.encoding_identity, request)
         for role, request in requests.items()
     }

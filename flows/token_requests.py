@@ -20,12 +20,12 @@ class Texts:
     """The texts of a search, counted.
 
     Attributes:
-        tokenizer_identity: of the tokenizer that they were counted with.
+        encoding_identity: of the tokenizer that they were counted with.
         counts: by role.
         requests: windows of each role, with the numbers that "auto" stands for.
     """
 
-    tokenizer_identity: str
+    encoding_identity: str
     counts: Mapping[Role, TokenCount]
     requests: Mapping[Role, TokenRequest]
 
@@ -47,7 +47,7 @@ class Texts:
     def keep(self, store: ArtifactStore) -> None:
         """Commit the counts, so that the texts are not tokenised for them again."""
         for role, request in self.requests.items():
-            keep_count(store, self.tokenizer_identity, request.corpus, self.counts[role])
+            keep_count(store, self.encoding_identity, request.corpus, self.counts[role])
 
 
 def open_corpora(settings: Search) -> dict[Role, Corpus]:
@@ -71,7 +71,7 @@ def count_texts(
     store: ArtifactStore,
     settings: Search,
     corpora: Mapping[Role, Corpus],
-    tokenizer_identity: str,
+    encoding_identity: str,
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     vocabulary: int,
 ) -> Texts:
@@ -92,13 +92,13 @@ def count_texts(
         if same is not None:
             counts[role] = counts[same]
             continue
-        found = find_count(store, tokenizer_identity, corpus)
+        found = find_count(store, encoding_identity, corpus)
         counts[role] = count_tokens(corpus, load_tokenizer) if found is None else found
         _require_known_ids(settings.model, corpus, counts[role], vocabulary)
     requests = _requests(settings, corpora, counts)
     for role, request in requests.items():
         require_windows(request, counts[role].tokens, counts[role].truncated)
-    return Texts(tokenizer_identity, counts, requests)
+    return Texts(encoding_identity, counts, requests)
 
 
 def _requests(

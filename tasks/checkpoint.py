@@ -18,7 +18,7 @@ from tasks.checkpoint_files import copied_files
 from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
 from tasks.folder import Folder
 from tasks.model_config import config_from_document
-from tasks.tokenizer_files import TokenizerFiles, tokenizer_identity
+from tasks.tokenizer_files import TokenizerFiles, encoding_identity, tokenizer_identity
 
 INDEX_FILE = "checkpoint.json"
 
@@ -123,6 +123,11 @@ class Checkpoint:
     def tokenizer_identity(self) -> str:
         """Digest of the files that decide how text becomes tokens."""
         return tokenizer_identity({name: file.digest for name, file in self.artifact.files.items()})
+
+    @property
+    def encoding_identity(self) -> str:
+        """Digest of all that decides the token ids of a text, see ``tokenizer_files.encoding_identity``."""
+        return encoding_identity(self.tokenizer_identity, self.index.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the model.

@@ -44,25 +44,25 @@ def count_tokens(corpus: Corpus, load_tokenizer: Callable[[], "PreTrainedTokeniz
     return TokenCount(len(token_ids), largest, text.truncated)
 
 
-def count_stage(tokenizer_identity: str, corpus: Corpus) -> Stage:
+def count_stage(encoding_identity: str, corpus: Corpus) -> Stage:
     """The stage that holds the count of a corpus."""
     settings = {"corpus": corpus.identity, "text_limit": TEXT_LIMIT}
-    return Stage("count_tokens", 1, settings, inputs={"tokenizer": tokenizer_identity})
+    return Stage("count_tokens", 1, settings, inputs={"tokenizer": encoding_identity})
 
 
-def find_count(store: ArtifactStore, tokenizer_identity: str, corpus: Corpus) -> TokenCount | None:
+def find_count(store: ArtifactStore, encoding_identity: str, corpus: Corpus) -> TokenCount | None:
     """The count that the store has; None if it has none."""
-    artifact = store.find(count_stage(tokenizer_identity, corpus))
+    artifact = store.find(count_stage(encoding_identity, corpus))
     if artifact is None:
         return None
     tokens, largest_id = (int(str(artifact.facts[name])) for name in ("tokens", "largest_id"))
     return TokenCount(tokens, largest_id, artifact.facts["truncated"] is True)
 
 
-def keep_count(store: ArtifactStore, tokenizer_identity: str, corpus: Corpus, count: TokenCount) -> None:
+def keep_count(store: ArtifactStore, encoding_identity: str, corpus: Corpus, count: TokenCount) -> None:
     """Commit a count, so that no later search has to read the text for it. The artifact has facts and no files."""
 
     def build(draft: Draft) -> None:
         draft.facts.update(corpus.facts, **asdict(count))
 
-    store.get_or_build(count_stage(tokenizer_identity, corpus), build)
+    store.get_or_build(count_stage(encoding_identity, corpus), build)

@@ -67,7 +67,7 @@ class TokenRequest:
             )
 
 
-def token_stage(tokenizer_identity: str, request: TokenRequest) -> Stage:
+def token_stage(encoding_identity: str, request: TokenRequest) -> Stage:
     """The stage that makes these windows: ask the store for it to know whether they are there."""
     settings = {
         "corpus": request.corpus.identity,
@@ -79,13 +79,13 @@ def token_stage(tokenizer_identity: str, request: TokenRequest) -> Stage:
     }
     if request.seed is not None:
         settings["seed"] = request.seed
-    return Stage("sample_tokens", 1, settings, inputs={"tokenizer": tokenizer_identity})
+    return Stage("sample_tokens", 1, settings, inputs={"tokenizer": encoding_identity})
 
 
 def sample_tokens(
     store: ArtifactStore,
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
-    tokenizer_identity: str,
+    encoding_identity: str,
     request: TokenRequest,
 ) -> Artifact:
     """Tokenise a corpus and cut windows from it; neither tokenizer nor text is loaded if the store has them.
@@ -93,7 +93,7 @@ def sample_tokens(
     Args:
         store: where the windows go.
         load_tokenizer: called once, if need be.
-        tokenizer_identity: changes whenever the tokenizer's files do.
+        encoding_identity: of the tokenizer, see ``tokenizer_files.encoding_identity``.
         request: which windows of which text.
 
     Returns:
@@ -128,7 +128,7 @@ def sample_tokens(
             seqlen=input_ids.shape[1],
         )
 
-    return store.get_or_build(token_stage(tokenizer_identity, request), build)
+    return store.get_or_build(token_stage(encoding_identity, request), build)
 
 
 def require_windows(request: TokenRequest, tokens: int, truncated: bool) -> None:

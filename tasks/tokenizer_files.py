@@ -1,9 +1,11 @@
 """The tokenizer of a model: the files that decide how text becomes tokens, before and after the import."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
@@ -13,6 +15,9 @@ from tasks.checkpoint_files import CONFIG, GENERATION_CONFIG, copied_files
 from tasks.folder import Folder
 from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
 from tasks.tokenizer import open_tokenizer
+
+# Entries of config.json by which transformers chooses the class of a tokenizer.
+CHOOSE_THE_CLASS = ("model_type", "tokenizer_class")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class TokenizerFiles:
         return tokenizer_identity(
             {name: xxh3_128_hexdigest(content) for name, content in self.contents.items()}
         )
+
+    @property
+    def encoding_identity(self) -> str:
+        """See ``encoding_identity``."""
+        return encoding_identity(self.identity, json.loads(self.contents[CONFIG]))
 
     def load(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -55,6 +65,19 @@ def tokenizer_identity(digests: Mapping[str, str]) -> str:
     """
     names = set(copied_files(digests)) - {CONFIG, GENERATION_CONFIG}
     return digest({name: digests[name] for name in sorted(names)})
+
+
+def encoding_identity(files_identity: str, config: Mapping[str, Any]) -> str:
+    """Digest of all that decides the token ids of a text.
+
+    With the same files transformers makes another tokenizer for another type of model: next to a configuration of
+    Qwen2 some texts get other ids than next to one of LLaMA.
+
+    Args:
+        files_identity: see ``tokenizer_identity``.
+        config: the content of ``config.json``.
+    """
+    return digest({"files": files_identity, **{name: config.get(name) for name in CHOOSE_THE_CLASS}})
 
 
 def tokenizer_of_source(model: str) -> TokenizerFiles:

@@ -19,6 +19,7 @@ def test_the_tokenizer_of_a_source_is_that_of_the_imported_model(local_store, so
     before = tokenizer_of_source(sources[kind])
     checkpoint = import_checkpoint(local_store, sources[kind])
     assert before.identity == checkpoint.tokenizer_identity
+    assert before.encoding_identity == checkpoint.encoding_identity
     text = "hello world abab"
     assert before.load()(text)["input_ids"] == checkpoint.tokenizer()(text)["input_ids"]
 
@@ -47,3 +48,13 @@ def test_a_model_without_a_tokenizer_is_refused_by_its_name(save_model):
         file.unlink()
     with pytest.raises(ValueError, match="model has no tokenizer that transformers can open"):
         tokenizer_of_source(str(folder)).load()
+
+
+def test_the_same_files_of_another_type_of_model_are_another_tokenizer(save_model, edit_config):
+    """transformers chooses the class by the type: next to Qwen2's configuration some texts get other ids."""
+    folder = save_model()
+    before = tokenizer_of_source(str(folder))
+    edit_config(folder, model_type="qwen2")
+    after = tokenizer_of_source(str(folder))
+    assert after.identity == before.identity
+    assert after.encoding_identity != before.encoding_identity
