@@ -56,6 +56,8 @@ def main() -> None:
 
 def _flush() -> None:
     """Write what is left for stdout; nobody may read it any more, as in ``layerwise ls STORE | head -1``."""
+    if sys.stdout is None:  # closed by whoever started this process, as by ``>&-``
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

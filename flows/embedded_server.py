@@ -3,6 +3,7 @@
 import atexit
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ PREFERENCES = {
 # Of a request to the embedded server, which does not come back once it has ended: 14 s, in which SQLite gets over a
 # lock. Prefect's default is a minute, for each of the requests at the end of a run.
 RETRIES = "3"
+DATABASE_BYTES = 20_000_000  # a new database with its write-ahead log takes 12 MB
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Any of these means that the user has chosen a database.
 DATABASE_SETTINGS = {"connection_url", "driver", "host", "name"}
@@ -233,7 +235,14 @@ def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
     said = home.log.read_bytes()[before:].decode(errors="replace")
     reasons = EXCEPTION.findall(said) or said.splitlines()
     reason = reasons[-1].strip() if reasons else "without a word"
-    if "alembic" in said and "Can't locate revision" in said:
+    free = shutil.disk_usage(home.folder).free
+    if free < DATABASE_BYTES:  # then the log is empty, too
+        variable = "XDG_CACHE_HOME" if own else "PREFECT_HOME"
+        advice = (
+            f"The disk of {home.folder} has only {free / 1e6:.1f} MB left. Make room for "
+            f"{DATABASE_BYTES / 1e6:.0f} MB, or set {variable} to a folder on another disk."
+        )
+    elif "alembic" in said and "Can't locate revision" in said:
         advice = f"The database in {home.folder} is of another version of Prefect. " + (
             "Delete that folder."
             if own

@@ -14,7 +14,7 @@ import pytest
 from botocore.exceptions import NoCredentialsError
 
 from flows.bug_report import KEPT
-from flows.cli import LineFormatter
+from flows.cli import LineFormatter, main
 from flows.cli_errors import explain
 from layerwise.sparse.speed_settings import SpeedSettings
 
@@ -140,3 +140,11 @@ def test_a_log_line_has_no_traceback_and_nothing_that_a_terminal_obeys():
     )
     assert LineFormatter(debug=False).format(record) == "WARNING name \\x1b[2J\n  forged (ValueError: wrong)"
     assert "Traceback" in LineFormatter(debug=True).format(record)
+
+
+def test_a_closed_standard_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["layerwise"])
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after ``>&-``
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code in (0, None)

@@ -80,3 +80,27 @@ def test_what_is_not_in_a_read_only_store_is_refused_before_any_work(said):
     assert "cannot be written: this is not allowed (Read-only file system)" in other
     assert verified.startswith("1>")
     assert "nothing is damaged" in verified
+
+
+START = """
+import flows
+from flows.embedded_server import ServerStart
+
+try:
+    ServerStart().wait()
+except ConnectionError as error:
+    print(error)
+"""
+
+
+def test_a_server_without_room_for_its_database_says_so(tmp_path):
+    """Its log, on the same disk, is empty."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+        + [f'mount -t tmpfs -o size=16k none "{tmp_path}" && exec "$0" "$@"', sys.executable, "-c", START],
+        env=environment | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "has only 0.0 MB left. Make room for 20 MB, or set XDG_CACHE_HOME" in done.stdout, done.stderr
