@@ -46,7 +46,7 @@ def test_a_model_without_a_tokenizer_is_refused_by_its_name(save_model):
     folder = save_model()
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match="model has no tokenizer that transformers can open"):
+    with pytest.raises(ValueError, match="model has no tokenizer"):
         tokenizer_of_source(str(folder)).load()
 
 
