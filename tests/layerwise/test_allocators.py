@@ -53,5 +53,5 @@ def test_given_sparsities_that_miss_the_target_are_refused_with_their_mean():
 
 
 def test_given_sparsities_for_another_depth_are_refused():
-    with pytest.raises(ValueError, match="2 values do not go with entries"):
+    with pytest.raises(ValueError, match="2 sparsities are given, and the model has 3 decoder layers"):
         spread_out(Given((0.5, 0.75)), 1.0, [], [100, 100, 100], 0.6)
