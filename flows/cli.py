@@ -105,6 +105,8 @@ def _log_to_terminal(debug: bool) -> None:
     handler.setFormatter(LineFormatter(debug))
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
+        # Of a server that has ended during a run Prefect says so again for every event that it cannot send.
+        os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; lm-eval's bars know no other way
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name of one
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
