@@ -1,4 +1,4 @@
-"""What is kept of an error that nobody expected: a file with the traceback, for whoever mends it."""
+"""Write the report of an unexpected error: a file with the traceback, the command and the versions."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What the command line says about an error: one line with what to do, and where the traceback is."""
+"""Error messages of the command line: one line with what to do; for a bug, also where the traceback is."""
 
 import dis
 import sys

@@ -1,4 +1,4 @@
-"""How a command ends that could not go on: one line on stderr, and the command that resumes it."""
+"""Ends of a command that cannot go on: one line on stderr, and the command that resumes it."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""Whether the Prefect server that this process uses is one, answers, and lets us in: told before any work."""
+"""Check the Prefect server of this process before any work: its URL, its answer, its version, our access."""
 
 import os
 

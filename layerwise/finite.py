@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinity, in one pass and without a copy."""
+"""Find NaN and infinity in a tensor, in one pass and without a copy."""
 
 import math
 

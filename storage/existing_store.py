@@ -1,4 +1,4 @@
-"""A store that must be there already: for commands that only look, or work on what a search has left."""
+"""Open a store that must exist: for commands that read it, or work on the result of a search."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What tells a file that is read in place from every other: its name, size, content, and the storage's version."""
+"""Identity of a file that is read in place: its name, size, content, and the version that the storage tells."""
 
 import os
 from collections.abc import Collection, Mapping

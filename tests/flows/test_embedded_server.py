@@ -146,6 +146,7 @@ def test_the_server_ends_when_its_parent_is_killed(first_starts):
     killed = first_starts[0]
     killed.process.kill()
     killed.server.wait(timeout=15)
+    assert not killed.server.is_running()
 
 
 def test_the_server_ends_with_its_parent(first_starts):
