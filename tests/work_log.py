@@ -13,6 +13,7 @@ STAGES = (
     "select",
     "export",
     "evaluate",
+    "report",
 )
 START, END = "start", "end"  # where a kill falls that hits no stage
 STAGE_OF_TITLE = {"import": "import_checkpoint"}  # where the progress is not called like the task
