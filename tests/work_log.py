@@ -52,7 +52,7 @@ class Log:
 
 def mark_of(line: str) -> str | None:
     """What a line says is done: "capture, layer 3", or "capture" for all of it; None if it says something else."""
-    if match := FINISHED.match(line):
+    if (match := FINISHED.match(line)) and match["stage"] in STAGES:  # check_inputs leaves no artifact
         return match["stage"]
     if match := DONE.match(line):
         return f"{STAGE_OF_TITLE.get(match['title'], match['title'])}, {match['unit']} {match['number']}"
