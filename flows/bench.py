@@ -5,22 +5,22 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from flows.asked_artifact import asked_artifact
-from flows.report import make_report
+from layerwise.flows.pipeline.artifact_lookup import asked_artifact
+from layerwise.flows.report import make_report
 from layerwise.sparse.speed import SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
-from storage.existing_store import existing_store
-from storage.files import open_filesystem
-from tasks.checkpoint_files import CONFIG
-from tasks.compressed_checkpoint import load
-from tasks.compressed_format import DESCRIPTION_FILE
-from tasks.dtype_speed import fast_dtype
-from tasks.execution import Execution
-from tasks.folder import list_folder
-from tasks.model_in_folder import model_in_folder
-from tasks.search_result import read_search
-from tasks.speed import read_speed, speed
-from tasks.streamed import DTYPES
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.files.reading import open_filesystem
+from layerwise.tasks.compressed.checkpoint import load
+from layerwise.tasks.compressed.file_format import DESCRIPTION_FILE
+from layerwise.tasks.models.dtype_speed import fast_dtype
+from layerwise.tasks.models.model_in_folder import model_in_folder
+from layerwise.tasks.models.streamed import DTYPES
+from layerwise.tasks.results.search_result import read_search
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sources.checkpoint_files import CONFIG
+from layerwise.tasks.sources.folder import list_folder
+from layerwise.tasks.speed import read_speed, speed
 
 
 def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTable, str | None]:

@@ -13,22 +13,22 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from flows.cancelling import cancelled
-from flows.compared_searches import search_all, with_common_reports
-from flows.comparison import Compared, markdown_of, rows_of, summary_of
-from flows.fields import AllocatorChoice, PrunerChoice, Strategy
-from flows.mending import mending
-from flows.minutes import refuse_minutes
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.stages import check_inputs
-from storage.draft import Draft
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.markdown import plain
-from tasks.progress import going_on_without_prefect
-from tasks.stopping import stopping_on_sigterm
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.pipeline.compared_searches import search_all, with_common_reports
+from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.stages import check_inputs
+from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, Strategy
+from layerwise.flows.settings import Search
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.running.progress import going_on_without_prefect
+from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 logger = logging.getLogger(__name__)
 

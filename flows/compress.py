@@ -8,24 +8,24 @@ from prefect import flow
 from prefect.exceptions import CancelledRun, TerminationSignal
 from pydantic import Field
 
-from flows.cancelling import cancelled
-from flows.extras import newest_speed
-from flows.fields import Settings
-from flows.mending import mending
-from flows.minutes import refuse_minutes
-from flows.reopened import Reopened, reopen
-from flows.report import make_report
-from flows.runtime import Runtime
-from storage.artifact import Artifact
-from storage.existing_store import existing_store
-from storage.running import announced
-from storage.store import ArtifactStore
-from tasks.card_of_lane import card_of_lane, results_on_test
-from tasks.compress import compress as compress_export
-from tasks.execution import Execution
-from tasks.export import SPARSITY_FILE
-from tasks.model_card import ModelCard
-from tasks.stopping import stopping_on_sigterm
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.finished_search import Reopened, reopen
+from layerwise.flows.pipeline.report_extras import newest_speed
+from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.report import make_report
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.setting_types import Settings
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.compress import compress as compress_export
+from layerwise.tasks.export import SPARSITY_FILE
+from layerwise.tasks.pages.model_card import ModelCard
+from layerwise.tasks.pages.model_card_data import card_of_lane, results_on_test
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 
 class Compress(Settings):

@@ -6,15 +6,15 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from flows.console import size
-from flows.fields import BareUrl
-from flows.housekeeping import by_kind, in_short, keys_of_results, what_failed, what_stays
-from storage.collect import collect, plan_collection
-from storage.existing_store import existing_store
-from storage.garbage import Garbage
-from storage.running import time_for_looking
-from tasks.markdown import plain
-from tasks.progress import going_on_without_prefect
+from layerwise.flows.cli.console import size
+from layerwise.flows.cli.store_commands import by_kind, in_short, keys_of_results, what_failed, what_stays
+from layerwise.flows.setting_types import BareUrl
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.upkeep.collect import collect, plan_collection
+from layerwise.storage.upkeep.garbage import Garbage
+from layerwise.storage.upkeep.signs_of_life import time_for_looking
+from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.running.progress import going_on_without_prefect
 
 
 @flow(name="gc", flow_run_name="gc of {store}", persist_result=False)

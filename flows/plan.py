@@ -4,19 +4,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from flows.found import Found, look_up
-from flows.groups import lane_groups
-from flows.minutes import check_minutes
-from flows.next_lanes import LaneRequest, first_lanes, strategy_of
-from flows.runtime import Runtime
-from flows.search_sizes import SearchSizes
-from flows.settings import TRIALS, Search
-from flows.stages import expected_plans
-from layerwise.allocation import SparsityPlan
-from layerwise.skeleton import Linear
-from storage.store import ArtifactStore
-from tasks.measure import is_measured
-from tasks.run_names import windows_title
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.flows.fan_out.lane_groups import lane_groups
+from layerwise.flows.pipeline.lane_requests import LaneRequest, first_lanes, strategy_of
+from layerwise.flows.pipeline.lookup import Found, look_up
+from layerwise.flows.pipeline.memory_estimate import SearchSizes
+from layerwise.flows.pipeline.stages import expected_plans
+from layerwise.flows.pipeline.time_budget import check_minutes
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import TRIALS, Search
+from layerwise.models.skeleton import Linear
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.measure import is_measured
+from layerwise.tasks.results.run_names import windows_title
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _workers(runtime: Runtime) -> int:
         return runtime.processes or 1
     from prefect.client.orchestration import get_client
 
-    from flows.work_pool import WorkPool, require_server
+    from layerwise.flows.fan_out.work_pool import WorkPool, require_server
 
     require_server()
     with get_client(sync_client=True) as client:

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from flows.asked_artifact import asked_artifact, finished_searches
-from flows.extras import extras_of, is_theory_of
-from flows.options import search_command
-from flows.settings import Search
-from storage.artifact import Artifact
-from storage.existing_store import existing_store
-from storage.store import ArtifactStore
-from tasks.report import PAGE_FILE, report
-from tasks.search_result import FinishedSearch, read_search
+from layerwise.flows.options import search_command
+from layerwise.flows.pipeline.artifact_lookup import asked_artifact, finished_searches
+from layerwise.flows.pipeline.report_extras import extras_of, is_theory_of
+from layerwise.flows.settings import Search
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
 
 def make_report(

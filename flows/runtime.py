@@ -7,9 +7,9 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flows.fields import BareUrl, Settings
-from tasks.allocate import MOST_PLANS
-from tasks.execution import Execution
+from layerwise.flows.setting_types import BareUrl, Settings
+from layerwise.tasks.allocate import MOST_PLANS
+from layerwise.tasks.running.execution import Execution
 
 FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
 

@@ -9,28 +9,28 @@ from typing import cast
 from prefect import flow
 from prefect.exceptions import CancelledRun, TerminationSignal
 
-from flows.cancelling import cancelled
-from flows.mending import mending
-from flows.minutes import check_minutes, end_of
-from flows.options import search_command
-from flows.publishing import publish_to_prefect
-from flows.result import SearchResult
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.spread import share, spread
-from flows.stages import chosen
-from flows.versions import versions
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.evaluate import read_test
-from tasks.execution import Execution
-from tasks.measured_on import measured_on
-from tasks.report import PAGE_FILE, report
-from tasks.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS, lane_role
-from tasks.stopping import stopping_on_sigterm
+from layerwise.flows.fan_out.spread import share, spread
+from layerwise.flows.options import search_command
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.prefect_artifacts import publish_to_prefect
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.result import SearchResult
+from layerwise.flows.pipeline.stages import chosen
+from layerwise.flows.pipeline.time_budget import check_minutes, end_of
+from layerwise.flows.pipeline.versions import versions
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.measured_on import measured_on
+from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS, lane_role
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 
 @flow(name="search", flow_run_name="{settings.title}", persist_result=False)

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from flows.fields import (
+from layerwise.allocators.allocation import ATP, BETA_STEP
+from layerwise.allocators.allocators import parameter_name
+from layerwise.flows.setting_types import (
     AllocatorChoice,
     BareUrl,
     PatternText,
@@ -17,17 +19,15 @@ from flows.fields import (
     Settings,
     Strategy,
 )
-from layerwise.allocation import ATP, BETA_STEP
-from layerwise.allocators import parameter_name
-from layerwise.layer_pruning import MaskPruner
-from layerwise.patterns import Pattern
-from layerwise.wanda import Wanda
-from tasks.allocate import AllocateSettings
-from tasks.documents import Role
-from tasks.measure import needs_grams
-from tasks.prune_settings import PruneSettings
-from tasks.run_names import title_of
-from tasks.select import TRIAL
+from layerwise.pruners.layer_pruning import MaskPruner
+from layerwise.pruners.patterns import Pattern
+from layerwise.pruners.wanda import Wanda
+from layerwise.tasks.allocate import AllocateSettings
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.measure import needs_grams
+from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.select import TRIAL
+from layerwise.tasks.texts.documents import Role
 
 # Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's
 # seven kinds of projections. The paper's Bayesian search over all layers took about 1000.

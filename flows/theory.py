@@ -9,29 +9,29 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, Field, model_validator
 
-from flows.cancelling import cancelled
-from flows.comparison import markdown_of
-from flows.mending import mending
-from flows.minutes import refuse_minutes
-from flows.publishing import where_the_report_is
-from flows.report import make_report_with_theory
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.stages import captured
-from layerwise.theory import Findings
-from layerwise.theory_plans import theory_plans
-from storage.artifact import Artifact
-from storage.running import announced
-from storage.store import ArtifactStore
-from tasks.execution import Execution
-from tasks.findings import number
-from tasks.markdown import plain
-from tasks.progress import going_on_without_prefect
-from tasks.stopping import stopping_on_sigterm
-from tasks.streamed import layer_sizes_of
-from tasks.theory import findings_of, measure_theory, read_tables
-from tasks.theory_page import PAGE_FILE, theory_page
-from tasks.theory_text import sentences
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.prefect_artifacts import where_the_report_is
+from layerwise.flows.pipeline.comparison_tables import markdown_of
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.stages import captured
+from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.report import make_report_with_theory
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.scoring.theory import Findings
+from layerwise.scoring.theory_plans import theory_plans
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.models.streamed import layer_sizes_of
+from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
+from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.results.findings import number
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import going_on_without_prefect
+from layerwise.tasks.running.stopping import stopping_on_sigterm
+from layerwise.tasks.theory import findings_of, measure_theory, read_tables
 
 # The plans are the theory's own, and all of them are calibrated on the dense model: the theorems compare prunings of
 # a layer by the same inputs.

@@ -7,25 +7,25 @@ from prefect.artifacts import create_table_artifact
 from prefect.exceptions import CancelledRun, TerminationSignal
 from pydantic import Field
 
-from flows.cancelling import cancelled
-from flows.fields import Settings
-from flows.mending import mending
-from flows.minutes import refuse_minutes
-from flows.reopened import reopen
-from flows.report import make_report
-from flows.runtime import Runtime
-from storage.existing_store import existing_store
-from storage.running import announced
-from storage.store import ArtifactStore
-from tasks.compare_zero_shot import ZeroShotComparison, compare_zero_shot
-from tasks.execution import Execution
-from tasks.lm_tasks import load_questions
-from tasks.markdown import plain
-from tasks.progress import going_on_without_prefect
-from tasks.stopping import stopping_on_sigterm
-from tasks.zero_shot import ZeroShotSettings
-from tasks.zero_shot import zero_shot as answer
-from tasks.zero_shot_table import store_table, table_rows
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.finished_search import reopen
+from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.report import make_report
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.setting_types import Settings
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.lm_eval_tasks.comparison import ZeroShotComparison, compare_zero_shot
+from layerwise.tasks.lm_eval_tasks.comparison_table import store_table, table_rows
+from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import going_on_without_prefect
+from layerwise.tasks.running.stopping import stopping_on_sigterm
+from layerwise.tasks.zero_shot import ZeroShotSettings
+from layerwise.tasks.zero_shot import zero_shot as answer
 
 # Those of the papers on Wanda and ATP.
 TASKS = (

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from layerwise.hidden_states import batches
-from layerwise.layer_pruning import LayerInputs, LinearPruning, MaskPruner, Pruner, prunings_of_layer
-from layerwise.local_errors import LocalErrors, local_errors, squared_difference
-from layerwise.skeleton import Linear
-from layerwise.statistics import InputStatistics, watching
-from layerwise.streaming import StreamedModel
+from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.models.hidden_states import batches
+from layerwise.models.skeleton import Linear
+from layerwise.models.streaming import StreamedModel
+from layerwise.pruners.layer_pruning import LayerInputs, LinearPruning, MaskPruner, Pruner, prunings_of_layer
+from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
 
 @dataclass

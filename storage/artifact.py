@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from storage.keys import digest
-from storage.tensor_entry import TensorEntry
+from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.storage.keys import digest
 
 STORAGE_CLOCK = "storage"  # whose clock ``made["at"]`` is by; artifacts without it have that of their writer
 COPIED = 3600.0  # seconds between an artifact's own time and its manifest's: clocks rarely differ by more

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from fsspec import AbstractFileSystem
 from xxhash import xxh3_128
 
-from storage.artifact import Artifact, StoredFile
-from storage.corrupt import Corrupt, Missing
-from storage.damage import Damaged
-from storage.files import PIECE, WINDOW, read_exactly
-from storage.unreachable import reaching
+from layerwise.storage.artifact import Artifact, StoredFile
+from layerwise.storage.damage import Damaged
+from layerwise.storage.files.corrupt import Corrupt, Missing
+from layerwise.storage.files.errors import reaching
+from layerwise.storage.files.reading import PIECE, WINDOW, read_exactly
 
 BUFFER = PIECE * WINDOW  # bytes in memory: as much as is asked for at once
 LOOKS_AT_ONCE = 16

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from storage.corrupt import Corrupt
-from storage.files import read_blocks
-from storage.safetensors_header import header_end, parse_header
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.reading import read_blocks
+from layerwise.storage.formats.safetensors_header import header_end, parse_header
 
 WHOLE = 4 << 20  # bytes: files that have no more than this together are read whole
 HEAD = 32 << 10  # bytes from the beginning of every file: all of most safetensors headers
@@ -51,7 +51,7 @@ def sample_contents(
     A model of 140 GB in 723 tensors costs 2 MiB and its headers. Beyond 2048 tensors (mixtures of experts have
     20,000) 1024 pairs of neighbours are looked at, chosen by the hash of a name: never more than 4 MiB, the
     headers, and 32 KiB of each file are read. What a sample misses, such as one changed row of an embedding, the
-    file system's own version has to tell: see ``tasks.file_identity``.
+    file system's own version has to tell: see ``layerwise.tasks.sources.file_identity``.
 
     Args:
         sizes: bytes of each file, by path.

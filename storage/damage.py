@@ -1,6 +1,6 @@
 """Damage: what was committed to a store is not there any more as it was written."""
 
-from storage.corrupt import Corrupt
+from layerwise.storage.files.corrupt import Corrupt
 
 
 class Damaged(Corrupt):

@@ -12,18 +12,18 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from storage.artifact import STORAGE_CLOCK, Artifact, StoredFile, checked_name
-from storage.checking import require_content, require_sizes
-from storage.copies import copy_within
-from storage.corrupt import Corrupt, Missing, Removed
-from storage.damage import Damaged
-from storage.document import read_sealed, seal
-from storage.pauses import longest_pause, since_boot
-from storage.progress import PROGRESS, Progress, read_progress
-from storage.publishing import overwrite, publish, remove_quietly
-from storage.running import storage_clock
-from storage.stage import Stage
-from storage.tensor_entry import TensorEntry
+from layerwise.storage.artifact import STORAGE_CLOCK, Artifact, StoredFile, checked_name
+from layerwise.storage.checking import require_content, require_sizes
+from layerwise.storage.damage import Damaged
+from layerwise.storage.files.copies import copy_within
+from layerwise.storage.files.corrupt import Corrupt, Missing, Removed
+from layerwise.storage.files.publishing import overwrite, publish, remove_quietly
+from layerwise.storage.formats.document import read_sealed, seal
+from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.storage.pauses import longest_pause, since_boot
+from layerwise.storage.resume_points import PROGRESS, Progress, read_progress
+from layerwise.storage.stage import Stage
+from layerwise.storage.upkeep.signs_of_life import storage_clock
 
 logger = logging.getLogger(__name__)
 

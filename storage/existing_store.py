@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from storage.inventory import RUNNING_FILE, is_temporary
-from storage.stage import STAGE_NAME
-from storage.store import ArtifactStore
-from storage.unreachable import reaching
+from layerwise.storage.files.errors import reaching
+from layerwise.storage.stage import STAGE_NAME
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.inventory import RUNNING_FILE, is_temporary
 
 STAGE_FOLDER = re.compile(rf"{STAGE_NAME.pattern}/[0-9a-f]{{32}}")
 NAMED = 3  # entries of a folder that is no store which the message shows

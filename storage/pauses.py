@@ -34,7 +34,7 @@ def end_beats(who: object) -> None:
 def longest_pause(since: float) -> float:
     """Seconds of the longest pause that ended after ``since`` (by ``since_boot``); 0 if none was noticed.
 
-    Only a process that gives beats (see ``storage.running.announced``) notices pauses.
+    Only a process that gives beats (see ``layerwise.storage.upkeep.signs_of_life.announced``) notices pauses.
     """
     now = since_boot()
     with _lock:

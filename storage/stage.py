@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from storage.keys import canonical_json, digest
+from layerwise.storage.keys import canonical_json, digest
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # one folder name on every file system
 

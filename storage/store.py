@@ -9,19 +9,19 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
-from storage.checking import require_size
-from storage.corrupt import Corrupt, Removed
-from storage.damage import Damaged
-from storage.document import read_sealed, seal
-from storage.draft import MANIFEST, Committed, Draft
-from storage.files import is_local, open_filesystem, read_exactly
-from storage.inventory import take_inventory
-from storage.pauses import why_files_are_gone
-from storage.probe import require_exclusive_creation
-from storage.progress import Progress, read_progress
-from storage.publishing import create_once
-from storage.stage import STAGE_NAME, Stage
+from layerwise.storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
+from layerwise.storage.checking import require_size
+from layerwise.storage.damage import Damaged
+from layerwise.storage.draft import MANIFEST, Committed, Draft
+from layerwise.storage.files.corrupt import Corrupt, Removed
+from layerwise.storage.files.probe import require_exclusive_creation
+from layerwise.storage.files.publishing import create_once
+from layerwise.storage.files.reading import is_local, open_filesystem, read_exactly
+from layerwise.storage.formats.document import read_sealed, seal
+from layerwise.storage.pauses import why_files_are_gone
+from layerwise.storage.resume_points import Progress, read_progress
+from layerwise.storage.stage import STAGE_NAME, Stage
+from layerwise.storage.upkeep.inventory import take_inventory
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ArtifactStore:
         Raises:
             OSError: the storage cannot be written, or does not create files exclusively; before any work.
             Corrupt: other processes delete its files again and again while it is being built.
-            Damaged: an artifact that ``build`` reads is damaged (see ``storage.set_aside``).
+            Damaged: an artifact that ``build`` reads is damaged (see ``layerwise.storage.upkeep.set_aside``).
         """
         unusable: set[str] = set()
         removals = 0

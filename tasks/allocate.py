@@ -4,21 +4,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocation import ATP, SparsityPlan, beta_grid, beta_grid_size, beta_spread
-from layerwise.allocators import Allocator, Given, spread_out, strength_of
-from layerwise.attention_offset import with_offset
-from layerwise.budget import fitted
-from layerwise.patterns import Pattern, on_levels
-from layerwise.skeleton import Linear
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.measure import is_measured, read_scores
-from tasks.stage_task import stage_task
+from layerwise.allocators.allocation import ATP, SparsityPlan, beta_grid, beta_grid_size, beta_spread
+from layerwise.allocators.allocators import Allocator, Given, spread_out, strength_of
+from layerwise.allocators.attention_offset import with_offset
+from layerwise.allocators.budget import fitted
+from layerwise.models.skeleton import Linear
+from layerwise.pruners.patterns import Pattern, on_levels
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.measure import is_measured, read_scores
+from layerwise.tasks.running.stage_task import stage_task
 
 PLANS_FILE = "plans.json"
-MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte (layerwise.masks)
+MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte (layerwise.pruners.masks)
 
 
 @dataclass(frozen=True)

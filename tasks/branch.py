@@ -5,20 +5,20 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from layerwise.allocation import SparsityPlan
-from layerwise.perplexity import perplexity
-from layerwise.skeleton import Linear
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import read_table, write_table
-from tasks.execution import Execution
-from tasks.grouping import GROUP, built_together, copy_member, group_stage
-from tasks.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
-from tasks.prune_settings import PruneSettings
-from tasks.run_names import model_title, plans_title, windows_title
-from tasks.stage_task import stage_task
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.models.skeleton import Linear
+from layerwise.scoring.perplexity import perplexity
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import read_table, write_table
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lanes.grouping import GROUP, built_together, copy_member, group_stage
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.results.run_names import model_title, plans_title, windows_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
 
 LOSSES_FILE = "losses.parquet"
 LAYERS_FILE = "layers.parquet"

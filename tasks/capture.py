@@ -7,25 +7,25 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from layerwise.capture import capture_layers, embed_windows
-from layerwise.hidden_states import HiddenStatesRoom
-from layerwise.perplexity import DIVERGED, perplexity, window_losses
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import write_table
-from storage.tensors import read_tensor_into, write_tensors
-from tasks.boundaries import boundaries
-from tasks.checkpoint import Checkpoint
-from tasks.dtype_speed import warn_if_slow
-from tasks.execution import Execution
-from tasks.progress import showing
-from tasks.run_names import model_title
-from tasks.sample_tokens import read_input_ids
-from tasks.stage_task import stage_task
-from tasks.statistics_table import write_statistics
-from tasks.streamed import streamed_model
+from layerwise.calibration.capture import capture_layers, embed_windows
+from layerwise.models.hidden_states import HiddenStatesRoom
+from layerwise.scoring.perplexity import DIVERGED, perplexity, window_losses
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import write_table
+from layerwise.storage.formats.tensors import read_tensor_into, write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.lanes.statistics_table import write_statistics
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.dtype_speed import warn_if_slow
+from layerwise.tasks.models.streamed import streamed_model
+from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sample_tokens import read_input_ids
 
 LOSSES_FILE = "losses.parquet"
 DENSE_PERPLEXITY = "dense selection perplexity"  # a fact of the artifact

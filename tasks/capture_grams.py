@@ -6,23 +6,23 @@ and comparisons of pruners share them. It costs the calibration windows' pass on
 
 from collections.abc import Iterator, Sequence
 
-from layerwise.capture import capture_grams as grams_of_layers
-from layerwise.capture import embed_windows
-from layerwise.gram import InputGram, sharing
-from layerwise.hidden_states import HiddenStatesRoom
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensors import read_tensor_into, read_tensors, write_tensors
-from tasks.boundaries import boundaries
-from tasks.checkpoint import Checkpoint
-from tasks.execution import Execution
-from tasks.progress import showing
-from tasks.run_names import model_title
-from tasks.sample_tokens import read_input_ids
-from tasks.stage_task import stage_task
-from tasks.streamed import streamed_model
+from layerwise.calibration.capture import capture_grams as grams_of_layers
+from layerwise.calibration.capture import embed_windows
+from layerwise.calibration.gram import InputGram, sharing
+from layerwise.models.hidden_states import HiddenStatesRoom
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tensors import read_tensor_into, read_tensors, write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.streamed import streamed_model
+from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sample_tokens import read_input_ids
 
 STATES_FILE = "hidden_states.safetensors"
 TOKENS = "calibration tokens"  # a fact of the artifact

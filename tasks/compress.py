@@ -5,16 +5,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from storage.artifact import Artifact, StoredFile
-from storage.checking import require_whole
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensor_entry import TensorEntry
-from storage.tensors import read_tensors, write_tensors
-from tasks.boundaries import boundaries
-from tasks.checkpoint_files import copied_files
-from tasks.compressed_format import (
+from layerwise.storage.artifact import Artifact, StoredFile
+from layerwise.storage.checking import require_whole
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.storage.formats.tensors import read_tensors, write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.compressed.file_format import (
     DESCRIPTION_FILE,
     FORMAT,
     Description,
@@ -23,13 +21,15 @@ from tasks.compressed_format import (
     compressed,
     parts_of,
 )
-from tasks.compressed_readme import LAYOUT_FILE, LAYOUT_TEXT
-from tasks.execution import Execution
-from tasks.export import CARD_FILE, SPARSITY_FILE
-from tasks.model_card import ModelCard, model_card
-from tasks.progress import showing
-from tasks.run_names import title_of
-from tasks.stage_task import stage_task
+from layerwise.tasks.compressed.readme import LAYOUT_FILE, LAYOUT_TEXT
+from layerwise.tasks.export import CARD_FILE, SPARSITY_FILE
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.pages.model_card import ModelCard, model_card
+from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sources.checkpoint_files import copied_files
 
 
 def compress_stage(exported_key: str, card: ModelCard) -> Stage:
@@ -43,7 +43,7 @@ def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, executio
 
     A folder of its own with the same configuration, tokenizer and ``sparsity.json``. ``compressed.json`` says what
     stands for which weight, ``COMPRESSED.md`` how it is read; transformers refuses the folder, as it finds no weights
-    under their usual names (see ``tasks.compressed_checkpoint``).
+    under their usual names (see ``layerwise.tasks.compressed.checkpoint``).
 
     Args:
         card: for README.md; now that everything is done, with the results of the test.

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.corpora import Corpus, read_text
-from tasks.documents import TEXT_LIMIT
-from tasks.sample_tokens import tokenise
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.sample_tokens import tokenise
+from layerwise.tasks.texts.corpora import Corpus, read_text
+from layerwise.tasks.texts.documents import TEXT_LIMIT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,20 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from layerwise.allocation import SparsityPlan
-from layerwise.perplexity import PairedDifference, paired_difference, perplexity
-from layerwise.skeleton import Linear
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import read_table
-from tasks.branch import LOSSES_FILE, write_lane
-from tasks.execution import Execution
-from tasks.lane_group import GroupResult, LaneInputs, advance_group
-from tasks.prune_settings import PruneSettings
-from tasks.run_names import model_title, plans_title
-from tasks.stage_task import stage_task
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.models.skeleton import Linear
+from layerwise.scoring.perplexity import PairedDifference, paired_difference, perplexity
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import LOSSES_FILE, write_lane
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.results.run_names import model_title, plans_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
 
 TEST_FILE = "test.json"
 # On so many test windows each pruned layer also runs on the dense model's input: means over 30 layers and 2048 tokens

@@ -7,27 +7,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerwise.allocation import SparsityPlan
-from layerwise.layer_pruning import pruned_linears
-from layerwise.skeleton import Linear
-from storage.artifact import Artifact
-from storage.checking import require_whole
-from storage.draft import Draft
-from storage.keys import digest
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensors import write_tensors
-from tasks.boundaries import boundaries
-from tasks.branch import LaneScore, plan_facts
-from tasks.card_of_lane import card_of_lane, dense_perplexity, source_license, source_name
-from tasks.checkpoint_files import copied_files
-from tasks.execution import Execution
-from tasks.lane_group import LaneInputs
-from tasks.model_card import model_card
-from tasks.progress import showing
-from tasks.prune_settings import PruneSettings
-from tasks.run_names import model_title, plans_title
-from tasks.stage_task import stage_task
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.models.skeleton import Linear
+from layerwise.pruners.layer_pruning import pruned_linears
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.checking import require_whole
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tensors import write_tensors
+from layerwise.storage.keys import digest
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import LaneScore, plan_facts
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.pages.model_card import model_card
+from layerwise.tasks.pages.model_card_data import card_of_lane, dense_perplexity, source_license, source_name
+from layerwise.tasks.results.run_names import model_title, plans_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sources.checkpoint_files import copied_files
 
 SPARSITY_FILE = "sparsity.json"
 CARD_FILE = "README.md"

@@ -6,21 +6,33 @@ demo model go into the store, one shard per decoder layer, with never more than 
 
 from dataclasses import replace
 
-from storage.artifact import Artifact
-from storage.checking import require_whole
-from storage.corrupt import Corrupt
-from storage.damage import Damaged
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.checkpoint import INDEX_FILE, Checkpoint
-from tasks.checkpoint_files import copied_files
-from tasks.checkpoint_index import CheckpointIndex
-from tasks.copy_into_store import convert_gguf, copy_into_store
-from tasks.folder import Folder
-from tasks.folder_index import check_tied_copies, describe_folder, index_in_place, refuse_adapter
-from tasks.source_license import License, license_of_folder
-from tasks.sources import DemoSource, FolderSource, GgufSource, HubSource, Source, find_source
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.checking import require_whole
+from layerwise.storage.damage import Damaged
+from layerwise.storage.draft import Draft
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex
+from layerwise.tasks.models.copy_into_store import convert_gguf, copy_into_store
+from layerwise.tasks.models.folder_index import (
+    check_tied_copies,
+    describe_folder,
+    index_in_place,
+    refuse_adapter,
+)
+from layerwise.tasks.sources.checkpoint_files import copied_files
+from layerwise.tasks.sources.folder import Folder
+from layerwise.tasks.sources.source_license import License, license_of_folder
+from layerwise.tasks.sources.sources import (
+    DemoSource,
+    FolderSource,
+    GgufSource,
+    HubSource,
+    Source,
+    find_source,
+)
 
 
 def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:
@@ -94,7 +106,9 @@ def inspect_source(model: str) -> CheckpointIndex:
         case HubSource():
             return replace(describe_folder(source.open()), in_place=False)
         case GgufSource() | DemoSource():
-            from tasks.gguf_weights import GgufWeights  # gguf takes its time, and only these sources need it
+            from layerwise.tasks.models.gguf_weights import (
+                GgufWeights,  # gguf takes its time, and only these sources need it
+            )
 
             return GgufWeights(source.local_gguf()).index
 
@@ -113,7 +127,7 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             _copy_small_files(draft, folder)
             found = license_of_folder(folder)
         case GgufSource() | DemoSource():
-            from tasks.gguf_weights import GgufWeights
+            from layerwise.tasks.models.gguf_weights import GgufWeights
 
             weights = GgufWeights(source.local_gguf())
             small_files = weights.small_files()  # first: a tokenizer that cannot be opened takes no time

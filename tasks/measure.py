@@ -8,26 +8,26 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from layerwise.allocators import Allocator
-from layerwise.alpha_pruning import AlphaPruning, tail_exponent
-from layerwise.dlp import DLP, typical_score
-from layerwise.dsa import DSA, log_variance
-from layerwise.lsa import LSA, half_removed_error
-from layerwise.owl import OWL, outlier_percentage
-from layerwise.skeleton import Linear
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import read_table, write_table
-from tasks.boundaries import boundaries
-from tasks.capture_grams import read_grams
-from tasks.checkpoint import Checkpoint
-from tasks.execution import Execution
-from tasks.progress import showing
-from tasks.run_names import model_title
-from tasks.stage_task import stage_task
-from tasks.statistics_table import read_statistics, statistics_identity
+from layerwise.allocators.allocators import Allocator
+from layerwise.allocators.alpha_pruning import AlphaPruning, tail_exponent
+from layerwise.allocators.dlp import DLP, typical_score
+from layerwise.allocators.dsa import DSA, log_variance
+from layerwise.allocators.lsa import LSA, half_removed_error
+from layerwise.allocators.owl import OWL, outlier_percentage
+from layerwise.models.skeleton import Linear
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import read_table, write_table
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.capture_grams import read_grams
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stage_task import stage_task
 
 SCORES_FILE = "scores.parquet"
 ROWS_FILE = "scores.json"  # of a resume point: those up to then

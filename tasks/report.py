@@ -6,27 +6,27 @@ from dataclasses import asdict
 import altair
 import pyarrow as pa
 
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import write_table
-from tasks.drawing import svg_inside
-from tasks.figure_files import write_figures
-from tasks.figures import (
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import write_table
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.charts.drawing import svg_inside
+from layerwise.tasks.charts.figure_files import write_figures
+from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta
+from layerwise.tasks.charts.search_figures import (
     error_by_layer,
     sparsity_by_layer,
     sparsity_by_linear,
     time_by_stage,
 )
-from tasks.perplexity_figure import perplexity_by_beta
-from tasks.report_data import ReportData, report_data
-from tasks.report_extras import Extras
-from tasks.report_page import report_page
-from tasks.search_result import read_search
-from tasks.stage_task import stage_task
-from tasks.theory_figures import TITLES as THEORY_TITLES
-from tasks.theory_figures import figures_of_theory
+from layerwise.tasks.charts.theory_figures import TITLES as THEORY_TITLES
+from layerwise.tasks.charts.theory_figures import figures_of_theory
+from layerwise.tasks.pages.report_data import ReportData, report_data
+from layerwise.tasks.pages.report_extras import Extras
+from layerwise.tasks.pages.report_page import report_page
+from layerwise.tasks.results.search_result import read_search
+from layerwise.tasks.running.stage_task import stage_task
 
 PAGE_FILE = "report.html"
 REPORT_STAGE = "report"

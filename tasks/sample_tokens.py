@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerwise.windows import consecutive_windows, part_bounds, random_windows, require_tokens
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensors import read_tensors, write_tensors
-from tasks.corpora import SHARES, Corpus, read_text
-from tasks.documents import TEXT_LIMIT, Role
+from layerwise.calibration.windows import consecutive_windows, part_bounds, random_windows, require_tokens
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tensors import read_tensors, write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.texts.corpora import SHARES, Corpus, read_text
+from layerwise.tasks.texts.documents import TEXT_LIMIT, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,14 +5,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from layerwise.perplexity import PairedDifference, mean_loss, paired_difference
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.branch import LaneScore
-from tasks.run_names import plans_title
-from tasks.stage_task import stage_task
+from layerwise.scoring.perplexity import PairedDifference, mean_loss, paired_difference
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import LaneScore
+from layerwise.tasks.results.run_names import plans_title
+from layerwise.tasks.running.stage_task import stage_task
 
 SELECTION_FILE = "selection.json"
 

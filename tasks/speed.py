@@ -10,18 +10,18 @@ from layerwise.sparse.native import kernel
 from layerwise.sparse.speed import Speed, SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.dtype_speed import fast_dtype
-from tasks.execution import Execution
-from tasks.findings import number
-from tasks.import_checkpoint import open_exported
-from tasks.sample_tokens import read_input_ids
-from tasks.search_result import FinishedSearch
-from tasks.stage_task import stage_task
-from tasks.whole_model import whole_model
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import open_exported
+from layerwise.tasks.models.dtype_speed import fast_dtype
+from layerwise.tasks.models.whole_model import whole_model
+from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sample_tokens import read_input_ids
 
 SPEED_FILE = "speed.json"
 SPEED_STAGE = "speed"

@@ -8,23 +8,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from layerwise.local_errors import LocalErrors
-from layerwise.perplexity import perplexity
-from layerwise.skeleton import Linear
-from layerwise.theory import Findings, Orders, outcome_of, propagation_of, rise_of
-from layerwise.theory_plans import UNIFORM, TheoryPlan
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tables import read_table, write_table
-from tasks.evaluate import LOCAL_WINDOWS
-from tasks.execution import Execution
-from tasks.lane_group import GroupResult, LaneInputs, advance_group
-from tasks.prune_settings import PruneSettings
-from tasks.run_names import model_title
-from tasks.stage_task import stage_task
-from tasks.streamed import layer_sizes_of
+from layerwise.models.skeleton import Linear
+from layerwise.scoring.local_errors import LocalErrors
+from layerwise.scoring.perplexity import perplexity
+from layerwise.scoring.theory import Findings, Orders, outcome_of, propagation_of, rise_of
+from layerwise.scoring.theory_plans import UNIFORM, TheoryPlan
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import read_table, write_table
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.evaluate import LOCAL_WINDOWS
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.models.streamed import layer_sizes_of
+from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
 
 LAYERS_FILE = "layers.parquet"  # by plan and layer
 PLANS_FILE = "plans.parquet"

@@ -7,20 +7,20 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from storage.artifact import Artifact
-from storage.draft import Draft
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from tasks.checkpoint import Checkpoint
-from tasks.execution import Execution
-from tasks.grouping import built_together, copy_member, group_stage
-from tasks.questions import Questions
-from tasks.run_names import model_title
-from tasks.stage_task import stage_task
-from tasks.streamed import DTYPES
-from tasks.streamed_scores import streamed_scores
-from tasks.task_answers import read_answers, write_answers
-from tasks.whole_scores import whole_scores
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lanes.grouping import built_together, copy_member, group_stage
+from layerwise.tasks.lm_eval_tasks.answers import read_answers, write_answers
+from layerwise.tasks.lm_eval_tasks.questions import Questions
+from layerwise.tasks.lm_eval_tasks.streamed_scores import streamed_scores
+from layerwise.tasks.lm_eval_tasks.whole_model_scores import whole_scores
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.streamed import DTYPES
+from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def zero_shot(
     gives it, whether the answer is right) and ``metrics.json``, and is the same whatever was asked with it.
 
     Args:
-        questions: of every task, see ``tasks.lm_tasks``.
+        questions: of every task, see ``layerwise.tasks.lm_eval_tasks.task_loading``.
 
     Returns:
         The artifacts by the name of their task.

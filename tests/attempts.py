@@ -28,7 +28,11 @@ IMPORTED_ONCE = [
 ]
 READY, RESULT = "ready", "result "
 WORK_LIMIT = 1800.0  # seconds; the small search takes five
-LOGGED = {"tasks": logging.DEBUG, "storage": logging.DEBUG, "prefect.task_runs": logging.INFO}
+LOGGED = {
+    "layerwise.tasks": logging.DEBUG,
+    "layerwise.storage": logging.DEBUG,
+    "prefect.task_runs": logging.INFO,
+}
 
 processes = get_context("forkserver")
 processes.set_forkserver_preload(IMPORTED_ONCE)
@@ -170,10 +174,10 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
     from prefect.context import refresh_global_settings_context
 
     refresh_global_settings_context()
-    import flows.search as ours
-    import tasks.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
-    from flows.runtime import Runtime
-    from flows.settings import Search
+    import layerwise.flows.search as ours
+    import layerwise.tasks.models.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
+    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.settings import Search
 
     assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not what is to be tested: {ROOT}"
     for name, level in LOGGED.items():

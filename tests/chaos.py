@@ -19,9 +19,9 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.embedded_server import prefer_quiet_prefect
-from storage.store import ArtifactStore
-from tasks.report import REPORT_STAGE
+from layerwise.flows.orchestration.embedded_server import prefer_quiet_prefect
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.report import REPORT_STAGE
 from tests.attempts import Attempt
 from tests.demo_search import DEMO
 from tests.small_search import small_search

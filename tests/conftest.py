@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.embedded_server import PREFERENCES
-from storage.files import open_filesystem
-from storage.store import ArtifactStore
+from layerwise.flows.orchestration.embedded_server import PREFERENCES
+from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 
 BUCKET = "layerwise-tests"
@@ -89,7 +89,7 @@ def fault_proxy(s3_bucket, monkeypatch) -> Iterator[FaultProxy]:
 @pytest.fixture
 def quick_retries(monkeypatch):
     """Ask a failing storage again without waiting."""
-    monkeypatch.setattr("storage.files.FIRST_DELAY", 0.001)
+    monkeypatch.setattr("layerwise.storage.files.reading.FIRST_DELAY", 0.001)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.collect import collect, plan_collection
-from storage.running import storage_clock
-from storage.stage import Stage
+from layerwise.storage.stage import Stage
+from layerwise.storage.upkeep.collect import collect, plan_collection
+from layerwise.storage.upkeep.signs_of_life import storage_clock
 
 DAY = 86400.0
 STAGE = Stage("capture", 1)

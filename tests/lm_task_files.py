@@ -11,12 +11,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from storage.artifact import Artifact
-from storage.store import ArtifactStore
-from tasks.execution import Execution
-from tasks.import_checkpoint import import_checkpoint
-from tasks.lm_tasks import load_questions
-from tasks.zero_shot import ZeroShotSettings, zero_shot
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
 
 WORDS = [f"{colour}{thing}" for colour in ("red", "green", "blue") for thing in ("", "fox", "tree", "car")]
 SPECIAL = ["<unk>", "<s>", "</s>"]

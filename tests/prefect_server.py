@@ -11,7 +11,7 @@ from typing import Self
 
 import httpx
 
-from flows.embedded_server import PREFERENCES
+from layerwise.flows.orchestration.embedded_server import PREFERENCES
 
 START_LIMIT = (
     180.0  # seconds; on two cores six, and with an empty home, where it makes its database, ten more

@@ -8,41 +8,41 @@ from dataclasses import replace
 
 import pytest
 
-from flows.settings import Search
-from layerwise.allocation import SparsityPlan
-from layerwise.alps import ALPS
-from layerwise.owl import OWL
-from layerwise.skeleton import Linear
-from layerwise.sparsegpt import SparseGPT
-from layerwise.theory_plans import TheoryPlan
-from layerwise.wanda import Wanda
-from storage.artifact import Artifact, StoredFile
-from storage.keys import digest
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensor_entry import TensorEntry
-from tasks.allocate import AllocateSettings, allocate_stage
-from tasks.branch import LaneScore, lane_stage
-from tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
-from tasks.capture_grams import grams_stage
-from tasks.checkpoint import INDEX_FILE, Checkpoint
-from tasks.checkpoint_index import CheckpointIndex, IndexedTensor
-from tasks.compress import compress_stage
-from tasks.evaluate import evaluate_stage
-from tasks.export import export_stage
-from tasks.grouping import group_stage
-from tasks.hub_corpus import HubCorpus
-from tasks.import_checkpoint import import_stage
-from tasks.join_rounds import joined_stage
-from tasks.lane_group import LaneInputs
-from tasks.measure import measure_stage
-from tasks.model_card import ModelCard
-from tasks.prune_settings import PruneSettings
-from tasks.sample_tokens import TokenRequest, token_stage
-from tasks.select import select_stage
-from tasks.theory import theory_stage
-from tasks.theory_page import page_stage
-from tasks.zero_shot import ZeroShotSettings, zero_shot_stage
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.owl import OWL
+from layerwise.flows.settings import Search
+from layerwise.models.skeleton import Linear
+from layerwise.pruners.alps import ALPS
+from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.pruners.wanda import Wanda
+from layerwise.scoring.theory_plans import TheoryPlan
+from layerwise.storage.artifact import Artifact, StoredFile
+from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.storage.keys import digest
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.allocate import AllocateSettings, allocate_stage
+from layerwise.tasks.branch import LaneScore, lane_stage
+from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
+from layerwise.tasks.capture_grams import grams_stage
+from layerwise.tasks.compress import compress_stage
+from layerwise.tasks.evaluate import evaluate_stage
+from layerwise.tasks.export import export_stage
+from layerwise.tasks.import_checkpoint import import_stage
+from layerwise.tasks.lanes.grouping import group_stage
+from layerwise.tasks.lanes.join_rounds import joined_stage
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.measure import measure_stage
+from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
+from layerwise.tasks.pages.model_card import ModelCard
+from layerwise.tasks.pages.theory_page import page_stage
+from layerwise.tasks.sample_tokens import TokenRequest, token_stage
+from layerwise.tasks.select import select_stage
+from layerwise.tasks.texts.hub_corpus import HubCorpus
+from layerwise.tasks.theory import theory_stage
+from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot_stage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LINEARS = [[Linear("self_attn.q_proj", 4, 4, False), Linear("mlp.down_proj", 4, 8, False)]] * 2

@@ -19,7 +19,9 @@ START, END = "start", "end"  # where a kill falls that hits no stage
 STAGE_OF_TITLE = {"import": "import_checkpoint"}  # where the progress is not called like the task
 FINISHED = re.compile(r"INFO prefect\.task_runs (?P<stage>\w+) Finished in state Completed\(\)")
 # Said after every layer, shard of an import, or lane whose loss was taken, and before the resume point after it.
-DONE = re.compile(r"DEBUG tasks\.progress \S+ (?P<title>\w+): .*: (?P<unit>\w+) (?P<number>\d+) of \d+ done")
+DONE = re.compile(
+    r"DEBUG layerwise\.tasks\.running\.progress \S+ (?P<title>\w+): .*: (?P<unit>\w+) (?P<number>\d+) of \d+ done"
+)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _log_work(settings: Path, said: Path) -> None:
         "defaults": {"task_name": "-"},
     }
     config["handlers"]["work"] = {"class": "logging.FileHandler", "filename": str(said), "formatter": "work"}
-    for name in ("tasks", "storage", "flows"):
+    for name in ("layerwise.tasks", "layerwise.storage", "layerwise.flows"):
         config["loggers"][name] = {"level": "DEBUG", "handlers": ["work"]}
     config["loggers"]["prefect.task_runs"]["handlers"].append("work")
     settings.write_text(yaml.safe_dump(config))

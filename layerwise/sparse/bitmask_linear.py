@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from layerwise.bitmask import PackedWeight
+from layerwise.sparse.bitmask import PackedWeight
 from layerwise.sparse.native import Kernel, kernel
 from layerwise.sparse.panels import PanelWeight, panels_of
 

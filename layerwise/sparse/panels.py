@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from layerwise.bitmask import BYTE_BITS, PackedWeight, pack, unpack
+from layerwise.sparse.bitmask import BYTE_BITS, PackedWeight, pack, unpack
 from layerwise.sparse.pages import in_huge_pages
 
 # The inputs of a panel stay in the first-level cache (32 kB) while its weights stream by: 24 kB in float32.

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from layerwise.perplexity import finite_loss, perplexity
+from layerwise.scoring.perplexity import finite_loss, perplexity
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name, in_turns, stream_bandwidth

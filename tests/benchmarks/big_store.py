@@ -14,10 +14,10 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from storage.files import is_local
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.storage.files.reading import is_local
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
 
 ROUNDS = 15
 LOOKUPS = 20

@@ -22,14 +22,13 @@ from typing import Any
 
 import xxhash
 
-import storage
-import tasks
-from flows import search as flow_module
-from flows.embedded_server import ServerStart
-from flows.runtime import Runtime
-from flows.settings import Search
-from storage.draft import Draft
-from storage.files import open_filesystem
+from layerwise import storage, tasks
+from layerwise.flows import search as flow_module
+from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.storage.draft import Draft
+from layerwise.storage.files.reading import open_filesystem
 from tests.demo_search import DEMO
 
 LIMIT = 0.05

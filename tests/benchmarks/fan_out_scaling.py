@@ -29,11 +29,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows import steps
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
-from storage.store import ArtifactStore
+from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
+from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 from tests.faults import stall_before_head
 from tests.prefect_server import FEW_WRITES, PrefectServer

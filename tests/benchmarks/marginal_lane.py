@@ -12,15 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.stages import check_inputs, load_checkpoint, sample_windows
-from layerwise.allocation import arithmetic
-from storage.store import ArtifactStore
-from tasks.branch import branch
-from tasks.capture import CaptureSettings, capture
-from tasks.lane_group import LaneInputs
-from tasks.streamed import layer_sizes_of
+from layerwise.allocators.allocation import arithmetic
+from layerwise.flows.pipeline.stages import check_inputs, load_checkpoint, sample_windows
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import branch
+from layerwise.tasks.capture import CaptureSettings, capture
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.models.streamed import layer_sizes_of
 
 ROUNDS = 3
 BETAS = tuple(0.001 * index for index in range(9))

@@ -18,20 +18,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from flows.settings import Search
-from layerwise.allocation import arithmetic
-from storage.stage import Stage
-from storage.store import Artifact, ArtifactStore
-from storage.tensors import write_tensors
-from tasks.branch import branch
-from tasks.capture import CaptureSettings, capture
-from tasks.checkpoint import Checkpoint
-from tasks.execution import Execution
-from tasks.export import export
-from tasks.import_checkpoint import import_checkpoint
-from tasks.lane_group import LaneInputs
-from tasks.sample_tokens import TOKENS_FILE
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from layerwise.allocators.allocation import arithmetic
+from layerwise.flows.settings import Search
+from layerwise.storage.formats.tensors import write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import Artifact, ArtifactStore
+from layerwise.tasks.branch import branch
+from layerwise.tasks.capture import CaptureSettings, capture
+from layerwise.tasks.export import export
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sample_tokens import TOKENS_FILE
 
 WINDOWS, SEQLEN = 2, 256
 BETAS = (0.0, 0.005)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import stages
-from flows.embedded_server import ServerStart
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
+from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.flows.pipeline import stages
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
 from tests.demo_search import DEMO
 
 TASKS = (

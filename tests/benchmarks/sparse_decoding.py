@@ -13,10 +13,10 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flows.console import open_console
-from flows.terminal import show_speed
-from layerwise.allocation import arithmetic
-from layerwise.skeleton import linears_of
+from layerwise.allocators.allocation import arithmetic
+from layerwise.flows.cli.console import open_console
+from layerwise.flows.cli.tables import show_speed
+from layerwise.models.skeleton import linears_of
 from layerwise.sparse.native import LEVELS
 from layerwise.sparse.speed import measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from layerwise.bitmask import pack
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.build import compile_kernel
 from layerwise.sparse.native import LEVELS, Kernel, kernel
 from layerwise.sparse.pages import in_huge_pages

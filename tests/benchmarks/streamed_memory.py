@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from storage.store import ArtifactStore
-from tasks.import_checkpoint import import_checkpoint
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import import_checkpoint
 from tests.benchmarks.memory_by_depth import memory
 from tests.lm_task_files import answered, give_words, some_documents, write_task
 

@@ -32,15 +32,15 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Completed, Pending, Running
 
-from flows import steps
-from flows.fan_out import FanOut
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.step import Step, parameters_of
-from flows.work_pool import WorkPool
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out.dispatch import FanOut
+from layerwise.flows.fan_out.step import Step, parameters_of
+from layerwise.flows.fan_out.work_pool import WorkPool
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
 from tests.prefect_server import PrefectServer, prefect_environment
 from tests.workers import create_pool
 

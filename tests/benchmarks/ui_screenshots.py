@@ -19,9 +19,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.deployments.runner import EntrypointType
 
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
 from tests.small_search import small_search
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -43,7 +43,7 @@ sys.exit(3)
 FLOW = """
 import pathlib, time
 from prefect import flow
-from tasks.stopping import stop, stop_deferred, stopping_on_sigterm
+from layerwise.tasks.running.stopping import stop, stop_deferred, stopping_on_sigterm
 
 @flow(name="layers", persist_result=False)
 def layers(folder: str) -> None:

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flows.result import SearchResult
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
+from layerwise.flows.pipeline.result import SearchResult
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
 
 WORDS = [f"w{number}" for number in range(96)]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows import cli
-from flows.compress import Compress, compress
-from flows.housekeeping import keys_of_results
-from flows.runtime import Runtime
-from flows.search import search
-from flows.zero_shot import ZeroShot, zero_shot
-from storage.store import ArtifactStore
-from tasks.compressed_checkpoint import load
-from tasks.report import PAGE_FILE
+from layerwise.flows.cli import main as cli
+from layerwise.flows.cli.store_commands import keys_of_results
+from layerwise.flows.compress import Compress, compress
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.zero_shot import ZeroShot, zero_shot
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.compressed.checkpoint import load
+from layerwise.tasks.report import PAGE_FILE
 from tests.lm_task_files import WORDS, give_words, some_documents, write_task
 
 
@@ -123,7 +123,7 @@ def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, pr
     )
     options = ["--search", first.key, "--tasks", ",".join(tasks), "--documents", "12"]
     command = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "zero-shot", "--store", done[1].store, *options],
+        [sys.executable, "-m", "layerwise.flows.cli.main", "zero-shot", "--store", done[1].store, *options],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PREFECT_API_URL": prefect_backend},
         capture_output=True,

@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-from flows import cli
-from flows.bench import bench
-from flows.compress import Compress, compress
-from flows.housekeeping import keys_of_results
-from flows.runtime import Runtime
-from flows.search import search
+from layerwise.flows.bench import bench
+from layerwise.flows.cli import main as cli
+from layerwise.flows.cli.store_commands import keys_of_results
+from layerwise.flows.compress import Compress, compress
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
 from layerwise.sparse import accelerate
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.ways import BFLOAT16, SPARSE
-from storage.store import ArtifactStore
+from layerwise.storage.store import ArtifactStore
 
 QUICK = SpeedSettings(prompt_tokens=5, new_tokens=3, rounds=1)
 OPTIONS = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1"]

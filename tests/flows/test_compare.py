@@ -11,16 +11,16 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import ValidationError
 
-from flows.compare import Compare, compare
-from flows.compared_searches import SearchFailed
-from flows.comparison import Compared, markdown_of, rows_of, summary_of
-from flows.runtime import Runtime
-from flows.settings import Search
-from layerwise.magnitude import Magnitude
-from layerwise.perplexity import PairedDifference
-from layerwise.wanda import Wanda
-from storage.store import ArtifactStore
-from tasks.evaluate import TestResult
+from layerwise.flows.compare import Compare, compare
+from layerwise.flows.pipeline.compared_searches import SearchFailed
+from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.wanda import Wanda
+from layerwise.scoring.perplexity import PairedDifference
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.evaluate import TestResult
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from flows.found import look_up
-from flows.plan import plan_search
-from storage.store import ArtifactStore
-from storage.tables import read_table
-from tasks.branch import LINEARS_FILE
-from tasks.search_result import RESULT_FILE
+from layerwise.flows.pipeline.lookup import look_up
+from layerwise.flows.plan import plan_search
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import LINEARS_FILE
+from layerwise.tasks.results.search_result import RESULT_FILE
 
 METHODS = {
     "sparsegpt": {"pruner": "sparsegpt"},

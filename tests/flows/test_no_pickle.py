@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime import Runtime
-from flows.search import search
-from storage.corrupt import Corrupt
-from storage.damage import Damaged
-from storage.store import ArtifactStore
-from storage.tensors import read_tensors
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.storage.damage import Damaged
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.formats.tensors import read_tensors
+from layerwise.storage.store import ArtifactStore
 
 
 class Bomb:

@@ -5,12 +5,12 @@ from argparse import ArgumentParser
 
 import pytest
 
-from flows.compare import Compare
-from flows.options import add_options, read_options
-from flows.runtime import Runtime
-from flows.settings import Search
-from flows.stages import check_plans
-from layerwise.skeleton import Linear
+from layerwise.flows.compare import Compare
+from layerwise.flows.options import add_options, read_options
+from layerwise.flows.pipeline.stages import check_plans
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.models.skeleton import Linear
 
 LINEARS = [[Linear("self_attn.q_proj", 32, 32, False), Linear("mlp.down_proj", 32, 64, False)]] * 3
 

@@ -5,10 +5,10 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from flows.plan import plan_search
-from flows.runtime import Runtime
-from flows.search import search
-from storage.store import ArtifactStore
+from layerwise.flows.plan import plan_search
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.storage.store import ArtifactStore
 
 STAGES = [
     "import_checkpoint",
@@ -46,7 +46,7 @@ def test_between_it_knows_what_is_there(workshop, prefect_backend, tmp_path, mon
         raise OSError("the machine died")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the machine died"):  # noqa: PT012
-        patch.setattr("tasks.lane_group.read_statistics", dying)
+        patch.setattr("layerwise.tasks.lanes.lane_group.read_statistics", dying)
         search(workshop.settings(), runtime)
     plan = plan_search(workshop.settings(), runtime)
     assert to_do(plan) == ["branch: 3 betas", "select", "export", "evaluate"]

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from flows.report import make_report
-from storage.artifact import Artifact
-from storage.store import ArtifactStore
-from storage.tables import read_table
-from tasks.branch import ERRORS_FILE, LINEARS_FILE
-from tasks.drawing import svg_inside
-from tasks.findings import number
-from tasks.report import figures_of, report
-from tasks.report_data import ReportData, report_data
-from tasks.report_extras import Extras, Sizes, ZeroShotRow
-from tasks.report_page import report_page
-from tasks.search_result import FinishedSearch, read_search
+from layerwise.flows.report import make_report
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import ERRORS_FILE, LINEARS_FILE
+from layerwise.tasks.charts.drawing import svg_inside
+from layerwise.tasks.pages.report_data import ReportData, report_data
+from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
+from layerwise.tasks.pages.report_page import report_page
+from layerwise.tasks.report import figures_of, report
+from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
 EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements that have no end

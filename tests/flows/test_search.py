@@ -22,17 +22,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flows.found import look_up
-from flows.plan import plan_search
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
-from storage.files import open_filesystem
-from storage.store import ArtifactStore
-from tasks.findings import table_rows
-from tasks.import_checkpoint import import_checkpoint
-from tasks.sample_tokens import read_input_ids
-from tasks.search_result import RESULT_FILE
+from layerwise.flows.pipeline.lookup import look_up
+from layerwise.flows.plan import plan_search
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
+from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.results.findings import table_rows
+from layerwise.tasks.results.search_result import RESULT_FILE
+from layerwise.tasks.sample_tokens import read_input_ids
 
 ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]
@@ -147,7 +147,9 @@ def test_a_search_that_died_goes_on_from_its_last_resume_point(
 ):
     runtime = Runtime(store=str(tmp_path / "store"), boundary_layers=1)
     computed = []
-    read_statistics = __import__("tasks.lane_group", fromlist=["read_statistics"]).read_statistics
+    read_statistics = __import__(
+        "layerwise.tasks.lanes.lane_group", fromlist=["read_statistics"]
+    ).read_statistics
 
     def dying(store, artifact, layer, *rest):
         computed.append(layer)
@@ -155,7 +157,7 @@ def test_a_search_that_died_goes_on_from_its_last_resume_point(
             raise OSError("the machine died")
         return read_statistics(store, artifact, layer, *rest)
 
-    monkeypatch.setattr("tasks.lane_group.read_statistics", dying)
+    monkeypatch.setattr("layerwise.tasks.lanes.lane_group.read_statistics", dying)
     with pytest.raises(OSError, match="the machine died"):
         search(workshop.settings(), runtime)
     result = search(workshop.settings(), runtime)

@@ -10,7 +10,7 @@ import pytest
 # Commands of layerwise and of the system in turns, in one process, as importing torch takes seconds.
 STEPS = """
 import json, subprocess, sys
-from flows.cli import main
+from layerwise.flows.cli.main import main
 
 sys.stderr = sys.stdout
 for step in json.loads(sys.argv[1]):
@@ -83,8 +83,8 @@ def test_what_is_not_in_a_read_only_store_is_refused_before_any_work(said):
 
 
 START = """
-import flows
-from flows.embedded_server import ServerStart
+import layerwise.flows
+from layerwise.flows.orchestration.embedded_server import ServerStart
 
 try:
     ServerStart().wait()

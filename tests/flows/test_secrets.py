@@ -10,7 +10,7 @@ import uuid
 import pytest
 from prefect.client.orchestration import get_client
 
-from storage.files import open_filesystem
+from layerwise.storage.files.reading import open_filesystem
 
 HUB_TOKEN = "hf_thisTokenIsASecret0123456789"
 AUTH_STRING = "admin:thisPasswordIsASecret0123456789"
@@ -36,7 +36,16 @@ def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
         }
         options = [f"--{n.replace('_', '-')}={v}" for n, v in workshop.parameters(betas="0.1").items()]
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "search", *options, "--store", store, "--boundary-layers=1"],
+            [
+                sys.executable,
+                "-m",
+                "layerwise.flows.cli.main",
+                "search",
+                *options,
+                "--store",
+                store,
+                "--boundary-layers=1",
+            ],
             cwd=pytestconfig.rootpath,
             env=os.environ | own | environment,
             capture_output=True,

@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
-from layerwise.magnitude import Magnitude
-from layerwise.wanda import Wanda
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.wanda import Wanda
 
 LEAST = {"model": "demo", "sparsity": 0.5}
 

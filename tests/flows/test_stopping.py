@@ -10,14 +10,14 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 
-from flows.runtime import Runtime
-from flows.search import search
-from storage.store import ArtifactStore
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.storage.store import ArtifactStore
 
 # A search that gets the signal while it reads the second layer of its second pass, the lanes'.
 STOPPED_IN_THE_LANES = """
 import os, signal, sys
-from tasks.checkpoint import Checkpoint
+from layerwise.tasks.models.checkpoint import Checkpoint
 
 read, passes = Checkpoint.layers, []
 
@@ -29,7 +29,7 @@ def layers(checkpoint, first=0):
         yield layer
 
 Checkpoint.layers = layers
-from flows.cli import main
+from layerwise.flows.cli.main import main
 main()
 """
 
@@ -64,7 +64,7 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
 
     name, *arguments = shlex.split(command)
     assert name == "layerwise"
-    resumed = start("-m", "flows.cli", *arguments)
+    resumed = start("-m", "layerwise.flows.cli.main", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"^branch: 3 betas.* goes on from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
     assert finished[0].selection.verdict in resumed.stdout
@@ -85,10 +85,10 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
 # torch's own allocator refuses more than any machine has.
 OUT_OF_MEMORY = """
 import torch
-from layerwise.hidden_states import HiddenStatesRoom
+from layerwise.models.hidden_states import HiddenStatesRoom
 
 HiddenStatesRoom.empty = lambda room, shape, dtype: torch.empty(1 << 60, dtype=dtype)
-from flows.cli import main
+from layerwise.flows.cli.main import main
 main()
 """
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.compare import Compare, compare
-from flows.found import look_up
-from flows.plan import plan_search
-from flows.runtime import Runtime
-from flows.search import search
-from flows.steps import evaluate
-from flows.theory import Theory, theory
-from storage.store import ArtifactStore
-from tasks.search_result import lane_role
+from layerwise.flows.compare import Compare, compare
+from layerwise.flows.fan_out.part_flows import evaluate
+from layerwise.flows.pipeline.lookup import look_up
+from layerwise.flows.plan import plan_search
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.theory import Theory, theory
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.results.search_result import lane_role
 
 BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the last one removes the whole third layer
 WINDOWS = 24

@@ -12,15 +12,15 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from pydantic import ValidationError
 
-from flows.report import make_report
-from flows.runtime import Runtime
-from flows.search import search
-from flows.settings import Search
-from flows.theory import Theory, theory
-from storage.artifact import Artifact
-from storage.store import ArtifactStore
-from storage.tables import read_table
-from tasks.theory_text import sentences
+from layerwise.flows.report import make_report
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import search
+from layerwise.flows.settings import Search
+from layerwise.flows.theory import Theory, theory
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.pages.theory_text import sentences
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
 
@@ -116,7 +116,7 @@ def layerwise_theory(workshop, server, store, *more) -> subprocess.CompletedProc
     small = {name: value for name, value in workshop.parameters().items() if name != "betas"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "theory", *options, f"--store={store}", *more],
+        [sys.executable, "-m", "layerwise.flows.cli.main", "theory", *options, f"--store={store}", *more],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PREFECT_API_URL": server},
         capture_output=True,

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.streaming import StreamedModel
+from layerwise.models.streaming import StreamedModel
 
 VOCABULARY = 61
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -224,7 +224,7 @@ def _remembering(kept: list[Tensor]) -> Callable:
 @pytest.fixture
 def two_windows_at_a_time(monkeypatch) -> None:
     """Batches of two windows of 16 tokens, so that five windows leave a remainder."""
-    monkeypatch.setattr("layerwise.hidden_states.TOKENS_PER_FORWARD", 32)
+    monkeypatch.setattr("layerwise.models.hidden_states.TOKENS_PER_FORWARD", 32)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from layerwise.trials import Point, Strategy, Trial
+from layerwise.strategies.trials import Point, Strategy, Trial
 
 
 def proposals(search: Strategy, loss: Callable[[Point], float]) -> list[tuple[Point, ...]]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from layerwise.allocation import arithmetic, removed_per_linear
-from layerwise.capture import capture_layers, embed_windows
+from layerwise.allocators.allocation import arithmetic, removed_per_linear
+from layerwise.calibration.capture import capture_layers, embed_windows
 from layerwise.lanes import Lane, run_lanes
-from layerwise.magnitude import Magnitude
-from layerwise.wanda import Wanda
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.wanda import Wanda
 
 pytestmark = pytest.mark.usefixtures("two_windows_at_a_time")
 

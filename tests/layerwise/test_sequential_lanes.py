@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from layerwise.capture import embed_windows
+from layerwise.calibration.capture import embed_windows
 from layerwise.lanes import Lane, run_lanes
-from layerwise.magnitude import Magnitude
-from layerwise.wanda import Wanda
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.wanda import Wanda
 
 pytestmark = pytest.mark.usefixtures("two_windows_at_a_time")
 

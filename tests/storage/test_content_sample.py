@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.content_sample import sample_contents
-from storage.corrupt import Corrupt
-from storage.safetensors_header import encode_header
+from layerwise.storage.content_sample import sample_contents
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.formats.safetensors_header import encode_header
 
 LOCAL = LocalFileSystem()
 MIB = 1 << 20

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from storage.damage import Damaged
-from storage.set_aside import set_aside
-from storage.stage import Stage
+from layerwise.storage.damage import Damaged
+from layerwise.storage.stage import Stage
+from layerwise.storage.upkeep.set_aside import set_aside
 
 STAGE = Stage("capture", 1)
 

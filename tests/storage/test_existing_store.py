@@ -5,13 +5,13 @@ import uuid
 
 import pytest
 
-from flows.housekeeping import collect_garbage, verify_store
-from flows.status import show_status
-from storage.existing_store import existing_store
-from storage.publishing import overwrite
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.flows.cli.status import show_status
+from layerwise.flows.cli.store_commands import collect_garbage, verify_store
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
 from tests.faults import error
 from tests.leftovers import OTHER, STAGE, build_weights, die_in_attempt, paths_in
 

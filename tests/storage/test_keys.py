@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from storage.keys import canonical_json, digest
-from storage.stage import Stage
+from layerwise.storage.keys import canonical_json, digest
+from layerwise.storage.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from storage.artifact import Artifact, StoredFile, files_from_json
-from storage.corrupt import Corrupt
-from storage.document import seal
-from storage.stage import Stage
+from layerwise.storage.artifact import Artifact, StoredFile, files_from_json
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.formats.document import seal
+from layerwise.storage.stage import Stage
 
 STAGE = Stage("prune-layer", 1)
 

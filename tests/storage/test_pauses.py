@@ -8,20 +8,20 @@ import time
 
 import pytest
 
-from storage.corrupt import Corrupt
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
 from tests.leftovers import STAGE, collect_all, paths_in
 
 SLEEPER = """
 import logging, sys
-import storage.pauses, storage.running
-from storage.running import announced
-from storage.stage import Stage
-from storage.store import ArtifactStore
+import layerwise.storage.pauses, layerwise.storage.upkeep.signs_of_life
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-storage.pauses.SHORTEST, storage.running.EVERY = 0.5, 0.1
+layerwise.storage.pauses.SHORTEST, layerwise.storage.upkeep.signs_of_life.EVERY = 0.5, 0.1
 store, resume_point, place = ArtifactStore(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def paused(at):

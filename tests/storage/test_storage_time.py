@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.document import read_sealed, seal
-from storage.publishing import overwrite
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.formats.document import read_sealed, seal
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
 from tests.leftovers import build_weights
 
 FIRST, SECOND = Stage("search", 1, {"beta": 0.1}), Stage("search", 1, {"beta": 0.2})

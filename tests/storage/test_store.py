@@ -5,9 +5,9 @@ import logging
 import pytest
 from fsspec.core import url_to_fs
 
-from storage.corrupt import Corrupt
-from storage.stage import Stage
-from storage.store import ArtifactStore
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
 
 STAGE = Stage("prune-layer", version=1, settings={"layer": 3, "sparsity": 0.5}, inputs={"dense": "import/0"})
 

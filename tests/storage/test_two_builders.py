@@ -2,12 +2,12 @@
 
 import pytest
 
-from flows.mending import mending
-from storage.damage import Damaged
-from storage.draft import Draft
-from storage.set_aside import set_aside
-from storage.stage import Stage
-from storage.unreachable import Unreachable
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.storage.damage import Damaged
+from layerwise.storage.draft import Draft
+from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.stage import Stage
+from layerwise.storage.upkeep.set_aside import set_aside
 
 STAGE = Stage("capture", 1)
 

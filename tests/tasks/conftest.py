@@ -31,26 +31,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from layerwise.allocation import SparsityPlan, arithmetic
-from layerwise.skeleton import Linear
-from layerwise.streaming import StreamedModel
-from layerwise.wanda import Wanda
-from storage.artifact import Artifact
-from storage.stage import Stage
-from storage.store import ArtifactStore
-from storage.tensors import write_tensors
-from tasks.branch import LaneScore, branch
-from tasks.capture import CaptureSettings, Retention, capture
-from tasks.capture_grams import capture_grams
-from tasks.checkpoint import Checkpoint
-from tasks.evaluate import evaluate
-from tasks.execution import Execution
-from tasks.export import export
-from tasks.import_checkpoint import import_checkpoint
-from tasks.lane_group import LaneInputs
-from tasks.prune_settings import PruneSettings
-from tasks.sample_tokens import TOKENS_FILE, read_input_ids
-from tasks.streamed import layer_sizes_of, linears_by_layer
+from layerwise.allocators.allocation import SparsityPlan, arithmetic
+from layerwise.models.skeleton import Linear
+from layerwise.models.streaming import StreamedModel
+from layerwise.pruners.wanda import Wanda
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.tensors import write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import LaneScore, branch
+from layerwise.tasks.capture import CaptureSettings, Retention, capture
+from layerwise.tasks.capture_grams import capture_grams
+from layerwise.tasks.evaluate import evaluate
+from layerwise.tasks.export import export
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sample_tokens import TOKENS_FILE, read_input_ids
 from tests.lm_task_files import give_words, some_documents, write_task
 
 COMMIT = "c0ffee" * 6 + "beef"

@@ -2,11 +2,11 @@
 
 import pytest
 
-from layerwise.allocators import Given
-from layerwise.depth_schedules import Erf
-from layerwise.owl import OWL
-from layerwise.skeleton import Linear
-from tasks.allocate import AllocateSettings, allocate, read_plans
+from layerwise.allocators.allocators import Given
+from layerwise.allocators.depth_schedules import Erf
+from layerwise.allocators.owl import OWL
+from layerwise.models.skeleton import Linear
+from layerwise.tasks.allocate import AllocateSettings, allocate, read_plans
 
 
 def layers(*sizes):

@@ -2,18 +2,18 @@
 
 import pytest
 
-from layerwise.allocation import SparsityPlan
-from layerwise.magnitude import Magnitude
-from storage.tables import read_table
-from tasks.branch import branch, lane_stage
-from tasks.execution import Execution
-from tasks.grouping import begun_groups
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.storage.formats.tables import read_table
+from layerwise.tasks.branch import branch, lane_stage
+from layerwise.tasks.lanes.grouping import begun_groups
+from layerwise.tasks.running.execution import Execution
 
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
 # Called once for every layer (dense), once for every layer and lane (sequential).
-READS_STATISTICS = "tasks.lane_group.read_statistics"
-WRITES_STATISTICS = "tasks.lane_group.write_statistics"
+READS_STATISTICS = "layerwise.tasks.lanes.lane_group.read_statistics"
+WRITES_STATISTICS = "layerwise.tasks.lanes.lane_group.write_statistics"
 
 
 def errors_of(run, lane):
@@ -156,7 +156,7 @@ def test_interrupted_sequential_lanes_go_on_from_their_last_boundary(
 def test_lanes_whose_group_is_finished_are_not_computed_again(small_run, dying_at, computed_layers):
     run = small_run()
     run.capture()
-    with dying_at("tasks.branch.perplexity", call=2):  # while the second lane is being committed
+    with dying_at("layerwise.tasks.branch.perplexity", call=2):  # while the second lane is being committed
         run.branch(0.0, 0.1, 0.3)
     computed_layers.clear()
     lanes = run.branch(0.0, 0.1, 0.3)
@@ -236,7 +236,7 @@ def test_a_death_while_the_lanes_are_committed_costs_no_layer(small_run, dying_a
     run = small_run()
     run.branch(0.0)
     computed_layers.clear()
-    with dying_at("tasks.branch._copy_lane", call=2):
+    with dying_at("layerwise.tasks.branch._copy_lane", call=2):
         run.branch(0.0, 0.1, 0.2)
     assert computed_layers == [0, 1, 2]
     assert len(committed_lanes(run)) == 2
@@ -275,7 +275,7 @@ def test_a_death_between_the_losses_of_two_lanes_computes_no_layer_again(
     run = small_run()
     run.capture()
     computed_layers.clear()
-    with dying_at("tasks.lane_group.window_losses", call=2):
+    with dying_at("layerwise.tasks.lanes.lane_group.window_losses", call=2):
         run.branch(0.0, 0.2, boundary_layers=1)
     assert computed_layers == [0, 1, 2]
     resumed = run.branch(0.0, 0.2, boundary_layers=1)

@@ -9,10 +9,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from storage.tables import read_table
-from storage.tensors import read_tensors
-from tasks.capture import boundary_file
-from tasks.statistics_table import read_statistics
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.formats.tensors import read_tensors
+from layerwise.tasks.capture import boundary_file
+from layerwise.tasks.lanes.statistics_table import read_statistics
 
 
 def small_gpt2():
@@ -93,7 +93,7 @@ def test_an_interrupted_capture_goes_on_from_its_last_boundary(
     store, small_run, another_store, dying_at, computed_layers, finished_layers
 ):
     run = small_run(store=store)
-    with dying_at("tasks.capture.write_statistics", call=finished_layers + 1):
+    with dying_at("layerwise.tasks.capture.write_statistics", call=finished_layers + 1):
         run.capture("all", boundary_layers=1)
     assert computed_layers == list(range(finished_layers + 1))
     computed_layers.clear()
@@ -107,7 +107,7 @@ def test_an_interrupted_capture_goes_on_from_its_last_boundary(
 def test_a_capture_that_is_interrupted_twice_is_still_bit_identical(small_run, another_store, dying_at):
     run = small_run()
     for call in (2, 2):
-        with dying_at("tasks.capture.write_statistics", call=call):
+        with dying_at("layerwise.tasks.capture.write_statistics", call=call):
             run.capture(boundary_layers=1)
     undisturbed = small_run(run.folder, another_store()).capture()
     assert run.capture(boundary_layers=1).content == undisturbed.content
@@ -115,7 +115,7 @@ def test_a_capture_that_is_interrupted_twice_is_still_bit_identical(small_run, a
 
 def test_without_a_boundary_an_interrupted_capture_starts_afresh(small_run, dying_at, computed_layers):
     run = small_run()
-    with dying_at("tasks.capture.write_statistics", call=3):
+    with dying_at("layerwise.tasks.capture.write_statistics", call=3):
         run.capture()
     computed_layers.clear()
     run.capture()
@@ -124,7 +124,7 @@ def test_without_a_boundary_an_interrupted_capture_starts_afresh(small_run, dyin
 
 def test_a_resume_point_is_due_after_some_time_too(small_run, dying_at, computed_layers):
     run = small_run()
-    with dying_at("tasks.capture.write_statistics", call=3):
+    with dying_at("layerwise.tasks.capture.write_statistics", call=3):
         run.capture(boundary_seconds=0.0)
     computed_layers.clear()
     run.capture()
@@ -133,10 +133,10 @@ def test_a_resume_point_is_due_after_some_time_too(small_run, dying_at, computed
 
 KILLED_IN_LAYER_2 = """
 import os, signal, sys
-import tasks.capture as stage
-from storage.store import ArtifactStore
-from tasks.execution import Execution
-from tasks.import_checkpoint import import_checkpoint
+import layerwise.tasks.capture as stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.import_checkpoint import import_checkpoint
 
 url, folder, calibration, selection = sys.argv[1:]
 store, write = ArtifactStore(url), stage.write_statistics
@@ -169,7 +169,7 @@ def test_a_killed_process_leaves_a_capture_that_another_one_finishes(
 
 def test_a_damaged_resume_point_is_not_used(small_run, another_store, dying_at, computed_layers):
     run = small_run()
-    with dying_at("tasks.capture.write_statistics", call=3):
+    with dying_at("layerwise.tasks.capture.write_statistics", call=3):
         run.capture(boundary_layers=1)
     (state,) = (path for path in run.files() if path.endswith("hidden_states.safetensors"))
     content = bytearray(run.store.fs.cat_file(state))

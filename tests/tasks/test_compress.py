@@ -18,16 +18,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from flows.mending import mending
-from storage.stage import Stage
-from storage.tensors import read_tensors, write_tensors
-from tasks.card_of_lane import results_on_test
-from tasks.compress import compress, compress_stage
-from tasks.compressed_checkpoint import load, unpack_checkpoint
-from tasks.evaluate import read_test
-from tasks.execution import Execution
-from tasks.import_checkpoint import import_checkpoint
-from tasks.model_card import ModelCard
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.storage.formats.tensors import read_tensors, write_tensors
+from layerwise.storage.stage import Stage
+from layerwise.tasks.compress import compress, compress_stage
+from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint
+from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.pages.model_card import ModelCard
+from layerwise.tasks.pages.model_card_data import results_on_test
+from layerwise.tasks.running.execution import Execution
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -262,7 +262,7 @@ def test_the_card_has_the_results_of_the_test_too(small_run):
     card = run.store.read(compress_export(run, exported, replace(CARD, results=rows)), "README.md").decode()
     for name in ("dense", "uniform", "best"):
         assert f"| test text | 2 x 12 | {tested.facts[name]:.2f} |" in card
-    assert "from tasks.compressed_checkpoint import load" in card
+    assert "from layerwise.tasks.compressed.checkpoint import load" in card
 
 
 def test_a_second_call_finds_it_and_another_card_is_another_artifact(small_run):
@@ -281,7 +281,7 @@ def test_an_interrupted_compression_goes_on_with_the_next_shard_and_ends_in_one_
 ):
     run = small_run(store=store)
     exported = export_of(run)
-    with dying_at("tasks.compress.write_tensors", call=written + 1):
+    with dying_at("layerwise.tasks.compress.write_tensors", call=written + 1):
         compress_export(run, exported, boundary_layers=1)
     assert store.progress(compress_stage(exported.key, CARD)).step == written
     resumed = compress_export(run, exported, boundary_layers=1)
@@ -296,7 +296,7 @@ def test_an_interrupted_compression_ends_with_the_files_of_an_undisturbed_one(
 ):
     run = small_run()
     exported = export_of(run)
-    with dying_at("tasks.compress.write_tensors", call=3):
+    with dying_at("layerwise.tasks.compress.write_tensors", call=3):
         compress_export(run, exported, boundary_layers=1)
     resumed = compress_export(run, exported, boundary_layers=1)
     undisturbed = small_run(run.folder, another_store())
@@ -306,7 +306,7 @@ def test_an_interrupted_compression_ends_with_the_files_of_an_undisturbed_one(
 def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     exported = export_of(run)
-    with dying_at("tasks.compress.write_tensors", call=4):
+    with dying_at("layerwise.tasks.compress.write_tensors", call=4):
         compress_export(run, exported, boundary_layers=1)
     shard = next(Path(run.store.root).rglob("compressed-00002-of-00006.safetensors"))
     content = shard.read_bytes()

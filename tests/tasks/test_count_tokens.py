@@ -7,8 +7,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tasks.corpora import open_corpus
-from tasks.count_tokens import TokenCount, count_tokens, find_count, keep_count
+from layerwise.tasks.count_tokens import TokenCount, count_tokens, find_count, keep_count
+from layerwise.tasks.texts.corpora import open_corpus
 
 IDENTITY = "0123456789abcdef"
 

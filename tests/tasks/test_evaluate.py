@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from layerwise.perplexity import perplexity
-from storage.corrupt import Corrupt
-from tasks.capture import DENSE_PERPLEXITY
-from tasks.evaluate import read_test
-from tasks.sample_tokens import TOKENS_FILE
+from layerwise.scoring.perplexity import perplexity
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.tasks.capture import DENSE_PERPLEXITY
+from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.sample_tokens import TOKENS_FILE
 
 SMOLLM2 = {
     "hidden_size": 576,
@@ -115,7 +115,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_last_boundary(
     run = small_run(calibration_mode=mode)
     run.capture()
     computed_layers.clear()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
+    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=3):
         run.evaluate(0.0, 0.25, boundary_layers=1)
     computed_layers.clear()
     resumed = run.evaluate(0.0, 0.25, boundary_layers=1)

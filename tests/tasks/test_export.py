@@ -18,15 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from flows.mending import mending
-from layerwise.magnitude import Magnitude
-from storage.collect import collect, plan_collection
-from storage.damage import Damaged
-from storage.tables import read_table
-from tasks.checkpoint_files import copied_files
-from tasks.evaluate import read_test
-from tasks.export import export_stage
-from tasks.import_checkpoint import import_checkpoint, open_exported
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.storage.damage import Damaged
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.upkeep.collect import collect, plan_collection
+from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.export import export_stage
+from layerwise.tasks.import_checkpoint import import_checkpoint, open_exported
+from layerwise.tasks.sources.checkpoint_files import copied_files
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
@@ -309,7 +309,7 @@ def test_an_interrupted_export_goes_on_with_the_next_shard_and_ends_in_one_folde
     """Two tensors outside of the layers, then three layers; every shard is a boundary here."""
     run = small_run(store=store)
     (lane,) = run.branch(0.25)
-    with dying_at("tasks.export.write_tensors", call=written + 1):
+    with dying_at("layerwise.tasks.export.write_tensors", call=written + 1):
         run.export(lane, boundary_layers=1)
     read_before = run.checkpoint.bytes_read
     resumed = run.export(lane, boundary_layers=1)
@@ -340,7 +340,7 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
 def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     (lane,) = run.branch(0.25)
-    with dying_at("tasks.export.write_tensors", call=4):
+    with dying_at("layerwise.tasks.export.write_tensors", call=4):
         run.export(lane, boundary_layers=1)
     shard = next(Path(run.store.root).rglob("model-00002-of-00006.safetensors"))
     content = shard.read_bytes()

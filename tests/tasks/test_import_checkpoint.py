@@ -18,9 +18,9 @@ from transformers import (
     LlamaModel,
 )
 
-from storage.content_sample import WHOLE
-from storage.files import open_filesystem
-from tasks.import_checkpoint import import_checkpoint, inspect_source
+from layerwise.storage.content_sample import WHOLE
+from layerwise.storage.files.reading import open_filesystem
+from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
 
 
 def all_weights(checkpoint) -> dict[str, torch.Tensor]:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from layerwise.alpha_pruning import AlphaPruning, tail_exponent
-from layerwise.lsa import LSA
-from layerwise.owl import OWL
-from layerwise.sparsegpt import SparseGPT
-from tasks.execution import Execution
-from tasks.measure import measure, read_scores
+from layerwise.allocators.alpha_pruning import AlphaPruning, tail_exponent
+from layerwise.allocators.lsa import LSA
+from layerwise.allocators.owl import OWL
+from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.tasks.measure import measure, read_scores
+from layerwise.tasks.running.execution import Execution
 
 
 def scores(run, allocator, by_linear=False, **execution):
@@ -37,7 +37,7 @@ def test_a_measurement_that_died_goes_on_with_the_layer_it_had_reached(
     run = small_run(pruner=SparseGPT())
     whole = scores(run, allocator)
     again = small_run(run.folder, store=another_store(), pruner=SparseGPT())
-    with dying_at("tasks.measure._scores", 3):
+    with dying_at("layerwise.tasks.measure._scores", 3):
         scores(again, allocator, boundary_layers=1)
     measured = []
     original = measure.fn.__globals__["_scores"]
@@ -46,7 +46,7 @@ def test_a_measurement_that_died_goes_on_with_the_layer_it_had_reached(
         measured.append(arguments[4])
         return original(*arguments)
 
-    monkeypatch.setattr("tasks.measure._scores", counted)
+    monkeypatch.setattr("layerwise.tasks.measure._scores", counted)
     assert scores(again, allocator) == whole
     assert measured == [2]
 
@@ -57,7 +57,7 @@ def test_gram_matrices_go_on_from_the_layer_that_was_saved(
     run = small_run(pruner=SparseGPT())
     whole = run.grams()
     again = small_run(run.folder, store=another_store(), pruner=SparseGPT())
-    with dying_at("tasks.capture_grams._grams_file", 3):
+    with dying_at("layerwise.tasks.capture_grams._grams_file", 3):
         again.grams(boundary_layers=1)
     computed_layers.clear()
     assert again.grams().content == whole.content

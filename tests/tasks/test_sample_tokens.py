@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from storage.store import ArtifactStore
-from tasks.corpora import assign_parts, open_corpus
-from tasks.sample_tokens import TokenRequest, read_input_ids, sample_tokens, token_stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.sample_tokens import TokenRequest, read_input_ids, sample_tokens, token_stage
+from layerwise.tasks.texts.corpora import assign_parts, open_corpus
 
 IDENTITY = "0123456789abcdef"
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from layerwise.allocation import SparsityPlan
-from layerwise.perplexity import DIVERGED
-from storage.artifact import Artifact
-from tasks.branch import LaneScore
-from tasks.select import compare, read_selection, select
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.scoring.perplexity import DIVERGED
+from layerwise.storage.artifact import Artifact
+from layerwise.tasks.branch import LaneScore
+from layerwise.tasks.select import compare, read_selection, select
 
 
 def lane(beta, *losses):

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import tasks.branch as branch_module
-from storage.damage import Damaged
-from storage.set_aside import set_aside
-from storage.store import ArtifactStore
-from tasks import grouping
+import layerwise.tasks.branch as branch_module
+from layerwise.storage.damage import Damaged
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.set_aside import set_aside
+from layerwise.tasks.lanes import grouping
 
 BETAS = (0.0, 0.1, 0.2)
 
@@ -15,7 +15,7 @@ def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
     small_run, monkeypatch, dying_at, computed_layers
 ):
     run = small_run()
-    with dying_at("tasks.branch._copy_lane", call=1):
+    with dying_at("layerwise.tasks.branch._copy_lane", call=1):
         run.branch(*BETAS)
     computed_layers.clear()
     other = replace(run, store=ArtifactStore(run.store.url))
@@ -26,7 +26,7 @@ def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
             done.append(other.branch(*BETAS))
         return begun_groups(store, stages, missing)
 
-    monkeypatch.setattr("tasks.grouping.begun_groups", after_the_other)
+    monkeypatch.setattr("layerwise.tasks.lanes.grouping.begun_groups", after_the_other)
     assert run.branch(*BETAS) == done[0]
     assert computed_layers == []
 
@@ -42,14 +42,14 @@ def test_the_other_sets_a_damaged_lane_aside_while_this_one_reads_the_lanes(smal
             set_aside(ArtifactStore(store.url), Damaged("damaged", damaged.key, damaged.token))
         return read_score(store, plan, artifact)
 
-    monkeypatch.setattr("tasks.branch.read_score", after_the_other)
+    monkeypatch.setattr("layerwise.tasks.branch.read_score", after_the_other)
     assert run.branch(*BETAS) == lanes
 
 
 def test_a_group_goes_on_although_a_beta_was_added_before_its_own(small_run, dying_at, computed_layers):
     run = small_run()
     run.branch(0.0)
-    with dying_at("tasks.lane_group.read_statistics", call=3):
+    with dying_at("layerwise.tasks.lanes.lane_group.read_statistics", call=3):
         run.branch(*BETAS, boundary_layers=1)
     computed_layers.clear()
     run.branch(0.0, 0.05, 0.1, 0.2, boundary_layers=1)

@@ -8,14 +8,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from layerwise.magnitude import Magnitude
-from layerwise.theory_plans import theory_plans
-from storage.tables import read_table
-from tasks.execution import Execution
-from tasks.streamed import layer_sizes_of
-from tasks.theory import findings_of, measure_theory, read_tables, verdicts
-from tasks.theory_page import theory_page
-from tasks.theory_text import ranges, sentences
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.scoring.theory_plans import theory_plans
+from layerwise.storage.formats.tables import read_table
+from layerwise.tasks.models.streamed import layer_sizes_of
+from layerwise.tasks.pages.theory_page import theory_page
+from layerwise.tasks.pages.theory_text import ranges, sentences
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.theory import findings_of, measure_theory, read_tables, verdicts
 
 BETA = 0.25
 
@@ -114,7 +114,7 @@ def test_an_interrupted_measurement_goes_on_from_its_last_boundary(
 ):
     run = small_run()
     run.capture()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
+    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=3):
         measured(run, boundary_layers=1)
     computed_layers.clear()
     resumed = measured(run, boundary_layers=1)

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from layerwise.alps import ALPS
-from layerwise.sparsegpt import SparseGPT
-from layerwise.wanda_swaps import WandaSwaps
-from storage.tables import read_table
-from tasks.capture_grams import read_grams
+from layerwise.pruners.alps import ALPS
+from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.pruners.wanda_swaps import WandaSwaps
+from layerwise.storage.formats.tables import read_table
+from layerwise.tasks.capture_grams import read_grams
 
 MODELS = {
     "llama": lambda: None,

@@ -12,9 +12,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from storage.tables import read_table
-from tasks.task_answers import DOCUMENTS_FILE, read_answers
-from tasks.zero_shot import ZeroShotSettings
+from layerwise.storage.formats.tables import read_table
+from layerwise.tasks.lm_eval_tasks.answers import DOCUMENTS_FILE, read_answers
+from layerwise.tasks.zero_shot import ZeroShotSettings
 from tests.lm_task_files import answered, give_words, write_task
 
 WAYS = ["streamed", "memory"]
@@ -115,7 +115,7 @@ def test_passes_are_as_many_as_their_tokens_need_and_change_no_number(
 ):
     folder = folder_of()
     in_one = answered(local_store, folder, lm_tasks)
-    monkeypatch.setattr("tasks.streamed_scores.TOKENS_PER_PASS", 600)
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.streamed_scores.TOKENS_PER_PASS", 600)
     computed_layers.clear()
     in_some = answered(another_store(), folder, lm_tasks)
     assert len(computed_layers) >= 6

@@ -10,12 +10,12 @@ from tests.lm_task_files import answered
 def test_a_streamed_run_that_died_goes_on_from_the_layer_it_had_reached(
     local_store, another_store, folder_of, lm_tasks, computed_layers, dying_at, monkeypatch, call
 ):
-    monkeypatch.setattr("tasks.streamed_scores.TOKENS_PER_PASS", 600)
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.streamed_scores.TOKENS_PER_PASS", 600)
     folder = folder_of()
     undisturbed = answered(another_store(), folder, lm_tasks)
     total = len(computed_layers)
     computed_layers.clear()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=call):
+    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=call):
         answered(local_store, folder, lm_tasks, boundary_layers=1)
     assert len(computed_layers) == call
     resumed = answered(local_store, folder, lm_tasks, boundary_layers=1)
@@ -26,10 +26,12 @@ def test_a_streamed_run_that_died_goes_on_from_the_layer_it_had_reached(
 def test_a_run_in_memory_that_died_goes_on_from_the_requests_it_had_reached(
     local_store, another_store, folder_of, lm_tasks, dying_at, monkeypatch
 ):
-    monkeypatch.setattr("tasks.whole_scores.REQUESTS_PER_PART", 8)  # five parts for each task
+    monkeypatch.setattr(
+        "layerwise.tasks.lm_eval_tasks.whole_model_scores.REQUESTS_PER_PART", 8
+    )  # five parts for each task
     folder = folder_of()
     undisturbed = answered(another_store(), folder, lm_tasks, "memory")
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=7):
+    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=7):
         answered(local_store, folder, lm_tasks, "memory", boundary_layers=1)
     asked = []
     loglikelihood = HFLM.loglikelihood
@@ -48,7 +50,7 @@ def test_a_run_that_died_between_its_tasks_computes_no_layer_again(
     local_store, folder_of, lm_tasks, computed_layers, dying_at
 ):
     folder = folder_of()
-    with dying_at("tasks.zero_shot._copy_task", call=2):
+    with dying_at("layerwise.tasks.zero_shot._copy_task", call=2):
         answered(local_store, folder, lm_tasks)
     assert computed_layers == [0, 1, 2]
     assert set(answered(local_store, folder, lm_tasks)) == {"one", "two"}
@@ -59,7 +61,7 @@ def test_a_task_asked_for_in_the_middle_of_a_run_does_not_undo_what_was_begun(
     local_store, folder_of, lm_tasks, computed_layers, dying_at
 ):
     folder = folder_of()
-    with dying_at("tasks.boundaries.BoundaryClock.due", call=3):
+    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=3):
         answered(local_store, folder, lm_tasks[:1], boundary_layers=1)
     computed_layers.clear()
     assert set(answered(local_store, folder, lm_tasks, boundary_layers=1)) == {"one", "two"}

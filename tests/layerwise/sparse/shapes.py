@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from layerwise.bitmask import pack
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import multiply_in_blocks
 from layerwise.sparse.native import LEVELS, Kernel
 from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of

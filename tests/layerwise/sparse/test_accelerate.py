@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from layerwise.bitmask import pack
 from layerwise.sparse.accelerate import LEAST_SPARSITY, accelerate
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from tests.layerwise.sparse.shapes import DTYPES
 

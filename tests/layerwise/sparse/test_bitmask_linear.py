@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.bitmask import pack
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import KERNEL_TOKENS, SCRATCH_BYTES, BitmaskLinear
 from tests.layerwise.sparse.shapes import DTYPES, require_product, sparse_weight
 

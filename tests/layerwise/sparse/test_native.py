@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from layerwise.bitmask import pack
 from layerwise.sparse import native
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.native import LEVELS, Kernel
 from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
 from tests.layerwise.sparse.shapes import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.bitmask import pack
+from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.pages import HUGE_PAGE, in_huge_pages
 from tests.layerwise.sparse.shapes import require_product, sparse_weight

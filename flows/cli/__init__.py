@@ -1,0 +1,1 @@
+"""Command line: parser, commands, and what they print."""

@@ -1,0 +1,150 @@
+"""The commands that run a flow: settings from their options, the flow, what it found."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TypeVar
+
+from layerwise.flows.cli.resume_hint import fail, stop
+from layerwise.flows.orchestration.embedded_server import ServerStart
+
+Result = TypeVar("Result")
+
+
+def run_search(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.options import read_options
+    from layerwise.flows.pipeline.time_budget import check_minutes
+    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.settings import Search
+
+    settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    check_minutes(settings, runtime)
+    server = (
+        ServerStart()
+    )  # only now: a wrong option must not wait for it. It starts while the rest is imported
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_result
+    from layerwise.flows.search import search
+
+    result, seconds = run_flow(lambda: search(settings, runtime), server, runtime.pool, began)
+    console = open_console()
+    show_result(console, result)
+    console.print(seconds)
+
+
+def run_compare(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_comparison
+    from layerwise.flows.compare import Compare, compare
+    from layerwise.flows.options import read_options
+    from layerwise.flows.pipeline.compared_searches import SearchFailed
+    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.settings import Search
+
+    if arguments.sparsity is None and arguments.sparsities:
+        arguments.sparsity = arguments.sparsities.partition(",")[0]
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Compare, search=read_options(arguments, Search))
+    server = ServerStart()
+    try:
+        results, seconds = run_flow(lambda: compare(settings, runtime), server, runtime.pool, began)
+    except SearchFailed as failure:
+        fail(str(failure))
+    console = open_console()
+    show_comparison(console, results)
+    console.print(seconds)
+
+
+def run_theory(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_theory
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.settings import Search
+    from layerwise.flows.theory import Theory, theory
+
+    runtime = read_options(arguments, Runtime)
+    settings = read_options(arguments, Theory, search=read_options(arguments, Search))
+    server = ServerStart()
+    result, seconds = run_flow(lambda: theory(settings, runtime), server, None, began)
+    console = open_console()
+    show_theory(console, result)
+    console.print(seconds)
+
+
+def run_zero_shot(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_rows
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.zero_shot import ZeroShot, zero_shot
+    from layerwise.storage.existing_store import existing_store
+    from layerwise.tasks.lm_eval_tasks.comparison_table import table_rows
+
+    settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
+    existing_store(runtime.store)  # told before the server is waited for
+    server = ServerStart()
+    comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
+    console = open_console()
+    show_rows(console, table_rows(comparison), left=("task",))
+    console.print(seconds)
+
+
+def run_compress(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_compressed
+    from layerwise.flows.compress import Compress, compress
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import Runtime
+    from layerwise.storage.existing_store import existing_store
+
+    settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
+    store = existing_store(runtime.store)  # told before the server is waited for
+    server = ServerStart()
+    folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
+    console = open_console()
+    show_compressed(console, folder, store.location(folder))
+    console.print(seconds)
+
+
+def run_flow(
+    run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
+) -> tuple[Result, str]:
+    """Run a flow to its end, or end with what resumes it.
+
+    Returns:
+        What the flow returns, and a line on what took how long.
+    """
+    import httpx
+    from prefect.exceptions import CancelledRun
+
+    from layerwise.flows.fan_out.step import StepFailed
+    from layerwise.flows.orchestration.server_check import is_about_server, server_problem
+    from layerwise.tasks.running.stopping import TerminationSignal, stopping_on_sigterm
+
+    try:
+        with stopping_on_sigterm():  # the flow's own begins later and ends earlier
+            server.wait()
+            flow_began = time.monotonic()
+            result = run()
+    except TerminationSignal:
+        after = (
+            f"what runs on the work pool {pool!r} goes on by itself"
+            if pool
+            else "nothing that was finished is lost"
+        )
+        stop(f"stopped by SIGTERM; {after}", 143)
+    except CancelledRun as cancelled:
+        stop(str(cancelled), 1)
+    except StepFailed as failure:
+        fail(str(failure))
+    except httpx.HTTPError as error:
+        if not is_about_server(error):
+            raise
+        fail(server_problem(error))
+    whose = "Prefect's embedded server" if server.embedded else "to reach your Prefect server"
+    flow_seconds = time.monotonic() - flow_began
+    return result, (
+        f"{time.monotonic() - began:.0f} s in all: the run {flow_seconds:.0f} s, start-up "
+        f"{flow_began - began:.0f} s ({whose} took {server.seconds:.0f} s of it)."
+    )

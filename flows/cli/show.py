@@ -1,0 +1,58 @@
+"""Show one artifact of a store, or what a search found."""
+
+import json
+
+from rich.json import JSONHighlighter
+
+from layerwise.flows.cli.console import open_console, size
+from layerwise.flows.cli.tables import show_selection, show_stop, show_test
+from layerwise.flows.pipeline.artifact_lookup import asked_artifact
+from layerwise.storage.existing_store import existing_store
+from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.pages.report_text import on_what
+from layerwise.tasks.results.measured_on import MeasuredOn
+from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
+from layerwise.tasks.select import read_selection
+
+
+def show_key(store_url: str, key: str | None) -> None:
+    """Print what is known of an artifact: how it was made, its files; of a search, its result.
+
+    Args:
+        key: as ``ls`` prints it, or its beginning; None for the newest search.
+
+    Raises:
+        FileNotFoundError: there is no store at ``store_url``.
+        KeyError: no artifact has that key, or several begin with it.
+    """
+    store = existing_store(store_url)
+    artifact = asked_artifact(store, key)
+    console = open_console()
+    console.print(artifact.key, style="bold")
+    known = {"recipe": artifact.recipe, "made": artifact.made, "facts": artifact.facts}
+    console.print(JSONHighlighter()(_printable_json(known)), soft_wrap=True)
+    for name, file in sorted(artifact.files.items()):
+        console.print(f"  {size(file.size):>8}  {store.location(artifact, name)}", soft_wrap=True)
+    if artifact.recipe.get("name") == RESULT_STAGE:
+        document = json.loads(store.read(artifact, RESULT_FILE))
+        stages = document["stages"]
+        console.print()
+        title = f"{document['source']} at sparsity {document['settings']['sparsity']:g}"
+        selection = read_selection(store, store.get(stages["select"]))
+        show_selection(console, title, selection)
+        show_test(console, read_test(store, store.get(stages["evaluate"])))
+        show_stop(console, document["settings"].get("stop_after"), selection)
+        for text, what in document.get("measured on", {}).items():  # old results do not say it
+            console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
+        if "export" in stages:
+            exported = store.location(store.get(stages["export"]))
+            console.print()
+            console.print(f"Pruned model: {exported}", soft_wrap=True)
+
+
+def _printable_json(document: object) -> str:
+    """``document`` as JSON, in which what is not printable is escaped."""
+    lines = json.dumps(document, ensure_ascii=False, indent=2).split("\n")
+    return "\n".join(
+        "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line) for line in lines
+    )

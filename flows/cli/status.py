@@ -1,0 +1,230 @@
+"""What goes on in a store: who works there, what was begun and not finished, which searches have ended.
+
+All of it is read from the store alone, so that it works from any machine and without Prefect's server. Like
+``layerwise.flows.cli.store_commands`` this imports neither Prefect nor transformers: people run it again and again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar, cast
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from layerwise.flows.cli.console import open_console, size
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.reading import is_local
+from layerwise.storage.resume_points import Progress, read_progress
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.inventory import Inventory, StageFolder, take_inventory
+from layerwise.storage.upkeep.signs_of_life import SILENT, RunningProcess, running_processes, time_for_looking
+
+SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
+LANE = "lane"  # its resume point only notes with whom it was begun; their group's has the work
+NEWEST = 5  # finished searches that are shown
+LISTED = 40  # rows of a table; of more the newest are shown
+SHORT = 8  # hex digits of a key: enough for `layerwise show`
+AT_ONCE = 16  # requests to a remote storage
+UNITS = (("s", 1), ("min", 60), ("h", 3600), ("days", 86400))
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A stage that was begun.
+
+    Args:
+        key: of the stage.
+        saved: when its resume point was, by the storage's clock, in seconds since 1970.
+        progress: the resume point; None if it is damaged.
+    """
+
+    key: str
+    saved: float
+    progress: Progress | None
+
+
+def show_status(store_url: str) -> None:
+    """Print who works in a store, what was begun and not finished, and the newest finished searches.
+
+    Raises:
+        FileNotFoundError: if there is no store at ``store_url``.
+        OSError: if the storage cannot be reached.
+    """
+    store, console = existing_store(store_url), open_console()
+    now = time_for_looking(store.fs, store.root)
+    processes = running_processes(store.fs, store.root, now, within=float("inf"))
+    alive = [each for each in processes if now - each.last_sign.timestamp() <= SILENT]
+    inventory = take_inventory(store.fs, store.root)
+    _show_processes(console, now, alive)
+    _show_silent(console, now, [each for each in processes if each not in alive])
+    _show_unfinished(console, now, _unfinished(store, inventory), alive)
+    _show_searches(console, now, store, inventory)
+
+
+def _show_processes(console: Console, now: float, alive: Sequence[RunningProcess]) -> None:
+    if not alive:
+        console.print("Nobody is at work.")
+        return
+    console.print(f"At work: {_count(len(alive), 'process', 'processes')}", style="bold")
+    table = _table("host", "process", "began", "last sign", "what", "doing")
+    for each in alive[:LISTED]:
+        began, last = (_ago(now, time.timestamp()) for time in (each.since, each.last_sign))
+        table.add_row(each.host, str(each.pid), began, last, each.what, each.doing)
+    _print(console, table, len(alive))
+
+
+def _show_silent(console: Console, now: float, silent: Sequence[RunningProcess]) -> None:
+    if not silent:
+        return
+    console.print()
+    console.print("Fallen silent: killed, or cut off from the store", style="bold")
+    table = _table("host", "process", "last sign", "what", "was doing")
+    for each in sorted(silent, key=lambda each: each.last_sign, reverse=True)[:LISTED]:
+        last = _ago(now, each.last_sign.timestamp())
+        table.add_row(each.host, str(each.pid), last, each.what, each.doing)
+    _print(console, table, len(silent))
+    console.print("What they saved is below. `layerwise gc` forgets those that are an hour old.")
+
+
+def _show_unfinished(
+    console: Console, now: float, unfinished: Sequence[Unfinished], alive: Sequence[RunningProcess]
+) -> None:
+    if not unfinished:
+        console.print()
+        console.print("Nothing is begun and not finished.")
+        return
+    console.print()
+    console.print("Begun, not finished", style="bold")
+    oldest = min((process.since.timestamp() for process in alive), default=float("inf"))
+    table = _table("stage", "saved", "host", "step", "work so far", "size", "")
+    for each in unfinished[:LISTED]:
+        known = each.progress
+        row = [_short(each.key), _ago(now, each.saved)]
+        if known is None:
+            table.add_row(*row, "", "", "", "", "damaged: its work is done anew")
+            continue
+        state = "left behind" if each.saved < oldest else "in progress"
+        bytes_saved = sum(file.size for file in known.all_files)
+        table.add_row(*row, known.host, str(known.step), _time(known.seconds), size(bytes_saved), state)
+    _print(console, table, len(unfinished))
+    left = sum(each.saved < oldest for each in unfinished)
+    if not alive:
+        console.print("Nobody works on this. Start the same search again, and it goes on from there.")
+    elif left:
+        console.print(
+            f"{left} left behind: saved before anybody who is at work now began. If nobody has taken it up since, "
+            "start the same search again, and it goes on from there."
+        )
+
+
+def _show_searches(console: Console, now: float, store: ArtifactStore, inventory: Inventory) -> None:
+    listed = {
+        key: folder.manifest.modified
+        for key, folder in inventory.folders.items()
+        if folder.manifest is not None and _name(key) == SEARCH
+    }
+    if not listed:
+        console.print()
+        console.print("No search has finished.")
+        return
+    artifacts = dict(zip(listed, _read_all(store, listed, lambda key: _search(store, key)), strict=True))
+    committed = [
+        (dated if (artifact := artifacts[key]) is None else replace(artifact, dated=dated).committed, key)
+        for key, dated in listed.items()
+    ]
+    which = f", the newest {NEWEST} of {len(committed)}" if len(committed) > NEWEST else ""
+    console.print()
+    console.print(f"Finished searches{which}", style="bold")
+    for ended, key in sorted(committed, reverse=True)[:NEWEST]:
+        artifact = artifacts[key]
+        if artifact is None:
+            title, verdict = "damaged", f"`layerwise verify {store.url}` tells more"
+        else:
+            settings = cast(Mapping[str, Any], artifact.recipe["settings"])["settings"]
+            source, pruner = artifact.facts["source"], settings["pruner"]["method"]
+            title = f"{source} at sparsity {settings['sparsity']:g}, {pruner}"
+            verdict = str(artifact.facts["verdict"])
+        console.print(f"{_ago(now, ended)}: {title}  ({_short(key)})", soft_wrap=True)
+        console.print(Padding(verdict, (0, 0, 0, 2), expand=False))
+    console.print(f"`layerwise show {store.url} KEY` shows one of them.", soft_wrap=True)
+
+
+def _unfinished(store: ArtifactStore, inventory: Inventory) -> list[Unfinished]:
+    """The newest first; those that have been finished since the listing are left out."""
+    begun = [folder for folder in inventory.folders.values() if _is_begun(folder)]
+    found = _read_all(store, begun, lambda folder: _read_point(store, folder))
+    return sorted((each for each in found if each is not None), key=lambda each: each.saved, reverse=True)
+
+
+def _is_begun(folder: StageFolder) -> bool:
+    return folder.progress is not None and folder.manifest is None and _name(folder.key) != LANE
+
+
+def _read_point(store: ArtifactStore, folder: StageFolder) -> Unfinished | None:
+    assert folder.progress is not None, "only stages that are begun are read"
+    try:
+        progress = read_progress(store.fs, store.root, folder.key)
+    except Corrupt:
+        return Unfinished(folder.key, folder.progress.modified, None)
+    return None if progress is None else Unfinished(folder.key, folder.progress.modified, progress)
+
+
+def _search(store: ArtifactStore, key: str) -> Artifact | None:
+    try:
+        return store.get(key)
+    except (Corrupt, KeyError):
+        return None
+
+
+def _read_all(store: ArtifactStore, what: Iterable[Any], read: Callable[[Any], Read]) -> list[Read]:
+    with ThreadPoolExecutor(1 if is_local(store.fs) else AT_ONCE) as pool:
+        return list(pool.map(read, what))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in columns:
+        free = name in ("what", "doing", "was doing", "")
+        table.add_column(name, no_wrap=not free, justify="right" if name in ("step", "size") else "left")
+    return table
+
+
+def _print(console: Console, table: Table, count: int) -> None:
+    console.print(table)
+    if count > LISTED:
+        console.print(f"and {count - LISTED} more")
+
+
+def _name(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def _short(key: str) -> str:
+    name, _, digest = key.partition("/")
+    return f"{name}/{digest[:SHORT]}"
+
+
+def _count(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _ago(now: float, then: float) -> str:
+    """How long ago, and of what is over a week old when; storages that give whole seconds may be a second ahead."""
+    if then == 0:
+        return "unknown"
+    if now - then > 7 * 86400:
+        return f"{datetime.fromtimestamp(then, UTC):%Y-%m-%d}"
+    return f"{_time(max(now - then, 0))} ago"
+
+
+def _time(seconds: float) -> str:
+    """A duration in the largest unit of which there are two."""
+    unit, length = next((each for each in reversed(UNITS) if seconds >= 2 * each[1]), UNITS[0])
+    return f"{seconds / length:.0f} {unit}"

@@ -1,0 +1,205 @@
+"""What a person sees in the terminal: results, plans and lists of artifacts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.flows.cli.console import size
+from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
+from layerwise.flows.pipeline.result import SearchResult
+from layerwise.flows.pipeline.work_summary import work_sentence
+from layerwise.flows.plan import Plan
+from layerwise.flows.theory import TheoryResult
+from layerwise.sparse.speed import SpeedTable
+from layerwise.storage.artifact import Artifact
+from layerwise.tasks.evaluate import TestResult
+from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.running.printable import printable
+from layerwise.tasks.select import Selection
+from layerwise.tasks.speed import speed_rows, speed_sentence
+
+KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
+
+
+def show_result(console: Console, result: SearchResult) -> None:
+    """The search's table, its verdict, the test perplexities, where the model is, what the run did."""
+    title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
+    show_selection(console, title, result.selection)
+    show_test(console, result.test)
+    show_stop(console, result.settings.stop_after, result.selection)
+    if result.pruned is not None:
+        console.print()
+        console.print(f"Pruned model: {_short(result.pruned)}", soft_wrap=True)
+    if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL
+        console.print(
+            f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
+        )
+    console.print(f"Report: {_short(result.report)}", soft_wrap=True)
+    console.print(work_sentence(result))
+
+
+def show_selection(console: Console, title: str, selection: Selection) -> None:
+    """One row per beta; the best one stands out."""
+    console.print(title, style="italic", soft_wrap=True)  # a title of the table would be as narrow as that
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rows = table_rows(selection)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for index, row in enumerate(rows):
+        cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()]
+        table.add_row(*cells, style="bold green" if index == selection.best else None)
+    console.print(table)
+    console.print()
+    console.print(
+        f"On the selection text (dense: {number(selection.dense_perplexity)}): {selection.verdict}."
+    )
+
+
+def show_test(console: Console, test: TestResult) -> None:
+    """Test perplexities side by side."""
+    console.print(sentence_on_test(test))
+
+
+def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:
+    """That a search did not go on, if it was stopped."""
+    if sentence := sentence_on_stop(stop_after, len(selection.rows)):
+        console.print(sentence)
+
+
+def show_comparison(console: Console, results: Sequence[Compared]) -> None:
+    """One row per method over all seeds; with one seed, one row per search."""
+    several = len({each.result.settings.seed for each in results}) > 1
+    rows = summary_of(results) if several else rows_of(results)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not several:
+        names = [name for name in names if not name.startswith("selection") and name != "seed"]
+    show_rows(console, [{name: row.get(name, "") for name in names} for row in rows], ("pruner", "allocator"))
+    if len({each.allocator for each in results}) > 1:
+        for each in results:
+            if each.allocator == results[0].allocator:
+                search, seed = each.result.settings, f", seed {each.result.settings.seed}" if several else ""
+                what = f"{search.sparsity:g}, {search.pruner.method}{seed}"
+                console.print(
+                    f"Report, all allocators at {what}: {_short(each.result.report)}", soft_wrap=True
+                )
+
+
+def show_rows(console: Console, rows: Sequence[Mapping[str, object]], left: Sequence[str]) -> None:
+    """A table; columns that some rows lack are empty there.
+
+    Args:
+        left: columns that hold words.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in names))
+    console.print(table)
+
+
+def show_compressed(console: Console, folder: Artifact, place: str) -> None:
+    """How much smaller a checkpoint has become, and where it is."""
+    facts = {name: float(str(value)) for name, value in folder.facts.items()}
+    for name, of_what in (("all tensors", ""), ("the pruned linears", " of linears")):
+        before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
+        console.print(f"{name}: {before} to {after} ({facts['ratio' + of_what]:.3f})")
+    console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
+
+
+def show_speed(console: Console, table: SpeedTable, report: str | None) -> None:
+    """One row for every way of running the model."""
+    show_rows(console, speed_rows(table), left=("way",))
+    console.print(speed_sentence(table))
+    if report is not None:
+        console.print(f"Report: {_short(report)}", soft_wrap=True)
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """What would run, what is there, and what it takes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    table.add_column("state")
+    table.add_column("weights read", justify="right")
+    table.add_column("store grows by", justify="right")
+    for stage in plan.stages:
+        style = None if stage.to_do else "dim"
+        table.add_row(stage.name, stage.state, size(stage.reads), size(stage.writes), style=style)
+    console.print(table)
+    betas = ", ".join(f"{beta:g}" for beta in plan.betas)
+    console.print()
+    console.print(f"betas: {betas} (0 is uniform)", soft_wrap=True)
+    if plan.fan_out and plan.groups:
+        groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+        sizes = ", ".join(map(str, plan.groups))
+        console.print(
+            f"fan-out: {groups} of {sizes} betas on {plan.fan_out}; each reads the model once. "
+            "What follows is for each process:",
+            soft_wrap=True,
+        )
+    parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
+    console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
+    if plan.scratch:
+        console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
+    by_layers = (
+        f", and {size(plan.resume_bytes_a_stage)} a stage by layers" if plan.resume_bytes_a_stage else ""
+    )
+    console.print(
+        f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one; "
+        f"written by time {size(round(plan.resume_bytes_an_hour))} an hour{by_layers}"
+    )
+
+
+def show_theory(console: Console, result: TheoryResult) -> None:
+    """What was found of each theorem, and where the page is."""
+    console.print(f"{result.settings.title}: the theorems of ATP", style="bold")
+    for name, sentence in sentences(result.findings).items():
+        console.print(f"{name}  {sentence}", soft_wrap=True)
+    console.print()
+    console.print(f"Page: {_short(result.page)}", soft_wrap=True)
+
+
+def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
+    """One line per artifact of a store, the newest last."""
+    by_age = sorted(artifacts, key=lambda artifact: artifact.committed)
+    if not by_age:
+        console.print("no artifacts here")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("artifact", "made", "seconds", "size", "what"):
+        # A column that may wrap shrinks first; the text in it is cut instead, so that a line stays a line.
+        justify: Literal["left", "right"] = "right" if name in ("seconds", "size") else "left"
+        table.add_column(name, justify=justify, no_wrap=name != "what")
+    for artifact in by_age:
+        shown = [f"{name} {_plain(value)}" for name, value in artifact.facts.items() if _worth_a_line(value)]
+        made = artifact.made
+        table.add_row(
+            artifact.key[: artifact.key.index("/") + 1 + KEY_DIGITS],
+            f"{datetime.fromtimestamp(artifact.committed, UTC):%Y-%m-%d %H:%M}",
+            f"{made['seconds']:.1f}",
+            size(artifact.size),
+            Text(printable(", ".join(shown)), no_wrap=True, overflow="ellipsis"),
+        )
+    console.print(table)
+
+
+def _worth_a_line(value: object) -> bool:
+    """Digests, lists and sentences are for ``show``."""
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) < 32)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _short(path: str) -> str:
+    """A path below this folder without the part that is the same for all."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

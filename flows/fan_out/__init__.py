@@ -1,0 +1,1 @@
+"""Lane groups on other processes or in a work pool."""

@@ -1,0 +1,131 @@
+"""How the steps of a search go that others do: on the terminal, in the log, and as a table of the run in Prefect."""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from uuid import UUID
+
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.logging import get_run_logger
+from rich.live import Live
+from rich.table import Table
+
+from layerwise.storage.upkeep.signs_of_life import doing
+from layerwise.tasks.running.plain_console import PlainConsole
+from layerwise.tasks.running.printable import printable
+from layerwise.tasks.running.progress import going_on_without_prefect, is_on_stderr
+
+KEY = "search-steps"
+LISTED = 40  # rows; of more steps only those at work are listed, and the others counted
+SECONDS_BETWEEN_TABLES = 10.0  # each is a request, and its rows are stored
+SECONDS_BETWEEN_LINES = 60.0  # where nothing else happens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step as people see it.
+
+    Attributes:
+        step: what it is.
+        state: waiting, scheduled, pending, running, ...
+        doing: what its process is at.
+        host: where that is.
+        deaths: how often it has died.
+    """
+
+    step: str
+    state: str
+    doing: str
+    host: str
+    deaths: int
+
+
+class StepsShown:
+    """Shows the rows of one set of steps after the other, as they change; a context manager for each of them."""
+
+    def __init__(self) -> None:
+        self._log = get_run_logger()
+        self._console = PlainConsole(stderr=True)
+        self._live = Live(console=self._console, transient=True, auto_refresh=False)
+        self._artifact: UUID | None = None
+        self._shown: list[Row] = []
+        self._in_prefect: list[Row] = []
+        self._last_table = self._last_line = -float("inf")
+
+    def __enter__(self) -> "StepsShown":
+        self._artifact, self._shown, self._in_prefect = None, [], []
+        if self._console.is_terminal:
+            self._live.update("")  # or it would begin with what it showed last
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        doing("")
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Tell what is new in ``rows``, which are the same steps every time."""
+        before = self._shown or [Row(row.step, "", "", "", 0) for row in rows]
+        for row, old in zip(rows, before, strict=True):
+            if row.state != old.state or (row.host and row.host != old.host):
+                self.say(f"{row.step}: {row.state}" + (f" on {row.host}" if row.host else ""))
+        self._shown = list(rows)
+        doing(f"waits for {_summary(rows)}")
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self.say(_summary(rows))
+        if self._console.is_terminal:
+            self._live.update(_table(rows), refresh=True)
+        done = all(row.state == "done" for row in rows)
+        if self._in_prefect != self._shown and (done or now - self._last_table >= SECONDS_BETWEEN_TABLES):
+            self._last_table, self._in_prefect = now, self._shown
+            with going_on_without_prefect():
+                self._tell_prefect([asdict(row) for row in _listed(rows)], _summary(rows))
+
+    def say(self, line: str, level: int = logging.INFO) -> None:
+        """One line for the run's log, and for whoever watches."""
+        self._last_line = time.monotonic()
+        self._log.log(level, line)
+        if is_on_stderr(self._log, level):
+            return
+        if self._console.is_terminal:
+            self._console.print(line)
+        else:
+            sys.stderr.write(f"{printable(line)}\n")
+
+    def _tell_prefect(self, rows: list[dict[str, object]], summary: str) -> None:
+        if self._artifact is None:
+            artifact = create_table_artifact(key=KEY, table=rows, description=summary)
+            assert isinstance(artifact, UUID), "this is no coroutine"
+            self._artifact = artifact
+            return
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._artifact, ArtifactUpdate(data=json.dumps(rows), description=summary))
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    counts = Counter(row.state for row in rows)
+    steps = "1 step" if len(rows) == 1 else f"{len(rows)} steps"
+    return f"{steps}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def _listed(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows if len(rows) <= LISTED else [row for row in rows if row.doing]
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=_summary(rows))
+    for name in ("step", "state", "doing", "host", "deaths"):
+        table.add_column(name, justify="right" if name == "deaths" else "left")
+    for row in _listed(rows):
+        table.add_row(row.step, row.state, row.doing, row.host, str(row.deaths or ""))
+    return table

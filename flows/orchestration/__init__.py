@@ -1,0 +1,1 @@
+"""Prefect's server, its artifacts, and cancellation."""

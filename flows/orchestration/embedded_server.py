@@ -1,0 +1,284 @@
+"""Prefect for one person on one machine: its server starts by itself, in the background, and stays quiet."""
+
+import atexit
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from layerwise.flows.orchestration.server_home import ServerHome, remove_old_homes
+from layerwise.tasks.sources.user_cache import cache_folder
+
+if TYPE_CHECKING:
+    from prefect.settings import Settings
+
+# The user's own environment wins. Names and reasons: the notes on Prefect in README.md.
+PREFERENCES = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a first start migrates its database: 30 s on two cores
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",  # the store is the only cache
+    "PREFECT_TASKS_DEFAULT_NO_CACHE": "true",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "layerwise",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+# Of a request to the embedded server, which does not come back once it has ended: 14 s, in which SQLite gets over a
+# lock. Prefect's default is a minute, for each of the requests at the end of a run.
+RETRIES = "3"
+DATABASE_BYTES = 20_000_000  # a new database with its write-ahead log takes 12 MB
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Any of these means that the user has chosen a database.
+DATABASE_SETTINGS = {"connection_url", "driver", "host", "name"}
+EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception)\b.*", re.MULTILINE)  # last line of a traceback
+
+
+def prefer_quiet_prefect() -> None:
+    """Set Prefect's settings by environment variables; call before Prefect is imported."""
+    for name, value in PREFERENCES.items():
+        os.environ.setdefault(name, value)
+    _bypass_proxies_to_this_machine()
+
+
+class ServerStart:
+    """Reaches the configured Prefect server, or starts the embedded one, in the background.
+
+    Attributes:
+        seconds: how long that took, once ``wait`` has returned.
+        embedded: whether the embedded server is used, once ``wait`` has returned; else it is the one that the user
+            has configured by PREFECT_API_URL or a Prefect profile.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.embedded = False
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._start, name="prefect-server-start", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            ConnectionError: the configured server is not usable, or the embedded one did not start.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _start(self) -> None:
+        began = time.monotonic()
+        try:
+            from prefect.settings import get_current_settings
+
+            from layerwise.flows.orchestration.server_check import check_server, refuse_unusable_proxies
+
+            settings = get_current_settings()
+            self.embedded = not settings.api.url
+            refuse_unusable_proxies()
+            if self.embedded:
+                _start_embedded(settings)
+            check_server()
+        except BaseException as error:  # of a thread; raised again by ``wait``
+            self._error = _in_one_line(error)
+        self.seconds = time.monotonic() - began
+
+
+def lifeline() -> tuple[int, ...]:
+    """File descriptors to pass on to child processes that report to the embedded server.
+
+    The server ends when the last process that holds one of them has ended; empty if this process has started none.
+    """
+    return () if _process is None or _process.stdin is None else (_process.stdin.fileno(),)
+
+
+def death_of_embedded_server() -> str | None:
+    """How the embedded server of this process has ended; None if it runs, or if there is none."""
+    code = None if _process is None else _process.poll()
+    return (
+        None if code is None else f"Prefect's embedded server has ended (exit code {code}). {_log_advice()}"
+    )
+
+
+_process: subprocess.Popen | None = None
+_log: Path | None = None
+
+
+def _start_embedded(settings: "Settings") -> None:
+    """Start the embedded server, and have Prefect's clients of this process use it.
+
+    Prefect's own start (``SubprocessASGIServer.start``) is not used. It repeats a start that fails for ever, leaves
+    the server behind when this process is killed, and has several first starts race in one database.
+
+    Raises:
+        ConnectionError: it did not start.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.server.api.server import SubprocessASGIServer
+
+    if not settings.server.ephemeral.enabled:
+        raise ConnectionError(
+            "no Prefect server is configured, and the active Prefect profile does not allow the embedded one. Set "
+            "PREFECT_API_URL to a server, or PREFECT_SERVER_EPHEMERAL_ENABLED=true."
+        )
+    server = SubprocessASGIServer()
+    if server.running:  # Prefect has started it for a flow of this process
+        return
+    own = not _user_has_chosen_a_database(settings)
+    folder = cache_folder() / f"prefect-{version('prefect')}" if own else Path(settings.home).expanduser()
+    limit = settings.server.ephemeral.startup_timeout_seconds
+    try:
+        with ServerHome(folder, own, limit) as home:
+            server.port, server.server_process = _started(settings, home, limit, own)
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        raise ConnectionError(
+            f"Prefect's embedded server cannot keep its database in {folder} ({error}). Set XDG_CACHE_HOME or "
+            "PREFECT_HOME to a folder on a local disk that you can write, or PREFECT_API_URL to a running server."
+        ) from error
+    server.running = True
+    atexit.register(server.stop)
+    if "max_retries" not in settings.client.model_fields_set:
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = RETRIES
+        refresh_global_settings_context()
+    if own:
+        remove_old_homes(folder)
+
+
+def _user_has_chosen_a_database(settings: "Settings") -> bool:
+    """Whether PREFECT_HOME or a database is set: in the environment, in a profile, or in a file that Prefect reads."""
+    return "home" in settings.model_fields_set or bool(
+        DATABASE_SETTINGS & settings.server.database.model_fields_set
+    )
+
+
+def _started(settings: "Settings", home: ServerHome, limit: int, own: bool) -> tuple[int, subprocess.Popen]:
+    """Start the server process, and return when it answers.
+
+    Args:
+        limit: seconds after which it is given up.
+        own: whether it keeps all its files in ``home``.
+
+    Returns:
+        Its port, and its process.
+
+    Raises:
+        ConnectionError: it does not start.
+    """
+    global _process, _log
+    import httpx
+
+    environment = os.environ | settings.to_environment_variables(exclude_unset=True)
+    environment |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    if own:
+        environment["PREFECT_HOME"] = str(home.folder)
+        # Those that the settings give, and that are of the user's home, not of this one.
+        environment.pop("PREFECT_PROFILES_PATH", None)
+        environment.pop("PREFECT_PROFILE", None)
+    # It is asked by this process only, whatever a server of the user's asks from its clients.
+    environment.pop("PREFECT_SERVER_API_AUTH_STRING", None)
+    if settings.api.auth_string is not None:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = settings.api.auth_string.get_secret_value()
+    _log = home.log
+    with socket.socket() as listening, home.log.open("ab") as log:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        before = log.tell()
+        _process = process = subprocess.Popen(
+            [sys.executable, "-m", "layerwise.flows.orchestration.server_process", str(listening.fileno())],
+            env=environment,
+            stdin=subprocess.PIPE,  # its end tells the server that this process has ended
+            stdout=log,
+            stderr=log,
+            pass_fds=(listening.fileno(), *home.lock),
+            # A Ctrl-C at a terminal goes to all processes of a group. A server that ended with it would be asked for
+            # a minute how the run has ended: Prefect's client repeats what finds no server.
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + limit
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while True:
+            try:
+                if client.get(f"http://127.0.0.1:{port}/api/health").is_success:
+                    return port, process
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None:
+                raise ConnectionError(_why_it_ended(home, before, own))
+            if time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                raise ConnectionError(
+                    f"Prefect's embedded server does not answer after {limit} s. Raise "
+                    f"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS if this machine is slow. {_log_advice()}"
+                )
+            time.sleep(0.1)
+
+
+def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
+    """What to do about a server that ended while it started.
+
+    Args:
+        before: size of its log before the start.
+    """
+    said = home.log.read_bytes()[before:].decode(errors="replace")
+    reasons = EXCEPTION.findall(said) or said.splitlines()
+    reason = reasons[-1].strip() if reasons else "without a word"
+    free = shutil.disk_usage(home.folder).free
+    if free < DATABASE_BYTES:  # then the log is empty, too
+        variable = "XDG_CACHE_HOME" if own else "PREFECT_HOME"
+        advice = (
+            f"The disk of {home.folder} has only {free / 1e6:.1f} MB left. Make room for "
+            f"{DATABASE_BYTES / 1e6:.0f} MB, or set {variable} to a folder on another disk."
+        )
+    elif "alembic" in said and "Can't locate revision" in said:
+        advice = f"The database in {home.folder} is of another version of Prefect. " + (
+            "Delete that folder."
+            if own
+            else "Unset PREFECT_HOME and the settings of Prefect's database, or set them to another place."
+        )
+    else:
+        advice = _log_advice()
+    return f"Prefect's embedded server did not start ({reason}). {advice}"
+
+
+def _in_one_line(error: BaseException) -> BaseException:
+    """``error``; of settings that Prefect refuses, one that names them without their values."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return error
+    wrong = "; ".join(
+        ": ".join(filter(None, [".".join(map(str, each["loc"])), each["msg"]])) for each in error.errors()
+    )
+    return ConnectionError(
+        f"Prefect cannot read its settings ({wrong}). Correct the variables PREFECT_..., the active Prefect profile or "
+        "prefect.toml."
+    )
+
+
+def _log_advice() -> str:
+    return f"Its log is {_log}. Start the same command again, or set PREFECT_API_URL to a server that runs."
+
+
+def _bypass_proxies_to_this_machine() -> None:
+    """Add the names of this machine to NO_PROXY, for this process and its children, where a proxy is set."""
+    names = {name.lower() for name, value in os.environ.items() if value}
+    if not names & {"http_proxy", "https_proxy", "all_proxy"}:
+        return
+    # Small letters win where both are read.
+    for name in [name for name in ("no_proxy", "NO_PROXY") if name in os.environ] or ["NO_PROXY"]:
+        hosts = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
+        if "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])

@@ -1,0 +1,132 @@
+"""What a search found, on Prefect's pages: a table, a report with figures, and where the pruned model is."""
+
+import base64
+import shlex
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+
+from layerwise.flows.pipeline.result import SearchResult
+from layerwise.flows.pipeline.work_summary import work_sentence
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.files.reading import is_local
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.charts.figure_files import figure_file
+from layerwise.tasks.pages.markdown import code, fenced, plain
+from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.running.progress import going_on_without_prefect
+
+# The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
+LOAD_HERE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({place!r})
+```
+"""
+LOAD_FROM_AFAR = """```python
+import fsspec
+from transformers import AutoModelForCausalLM
+
+fs, folder = fsspec.url_to_fs({place!r})
+fs.get(f"{{folder}}/", "pruned-model/", recursive=True)
+model = AutoModelForCausalLM.from_pretrained("pruned-model")
+```
+"""
+
+
+NOT_WRITTEN = (
+    "It was not asked for. The same settings with `export` write it, and compute nothing else again.\n"
+)
+
+
+def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifact) -> None:
+    """Show a result on the page of the flow run that calls this, where the server takes it.
+
+    Args:
+        page: the report's artifact.
+    """
+    get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
+    name = plain(result.settings.title)  # what Prefect calls a description is Markdown
+    title = f"{name}: {result.selection.verdict}"
+    report = search_report(store, result, page)
+    with going_on_without_prefect():
+        create_table_artifact(table_rows(result.selection), key="search-result", description=title)
+        create_markdown_artifact(report, key="search-report", description=title)
+        create_markdown_artifact(
+            where_the_report_is(result.report),
+            key="report-page",
+            description=f"{name}: the report's page",
+        )
+        if result.pruned is not None:
+            create_markdown_artifact(
+                how_to_load(result.pruned),
+                key="pruned-model",
+                description=f"{name}: the pruned model",
+            )
+
+
+def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) -> str:
+    """The result as one page of Markdown that needs nothing else: two of the report's figures are in it.
+
+    Args:
+        page: the report's artifact.
+    """
+    settings, selection, test = result.settings, result.selection, result.test
+    uniform, best = selection.rows[0], selection.best_row
+    name = selection.name(selection.best)
+    curve, profile = (store.read(page, figure_file(name)) for name in ("perplexity", "sparsity"))
+    place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
+    return f"""# {plain(settings.title)}, {settings.pruner.method}
+
+**{selection.verdict}.**
+
+{sentence_on_test(test)} {sentence_on_stop(settings.stop_after, len(selection.rows))}
+
+| | {selection.parameter} | perplexity, selection text | perplexity, test text |
+|:--|--:|--:|--:|
+| dense | | {number(selection.dense_perplexity)} | {number(test.dense)} |
+| uniform | 0 | {number(uniform.perplexity)} | {number(test.uniform)} |
+| **best** | {name.removeprefix(f"{selection.parameter} ")} | {number(best.perplexity)} | {number(test.best)} |
+
+{_image("Perplexity by beta", curve)}
+
+A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
+
+{_image("Sparsity by layer", profile)}
+
+## The pruned model
+
+{NOT_WRITTEN if result.pruned is None else how_to_load(result.pruned)}
+## The report
+
+{where_the_report_is(result.report)}
+## In the store
+
+{work_sentence(result)} {code(shlex.join(["layerwise", "show", place]))} tells how it was made.
+
+| | artifact | |
+|:--|:--|:--|
+{_stage_rows(result)}
+"""
+
+
+def where_the_report_is(place: str) -> str:
+    """Where the report's page lies, as text to be copied."""
+    return f"One page with everything; a browser opens it without a network.\n\n{fenced(place)}\n"
+
+
+def how_to_load(place: str) -> str:
+    """Where an exported model lies, and the code that loads it; in blocks, which a long name does not leave."""
+    load = LOAD_FROM_AFAR if "://" in place else LOAD_HERE  # transformers opens no URL
+    return f"{fenced(place)}\n\n{load.format(place=place)}"
+
+
+def _stage_rows(result: SearchResult) -> str:
+    return "\n".join(
+        f"| {role} | `{artifact.key}` | {'built now' if role in result.built else 'was there'} |"
+        for role, artifact in result.stages.items()
+    )
+
+
+def _image(name: str, svg: bytes) -> str:
+    return f"![{name}](data:image/svg+xml;base64,{base64.b64encode(svg).decode()})"

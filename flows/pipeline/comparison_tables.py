@@ -1,0 +1,146 @@
+"""What a comparison of searches found, in tables: one row per search, and one per method over all seeds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from layerwise.flows.pipeline.result import SearchResult
+from layerwise.scoring.perplexity import DIVERGED, paired_difference
+from layerwise.tasks.pages.markdown import plain
+
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One search of a comparison.
+
+    Attributes:
+        allocator: what its way of allocating is called.
+        losses: of the chosen plan, by test window, in nats.
+        seconds: that its run took, with its share, by plans, of what was computed for several searches together; what
+            was in the store before is not in them.
+    """
+
+    result: SearchResult
+    allocator: str
+    losses: tuple[float, ...]
+    seconds: float
+
+    @property
+    def cell(self) -> tuple[float, str]:
+        """Sparsity and pruner."""
+        return self.result.settings.sparsity, self.result.settings.pruner.method
+
+
+def rows_of(searches: Sequence[Compared]) -> list[Row]:
+    """One row per search, in their order; the first allocator is what the others are compared with."""
+    first = {
+        (*each.cell, each.result.settings.seed): each
+        for each in reversed(searches)
+        if each.allocator == searches[0].allocator
+    }
+    several = len({each.allocator for each in searches}) > 1
+    rows = []
+    for each in searches:
+        result, selection, test = each.result, each.result.selection, each.result.test
+        row: Row = {
+            "sparsity": result.settings.sparsity,
+            "pruner": result.settings.pruner.method,
+            "seed": result.settings.seed,
+            "allocator": each.allocator,
+            "best": selection.name(selection.best).removeprefix(f"{selection.parameter} "),
+            "trials": len(selection.rows),
+            "seconds": round(each.seconds),
+            "selection: dense": shown(selection.dense_perplexity),
+            "selection: uniform": shown(selection.rows[0].perplexity),
+            "selection: best": shown(selection.best_row.perplexity),
+            "test: dense": shown(test.dense),
+            "test: uniform": shown(test.uniform),
+            "test: best": shown(test.best),
+            "times dense": round(test.best / test.dense, 3) if _is_number(test.best) else "",
+            "gain %": round(100 * (1 - test.best / test.uniform), 1),
+            "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
+        }
+        if several:
+            reference = first[(*each.cell, result.settings.seed)]
+            row |= {} if each is reference else _above([each], [reference])
+        rows.append(row)
+    return rows
+
+
+def summary_of(searches: Sequence[Compared]) -> list[Row]:
+    """One row per sparsity, pruner and allocator: test perplexity over all seeds, and beside the first allocator's.
+
+    The windows are the same for all seeds: for the paired comparison a window's losses are averaged over the seeds, as
+    more seeds make its difference surer, and no windows of their own.
+    """
+    groups: dict[tuple[float, str, str], list[Compared]] = {}
+    for each in searches:
+        groups.setdefault((*each.cell, each.allocator), []).append(each)
+    rows = []
+    for (sparsity, pruner, allocator), members in groups.items():
+        reference = groups[sparsity, pruner, searches[0].allocator]
+        uniform, best = (
+            [getattr(each.result.test, name) for each in members] for name in ("uniform", "best")
+        )
+        row: Row = {
+            "sparsity": sparsity,
+            "pruner": pruner,
+            "allocator": allocator,
+            "seeds": len(members),
+            "uniform": _mean(uniform),
+            "test": _mean(best),
+            "spread": _spread(best),
+            "gain %": round(100 * (1 - math.exp(fmean(map(_gain, members)))), 1),
+        }
+        if allocator != searches[0].allocator:
+            row |= _above(members, reference)
+        rows.append(row)
+    return rows
+
+
+def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
+    """A table for people; columns that some rows lack are empty there. All of it is plain text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "--:|" * len(names)]
+    lines += ["| " + " | ".join(plain(str(row.get(name, ""))) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def shown(perplexity: float) -> str | float:
+    """A perplexity for people."""
+    return round(perplexity, 2) if _is_number(perplexity) else "diverged"
+
+
+def _is_number(perplexity: float) -> bool:
+    return perplexity < math.exp(DIVERGED)
+
+
+def _gain(each: Compared) -> float:
+    """Difference of the mean losses to uniform, in nats; negative if the chosen plan is better."""
+    return math.log(each.result.test.best / each.result.test.uniform)
+
+
+def _above(members: Sequence[Compared], reference: Sequence[Compared]) -> Row:
+    """How far the test perplexity is above that of the first allocator, in percent, and how sure that is."""
+    difference = paired_difference(_by_window(members), _by_window(reference))
+    return {
+        f"above {reference[0].allocator} %": round(100 * math.expm1(min(difference.mean, DIVERGED)), 1),
+        "t of that": "" if difference.t is None else f"{difference.t:.1f}",
+        "significant": "yes" if difference.significant else "no",
+    }
+
+
+def _by_window(members: Iterable[Compared]) -> list[float]:
+    return [fmean(losses) for losses in zip(*(each.losses for each in members), strict=True)]
+
+
+def _mean(perplexities: Sequence[float]) -> str | float:
+    return shown(math.exp(fmean(map(math.log, perplexities))))
+
+
+def _spread(perplexities: Sequence[float]) -> str | float:
+    """Standard deviation over the seeds, in percent."""
+    return round(100 * stdev(map(math.log, perplexities)), 1) if len(perplexities) > 1 else ""

@@ -1,0 +1,1 @@
+"""Allocators: target sparsity of every decoder layer."""

@@ -1,0 +1,114 @@
+"""The dense model's pass over its calibration windows: what every linear of every layer is fed."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.calibration.gram import InputGram, watching_grams
+from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.models.finite import is_finite
+from layerwise.models.hidden_states import batches
+from layerwise.models.streaming import StreamedModel
+
+OTHER_DTYPE = "Compute in another dtype: --dtype bfloat16 or float32."
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What was seen of one decoder layer."""
+
+    index: int
+    statistics: Mapping[str, InputStatistics]  # by linear
+
+
+def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor, first_part: int) -> None:
+    """Write the first hidden states of all windows; the model's embedding is released afterwards.
+
+    Args:
+        input_ids: shape ``(windows, seqlen)``.
+        hidden_states: shape ``(windows, seqlen, hidden_size)``; written to.
+        first_part: so many windows from the front go through the layers apart from the others, so that no
+            batch holds windows of both.
+
+    Raises:
+        ValueError: the embedding gives NaN or infinity.
+    """
+    for part in (slice(0, first_part), slice(first_part, None)):
+        for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
+            some_states.copy_(model.embed(some_ids))
+            if not is_finite(some_states):
+                raise ValueError(
+                    f"the embedding gives values that are not finite in {_name(model)}. {OTHER_DTYPE}"
+                )
+    model.release_embedding()
+
+
+def capture_layers(
+    model: StreamedModel,
+    layers: Iterable[Mapping[str, Tensor]],
+    hidden_states: Tensor,
+    calibration_windows: int,
+    first: int = 0,
+) -> Iterator[CapturedLayer]:
+    """Advance ``hidden_states`` in place through the dense model, one layer per step.
+
+    Args:
+        model: computes the layers.
+        layers: weights of the layers from ``first`` on, by name relative to the layer.
+        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's
+            output when the layer is yielded.
+        calibration_windows: how many of the windows, from the front, count in the statistics.
+        first: layer to begin with.
+
+    Raises:
+        ValueError: a layer gives NaN or infinity, from which every later one would.
+    """
+    for index, weights in enumerate(layers, first):
+        with model.loaded(index, weights) as layer:
+            with watching(layer, model.linears[index]) as statistics:
+                for states in batches(hidden_states[:calibration_windows]):
+                    states.copy_(model.run_layer(index, layer, states))
+                    _require_finite(model, index, weights, states)
+            for states in batches(hidden_states[calibration_windows:]):
+                states.copy_(model.run_layer(index, layer, states))
+                _require_finite(model, index, weights, states)
+        yield CapturedLayer(index, statistics)
+
+
+def capture_grams(
+    model: StreamedModel, layers: Iterable[Mapping[str, Tensor]], hidden_states: Tensor, first: int = 0
+) -> Iterator[Mapping[str, InputGram]]:
+    """Advance the calibration windows in place through the dense model, one layer per step.
+
+    Args:
+        model, layers, hidden_states, first: as for ``capture_layers``.
+
+    Yields:
+        Second moments of the layer's inputs, by linear; one object for linears that share their input.
+    """
+    for index, weights in enumerate(layers, first):
+        with (
+            model.loaded(index, weights) as layer,
+            watching_grams(layer, model.linears[index]) as grams,
+        ):
+            for states in batches(hidden_states):
+                states.copy_(model.run_layer(index, layer, states))
+        yield grams
+
+
+def _require_finite(model: StreamedModel, index: int, weights: Mapping[str, Tensor], states: Tensor) -> None:
+    if is_finite(states):
+        return
+    if damaged := [name for name, weight in weights.items() if not is_finite(weight)]:
+        raise ValueError(
+            f"layer {index} of the dense model gives hidden states that are not finite: its {', '.join(damaged)} hold "
+            "NaN or infinity. Save the checkpoint again from where it is whole."
+        )
+    raise ValueError(
+        f"layer {index} of the dense model gives hidden states that are not finite in {_name(model)}. {OTHER_DTYPE}"
+    )
+
+
+def _name(model: StreamedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -1,0 +1,156 @@
+"""What a calibration pass remembers for pruners that need second moments: the Gram matrix of a linear's inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.models.skeleton import Linear
+
+# Columns that are multiplied at a time: only what lies on or right of the diagonal is computed, the rest mirrored.
+PANEL = 1024
+
+
+@dataclass(eq=False)  # one object per input: linears with the same object share their input
+class InputGram:
+    """Running sum of ``x x^T`` over the tokens ``x`` that go into one or several linears.
+
+    Products and sums are float32 whatever the inputs are: squares of float16 activations overflow, sums of
+    bfloat16 stop growing. 4 bytes per entry, and one matrix per input: 67 MB for 4096 features, 3.3 GB for
+    28672.
+    """
+
+    gram: Tensor  # (in_features, in_features), float32
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | None = None) -> Self:
+        return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
+
+    def add(self, inputs: Tensor) -> None:
+        """Count one batch of inputs, shape ``(..., in_features)``, any dtype.
+
+        Raises:
+            ValueError: inputs of another width.
+            RuntimeError: see ``require_full_float32``.
+        """
+        in_features = len(self.gram)
+        if inputs.shape[-1] != in_features:
+            raise ValueError(
+                f"inputs of shape {tuple(inputs.shape)} were added to the Gram matrix of {in_features} features. "
+                "Pass what goes into the linear, features last."
+            )
+        require_full_float32()
+        tokens = inputs.detach().reshape(-1, in_features).float()
+        for start in range(0, in_features, PANEL):
+            stop = start + PANEL
+            self.gram[start:stop, start:].addmm_(tokens[:, start:stop].T, tokens[:, start:])
+            self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
+        self.tokens += len(tokens)
+
+
+def require_full_float32() -> None:
+    """Refuse to go on where float32 products may be computed in TF32 (CUDA) or bfloat16 (CPU): 10 bits and 7.
+
+    This is the one place that sees to it. The switch is not turned here: it belongs to the whole process,
+    other threads included.
+
+    Raises:
+        RuntimeError: reduced precision is allowed, by a call or by the environment.
+    """
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        precision = backend.matmul.fp32_precision  # type: ignore[attr-defined]
+        if precision not in ("none", "ieee"):
+            raise RuntimeError(
+                f"float32 matrix products are allowed to run in {precision}, which is too coarse for "
+                "second moments. Call torch.set_float32_matmul_precision('highest') when the process starts, and "
+                "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."
+            )
+
+
+@contextmanager
+def watching_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
+    """Collect the Gram matrices of ``linears`` from every forward pass of ``layer`` within the block.
+
+    Linears that get the very same tensor within a pass (q, k and v; gate and up) share one ``InputGram``; see
+    ``sharing``. The entries appear with the first pass; a linear that it does not reach has none.
+
+    Raises:
+        ValueError: a pass in which a linear runs twice, or that shares the inputs in another way than the first one.
+    """
+    watched = _Watched(layer)
+    try:
+        for linear in linears:
+            watched.watch(linear.name)
+        yield watched.grams
+    finally:
+        watched.stop()
+
+
+def sharing(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
+    """Names of the linears by input: those that share one ``InputGram`` stand together, first come first."""
+    groups: dict[InputGram, list[str]] = {}
+    for name, gram in grams.items():
+        groups.setdefault(gram, []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+class _Watched:
+    """The hooks on one layer, and what they have seen."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.grams: dict[str, InputGram] = {}
+        self._layer = layer
+        # Inputs of the pass that is under way. They are held until it ends, so that no other tensor can take
+        # the identity of one; the version tells a tensor that was changed in place from what it was before.
+        self._inputs: list[tuple[Tensor, int, list[str]]] = []
+        self._groups: set[frozenset[str]] = set()
+        self._hooks = [
+            layer.register_forward_pre_hook(lambda *_: self._inputs.clear()),
+            layer.register_forward_hook(lambda *_: self._finish()),
+        ]
+
+    def watch(self, name: str) -> None:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._count(name, inputs[0])
+
+        self._hooks.append(self._layer.get_submodule(name).register_forward_pre_hook(count))
+
+    def stop(self) -> None:
+        self._inputs.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, name: str, inputs: Tensor) -> None:
+        if any(name in names for _, _, names in self._inputs):
+            raise ValueError(
+                f"{name} ran twice in one pass of its layer, so that it has no single input to share. "
+                "Leave it out of the linears to prune."
+            )
+        for tensor, version, names in self._inputs:
+            if tensor is inputs and version == inputs._version:
+                self.grams.setdefault(name, self.grams[names[0]])
+                names.append(name)
+                return
+        self._inputs.append((inputs, inputs._version, [name]))
+        if name not in self.grams:
+            self.grams[name] = InputGram.empty(inputs.shape[-1], inputs.device)
+        self.grams[name].add(inputs)
+
+    def _finish(self) -> None:
+        groups = {frozenset(names) for _, _, names in self._inputs}
+        self._inputs.clear()
+        self._groups = self._groups or groups
+        if groups != self._groups:
+            raise ValueError(
+                f"the linears shared their inputs as {_listed(self._groups)} in the first pass of the layer and as "
+                f"{_listed(groups)} in a later one, so that their Gram matrices are mixed up. "
+                "Prune this model with a method that needs no Gram matrix, such as Wanda."
+            )
+
+
+def _listed(groups: set[frozenset[str]]) -> str:
+    return " | ".join(sorted("+".join(sorted(names)) for names in groups)) or "none"

@@ -1,0 +1,61 @@
+"""What a calibration pass remembers about the inputs of the linears of one decoder layer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.models.skeleton import Linear
+
+
+@dataclass
+class InputStatistics:
+    """Running sum of squares of every input channel of one linear.
+
+    A batch is summed in float32 and added in float64: in bfloat16 a total stops growing once it is 256 times
+    larger than one addend, so that long calibration sets would be cut short without a sign.
+    """
+
+    sum_of_squares: Tensor  # (in_features,), float64, on the CPU
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int) -> Self:
+        return cls(torch.zeros(in_features, dtype=torch.float64))
+
+    def add(self, sum_of_squares: Tensor, tokens: int) -> None:
+        """Count one batch: its sum of squares per channel, shape ``(in_features,)``, and its number of tokens."""
+        self.sum_of_squares += sum_of_squares.double().cpu()
+        self.tokens += tokens
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norm of every input channel over all calibration tokens, shape ``(in_features,)``, float32."""
+        return self.sum_of_squares.sqrt().float()
+
+
+@contextmanager
+def watching(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
+    """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block."""
+    statistics = {linear.name: InputStatistics.empty(linear.in_features) for linear in linears}
+    # q, k and v (and gate and up) get the very same tensor: its squares are summed once.
+    last_inputs: list[tuple[Tensor, Tensor]] = []
+
+    def watch(linear: Linear) -> object:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not last_inputs or last_inputs[0][0] is not inputs[0]:
+                flat = inputs[0].reshape(-1, linear.in_features).float()
+                last_inputs[:] = [(inputs[0], flat.square().sum(dim=0))]
+            statistics[linear.name].add(last_inputs[0][1], inputs[0].numel() // linear.in_features)
+
+        return layer.get_submodule(linear.name).register_forward_pre_hook(count)
+
+    hooks = [watch(linear) for linear in linears]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]

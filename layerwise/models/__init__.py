@@ -1,0 +1,1 @@
+"""Decoder layers of a model, run one at a time."""

@@ -1,0 +1,245 @@
+"""A model that runs one decoder layer at a time, with only that layer's weights in memory.
+
+No code per model family: the model's own forward pass runs with recording layers in place of its decoder
+layers, which yields the first hidden states and the exact arguments every layer gets; at the end it runs
+with one layer that injects the last hidden states, so that final norm and head are the model's own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from layerwise.models.recording_layers import (
+    ExtraOutputUsed,
+    Injector,
+    LastLayerReached,
+    LayerArguments,
+    OtherShape,
+    Recorder,
+    same_arguments,
+)
+from layerwise.models.skeleton import (
+    UnsupportedModel,
+    build_skeleton,
+    expected_tensors,
+    layer_prefix,
+    linears_of,
+    with_plain_forward,
+)
+
+# Positions whose logits are turned into float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
+LOSS_POSITIONS = 256
+MOST_OUTPUTS = (
+    4  # entries of a tuple that a layer returns: hidden states, attention weights, cache, router logits
+)
+
+
+class StreamedModel:
+    """A causal language model of ``config`` whose decoder layers come and go; what lies outside of them is
+    loaded.
+
+    The input embedding and the head of a large vocabulary outweigh a decoder layer. Unless they are tied,
+    the head is loaded when the first loss is taken, and the embedding can be released once all windows are
+    embedded.
+
+    Args:
+        config: the model's configuration.
+        outer: weights outside of the decoder layers by state-dict name; tied ones may be missing. An entry
+            is looked up when it is needed, so that the mapping may read it from a file.
+        dtype: in which the model computes; weights are cast to it.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, outer: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.model = build_skeleton(with_plain_forward(config))
+        self.prefix = layer_prefix(self.model)
+        self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
+        self.linears = tuple(linears_of(layer) for layer in self.layers)
+        self.num_layers = len(self.layers)
+        self._outer = outer
+        self._vocabulary, self._embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape
+        self._embedding = self._untied(self.model.get_input_embeddings())
+        self._head = self._untied(self.model.get_output_embeddings())
+        self._load([name for name in outer if name != self._head])
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        self._check_outer_is_complete()
+        self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
+        self._outputs = 0  # of a layer: entries of the tuple that it returns; 0: hidden states alone
+
+    def _untied(self, module: nn.Module | None) -> str | None:
+        """State-dict name of the weight of ``module`` if it is a parameter of its own."""
+        weight = getattr(module, "weight", None)
+        tied = self.model.all_tied_weights_keys
+        names = [name for name, parameter in self.model.named_parameters() if parameter is weight]
+        return names[0] if names and names[0] not in {*tied, *tied.values()} else None
+
+    def _load(self, names: Iterable[str]) -> None:
+        weights = {name: self._outer[name].to(self.device, self.dtype) for name in names}
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+
+    def _is_released(self, name: str | None) -> bool:
+        return name is not None and self.model.get_parameter(name).is_meta
+
+    def _require(self, name: str | None) -> None:
+        if name is not None and self._is_released(name):
+            self._load([name])
+
+    def _check_outer_is_complete(self) -> None:
+        inside = f"{self.prefix}."
+        needed = [name for name in expected_tensors(self.model) if not name.startswith(inside)]
+        missing = [name for name in needed if name not in self._outer]
+        if missing:
+            raise ValueError(
+                f"{self.model.config.model_type}: no weights were given for {', '.join(missing)}. "
+                "Pass every tensor outside of the decoder layers."
+            )
+
+    def release_embedding(self) -> None:
+        """Free the input embedding, unless it is tied to the head; it is loaded again if windows are embedded again."""
+        if self._embedding is not None:
+            _to_meta(self.model.get_input_embeddings())
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``.
+
+        Raises:
+            UnsupportedModel: the layers are not called in the way that streaming needs.
+        """
+        self._require(self._embedding)
+        recorders = self._record(input_ids)
+        first = recorders[0].hidden_states
+        arguments = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
+        if first is None or len(arguments) < self.num_layers:
+            raise self._unsupported(f"does not call all of its {self.num_layers} layers in {self.prefix}")
+        if tuple(input_ids.shape) not in self._arguments:
+            others = self._record((input_ids + 1) % self._vocabulary)
+            if not same_arguments(arguments, [recorder.arguments for recorder in others]):
+                raise self._unsupported("gives its layers arguments that depend on the tokens")
+            self._arguments[tuple(input_ids.shape)] = arguments
+        return first
+
+    def _unsupported(self, reason: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.model.config.model_type} {reason}; it cannot be streamed layer by layer. Use another model."
+        )
+
+    def _record(self, input_ids: Tensor) -> list[Recorder]:
+        shape = tuple(input_ids.shape)
+        # Tuples are the older convention: the first entry is taken (Falcon, BLOOM, GPT-J, MPT), or all are (Bamba).
+        for outputs in (self._outputs, *range(1, MOST_OUTPUTS + 1)):
+            last = self.layers[-1]
+            recorders = [Recorder(layer, shape, outputs, layer is last) for layer in self.layers]
+            try:
+                with self._layers_replaced(recorders), suppress(LastLayerReached):
+                    self.model(input_ids=input_ids.to(self.device), use_cache=False)
+            except OtherShape:
+                reason = "changes the shape of the windows between its layers"
+            except ExtraOutputUsed:
+                raise self._unsupported("hands more from layer to layer than hidden states") from None
+            except (ValueError, IndexError) as error:  # another number of values than it unpacks
+                reason = f"takes more from its layers than hidden states ({error})"
+            else:
+                self._outputs = outputs
+                return recorders
+        raise self._unsupported(reason)
+
+    @contextmanager
+    def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with ``weights`` (names relative to the layer), for as long as the block
+        lasts.
+
+        Weights that already have the right dtype and device are used as they are: a change to them is a
+        change to the layer.
+
+        Raises:
+            ValueError: a weight of the layer is missing.
+        """
+        layer = self.layers[index]
+        on_device = {name: tensor.to(self.device, self.dtype) for name, tensor in weights.items()}
+        layer.load_state_dict(on_device, strict=False, assign=True)
+        try:
+            if missing := sorted(set(layer.state_dict()) - set(weights)):
+                raise ValueError(
+                    f"layer {index} got no weights for {', '.join(missing)}; it got {', '.join(sorted(weights))}. "
+                    "Pass every parameter and stored buffer of the decoder layer."
+                )
+            yield layer
+        finally:
+            for module in layer.modules():
+                _to_meta(module)
+
+    @torch.no_grad()
+    def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Output of ``layer`` at position ``index`` for ``hidden_states``, shape ``(windows, seqlen, hidden_size)``."""
+        args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
+        output = layer(hidden_states.to(self.device), *args, **kwargs)
+        if isinstance(output, Tensor):
+            return output
+        self._outputs = self._outputs or len(output)  # a model of one layer has no second one to notice it by
+        return output[0]
+
+    def _arguments_for(self, shape: tuple[int, ...]) -> list[LayerArguments]:
+        if shape not in self._arguments:
+            released = self._is_released(self._embedding)
+            # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
+            self.embed(torch.zeros(shape, dtype=torch.long))
+            if released:
+                self.release_embedding()
+        return self._arguments[shape]
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
+        self._require(self._head)
+        if not self._arguments:
+            self._arguments_for(tuple(hidden_states.shape[:2]))  # finds out what the model's layers return
+        states = hidden_states.to(self.device)
+        with self._layers_replaced([Injector(states, self._outputs)]):
+            # Replaced by the injector, whatever their values; this way no embedding has to be loaded.
+            inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
+            return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+
+    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> float:
+        """Mean cross-entropy in nats of one window's ``seqlen - 1`` next tokens, taken in float32.
+
+        Args:
+            hidden_states: the last layer's output, shape ``(1, seqlen, hidden_size)``.
+            input_ids: the window's tokens, shape ``(1, seqlen)``.
+        """
+        logits = self.logits(hidden_states)[0, :-1]
+        targets = input_ids[0, 1:].to(logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for some_logits, some_targets in zip(
+            logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
+        ):
+            total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
+        return (total / len(targets)).item()
+
+    @contextmanager
+    def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        """Run with other modules in the place of the decoder layers."""
+        owner, _, leaf = self.prefix.rpartition(".")
+        parent = self.model.get_submodule(owner)
+        setattr(parent, leaf, nn.ModuleList(stand_ins))
+        try:
+            yield
+        finally:
+            setattr(parent, leaf, self.layers)
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Free the module's own parameters. Its buffers stay: some are computed once, when the module is built."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,1 @@
+"""Pruners: which weights of a linear are removed."""

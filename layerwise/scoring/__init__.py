@@ -1,0 +1,1 @@
+"""Perplexity, accuracy, reconstruction errors and the paper's theory."""

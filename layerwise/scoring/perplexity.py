@@ -1,0 +1,104 @@
+"""Perplexity by the GPTQ/Wanda convention, and how sure a difference between two plans is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.models.streaming import StreamedModel
+
+# Nats; counted for a window whose loss is not finite (a lane can overflow float16, or prune a layer to nothing).
+# Worse than any real loss, and its perplexity is still a number: such a lane loses, and the others are compared.
+DIVERGED = 700.0
+
+# Two-sided 5 % points of Student's t by degrees of freedom; between two, the stricter one.
+T_BOUNDS = {
+    1: 12.71,
+    2: 4.31,
+    3: 3.19,
+    4: 2.78,
+    5: 2.58,
+    6: 2.45,
+    8: 2.31,
+    10: 2.23,
+    15: 2.14,
+    20: 2.09,
+    30: 2.05,
+    60: 2.0,
+}
+
+
+def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor) -> list[float]:
+    """Mean cross-entropy of each window, in nats, from the last layer's output; ``DIVERGED`` where it is not finite.
+
+    Args:
+        hidden_states: shape ``(windows, seqlen, hidden_size)``.
+        input_ids: shape ``(windows, seqlen)``.
+    """
+    windows = zip(hidden_states.split(1), input_ids.split(1), strict=True)
+    return [finite_loss(model.loss(states, ids)) for states, ids in windows]
+
+
+def finite_loss(loss: float) -> float:
+    """A loss in nats, at most ``DIVERGED``, which also stands for what is no number."""
+    return min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Mean over windows of equal length, in nats."""
+    return math.fsum(losses) / len(losses)
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """``exp`` of the mean loss."""
+    return math.exp(mean_loss(losses))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How the loss of one plan differs from another's on the same windows.
+
+    Attributes:
+        mean: mean over the windows of (loss - other's loss), in nats; negative if the first is better.
+        t: the mean over its standard error; None where it is undefined (one window, or no spread).
+        windows: how many were compared.
+    """
+
+    mean: float
+    t: float | None
+    windows: int
+
+    @property
+    def significant(self) -> bool:
+        """Beyond the two-sided 5 % point of Student's t for so many windows."""
+        return self.t is not None and abs(self.t) > self._t_bound
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half the width of the 95 % interval around the mean, in nats; None where it is undefined."""
+        return self._t_bound * abs(self.mean / self.t) if self.t else None
+
+    @property
+    def _t_bound(self) -> float:
+        return T_BOUNDS[max(degrees for degrees in T_BOUNDS if degrees < self.windows)]
+
+
+def paired_difference(losses: Sequence[float], others: Sequence[float]) -> PairedDifference:
+    """Compare two plans window by window (paired t statistic).
+
+    Raises:
+        ValueError: the plans were scored on different numbers of windows.
+    """
+    if len(losses) != len(others) or not losses:
+        raise ValueError(
+            f"a paired comparison needs the same windows for both plans; got {len(losses)} and {len(others)} losses. "
+            "Score both on the same selection windows."
+        )
+    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    if len(differences) < 2:
+        return PairedDifference(mean, None, len(differences))
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
+    error = math.sqrt(variance / len(differences))
+    return PairedDifference(mean, mean / error if error > 0 else None, len(differences))

@@ -1,0 +1,1 @@
+"""Search strategies: which plan to try next."""

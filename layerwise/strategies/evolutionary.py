@@ -1,0 +1,105 @@
+"""Evolutionary search over the sparsities of all layers: mutate, keep the best (EvoPress, arXiv:2410.14649).
+
+Like there, a mutation exchanges levels between layers, so every plan meets the budget to the weight and nothing has
+to be repaired. A level is a number of weights here, so layers of different sizes can exchange it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerwise.allocators.allocation import SparsityPlan, removed_per_linear
+from layerwise.allocators.budget import weighted_mean
+from layerwise.strategies.adaptive import check_budget
+from layerwise.strategies.trials import Point, Trial, comparable_losses, seed_of_proposal
+
+MOST_MOVES = 3  # a mutation makes min(U{1..3}, U{1..3}) moves, as in EvoPress: mostly 1
+# Draws per proposal until the search gives up: so many in vain, and the neighbourhood of the survivors is exhausted.
+DRAWS = 1000
+
+Removed = tuple[int, ...]  # number of weights that every layer loses
+
+
+@dataclass(frozen=True)
+class EvolutionarySearch:
+    """Every generation mutates the best plans of all generations before it, the parents included.
+
+    Finished when the budget is spent, or when no plan near the survivors is left.
+
+    Attributes:
+        layer_sizes: number of prunable weights of every layer.
+        parents: plans to start from, tried first: uniform and ATP, for instance. One sparsity per layer, all plans
+            with the same weighted mean.
+        budget: at most so many trials, parents included.
+        step: sparsity that a layer of mean size gains or loses by one move.
+        offspring: plans per generation.
+        survivors: from so many of the best plans, one is drawn for every offspring.
+        seed: of the draws, together with the number of trials so far.
+    """
+
+    layer_sizes: tuple[int, ...]
+    parents: tuple[Point, ...]
+    budget: int = 64
+    step: float = 0.02
+    offspring: int = 8
+    survivors: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        if not self.parents or min(self.offspring, self.survivors) < 1 or not 0 < self.step < 1:
+            raise ValueError(
+                f"evolution from {len(self.parents)} parents, with {self.offspring} offspring, {self.survivors} "
+                f"survivors and a step of {self.step:g} is none. Give a parent (the uniform plan), numbers of at least "
+                "1 and a step within (0, 1)."
+            )
+        for parent in self.parents:
+            self._removed(parent)
+
+    def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
+        """See ``trials.Strategy``; a point is the sparsity of every layer."""
+        left = max(self.budget - len(trials), 0)
+        known = {self._removed(trial.point) for trial in trials}
+        parents: dict[Removed, Point] = {}
+        for parent in self.parents:
+            parents.setdefault(self._removed(parent), parent)
+        untried = [parent for removed, parent in parents.items() if removed not in known]
+        if untried or left == 0:
+            return tuple(untried[:left])
+        losses = comparable_losses(trials)
+        ranking = sorted(range(len(trials)), key=lambda index: losses[index])
+        survivors = [self._removed(trials[index].point) for index in ranking[: self.survivors]]
+        dice = random.Random(seed_of_proposal(self.seed, trials))
+        born: list[Removed] = []
+        for _ in range(DRAWS):
+            if len(born) == min(self.offspring, left):
+                break
+            child = self._mutated(dice.choice(survivors), dice)
+            if child not in known:
+                known.add(child)
+                born.append(child)
+        return tuple(self._point(child) for child in born)
+
+    def _mutated(self, removed: Removed, dice: random.Random) -> Removed:
+        """Move some weights' worth of sparsity between layers; the plan itself if there is no room to."""
+        level = max(1, round(self.step * sum(self.layer_sizes) / len(self.layer_sizes)))
+        child = list(removed)
+        for _ in range(min(dice.randint(1, MOST_MOVES), dice.randint(1, MOST_MOVES))):
+            sizes = enumerate(self.layer_sizes)
+            more = [layer for layer, size in sizes if child[layer] + level <= size]
+            less = [layer for layer, count in enumerate(child) if count >= level]
+            pairs = [(up, down) for up in more for down in less if up != down]
+            if pairs:
+                up, down = dice.choice(pairs)
+                child[up] += level
+                child[down] -= level
+        return tuple(child)
+
+    def _removed(self, point: Point) -> Removed:
+        """Weights removed by layer, of a parent rounded to the budget of all: the inverse of ``_point``."""
+        target = weighted_mean(self.parents[0], self.layer_sizes)
+        counts = removed_per_linear(SparsityPlan(0.0, point), target, [[size] for size in self.layer_sizes])
+        return tuple(count for (count,) in counts)
+
+    def _point(self, removed: Removed) -> Point:
+        return tuple(count / size for count, size in zip(removed, self.layer_sizes, strict=True))

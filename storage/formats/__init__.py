@@ -1,0 +1,1 @@
+"""Formats of an artifact's files: tensors, tables, documents."""

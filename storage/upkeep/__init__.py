@@ -1,0 +1,1 @@
+"""Maintenance of a store: inventory, garbage collection, verification, signs of life."""

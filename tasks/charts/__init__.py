@@ -1,0 +1,1 @@
+"""Figures of the report and of the theory page."""

@@ -1,0 +1,152 @@
+"""The figures of a search, from the rows of its report.
+
+What a mark says when it is pointed at is its ``description``: it ends up in the SVG as the mark's label, which screen
+readers read, too. Altair draws them: one grammar for all figures, rendered in this process without a browser.
+"""
+
+import math
+from collections.abc import Sequence
+
+import altair
+
+from layerwise.tasks.charts.axes import layer_axis, linear_axis, measure_axis
+from layerwise.tasks.charts.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    chart_of,
+    figure_of,
+)
+from layerwise.tasks.charts.line_figure import line_figure
+from layerwise.tasks.pages.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
+
+LINES = (BLUE, PURPLE, SKY, YELLOW)  # beside those of uniform and best
+
+
+def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
+    """Realised sparsity of every decoder layer, by plan.
+
+    Args:
+        sparsities: as of ``sparsities_table``.
+    """
+    plans = {row["plan"]: row["kind"] for row in sparsities}
+    names = {plan: _plan_label(plan, kind) for plan, kind in plans.items()}
+    others = iter(LINES * len(plans))
+    marks = {}
+    for plan, kind in sorted(plans.items(), key=lambda item: (UNIFORM, BEST, COMPARED, TRIED).index(item[1])):
+        color = {UNIFORM: VERMILION, BEST: GREEN, TRIED: GREY}.get(kind) or next(others)
+        marks[names[plan]] = (color, 1.2 if kind == TRIED else 2.2)
+    rows = [
+        {
+            "line": names[row["plan"]],
+            "detail": row["plan"],
+            "x": row["layer"],
+            "y": row["sparsity"],
+            "said": f"{row['plan']}, layer {row['layer']}: sparsity {row['sparsity']:.4f}",
+        }
+        for row in sparsities
+    ]
+    # Linear, as ATP's plans are straight lines.
+    axis = linear_axis([row["y"] for row in rows], "sparsity (fraction of weights removed)")
+    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
+
+
+def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
+    """Reconstruction error of every layer's output over the energy of the dense one's, for uniform and best.
+
+    Where the rows tell an error of the layer itself (``relative_local_error``), it is drawn thin.
+
+    Args:
+        errors: as of ``errors_table``.
+    """
+    rows, marks = [], {}
+    colors = {UNIFORM: VERMILION, BEST: GREEN}
+    parts = {"relative_error": "", "relative_local_error": ", added by the layer itself"}
+    for column, part in parts.items():
+        for row in errors:
+            if row.get(column) is not None:
+                name = f"{row['model']}{part}"
+                marks[name] = (colors[row["model"]], 1.1 if part else 2.2)
+                said = f"{name}, layer {row['layer']}: {row[column]:.4g} of the dense output's energy"
+                rows.append({"line": name, "detail": name, "x": row["layer"], "y": row[column], "said": said})
+    axis = measure_axis([row["y"] for row in rows], "squared error over dense energy")
+    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
+
+
+def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
+    """Realised sparsity of every linear of the best plan, as a map of layers and linears.
+
+    Args:
+        linears: as of ``linears_table``.
+    """
+    rows = [
+        {
+            **row,
+            "said": f"layer {row['layer']}, {row['linear']}: {row['sparsity']:.4f}, "
+            f"{row['zeros']:,} of {row['weights']:,} weights",
+        }
+        for row in linears
+    ]
+    values = [row["sparsity"] for row in rows]
+    low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 1e-9) / 10
+    names = list(dict.fromkeys(row["linear"] for row in rows))
+    legend = altair.Legend(gradientLength=200, gradientThickness=12, title="sparsity", tickCount=5)
+    color = altair.Color(
+        "sparsity:Q", scale=altair.Scale(scheme="viridis", domain=[low, high]), legend=legend
+    )
+    map_of_all = (
+        chart_of(rows)
+        .mark_rect()
+        .encode(
+            x=altair.X("layer:O", **layer_axis(row["layer"] for row in rows)),
+            y=altair.Y("linear:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
+            color=color,
+            description="said:N",
+        )
+    )
+    return figure_of(map_of_all, height=max(26 * len(names), 80))
+
+
+def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
+    """When which stage was at work; pauses are left out.
+
+    Args:
+        stages: as of ``stages_table``.
+    """
+    unit, divisor = ("hours", 3600) if max(row["end"] for row in stages) > 3 * 3600 else ("seconds", 1)
+    if unit == "seconds" and max(row["end"] for row in stages) > 600:
+        unit, divisor = "minutes", 60
+    rows = [
+        {
+            "stage": row["stage"],
+            "key": row["key"],
+            "start": row["start"] / divisor,
+            "end": row["end"] / divisor,
+            "said": f"{row['stage']}: {row['seconds']:.1f} s",
+        }
+        for row in stages
+    ]
+    names = list(dict.fromkeys(row["stage"] for row in rows))
+    bars = (
+        chart_of(rows)
+        .mark_bar(color=BLUE, stroke=BLUE, strokeWidth=1.5, height=13)
+        .encode(
+            x=altair.X(
+                "start:Q",
+                title=f"{unit} at work since the beginning, pauses left out",
+                scale=altair.Scale(zero=True),
+            ),
+            x2="end:Q",
+            y=altair.Y("stage:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
+            description="said:N",
+        )
+    )
+    return figure_of(bars, height=24 * len(names))
+
+
+def _plan_label(plan: str, kind: str) -> str:
+    return {BEST: f"best, {plan}", TRIED: "others that were tried"}.get(kind, plan)

@@ -1,0 +1,1 @@
+"""Compressed checkpoints: file format, writing, reading."""

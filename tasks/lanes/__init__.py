@@ -1,0 +1,1 @@
+"""Groups of lanes: inputs, state, statistics."""

@@ -1,0 +1,65 @@
+"""Layer boundaries: where a stage may leave a resume point, and where it stops when it is asked to."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from layerwise.storage.draft import Draft
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stopping import stop, stop_deferred
+
+
+class BoundaryClock:
+    """Says at which layer boundaries a resume point is due."""
+
+    def __init__(self, execution: Execution) -> None:
+        self._layers, self._seconds = execution.boundary_layers, execution.boundary_seconds
+        self._last_time, self._since = time.monotonic(), 0
+
+    def due(self) -> bool:
+        """Call once after every layer; ``restart`` after the resume point is committed."""
+        self._since += 1
+        by_layers = self._layers is not None and self._since >= self._layers
+        return by_layers or time.monotonic() - self._last_time >= self._seconds
+
+    def restart(self) -> None:
+        """Count anew from here: time spent on committing a resume point must not make the next one due."""
+        self._last_time, self._since = time.monotonic(), 0
+
+
+@contextmanager
+def boundaries(
+    draft: Draft, execution: Execution, write_state: Callable[[Draft], None]
+) -> Iterator[Callable[[int], None]]:
+    """Leave resume points in ``draft``: as often as ``execution`` says, and when the process is asked to stop.
+
+    Args:
+        write_state: see ``Draft.save_progress``.
+
+    Yields:
+        A function to call after every layer, with the number of the next one. What is done in the block after its
+        last call must be possible to do again.
+
+    Raises:
+        Stopped: the process was asked to end; the resume point was committed.
+    """
+    clock, reached_step, committed_step = BoundaryClock(execution), -1, -1
+    with stop_deferred() as asked_to_stop:
+
+        def commit() -> None:
+            nonlocal committed_step
+            draft.save_progress(reached_step, write_state)
+            committed_step = reached_step
+
+        def reached(step: int) -> None:
+            nonlocal reached_step
+            reached_step = step
+            if clock.due() or asked_to_stop():
+                commit()
+                clock.restart()
+            if asked_to_stop():
+                stop()
+
+        yield reached
+        if asked_to_stop() and reached_step > committed_step:
+            commit()

@@ -1,0 +1,83 @@
+"""How lanes are pruned, apart from their plans."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from layerwise.allocators.allocation import SparsityPlan, removed_per_linear
+from layerwise.models.skeleton import Linear
+from layerwise.pruners.layer_pruning import Pruner, WeightPruner
+from layerwise.pruners.patterns import Pattern, removed_on_levels
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How lanes are pruned, the same for all of them.
+
+    Attributes:
+        target: overall sparsity, the fraction of all linears' weights that is removed.
+        pruner: chooses the weights that go, and may correct the others.
+        calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane
+            calibrates each layer on the hidden states that its own pruned layers made.
+        dtype: in which the model computes.
+        pattern: N:M, such as "2:4" or "N:8"; None for none.
+        exclude: regular expression; linears whose name it is found in (``layer.linear``, e.g. "0.mlp.down_proj") stay
+            dense, and count neither in the target nor in the realised sparsity.
+    """
+
+    target: float
+    pruner: Pruner
+    calibration_mode: Literal["dense", "sequential"]
+    dtype: str
+    pattern: str | None = None
+    exclude: str | None = None
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings as keys hold them; without what was added later and is not used, so that older keys stay."""
+        unused = [name for name in ("pattern", "exclude") if getattr(self, name) is None]
+        own = {name: value for name, value in vars(self).items() if name not in unused}
+        return {"type": type(self).__name__, **own}
+
+    @property
+    def group(self) -> int | None:
+        """M of the N:M pattern."""
+        return None if self.pattern is None else Pattern.parse(self.pattern).group
+
+    def prunable(self, linears: Sequence[Sequence[Linear]]) -> list[list[Linear]]:
+        """The linears that are not excluded, by layer."""
+        return [
+            [linear for linear in layer if not self._excludes(index, linear)]
+            for index, layer in enumerate(linears)
+        ]
+
+    def _excludes(self, index: int, linear: Linear) -> bool:
+        return self.exclude is not None and re.search(self.exclude, f"{index}.{linear.name}") is not None
+
+    def removed(self, plan: SparsityPlan, linears: Sequence[Sequence[Linear]]) -> tuple[tuple[int, ...], ...]:
+        """How many weights of every linear go by ``plan``; of the excluded ones none.
+
+        Raises:
+            ValueError: the plan was made for other linears, or misses the target.
+        """
+        prunable = self.prunable(linears)
+        sizes = [[linear.numel for linear in layer] for layer in prunable]
+        if self.group is None:
+            counts = removed_per_linear(plan, self.target, sizes)
+        else:
+            counts = removed_on_levels(plan, self.group, sizes)
+        count_of = {
+            (index, linear.name): count
+            for index, (layer, of_layer) in enumerate(zip(prunable, counts, strict=True))
+            for linear, count in zip(layer, of_layer, strict=True)
+        }
+        return tuple(
+            tuple(count_of.get((index, linear.name), 0) for linear in layer)
+            for index, layer in enumerate(linears)
+        )
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether the pruner corrects weights, by the second moments of their inputs."""
+        return isinstance(self.pruner, WeightPruner)

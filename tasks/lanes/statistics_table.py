@@ -1,0 +1,53 @@
+"""Input statistics as Parquet: one file per decoder layer, one row per linear and input channel."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from layerwise.calibration.statistics import InputStatistics
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tables import read_table, write_table
+from layerwise.storage.keys import digest
+from layerwise.storage.store import ArtifactStore
+
+
+def statistics_file(layer: int, folder: str = "statistics") -> str:
+    return f"{folder}/layer-{layer:05d}.parquet"
+
+
+def statistics_identity(artifact: Artifact, folder: str = "statistics") -> str:
+    """Digest of the statistics that an artifact holds, whatever else is in it: the input key of what prunes by them."""
+    return digest({n: file.digest for n, file in artifact.files.items() if n.startswith(f"{folder}/")})
+
+
+def write_statistics(
+    draft: Draft, layer: int, statistics: Mapping[str, InputStatistics], folder: str = "statistics"
+) -> None:
+    """Columns: layer, linear, channel, tokens (count), sum_of_squares (float64)."""
+    channels = [len(inputs.sum_of_squares) for inputs in statistics.values()]
+    rows = {
+        "layer": pa.array(np.full(sum(channels), layer, dtype=np.int16)),
+        "linear": pa.array(np.repeat(list(statistics), channels)).dictionary_encode(),
+        "channel": pa.array(np.concatenate([np.arange(count, dtype=np.int32) for count in channels])),
+        "tokens": pa.array(np.repeat([inputs.tokens for inputs in statistics.values()], channels)),
+        "sum_of_squares": pa.array(torch.cat([i.sum_of_squares for i in statistics.values()]).numpy()),
+    }
+    write_table(draft, statistics_file(layer, folder), pa.table(rows))
+
+
+def read_statistics(
+    store: ArtifactStore, artifact: Artifact, layer: int, folder: str = "statistics"
+) -> dict[str, InputStatistics]:
+    """Statistics of one layer by linear, as they were written."""
+    table = read_table(store, artifact, statistics_file(layer, folder))
+    linears = table["linear"].combine_chunks().to_pylist()
+    sums = torch.from_numpy(table["sum_of_squares"].to_numpy().copy())
+    tokens = table["tokens"].to_numpy()
+    starts = [index for index, name in enumerate(linears) if index == 0 or name != linears[index - 1]]
+    return {
+        linears[start]: InputStatistics(sums[start:end].clone(), int(tokens[start]))
+        for start, end in zip(starts, [*starts[1:], len(linears)], strict=True)
+    }

@@ -1,0 +1,1 @@
+"""Zero-shot tasks of lm-eval: loading, scoring, comparing."""

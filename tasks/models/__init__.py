@@ -1,0 +1,1 @@
+"""Checkpoints: index, tensors, and models built from them."""

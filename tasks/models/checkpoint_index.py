@@ -1,0 +1,123 @@
+"""The index of a checkpoint: its configuration, and where each of its tensors lies."""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.storage.keys import digest
+
+# Entries of config.json that say who wrote it, not what the model is.
+NOT_THE_MODEL = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class IndexedTensor:
+    """One tensor of a checkpoint."""
+
+    name: str  # in its safetensors file
+    model_name: str | None  # in the state dict of the model; None: the model has no use for it
+    layer: int | None  # number of its decoder layer; None: outside of the layers
+    file: str
+    entry: TensorEntry
+    copy_of: str | None = None  # name of the stored tensor that the model ties this unused one to
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """All tensors of a checkpoint, in the order of the files. Tied tensors are stored once."""
+
+    config: dict[str, Any]  # the content of config.json
+    layer_prefix: str  # e.g. "model.layers"
+    num_layers: int
+    in_place: bool  # the files are those of the source folder, not of the artifact
+    tensors: tuple[IndexedTensor, ...]
+
+    def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
+        """Tensors of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
+        start = len(f"{self.layer_prefix}.{index}.")
+        return {
+            tensor.model_name[start:]: tensor
+            for tensor in self.groups[index]
+            if tensor.model_name is not None
+        }
+
+    def outer_tensors(self) -> dict[str, IndexedTensor]:
+        """Tensors outside of the decoder layers (embeddings, final norm, head) by their state-dict name."""
+        return {tensor.model_name: tensor for tensor in self.groups[None] if tensor.model_name is not None}
+
+    @cached_property
+    def groups(self) -> dict[int | None, list[IndexedTensor]]:
+        """Tensors by decoder layer, those the model has no use for included; ``None`` are the outer ones."""
+        groups: dict[int | None, list[IndexedTensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            groups[tensor.layer].append(tensor)
+        return groups
+
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of the tensors that are read for each layer."""
+        return tuple(
+            sum(tensor.entry.nbytes for tensor in self.layer_tensors(index).values())
+            for index in range(self.num_layers)
+        )
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes of the tensors that are read for the outer part."""
+        return sum(tensor.entry.nbytes for tensor in self.outer_tensors().values())
+
+    @property
+    def dtype(self) -> str:
+        """The torch dtype that most bytes of the decoder layers have, e.g. "bfloat16"."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            if tensor.layer is not None and tensor.model_name is not None:
+                sizes[str(tensor.entry.torch_dtype).removeprefix("torch.")] += tensor.entry.nbytes
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model, tied ones counted once."""
+        return sum(
+            t.entry.nbytes // t.entry.torch_dtype.itemsize for t in self.tensors if t.model_name is not None
+        )
+
+    @property
+    def identity(self) -> str:
+        """Digest over the configuration and every tensor: equal bytes, however cut into files, are equal."""
+        assert all(tensor.entry.digest for tensor in self.tensors), (
+            "only an imported checkpoint has an identity"
+        )
+        config = {name: value for name, value in self.config.items() if name not in NOT_THE_MODEL}
+        tensors = sorted([t.name, t.entry.dtype, list(t.entry.shape), t.entry.digest] for t in self.tensors)
+        return digest({"config": json.dumps(config, sort_keys=True), "tensors": tensors})
+
+    def to_json(self) -> bytes:
+        """The index as a file; ``from_json`` reads it back."""
+        document = {
+            "config": self.config,
+            "layer_prefix": self.layer_prefix,
+            "num_layers": self.num_layers,
+            "layer_bytes": self.layer_bytes,
+            "outer_bytes": self.outer_bytes,
+            "in_place": self.in_place,
+            "tensors": [{**vars(tensor), "entry": tensor.entry.to_json()} for tensor in self.tensors],
+        }
+        return json.dumps(document, indent=1).encode()
+
+    @staticmethod
+    def from_json(content: bytes) -> "CheckpointIndex":
+        document = json.loads(content)
+        return CheckpointIndex(
+            document["config"],
+            document["layer_prefix"],
+            document["num_layers"],
+            document["in_place"],
+            tuple(
+                IndexedTensor(**{**plain, "entry": TensorEntry.from_json(plain["entry"])})
+                for plain in document["tensors"]
+            ),
+        )

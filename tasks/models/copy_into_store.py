@@ -1,0 +1,118 @@
+"""Copy a checkpoint into the store, one shard per decoder layer, going on where an attempt stopped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerwise.storage.draft import Draft
+from layerwise.storage.formats.tensors import needed_bytes, read_entries, write_tensors
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
+from layerwise.tasks.models.finite_weights import require_finite
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stopping import stop, stop_deferred
+from layerwise.tasks.sources.folder import Folder
+
+if TYPE_CHECKING:
+    from layerwise.tasks.models.gguf_weights import GgufWeights
+
+Shard = Sequence[IndexedTensor]
+
+
+def copy_into_store(draft: Draft, folder: Folder, index: CheckpointIndex) -> CheckpointIndex:
+    """Copy the tensors of ``folder`` by ranged reads through one buffer of the size of a shard.
+
+    Returns:
+        The index with the places of the copies.
+
+    Raises:
+        Corrupt: if a file is shorter than its header says, or cannot be read.
+    """
+    shards = _shards(index)
+    size = max(needed_bytes({tensor.name: tensor.entry for tensor in shard}) for shard in shards.values())
+    buffer = torch.empty(size, dtype=torch.uint8)
+
+    def read(shard: Shard) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        start = 0
+        for file in dict.fromkeys(tensor.file for tensor in shard):
+            entries = {tensor.name: tensor.entry for tensor in shard if tensor.file == file}
+            end = start + needed_bytes(entries)
+            weights |= read_entries(folder.fs, folder.path(file), entries, buffer[start:end])
+            start = end
+        return weights
+
+    return _write_shards(draft, index, shards, read)
+
+
+def convert_gguf(
+    draft: Draft, weights: "GgufWeights", require_unchanged: Callable[[], None]
+) -> CheckpointIndex:
+    """Dequantize a GGUF file into the store.
+
+    Args:
+        require_unchanged: raises an error if the file has changed; asked before a shard is written.
+
+    Returns:
+        The index with the places of the dequantized weights.
+
+    Raises:
+        ValueError: if a shape does not fit the file's metadata.
+    """
+
+    def dequantize(shard: Shard) -> dict[str, Tensor]:
+        tensors = {tensor.name: weights.tensor(tensor.name) for tensor in shard}
+        require_unchanged()
+        return tensors
+
+    return _write_shards(draft, weights.index, _shards(weights.index), dequantize)
+
+
+def _no_state(state: Draft) -> None:
+    """The shards written so far are all that is needed to go on."""
+
+
+def _write_shards(
+    draft: Draft,
+    index: CheckpointIndex,
+    shards: Mapping[str, Shard],
+    read: Callable[[Shard], dict[str, Tensor]],
+) -> CheckpointIndex:
+    located = []
+    done = len(draft.files)
+    title = "import: copy into the store"
+    with stop_deferred() as asked_to_stop, showing(title, len(shards), done, draft.resumed, "shard") as show:
+        for step, (file, shard) in enumerate(shards.items(), start=1):
+            if file not in draft.files:
+                weights = read(shard)
+                for tensor in shard:
+                    if tensor.model_name is not None:
+                        require_finite(weights[tensor.name], tensor.name, tensor.file)
+                write_tensors(draft, file, weights, metadata={"format": "pt"})
+                show(step)
+                draft.save_progress(step, _no_state)
+            if asked_to_stop():
+                stop()
+            entries = draft.files[file].tensors
+            assert entries is not None, "write_tensors records where tensors lie"
+            located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
+    return replace(index, in_place=False, tensors=tuple(located))
+
+
+def _shards(index: CheckpointIndex) -> Mapping[str, Shard]:
+    """Which tensors go into which file: a file for each layer, the outer ones cut to the size of a layer.
+
+    Embedding and head of a big vocabulary are each larger than a layer: one file would need twice the memory.
+    """
+    shards: dict[str, list[IndexedTensor]] = {}
+    room, count = 0, 0
+    for tensor in index.groups[None]:
+        if tensor.entry.nbytes > room:
+            room, count = max(index.layer_bytes), count + 1
+        room -= tensor.entry.nbytes
+        shards.setdefault(f"outer-{count - 1:05d}.safetensors", []).append(tensor)
+    for layer in range(index.num_layers):
+        shards[f"layer-{layer:05d}.safetensors"] = index.groups[layer]
+    return shards

@@ -1,0 +1,168 @@
+"""The index of a checkpoint that lies in a folder."""
+
+import json
+from dataclasses import replace
+
+import torch
+from xxhash import xxh3_128
+
+from layerwise.models.skeleton import layer_prefix
+from layerwise.storage.draft import Draft
+from layerwise.storage.files.reading import read_exactly
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
+from layerwise.tasks.models.finite_weights import require_finite
+from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
+from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.stopping import stop, stop_deferred
+from layerwise.tasks.sources.checkpoint_files import CONFIG, stored_tensors
+from layerwise.tasks.sources.folder import Folder
+from layerwise.tasks.sources.model_config import (
+    check_values,
+    notice_own_code,
+    outline_from_document,
+    read_config_document,
+)
+
+PIECE = 32 << 20  # bytes in memory while a digest is computed: one window of requests to a remote storage
+DIGESTS = "digests.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def describe_folder(folder: Folder) -> CheckpointIndex:
+    """The index of ``folder`` without digests: reads ``config.json`` and the headers of the tensor files.
+
+    The headers are read first: nothing is built from a configuration that asks for more than they hold.
+
+    Raises:
+        ValueError: if the files do not make a model that can be pruned.
+        Corrupt: if a file contradicts its own header.
+    """
+    refuse_adapter(folder)
+    document = read_config_document(folder)
+    stored = stored_tensors(folder)
+    check_values(document, f"{CONFIG} of {folder.name}", layers_stored(stored))
+    model = outline_from_document(document, folder.name)
+    notice_own_code(document, folder.name)
+    tensors = match_tensors(stored, model, folder.name)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place=True, tensors=tensors)
+
+
+def refuse_adapter(folder: Folder) -> None:
+    """Refuse a folder with the files of an adapter (LoRA and its like): its weights would be left out silently.
+
+    Raises:
+        ValueError: naming the files, and how to merge them.
+    """
+    files = sorted(
+        name for name in folder.files if name == ADAPTER_CONFIG or name.startswith("adapter_model")
+    )
+    if not files:
+        return
+    kind, base = "an adapter", "BASE"
+    if ADAPTER_CONFIG in files:
+        try:
+            settings = json.loads(folder.read(ADAPTER_CONFIG))
+        except (ValueError, RecursionError):
+            settings = None  # the advice is the same
+        if isinstance(settings, dict):
+            kind = f"an adapter ({settings.get('peft_type', 'of an unnamed kind')})"
+            base = str(settings.get("base_model_name_or_path") or base)
+    merge = (
+        f'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; '
+        f"PeftModel.from_pretrained(M.from_pretrained({base!r}, dtype='auto'), 'ADAPTER')"
+        ".merge_and_unload().save_pretrained('NEW')\""
+    )
+    whole = any(name.endswith(".safetensors") and name not in files for name in folder.files)
+    remedy = (
+        f"If it is merged into the weights already, remove these files; if not, merge it: {merge}, and give NEW"
+        if whole
+        else f"Merge it into the model that it was trained on: {merge}, and give NEW"
+    )
+    raise ValueError(
+        f"{folder.name} holds {kind} {'next to the weights' if whole else 'and no model'}: {', '.join(files)}. "
+        f"Adapters are not applied. {remedy} (with the tokenizer files copied into it)."
+    )
+
+
+def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> CheckpointIndex:
+    """The index of ``folder`` with the digest of every tensor, whose bytes are read once, in pieces.
+
+    A resume point is left after every file.
+
+    Raises:
+        ValueError: if the files do not make a model that can be pruned, or a weight holds NaN or infinity.
+        Corrupt: if a file contradicts its own header or cannot be read.
+        SourceChanged: if a file changes meanwhile.
+    """
+    index = describe_folder(folder)
+    check_tied_copies(folder, index)
+    digests: dict[str, str] = json.loads(store.read(draft.resumed.state, DIGESTS)) if draft.resumed else {}
+    files = list(dict.fromkeys(tensor.file for tensor in index.tensors))
+    total = len(index.tensors)
+    title = "import: checksums"
+    with (
+        stop_deferred() as asked_to_stop,
+        showing(title, total, len(digests), draft.resumed, "tensor") as show,
+    ):
+        for step, file in enumerate(files, start=1):
+            todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
+            for tensor in todo:
+                digest = _digest(folder, tensor)
+                folder.require_unchanged(file)
+                digests[tensor.name] = digest
+                show(len(digests))
+                if asked_to_stop() or tensor is todo[-1]:
+                    _save(draft, step, digests)
+                if asked_to_stop():
+                    stop()
+    tensors = (
+        replace(tensor, entry=replace(tensor.entry, digest=digests[tensor.name])) for tensor in index.tensors
+    )
+    return replace(index, tensors=tuple(tensors))
+
+
+def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
+    """Refuse weights that the configuration ties, but the files hold with different values.
+
+    Raises:
+        ValueError: naming both.
+    """
+    named = {tensor.name: tensor for tensor in index.tensors}
+    for copy in index.tensors:
+        if copy.copy_of is None:
+            continue
+        original = named[copy.copy_of]
+        same_kind = (copy.entry.dtype, copy.entry.shape) == (original.entry.dtype, original.entry.shape)
+        if not same_kind or _digest(folder, copy) != _digest(folder, original):
+            raise ValueError(
+                f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
+                "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
+                f"to false there; if not, remove {copy.name} from {copy.file}."
+            )
+
+
+def _digest(folder: Folder, tensor: IndexedTensor) -> str:
+    """Checksum of a tensor's bytes; refuses a weight that holds NaN or infinity, since each byte passes here."""
+    digest, entry = xxh3_128(), tensor.entry
+    piece = memoryview(bytearray(min(PIECE, entry.nbytes)))
+    for start in range(0, entry.nbytes, PIECE):
+        part = piece[: min(PIECE, entry.nbytes - start)]
+        read_exactly(folder.fs, folder.path(tensor.file), entry.offset + start, part)
+        digest.update(part)
+        if tensor.model_name is not None:
+            values = torch.frombuffer(
+                part, dtype=entry.torch_dtype
+            )  # pieces are multiples of every item size
+            require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
+    return digest.hexdigest()
+
+
+def _save(draft: Draft, step: int, digests: dict[str, str]) -> None:
+    content = json.dumps(digests).encode()
+
+    def write_state(state: Draft) -> None:
+        state.write(DIGESTS, content)
+
+    draft.save_progress(step, write_state)

@@ -1,0 +1,61 @@
+"""Open a checkpoint that lies in a folder as one model of transformers: checked and read as a search reads it.
+
+transformers' own ``from_pretrained`` looks for files by itself: it opens pickles where there are no safetensors, asks
+to run code that a folder brings, adds adapters, and makes up weights that it does not find.
+"""
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from layerwise.storage.formats.tensors import read_entries
+from layerwise.tasks.models.folder_index import check_tied_copies, describe_folder
+from layerwise.tasks.models.whole_model import model_of_weights
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sources.checkpoint_files import GENERATION_CONFIG
+from layerwise.tasks.sources.folder import Folder
+from layerwise.tasks.sources.model_config import config_from_document, short_reason
+
+
+def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in ``folder``, computing in ``dtype``, on the CPU.
+
+    Raises:
+        ValueError: if the files do not make a model that can be pruned, see ``describe_folder``.
+        Corrupt: if a file contradicts its own header.
+    """
+    index = describe_folder(folder)
+    check_tied_copies(folder, index)
+    weights = {}
+    for tensor in index.tensors:
+        if tensor.model_name is not None:
+            read = read_entries(folder.fs, folder.path(tensor.file), {tensor.name: tensor.entry})
+            weights[tensor.model_name] = read[tensor.name].to(dtype)
+    model = model_of_weights(
+        config_from_document(index.config, folder.name), weights, Execution().torch_device
+    )
+    return with_generation_config(model, folder)
+
+
+def with_generation_config(model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
+    """``model`` with the settings of ``generate`` that lie in the local ``folder``, if there are any.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
+    if GENERATION_CONFIG in folder.files:
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder.root, local_files_only=True)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(
+                f"{GENERATION_CONFIG} of {folder.name} cannot be used ({short_reason(error)}). Correct it, or remove "
+                "it: then the defaults of transformers hold."
+            ) from error
+    return model

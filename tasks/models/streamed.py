@@ -1,0 +1,56 @@
+"""Open a checkpoint as a model that runs one layer at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.models.skeleton import Linear, linears_of, require_positions
+from layerwise.models.streaming import StreamedModel
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sources.model_config import outline_from_document
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def streamed_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> StreamedModel:
+    """The model of ``checkpoint`` without its decoder layers, computing in ``dtype``, e.g. "bfloat16"."""
+    outer = OuterTensors(checkpoint)
+    return StreamedModel(checkpoint.config, outer, DTYPES[dtype], execution.torch_device)
+
+
+class OuterTensors(Mapping[str, Tensor]):
+    """The tensors outside of the decoder layers, each read when it is looked up."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._tensors = checkpoint, checkpoint.outer_tensors()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read({name: self._tensors[name]})[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own looks the tensor up, and so reads it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, ...]]:
+    """The prunable weights of every decoder layer, in the order of ``StreamedModel.linears``.
+
+    Raises:
+        ValueError: the model has no positions for windows of ``seqlen`` tokens.
+    """
+    model = outline_from_document(index.config, "the checkpoint")
+    require_positions(model, seqlen)
+    return [linears_of(layer) for layer in model.get_submodule(index.layer_prefix).children()]
+
+
+def layer_sizes_of(linears: Sequence[Sequence[Linear]]) -> list[int]:
+    """Number of prunable weights of every decoder layer."""
+    return [sum(linear.numel for linear in layer) for layer in linears]

@@ -1,0 +1,87 @@
+"""What a model card says of the lane that a search has chosen."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from layerwise.scoring.perplexity import perplexity
+from layerwise.storage.artifact import Artifact
+from layerwise.tasks.branch import LaneScore
+from layerwise.tasks.capture import DENSE_PERPLEXITY
+from layerwise.tasks.evaluate import TestResult
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.pages.model_card import ModelCard, Result
+from layerwise.tasks.sample_tokens import TOKENS_FILE
+from layerwise.tasks.sources.source_license import License
+from layerwise.tasks.sources.sources import HUB_ID, DemoSource
+
+
+def card_of_lane(
+    inputs: LaneInputs,
+    chosen: LaneScore,
+    uniform: LaneScore,
+    settings: PruneSettings,
+    rows: Sequence[Mapping[str, int]],
+) -> ModelCard:
+    """A card with the results on the selection text; without the allocator, which is no part of what a lane is.
+
+    Args:
+        inputs: what the lanes were scored on.
+        rows: zeros and weights of every pruned linear: the ``linears`` of ``sparsity.json``.
+    """
+    checkpoint, perplexities = inputs.checkpoint, (perplexity(uniform.losses), perplexity(chosen.losses))
+    return ModelCard(
+        source_name(checkpoint),
+        source_license(checkpoint),
+        settings.pruner.method,
+        settings.pattern,
+        None,
+        tuple(
+            _realised([row for row in rows if row["layer"] == index])
+            for index in range(checkpoint.num_layers)
+        ),
+        _realised(rows),
+        _results("selection text", inputs.scored, dense_perplexity(inputs.capture), *perplexities),
+    )
+
+
+def results_on_test(test: TestResult, windows: Artifact) -> tuple[Result, ...]:
+    """The rows of the test, which comes after the export: for the card of what is made later.
+
+    Args:
+        windows: the test windows.
+    """
+    return _results("test text", windows, test.dense, test.uniform, test.best)
+
+
+def source_name(checkpoint: Checkpoint) -> str:
+    """What the model card calls the dense model: of a place on somebody's disk or bucket the last part only."""
+    source = str(checkpoint.artifact.facts["source"])
+    if source == DemoSource.label:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    on_the_hub = HUB_ID.fullmatch(source) is not None
+    return source if on_the_hub else source.rstrip("/").rpartition("/")[2]
+
+
+def source_license(checkpoint: Checkpoint) -> License | None:
+    """The licence of the dense model; None if its files do not tell, or were imported before anybody asked."""
+    facts = checkpoint.artifact.facts.get("license")
+    return License(**facts) if isinstance(facts, dict) else None
+
+
+def dense_perplexity(capture: Artifact) -> float:
+    """That of the dense model on the selection text."""
+    return float(str(capture.facts[DENSE_PERPLEXITY]))
+
+
+def _realised(rows: Sequence[Mapping[str, int]]) -> float:
+    return math.fsum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
+
+
+def _results(text: str, windows: Artifact, dense: float, uniform: float, best: float) -> tuple[Result, ...]:
+    entries = windows.files[TOKENS_FILE].tensors
+    assert entries is not None, "write_tensors records where tensors lie"
+    shape = entries["input_ids"].shape
+    models = {"dense": dense, "uniform": uniform, "**this model**": best}
+    return tuple(Result(model, text, shape[0], shape[1], value) for model, value in models.items())

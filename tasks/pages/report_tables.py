@@ -1,0 +1,177 @@
+"""The numbers of a report, as rows: read from a finished search's artifacts, and nothing but that."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerwise.scoring.perplexity import DIVERGED
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.tables import read_table
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import ERRORS_FILE, LAYERS_FILE, LINEARS_FILE
+from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.select import ScoreRow
+
+Row = dict[str, Any]
+Rows = list[Row]
+
+UNIFORM, BEST, TRIED, COMPARED = "uniform", "best", "tried", "compared"  # what a plan is in a figure
+# Times the best perplexity: a beta beyond it has failed, by how much says nothing and would flatten all the others.
+WORST_SHOWN = 1000.0
+
+
+def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
+    """Dense, uniform and best: perplexities, and the weights of the pruned linears that are not zero."""
+    selection, test = search.selection, search.test
+    uniform, best = selection.rows[0], selection.best_row
+    linears = {row: read_table(store, search.lane(row), LINEARS_FILE) for row in {uniform, best}}
+    weights = sum(linears[uniform]["weights"].to_pylist())
+    rows: Rows = [
+        {
+            "model": "dense",
+            "plan": "nothing removed",
+            "selection_perplexity": selection.dense_perplexity,
+            "test_perplexity": test.dense,
+            "weights": weights,
+            "zeros": 0,
+        }
+    ]
+    for name, row, tested in ((UNIFORM, uniform, test.uniform), (BEST, best, test.best)):
+        rows.append(
+            {
+                "model": name,
+                "plan": plan_name(search, row),
+                "selection_perplexity": row.perplexity,
+                "test_perplexity": tested,
+                "weights": weights,
+                "zeros": sum(linears[row]["zeros"].to_pylist()),
+            }
+        )
+    return rows
+
+
+def betas_table(search: FinishedSearch) -> Rows:
+    """Every plan that was tried, with the 95 % interval of its paired difference to the best, around its own."""
+    selection = search.selection
+    worst = min(WORST_SHOWN * selection.best_row.perplexity, math.exp(DIVERGED / 2))
+    rows = []
+    for row in selection.rows:
+        difference = row.above_best
+        low, high = perplexity_interval(row)
+        rows.append(
+            {
+                "plan": plan_name(search, row),
+                "kind": _kind(search, row),
+                "beta": row.beta,
+                "offset": row.offset,
+                "loss": row.loss,
+                "perplexity": row.perplexity,
+                "low": low,
+                "high": high,
+                "above_best": None if difference is None else difference.mean,
+                "t": None if difference is None else difference.t,
+                "worse": difference is not None and difference.significant,
+                "failed": row.perplexity > worst,
+                "realised_sparsity": row.realised_sparsity,
+                "windows": row.windows,
+            }
+        )
+    return rows
+
+
+def perplexity_interval(row: ScoreRow) -> tuple[float, float]:
+    """The 95 % interval of the paired difference to the best plan, as perplexities around the row's own.
+
+    It has no width where it is undefined (the best one, one window, no spread), and ends where nothing is shown.
+    """
+    half = None if row.above_best is None else row.above_best.half_interval
+    if half is None:
+        return row.perplexity, row.perplexity
+    half = min(half, math.log(WORST_SHOWN))
+    return row.perplexity * math.exp(-half), row.perplexity * math.exp(half)
+
+
+def sparsities_table(
+    store: ArtifactStore, search: FinishedSearch, compared: Mapping[str, FinishedSearch]
+) -> Rows:
+    """Zeros over weights of every layer's pruned linears, by plan: all of this search, the best of the others.
+
+    Args:
+        compared: other searches of a comparison, by what they are called.
+    """
+    rows = []
+    for row in search.selection.rows:
+        rows += _sparsities(store, search.lane(row), plan_name(search, row), _kind(search, row))
+    for name, other in compared.items():
+        best = other.selection.best_row
+        rows += _sparsities(store, other.lane(best), f"{name}, {plan_name(other, best)}", COMPARED)
+    return rows
+
+
+def _sparsities(store: ArtifactStore, lane: Artifact, plan: str, kind: str) -> Rows:
+    table = read_table(store, lane, LINEARS_FILE)
+    sums = table.group_by("layer").aggregate([("zeros", "sum"), ("weights", "sum")]).to_pylist()
+    return [
+        {
+            "plan": plan,
+            "kind": kind,
+            "layer": layer["layer"],
+            "weights": layer["weights_sum"],
+            "zeros": layer["zeros_sum"],
+            "sparsity": layer["zeros_sum"] / layer["weights_sum"],
+        }
+        for layer in sorted(sums, key=lambda layer: layer["layer"])
+    ]
+
+
+def errors_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
+    """Reconstruction error of every layer's output on the test windows, over the energy of the dense one's.
+
+    Beside it, on the first of the windows, the error that pruning the layer alone makes, and by how much the layer
+    multiplies the error that arrives; tests that are older than these have neither.
+    """
+    tested = search.stages["evaluate"]
+    rows = []
+    for model in (UNIFORM, BEST):
+        if f"{model}/{LAYERS_FILE}" not in tested.files:
+            continue  # uniform is the best
+        parts = _parts_of_errors(store, tested, f"{model}/{ERRORS_FILE}")
+        for row in read_table(store, tested, f"{model}/{LAYERS_FILE}").to_pylist():
+            relative = {"relative_error": _ratio(row["error"], row["dense_energy"])}
+            rows.append({"model": model, **row, **relative, **parts.get(row["layer"], {})})
+    return rows
+
+
+def _parts_of_errors(store: ArtifactStore, tested: Artifact, file: str) -> dict[int, dict[str, Any]]:
+    """By layer; empty if the test did not take errors apart."""
+    if file not in tested.files:
+        return {}
+    return {
+        row["layer"]: {
+            "relative_local_error": _ratio(row["local"], row["energy"]),
+            "propagation_factor": row["factor"],
+        }
+        for row in read_table(store, tested, file).to_pylist()
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def linears_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
+    """Realised sparsity of every linear of the best plan."""
+    table = read_table(store, search.lane(search.selection.best_row), LINEARS_FILE)
+    return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in table.to_pylist()]
+
+
+def plan_name(search: FinishedSearch, row: ScoreRow) -> str:
+    """What a plan is called in a figure: the uniform one by its name, any other by beta and offset."""
+    rows: Sequence[ScoreRow] = search.selection.rows
+    return UNIFORM if row == rows[0] else search.selection.name(rows.index(row))
+
+
+def _kind(search: FinishedSearch, row: ScoreRow) -> str:
+    if row == search.selection.best_row:
+        return BEST
+    return UNIFORM if row == search.selection.rows[0] else TRIED

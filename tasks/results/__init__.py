@@ -1,0 +1,1 @@
+"""Facts about a finished search, read from its artifacts."""

@@ -1,0 +1,1 @@
+"""Sources of models: folders, URLs, the Hugging Face Hub, GGUF files."""

@@ -1,0 +1,225 @@
+"""What a model name means: the demo model, a hub id, a folder anywhere, or a GGUF file."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fsspec import AbstractFileSystem
+
+from layerwise.storage.files.errors import reaching
+from layerwise.storage.files.reading import is_local, open_filesystem
+from layerwise.storage.formats.large_file_pointer import refuse_pointers
+from layerwise.storage.keys import digest
+from layerwise.tasks.sources.checkpoint_files import (
+    INDEX,
+    SUBFOLDERS,
+    copied_files,
+    identifying_files,
+    require_files,
+)
+from layerwise.tasks.sources.demo_model import WHEEL_SHA256, demo_gguf
+from layerwise.tasks.sources.file_identity import (
+    FileState,
+    SourceChanged,
+    file_state,
+    fingerprint,
+    fingerprints,
+    require_unchanged,
+)
+from layerwise.tasks.sources.folder import Folder, list_folder
+from layerwise.tasks.sources.hub import open_repository, resolve_commit
+from layerwise.tasks.sources.user_cache import cache_folder, fetch_with_checksum
+from layerwise.tasks.texts.file_corpus import without_credentials
+
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
+# In a URL a revision ends at the next slash, apart from refs/pr/3: the rest is a path in the repository.
+HUB_URL = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s/]+|refs/\w+/[^@\s/]+))?/?")
+SECRET_IN_QUERY = re.compile(
+    r"[?&][^=&]*(token|signature|sig|secret|password|credential|key)[^=&]*=", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class DemoSource:
+    """The built-in demo model; one fixed file, so its identity is known without having it."""
+
+    label: str = "demo"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"wheel sha256": WHEEL_SHA256}
+
+    def local_gguf(self) -> Path:
+        return demo_gguf()
+
+    def require_unchanged(self) -> None:
+        """The file is known by its checksum, and nobody changes it."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A model repository at one commit."""
+
+    repo: str
+    commit: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.repo}@{self.commit}"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"repo": self.repo, "commit": self.commit}
+
+    def open(self) -> Folder:
+        return open_repository(self.repo, self.commit)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder that holds a checkpoint and keeps holding it: its tensors are read in place."""
+
+    folder: Folder
+
+    @property
+    def label(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """Name, size and fingerprint of every file that decides what an import gives. Reads a few MiB."""
+        folder, names = self.folder, identifying_files(self.folder)
+        whole = {*copied_files(names), INDEX}
+        found = fingerprints(
+            folder.fs,
+            {folder.path(name): folder.files[name] for name in names},
+            {folder.path(name) for name in names if name in whole},
+        )
+        return {"files": [[name, folder.files[name].size, found[folder.path(name)]] for name in names]}
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """One GGUF file, local or behind a URL."""
+
+    fs: AbstractFileSystem
+    path: str
+    label: str
+    state: FileState
+
+    @property
+    def file_name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """Name, size and fingerprint of the file, of which a few MiB are read."""
+        found = fingerprint(self.fs, self.path, self.state)
+        return {"gguf": [self.file_name, self.state.size, found], "dtype": "BF16"}
+
+    def require_unchanged(self) -> None:
+        """Look whether the file is still the one that was named.
+
+        Raises:
+            SourceChanged: it has another size, ETag or time of change, or is gone.
+        """
+        require_unchanged(self.fs, self.path, self.state)
+
+    def local_gguf(self) -> Path:
+        """The file itself, or a copy of a remote one in the user's cache folder."""
+        if is_local(self.fs):
+            return Path(self.path)
+        target = cache_folder() / "gguf" / digest(self.identity) / self.file_name
+
+        def download(folder: Path) -> Path:
+            copy = folder / self.file_name
+            with reaching(self.fs, self.path):
+                self.fs.get_file(self.path, str(copy))
+            self.require_unchanged()
+            if copy.stat().st_size != self.state.size:
+                raise SourceChanged(
+                    f"{self.label} has {self.state.size} bytes, but {copy.stat().st_size} came. Run again; if it "
+                    "stays, something on the way alters downloads."
+                )
+            return copy
+
+        return fetch_with_checksum(target, download)
+
+
+Source = DemoSource | HubSource | FolderSource | GgufSource
+
+
+def find_source(model: str) -> Source:
+    """What ``model`` means.
+
+    Args:
+        model: ``demo``; a hub id ``owner/name`` or ``owner/name@revision``; a local folder or any fsspec URL
+            of one; the path or URL of a ``.gguf`` file. A local folder wins over a hub id of the same name.
+
+    Raises:
+        ValueError: if it is none of these, or a URL with credentials in it.
+        OSError: if it is not there.
+    """
+    if model == "demo":
+        return DemoSource()
+    if "://" in model:
+        _refuse_credentials(model)
+        hub_id = HUB_URL.fullmatch(model)
+        return _hub_source(hub_id) if hub_id else _stored_source(model, model.split("?")[0])
+    local = os.path.abspath(os.path.expanduser(model))
+    if model and os.path.lexists(local):
+        return _stored_source(local, model)
+    if hub_id := HUB_ID.fullmatch(model):
+        return _hub_source(hub_id)
+    raise ValueError(
+        f"{model!r} is neither a file or folder on this machine nor a hub id (owner/name or "
+        "owner/name@revision), a URL, or demo. Check the spelling; hub models without an owner have one by "
+        "now (openai-community/gpt2)."
+    )
+
+
+def _hub_source(hub_id: re.Match[str]) -> HubSource:
+    return HubSource(hub_id["repo"], resolve_commit(hub_id["repo"], hub_id["revision"]))
+
+
+def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
+    fs, path = open_filesystem(url)
+    if label.endswith(".gguf"):
+        try:
+            state = file_state(fs, path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"there is no file {label}. Check the spelling, and for remote files the access rights."
+            ) from error
+        refuse_pointers(fs, {path: state.size}, {path: label})
+        return GgufSource(fs, path, label, state)
+    with reaching(fs, path):
+        is_file = fs.isfile(path)
+    if is_file:
+        raise ValueError(
+            f"{label} is a single file. Give the folder that holds config.json and the *.safetensors files, "
+            "or a .gguf file."
+        )
+    folder = list_folder(fs, path, label, subfolders=SUBFOLDERS)
+    require_files(folder)
+    return FolderSource(folder)
+
+
+def holds_credentials(url: str) -> bool:
+    """Whether a link of a URL, which may be a chain of them, has a user, a password, or a secret in its query."""
+    return any(
+        without_credentials(place := link.partition("?")[0]) != place or SECRET_IN_QUERY.search(link)
+        for link in url.split("::")
+    )
+
+
+def _refuse_credentials(url: str) -> None:
+    if holds_credentials(url):
+        raise ValueError(
+            f"the {urlsplit(url).scheme}:// URL of the model holds credentials (not shown), which would "
+            "end up in logs and reports. Put them into the environment or the fsspec configuration and "
+            "give the bare URL."
+        )

@@ -1,0 +1,313 @@
+"""A corpus in one file, on any storage that fsspec knows: plain text, JSON lines, a JSON array or Parquet."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from gzip import BadGzipFile
+from importlib import import_module
+from io import TextIOWrapper
+from lzma import LZMAError
+from typing import IO, Any, Literal
+from zipfile import BadZipFile
+from zlib import error as ZlibError
+
+from fsspec import AbstractFileSystem
+from fsspec.utils import infer_compression
+
+from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import reaching
+from layerwise.storage.files.reading import is_local, open_filesystem
+from layerwise.storage.formats.large_file_pointer import refuse_pointers
+from layerwise.tasks.sources.file_identity import fingerprints, require_target, state_of_entry
+from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
+
+FileFormat = Literal["text", "json lines", "json", "parquet"]
+SUFFIXES: dict[str, FileFormat] = {
+    ".txt": "text",
+    ".raw": "text",
+    ".jsonl": "json lines",
+    ".json": "json",  # lines, as C4 has them, or one array
+    ".parquet": "parquet",
+}
+# An array of documents is parsed as a whole: several times its size in memory. In characters.
+ARRAY_LIMIT = 256 * 2**20
+# Local texts up to so many bytes are known by all of them: a sample misses a changed word, and two files whose owner
+# was changed in one go have equal times.
+WHOLE_TEXT = 64 << 20
+ZSTANDARD = ".zst"
+# What the readers of compressed files raise for bytes that are not theirs.
+DAMAGED = (EOFError, BadGzipFile, BadZipFile, LZMAError, ZlibError)
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """One file of text. It is known by name, size and fingerprint; where it lies is not part of what it
+    is."""
+
+    name: str
+    size: int
+    fingerprint: str
+    file_format: FileFormat = field(compare=False)
+    url: str = field(compare=False, repr=False)  # may hold credentials
+
+    joint = BLANK_LINE
+
+    @property
+    def label(self) -> str:
+        """The place of the file, for people: without user, password and query."""
+        return without_credentials(self.url)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a key may depend on."""
+        return {"file": self.name, "size": self.size, "fingerprint": self.fingerprint}
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a report says about the corpus."""
+        return {"corpus": self.label, **self.identity}
+
+    def documents(self) -> Iterator[str]:
+        """The documents in order, read as they are asked for. A plain text is one document, the file as it
+        is.
+
+        Raises:
+            ValueError: not UTF-8, not JSON, or rows without text; names file and row.
+            OSError: compressed data are cut off, or the storage fails.
+        """
+        filesystem, path = open_filesystem(self.url)
+        try:
+            with reaching(filesystem, path), self._naming_damage():
+                match self.file_format:
+                    case "text":
+                        yield self._plain_text(filesystem, path)
+                    case "json lines" | "json":
+                        yield from self._json_rows(filesystem, path)
+                    case "parquet":
+                        yield from self._parquet_rows(filesystem, path)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.label} is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason}). "
+                "Convert it, for example with iconv -f LATIN1 -t UTF-8."
+            ) from None
+
+    def require_unchanged(self) -> None:
+        """Refuse to use what was read if the file was replaced meanwhile: it would be stored under a stale
+        key."""
+        now = open_file(self.url)
+        if now != self:
+            raise OSError(
+                f"{self.label} changed while it was in use, from {self.size} bytes ({self.fingerprint}) to "
+                f"{now.size} bytes ({now.fingerprint}). Start the run again."
+            )
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # bz2 raises a bare OSError, and Zstandard's package is imported only where it is needed.
+            of_bz2, of_zstandard = str(error) == "Invalid data stream", type(error).__name__ == "ZstdError"
+            if not (isinstance(error, DAMAGED) or of_bz2 or of_zstandard):
+                raise
+            raise Corrupt(
+                f"{self.label} is cut off, damaged or not compressed as its name says: {error}. Copy it again."
+            ) from error
+
+    def _open_text(self, filesystem: AbstractFileSystem, path: str) -> IO[str]:
+        # newline="\n": line ends stay as they are. In text mode a CRLF file would become another text.
+        if path.lower().endswith(ZSTANDARD):
+            # Not by fsspec: with some packages it stops after the first frame, or takes a cut file for a whole one.
+            zstd = require_zstandard(self.label)
+            long_windows = {zstd.DecompressionParameter.window_log_max: 31}
+            raw = filesystem.open(path, "rb")
+            return TextIOWrapper(zstd.ZstdFile(raw, options=long_windows), encoding="utf-8", newline="\n")
+        file: IO[str] = filesystem.open(path, "rt", compression="infer", encoding="utf-8", newline="\n")
+        return file
+
+    def _plain_text(self, filesystem: AbstractFileSystem, path: str) -> str:
+        with self._open_text(filesystem, path) as file:
+            return file.read(TEXT_LIMIT + 1)  # one more, so that a cut is noticed
+
+    def _json_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+        with self._open_text(filesystem, path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                if number == 1 and self.file_format == "json" and line.lstrip().startswith("["):
+                    yield from self._array(line + file.read(ARRAY_LIMIT + 1))
+                    return
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise ValueError(
+                        f"{self.label}, row {number} is not JSON: {error}. Write one object on each line"
+                        f"{', or one array of objects' if self.file_format == 'json' else ''}."
+                    ) from None
+                yield self._text_of(row, number)
+
+    def _array(self, content: str) -> Iterator[str]:
+        """The documents of a file that is one array."""
+        if len(content) > ARRAY_LIMIT:
+            raise ValueError(
+                f"{self.label} is one array of more than {ARRAY_LIMIT} characters, which has to be read as a whole. "
+                f"Write one object on each line (jq -c '.[]' {self.name} > documents.jsonl)."
+            )
+        try:
+            rows = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.label} is not JSON: {error}. Write one array of objects, or one object on each line."
+            ) from None
+        for number, row in enumerate(rows, start=1):
+            yield self._text_of(row, number)
+
+    def _text_of(self, row: object, number: int) -> str:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{self.label}, row {number} holds {type(row).__name__}, not an object. "
+                f'Write each document as {{"{TEXT_FIELD}": "..."}} on a line of its own.'
+            )
+        return text_of(row, number, self.label)
+
+    def _parquet_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with filesystem.open(path, "rb") as file:
+                table = ParquetFile(file)
+                if TEXT_FIELD not in table.schema_arrow.names:
+                    raise ValueError(missing_field(table.schema_arrow.names, self.label, "schema"))
+                number = 0
+                for batch in table.iter_batches(batch_size=1024, columns=[TEXT_FIELD]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield text_of(row, number, self.label)
+        except ArrowInvalid as error:
+            raise ValueError(
+                f"{self.label} can't be read as Parquet: {error} Write it again, or give it its real suffix."
+            ) from error
+
+
+def open_file(url: str) -> FileCorpus:
+    """Find a file and its fingerprint, see ``listed_files``.
+
+    Args:
+        url: local path or fsspec URL that ends in one of ``SUFFIXES``; all but Parquet may be compressed (``.gz``,
+            ``.bz2``, ``.xz``, ``.zst`` ...).
+
+    Raises:
+        ValueError: unknown format, not a file, a Git LFS pointer, or a storage that tells neither checksum nor time.
+        FileNotFoundError: there is no such file.
+        ImportError: a compression that needs a package that is not installed.
+    """
+    format_of(url)  # a name that means nothing is no missing file
+    label = without_credentials(url)
+    filesystem, path = open_filesystem(url)
+    filesystem.invalidate_cache(path)  # a bucket may answer from an earlier listing, even for a replaced file
+    try:
+        require_target(filesystem, path)
+        with reaching(filesystem, path):
+            information = filesystem.info(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
+    if information["type"] != "file":
+        raise ValueError(f"{label} is a {information['type']}, not a file. Name one file of it.")
+    return listed_files(filesystem, {path: (url, information)})[0]
+
+
+def listed_files(
+    filesystem: AbstractFileSystem, listed: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> tuple[FileCorpus, ...]:
+    """Files that were listed, with their fingerprints; local ones that are small together are read to their end, of
+    others a few MiB.
+
+    Args:
+        listed: by path, the URL that opens the file, and what the file system tells of it.
+
+    Raises:
+        ValueError: unknown format, a Git LFS pointer, or a storage that tells neither checksum nor time.
+        ImportError: a compression that needs a package that is not installed.
+    """
+    formats = {path: format_of(url) for path, (url, _) in listed.items()}
+    labels = {path: without_credentials(url) for path, (url, _) in listed.items()}
+    for path, label in labels.items():
+        if path.lower().endswith(ZSTANDARD):
+            require_zstandard(label)
+    states = {path: state_of_entry(filesystem, entry) for path, (_, entry) in listed.items()}
+    refuse_pointers(filesystem, {path: state.size for path, state in states.items()}, labels)
+    small = is_local(filesystem) and sum(state.size for state in states.values()) <= WHOLE_TEXT
+    found = fingerprints(filesystem, states, whole=states if small else ())
+    return tuple(
+        FileCorpus(path.rstrip("/").rpartition("/")[2], states[path].size, found[path], formats[path], url)
+        for path, (url, _) in listed.items()
+    )
+
+
+def format_of(url: str) -> FileFormat:
+    """The format that a file's name tells.
+
+    Raises:
+        ValueError: a name that tells none; lists the formats.
+    """
+    file_format = known_format(url)
+    if file_format is None:
+        raise ValueError(
+            f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
+            "'wikitext2', 'c4', 'ptb', a path or URL that ends in one of "
+            f"{sorted(SUFFIXES)} (or in .txt.gz, .jsonl.gz, .json.gz, ...), a folder of such files, or a pattern such "
+            "as 'data/*.jsonl.gz'."
+        )
+    return file_format
+
+
+def known_format(url: str) -> FileFormat | None:
+    """The format that a file's name tells; None if it tells none."""
+    for segment in url.split("::"):  # simplecache::s3://bucket/a.txt and zip://a.txt::s3://bucket/b.zip
+        path = (segment.split("?")[0] if "://" in segment else segment).lower()
+        compressed = infer_compression(path) is not None or path.endswith(ZSTANDARD)
+        name = path.rpartition(".")[0] if compressed else path
+        for suffix, file_format in SUFFIXES.items():
+            if name.endswith(suffix) and not (compressed and file_format == "parquet"):
+                return file_format
+    return None
+
+
+def require_zstandard(label: str) -> Any:
+    """The module for Zstandard: Python's own from 3.14 on, before that the same as a package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    for module in ("compression.zstd", "backports.zstd"):
+        try:
+            return import_module(module)
+        except ImportError:
+            continue
+    raise ImportError(
+        f"{label} is compressed with Zstandard, and the package for it is missing. Run pip install backports.zstd."
+    )
+
+
+AZURE = ("abfs", "abfss", "wasb", "wasbs")  # their URLs say container@account, which is no secret
+
+
+def without_credentials(url: str) -> str:
+    """``url`` without user, password, query and fragment, in every link of a chained URL."""
+    return "::".join(_without_credentials(link) for link in url.split("::"))
+
+
+def _without_credentials(link: str) -> str:
+    protocol, separator, rest = link.partition("://")
+    if not separator:
+        return link
+    rest = rest.split("?")[0].split("#")[0]
+    before, at, after = rest.rpartition("@")
+    if protocol in AZURE and ":" not in before:
+        return f"{protocol}://{rest}"
+    # AWS secrets hold slashes, so a password may reach beyond the first one: cut at the last "@".
+    if at and (":" in before or "/" not in before):
+        rest = after
+    return f"{protocol}://{rest}"

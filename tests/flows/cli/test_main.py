@@ -1,0 +1,496 @@
+"""The command line, in processes of its own and without a terminal."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+
+from layerwise.flows.cli.main import FLOWS, main
+from layerwise.flows.cli.parser import command_parser
+from layerwise.flows.options import add_options, read_options, search_command
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+
+SEVERAL_COMMANDS = """
+import json, sys
+from layerwise.flows.cli.main import main
+
+for command in json.loads(sys.argv[1]):
+    sys.argv, code = ["layerwise", *command], 0
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    for stream in (sys.stdout, sys.stderr):
+        print(f"<exit code {code or 0}>", file=stream, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def __post_init__(self) -> None:
+        assert "\x1b" not in self.out + self.err, "without a terminal everything is plain text"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a user who has never used Prefect and has no bucket."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
+    home = str(tmp_path_factory.mktemp("home"))
+    no_aws = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": f"{home}/none"}
+    return own | no_aws | {"PREFECT_HOME": home, "COLUMNS": "100"}
+
+
+def obey_ctrl_c() -> None:
+    """As at a terminal: shells have what they run in the background ignore it, and with it all of its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def start(environment, pytestconfig):
+    def start_process(*arguments, **more) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=pytestconfig.rootpath,
+            env=environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a group of its own, as at a terminal
+            preexec_fn=obey_ctrl_c,
+        )
+
+    return start_process
+
+
+@pytest.fixture(scope="module")
+def several(start, prefect_backend):
+    """Run commands one after the other in one process, as importing torch takes seconds; our server is the user's."""
+
+    def run(*commands: list[str]) -> list[Done]:
+        process = start("-c", SEVERAL_COMMANDS, json.dumps(commands), PREFECT_API_URL=prefect_backend)
+        out, err = process.communicate(timeout=300)
+        outs, errs = (re.split(r"<exit code (\d+)>\n", text) for text in (out, err))
+        assert len(outs) == 2 * len(commands) + 1, err
+        return [Done(int(c), o, e) for o, c, e in zip(outs[::2], outs[1::2], errs[::2], strict=False)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def options(workshop):
+    """The settings of a small search as options."""
+
+    def spell(**changes) -> list[str]:
+        spelt = workshop.parameters(betas="0.1,0.25") | changes
+        return [f"--{name.replace('_', '-')}={value}" for name, value in spelt.items()]
+
+    return spell
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_search(start, options, tmp_path_factory):
+    """A search on a fresh machine, with the server that is embedded; it starts while other tests run."""
+    store = str(tmp_path_factory.mktemp("first") / "store")
+    process = start("-m", "layerwise.flows.cli.main", "search", *options(), "--store", store)
+    done: list[Done] = []
+
+    def wait() -> tuple[str, Done]:
+        if not done:
+            out, err = process.communicate(timeout=300)
+            done.append(Done(process.returncode, out, err))
+        return store, done[0]
+
+    yield wait
+    if process.poll() is None:  # a test failed; a killed process would leave its server behind
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def search_that_made(finished) -> str:
+    """Key of the search's own artifact."""
+    result, runtime = finished
+    made = {artifact.key for artifact in result.stages.values()}
+    (search,) = (
+        artifact.key
+        for artifact in ArtifactStore(runtime.store).artifacts()
+        if artifact.recipe["name"] == "search" and set(artifact.recipe["inputs"].values()) == made
+    )
+    return search
+
+
+@pytest.fixture(scope="module")
+def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Done]:
+    """What each of these commands did and said, by what is asked."""
+    result, runtime = finished
+    key = result.stages["capture"].key
+    empty = str(tmp_path_factory.mktemp("empty"))
+    failing = str(tmp_path_factory.mktemp("failing"))
+    commands = {
+        "ls": ["ls", runtime.store],
+        "ls of nothing": ["ls", empty],
+        "show": ["show", runtime.store],
+        "show the search": ["show", runtime.store, search_that_made(finished)],
+        "show a beginning": ["show", runtime.store, key[:16]],
+        "show an unknown key": ["show", runtime.store, "capture/ffff"],
+        "show an ambiguous key": ["show", runtime.store, "sample_tokens/"],
+        "show nothing": ["show", empty],
+        "report": ["report", runtime.store, search_that_made(finished)],
+        "report a capture": ["report", runtime.store, key],
+        "plan before": ["plan", *options(), "--store", empty],
+        "plan after": ["plan", *options(), "--store", runtime.store],
+        "plan with all windows": ["plan", *options(selection_windows="", seqlen=4), "--store", empty],
+        "wrong number": ["plan", *options(sparsity=2), "--store", empty],
+        "two wrong options": ["plan", *options(pruner="random", betas="0.1,x"), "--store", empty],
+        "unknown option": ["plan", *options(), "--sparsty=0.5", "--store", empty],
+        "contradiction": ["plan", *options(beta_step=0.1), "--store", empty],
+        "illegal beta": ["plan", *options(betas="0.6"), "--store", empty],
+        "no model": ["plan", *options(model="nowhere"), "--store", empty],
+        "no text": ["plan", *options(selection="nowhere.txt"), "--store", empty],
+        "experts": ["plan", *options(model=workshop.folder / "experts"), "--store", empty],
+        "a secret": ["plan", *options(calibration="s3://key:SECRET@bucket/text.txt"), "--store", empty],
+        "misspelt command": ["serch", "--store", empty],
+        "misspelt option of a store": ["gc", "--aply", runtime.store],
+        "an argument too many": ["ls", runtime.store, "more"],
+        "a dash": ["plan", *options(), "--offsets", "-0.1,0.1", "--store", empty],
+        "nothing excluded": ["plan", *options(exclude="no_such_linear"), "--store", empty],
+        "everything excluded": ["search", *options(exclude="proj"), "--store", failing],
+        "a billion betas": ["plan", *options(betas="", beta_count=10**9), "--store", empty],
+        "traceback": ["--debug", "plan", *options(model="nowhere"), "--store", empty],
+        "traceback after": ["plan", *options(model="nowhere"), "--store", empty, "--debug"],
+        "nothing": [],
+        "version": ["--version"],
+        "unknown storage": ["ls", "nosuch://bucket"],
+        "no S3 credentials": ["ls", "s3://bucket/prefix"],
+        "no package": ["ls", "gs://bucket/prefix"],
+        "help": ["--help"],
+        **{f"help {command}": [command, "--help"] for command in ("search", "plan", "ls", "show")},
+        "search again": ["search", *options(), "--store", runtime.store],
+        "search that fails": ["search", *options(seqlen=400), "--store", failing],
+        "infinite": ["plan", *options(), "--store", empty, "--hidden-states-gib=inf"],
+    }
+    return dict(zip(commands, several(*commands.values()), strict=True))
+
+
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["search", "plan"])
+@pytest.mark.parametrize("settings", [Search, Runtime])
+def test_help_has_every_setting_with_its_description_and_default(said, command, settings):
+    assert said[f"help {command}"].code == 0
+    shown = without_spaces(said[f"help {command}"].out)
+    for name, field in settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert without_spaces(field.description) in shown
+        if not field.is_required() and field.default is not None:
+            default = getattr(field.default, "method", field.default)
+            assert without_spaces(f"{field.description} Default: {default}.") in shown
+
+
+def test_help_names_the_commands_and_shows_an_example(said):
+    for command in ("search", "plan", "ls", "show"):
+        assert re.search(rf"^ +{command} ", said["help"].out, re.MULTILINE)
+        assert said[f"help {command}"].out.startswith(f"usage: layerwise {command}")
+    assert "layerwise search --model meta-llama/Llama-2-7b-hf" in said["help"].out
+
+
+def test_ls_has_one_line_for_each_artifact_that_show_understands(said, finished):
+    result, _ = finished
+    header, *lines = said["ls"].out.splitlines()
+    assert header.split() == ["artifact", "made", "seconds", "size", "what"]
+    for artifact in result.stages.values():
+        assert len([line for line in lines if artifact.key.startswith(line.split()[0])]) == 1
+    assert said["ls of nothing"].out == "no artifacts here\n"
+
+
+def test_show_of_a_search_has_its_table_its_verdict_and_the_place_of_the_model(said, finished):
+    result, _ = finished
+    shown = said["show the search"].out
+    assert result.selection.verdict in shown
+    assert f"Pruned model: {result.pruned}" in shown
+    assert (
+        f"dense {result.test.dense:.2f}, uniform {result.test.uniform:.2f}, best {result.test.best:.2f}"
+        in shown
+    )
+    rows = [line.split() for line in shown.splitlines() if line.split()[-1:] in (["ATP"], ["uniform"])]
+    assert [row[0] for row in rows] == ["0", "0.1", "0.25"]
+    assert said["show"].code == 0
+    assert "Pruned model: " in said["show"].out
+    assert re.search(r"test: .*: \d+ windows of 16 tokens from .*SHA-256 \w{12}", said["show"].out)
+
+
+def test_report_says_where_the_page_of_a_search_lies(said, finished):
+    assert (said["report"].code, said["report"].out) == (0, f"{finished[0].report}\n")
+
+
+def test_show_of_an_artifact_has_its_recipe_and_its_files(said, finished):
+    artifact = finished[0].stages["capture"]
+    shown = said["show a beginning"].out
+    assert shown.splitlines()[0] == artifact.key
+    assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1])["recipe"] == artifact.recipe
+    for file in artifact.files.values():
+        assert file.path in shown
+
+
+def test_plan_says_what_is_to_do_before_and_after(said):
+    before, after = said["plan before"], said["plan after"]
+    assert before.code == after.code == 0
+    assert "in the store" not in before.out
+    assert after.out.count("in the store") == 9
+    assert "betas: 0, 0.1, 0.25 (0 is uniform)" in before.out
+    assert "memory: about " in before.out
+
+
+def test_an_empty_option_means_all_windows_not_the_default(said):
+    """A quarter of 2000 words in windows of four; auto would be 64."""
+    (line,) = [
+        line for line in said["plan with all windows"].out.splitlines() if "sample_tokens: sel" in line
+    ]
+    assert "cut 125 windows of 4 tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong number", "--sparsity: Input should be less than 1, got '2'"),
+        ("two wrong options", "--pruner: .*'wanda', 'magnitude'.*; --betas: .*valid number.*, got '0.1,x'"),
+        ("contradiction", "the betas are given by betas and step; give exactly one"),
+        ("illegal beta", r"beta 0.6 is outside of the legal range \[0, 0.50000\]"),
+        ("no model", "'nowhere' is neither a file or folder on this machine nor a hub id"),
+        ("no text", "there is no corpus at nowhere.txt"),
+        ("experts", "mixtral is a mixture of experts"),
+        ("show an unknown key", "0 artifacts of .* have a key that begins with 'capture/ffff'"),
+        ("show an ambiguous key", r"\d+ artifacts of .* have a key that begins with 'sample_tokens/'"),
+        ("show nothing", "holds no finished search"),
+        ("report a capture", "capture/.* is not the result of a search"),
+        ("a secret", "--calibration: the URL holds credentials \\(not shown\\).* give the bare URL$"),
+        ("unknown storage", "no storage is known for nosuch:// URLs"),
+        ("no S3 credentials", "bucket/prefix at .* was refused .*Unable to locate credentials.*AWS_PROFILE"),
+        ("no package", "gs:// URLs need a package that is not installed"),
+        ("nothing excluded", "exclude is 'no_such_linear', which is found in none of the model's 21 linears"),
+        ("everything excluded", "exclude is 'proj', which is found in every one of .* 0.self_attn.q_proj, "),
+        ("a billion betas", "settings: these are 1000000001 plans, .* at most 255"),
+        ("infinite", "--hidden-states-gib: Input should be a finite number"),
+    ],
+)
+def test_an_error_is_one_line_that_names_what_is_wrong(said, name, message):
+    done = said[name]
+    assert done.code == 1
+    assert done.out == ""
+    (line,) = done.err.splitlines()
+    assert re.match(f"layerwise: .*{message}", line)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown option", "layerwise plan: unknown option --sparsty; did you mean --sparsity?"),
+        ("misspelt command", "layerwise: unknown command 'serch'; did you mean search?"),
+        ("misspelt option of a store", "layerwise gc: unknown option --aply; did you mean --apply?"),
+        ("an argument too many", "layerwise: unexpected argument 'more'"),
+        ("a dash", "layerwise plan: argument --offsets: expected one argument. .* --offsets=-0.1"),
+    ],
+)
+def test_a_misspelt_command_line_is_one_line_that_names_what_was_meant(said, name, message):
+    done = said[name]
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert re.match(message.replace("?", r"\?"), line)
+    assert re.search("See `layerwise.* --help`.$", line)
+
+
+def test_without_arguments_the_help_is_shown(said):
+    assert said["nothing"] == said["help"]
+
+
+def test_the_version_is_that_of_the_installed_package(said):
+    assert said["version"] == Done(0, f"layerwise {version('layerwise-pruning')}\n", "")
+
+
+@pytest.mark.parametrize("name", ["traceback", "traceback after"])
+def test_debug_shows_the_traceback_before_the_line(said, name):
+    done = said[name]
+    assert done.code == 1
+    assert done.err.startswith("Traceback (most recent call last):\n")
+    assert re.match("layerwise: 'nowhere' is neither", done.err.splitlines()[-1])
+
+
+def test_a_wrong_option_is_told_before_a_server_is_started(start, options, tmp_path):
+    process = start(
+        "-m",
+        "layerwise.flows.cli.main",
+        "search",
+        *options(sparsity=2),
+        "--store",
+        "s",
+        PREFECT_HOME=str(tmp_path),
+    )
+    _, err = process.communicate(timeout=300)
+    assert err == "layerwise: --sparsity: Input should be less than 1, got '2'\n"
+    assert not (tmp_path / "prefect.db").exists()
+
+
+@pytest.mark.parametrize("command", ["--help", "ls"])
+def test_a_closed_pipe_is_no_error(start, command, tmp_path):
+    process = start("-m", "layerwise.flows.cli.main", command, *([str(tmp_path)] if command == "ls" else []))
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"TERM": "dumb"}]
+)
+def test_a_name_that_the_terminal_cannot_show_is_shown_with_escapes(start, tmp_path, encoding):
+    store = ArtifactStore(str(tmp_path))
+    stage = Stage("named", 1, "größe \udcff \x1b[2J \u202e [/x] :smile:", {})
+    artifact = store.get_or_build(stage, lambda draft: draft.write("file", b""))
+    process = start("-m", "layerwise.flows.cli.main", "show", str(tmp_path), artifact.key, **encoding)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert r"\udcff \u001b[2J \u202e [/x] :smile:" in out
+
+
+def test_a_search_that_fails_says_so_in_one_line(said):
+    """Prefect logs the same error twice, with tracebacks: into its own log, not on the terminal."""
+    done = said["search that fails"]
+    assert (done.code, done.out) == (1, "")
+    warning, line = done.err.splitlines()
+    assert warning.startswith(
+        "WARNING a window has 400 tokens, but this llama model was made for 64 positions"
+    )
+    assert re.match(r"layerwise: .*1000 tokens, but 6 x 400 = 2400 are needed", line)
+
+
+def test_a_second_search_finds_everything_done(said, finished):
+    result, done = finished[0], said["search again"]
+    assert (done.code, done.err) == (0, "")
+    assert "Everything was in the store already: no layer was computed, no weight was read." in done.out
+    assert result.selection.verdict in done.out
+    assert re.search(r"start-up \d+ s \(to reach your Prefect server took \d+ s of it\)", done.out)
+
+
+def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
+    assert said["search that fails"].code == 1
+    with get_client(sync_client=True) as client:
+        ours = FlowRunFilter(name={"any_": ["model at 0.5"]}, state={"type": {"any_": ["FAILED"]}})
+        (failed,) = [
+            run
+            for run in client.read_flow_runs(flow_run_filter=ours)
+            if run.parameters["settings"]["seqlen"] == 400 and "failing" in run.parameters["runtime"]["store"]
+        ]
+        messages = [log.message for log in client.read_logs(LogFilter(flow_run_id={"any_": [failed.id]}))]
+    assert any("2400 are needed" in message for message in messages)
+
+
+def test_ctrl_c_at_a_terminal_ends_a_search_and_its_processes_and_tells_how_to_resume(
+    start, options, tmp_path
+):
+    """The whole group of processes gets the signal there; a server that ended with it would be asked for 17 minutes."""
+    where = ["--store", str(tmp_path / "store"), "--fan-out", "processes:1"]
+    process = start(
+        "-m", "layerwise.flows.cli.main", "search", *options(), *where, PREFECT_CLIENT_MAX_RETRIES="9"
+    )
+    while "capture: pending" not in (line := process.stderr.readline()):
+        assert line, "it has ended before"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "stopped by the keyboard" in err
+    assert "Resume with:\n  layerwise search --model" in err
+
+
+def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(first_search, finished):
+    store, done = first_search()
+    assert done.code == 0, done.err
+    for stage in ("capture: dense model", "branch: 3 betas and the dense model", "export: pruned checkpoint"):
+        assert re.search(rf"^{stage}.*: layer 3 of 3, 0 s left, \d+\.\d GiB$", done.err, re.MULTILINE)
+    assert {line.rpartition(",")[2].strip()[-3:] for line in done.err.splitlines()} == {"GiB"}
+    assert finished[0].selection.verdict in done.out
+    assert "Built 12 of 12 artifacts (checkpoint, calibration," in done.out
+    assert re.search(
+        r"\d+ s in all: the run \d+ s, start-up \d+ s \(Prefect's embedded server took \d+ s", done.out
+    )
+    exported = re.search(r"^Pruned model: (.*)$", done.out, re.MULTILINE)[1]
+    assert os.path.exists(f"{exported}/config.json")
+    assert exported.startswith(store)
+    page = re.search(r"^Report: (.*)$", done.out, re.MULTILINE)[1]
+    assert os.path.exists(page)
+
+
+def test_options_and_settings_cannot_differ():
+    """Every option comes out of a field: a parser has them all, and values stay strings until they are validated."""
+    parser = ArgumentParser()
+    add_options(parser, Search)
+    given = vars(parser.parse_args(["--model=demo", "--sparsity=0.5", "--test-windows="]))
+    assert set(given) == set(Search.model_fields)
+    assert given["sparsity"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"betas": [0.004, 1e-05], "selection_windows": None, "export": False, "model": "a folder/it's"},
+        {"pruner": {"method": "sparsegpt", "block_size": 64}, "exclude": "down_proj$"},
+        {"allocator": {"method": "owl", "threshold": 3.0}, "granularity": "linear"},
+        {"allocator": {"method": "given", "layers": [0.4, 0.6]}},
+        {"offsets": [-0.1, 0.1], "strategy": "two-parameter"},
+        {"strategy": "projections", "trials": 30},
+        {"pruner": "magnitude", "allocator": "erf"},
+    ],
+)
+def test_the_command_of_a_search_makes_the_same_search(changes):
+    settings = Search.model_validate({"model": "demo", "sparsity": 0.5, **changes})
+    parser = ArgumentParser()
+    add_options(parser, Search)
+    add_options(parser, Runtime)
+    program, command, *options = shlex.split(search_command(settings))
+    assert (program, command) == ("layerwise", "search")
+    parsed = parser.parse_args(options)
+    assert read_options(parsed, Search) == settings
+    assert parsed.store == "STORE"
+
+
+@pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])
+def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, monkeypatch, capsys):
+    missing = tmp_path / "missing"
+    monkeypatch.setattr(sys, "argv", ["layerwise", command, str(missing)])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == 1
+    line = f"layerwise: {missing} holds no store: nothing is there. Check the path or URL.\n"
+    assert capsys.readouterr().err == line
+    assert not missing.exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "zero-shot"])
+def test_a_store_that_does_not_exist_is_told_before_a_server_is_waited_for(command, tmp_path):
+    arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
+    with pytest.raises(FileNotFoundError, match="missing holds no store: nothing is there"):
+        FLOWS[command](arguments, 0.0)
+    assert not (tmp_path / "missing").exists()

@@ -1,0 +1,240 @@
+"""What `layerwise status` tells people of a store: who works there, what was left, what was found."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerwise.flows.cli import status
+from layerwise.flows.cli.status import show_status
+from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced, doing, running_processes, storage_clock
+from layerwise.tasks.lanes.grouping import note_group
+from layerwise.tasks.results.search_result import RESULT_STAGE
+from tests.faults import error
+
+CAPTURE = Stage("capture", 1)
+HOLDER = """
+import sys, threading
+from layerwise.storage.upkeep.signs_of_life import announced, doing
+from layerwise.storage.store import ArtifactStore
+
+store = ArtifactStore(sys.argv[1])
+doing("branch: 3 betas and the dense model: layer 12 of 30")
+with announced(store.fs, store.root, "search: demo at 0.5"):
+    print("announced", flush=True)
+    threading.Event().wait()
+"""
+
+
+def words(capsys) -> list[str]:
+    """The lines that were printed, without what only aligns them; ages, which differ, are "AGE"."""
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    ages = {f"{seconds} s ago" for seconds in range(60)}
+    for age in sorted(ages, key=len, reverse=True):
+        lines = [line.replace(age, "AGE") for line in lines]
+    return [line for line in lines if line]
+
+
+def shown(store: ArtifactStore, capsys) -> list[str]:
+    capsys.readouterr()
+    show_status(store.url)
+    return words(capsys)
+
+
+def leave_resume_point(store: ArtifactStore, stage: Stage = CAPTURE, step: int = 12) -> None:
+    store.draft(stage).save_progress(step, lambda state: state.write("state.bin", bytes(2000)))
+
+
+def finish_search(store: ArtifactStore, source: str) -> str:
+    settings = {"sparsity": 0.5, "pruner": {"method": "wanda"}}
+    stage = Stage(RESULT_STAGE, 1, {"settings": settings, "source": source})
+
+    def build(draft):
+        draft.facts |= {"verdict": f"beta 0.1 of {source} is best [red]", "source": source}
+
+    store.get_or_build(stage, build)
+    return stage.key
+
+
+def make_old(store: ArtifactStore, key: str, seconds: float) -> None:
+    then = storage_clock(store.fs, store.root) - seconds
+    for path in Path(store.root, key).iterdir():
+        os.utime(path, (then, then))
+
+
+def test_a_store_in_which_nothing_goes_on_says_so(store, capsys):
+    store.get_or_build(CAPTURE, lambda draft: None)
+    assert shown(store, capsys) == [
+        "Nobody is at work.",
+        "Nothing is begun and not finished.",
+        "No search has finished.",
+    ]
+
+
+def test_who_works_there_and_at_what(store, capsys):
+    doing("capture: dense model: layer 3 of 30")
+    try:
+        with announced(store.fs, store.root, "search: demo [red] at 0.5"):
+            lines = shown(store, capsys)
+    finally:
+        doing("")
+    assert lines[:3] == [
+        "At work: 1 process",
+        "host process began last sign what doing",
+        f"{socket.gethostname()} {os.getpid()} AGE AGE search: demo [red] at 0.5 capture: dense model: layer 3 of 30",
+    ]
+
+
+def test_a_resume_point_of_somebody_who_is_at_work_is_in_progress(store, capsys):
+    with announced(store.fs, store.root, "a search"):
+        leave_resume_point(store)
+        lines = shown(store, capsys)
+    row = lines.index("stage saved host step work so far size") + 1
+    key = CAPTURE.key[: len("capture/") + 8]
+    assert lines[row] == f"{key} AGE {socket.gethostname()} 12 0 s 2 kB in progress"
+    assert lines[row + 1] == "No search has finished."
+
+
+def test_a_resume_point_that_nobody_works_on_is_to_be_taken_up_by_the_same_search(store, capsys):
+    leave_resume_point(store)
+    lines = shown(store, capsys)
+    assert lines[0] == "Nobody is at work."
+    assert "2 kB left behind" in lines[3]
+    assert lines[4] == "Nobody works on this. Start the same search again, and it goes on from there."
+
+
+def test_a_resume_point_older_than_all_who_are_at_work_may_be_left_behind(tmp_path, capsys):
+    store = ArtifactStore(str(tmp_path / "store"))
+    leave_resume_point(store)
+    make_old(store, CAPTURE.key, 2 * 3600)
+    with announced(store.fs, store.root, "a search"):
+        leave_resume_point(store, Stage("export", 1), 3)
+        lines = shown(store, capsys)
+    new, old, advice = lines[5:8]
+    assert new.endswith("3 0 s 2 kB in progress")
+    assert "2 h ago" in old
+    assert old.endswith("12 0 s 2 kB left behind")
+    assert advice.startswith("1 left behind: saved before anybody who is at work now began.")
+
+
+def test_what_was_finished_is_not_said_to_be_begun(store, capsys):
+    leave_resume_point(store)
+    progress = store.fs.cat_file(f"{store.root}/{CAPTURE.key}/progress.json")
+    store.get_or_build(CAPTURE, lambda draft: None)
+    overwrite(store.fs, f"{store.root}/{CAPTURE.key}/progress.json", progress)  # by a second builder
+    assert "Nothing is begun and not finished." in shown(store, capsys)
+
+
+def test_lanes_that_only_note_their_group_are_not_listed(store, capsys):
+    note_group(store, [Stage("lane", 1, beta) for beta in (0.1, 0.2)])
+    assert "Nothing is begun and not finished." in shown(store, capsys)
+
+
+def test_a_damaged_resume_point_is_told(store, capsys):
+    leave_resume_point(store)
+    overwrite(store.fs, f"{store.root}/{CAPTURE.key}/progress.json", b"{")
+    assert "damaged: its work is done anew" in shown(store, capsys)[3]
+
+
+def test_finished_searches_are_told_with_source_sparsity_and_verdict(store, capsys):
+    key = finish_search(store, "owner/model")
+    assert shown(store, capsys)[2:] == [
+        "Finished searches",
+        f"AGE: owner/model at sparsity 0.5, wanda ({key[: len('search/') + 8]})",
+        "beta 0.1 of owner/model is best [red]",
+        f"`layerwise show {store.url} KEY` shows one of them.",
+    ]
+
+
+def test_of_many_finished_searches_the_newest_five_are_told(tmp_path, capsys):
+    store = ArtifactStore(str(tmp_path / "store"))
+    for days in range(1, 8):
+        make_old(store, finish_search(store, f"model-{days}"), days * 86400 + 60)
+    lines = shown(store, capsys)
+    assert lines[2] == "Finished searches, the newest 5 of 7"
+    assert [line.partition(" at ")[0] for line in lines[3:13:2]] == [
+        "24 h ago: model-1",
+        "2 days ago: model-2",
+        "3 days ago: model-3",
+        "4 days ago: model-4",
+        "5 days ago: model-5",
+    ]
+
+
+def test_a_damaged_search_does_not_hide_the_others(store, capsys):
+    finish_search(store, "owner/model")
+    damaged = finish_search(store, "owner/other")
+    overwrite(store.fs, f"{store.root}/{damaged}/manifest.json", b"{")
+    lines = shown(store, capsys)
+    assert "AGE: damaged (" in "\n".join(lines)
+    assert "beta 0.1 of owner/model is best [red]" in lines
+
+
+def test_a_real_search_is_told(run_search, tmp_path, capsys):
+    store = ArtifactStore(str(tmp_path / "store"))
+    result = run_search(store.url)
+    capsys.readouterr()
+    lines = shown(store, capsys)
+    assert result.selection.verdict in " ".join(lines)
+    assert any(f"{result.source} at sparsity 0.5, wanda" in line for line in lines)
+    assert status.SEARCH == RESULT_STAGE
+
+
+def test_a_killed_process_is_seen_at_work_and_then_as_silent(tmp_path, pytestconfig, capsys, monkeypatch):
+    store = ArtifactStore(str(tmp_path / "store"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.url],
+        cwd=pytestconfig.rootpath,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "announced\n"
+    about = "search: demo at 0.5 branch: 3 betas and the dense model: layer 12 of 30"
+    assert shown(store, capsys)[2] == f"{socket.gethostname()} {process.pid} AGE AGE {about}"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [sign] = Path(store.root, "running").iterdir()
+    long_ago = storage_clock(store.fs, store.root) - 3 * 3600
+    os.utime(sign, (long_ago, long_ago))
+    assert running_processes(store.fs, store.root, storage_clock(store.fs, store.root)) == []
+    assert shown(store, capsys)[:5] == [
+        "Nobody is at work.",
+        "Fallen silent: killed, or cut off from the store",
+        "host process last sign what was doing",
+        f"{socket.gethostname()} {process.pid} 3 h ago {about}",
+        "What they saved is below. `layerwise gc` forgets those that are an hour old.",
+    ]
+
+
+def test_who_may_only_read_can_look(fault_proxy, s3_bucket, capsys):
+    store = ArtifactStore(f"s3://{s3_bucket}/read-only")
+    finish_search(store, "owner/model")
+    fault_proxy.inject(error(403), lambda request: request.writes, times=float("inf"))
+    assert "Finished searches" in shown(store, capsys)
+
+
+def test_the_command_imports_neither_prefect_nor_transformers(tmp_path, pytestconfig):
+    store = ArtifactStore(str(tmp_path / "store"))
+    finish_search(store, "owner/model")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['prefect', 'transformers'])); "
+        "from layerwise.flows.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "status", store.url]
+    done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "owner/model at sparsity 0.5, wanda" in done.stdout
+
+
+def test_a_wrong_path_is_told_and_not_made(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError, match="holds no store: nothing is there. Check the path or URL."):
+        show_status(str(missing))
+    assert not missing.exists()

@@ -1,0 +1,446 @@
+"""A search spread over workers: a real server, real workers on machines of their own, and everything dies once."""
+
+import contextlib
+import json
+import logging
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Event
+from time import monotonic, sleep, time
+
+import psutil
+import pytest
+import torch
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.flows import EntrypointType
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_HOME,
+    temporary_settings,
+)
+from prefect.states import Cancelling
+
+from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out.step import StepFailed
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.search import SearchResult, search
+from layerwise.flows.settings import Search
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.report import REPORT_STAGE
+from tests.prefect_server import FEW_WRITES, PrefectServer
+from tests.small_search import small_search
+from tests.work_log import Log, Run, mark_of
+from tests.workers import Machine, Worker, create_pool
+
+LAYERS = 8
+NEEDED = list(range(1, LAYERS + 1))
+BETAS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]  # nine lanes with the uniform one
+LIMIT = 480.0  # seconds for anything that is waited for
+# A parent on a machine of its own.
+PARENT = """
+import json, sys
+from layerwise.flows.search import search
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+settings, runtime = json.loads(sys.argv[1])
+search(Search(**settings), Runtime(**runtime))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the workers have: sums of floats depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fan-out")
+
+
+@pytest.fixture(scope="module")
+def settings(folder) -> dict[str, object]:
+    small = small_search(folder / "small", LAYERS, letters=16000)
+    return small | {"betas": BETAS, "selection_windows": 24, "retain": "none"}
+
+
+@pytest.fixture(scope="module")
+def server(folder) -> Iterator[PrefectServer]:
+    with PrefectServer(folder / "server", **FEW_WRITES) as server:
+        # The heartbeat would hold up the end of every flow of this process for a second.
+        ours = {
+            PREFECT_API_URL: server.url,
+            PREFECT_HOME: folder / "home",
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+        }
+        with temporary_settings(ours):
+            yield server
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, server, folder) -> ArtifactStore:
+    """The store of a search that ran in one process."""
+    store = ArtifactStore(str(folder / "undisturbed"))
+    search(Search(**settings), Runtime(store=store.url))
+    return store
+
+
+@pytest.fixture(scope="module")
+def machines(client, server, s3_bucket, folder) -> Iterator[list[Worker]]:
+    """Two machines with a worker each, for the pool "lanes", on which the steps are deployed."""
+    create_pool(client, "lanes")
+    for flow in (steps.capture, steps.branch, steps.evaluate):
+        deploy(flow, "lanes", flow.name)
+    with (
+        Worker("lanes", folder / "one", server.url) as one,
+        Worker("lanes", folder / "other", server.url) as other,
+    ):
+        yield [one, other]
+
+
+@pytest.fixture
+def workers(machines) -> list[Worker]:
+    """The two workers, alive."""
+    dead = [worker for worker in machines if not worker.alive]
+    for worker in dead:
+        worker.start()
+    for worker in dead or machines:
+        worker.wait_until_ready()
+    return machines
+
+
+@pytest.fixture(scope="module")
+def parents(client, server, s3_bucket, folder) -> Iterator[Worker]:
+    """A machine with a worker for searches, which wait for their steps there."""
+    create_pool(client, "parents")
+    with Worker("parents", folder / "parents", server.url) as worker:
+        worker.wait_until_ready()
+        yield worker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scheduled(client, settings, undisturbed, parents) -> uuid.UUID:
+    """A deployment of the search that is done; the scheduler's first look at it comes within seconds of its making."""
+    soon = IntervalSchedule(
+        interval=timedelta(hours=1), anchor_date=datetime.now(UTC) + timedelta(seconds=30)
+    )
+    parameters = {"settings": settings, "runtime": {"store": undisturbed.url}}
+    return deploy(search, "parents", "scheduled", schedule=soon, parameters=parameters)
+
+
+@pytest.fixture
+def bucket(s3_bucket) -> ArtifactStore:
+    """An empty store that all machines reach."""
+    return ArtifactStore(f"s3://{s3_bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def before_the_lanes(bucket, undisturbed) -> ArtifactStore:
+    """A store that lacks nothing but the lanes."""
+    for artifact in undisturbed.artifacts():
+        if artifact.recipe["name"] not in ("lane", "lane_group"):
+            bucket.fs.put(
+                f"{undisturbed.root}/{artifact.key}", f"{bucket.root}/{artifact.key}", recursive=True
+            )
+    return bucket
+
+
+@pytest.fixture
+def begin(server) -> Iterator[Callable[..., Future[SearchResult]]]:
+    """Begin a search in this process, in a thread."""
+    with ThreadPoolExecutor() as threads:
+
+        def begin(settings: dict, runtime: dict) -> Future[SearchResult]:
+            return threads.submit(copy_context().run, search, Search(**settings), Runtime(**runtime))
+
+        yield begin
+
+
+def pool_runtime(store: ArtifactStore, groups: int = 3) -> dict[str, object]:
+    return {"store": store.url, "fan_out": "pool:lanes", "groups": groups, "boundary_layers": 1}
+
+
+def deploy(flow: Flow, pool: str, name: str, **options) -> uuid.UUID:
+    """Make a deployment whose workers import the flow by its module."""
+    module_path = {"entrypoint_type": EntrypointType.MODULE_PATH, "work_pool_name": pool}
+    return flow.to_deployment(name, **module_path, **options).apply()
+
+
+def contents(store: ArtifactStore) -> dict[str, str]:
+    """Digest by key of all artifacts but groups and reports: they tell how lanes were spread, what took how long."""
+    return {
+        artifact.key: artifact.content
+        for artifact in store.artifacts()
+        if artifact.recipe["name"] not in ("lane_group", REPORT_STAGE)
+    }
+
+
+def runs_of(client: SyncPrefectClient, store: ArtifactStore, name: str) -> list[FlowRun]:
+    """Flow runs of the flow called ``name`` that worked for this store, the first one first."""
+    runs = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[name])))
+    ours = [run for run in runs if run.parameters["runtime"]["store"] == store.url]
+    return sorted(ours, key=lambda run: run.created)
+
+
+def logs_of(runs: list[FlowRun], machines: list[Machine]) -> list[Log]:
+    """What each of the flow runs has done."""
+    said = [each for machine in machines for each in machine.said()]
+    return [Log.of([(each.at, each.line) for each in said if each.pid == pid_of(run)]) for run in runs]
+
+
+def pid_of(run: FlowRun) -> int | None:
+    """The process that a worker has started for it."""
+    return int(run.infrastructure_pid) if run.infrastructure_pid else None
+
+
+def repeated(runs: list[FlowRun], machines: list[Machine], kind: str, numbers: list[int]) -> list[str]:
+    """What these flow runs, which did the same work one after the other, did more than once beyond one piece."""
+    return list(Run("", logs_of(runs, machines)).repeated_work({kind: numbers}))
+
+
+def groups_of(runs: list[FlowRun]) -> dict[tuple[float, ...], list[FlowRun]]:
+    """Flow runs of groups by their betas."""
+    groups: dict[tuple[float, ...], list[FlowRun]] = {}
+    for run in runs:
+        groups.setdefault(tuple(beta for beta, _ in run.parameters["points"]), []).append(run)
+    return groups
+
+
+def layer_of_a_group(number: int) -> Callable[[str], bool]:
+    return lambda line: mark_of(line) == f"branch, layer {number}"
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = monotonic() + LIMIT
+    while not condition():
+        assert monotonic() < deadline, f"not within {LIMIT:.0f} s: {what}"
+        sleep(0.1)
+
+
+def now_at_work(machines: list[Worker], since: float, layer: int) -> Worker:
+    """Wait until a group has this layer done after ``since``, and return its machine."""
+    wanted = layer_of_a_group(layer)
+
+    def there() -> list[Worker]:
+        return [m for m in machines if any(each.at > since and wanted(each.line) for each in m.said())]
+
+    until(there, f"layer {layer} of a group")
+    return there()[0]
+
+
+@contextlib.contextmanager
+def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterator[dict[int, psutil.Process]]:
+    """Stop every group as soon as it has this layer done after ``since``, until its SIGTERM waits for it.
+
+    Yields:
+        Those that were stopped, by their process id; grows.
+    """
+    held: dict[int, psutil.Process] = {}
+    over = Event()
+
+    def hold() -> None:
+        for each in (each for machine in machines for each in machine.said()):
+            if each.at > since and each.pid not in held and layer_of_a_group(layer)(each.line):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    held[each.pid] = psutil.Process(each.pid)
+                    held[each.pid].suspend()
+        for process in held.values():
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                if process.status() == psutil.STATUS_STOPPED and has_waiting(process, signal.SIGTERM):
+                    process.resume()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            hold()
+
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(watch)
+        try:
+            yield held
+        finally:
+            over.set()
+            for process in held.values():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+            watching.result()
+
+
+def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that stands still."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending.split()[1], 16) >> (wanted - 1) & 1)
+
+
+def test_three_groups_on_two_machines_make_what_one_process_makes(
+    client, settings, bucket, undisturbed, workers
+):
+    result = search(Search(**settings), Runtime(**pool_runtime(bucket)))
+    assert contents(bucket) == contents(undisturbed)
+    assert result.bytes_read == 0  # no weight was read here
+    captures, branches, evaluations = (
+        runs_of(client, bucket, name) for name in ("capture", "branch", "evaluate")
+    )
+    assert [len(runs) for runs in (captures, branches, evaluations)] == [1, 3, 1]
+    assert sorted(len(betas) for betas in groups_of(branches)) == [3, 3, 3]
+    for runs, kind in (
+        (captures, "capture, layer"),
+        *((group, "branch, layer") for group in groups_of(branches).values()),
+        (evaluations, "export, layer"),
+        (evaluations, "evaluate, layer"),
+    ):
+        assert [log.work[kind] for log in logs_of(runs, workers)] == [NEEDED]
+    pids = {pid_of(run) for run in branches}
+    assert all(pids & {each.pid for each in worker.said()} for worker in workers)
+
+
+def test_a_machine_the_parent_and_the_server_die_and_what_was_done_is_not_done_again(
+    client, settings, before_the_lanes, undisturbed, workers, server, folder
+):
+    store = before_the_lanes
+    parents = [Machine(folder / f"parent-{number}", server.url) for number in range(2)]
+    parameters = json.dumps([settings, pool_runtime(store, groups=4)])
+    try:
+        began = time()
+        parents[0].run("-c", PARENT, parameters)
+        victim = now_at_work(workers, began, 3)
+        victim.kill()
+        parents[0].kill()
+        second = parents[1].run("-c", PARENT, parameters)
+        until(lambda: "goes on in flow run" in parents[1].last_output(), "a parent that takes up what runs")
+        now_at_work([worker for worker in workers if worker.alive], time(), 2)
+        server.kill()
+        sleep(3)
+        server.start()
+        assert second.wait(timeout=LIMIT) == 0, parents[1].last_output()
+    finally:
+        for parent in parents:
+            parent.kill()
+    assert contents(store) == contents(undisturbed)
+    groups = groups_of(runs_of(client, store, "branch"))
+    assert sorted(len(betas) for betas in groups) == [2, 2, 2, 3]
+    for runs in groups.values():
+        assert repeated(runs, workers, "branch, layer", NEEDED) == []
+    # Nothing was begun anew but the group that died.
+    assert sorted(len(runs) for runs in groups.values()) == [1, 1, 1, 2]
+    ((dead, successor),) = [runs for runs in groups.values() if len(runs) == 2]
+    assert (dead.state.name, dead.state.message) == ("Crashed", "no sign of life for 60 s")
+    assert successor.state.is_completed()
+    assert pid_of(successor) not in {each.pid for each in victim.said()}
+
+
+def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_there(
+    client, settings, before_the_lanes, undisturbed, workers, parents, caplog
+):
+    store, began = before_the_lanes, time()
+    deployment = deploy(search, "parents", "cancelled")
+    parameters = {"settings": settings, "runtime": pool_runtime(store)}
+    parent = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+
+    def ended() -> list[FlowRun]:
+        runs = [client.read_flow_run(parent.id), *runs_of(client, store, "branch")]
+        return runs if all(run.state.is_final() for run in runs) else []
+
+    # A group could be done before the word reaches it.
+    with held_until_told(workers, began, 2) as held:
+        until(lambda: held, "layer 2 of a group")
+        client.set_flow_run_state(parent.id, Cancelling())
+        until(ended, "the end of the search and its groups")
+    assert [run.state.name for run in ended()] == ["Cancelled"] * 4
+    branches = runs_of(client, store, "branch")
+    layers = [log.work.get("branch, layer", [0])[-1] for log in logs_of(branches, workers)]
+    assert 0 < max(layers) < LAYERS
+
+    with caplog.at_level(logging.DEBUG, logger="layerwise.tasks.running.progress"):
+        search(Search(**settings), Runtime(store=store.url))
+    assert contents(store) == contents(undisturbed)
+    said = [f"DEBUG layerwise.tasks.running.progress - {record.getMessage()}" for record in caplog.records]
+    resumed = [number for line in said if (number := mark_of(line)) and number.startswith("branch, layer")]
+    assert len(resumed) <= 3 * LAYERS - sum(layers) + len(layers)
+
+
+def test_a_group_that_cannot_work_fails_the_search_at_once_with_the_reason_first(
+    client, settings, bucket, workers, folder, monkeypatch
+):
+    monkeypatch.chdir(folder / "small")  # where no worker is
+    with pytest.raises(
+        StepFailed, match="^ValueError: 'small.gguf' is neither a file or folder on this machine"
+    ):
+        search(Search(**{**settings, "model": "small.gguf"}), Runtime(**pool_runtime(bucket)))
+    (run,) = runs_of(client, bucket, "capture")
+    assert run.state.is_failed()
+    assert {key.partition("/")[0] for key in contents(bucket)} == {
+        "count_tokens"
+    }  # this machine has the model
+
+
+def test_a_scheduled_search_fires_by_itself_finds_everything_done_and_says_so(client, scheduled, parents):
+    runs: list[FlowRun] = []
+
+    def ended() -> bool:
+        which = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[scheduled]))
+        runs[:] = [run for run in client.read_flow_runs(flow_run_filter=which) if run.state.is_final()]
+        return bool(runs)
+
+    until(ended, "the end of a scheduled search")
+    (run,) = runs
+    assert run.auto_scheduled
+    assert run.state.is_completed()
+    assert logs_of([run], [parents])[0].work == {}
+    which = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    nothing_to_do = "Everything was in the store already: no layer was computed"
+    until(lambda: any(nothing_to_do in log.message for log in client.read_logs(which)), "its log")
+
+
+def test_a_process_of_this_machine_is_killed_and_its_group_goes_on_from_its_last_layer(
+    client, settings, before_the_lanes, undisturbed, server, begin, folder, monkeypatch
+):
+    store = before_the_lanes
+    here = Machine(folder / "here", server.url)
+    for name in ("PREFECT_HOME", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, here.environment[name])
+    runtime = {"store": store.url, "fan_out": "processes:2", "groups": 2, "boundary_layers": 1}
+    parent = begin(settings, runtime)
+    pid = here.wait_until_said(layer_of_a_group(2), LIMIT).pid
+    (process,) = [process for process in here.processes() if process.pid == pid]
+    process.kill()
+    parent.result(timeout=LIMIT)
+    assert contents(store) == contents(undisturbed)
+    logs: dict[int, list[tuple[float, str]]] = {}
+    for each in here.said():
+        logs.setdefault(each.pid, []).append((each.at, each.line))
+    killed = Log.of(logs.pop(pid)).work["branch, layer"]
+    other, successor = (Log.of(lines).work["branch, layer"] for lines in logs.values())
+    assert other == NEEDED
+    assert successor in (NEEDED[killed[-1] :], NEEDED[killed[-1] - 1 :])
+    assert sorted(run.state.name for run in runs_of(client, store, "branch")) == [
+        "Completed",
+        "Completed",
+        "Crashed",
+    ]

@@ -1,0 +1,79 @@
+"""Folders of the embedded server: who may use one at the same time, and which are removed."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from layerwise.flows.orchestration.server_home import UNUSED_DAYS, ServerHome, remove_old_homes
+
+
+def age(folder: Path, days: float) -> None:
+    """Let it look as if it was last used so long ago."""
+    then = time.time() - days * 24 * 3600
+    os.utime(folder.with_name(f"{folder.name}.lock"), (then, then))
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder that was used once, by nobody now."""
+
+    def make(name: str) -> Path:
+        with ServerHome(tmp_path / name, own=True, limit=1) as used:
+            pass
+        os.close(*used.lock)
+        return tmp_path / name
+
+    return make
+
+
+def test_only_old_folders_of_other_versions_that_nobody_uses_are_removed(home, tmp_path):
+    current, old, recent = home("prefect-3.9.0"), home("prefect-3.8.8"), home("prefect-3.8.9")
+    in_use, foreign = home("prefect-3.7.0"), tmp_path / "SmolLM2"
+    foreign.mkdir()
+    for folder in (current, old, in_use):
+        age(folder, UNUSED_DAYS + 1)
+    age(recent, UNUSED_DAYS - 1)
+    with open(tmp_path / "prefect-3.7.0.lock", "r+") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        remove_old_homes(current)
+    left = {folder for folder in tmp_path.iterdir() if folder.is_dir()}
+    assert left == {current, recent, in_use, foreign}
+
+
+def test_the_first_start_is_alone_and_the_later_ones_are_not(tmp_path):
+    folder = tmp_path / "prefect-3.8.8"
+    order = []
+
+    def second() -> None:
+        with ServerHome(folder, own=True, limit=30):
+            order.append("second")
+
+    with ServerHome(folder, own=True, limit=30):
+        other = Thread(target=second)
+        other.start()
+        other.join(0.5)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]
+    with ServerHome(folder, own=True, limit=1), ServerHome(folder, own=True, limit=1):
+        pass
+
+
+def test_a_first_start_that_fails_leaves_the_folder_to_the_next_one(tmp_path):
+    with pytest.raises(ConnectionError), ServerHome(tmp_path / "home", own=True, limit=1):
+        raise ConnectionError("it did not start")
+    with ServerHome(tmp_path / "home", own=True, limit=1):
+        pass
+
+
+def test_a_start_that_takes_too_long_is_not_waited_for(tmp_path):
+    with (
+        ServerHome(tmp_path / "home", own=True, limit=1),
+        pytest.raises(TimeoutError, match="another process"),
+        ServerHome(tmp_path / "home", own=True, limit=0.2),
+    ):
+        pass

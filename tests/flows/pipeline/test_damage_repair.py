@@ -1,0 +1,109 @@
+"""A search that meets a damaged artifact builds it anew, and ends with the result of an undamaged one."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.storage.damage import Damaged
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.collect import collect, plan_collection
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """The store of the finished search, to be damaged."""
+    return Path(shutil.copytree(finished[1].store, tmp_path / "store"))
+
+
+def content_of(result):
+    return {role: artifact.content for role, artifact in result.stages.items()}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "damage"),
+    [
+        ("checkpoint", "checkpoint.json", flip),
+        ("calibration", "manifest.json", Path.unlink),
+        ("capture", "manifest.json", truncate),
+        ("lane beta 0.1", "losses.parquet", flip),
+        ("lane beta 0.25", "linears.parquet", Path.unlink),
+        ("select", "selection.json", truncate),
+        ("export", "manifest.json", flip),
+        ("evaluate", "test.json", truncate),
+    ],
+)
+def test_what_is_damaged_is_named_and_built_anew(finished, run_search, copied, caplog, role, name, damage):
+    result = finished[0]
+    artifact = result.stages[role]
+    path = copied / (f"{artifact.key}/{name}" if name == "manifest.json" else artifact.files[name].path)
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        again = run_search(str(copied))
+    assert again.built == (role,)
+    assert content_of(again) == content_of(result)
+    if not (
+        name == "manifest.json" and damage is Path.unlink
+    ):  # which is an artifact that nobody has made yet
+        (line,) = [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "layerwise.flows.pipeline.damage_repair"
+        ]
+        assert str(path) in line
+        assert "set aside and built anew" in line
+
+
+def test_statistics_that_a_new_beta_needs_are_captured_anew(finished, run_search, copied, tmp_path):
+    capture = finished[0].stages["capture"]
+    flip(copied / capture.files["statistics/layer-00001.parquet"].path)
+    result = run_search(str(copied), betas=[0.1, 0.2, 0.25])
+    undamaged = run_search(str(tmp_path / "other"), betas=[0.1, 0.2, 0.25])
+    assert {"capture", "lane beta 0.2"} <= set(result.built)
+    assert content_of(result) == content_of(undamaged)
+
+
+def test_what_is_damaged_twice_stops_the_run(tmp_path):
+    store = ArtifactStore(str(tmp_path))
+    calls = []
+
+    def run():
+        calls.append("again")
+        raise Damaged("its file 'x' is damaged", "capture/0123")
+
+    with pytest.raises(Damaged, match="its file 'x' is damaged"):
+        mending(store, run)
+    assert len(calls) == 2
+
+
+def test_what_was_deleted_since_it_was_found_is_built_anew_with_a_warning(tmp_path, caplog):
+    store, stage = ArtifactStore(str(tmp_path / "store")), Stage("capture", 1)
+    found = []
+
+    def run():
+        artifact = store.get_or_build(stage, lambda draft: draft.write("weights.bin", b"w"))
+        found.append(artifact)
+        if len(found) == 1:
+            collect(store, plan_collection(store, lambda artifacts: set(), 0.0, time.time() + 86400))
+        return store.read(artifact, "weights.bin")
+
+    with caplog.at_level(logging.WARNING):
+        assert mending(store, run) == b"w"
+    assert len(found) == 2
+    (record,) = caplog.records
+    assert f"{stage.key} is not in the store any more" in record.getMessage()
+    assert record.getMessage().endswith("It is built anew.")

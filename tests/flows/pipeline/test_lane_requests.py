@@ -1,0 +1,200 @@
+"""Strategies: which lanes run next, on losses that can be checked by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.flows.pipeline.lane_requests import LaneRequest, Strategy
+from layerwise.models.skeleton import Linear
+from layerwise.tasks.allocate import AllocateSettings
+
+BETAS = (0.0, 0.002, 0.004, 0.006)
+HALF = (0.5,) * 4
+LINEARS = [[Linear("mlp", 10, 10, False)]] * 4  # of four layers of 100 weights
+
+
+def plans_of(*points: tuple[float, float]) -> tuple[SparsityPlan, ...]:
+    return tuple(SparsityPlan(beta, HALF, offset) for beta, offset in points)
+
+
+def strategy(name: str, points, trials: int, windows: int, **allocation) -> Strategy:
+    points = [point if isinstance(point, tuple) else (point, 0.0) for point in points]
+    settings = AllocateSettings(0.5, betas=(), **allocation)
+    return Strategy(name, plans_of(*points), trials, windows, settings, LINEARS)
+
+
+def race(windows: int) -> Strategy:
+    return strategy("race", BETAS, 4, windows)
+
+
+def losses(level: float, windows: int) -> list[float]:
+    """Around ``level``, never twice the same distance from another level's."""
+    return [level + 0.001 * ((7 * window + round(1000 * level)) % 5) for window in range(windows)]
+
+
+def play(strategy: Strategy, level_of) -> list[LaneRequest]:
+    """All requests of a search whose lanes have these levels."""
+    known: dict[SparsityPlan, list[float]] = {}
+    requests = []
+    while request := strategy.next_lanes(known):
+        requests.append(request)
+        start, end = request.windows or (0, strategy.windows)
+        for plan in request.plans:
+            known.setdefault(plan, []).extend(losses(level_of(plan), strategy.windows)[start:end])
+    return requests
+
+
+def betas_of(request: LaneRequest) -> tuple[float, ...]:
+    return tuple(plan.beta for plan in request.plans)
+
+
+def by_beta(levels):
+    return lambda plan: dict(zip(BETAS, levels, strict=True))[plan.beta]
+
+
+def test_a_grid_asks_for_everything_at_once():
+    grid = strategy("grid", BETAS, 4, 12)
+    assert play(grid, lambda plan: 1.0) == [LaneRequest(grid.plans)]
+
+
+def test_a_race_goes_on_with_the_two_best_and_uniform():
+    first, *later = play(race(32), by_beta((9.0, 2.0, 1.0, 5.0)))
+    assert (betas_of(first), first.windows) == (BETAS, (0, 8))
+    assert {betas_of(request) for request in later} == {BETAS[:3]}
+    assert later[0].windows[0] == 8
+    assert later[-1].windows[1] == 32
+    assert all(a.windows[1] == b.windows[0] for a, b in zip(later, later[1:], strict=False))
+
+
+def test_nobody_is_stopped_in_a_race_of_equals():
+    assert {betas_of(request) for request in play(race(32), lambda plan: 1.0)} == {BETAS}
+
+
+def test_a_race_over_few_windows_is_a_grid():
+    assert play(race(8), by_beta((9.0, 2.0, 1.0, 5.0))) == [LaneRequest(race(8).plans)]
+
+
+def test_a_race_asks_again_for_a_round_of_which_one_lane_is_missing():
+    first = {plan: losses(1.0, 8) for plan in race(32).plans[:3]}
+    assert race(32).next_lanes(first) == LaneRequest(race(32).plans, (0, 8))
+
+
+@pytest.mark.parametrize("best", range(12))
+def test_an_adaptive_search_finds_the_bottom_with_fewer_lanes_and_tries_uniform(best):
+    betas = [0.002 * number for number in range(12)]
+    requests = play(
+        strategy("adaptive", betas, 8, 4), lambda plan: 3 + 0.02 * (round(500 * plan.beta) - best) ** 2
+    )
+    tried = [beta for request in requests for beta in betas_of(request)]
+    assert {request.windows for request in requests} == {None}
+    assert 0.0 in betas_of(requests[0])
+    assert betas[best] in tried
+    assert len(tried) == len(set(tried)) <= 8
+
+
+def test_an_adaptive_search_keeps_its_budget():
+    betas = [0.001 * number for number in range(30)]
+    requests = play(strategy("adaptive", betas, 5, 4), lambda plan: round(1000 * plan.beta) % 7)
+    assert sum(len(request.plans) for request in requests) <= 5
+
+
+def test_a_two_parameter_search_finds_the_bottom_of_a_bowl_within_its_budget():
+    betas, offsets = [0.002 * number for number in range(8)], (-0.1, -0.05, 0.0, 0.05, 0.1)
+    points = [(beta, offset) for beta in betas for offset in offsets]
+    points.sort(key=lambda point: point != (0, 0))
+
+    def level(plan):
+        return 3 + 0.02 * (500 * plan.beta - 4) ** 2 + 40 * (plan.offset - 0.05) ** 2
+
+    requests = play(strategy("two-parameter", points, 20, 4), level)
+    tried = [plan for request in requests for plan in request.plans]
+    best = min(tried, key=level)
+    assert (best.beta, best.offset) == (0.008, 0.05)
+    assert (requests[0].plans[0].beta, requests[0].plans[0].offset) == (0.0, 0.0)
+    assert len(tried) == len(set(tried)) <= 20
+
+
+def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meets_the_target():
+    layer = [
+        Linear("attn.out", 10, 10, False),
+        Linear("mlp.up", 10, 20, False),
+        Linear("mlp.down", 20, 5, False),
+    ]
+    plans = tuple(SparsityPlan(beta, (0.5 - beta, 0.5 + beta)) for beta in (0.0, 0.1, 0.2))
+    searched = Strategy("projections", plans, 30, 4, AllocateSettings(0.5, betas=()), [layer] * 2)
+    up_bears_more = [0.5, 0.35, 0.65, 0.7, 0.55, 0.85]  # by layer and linear
+
+    def level(plan):
+        every = [share for layer in plan.by_linear([[100, 200, 100]] * 2) for share in layer]
+        return 3 + sum((share - wanted) ** 2 for share, wanted in zip(every, up_bears_more, strict=True))
+
+    tried = [plan for request in play(searched, level) for plan in request.plans]
+    assert [plan.beta for plan in tried] == [float(number) for number in range(len(tried))]
+    assert tried[0].layers == (0.5, 0.5)
+    assert {plan.layers for plan in tried if not isinstance(plan.layers[0], tuple)} == {
+        plan.layers for plan in plans
+    }
+    for plan in tried:
+        (first, second), by_layer = (
+            plan.by_linear([[100, 200, 100]] * 2),
+            plan.by_layer([[100, 200, 100]] * 2),
+        )
+        assert sum(by_layer) == pytest.approx(1.0, abs=1e-12)
+        assert {round(b - a, 9) for a, b in zip(first, second, strict=True)} == {
+            round(by_layer[1] - by_layer[0], 9)
+        }
+    assert max(len(request.plans) for request in play(searched, level)) == searched.most_together == 2 * 3 + 2
+    assert level(min(tried, key=level)) - 3 < 0.2 * (min(map(level, tried[:3])) - 3)
+    assert len(tried) <= 30
+
+
+def steps_from(ideal):
+    """A loss that grows with the distance to this plan."""
+    return lambda plan: (
+        3 + sum((layer - wanted) ** 2 for layer, wanted in zip(plan.layers, ideal, strict=True))
+    )
+
+
+@pytest.mark.parametrize("name", ["bayesian", "evolutionary"])
+def test_a_search_over_layers_leaves_uniform_behind_and_keeps_budget_and_target(name):
+    level = steps_from((0.3, 0.4, 0.6, 0.7))
+    requests = play(strategy(name, (0.0,), 40, 4), level)
+    tried = [plan for request in requests for plan in request.plans]
+    assert len(tried) == 40
+    assert [plan.beta for plan in tried] == [float(number) for number in range(40)]
+    assert tried[0].layers == HALF
+    assert all(sum(plan.layers) == pytest.approx(2.0, abs=1e-12) for plan in tried)
+    assert min(map(level, tried)) < 3 + 0.5 * (level(tried[0]) - 3)
+
+
+@pytest.mark.parametrize("name", ["bayesian", "evolutionary"])
+def test_a_search_over_layers_is_replayed_from_its_trials(name):
+    searched = strategy(name, (0.0,), 20, 4)
+    level = steps_from((0.3, 0.4, 0.6, 0.7))
+    first, second = play(searched, level), play(searched, level)
+    assert first == second
+    known = {plan: losses(level(plan), 4) for request in first[:2] for plan in request.plans}
+    assert searched.next_lanes(known) == first[2]
+
+
+def test_a_search_over_layers_with_a_pattern_tries_its_levels_only():
+    requests = play(strategy("bayesian", (0.0,), 20, 4, pattern="N:8"), steps_from((0.25, 0.5, 0.5, 0.75)))
+    layers = {layer for request in requests for plan in request.plans for layer in plan.layers}
+    assert {8 * layer for layer in layers} <= set(range(9))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "bayesian", "evolutionary"])
+def test_a_search_that_is_stopped_asks_for_what_it_would_have_asked_for_until_then(name):
+    searched = strategy(name, BETAS, 20, 4)
+
+    def level(plan):
+        return steps_from((0.3, 0.4, 0.6, 0.7))(plan) + (plan.beta - 0.004) ** 2
+
+    requests = play(searched, level)
+    assert len(requests) > 1
+    tried = 0
+    for number, request in enumerate(requests, 1):
+        for stop_after in range(tried + 1, tried + len(request.plans) + 1):
+            assert play(replace(searched, stop_after=stop_after), level) == requests[:number]
+        tried += len(request.plans)

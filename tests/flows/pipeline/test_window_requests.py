@@ -1,0 +1,119 @@
+"""Which windows a search gets of its texts: known before anything is imported."""
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from layerwise.flows.pipeline.window_requests import count_texts, open_corpora
+from layerwise.flows.settings import Search
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.sample_tokens import token_stage
+
+VOCABULARY = 11  # ten words, and <unk>
+
+
+@pytest.fixture
+def memory_store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(f"memory://{tmp_path.name}")
+
+
+def load_tokenizer():
+    backend = Tokenizer(WordLevel({"<unk>": 10} | {str(n): n for n in range(10)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def never():
+    raise AssertionError("the tokenizer was loaded, although the text is counted")
+
+
+@pytest.fixture
+def texts_of(tmp_path, memory_store):
+    """The texts of a search over a number of words, with some settings changed."""
+
+    def texts(words, load=load_tokenizer, vocabulary=VOCABULARY, **changes):
+        file = tmp_path / f"{words}.txt"
+        if not file.exists():
+            file.write_text(" ".join(str(n % 10) for n in range(words)))
+        text = {"calibration": str(file), "selection": str(file), "seqlen": 10}
+        settings = Search(**{"model": "some/model", "sparsity": 0.5, **text, **changes})
+        return count_texts(memory_store, settings, open_corpora(settings), "tokenizer", load, vocabulary)
+
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("words", "windows"),
+    [
+        (4000, {"calibration": 128, "selection": 64, "test": 100}),  # 200 and 100 fit
+        (1000, {"calibration": 50, "selection": 25, "test": 25}),
+        (80, {"calibration": 4, "selection": 2, "test": 2}),
+    ],
+)
+def test_auto_is_the_usual_number_or_what_there_is(texts_of, words, windows):
+    assert texts_of(words).windows == windows
+
+
+def test_the_windows_of_auto_are_those_of_the_same_number(texts_of):
+    def keys(texts):
+        return {role: token_stage("tokenizer", request).key for role, request in texts.requests.items()}
+
+    assert keys(texts_of(4000)) == keys(texts_of(4000, calibration_windows=128, selection_windows=64))
+    assert keys(texts_of(1000)) == keys(texts_of(1000, calibration_windows=50, selection_windows=25))
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (
+            76,
+            {},
+            r"for selection .* has 19 tokens, but 2 x 10 = 20 are needed. Use a longer text or shorter windows",
+        ),
+        (76, {"selection_windows": None}, r"for selection .* has 19 tokens, but 2 x 10 = 20 are needed"),
+        (18, {}, r"for calibration .* has 9 tokens, but 1 x 10 = 10 are needed"),
+        (
+            80,
+            {"test": "builtin", "seqlen": 30, "calibration_windows": 2},
+            r"for calibration .* but 2 x 30 = 60",
+        ),
+        (
+            1000,
+            {"calibration_windows": 51},
+            r"500 tokens, but 51 x 10 = 510 are needed.*fewer of them: 50 of 10",
+        ),
+        (1000, {"selection_windows": 26}, r"250 tokens, but 26 x 10 = 260 are needed"),
+        (1000, {"test_windows": 26}, r"250 tokens, but 26 x 10 = 260 are needed"),
+    ],
+)
+def test_a_text_that_is_too_short_is_refused_with_the_numbers(texts_of, words, changes, message):
+    with pytest.raises(ValueError, match=message):
+        texts_of(words, **changes)
+
+
+def test_token_ids_that_the_model_has_no_embedding_for_are_refused(texts_of):
+    assert (
+        texts_of(1000, vocabulary=10).windows["test"] == 25
+    )  # the tokenizer has an id 10, which no word gets
+    message = (
+        "tokenizer of some/model makes token ids up to 9 of the text .*1000.txt, .* embedding has 9 rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        texts_of(1000, vocabulary=9)
+
+
+def test_a_kept_count_is_not_made_again_and_is_checked_for_every_model(texts_of, memory_store):
+    texts_of(1000)
+    assert list(memory_store.artifacts()) == []  # looking writes nothing
+    texts_of(1000).keep(memory_store)
+    assert texts_of(1000, load=never).windows == {"calibration": 50, "selection": 25, "test": 25}
+    with pytest.raises(ValueError, match="embedding has 5 rows"):
+        texts_of(1000, load=never, vocabulary=5)
+
+
+def test_samples_that_take_more_than_half_of_the_windows_overlap(texts_of):
+    assert texts_of(1000).samples_overlap
+    assert texts_of(1000, calibration_windows=26).samples_overlap
+    assert not texts_of(1000, calibration_windows=25).samples_overlap

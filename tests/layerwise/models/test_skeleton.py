@@ -1,0 +1,230 @@
+"""What is known of a model before any of its weights is read."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BertConfig,
+    FalconConfig,
+    Gemma3Config,
+    GPTJConfig,
+    LlamaConfig,
+    MixtralConfig,
+    MptConfig,
+    Qwen2_5_VLConfig,
+    Qwen3MoeConfig,
+    T5Config,
+    ViTConfig,
+    XLMConfig,
+)
+
+from layerwise.models.skeleton import (
+    Linear,
+    UnsupportedModel,
+    build_outline,
+    build_skeleton,
+    expected_tensors,
+    layer_prefix,
+    linears_of,
+    require_positions,
+)
+
+FAMILIES = ["llama", "llama-tied", "gemma2-window", "phi3", "opt-projected", "gpt-neox", "gpt2", "bloom"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_has_no_weights_but_true_buffers(tiny_model, family):
+    tiny = tiny_model(family)
+    skeleton = build_skeleton(tiny.reference.config)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    buffers = dict(skeleton.named_buffers())
+    expected = dict(tiny.reference.named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(buffers[name], expected[name]) for name in buffers)
+
+
+def test_a_skeleton_takes_no_memory_for_a_model_of_70_billion_weights():
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80
+    )
+    skeleton = build_skeleton(config)
+    assert sum(parameter.numel() for parameter in skeleton.parameters()) > 60e9
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_layers_are_found_where_the_family_keeps_them(tiny_model, family):
+    tiny = tiny_model(family)
+    assert layer_prefix(build_skeleton(tiny.reference.config)) == tiny.layers_name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_tensors_are_those_of_a_checkpoint(tiny_model, family):
+    tiny = tiny_model(family)
+    expected = expected_tensors(build_skeleton(tiny.reference.config))
+    assert expected == {name: tuple(weight.shape) for name, weight in tiny.checkpoint.items()}
+
+
+def test_trained_buffers_are_expected_of_a_checkpoint(tiny_model):
+    tiny = tiny_model("gemma4")
+    expected = expected_tensors(build_skeleton(tiny.reference.config))
+    assert expected == {name: tuple(tensor.shape) for name, tensor in tiny.checkpoint.items()}
+
+
+def test_linears_of_a_llama_layer_are_seven_and_keys_and_values_are_narrow(tiny_model):
+    layer = build_skeleton(tiny_model().reference.config).model.layers[0]
+    assert linears_of(layer) == (
+        Linear("self_attn.q_proj", 32, 32, transposed=False),
+        Linear("self_attn.k_proj", 16, 32, transposed=False),
+        Linear("self_attn.v_proj", 16, 32, transposed=False),
+        Linear("self_attn.o_proj", 32, 32, transposed=False),
+        Linear("mlp.gate_proj", 48, 32, transposed=False),
+        Linear("mlp.up_proj", 48, 32, transposed=False),
+        Linear("mlp.down_proj", 32, 48, transposed=False),
+    )
+
+
+def test_linears_of_a_gpt2_layer_are_stored_transposed(tiny_model):
+    layer = build_skeleton(tiny_model("gpt2").reference.config).transformer.h[0]
+    assert linears_of(layer) == (
+        Linear("attn.c_attn", 96, 32, transposed=True),
+        Linear("attn.c_proj", 32, 32, transposed=True),
+        Linear("mlp.c_fc", 128, 32, transposed=True),
+        Linear("mlp.c_proj", 32, 128, transposed=True),
+    )
+    for linear in linears_of(layer):
+        stored = layer.get_submodule(linear.name).weight
+        assert linear.oriented(stored).shape == (linear.out_features, linear.in_features)
+        assert linear.oriented(linear.oriented(stored)).shape == stored.shape
+
+
+def test_a_linear_knows_its_size_and_the_name_of_its_weight():
+    linear = Linear("mlp.up_proj", out_features=48, in_features=32, transposed=False)
+    assert (linear.numel, linear.weight_name) == (1536, "mlp.up_proj.weight")
+
+
+def test_linears_in_lists_within_a_layer_are_found_under_their_full_names():
+    layer = nn.ModuleDict(
+        {"experts": nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)]), "norm": nn.LayerNorm(2)}
+    )
+    assert [linear.name for linear in linears_of(layer)] == ["experts.0", "experts.1"]
+
+
+@pytest.mark.parametrize("config_class", [T5Config, BartConfig])
+def test_an_encoder_decoder_is_refused_by_name(config_class):
+    with pytest.raises(UnsupportedModel, match=f"{config_class.model_type} is an encoder-decoder"):
+        build_skeleton(config_class())
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
+def test_a_mixture_of_experts_is_refused_by_name(config_class):
+    with pytest.raises(UnsupportedModel, match=f"{config_class.model_type} is a mixture of experts .* = "):
+        build_skeleton(config_class())
+
+
+def test_a_model_without_one_list_of_decoder_layers_is_refused_by_name():
+    small = XLMConfig(emb_dim=32, n_layers=2, n_heads=4, vocab_size=61)
+    with pytest.raises(UnsupportedModel, match="xlm has .* module lists of 2 decoder layers"):
+        build_skeleton(small)
+
+
+def test_a_model_that_is_no_language_model_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match="no causal language model for 'vit'"):
+        build_skeleton(ViTConfig())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt-projected"])
+def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, family):
+    skeleton = build_skeleton(tiny_model(family).reference.config)
+    positions = skeleton.config.max_position_embeddings
+    require_positions(skeleton, positions)
+    with pytest.raises(
+        ValueError, match=f"learned {positions} positions, and a window has {positions + 1} tokens"
+    ):
+        require_positions(skeleton, positions + 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=16, rotary_dim=4, vocab_size=61),
+        MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=16, vocab_size=61),
+    ],
+    ids=["gptj", "mpt"],
+)
+def test_windows_longer_than_a_computed_table_of_positions_are_refused(config):
+    require_positions(build_outline(config), 16)
+    with pytest.raises(ValueError, match="16 positions, and a window has 17 tokens"):
+        require_positions(build_outline(config), 17)
+
+
+def rope(**settings) -> dict:
+    return {"rope_parameters": {"rope_theta": 10000.0, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "settings", "warned"),
+    [
+        (256, {}, False),
+        (257, {}, True),
+        (1024, rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256), False),
+        (1025, rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256), True),
+        (1026, rope(rope_type="linear", factor=4.0), True),
+        (1024, rope(rope_type="linear", factor=4.0), False),
+        (
+            258,
+            rope(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            True,
+        ),
+    ],
+    ids=["within", "beyond", "yarn within", "yarn beyond", "linear beyond", "linear within", "llama3 beyond"],
+)
+def test_windows_beyond_rotary_positions_are_warned_of_once(caplog, seqlen, settings, warned):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(**small, max_position_embeddings=256, **settings)
+    for _ in range(2):
+        require_positions(build_outline(config), seqlen)
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "layerwise.models.skeleton"
+    ]
+    assert len(messages) == warned
+    assert all(
+        f"a window has {seqlen} tokens" in message and "was made for" in message for message in messages
+    )
+
+
+def test_alibi_has_no_end(caplog):
+    config = FalconConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, alibi=True, max_position_embeddings=16
+    )
+    require_positions(build_outline(config), 400)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("config_class", [Gemma3Config, Qwen2_5_VLConfig])
+def test_a_multimodal_model_is_refused_by_name(config_class):
+    with pytest.raises(
+        UnsupportedModel, match=rf"{config_class.model_type} is a multimodal model \(vision_config"
+    ):
+        build_skeleton(config_class())
+
+
+def test_an_encoder_is_refused_unless_it_was_made_a_decoder():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    with pytest.raises(UnsupportedModel, match="bert is an encoder"):
+        build_skeleton(BertConfig(**small))
+    assert layer_prefix(build_skeleton(BertConfig(**small, is_decoder=True))) == "bert.encoder.layer"
+
+
+def test_an_outline_has_the_shapes_of_the_model_and_takes_no_memory(tiny_model):
+    config = tiny_model("gemma2-window").reference.config
+    outline = build_outline(config)
+    assert expected_tensors(outline) == expected_tensors(build_skeleton(config))
+    assert all(tensor.is_meta for tensor in [*outline.parameters(), *outline.buffers()])

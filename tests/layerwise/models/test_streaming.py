@@ -1,0 +1,315 @@
+"""The streamed model computes what the model of transformers computes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CpmAntConfig, RwkvConfig
+
+from layerwise.models.skeleton import UnsupportedModel
+from layerwise.models.streaming import StreamedModel
+
+FAMILIES = [
+    "llama",
+    "llama-tied",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2-window",
+    "gemma4",
+    "recurrent-gemma",
+    "bamba",
+    "phi3",
+    "opt",
+    "opt-projected",
+    "gpt-neox",
+    "gpt-neo",
+    "gpt2",
+    "falcon",
+    "falcon-alibi",
+    "bloom",
+]
+
+
+def through_all_layers(model: StreamedModel, layers, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits, one layer at a time."""
+    hidden_states = model.embed(input_ids)
+    for index, weights in enumerate(layers):
+        with model.loaded(index, weights) as layer:
+            hidden_states = model.run_layer(index, layer, hidden_states)
+    return model.logits(hidden_states)
+
+
+def reference_logits(model, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_whole_model(tiny_model, random_windows_of, family):
+    tiny, input_ids = tiny_model(family), random_windows_of(3)
+    expected = reference_logits(tiny.reference, input_ids)
+    logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
+    assert expected.std() > 0.3  # or a small difference would show nothing
+    assert (logits - expected).abs().max() <= 1e-4
+
+
+def test_a_configuration_that_asks_for_other_outputs_changes_nothing(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(3)
+    expected = reference_logits(tiny.reference, input_ids)
+    asked = {"return_dict": False, "output_hidden_states": True, "use_cache": True}
+    tiny.reference.config.update(asked)
+    logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
+    assert (logits - expected).abs().max() <= 1e-4
+    assert asked.items() <= tiny.reference.config.to_dict().items()
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "gemma2-window"])
+def test_a_sliding_window_shorter_than_the_sequence_is_kept(tiny_model, random_windows_of, family):
+    input_ids = random_windows_of(2)
+    narrow, wide = tiny_model(family), tiny_model(family, sliding_window=64)
+    logits = through_all_layers(narrow.streamed(), narrow.layers(), input_ids)
+    assert (logits - reference_logits(narrow.reference, input_ids)).abs().max() <= 1e-4
+    assert (logits - reference_logits(wide.reference, input_ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "falcon", "bloom", "bamba"],
+)
+def test_a_model_of_a_single_layer_is_streamed_like_any_other(tiny_model, random_windows_of, family):
+    tiny, input_ids = tiny_model(family, num_hidden_layers=1), random_windows_of(3)
+    logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
+    assert logits.shape == (3, 16, tiny.reference.config.vocab_size)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2-window", "opt", "gpt2"])
+def test_weights_are_cast_to_the_dtype_that_the_model_computes_in(
+    tiny_model, random_windows_of, family, dtype
+):
+    tiny, input_ids = tiny_model(family), random_windows_of(2)
+    logits = through_all_layers(tiny.streamed(dtype), tiny.layers(), input_ids)
+    expected = reference_logits(tiny.cast(dtype), input_ids)
+    assert logits.dtype == expected.dtype == dtype
+    assert (logits.float() - expected.float()).abs().max() <= 1e-4
+
+
+def test_a_bfloat16_checkpoint_can_be_computed_in_float32(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(2)
+    half = {name: weight.bfloat16() for name, weight in tiny.outer().items()}
+    model = StreamedModel(tiny.reference.config, half, torch.float32, torch.device("cpu"))
+    layers = [{name: weight.bfloat16() for name, weight in layer.items()} for layer in tiny.layers()]
+    logits = through_all_layers(model, layers, input_ids)
+    rounded = tiny.cast(torch.bfloat16).float()
+    assert logits.dtype == torch.float32
+    assert (logits - reference_logits(rounded, input_ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "opt-projected", "falcon-alibi"])
+def test_batches_of_any_size_may_reach_the_layers_in_any_order(tiny_model, random_windows_of, family):
+    tiny, input_ids = tiny_model(family), random_windows_of(5)
+    model = tiny.streamed()
+    parts = [model.embed(some_ids) for some_ids in input_ids.split(2)]  # 2, 2 and 1 windows
+    for index, weights in enumerate(tiny.layers()):
+        with model.loaded(index, weights) as layer:
+            parts = [model.run_layer(index, layer, part) for part in reversed(parts)][::-1]
+    logits = torch.cat([model.logits(part) for part in parts])
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2-window", "gpt-neox", "falcon-alibi", "bloom"])
+def test_hidden_states_need_not_have_been_embedded_by_the_same_process(
+    tiny_model, random_windows_of, layer_outputs, family
+):
+    tiny, input_ids = tiny_model(family), random_windows_of(3)
+    outputs = layer_outputs(tiny.reference, tiny.layers_name, input_ids)
+    model = tiny.streamed()
+    hidden_states = outputs[1]  # as read from a resume point
+    for index, weights in enumerate(tiny.layers(first=2), 2):
+        with model.loaded(index, weights) as layer:
+            hidden_states = model.run_layer(index, layer, hidden_states)
+            assert (hidden_states - outputs[index]).abs().max() <= 1e-4
+    logits = model.logits(hidden_states)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt-neox", "falcon", "bloom"],
+)
+def test_norm_and_head_need_no_layer_to_have_run_in_the_same_process(
+    tiny_model, random_windows_of, layer_outputs, family
+):
+    tiny, input_ids = tiny_model(family), random_windows_of(3)
+    last = layer_outputs(tiny.reference, tiny.layers_name, input_ids)[-1]
+    logits = tiny.streamed().logits(last)
+    assert logits.shape == (3, 16, 61)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+def test_what_was_embedded_last_does_not_change_what_a_layer_does(tiny_model, random_windows_of):
+    tiny = tiny_model("gemma2-window")
+    model, weights = tiny.streamed(), tiny.layers()[0]
+    states = model.embed(random_windows_of(2, seed=0))
+    with model.loaded(0, weights) as layer:
+        before = model.run_layer(0, layer, states)
+        model.embed(random_windows_of(2, seed=1))
+        model.embed(random_windows_of(2, seqlen=9))
+        assert torch.equal(model.run_layer(0, layer, states), before)
+
+
+def test_windows_of_another_length_get_their_own_masks_and_positions(tiny_model, random_windows_of):
+    tiny = tiny_model("mistral-window")
+    model = tiny.streamed()
+    for seqlen in (16, 7, 23, 16):
+        input_ids = random_windows_of(2, seqlen)
+        logits = through_all_layers(model, tiny.layers(), input_ids)
+        assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+def test_a_layers_weights_are_let_go_after_the_block(tiny_model):
+    tiny = tiny_model()
+    model, weights = tiny.streamed(), tiny.layers()[1]
+    with model.loaded(1, weights) as layer:
+        assert layer.mlp.up_proj.weight.data_ptr() == weights["mlp.up_proj.weight"].data_ptr()
+    assert all(parameter.is_meta for parameter in model.layers.parameters())
+
+
+def test_a_layers_weights_are_let_go_after_an_error_too(tiny_model):
+    tiny = tiny_model()
+    model = tiny.streamed()
+    with pytest.raises(KeyError), model.loaded(0, tiny.layers()[0]):
+        raise KeyError
+    assert all(parameter.is_meta for parameter in model.layers.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt-neo", "llama", "bloom"])
+def test_buffers_outlive_the_weights(tiny_model, random_windows_of, family):
+    """GPT-Neo computes its local mask once, in the layer's buffer, when the layer is built."""
+    tiny, input_ids = tiny_model(family), random_windows_of(2)
+    model = tiny.streamed()
+    through_all_layers(model, tiny.layers(), input_ids)
+    assert not any(buffer.is_meta for buffer in model.model.buffers())
+    logits = through_all_layers(model, tiny.layers(), input_ids)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+def test_a_change_to_the_given_weights_changes_the_layer(tiny_model, random_windows_of):
+    tiny = tiny_model()
+    model, weights = tiny.streamed(), tiny.layers()[0]
+    states = model.embed(random_windows_of(1))
+    with model.loaded(0, weights) as layer:
+        weights["self_attn.o_proj.weight"].zero_()
+        weights["mlp.down_proj.weight"].zero_()
+        assert torch.equal(model.run_layer(0, layer, states), states)  # only the residual stream is left
+
+
+def test_the_embedding_can_be_let_go_and_comes_back_when_it_is_needed(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(2)
+    model = tiny.streamed()
+    before = model.embed(input_ids)
+    model.release_embedding()
+    assert model.model.get_input_embeddings().weight.is_meta
+    assert torch.equal(model.embed(input_ids), before)
+
+
+def test_layers_run_and_losses_are_taken_without_the_embedding(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(2)
+    model = tiny.streamed()
+    hidden_states = model.embed(input_ids)
+    model.release_embedding()
+    for index, weights in enumerate(tiny.layers()):
+        with model.loaded(index, weights) as layer:
+            hidden_states = model.run_layer(index, layer, hidden_states)
+    logits = model.logits(hidden_states)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+    assert model.model.get_input_embeddings().weight.is_meta
+
+
+def test_a_tied_embedding_is_not_let_go_because_it_is_the_head(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model("llama-tied"), random_windows_of(2)
+    model = tiny.streamed()
+    model.embed(input_ids)
+    model.release_embedding()
+    logits = through_all_layers(model, tiny.layers(), input_ids)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+def test_missing_weights_outside_of_the_layers_are_named(tiny_model):
+    tiny = tiny_model()
+    outer = tiny.outer()
+    del outer["model.norm.weight"], outer["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"llama: no weights were given for model\.norm\.weight, lm_head\."):
+        StreamedModel(tiny.reference.config, outer, torch.float32, torch.device("cpu"))
+
+
+def test_missing_weights_of_a_layer_are_named_and_the_model_stays_usable(tiny_model, random_windows_of):
+    tiny, input_ids = tiny_model(), random_windows_of(2)
+    model = tiny.streamed()
+    incomplete = tiny.layers()[2]
+    del incomplete["mlp.up_proj.weight"]
+    with (
+        pytest.raises(ValueError, match=r"layer 2 got no weights for mlp\.up_proj\.weight"),
+        model.loaded(2, incomplete),
+    ):
+        pytest.fail("the layer was handed out")
+    logits = through_all_layers(model, tiny.layers(), input_ids)
+    assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
+
+
+def test_a_missing_trained_buffer_of_a_layer_is_named(tiny_model):
+    tiny = tiny_model("gemma4")
+    incomplete = tiny.layers()[2]
+    del incomplete["layer_scalar"]
+    with (
+        pytest.raises(ValueError, match="layer 2 got no weights for layer_scalar"),
+        tiny.streamed().loaded(2, incomplete),
+    ):
+        pass
+
+
+def test_a_layer_does_not_keep_what_an_earlier_layer_had(tiny_model):
+    tiny = tiny_model()
+    model = tiny.streamed()
+    with model.loaded(0, tiny.layers()[0]):
+        pass
+    with pytest.raises(ValueError, match="layer 0 got no weights for .*self_attn"), model.loaded(0, {}):
+        pytest.fail("the layer was handed out")
+
+
+def test_a_model_whose_layers_look_at_the_tokens_is_refused_by_name(tiny_model, random_windows_of):
+    """Gemma-4's small models feed every layer an embedding of the tokens of its own."""
+    tiny = tiny_model("gemma4", hidden_size_per_layer_input=8, vocab_size_per_layer_input=61)
+    with pytest.raises(UnsupportedModel, match="gemma4_text"):
+        tiny.streamed().embed(random_windows_of(2))
+
+
+def test_a_model_whose_layers_do_not_keep_the_shape_of_the_windows_is_refused_by_name(random_windows_of):
+    """CPM-Ant puts prompt tokens of its own in front of every window."""
+    config = CpmAntConfig(
+        hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=4, vocab_size=61
+    )
+    reference = AutoModelForCausalLM.from_config(config)
+    outer = {name: weight for name, weight in reference.state_dict().items() if ".layers." not in name}
+    with pytest.raises(UnsupportedModel, match="cpmant"):
+        StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(2))
+
+
+def test_a_model_that_hands_more_than_hidden_states_from_layer_to_layer_is_refused_by_name(random_windows_of):
+    """RWKV passes a state on."""
+    config = RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61)
+    reference = AutoModelForCausalLM.from_config(config)
+    outer = {name: weight for name, weight in reference.state_dict().items() if ".blocks." not in name}
+    with pytest.raises(UnsupportedModel, match="rwkv hands more from layer to layer"):
+        StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(3))
+
+
+def test_a_new_shape_does_not_bring_the_embedding_back(tiny_model, random_windows_of, layer_outputs):
+    """A run that goes on from the middle embeds nothing; a large vocabulary's embedding takes gigabytes."""
+    tiny, model = tiny_model(), tiny_model().streamed()
+    model.release_embedding()
+    states = layer_outputs(tiny.reference, tiny.layers_name, random_windows_of(2))[0]
+    with model.loaded(1, tiny.layers()[1]) as layer:
+        model.run_layer(1, layer, states)
+    assert model.model.get_input_embeddings().weight.is_meta

@@ -1,0 +1,49 @@
+"""One weight goes through the masks of several lanes, whatever their order."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from layerwise.pruners.gradual_zeroing import GradualZeroing
+
+
+def test_weights_go_level_by_level():
+    weight = torch.tensor([[1.0, 2.0, 3.0]])
+    zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [0, 1])
+    zeroing.visit(0)
+    assert weight.tolist() == [[1, 0, 3]]
+    zeroing.visit(1)
+    assert weight.tolist() == [[0, 0, 3]]
+
+
+def test_weights_that_a_later_lane_keeps_come_back():
+    weight = torch.tensor([[1.0, 2.0, 3.0]])
+    zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [1, 0, -1])
+    zeroing.visit(0)
+    assert weight.tolist() == [[0, 0, 3]]
+    zeroing.visit(1)
+    assert weight.tolist() == [[1, 0, 3]]
+    zeroing.visit(2)
+    assert weight.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_order_of_lanes_gives_every_lane_its_own_mask(transposed):
+    levels = torch.tensor([[0, 1, 3], [2, 0, 1]], dtype=torch.uint8)
+    original = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
+    for targets in product([-1, 0, 1, 2], repeat=4):
+        stored = original.T.clone() if transposed else original.clone()
+        weight = stored.T if transposed else stored
+        zeroing = GradualZeroing(weight, levels, targets)
+        for visit, target in enumerate(targets):
+            zeroing.visit(visit)
+            assert torch.equal(weight, torch.where(levels.int() <= target, 0.0, original))
+
+
+def test_a_weight_that_was_zero_from_the_start_stays_zero_when_it_comes_back():
+    weight = torch.tensor([[0.0, 2.0]])
+    zeroing = GradualZeroing(weight, torch.tensor([[0, 1]], dtype=torch.uint8), [1, -1])
+    zeroing.visit(0)
+    zeroing.visit(1)
+    assert weight.tolist() == [[0, 2]]

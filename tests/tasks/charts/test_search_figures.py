@@ -1,0 +1,134 @@
+"""The figures by layer, by linear and by stage: what they say, for rows that can be checked by eye."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from layerwise.tasks.charts.drawing import png_file, svg_file, svg_inside
+from layerwise.tasks.charts.line_figure import line_figure
+from layerwise.tasks.charts.search_figures import (
+    error_by_layer,
+    sparsity_by_layer,
+    sparsity_by_linear,
+    time_by_stage,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def parts(chart) -> tuple[set[str], list[str]]:
+    """The words of a figure, and what its marks say under the pointer."""
+    svg = ElementTree.fromstring(svg_inside(chart, "figure"))
+    words = {"".join(text.itertext()) for text in svg.iter(f"{SVG}text")}
+    marks = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path") if mark.get("aria-label")]
+    return words, marks
+
+
+def sparsity(plan, kind, layer, share):
+    return {"plan": plan, "kind": kind, "layer": layer, "sparsity": share}
+
+
+def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_them():
+    rows = [
+        sparsity("uniform", "uniform", 0, 0.5),
+        sparsity("uniform", "uniform", 1, 0.5),
+        sparsity("beta 0.02", "best", 0, 0.49),
+        sparsity("beta 0.02", "best", 1, 0.51),
+        sparsity("beta 0.1", "tried", 0, 0.45),
+        sparsity("beta 0.1", "tried", 1, 0.55),
+        sparsity("owl, alpha 1", "compared", 0, 0.4),
+        sparsity("owl, alpha 1", "compared", 1, 0.6),
+    ]
+    words, marks = parts(sparsity_by_layer(rows))
+    assert {"uniform", "best, beta 0.02", "others that were tried", "owl, alpha 1"} <= words
+    assert "beta 0.02, layer 1: sparsity 0.5100" in marks
+    assert "owl, alpha 1, layer 0: sparsity 0.4000" in marks
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        (3, [0, 1, 2]),
+        (12, [*range(12)]),
+        (30, [0, 5, 10, 15, 20, 25]),
+        (80, [*range(0, 80, 5)]),
+        (126, [*range(0, 126, 10)]),
+    ],
+)
+def test_the_axis_of_layers_names_whole_layers(layers, named):
+    rows = [sparsity("uniform", "best", layer, 0.5) for layer in range(layers)]
+    words, _ = parts(sparsity_by_layer(rows))
+    assert {word for word in words if word.isdigit()} == {str(layer) for layer in named}
+
+
+def test_lines_are_as_wide_as_they_are_important():
+    """As a scale of widths Vega would interpolate between them."""
+    rows = [{"line": line, "detail": line, "x": x, "y": x, "said": line} for line in "abcd" for x in (0, 1)]
+    marks = {"a": ("#111111", 2.6), "b": ("#222222", 1.8), "c": ("#333333", 1.8), "d": ("#444444", 0.7)}
+    svg = svg_inside(line_figure(rows, marks, {"title": "x"}, {"title": "y"}), "figure")
+    for color, width in marks.values():
+        assert f'stroke="{color}" stroke-width="{width}"' in svg
+
+
+def test_one_plan_alone_is_the_uniform_one_and_the_best_one():
+    words, marks = parts(sparsity_by_layer([sparsity("uniform", "best", 0, 0.5)]))
+    assert "best, uniform" in words
+    assert marks == ["uniform, layer 0: sparsity 0.5000"]
+
+
+def test_errors_are_drawn_over_the_dense_output_s_energy():
+    rows = [
+        {"model": model, "layer": layer, "relative_error": error}
+        for model, errors in (("uniform", (0.1, 0.4)), ("best", (0.05, 0.2)))
+        for layer, error in enumerate(errors)
+    ]
+    words, marks = parts(error_by_layer(rows))
+    assert {"uniform", "best"} <= words
+    assert "best, layer 1: 0.2 of the dense output's energy" in marks
+    local = [{**row, "relative_local_error": row["relative_error"] / 2} for row in rows]
+    words, marks = parts(error_by_layer(local))
+    assert "uniform, added by the layer itself" in words
+
+
+def test_an_error_of_zero_can_be_drawn():
+    rows = [
+        {"model": "best", "layer": layer, "relative_error": error} for layer, error in ((0, 0.0), (1, 9.0))
+    ]
+    assert len(parts(error_by_layer(rows))[1]) == 2
+
+
+def test_the_map_has_every_linear_with_its_counts():
+    rows = [
+        {"layer": layer, "linear": name, "weights": 2000, "zeros": zeros, "sparsity": zeros / 2000}
+        for layer in (0, 1)
+        for name, zeros in (("q_proj", 1000), ("down_proj", 1100))
+    ]
+    words, marks = parts(sparsity_by_linear(rows))
+    assert {"q_proj", "down_proj"} <= words
+    assert "layer 1, down_proj: 0.5500, 1,100 of 2,000 weights" in marks
+
+
+def stage(name, start, end):
+    return {"stage": name, "key": name, "start": start, "end": end, "seconds": end - start}
+
+
+def test_stages_are_drawn_in_a_unit_that_fits():
+    words, marks = parts(time_by_stage([stage("capture", 0.0, 9.0), stage("select", 9.0, 9.01)]))
+    assert {"capture", "select", "seconds at work since the beginning, pauses left out"} <= words
+    assert marks == ["capture: 9.0 s", "select: 0.0 s"]
+    words, _ = parts(time_by_stage([stage("capture", 0.0, 40000.0)]))
+    assert "hours at work since the beginning, pauses left out" in words
+
+
+def test_a_name_with_characters_that_xml_forbids_is_drawn_with_its_escapes():
+    name = "beta \x1b[2J \uffff \udcff [old] & <b>"
+    rows = [sparsity(name, "best", layer, 0.5) for layer in range(2)]
+    words, marks = parts(sparsity_by_layer(rows))
+    shown = r"beta \x1b[2J \uffff \udcff [old] & <b>"
+    assert f"best, {shown}" in words
+    assert f"{shown}, layer 0: sparsity 0.5000" in marks
+    picture = svg_file(sparsity_by_layer(rows), "figure", ["Title", name])
+    assert any(
+        shown in "".join(text.itertext()) for text in ElementTree.fromstring(picture).iter(f"{SVG}text")
+    )
+    assert png_file(sparsity_by_layer(rows), ["Title", name]).startswith(b"\x89PNG")

@@ -1,0 +1,178 @@
+"""Progress: plain lines where there is no terminal, a bar where there is one, an artifact and a log in Prefect."""
+
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+from uuid import UUID
+
+import httpx
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, LogFilter
+from prefect.context import TaskRunContext
+from prefect.logging.handlers import APILogHandler
+
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced, read_sign
+from layerwise.tasks.running import progress
+from layerwise.tasks.running.progress import showing
+
+
+@pytest.fixture
+def every_step_reported(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
+
+
+def said_by_a_new_process(store: ArtifactStore) -> str:
+    """What this process says that it is doing, if it is announced now: its signs come every 15 s."""
+    with announced(store.fs, store.root, "a search", "a" * 32):
+        return read_sign(store.fs, store.root, "a" * 32).doing
+
+
+def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):
+    with showing("branch: 3 betas", total=2) as step:
+        step(1)
+        step(2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, last = captured.err.splitlines()
+    assert re.fullmatch(r"branch: 3 betas: layer 1 of 2, \d+ s left, \d+\.\d GiB", first)
+    assert re.fullmatch(r"branch: 3 betas: layer 2 of 2, 0 s left, \d+\.\d GiB", last)
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING], ids=["a worker's", "the command line's"])
+def test_a_line_is_said_once_also_where_the_log_goes_to_the_terminal(capsys, caplog, monkeypatch, level):
+    """Prefect's handler of a worker writes all log lines to standard error; the command line's writes warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    caplog.set_level(logging.INFO, logger="layerwise.tasks")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with showing("export", total=1) as step:
+        step(1)
+    assert capsys.readouterr().err.count("export: layer 1 of 1") == 1
+
+
+def test_a_title_from_outside_commands_no_terminal(capsys, every_step_reported):
+    with showing("export: [/x] \x1b[2J\nforged", total=1) as step:
+        step(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"export: [/x] \x1b[2J\nforged: layer 1 of 1")
+
+
+def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):
+    with showing("export", total=50) as step:
+        for layer in range(1, 51):
+            step(layer)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"layer \d+ of 50", line)[0] for line in lines] == ["layer 1 of 50", "layer 50 of 50"]
+
+
+def test_the_time_left_counts_only_what_this_attempt_did(capsys, monkeypatch, every_step_reported):
+    seconds = iter([100.0, 110.0])  # the start, and after the first layer of this attempt
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    with showing("capture", total=80, start=60) as step:
+        step(61)
+    assert "layer 61 of 80, 190 s left" in capsys.readouterr().err
+
+
+def test_signs_of_life_say_how_far_it_is_until_it_is_over(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+
+    assert said_by_a_new_process(store) == ""
+    with showing("capture: dense model", total=80, start=60) as step:
+        assert said_by_a_new_process(store) == "capture: dense model: layer 60 of 80"
+        step(61)
+        assert said_by_a_new_process(store) == "capture: dense model: layer 61 of 80"
+    assert said_by_a_new_process(store) == ""
+
+
+def test_what_failed_is_not_said_to_go_on(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    with pytest.raises(KeyError), showing("capture", total=2):
+        raise KeyError("layer")
+    assert said_by_a_new_process(store) == ""
+
+
+def test_an_error_in_the_middle_is_passed_on():
+    with pytest.raises(KeyError), showing("capture", total=2):
+        raise KeyError("layer")
+
+
+def test_on_a_terminal_there_is_a_bar_with_layers_and_memory(pytestconfig):
+    parent, child = pty.openpty()
+    code = "from layerwise.tasks.running.progress import showing\nwith showing('capture', 2) as step:\n step(1)\n step(2)"
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stderr=child, cwd=pytestconfig.rootpath, env=environment, check=False
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while piece := os.read(parent, 4096):
+            shown += piece
+    except OSError:  # the other end is closed
+        pass
+    os.close(parent)
+    assert done.returncode == 0
+    assert re.search(r"capture .*2/2.* layers .*left.* GiB", shown.decode())
+
+
+def test_in_a_task_run_prefect_has_a_progress_artifact_and_the_log(prefect_backend, every_step_reported):
+    @task
+    def half_done() -> UUID:
+        with showing("capture: dense model", total=4) as step:
+            step(1)
+            step(2)
+        return TaskRunContext.get().task_run.id
+
+    @flow
+    def one_task() -> UUID:
+        return half_done()
+
+    task_run = one_task()
+    with get_client(sync_client=True) as client:
+        (artifact,) = client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id={"any_": [task_run]}))
+        APILogHandler().flush()
+        logs = client.read_logs(LogFilter(task_run_id={"any_": [task_run]}))
+    assert (artifact.type, artifact.data, artifact.description) == ("progress", 50.0, "capture: dense model")
+    lines = [log.message for log in logs if "capture: dense model" in log.message]
+    assert [re.search(r"layer \d of 4", line)[0] for line in lines] == ["layer 1 of 4", "layer 2 of 4"]
+
+
+def test_a_report_that_prefect_cannot_take_does_not_end_the_work(
+    prefect_backend, every_step_reported, caplog
+):
+    @task
+    def outlives_its_artifact() -> str:
+        with showing("branch", total=2) as step:
+            step(1)
+            with get_client(sync_client=True) as client:
+                task_run = TaskRunContext.get().task_run.id
+                (artifact,) = client.read_artifacts(
+                    artifact_filter=ArtifactFilter(task_run_id={"any_": [task_run]})
+                )
+                client.delete_artifact(artifact.id)
+            step(2)
+        return "done"
+
+    assert flow(lambda: outlives_its_artifact(), name="outlives")() == "done"
+    assert caplog.text.count("the work goes on") == 1
+
+
+def test_a_server_that_is_gone_does_not_end_the_work(prefect_backend, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise httpx.ConnectError("connection refused")
+
+    @task
+    def outlives_the_server() -> str:
+        with showing("branch", total=2) as step:
+            step(2)
+        return "done"
+
+    monkeypatch.setattr(progress, "create_progress_artifact", refused)
+    assert flow(lambda: outlives_the_server(), name="outlives")() == "done"
+    assert caplog.text.count("the work goes on") == 1

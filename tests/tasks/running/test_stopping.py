@@ -1,0 +1,153 @@
+"""SIGTERM: a stage stops after the layer that is under way, and the next start goes on from there."""
+
+import os
+import signal
+
+import pytest
+
+import layerwise.tasks.capture as capture_module
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stopping import Stopped, stop_deferred, stopping_on_sigterm
+
+
+@pytest.fixture(autouse=True)
+def handled():
+    with stopping_on_sigterm():
+        yield
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_where_nothing_is_under_way_it_stops_at_once():
+    with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is lost"):
+        terminate()
+
+
+def test_work_that_ends_before_its_boundary_stops_at_its_end():
+    asked = []
+
+    def work():
+        with stop_deferred() as asked_to_stop:
+            asked.append(asked_to_stop())
+            terminate()
+            asked.append(asked_to_stop())
+
+    with pytest.raises(Stopped):
+        work()
+    assert asked == [False, True]
+
+
+def test_nested_work_is_not_torn_apart():
+    done = []
+
+    def work():
+        with stop_deferred():
+            with stop_deferred():
+                terminate()
+            done.append("outer work goes on")
+
+    with pytest.raises(Stopped):
+        work()
+    assert done == ["outer work goes on"]
+
+
+def test_the_handler_of_before_is_back_afterwards():
+    ours = signal.getsignal(signal.SIGTERM)
+    with stopping_on_sigterm():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == ours
+
+
+def test_a_boundary_is_committed_before_it_stops(local_store):
+    draft = Draft(local_store.fs, local_store.root, Stage("capture", 1))
+
+    def work():
+        hourly = Execution(boundary_seconds=3600)
+        with boundaries(draft, hourly, lambda state: state.write("state", b"s")) as reached:
+            reached(1)
+            terminate()
+            reached(2)
+            raise AssertionError("it goes on after it was asked to stop")
+
+    with pytest.raises(Stopped):
+        work()
+    again = local_store.draft(Stage("capture", 1))
+    again.resume()
+    assert again.resumed.step == 2
+
+
+STAGES = {
+    "capture": lambda run: run.capture(),
+    "branch": lambda run: run.branch(0.25)[0].artifact,
+    "export": lambda run: run.export(run.branch(0.25)[0]),
+    "evaluate": lambda run: run.evaluate(0.0, 0.25),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
+    small_run, another_store, monkeypatch, computed_layers, capsys, stage
+):
+    run = small_run()
+    before = {"capture": [], "branch": ["capture"], "export": ["branch"], "evaluate": ["branch"]}
+    for each in before[stage]:
+        STAGES[each](run)
+    read = Checkpoint.layers
+
+    def with_a_signal_in_the_second_layer(checkpoint, first=0):
+        for index, layer in enumerate(read(checkpoint, first), first):
+            if index == 1:
+                terminate()
+            yield layer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "layers", with_a_signal_in_the_second_layer)
+        with pytest.raises(Stopped):
+            STAGES[stage](run)
+    computed_layers.clear()
+    read_before = run.checkpoint.bytes_read
+    resumed = STAGES[stage](run)
+    assert "goes on from layer 2 of 3, saved " in capsys.readouterr().err
+    if stage == "export":
+        (last,) = read(run.checkpoint, 2)
+        assert run.checkpoint.bytes_read - read_before == 2 * sum(weight.nbytes for weight in last.values())
+    else:
+        assert computed_layers == [2]
+    undisturbed = small_run(run.folder, another_store())
+    assert STAGES[stage](undisturbed).content == resumed.content
+
+
+def test_a_signal_while_the_losses_are_taken_loses_no_layer(small_run, monkeypatch, computed_layers):
+    run = small_run()
+    window_losses = capture_module.window_losses
+
+    def with_a_signal(*arguments):
+        terminate()
+        return window_losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "window_losses", with_a_signal)
+        with pytest.raises(Stopped):
+            run.capture()
+    computed_layers.clear()
+    run.capture()
+    assert computed_layers == []
+
+
+def test_work_that_fails_after_it_was_asked_to_stop_stops():
+    def work():
+        with stop_deferred():
+            terminate()
+            raise OSError("the storage is away")
+
+    with pytest.raises(Stopped) as caught:
+        work()
+    assert str(caught.value.__cause__) == "the storage is away"
+    with stop_deferred() as asked_to_stop:
+        assert not asked_to_stop()
