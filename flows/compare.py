@@ -2,33 +2,39 @@
 
 import json
 import logging
-from collections.abc import Sequence
-from itertools import product
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, product
 from math import prod
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from layerwise.flows.orchestration.cancellation import cancelled
-from layerwise.flows.pipeline.compared_searches import search_all, with_common_reports
+from layerwise.flows.options import search_command
+from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
 from layerwise.flows.pipeline.damage_repair import mending
-from layerwise.flows.pipeline.stages import check_inputs
-from layerwise.flows.pipeline.time_budget import refuse_minutes
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.shared_searches import advance_together
+from layerwise.flows.runtime import FanOutRuntime
+from layerwise.flows.search import run_search
 from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, Strategy
 from layerwise.flows.settings import Search
+from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.evaluate import best_losses
 from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.running.progress import going_on_without_prefect
-from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,13 @@ def _by_name(value: Any) -> Any:
     if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
         return {"allocator": value}
     return value
+
+
+Named = tuple[Search, str]  # a search, and what its way of allocating is called
+
+
+class SearchFailed(RuntimeError):
+    """One of several searches cannot be done; which one, and why."""
 
 
 class Allocation(BaseModel):
@@ -128,7 +141,7 @@ class Compare(BaseModel):
         return tuple(search for search, _ in self.named_searches)
 
     @property
-    def named_searches(self) -> tuple[tuple[Search, str], ...]:
+    def named_searches(self) -> tuple[Named, ...]:
         """The searches, each with what its way of allocating is called."""
         common = dict(self.search)
         combinations = product(
@@ -157,7 +170,7 @@ class Compare(BaseModel):
 
 
 @flow(name="compare", flow_run_name="{settings.title}", persist_result=False)
-def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
+def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
     """Search a model with several allocators, pruners, sparsities or seeds, one after the other; compare the results.
 
     What the searches have in common is computed once. Safe to stop and start again.
@@ -167,20 +180,18 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
         runtime: Where and how; changes nothing in the results.
 
     Raises:
-        ValueError: ``runtime`` has a limit of time.
         SearchFailed: one of them cannot be done; the results of those before it stay in the store.
         CancelledRun: with ``fan_out``, somebody cancelled the run or a part of it.
     """
-    refuse_minutes(runtime, "compare")
     store = ArtifactStore(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
-        try:
-            _warn_of_common_windows(store, settings)
-            results = with_common_reports(store, search_all(settings.named_searches, runtime))
-        except (CancelledRun, TerminationSignal) as ending:
-            return cast(list[Compared], cancelled(ending))
-    _publish(store, results)
-    return results
+
+    def run() -> list[Compared]:
+        _warn_of_common_windows(store, settings)
+        results = with_common_reports(store, search_all(settings.named_searches, runtime))
+        _publish(store, results)
+        return results
+
+    return run_announced(store, f"compare: {settings.title}", run)
 
 
 def _warn_of_common_windows(store: ArtifactStore, settings: Compare) -> None:
@@ -222,3 +233,86 @@ def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
     with going_on_without_prefect():
         create_table_artifact(key="compare-result", table=rows, description=title)
         create_markdown_artifact(key="compare-summary", markdown=f"{title}\n\n{markdown_of(summary)}")
+
+
+def search_all(searches: Sequence[Named], runtime: FanOutRuntime) -> list[Compared]:
+    """Run the searches; on this machine those of one cell advance together.
+
+    Raises:
+        SearchFailed: one of them cannot be done; the results of those before it stay in the store.
+        CancelledRun: with ``fan_out``, somebody cancelled the run or a part of it.
+    """
+    results: list[Compared] = []
+    # Only the way of allocating tells the searches of a cell apart.
+    for _, cell in groupby(searches, key=lambda named: (named[0].sparsity, named[0].pruner, named[0].seed)):
+        results += _search_cell([*cell], len(results), len(searches), runtime)
+    return results
+
+
+def _search_cell(cell: Sequence[Named], before: int, total: int, runtime: FanOutRuntime) -> list[Compared]:
+    logger, results = get_run_logger(), []
+    began = time.monotonic()
+    if runtime.fan_out == "local" and len(cell) > 1:
+        with _named_failure(
+            f"searches {before + 1} to {before + len(cell)} of {total}: {_named(*cell[0])}, ..."
+        ):
+            store, execution = ArtifactStore(runtime.store), runtime.execution()
+            mending(store, partial(advance_together, store, [search for search, _ in cell], execution))
+    together = time.monotonic() - began
+    for number, (search, allocator) in enumerate(cell, before + 1):
+        which = f"search {number} of {total}: {_named(search, allocator)}"
+        logger.info(which)
+        began = time.monotonic()
+        with _named_failure(which):
+            # A store of its own, as each result tells what its search has built.
+            store = ArtifactStore(runtime.store)
+            result = run_search(store, search, runtime)
+            losses = best_losses(store, result.stages["evaluate"])
+        results.append(Compared(result, allocator, losses, time.monotonic() - began))
+    trials = sum(len(each.result.selection.rows) for each in results)
+    return [
+        replace(each, seconds=each.seconds + together * len(each.result.selection.rows) / trials)
+        for each in results
+    ]
+
+
+def with_common_reports(store: ArtifactStore, results: Sequence[Compared]) -> list[Compared]:
+    """Make the reports of the searches by the first allocator again, with the best plans of the others beside theirs.
+
+    Returns:
+        All results, those with the places of their new reports.
+    """
+    common = []
+    for _, cell in groupby(results, key=lambda each: (*each.cell, each.result.settings.seed)):
+        first, *others = cell
+        if others:
+            compared: dict[str, Artifact] = {}
+            for number, other in enumerate(others, 2):
+                name = f"{other.allocator} ({number})" if other.allocator in compared else other.allocator
+                compared[name] = _artifact_of(other)
+            settings = first.result.settings
+            page = report(store, _artifact_of(first), search_command(settings), compared=compared)
+            first = replace(first, result=replace(first.result, report=store.location(page, PAGE_FILE)))
+        common += [first, *others]
+    return common
+
+
+def _artifact_of(compared: Compared) -> Artifact:
+    assert compared.result.artifact is not None, "a finished search is committed"
+    return compared.result.artifact
+
+
+@contextmanager
+def _named_failure(which: str) -> Iterator[None]:
+    """Who reads what went wrong has to know in which search."""
+    try:
+        yield
+    except CancelledRun:  # by somebody who knows which
+        raise
+    except Exception as error:
+        problem = str(error) or type(error).__name__
+        raise SearchFailed(f"{which}: {problem}") from error
+
+
+def _named(search: Search, allocator: str) -> str:
+    return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {allocator}"

@@ -24,18 +24,20 @@ def add_options(
     settings: type[BaseModel],
     without: Collection[str] = (),
     optional: Collection[str] = (),
+    group: str | None = None,
 ) -> None:
     """One option per field of ``settings``; values are strings until ``read_options`` validates them.
 
     Args:
         without: fields that get no option.
         optional: fields that may be left out although ``settings`` requires them.
+        group: title of the options in the help; the name of ``settings`` if left out.
     """
-    group = parser.add_argument_group(settings.__name__.lower())
+    options = parser.add_argument_group(group or settings.__name__.lower())
     for name, field in settings.model_fields.items():
         if name in without:
             continue
-        group.add_argument(
+        options.add_argument(
             _flag(name),
             required=field.is_required() and name not in optional,
             metavar=name.rpartition("_")[2].upper(),

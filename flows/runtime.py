@@ -1,8 +1,8 @@
-"""Where and how a search runs: no part of any key."""
+"""Where and how flows run: no part of any key."""
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,24 +23,24 @@ def _known_place(value: str) -> str:
 
 
 class Runtime(Settings):
-    """Where and how a search runs; changes nothing in its result, but that minutes end it earlier."""
+    """Where and how a flow runs. Changes nothing in its result."""
 
     store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
     device: str = Field(
         default="auto",
-        description="Torch device, e.g. cuda, cuda:1 or cpu; auto: cuda if there is one, else cpu.",
+        description="Torch device, such as cuda, cuda:1 or cpu. auto: cuda if there is one, else cpu.",
     )
     hidden_states_gib: float = Field(
         title="Memory for hidden states in GiB",
         default=4,
         ge=0,
         le=1_000_000,
-        description="Memory for hidden states, in GiB; what goes beyond lies in files.",
+        description="Memory for hidden states, in GiB; the rest lies in files.",
     )
     scratch: Path | None = Field(
         title="Scratch folder",
         default=None,
-        description="Folder for hidden states beyond that; empty: the system's temporary folder.",
+        description="Folder for hidden states that do not fit into memory; empty: the system's temporary folder.",
     )
     boundary_minutes: float = Field(
         title="Minutes between resume points",
@@ -52,62 +52,40 @@ class Runtime(Settings):
         title="Layers between resume points",
         default=None,
         ge=1,
-        description="Also commit one after so many layers; empty: by time only.",
+        description="Also commit a resume point after this number of layers; empty: by time only.",
     )
-    fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
-        title="Fan-out",
-        default="local",
-        json_schema_extra={"pattern": FAN_OUT.pattern},
-        description="Who computes. local: this process. processes:N: N processes on this machine, one for each of its "
-        "devices. pool:NAME: the workers of a Prefect work pool, while this process only waits.",
-    )
-    groups: int | None = Field(
-        title="Groups of betas",
-        default=None,
-        ge=1,
-        le=MOST_PLANS,
-        description="In how many groups the betas are spread, each of which reads the model once; empty: as many as "
-        "the workers and their memory for hidden states ask for.",
-    )
-    minutes: float | None = Field(
-        title="Minutes for the search",
-        default=None,
-        gt=0,
-        description="With a strategy that does not try all plans: begin no more of them after so long a run, and "
-        "choose from those that were tried; the same search again goes on from there. Empty: no limit.",
-    )
-
-    @property
-    def processes(self) -> int | None:
-        """On how many processes of this machine the work is spread; None if it is not."""
-        kind, _, count = self.fan_out.partition(":")
-        return int(count) if kind == "processes" else None
-
-    @property
-    def pool(self) -> str | None:
-        """Over which work pool the work is spread; None if it is not."""
-        kind, _, name = self.fan_out.partition(":")
-        return name if kind == "pool" else None
 
     @property
     def hidden_states_bytes(self) -> int:
-        """Memory for hidden states."""
+        """Memory for hidden states, in bytes."""
         return int(self.hidden_states_gib * 2**30)
 
-    @model_validator(mode="after")
-    def _groups_for_whom(self) -> "Runtime":
-        if self.groups is not None and self.fan_out == "local":
-            raise ValueError(
-                f"groups is {self.groups}, but fan_out is local: one process advances all betas in one group. "
-                "Leave groups empty, or set fan_out to processes:N or pool:NAME."
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _of_another_flow(cls, values: Any) -> Any:
+        """Take the runtime of another flow; fields that this flow does not have must be at their defaults.
+
+        Deployments and clients of older versions send all fields to every flow.
+        """
+        if isinstance(values, Runtime):
+            values = dict(values)
+        if not isinstance(values, dict):
+            return values
+        others = {
+            name: field for name, field in SearchRuntime.model_fields.items() if name not in cls.model_fields
+        }
+        for name, field in others.items():
+            if name in values and values[name] != field.default:
+                raise ValueError(
+                    f"{name} is {values[name]}, which is not a setting of this flow. Leave {name} out."
+                )
+        return {name: value for name, value in values.items() if name not in others}
 
     def execution(self) -> Execution:
-        """The settings as the tasks take them.
+        """Return the settings as the tasks take them.
 
         Raises:
-            ValueError: a device on which torch cannot compute here.
+            ValueError: torch cannot compute on this device here.
         """
         import torch
 
@@ -130,3 +108,61 @@ class Runtime(Settings):
             boundary_seconds=60 * self.boundary_minutes,
             **optional,
         )
+
+
+class FanOutRuntime(Runtime):
+    """Where and how a flow runs whose work may be spread over processes. Changes nothing in its result."""
+
+    fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
+        title="Fan-out",
+        default="local",
+        json_schema_extra={"pattern": FAN_OUT.pattern},
+        description="Where the work is done. local: in this process. processes:N: in N processes on this machine, one "
+        "for each of its devices. pool:NAME: by the workers of a Prefect work pool, while this process only waits.",
+    )
+    groups: int | None = Field(
+        title="Groups of betas",
+        default=None,
+        ge=1,
+        le=MOST_PLANS,
+        description="Number of groups that the betas are spread over; each group reads the model once. Empty: as many "
+        "as keep the workers busy and their hidden states in memory.",
+    )
+
+    @property
+    def processes(self) -> int | None:
+        """Number of processes on this machine that share the work; None if it is not spread that way."""
+        kind, _, count = self.fan_out.partition(":")
+        return int(count) if kind == "processes" else None
+
+    @property
+    def pool(self) -> str | None:
+        """Name of the work pool that shares the work; None if it is not spread that way."""
+        kind, _, name = self.fan_out.partition(":")
+        return name if kind == "pool" else None
+
+    @property
+    def alone(self) -> Runtime:
+        """The runtime of one process that does a part of the work."""
+        return Runtime(**{name: getattr(self, name) for name in Runtime.model_fields})
+
+    @model_validator(mode="after")
+    def _groups_need_processes(self) -> "FanOutRuntime":
+        if self.groups is not None and self.fan_out == "local":
+            raise ValueError(
+                f"groups is {self.groups}, but fan_out is local: one process advances all betas in one group. "
+                "Leave groups empty, or set fan_out to processes:N or pool:NAME."
+            )
+        return self
+
+
+class SearchRuntime(FanOutRuntime):
+    """Where and how a search runs. Changes nothing in its result, except that a time limit may end it earlier."""
+
+    minutes: float | None = Field(
+        title="Minutes for the search",
+        default=None,
+        gt=0,
+        description="Time limit in minutes, for a strategy that does not try all plans: no further plans are begun "
+        "after it, and the best of those tried is chosen. The same search goes on from there. Empty: no limit.",
+    )

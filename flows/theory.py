@@ -1,20 +1,20 @@
 """Theory: look at what ATP's theorems say on a model, as numbers and as a page."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, Field, model_validator
 
-from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.orchestration.prefect_artifacts import where_the_report_is
+from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import markdown_of
 from layerwise.flows.pipeline.damage_repair import mending
-from layerwise.flows.pipeline.stages import captured
-from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.pipeline.graph import capture_steps
+from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
@@ -22,7 +22,6 @@ from layerwise.scoring.theory import Findings
 from layerwise.scoring.theory_plans import theory_plans
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
@@ -30,7 +29,6 @@ from layerwise.tasks.pages.theory_text import sentences
 from layerwise.tasks.results.findings import number
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
-from layerwise.tasks.running.stopping import stopping_on_sigterm
 from layerwise.tasks.theory import findings_of, measure_theory, read_tables
 
 # The plans are the theory's own, and all of them are calibrated on the dense model: the theorems compare prunings of
@@ -124,31 +122,25 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
         runtime: where and how; changes nothing in the result.
 
     Raises:
-        ValueError: ``runtime`` asks for other processes or has a limit of time, or the model does not allow what is
-            asked for.
+        ValueError: the model does not allow these settings.
         CancelledRun: the run was cancelled.
     """
-    if runtime.fan_out != "local":
-        raise ValueError(
-            f"fan_out is {runtime.fan_out}, but all plans of the theory advance in one group, in this process. Leave "
-            "fan_out out; to compute elsewhere, start the command there with the same store."
-        )
-    refuse_minutes(runtime, "theory")
-    store = ArtifactStore(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"theory: {settings.title}"):
-        try:
-            execution = runtime.execution()
-            return mending(store, lambda: _run_stages(store, settings, execution))
-        except (CancelledRun, TerminationSignal) as ending:
-            return cast(TheoryResult, cancelled(ending))
+    store, execution = ArtifactStore(runtime.store), runtime.execution()
+    return run_announced(
+        store,
+        f"theory: {settings.title}",
+        lambda: mending(store, lambda: _run_steps(store, settings, execution)),
+    )
 
 
-def _run_stages(store: ArtifactStore, settings: Theory, execution: Execution) -> TheoryResult:
-    before = captured(store, settings.used_search, execution)
+def _run_steps(store: ArtifactStore, settings: Theory, execution: Execution) -> TheoryResult:
+    inputs = check_inputs(store, settings.used_search)
+    before, _ = build(capture_steps(store, settings.used_search, inputs), execution)
     sizes = layer_sizes_of(before.pruning.prunable(before.linears))
     plans = theory_plans(settings.search.sparsity, settings.beta, sizes)
-    inputs = before.inputs("selection")
-    measured = measure_theory(store, inputs, plans, before.linears, before.pruning, execution)
+    measured = measure_theory(
+        store, before.inputs("selection"), plans, before.linears, before.pruning, execution
+    )
     page = theory_page(store, measured, settings.title, settings.shown)
     findings = findings_of(*read_tables(store, measured))
     result = TheoryResult(settings, findings, measured, store.location(page, PAGE_FILE))

@@ -1,29 +1,25 @@
 """Zero-shot: how the dense, the uniform and the chosen model of a finished search answer the tasks of lm-eval."""
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.exceptions import CancelledRun, TerminationSignal
 from pydantic import Field
 
-from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.damage_repair import mending
 from layerwise.flows.pipeline.finished_search import reopen
-from layerwise.flows.pipeline.time_budget import refuse_minutes
 from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.lm_eval_tasks.comparison import ZeroShotComparison, compare_zero_shot
 from layerwise.tasks.lm_eval_tasks.comparison_table import store_table, table_rows
 from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
-from layerwise.tasks.running.stopping import stopping_on_sigterm
 from layerwise.tasks.zero_shot import ZeroShotSettings
 from layerwise.tasks.zero_shot import zero_shot as answer
 
@@ -79,27 +75,26 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     Raises:
         FileNotFoundError: there is no such store.
         KeyError: there is no such search in the store.
-        ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities; a limit of time.
+        ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities.
         ImportError: lm-eval is not installed.
     """
-    refuse_minutes(runtime, "zero-shot")
-    store = existing_store(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"zero-shot: {', '.join(settings.tasks)}"):
-        try:
-            execution = runtime.execution()
-            return mending(store, lambda: _answered(store, settings, execution))
-        except (CancelledRun, TerminationSignal) as ending:
-            return cast(ZeroShotComparison, cancelled(ending))
+    store, execution = existing_store(runtime.store), runtime.execution()
+    return run_announced(
+        store,
+        f"zero-shot: {', '.join(settings.tasks)}",
+        lambda: mending(store, lambda: _answered(store, settings, execution)),
+    )
 
 
 def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
     questions = load_questions(settings.tasks, settings.documents, settings.seed, settings.trust_task_code)
     finished = reopen(store, settings.search, execution)
-    how = ZeroShotSettings(finished.captured.pruning.dtype, settings.way)
-    lanes = {"uniform": finished.uniform, "best": finished.best}
-    if finished.best == finished.uniform:
+    captured, uniform = finished.scored.captured, finished.scored.uniform
+    how = ZeroShotSettings(captured.pruning.dtype, settings.way)
+    lanes = {"uniform": uniform, "best": finished.best}
+    if finished.best == uniform:
         del lanes["uniform"]
-    models = {"dense": finished.captured.checkpoint}
+    models = {"dense": captured.checkpoint}
     models |= {name: finished.checkpoint(store, lane, execution) for name, lane in lanes.items()}
     answers = {
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()

@@ -176,7 +176,7 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
     refresh_global_settings_context()
     import layerwise.flows.search as ours
     import layerwise.tasks.models.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 
     assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not what is to be tested: {ROOT}"
@@ -185,7 +185,7 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
         logging.getLogger(name).setLevel(level)
     pipe.send(READY)
     settings, runtime = pipe.recv()
-    result = ours.search(Search(**settings), Runtime(**runtime))
+    result = ours.search(Search(**settings), SearchRuntime(**runtime))
     found = {"built": result.built, "verdict": result.selection.verdict}
     contents = {role: artifact.content for role, artifact in result.stages.items()}
     pipe.send(RESULT + json.dumps({**found, "contents": contents}))

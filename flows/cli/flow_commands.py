@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 def run_search(arguments: Namespace, began: float) -> None:
     from layerwise.flows.options import read_options
     from layerwise.flows.pipeline.time_budget import check_minutes
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 
-    settings, runtime = read_options(arguments, Search), read_options(arguments, Runtime)
+    settings, runtime = read_options(arguments, Search), read_options(arguments, SearchRuntime)
     check_minutes(settings, runtime)
     server = (
         ServerStart()
@@ -35,15 +35,14 @@ def run_search(arguments: Namespace, began: float) -> None:
 def run_compare(arguments: Namespace, began: float) -> None:
     from layerwise.flows.cli.console import open_console
     from layerwise.flows.cli.tables import show_comparison
-    from layerwise.flows.compare import Compare, compare
+    from layerwise.flows.compare import Compare, SearchFailed, compare
     from layerwise.flows.options import read_options
-    from layerwise.flows.pipeline.compared_searches import SearchFailed
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import FanOutRuntime
     from layerwise.flows.settings import Search
 
     if arguments.sparsity is None and arguments.sparsities:
         arguments.sparsity = arguments.sparsities.partition(",")[0]
-    runtime = read_options(arguments, Runtime)
+    runtime = read_options(arguments, FanOutRuntime)
     settings = read_options(arguments, Compare, search=read_options(arguments, Search))
     server = ServerStart()
     try:
@@ -118,7 +117,7 @@ def run_flow(
     import httpx
     from prefect.exceptions import CancelledRun
 
-    from layerwise.flows.fan_out.step import StepFailed
+    from layerwise.flows.fan_out.part import PartFailed
     from layerwise.flows.orchestration.server_check import is_about_server, server_problem
     from layerwise.tasks.running.stopping import TerminationSignal, stopping_on_sigterm
 
@@ -136,7 +135,7 @@ def run_flow(
         stop(f"stopped by SIGTERM; {after}", 143)
     except CancelledRun as cancelled:
         stop(str(cancelled), 1)
-    except StepFailed as failure:
+    except PartFailed as failure:
         fail(str(failure))
     except httpx.HTTPError as error:
         if not is_about_server(error):

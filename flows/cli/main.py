@@ -117,10 +117,12 @@ def _plan(arguments: Namespace) -> None:
     from layerwise.flows.cli.tables import show_plan
     from layerwise.flows.options import read_options
     from layerwise.flows.plan import plan_search
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 
-    show_plan(open_console(), plan_search(read_options(arguments, Search), read_options(arguments, Runtime)))
+    show_plan(
+        open_console(), plan_search(read_options(arguments, Search), read_options(arguments, SearchRuntime))
+    )
 
 
 def _status(arguments: Namespace) -> None:

@@ -32,9 +32,6 @@ ON_STORES = {
 }
 DEBUG = "Show the traceback of an error. Use it to report a bug."
 BENCH = "how fast a checkpoint runs on this machine's CPU, dense and with packed weights"
-# Options that some flows do not have: those that compute in this process only, and those that end by themselves.
-SPREADING = ["fan_out", "groups"]
-LIMITING = ["minutes"]
 
 
 class CommandParser(ArgumentParser):
@@ -129,7 +126,7 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
 def _add_settings(parser: ArgumentParser, command: str) -> None:
     """One option for every setting of a flow."""
     from layerwise.flows.options import add_options
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
     from layerwise.flows.settings import Search
 
     if command == "compare":
@@ -152,10 +149,8 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
         add_options(parser, Compress)
     else:
         add_options(parser, Search)
-    without = [] if command in ("search", "plan") else LIMITING
-    if command not in ("search", "plan", "compare"):
-        without = without + SPREADING
-    add_options(parser, Runtime, without=without)
+    runtime = {"search": SearchRuntime, "plan": SearchRuntime, "compare": FanOutRuntime}.get(command, Runtime)
+    add_options(parser, runtime, group="runtime")
 
 
 def _add_arguments_of_bench(parser: ArgumentParser) -> None:

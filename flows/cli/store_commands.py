@@ -21,10 +21,9 @@ from layerwise.storage.upkeep.garbage import KINDS, Garbage
 from layerwise.storage.upkeep.set_aside import set_aside
 from layerwise.storage.upkeep.signs_of_life import time_for_looking
 from layerwise.storage.upkeep.verify import Finding, Tally, verify
+from layerwise.tasks.results.roles import RESULTS
 
 LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
-# What `layerwise show` reads of a search, and what a search is made for.
-RESULT_ROLES = ("select", "export", "evaluate")
 
 
 def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
@@ -67,7 +66,7 @@ def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
         if artifact.recipe.get("name") == RESULT_STAGE:
             inputs = artifact.recipe["inputs"]
             assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
-            keys |= {artifact.key, *(inputs[role] for role in RESULT_ROLES if role in inputs)}
+            keys |= {artifact.key, *(inputs[role] for role in RESULTS if role in inputs)}
     return keys
 
 

@@ -11,8 +11,7 @@ from rich.text import Text
 
 from layerwise.flows.cli.console import size
 from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
-from layerwise.flows.pipeline.result import SearchResult
-from layerwise.flows.pipeline.work_summary import work_sentence
+from layerwise.flows.pipeline.result import SearchResult, work_sentence
 from layerwise.flows.plan import Plan
 from layerwise.flows.theory import TheoryResult
 from layerwise.sparse.speed import SpeedTable

@@ -17,7 +17,7 @@ from prefect.states import Pending
 
 from layerwise.flows.fan_out.executor import Place
 from layerwise.flows.fan_out.liveness import Watch, Work, has_ended
-from layerwise.flows.fan_out.step import Step, StepFailed
+from layerwise.flows.fan_out.part import Part, PartFailed
 from layerwise.flows.fan_out.steps_table import StepsShown
 from layerwise.flows.orchestration.cancellation import CANCELLED, was_cancelled
 from layerwise.flows.orchestration.embedded_server import death_of_embedded_server
@@ -48,11 +48,11 @@ class FanOut:
         self._shown = StepsShown()
         self._watch = Watch(client, store, place, self._shown.say)
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Part]) -> None:
         """Have all ``steps`` done, and return when the store has what they make.
 
         Raises:
-            StepFailed: one failed for a reason that will not go away, or died at the same place again and again.
+            PartFailed: one failed for a reason that will not go away, or died at the same place again and again.
             CancelledRun: the parent's own run, or one of the steps', was cancelled.
         """
         works = self._taken_up(steps)
@@ -68,7 +68,7 @@ class FanOut:
                     waiting.extend(work for work in active if work.run is None)
                     active = [work for work in active if work.run is not None and not work.done]
                 shown.show([work.row for work in works])
-        except (StepFailed, CancelledRun, KeyboardInterrupt):
+        except (PartFailed, CancelledRun, KeyboardInterrupt):
             self._cancel(works)
             raise
         except TerminationSignal:
@@ -98,7 +98,7 @@ class FanOut:
         runs = self._read(FlowRunFilter(tags=FlowRunFilterTags(all_=[self._tag])))
         return [run for run in runs if run.idempotency_key]
 
-    def _taken_up(self, steps: Iterable[Step]) -> list[Work]:
+    def _taken_up(self, steps: Iterable[Part]) -> list[Work]:
         """Every step, with its flow run if an earlier parent has begun one that has not ended."""
         before: dict[str, list[FlowRun]] = {}
         for run in self._begun_before():
@@ -143,7 +143,7 @@ class FanOut:
         work.placeholder, work.sign, work.changed = None, None, time.monotonic()
         return run
 
-    def _placeholder(self, step: Step) -> UUID:
+    def _placeholder(self, step: Part) -> UUID:
         """A task run that stands for the step's flow run in the graph of the parent's."""
         task = Task(lambda: None, name=step.title)
         task.task_key = f"layerwise.{step.flow}"
@@ -208,13 +208,13 @@ class FanOut:
         """Wait for a server that does not answer.
 
         Raises:
-            StepFailed: it does answer, and refuses; or it is the embedded one, and has ended.
+            PartFailed: it does answer, and refuses; or it is the embedded one, and has ended.
         """
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
         if status is not None and status < 500 and status not in PASSING:
-            raise StepFailed(server_problem(error)) from None
+            raise PartFailed(server_problem(error)) from None
         if death := death_of_embedded_server():
-            raise StepFailed(death) from None
+            raise PartFailed(death) from None
         if self._answering:
             self._shown.say(
                 f"Prefect's server does not answer ({without_secrets(repr(error))}): "

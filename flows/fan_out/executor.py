@@ -6,7 +6,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 
-from layerwise.flows.fan_out.step import Step
+from layerwise.flows.fan_out.part import Part
 
 
 class Place(Protocol):
@@ -22,7 +22,7 @@ class Place(Protocol):
         """Whether another step can be begun while ``active`` are under way."""
         ...
 
-    def begin(self, step: Step, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         """Begin ``step``.
 
         Args:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from layerwise.flows.pipeline.memory_estimate import SearchSizes
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import FanOutRuntime
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lanes.grouping import begun_groups, split_evenly
@@ -15,7 +15,7 @@ def lane_groups(
     lanes: Sequence[Stage],
     missing: Sequence[int],
     sizes: SearchSizes,
-    runtime: Runtime,
+    runtime: FanOutRuntime,
     workers: int,
 ) -> list[list[int]]:
     """The groups that are to run, as numbers of their lanes: begun ones as they are, then what is left, spread anew.
@@ -43,6 +43,6 @@ def group_count(lanes: int, workers: int, lanes_in_memory: int) -> int:
     return min(lanes, workers * math.ceil(count / workers))
 
 
-def _lanes_in_memory(sizes: SearchSizes, runtime: Runtime) -> int:
+def _lanes_in_memory(sizes: SearchSizes, runtime: FanOutRuntime) -> int:
     """Beside the dense model's; one at least, whose hidden states go to files then."""
     return max(runtime.hidden_states_bytes // max(sizes.lane, 1) - 1, 1)

@@ -18,7 +18,7 @@ from prefect.exceptions import CancelledRun, ObjectNotFound
 from prefect.states import Completed, Crashed
 
 from layerwise.flows.fan_out.executor import Place
-from layerwise.flows.fan_out.step import Step, StepFailed
+from layerwise.flows.fan_out.part import Part, PartFailed
 from layerwise.flows.fan_out.steps_table import Row
 from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.store import ArtifactStore
@@ -44,7 +44,7 @@ class Work:
         deaths: how often it has died, by what it was doing.
     """
 
-    step: Step
+    step: Part
     number: int
     run: FlowRun | None = None
     sign: Sign | None = None
@@ -89,7 +89,7 @@ class Watch:
         """Whether ``work`` is done, has died (its run is None then), or goes on.
 
         Raises:
-            StepFailed: it failed for good.
+            PartFailed: it failed for good.
             CancelledRun: somebody has cancelled it.
             Unreachable: the storage does not answer.
         """
@@ -102,9 +102,9 @@ class Watch:
             elif state.type == StateType.CANCELLED:
                 raise CancelledRun(f"{work.step.title} was cancelled; the same settings go on from there")
             elif state.type == StateType.FAILED:
-                raise StepFailed(f"{_reason(state)} ({work.step.title}, flow run {work.run.name!r})")
+                raise PartFailed(f"{_reason(state)} ({work.step.title}, flow run {work.run.name!r})")
             elif state.type == StateType.COMPLETED:
-                raise StepFailed(
+                raise PartFailed(
                     f"{work.step.title} says that it is done, but {self._store.url} does not have what it was to make. "
                     "Do its process and this one see the same store, the same model and the same texts?"
                 )
@@ -137,7 +137,7 @@ class Watch:
         """Tell Prefect what became of a run whose process is gone: it would be Running for ever.
 
         Raises:
-            StepFailed, CancelledRun: as for ``judge``.
+            PartFailed, CancelledRun: as for ``judge``.
         """
         assert work.run is not None
         self._place.end(work.run.id)
@@ -162,7 +162,7 @@ class Watch:
         """Have a step that died taken up elsewhere.
 
         Raises:
-            StepFailed: it has died at this place before, as often as there are pauses.
+            PartFailed: it has died at this place before, as often as there are pauses.
         """
         assert work.run is not None
         with suppress(Unreachable):
@@ -173,7 +173,7 @@ class Watch:
         work.deaths[doing] += 1
         times = work.deaths[doing]
         if times > len(PAUSES):
-            raise StepFailed(
+            raise PartFailed(
                 f"{death} ({work.step.title} died {times} times {at}, flow run {work.run.name!r})"
             )
         self._say(

@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Crashed, Pending
 from layerwise.flows.fan_out import part_flows as steps
 from layerwise.flows.fan_out.liveness import has_ended
 from layerwise.flows.fan_out.parent_process import ENDS_WITH_PARENT
-from layerwise.flows.fan_out.step import Step
+from layerwise.flows.fan_out.part import Part
 from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.flows.orchestration.embedded_server import lifeline
 from layerwise.storage.files.errors import without_secrets
@@ -53,7 +53,7 @@ class LocalProcesses:
     def has_room(self, active: int) -> bool:
         return len(self._taken()) < self.workers  # a process takes a moment to end after its flow run has
 
-    def begin(self, step: Step, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         # No key: a process ends with its parent, so nobody takes it up.
         run = self._client.create_flow_run(
             getattr(steps, step.flow),

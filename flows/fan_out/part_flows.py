@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from prefect import flow
@@ -9,11 +10,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Crashed, State
 
+from layerwise.allocators.allocation import SparsityPlan
 from layerwise.flows.fan_out.parent_process import stop_with_parent
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import mending
-from layerwise.flows.pipeline.stages import all_scored, captured, chosen, scored
-from layerwise.flows.pipeline.time_budget import refuse_minutes
+from layerwise.flows.pipeline.graph import capture_steps, lane_step, scoring_steps, search_steps
+from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.lane_requests import LaneRequest
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.files.errors import Unreachable
@@ -25,11 +29,14 @@ from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 logger = logging.getLogger(__name__)
 
+Points = tuple[tuple[float, float], ...]  # beta and offset of plans
+Layers = tuple[tuple[float | tuple[float, ...], ...], ...]  # sparsity of every layer, or linear, of plans
+
 
 @flow(name="capture", flow_run_name="{settings.title}: capture", persist_result=False)
 def capture(settings: Search, runtime: Runtime) -> State | None:
     """Import the model, sample the windows, run the dense model: all that comes before the betas."""
-    return _step(settings, runtime, "capture", captured)
+    return _part(settings, runtime, "capture", _capture)
 
 
 def _branch_name() -> str:
@@ -43,9 +50,9 @@ def _branch_name() -> str:
 def branch(
     settings: Search,
     runtime: Runtime,
-    points: tuple[tuple[float, float], ...] | None = None,
+    points: Points | None = None,
     windows: tuple[int, int] | None = None,
-    layers: tuple[tuple[float | tuple[float, ...], ...], ...] | None = None,
+    layers: Layers | None = None,
 ) -> State | None:
     """Prune the model by these plans and score them, all in one group.
 
@@ -57,12 +64,12 @@ def branch(
         layers: sparsities of every layer of the plans, or of its linears, with a strategy that makes plans itself.
     """
     if points is None:
-        return _step(settings, runtime, "all plans", all_scored)
-    return _step(
+        return _part(settings, runtime, "all plans", _score_all)
+    return _part(
         settings,
         runtime,
         f"{points_title(points)}{windows_title(windows)}",
-        lambda store, settings, execution: scored(store, settings, execution, points, windows, layers),
+        partial(_score, points=points, windows=windows, layers=layers),
     )
 
 
@@ -72,21 +79,20 @@ def evaluate(settings: Search, runtime: Runtime) -> State | None:
 
     Betas that the store does not have are pruned and scored before.
     """
-    return _step(settings, runtime, "export and test", chosen)
+    return _part(settings, runtime, "export and test", _search)
 
 
-def _step(
+def _part(
     settings: Search,
     runtime: Runtime,
-    what: str,
+    title: str,
     work: Callable[[ArtifactStore, Search, Execution], object],
 ) -> State | None:
-    """Do ``work`` as a part of somebody's search.
+    """Do a part of a search that another process has begun.
 
     Returns:
-        A crash, for others to take up, if the storage does not answer here; a cancellation if it was one.
+        A crash, for other workers to take up, if the storage does not answer here; a cancellation if it was cancelled.
     """
-    refuse_minutes(runtime, "a part of one")
     execution = runtime.execution()
     if warning := shared_device_warning(execution.device, torch.cuda.device_count()):
         logger.warning(warning)
@@ -96,13 +102,52 @@ def _step(
         with stopping_on_sigterm():
             stop_with_parent()
             store = ArtifactStore(runtime.store)
-            with announced(store.fs, store.root, f"{settings.title}: {what}", name):
+            with announced(store.fs, store.root, f"{settings.title}: {title}", name):
                 mending(store, lambda: work(store, settings, execution))
     except Unreachable as error:
         return Crashed(message=str(error))
     except TerminationSignal as ending:
         return cancelled(ending)
     return None
+
+
+def _capture(store: ArtifactStore, settings: Search, execution: Execution) -> None:
+    build(capture_steps(store, settings, check_inputs(store, settings)), execution)
+
+
+def _score_all(store: ArtifactStore, settings: Search, execution: Execution) -> None:
+    build(scoring_steps(store, settings, check_inputs(store, settings)), execution)
+
+
+def _search(store: ArtifactStore, settings: Search, execution: Execution) -> None:
+    build(search_steps(store, settings, check_inputs(store, settings)), execution)
+
+
+def _score(
+    store: ArtifactStore,
+    settings: Search,
+    execution: Execution,
+    points: Points,
+    windows: tuple[int, int] | None,
+    layers: Layers | None,
+) -> None:
+    """Score the lanes of some plans, in one group.
+
+    Raises:
+        ValueError: the search has no plan for one of ``points``.
+    """
+    captured, _ = build(capture_steps(store, settings, check_inputs(store, settings)), execution)
+    if layers is None:
+        plan_of = {(plan.beta, plan.offset): plan for plan in captured.plans}
+        if unknown := sorted(set(points) - set(plan_of)):
+            raise ValueError(
+                f"this search has no plan for (beta, offset) {unknown}; it has {sorted(plan_of)}. "
+                "Give some of these, or leave betas empty."
+            )
+        plans = [plan_of[point] for point in points]
+    else:
+        plans = [SparsityPlan(beta, each) for (beta, _), each in zip(points, layers, strict=True)]
+    lane_step(store, captured, plans, LaneRequest(tuple(plans), windows)).build(execution)
 
 
 def shared_device_warning(device: str, visible: int) -> str | None:

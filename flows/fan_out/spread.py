@@ -15,13 +15,14 @@ from layerwise.flows.fan_out.dispatch import FanOut
 from layerwise.flows.fan_out.executor import Place
 from layerwise.flows.fan_out.lane_groups import lane_groups
 from layerwise.flows.fan_out.local_processes import LocalProcesses
-from layerwise.flows.fan_out.step import Step, StepFailed, parameters_of
+from layerwise.flows.fan_out.part import Part, PartFailed, parameters_of
 from layerwise.flows.fan_out.work_pool import WorkPool, require_server
 from layerwise.flows.orchestration.server_check import server_problem
-from layerwise.flows.pipeline.lookup import Found, look_up
+from layerwise.flows.pipeline.lane_requests import LaneRequest
+from layerwise.flows.pipeline.lookup import Found, NextLanes, look_up
 from layerwise.flows.pipeline.memory_estimate import SearchSizes
 from layerwise.flows.pipeline.time_budget import is_too_late, stopped
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.keys import digest
 from layerwise.storage.store import ArtifactStore
@@ -41,12 +42,12 @@ class Shared:
     """
 
     settings: Search
-    runtime: Runtime
+    runtime: FanOutRuntime
     there: frozenset[str]
 
 
 @stage_task(about=lambda settings, **_: settings.title)
-def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
+def share(store: ArtifactStore, settings: Search, runtime: FanOutRuntime) -> Shared:
     """Look once, for all processes, at what changes with time and place."""
     source = find_source(settings.model)
     if isinstance(source, HubSource):
@@ -60,27 +61,27 @@ def share(store: ArtifactStore, settings: Search, runtime: Runtime) -> Shared:
 
 
 @stage_task(about=lambda shared, **_: f"{shared.settings.title} over {shared.runtime.fan_out}")
-def spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
+def spread(store: ArtifactStore, shared: Shared, deadline: float) -> Search:
     """Have others build what the store lacks of a search.
 
     Args:
-        end: no plans are begun any more from then on, on the clock ``time.monotonic``.
+        deadline: time after which no further plans are begun, on the clock ``time.monotonic``.
 
     Returns:
         The search of which all is there: where its time was over, the one that stops there.
 
     Raises:
         ValueError: there is no such place, or it is not a place for this; before any work.
-        StepFailed: a step failed, or Prefect's server refuses.
+        PartFailed: a step failed, or Prefect's server refuses.
         CancelledRun: the search was cancelled.
     """
     try:
-        return _spread(store, shared, end)
+        return _spread(store, shared, deadline)
     except httpx.HTTPError as error:  # not from the fan-out, which waits for a server that does not answer
-        raise StepFailed(server_problem(error)) from None
+        raise PartFailed(server_problem(error)) from None
 
 
-def _spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
+def _spread(store: ArtifactStore, shared: Shared, deadline: float) -> Search:
     settings, runtime = shared.settings, shared.runtime
     found = look_up(store, settings)
     if not found.missing:
@@ -88,27 +89,28 @@ def _spread(store: ArtifactStore, shared: Shared, end: float) -> Search:
     tag = f"search:{digest({'settings': settings.model_dump(mode='json'), 'store': runtime.store})[:12]}"
     with get_client(sync_client=True) as client, closing(open_place(client, runtime)) as place:
         fan_out = FanOut(client, store, place, tag)
-        if not found.is_captured:
-            fan_out.run([_capture_step(store, settings, runtime)])
+        if not found.next_lanes.are_known:
+            fan_out.run([_capture_part(store, settings, runtime)])
             found = look_up(store, settings)
-        while found.missing_lanes:
-            if len(found.missing_lanes) == len(found.lanes) and is_too_late(found.tried, end):
-                settings = stopped(settings, found.tried)
+        while missing := found.next_lanes.missing:
+            lanes, tried = found.next_lanes.stages, found.next_lanes.step.tried
+            if len(missing) == len(lanes) and is_too_late(tried, deadline):
+                settings = stopped(settings, tried)
             else:
-                fan_out.run(_branch_steps(store, settings, runtime, found, fan_out, place.workers))
+                fan_out.run(_branch_parts(store, settings, runtime, found, fan_out, place.workers))
             found = look_up(store, settings)
         if found.missing:
-            fan_out.run([_evaluate_step(store, settings, runtime)])
+            fan_out.run([_evaluate_part(store, settings, runtime)])
             found = look_up(store, settings)
     if found.missing:
-        raise StepFailed(
-            f"{store.url} has no {', '.join(found.missing)}, although all steps are done. "
+        raise PartFailed(
+            f"{store.url} has no {', '.join(found.missing)}, although all parts are done. "
             "Has a text or the model changed meanwhile?"
         )
     return settings
 
 
-def open_place(client: SyncPrefectClient, runtime: Runtime) -> Place:
+def open_place(client: SyncPrefectClient, runtime: FanOutRuntime) -> Place:
     """Where ``runtime`` says that the steps run.
 
     Raises:
@@ -129,61 +131,68 @@ def open_place(client: SyncPrefectClient, runtime: Runtime) -> Place:
     return place
 
 
-def _capture_step(store: ArtifactStore, settings: Search, runtime: Runtime) -> Step:
-    return Step(
+def _capture_part(store: ArtifactStore, settings: Search, runtime: FanOutRuntime) -> Part:
+    return Part(
         "capture",
         "capture",
         f"{settings.title}: capture",
         parameters_of(settings, runtime),
-        lambda: look_up(store, settings).is_captured,
+        lambda: look_up(store, settings).next_lanes.are_known,
     )
 
 
-def _branch_steps(
-    store: ArtifactStore, settings: Search, runtime: Runtime, found: Found, fan_out: FanOut, workers: int
-) -> list[Step]:
-    """One step for each group: those that others are at already, and those that are to be begun."""
-    index, windows = found.inputs.index, found.inputs.texts.windows
+def _branch_parts(
+    store: ArtifactStore,
+    settings: Search,
+    runtime: FanOutRuntime,
+    found: Found,
+    fan_out: FanOut,
+    workers: int,
+) -> list[Part]:
+    """Return a part for each group: the groups that other processes are working on, and those to begin."""
+    index, linears, windows = found.inputs.index, found.inputs.linears, found.inputs.texts.windows
+    next_lanes = found.next_lanes
+    request = next_lanes.step.request
     dtype = settings.dtype_for(index.dtype)
-    sizes = SearchSizes(settings, index, found.linears, dtype, len(found.plans), windows).of(found.request)
+    sizes = SearchSizes(settings, index, linears, dtype, len(next_lanes.step.plans), windows).of(request)
     groups: list[list[int]] = []
-    left = set(found.missing_lanes)
-    for lanes in (_lanes_of(run, found) for run in fan_out.under_way("branch")):
+    left = set(next_lanes.missing)
+    for lanes in (_lanes_of(run, request) for run in fan_out.under_way("branch")):
         if left.intersection(lanes) and not any(lane in group for group in groups for lane in lanes):
             groups.append(lanes)
             left -= set(lanes)
-    groups += lane_groups(store, found.lanes, sorted(left), sizes, runtime, workers)
-    return [_branch_step(store, settings, runtime, found, n, groups) for n in range(len(groups))]
+    groups += lane_groups(store, next_lanes.stages, sorted(left), sizes, runtime, workers)
+    return [_branch_part(store, settings, runtime, next_lanes, n, groups) for n in range(len(groups))]
 
 
-def _lanes_of(run: FlowRun, found: Found) -> list[int]:
-    """Which of the lanes that are to be scored next a run is at; none if it is at other windows."""
+def _lanes_of(run: FlowRun, request: LaneRequest) -> list[int]:
+    """Return which of the requested lanes a run is scoring; none if it scores them on other windows."""
     windows = run.parameters["windows"]
-    if found.request is None or (windows and tuple(windows)) != found.request.windows:
+    if (windows and tuple(windows)) != request.windows:
         return []
     points = {tuple(point) for point in cast(list[list[float]], run.parameters["points"])}
-    return [number for number, plan in enumerate(found.requested) if (plan.beta, plan.offset) in points]
+    return [number for number, plan in enumerate(request.plans) if (plan.beta, plan.offset) in points]
 
 
-def _branch_step(
+def _branch_part(
     store: ArtifactStore,
     settings: Search,
-    runtime: Runtime,
-    found: Found,
+    runtime: FanOutRuntime,
+    next_lanes: NextLanes,
     number: int,
     groups: Sequence[Sequence[int]],
-) -> Step:
-    assert found.request is not None, "there are lanes to be scored"
-    windows, lanes = found.request.windows, [found.lanes[lane] for lane in groups[number]]
-    plans = [found.requested[lane] for lane in groups[number]]
-    what = f"{plans_title(plans)}{windows_title(windows)}"
+) -> Part:
+    request = next_lanes.step.request
+    lanes = [next_lanes.stages[lane] for lane in groups[number]]
+    plans = [request.plans[lane] for lane in groups[number]]
+    what = f"{plans_title(plans)}{windows_title(request.windows)}"
     parameters: dict[str, object] = {
         "points": [[plan.beta, plan.offset] for plan in plans],
-        "windows": windows and list(windows),
+        "windows": request.windows and list(request.windows),
     }
     if settings.makes_plans:
         parameters["layers"] = [list(plan.layers) for plan in plans]
-    return Step(
+    return Part(
         "branch",
         f"group {number + 1} of {len(groups)}: {what}",
         f"{settings.title}: {what}",
@@ -192,8 +201,8 @@ def _branch_step(
     )
 
 
-def _evaluate_step(store: ArtifactStore, settings: Search, runtime: Runtime) -> Step:
-    return Step(
+def _evaluate_part(store: ArtifactStore, settings: Search, runtime: FanOutRuntime) -> Part:
+    return Part(
         "evaluate",
         "export and test",
         f"{settings.title}: export and test",

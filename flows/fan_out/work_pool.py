@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Scheduled
 
-from layerwise.flows.fan_out.step import Step
+from layerwise.flows.fan_out.part import Part
 from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.storage.files.errors import without_secrets
 
@@ -74,7 +74,7 @@ class WorkPool:
         # Its queue gets more than it takes at a time, but not thousands: the parent asks for each one's state.
         return active < max(QUEUED, 2 * self.workers)
 
-    def begin(self, step: Step, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         return self._client.create_flow_run_from_deployment(
             self._deployments[step.flow],
             parameters=dict(step.parameters),

@@ -21,7 +21,6 @@ from layerwise.strategies.racing import beaten, rounds
 from layerwise.strategies.trials import Point, Trial
 from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
-from layerwise.tasks.branch import LaneScore
 
 # Each is a function of the trials so far: see layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
@@ -201,34 +200,3 @@ def first_lanes(
     request = strategy_of(settings, plans, linears, windows or 0).next_lanes({})
     assert request is not None, "nothing is known yet"
     return request
-
-
-def follow(
-    strategy: Strategy, advance: Callable[[LaneRequest], Sequence[LaneScore] | None]
-) -> tuple[list[list[LaneScore]], LaneRequest | None]:
-    """Go through the lanes as ``strategy`` has it.
-
-    Args:
-        advance: gives the scores of what is requested, in its order; None if it cannot.
-
-    Returns:
-        The lanes that were scored, in the order of the strategy's plans, each with one score for every part of the
-        windows; and the request that ``advance`` could not answer, None if there was none.
-    """
-    scores: dict[SparsityPlan, list[LaneScore]] = {}
-
-    def done() -> list[list[LaneScore]]:
-        order = {plan: number for number, plan in enumerate(strategy.plans)}
-        # Stable: what is none of the allocator's plans comes after them, as it was tried.
-        return [scores[plan] for plan in sorted(scores, key=lambda plan: order.get(plan, len(order)))]
-
-    def known() -> dict[SparsityPlan, list[float]]:
-        return {plan: [loss for score in parts for loss in score.losses] for plan, parts in scores.items()}
-
-    while request := strategy.next_lanes(known()):
-        answer = advance(request)
-        if answer is None:
-            return done(), request
-        for plan, score in zip(request.plans, answer, strict=True):
-            scores.setdefault(plan, []).append(score)
-    return done(), None

@@ -40,6 +40,11 @@ class SearchSizes:
         return config_from_document(self.index.config, "the checkpoint").get_text_config()
 
     @property
+    def weights(self) -> int:
+        """All weights of the model."""
+        return sum(self.index.layer_bytes) + self.index.outer_bytes
+
+    @property
     def window(self) -> int:
         """Hidden states of one window."""
         return self.settings.seqlen * self.config.hidden_size * DTYPES[self.dtype].itemsize

@@ -1,25 +1,47 @@
-"""What a search found, and what it took."""
+"""Result of a search: what was chosen, the artifacts, and the work that it took."""
 
+import json
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 
+from layerwise.flows.options import search_command
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import TestResult
+from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.measured_on import measured_on
+from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.select import Selection
+
+# Packages whose version may change a number.
+PACKAGES = (
+    "layerwise-pruning",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "prefect",
+)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, and what it took.
+    """Result of a search, and the work that it took.
 
     Attributes:
-        pruned: where the exported checkpoint lies; None if none was asked for.
-        stages: every artifact of the run by role.
-        built: roles of the artifacts that this run, or others for it, had to build; the rest was in the store.
+        pruned: location of the exported checkpoint; None if the search does not ask for one.
+        stages: every artifact of the search by role.
+        built: roles of the artifacts that this run, or other processes for it, had to build.
         bytes_read: bytes of weights that this process read.
-        artifact: the search's own; None before it is committed.
-        report: where the report's page lies; "" before there is one.
+        artifact: the search's own artifact; None before it is committed.
+        report: location of the report's page; "" before it exists.
     """
 
     settings: Search
@@ -32,3 +54,46 @@ class SearchResult:
     bytes_read: int
     artifact: Artifact | None = None
     report: str = ""
+
+
+def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchResult, Artifact]:
+    """Commit the result of a search and its report to the store.
+
+    Returns:
+        The result with its artifact and the location of its report, and the report's artifact.
+    """
+    keys = {role: artifact.key for role, artifact in result.stages.items()}
+    document = {
+        "settings": result.settings.model_dump(mode="json"),
+        "source": result.source,
+        "verdict": result.selection.verdict,
+        "selection": asdict(result.selection),
+        "test": asdict(result.test),
+        "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
+        "stages": keys,
+    }
+    settings = {"settings": document["settings"], "source": result.source}
+    stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
+
+    def build(draft: Draft) -> None:
+        draft.write(RESULT_FILE, json.dumps(document, indent=1).encode())
+        draft.facts |= {"verdict": result.selection.verdict, "source": result.source, VERSIONS: versions()}
+
+    artifact = store.get_or_build(stage, build)
+    page = report(store, artifact, search_command(result.settings))
+    return replace(result, artifact=artifact, report=store.location(page, PAGE_FILE)), page
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages in this process, by name."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "machine": platform.machine(), **packages}
+
+
+def work_sentence(result: SearchResult) -> str:
+    """Return a sentence on the work that a run had to do."""
+    if not result.built:
+        return "Everything was in the store already: no layer was computed, no weight was read."
+    computed = [role for role in result.built if role not in ("allocate", "select")]
+    read = f", {result.bytes_read / 1e9:.2f} GB of weights read" if result.bytes_read else ""
+    return f"Built {len(result.built)} of {len(result.stages)} artifacts ({', '.join(computed)}){read}."

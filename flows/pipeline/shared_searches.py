@@ -1,59 +1,53 @@
-"""Several searches that differ in their allocation only, advanced together: their lanes share groups and tests.
+"""Searches that differ in their allocation only, advanced together: they share groups of lanes and the test.
 
-A lane's artifact is the same in whatever group it ran, so that each search then finds all that it needs.
+A lane's artifact does not depend on the group that it ran in, so each search then finds everything that it needs.
 """
 
 from collections.abc import Sequence
 
 from layerwise.allocators.allocation import SparsityPlan
-from layerwise.flows.pipeline.lookup import Found, look_up
-from layerwise.flows.pipeline.stages import Captured, all_scored, captured
+from layerwise.flows.pipeline.build import build
+from layerwise.flows.pipeline.graph import Scored, capture_steps, lane_step, scoring_steps
+from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.lane_requests import LaneRequest
+from layerwise.flows.pipeline.lookup import NextLanes, look_up
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import MOST_PLANS
-from layerwise.tasks.branch import branch
-from layerwise.tasks.capture import DENSE_PERPLEXITY
 from layerwise.tasks.lanes.evaluate_group import evaluate_together
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.select import compare
 
 
 def advance_together(store: ArtifactStore, searches: Sequence[Search], execution: Execution) -> None:
-    """Score what the searches ask for, request by request, and test what they choose.
+    """Score the plans that the searches ask for, and test those that they choose.
 
-    Every request of all searches is one read of the model, one pass of the dense model, and one set of factors for a
+    The requests of all searches share one read of the model, one pass of the dense model, and one set of factors for a
     pruner that corrects weights.
 
     Args:
-        searches: they differ in nothing that a lane depends on, but for its plan.
+        searches: searches in which a lane depends on the same settings, except for its plan.
     """
-    before = [captured(store, search, execution) for search in searches]
-    while requests := _missing([look_up(store, search) for search in searches]):
-        windows, plans = next(iter(requests.items()))
-        inputs = before[0].inputs("selection", windows)
-        branch(store, inputs, plans, before[0].linears, before[0].pruning, execution)
-    ends = [_chosen(store, search, execution) for search in searches]
-    first, uniform, _ = ends[0]
-    bests = [best for _, _, best in ends]
-    evaluate_together(store, first.inputs("test"), uniform, bests, first.linears, first.pruning, execution)
+    captured = [
+        build(capture_steps(store, search, check_inputs(store, search)), execution)[0] for search in searches
+    ]
+    while requests := _missing([look_up(store, search).next_lanes for search in searches]):
+        lane_step(store, captured[0], captured[0].plans, requests[0]).build(execution)
+    scored = [_score(store, search, execution) for search in searches]
+    before, uniform = scored[0].captured, scored[0].uniform.plan
+    best = [each.best.plan for each in scored]
+    evaluate_together(store, before.inputs("test"), uniform, best, before.linears, before.pruning, execution)
 
 
-def _missing(found: Sequence[Found]) -> dict[tuple[int, int] | None, list[SparsityPlan]]:
-    """Plans of the lanes that are to be scored next and that the store lacks, by the windows they are scored on."""
+def _missing(lanes: Sequence[NextLanes]) -> list[LaneRequest]:
+    """Return requests for the lanes that the store lacks, one for each range of windows."""
     plans: dict[tuple[int, int] | None, dict[str, SparsityPlan]] = {}
-    for each in found:
-        if each.request is None:
-            continue
-        for number in each.missing_lanes:
-            of_windows = plans.setdefault(each.request.windows, {})
-            of_windows.setdefault(each.lanes[number].key, each.request.plans[number])
-    return {windows: [*by_key.values()][:MOST_PLANS] for windows, by_key in plans.items()}
+    for each in lanes:
+        for number in each.missing:
+            of_windows = plans.setdefault(each.step.request.windows, {})
+            of_windows.setdefault(each.stages[number].key, each.step.request.plans[number])
+    return [LaneRequest(tuple(by_key.values())[:MOST_PLANS], windows) for windows, by_key in plans.items()]
 
 
-def _chosen(
-    store: ArtifactStore, search: Search, execution: Execution
-) -> tuple[Captured, SparsityPlan, SparsityPlan]:
-    """What a search has captured, its uniform plan, and its best one."""
-    before, scores = all_scored(store, search, execution)
-    dense = float(str(before.capture.facts[DENSE_PERPLEXITY]))
-    return before, scores[0].plan, scores[compare(scores, dense).best].plan
+def _score(store: ArtifactStore, search: Search, execution: Execution) -> Scored:
+    scored, _ = build(scoring_steps(store, search, check_inputs(store, search)), execution)
+    return scored

@@ -1,18 +1,19 @@
-"""A search with a limit of time: what is begun in time is finished, and chosen from as if there were no more to try."""
+"""Time limit of a search: lanes begun in time are finished, and the best plan is chosen from those tried."""
 
 import time
+from math import inf
 
 from prefect.logging import get_run_logger
 
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import TRIALS, Search
 
 
-def check_minutes(settings: Search, runtime: Runtime) -> None:
-    """Refuse a limit of time for a search that it could not end.
+def check_minutes(settings: Search, runtime: SearchRuntime) -> None:
+    """Refuse a time limit for a search that cannot stop early.
 
     Raises:
-        ValueError: its strategy scores all plans.
+        ValueError: the strategy scores all plans.
     """
     if runtime.minutes is not None and settings.strategy not in TRIALS:
         raise ValueError(
@@ -21,39 +22,26 @@ def check_minutes(settings: Search, runtime: Runtime) -> None:
         )
 
 
-def refuse_minutes(runtime: Runtime, flow: str) -> None:
-    """Refuse a limit of time for another flow than a search.
-
-    Raises:
-        ValueError: there is one.
-    """
-    if runtime.minutes is not None:
-        raise ValueError(
-            f"minutes is {runtime.minutes:g}, which limits a search, but {flow} does all of its work. Leave minutes "
-            "empty."
-        )
+def deadline_of(runtime: SearchRuntime) -> float:
+    """Return the deadline of a search that begins now, on the clock ``time.monotonic``; infinite without a limit."""
+    return inf if runtime.minutes is None else time.monotonic() + 60 * runtime.minutes
 
 
-def end_of(runtime: Runtime) -> float:
-    """When a search that begins now begins no plans any more, on the clock ``time.monotonic``."""
-    return float("inf") if runtime.minutes is None else time.monotonic() + 60 * runtime.minutes
-
-
-def is_too_late(tried: int, end: float) -> bool:
-    """Whether no request for lanes is to be begun any more; one of which the store has some was begun before.
+def is_too_late(tried: int, deadline: float) -> bool:
+    """Return whether no further lanes may be begun.
 
     Args:
-        tried: how many plans were scored before. What a search begins with is always scored, as uniform is among it.
-        end: when that is, on the clock ``time.monotonic``.
+        tried: number of plans scored before. The first lanes are always scored, as uniform is among them.
+        deadline: on the clock ``time.monotonic``.
     """
-    return tried > 0 and time.monotonic() >= end
+    return tried > 0 and time.monotonic() >= deadline
 
 
 def stopped(settings: Search, tried: int) -> Search:
-    """The search that stops at what was tried when the time of this one was over."""
+    """Return the search that stops after the plans tried so far, and say so in the run's log."""
     get_run_logger().warning(
-        "the minutes are over, after %d of the plans that this search would try: the best of them is chosen now, and "
-        "the same search again goes on from there",
+        "the time limit is reached after %d of the plans that this search would try: the best of them is chosen now, "
+        "and the same search goes on from there",
         tried,
     )
     return settings.model_copy(update={"stop_after": tried})

@@ -8,6 +8,7 @@ from typing import Any
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import TestResult, read_test
+from layerwise.tasks.results.roles import EVALUATE, SELECT, lane_role
 from layerwise.tasks.select import ScoreRow, Selection, read_selection
 
 RESULT_FILE = "result.json"
@@ -38,11 +39,6 @@ class FinishedSearch:
         return self.stages[lane_role(row.beta, row.offset)]
 
 
-def lane_role(beta: float, offset: float) -> str:
-    """What the lane of a plan is called in a search's result."""
-    return f"lane beta {beta:.12g}" + (f" offset {offset:.12g}" if offset else "")
-
-
 def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
     """What a search has left.
 
@@ -66,7 +62,7 @@ def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
         artifact,
         document["settings"],
         document["source"],
-        read_selection(store, stages["select"]),
-        read_test(store, stages["evaluate"]),
+        read_selection(store, stages[SELECT]),
+        read_test(store, stages[EVALUATE]),
         stages,
     )

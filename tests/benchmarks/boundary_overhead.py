@@ -25,7 +25,7 @@ import xxhash
 from layerwise import storage, tasks
 from layerwise.flows import search as flow_module
 from layerwise.flows.orchestration.embedded_server import ServerStart
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import open_filesystem
@@ -144,7 +144,7 @@ def main() -> None:
     watch = Stopwatch()
     watch.install()
     began = time.monotonic()
-    flow_module.search(settings, Runtime(**chosen))
+    flow_module.search(settings, SearchRuntime(**chosen))
     total = time.monotonic() - began
     sys.stdout.write(report(watch, total))
     sys.exit(watch.safety > LIMIT * total)

@@ -30,7 +30,7 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from layerwise.flows.fan_out import part_flows as steps
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
@@ -83,7 +83,7 @@ def main() -> None:
         proxy = stack.enter_context(FaultProxy(os.environ["AWS_ENDPOINT_URL"]))
         proxy.inject(stall_before_head(LATENCY), times=float("inf"))
         whole = ArtifactStore(str(folder / "whole"))
-        search(Search(**settings), Runtime(store=whole.url))
+        search(Search(**settings), SearchRuntime(store=whole.url))
         timings = []
         for count in WORKERS:
             store = ArtifactStore(f"{arguments.store}/{count}")
@@ -140,7 +140,7 @@ def measure(
         ]
         for worker in workers:
             worker.wait_until_ready()
-        runtime = Runtime(store=store.url, fan_out=f"pool:{pool}", groups=GROUPS, boundary_layers=1)
+        runtime = SearchRuntime(store=store.url, fan_out=f"pool:{pool}", groups=GROUPS, boundary_layers=1)
         began = time.time()
         search(Search(**settings), runtime)
         total = time.time() - began

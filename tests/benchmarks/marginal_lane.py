@@ -12,14 +12,17 @@ import sys
 import time
 from pathlib import Path
 
+from prefect import flow
+
 from layerwise.allocators.allocation import arithmetic
-from layerwise.flows.pipeline.stages import check_inputs, load_checkpoint, sample_windows
+from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.flows.pipeline.build import build
+from layerwise.flows.pipeline.graph import Captured, capture_steps
+from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.branch import branch
-from layerwise.tasks.capture import CaptureSettings, capture
-from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.models.streamed import layer_sizes_of
 
 ROUNDS = 3
@@ -34,12 +37,14 @@ def main() -> None:
         model="demo", sparsity=0.5, seqlen=512, calibration_windows=8, selection_windows=8, test_windows=8
     )
     execution = Runtime(store=store.url).execution()
-    inputs = check_inputs.fn(store, settings)
-    checkpoint, linears = load_checkpoint.fn(store, settings), inputs.linears
-    windows = sample_windows.fn(store, checkpoint, inputs.texts.requests)
-    calibration, selection = windows["calibration"], windows["selection"]
-    captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
-    lane_inputs = LaneInputs(checkpoint, captured, calibration, selection)
+    ServerStart().wait()
+
+    @flow(name="prepare marginal_lane")
+    def prepare() -> Captured:
+        return build(capture_steps(store, settings, check_inputs(store, settings)), execution)[0]
+
+    captured = prepare()
+    checkpoint, linears, lane_inputs = captured.checkpoint, captured.linears, captured.inputs("selection")
     layers = sum(checkpoint.index.layer_bytes)
     ratios = []
     salt = time.time() % 1e-3  # another target every time, so that no lane is in the store already

@@ -34,9 +34,9 @@ from prefect.states import Completed, Pending, Running
 
 from layerwise.flows.fan_out import part_flows as steps
 from layerwise.flows.fan_out.dispatch import FanOut
-from layerwise.flows.fan_out.step import Step, parameters_of
+from layerwise.flows.fan_out.part import Part, parameters_of
 from layerwise.flows.fan_out.work_pool import WorkPool
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -137,13 +137,13 @@ def measure(count: int, folder: Path) -> Cost:
     """Have ``count`` groups done in an empty store."""
     cost, process, store = Cost(count), psutil.Process(), ArtifactStore(str(folder))
     settings = Search(model="demo", sparsity=0.5)
-    runtime = Runtime(store=str(folder), fan_out=f"pool:{POOL}", groups=count)
+    runtime = FanOutRuntime(store=str(folder), fan_out=f"pool:{POOL}", groups=count)
 
-    def step(number: int) -> Step:
+    def step(number: int) -> Part:
         parameters = parameters_of(settings, runtime) | {"points": [[number / count, 0.0]]}
         stage = lane(number / count)
         title = f"group {number + 1} of {count}"
-        return Step("branch", title, title, parameters, lambda: store.find(stage) is not None)
+        return Part("branch", title, title, parameters, lambda: store.find(stage) is not None)
 
     @flow(name=f"parent of {count}")
     def parent() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 
@@ -81,9 +81,9 @@ def workshop(tmp_path_factory) -> Workshop:
 
 
 @pytest.fixture(scope="session")
-def finished(workshop, prefect_backend, tmp_path_factory) -> tuple[SearchResult, Runtime]:
+def finished(workshop, prefect_backend, tmp_path_factory) -> tuple[SearchResult, SearchRuntime]:
     """A search that built everything in an empty store, and where it ran. Tests add to the store, and never remove."""
-    runtime = Runtime(store=str(tmp_path_factory.mktemp("finished") / "store"))
+    runtime = SearchRuntime(store=str(tmp_path_factory.mktemp("finished") / "store"))
     return search(workshop.settings(), runtime), runtime
 
 
@@ -92,7 +92,7 @@ def run_search(prefect_backend, workshop, finished) -> Callable[..., SearchResul
     """Search with some settings changed, in the store of the finished search unless it is given."""
 
     def run(store: str | None = None, **changes) -> SearchResult:
-        runtime = finished[1] if store is None else Runtime(store=store)
+        runtime = finished[1] if store is None else SearchRuntime(store=store)
         return search(workshop.settings(**changes), runtime)
 
     return run

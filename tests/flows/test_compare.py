@@ -11,8 +11,7 @@ from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import ValidationError
 
-from layerwise.flows.compare import Compare, compare
-from layerwise.flows.pipeline.compared_searches import SearchFailed
+from layerwise.flows.compare import Compare, SearchFailed, compare
 from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search

@@ -7,8 +7,8 @@ import pytest
 
 from layerwise.flows.compare import Compare
 from layerwise.flows.options import add_options, read_options
-from layerwise.flows.pipeline.stages import check_plans
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.pipeline.inputs import check_plans
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 
@@ -19,10 +19,10 @@ def read(*options: str) -> Search:
     """The settings of a search; with its plans made for a model of three layers."""
     parser = ArgumentParser()
     add_options(parser, Search)
-    add_options(parser, Runtime)
+    add_options(parser, SearchRuntime)
     arguments = parser.parse_args(["--model=demo", "--sparsity=0.5", "--store=store", *options])
     settings = read_options(arguments, Search)
-    read_options(arguments, Runtime)
+    read_options(arguments, SearchRuntime)
     check_plans(settings, LINEARS)
     return settings
 

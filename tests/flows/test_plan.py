@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from layerwise.flows.plan import plan_search
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.storage.store import ArtifactStore
 
@@ -30,7 +30,7 @@ def stage_of(plan, name):
 
 def test_before_a_search_everything_is_to_do_and_nothing_is_written(workshop, fresh_store_url):
     store = ArtifactStore(fresh_store_url)
-    plan = plan_search(workshop.settings(), Runtime(store=fresh_store_url))
+    plan = plan_search(workshop.settings(), SearchRuntime(store=fresh_store_url))
     assert [stage.name for stage in plan.stages] == STAGES
     assert to_do(plan) == STAGES
     assert plan.betas == (0.0, 0.1, 0.25)
@@ -40,7 +40,7 @@ def test_before_a_search_everything_is_to_do_and_nothing_is_written(workshop, fr
 
 
 def test_between_it_knows_what_is_there(workshop, prefect_backend, tmp_path, monkeypatch):
-    runtime = Runtime(store=str(tmp_path / "store"))
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
 
     def dying(*_):
         raise OSError("the machine died")
@@ -85,7 +85,7 @@ def test_a_plan_writes_nothing_into_a_store_that_is_in_use(workshop, finished):
 
 
 def test_bytes_are_about_those_that_the_search_reads_and_writes(workshop, prefect_backend, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"))
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
     settings = workshop.settings(retain="all")
     plan = plan_search(settings, runtime)
     result = search(settings, runtime)
@@ -101,7 +101,7 @@ def test_bytes_are_about_those_that_the_search_reads_and_writes(workshop, prefec
 
 
 def test_lanes_that_calibrate_themselves_write_their_statistics(workshop, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"))
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
     assert stage_of(plan_search(workshop.settings(), runtime), "branch").writes == 0
     plan = plan_search(workshop.settings(calibration_mode="sequential"), runtime)
     channels = 3 * (3 * 32 + 32 + 2 * 32 + 48)  # q, k, v; o; gate, up; down
@@ -110,7 +110,9 @@ def test_lanes_that_calibrate_themselves_write_their_statistics(workshop, tmp_pa
 
 def test_memory_follows_from_the_settings(workshop, tmp_path):
     def memory(gib=4.0, **changes):
-        return plan_search(workshop.settings(**changes), Runtime(store=str(tmp_path), hidden_states_gib=gib))
+        return plan_search(
+            workshop.settings(**changes), SearchRuntime(store=str(tmp_path), hidden_states_gib=gib)
+        )
 
     window = 16 * 32 * 4  # tokens, width, bytes
     plan = memory()
@@ -120,7 +122,7 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     assert plan.resume_point == plan.memory["hidden states"]
     assert plan.resume_bytes_an_hour == 12 * plan.resume_point  # every five minutes
     assert plan.resume_bytes_a_stage == 0
-    every_second = plan_search(workshop.settings(), Runtime(store=str(tmp_path), boundary_layers=2))
+    every_second = plan_search(workshop.settings(), SearchRuntime(store=str(tmp_path), boundary_layers=2))
     assert every_second.resume_bytes_a_stage == plan.resume_point  # of three layers
     assert plan.scratch == 0
     layer = sum(
@@ -140,7 +142,7 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
 
 def test_a_plan_counts_the_windows_of_a_text_that_nobody_has_tokenised_yet(workshop, tmp_path):
     """A quarter of the 2000 words is the test's: 31 windows of 16 tokens; and all others get what they ask for."""
-    plan = plan_search(workshop.settings(test_windows=None), Runtime(store=str(tmp_path / "store")))
+    plan = plan_search(workshop.settings(test_windows=None), SearchRuntime(store=str(tmp_path / "store")))
     assert stage_of(plan, "sample_tokens: calibration").state == "cut 6 windows of 16 tokens"
     assert stage_of(plan, "sample_tokens: test").state == "cut 31 windows of 16 tokens"
     assert plan.memory["hidden states"] == 3 * 31 * 16 * 32 * 4
@@ -154,7 +156,7 @@ def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(wo
     for file in workshop.model.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "gpt2")
     plan = plan_search(
-        workshop.settings(model=str(tmp_path / "gpt2")), Runtime(store=str(tmp_path / "store"))
+        workshop.settings(model=str(tmp_path / "gpt2")), SearchRuntime(store=str(tmp_path / "store"))
     )
     assert plan.memory["hidden states"] == 4 * 4 * 16 * 32 * 4
 
@@ -171,11 +173,11 @@ def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes
     if "model" in changes:
         changes = {"model": str(workshop.folder / "experts")}
     with pytest.raises(ValueError, match=message):
-        plan_search(workshop.settings(**changes), Runtime(store=str(tmp_path / "store")))
+        plan_search(workshop.settings(**changes), SearchRuntime(store=str(tmp_path / "store")))
     assert not (tmp_path / "store").exists()
 
 
 def test_a_plan_says_how_large_the_second_moments_of_the_widest_linear_are(workshop, tmp_path):
     """Of a down_proj with 48 inputs: 48 x 48 numbers of 4 bytes."""
-    plan = plan_search(workshop.settings(pruner="sparsegpt"), Runtime(store=str(tmp_path / "store")))
+    plan = plan_search(workshop.settings(pruner="sparsegpt"), SearchRuntime(store=str(tmp_path / "store")))
     assert "second moments (mlp.down_proj: 9.22 kB a matrix)" in plan.memory

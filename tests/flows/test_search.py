@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from layerwise.flows.pipeline.lookup import look_up
 from layerwise.flows.plan import plan_search
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.storage.files.reading import open_filesystem
@@ -145,7 +145,7 @@ def test_only_what_a_setting_changes_is_built_anew(finished, run_search, changes
 def test_a_search_that_died_goes_on_from_its_last_resume_point(
     finished, workshop, tmp_path, monkeypatch, prefect_backend
 ):
-    runtime = Runtime(store=str(tmp_path / "store"), boundary_layers=1)
+    runtime = SearchRuntime(store=str(tmp_path / "store"), boundary_layers=1)
     computed = []
     read_statistics = __import__(
         "layerwise.tasks.lanes.lane_group", fromlist=["read_statistics"]
@@ -260,12 +260,12 @@ def test_what_cannot_work_is_refused_before_anything_is_imported(
         changes = {"model": str(workshop.folder / changes["model"])}
     store = str(tmp_path / "store")
     with pytest.raises((ValueError, OSError), match=message):
-        search(workshop.settings(**changes), Runtime(store=store))
+        search(workshop.settings(**changes), SearchRuntime(store=store))
     assert list(ArtifactStore(store).artifacts()) == []
 
 
 def test_a_device_that_is_not_there_is_refused(workshop, prefect_backend, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"), device="xpu:7")
+    runtime = SearchRuntime(store=str(tmp_path / "store"), device="xpu:7")
     with pytest.raises(ValueError, match="cannot compute on device 'xpu:7'"):
         search(workshop.settings(), runtime)
 
@@ -366,7 +366,7 @@ def terse_model(tmp_path) -> str:
 def test_a_model_a_sparsity_and_a_store_are_enough(terse_model, prefect_backend, tmp_path):
     """Of the built-in text half is for calibration and a quarter for each of the others, in windows of 2048 tokens."""
     tokens = len(re.findall(PHRASE, BUILTIN))
-    settings, runtime = Search(model=terse_model, sparsity=0.97), Runtime(store=str(tmp_path / "store"))
+    settings, runtime = Search(model=terse_model, sparsity=0.97), SearchRuntime(store=str(tmp_path / "store"))
     result = search(settings, runtime)
     windows = {role: result.stages[role].facts["windows"] for role in ("calibration", "selection", "test")}
     assert windows == {

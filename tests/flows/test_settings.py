@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.pruners.magnitude import Magnitude
@@ -12,7 +12,7 @@ from layerwise.pruners.wanda import Wanda
 LEAST = {"model": "demo", "sparsity": 0.5}
 
 
-@pytest.mark.parametrize("settings", [Search, Runtime])
+@pytest.mark.parametrize("settings", [Search, SearchRuntime])
 def test_every_field_says_what_it_is_in_the_form_that_prefect_shows(settings):
     definition = search.parameters.model_dump()["definitions"][settings.__name__]
     assert set(definition["properties"]) == set(settings.model_fields)
@@ -23,7 +23,7 @@ def test_every_field_says_what_it_is_in_the_form_that_prefect_shows(settings):
 
 def test_a_model_and_a_sparsity_are_enough():
     assert Search.model_json_schema()["required"] == ["model", "sparsity"]
-    assert Runtime.model_json_schema()["required"] == ["store"]
+    assert SearchRuntime.model_json_schema()["required"] == ["store"]
     settings = Search(**LEAST)
     assert settings.pruner == Wanda()
     assert settings.allocation.step == 0.002
@@ -69,7 +69,7 @@ def test_a_search_that_means_nothing_is_refused_by_the_name_of_its_field(changes
 )
 def test_a_runtime_that_means_nothing_is_refused_by_the_name_of_its_field(changes, named):
     with pytest.raises(ValidationError, match=named):
-        Runtime.model_validate({"store": "anywhere"} | changes)
+        SearchRuntime.model_validate({"store": "anywhere"} | changes)
 
 
 SECRETS = [
@@ -86,7 +86,7 @@ SECRETS = [
 @pytest.mark.parametrize("field", ["model", "calibration", "selection", "test", "store"])
 def test_credentials_in_a_url_are_refused_and_not_repeated(field, url):
     """They would be a parameter of the flow run, in Prefect's database, and in the store's result.json."""
-    settings, least = (Runtime, {}) if field == "store" else (Search, LEAST)
+    settings, least = (SearchRuntime, {}) if field == "store" else (Search, LEAST)
     with pytest.raises(ValidationError, match="holds credentials") as caught:
         settings.model_validate(least | {field: url})
     assert "SEC" not in str(caught.value)
@@ -122,7 +122,9 @@ def test_settings_cannot_be_changed():
 
 
 def test_a_runtime_becomes_what_the_tasks_take(tmp_path):
-    runtime = Runtime(store="s", device="cpu", hidden_states_gib=0.5, scratch=tmp_path, boundary_minutes=2)
+    runtime = SearchRuntime(
+        store="s", device="cpu", hidden_states_gib=0.5, scratch=tmp_path, boundary_minutes=2
+    )
     execution = runtime.execution()
     assert execution.hidden_states_bytes == 2**29
     assert execution.scratch == tmp_path
@@ -141,7 +143,7 @@ def test_the_container_in_an_azure_url_is_no_credential():
     [("local", None, None), ("processes:4", 4, None), ("pool:gpu workers", None, "gpu workers")],
 )
 def test_a_runtime_says_who_computes(fan_out, processes, pool):
-    runtime = Runtime(store="here", fan_out=fan_out)
+    runtime = SearchRuntime(store="here", fan_out=fan_out)
     assert (runtime.processes, runtime.pool) == (processes, pool)
 
 
@@ -150,12 +152,12 @@ def test_a_runtime_says_who_computes(fan_out, processes, pool):
 )
 def test_another_place_to_compute_is_refused_by_its_field(fan_out):
     with pytest.raises(ValidationError, match="fan_out"):
-        Runtime(store="here", fan_out=fan_out)
+        SearchRuntime(store="here", fan_out=fan_out)
 
 
 def test_one_process_makes_no_groups():
     with pytest.raises(ValidationError, match=r"groups is 3, but fan_out is local"):
-        Runtime(store="here", groups=3)
+        SearchRuntime(store="here", groups=3)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "N:8"])

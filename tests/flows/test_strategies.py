@@ -12,11 +12,11 @@ from layerwise.flows.compare import Compare, compare
 from layerwise.flows.fan_out.part_flows import evaluate
 from layerwise.flows.pipeline.lookup import look_up
 from layerwise.flows.plan import plan_search
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.theory import Theory, theory
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.results.search_result import lane_role
+from layerwise.tasks.results.roles import lane_role
 
 BETAS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the last one removes the whole third layer
 WINDOWS = 24
@@ -45,7 +45,7 @@ def settings(workshop, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grid(settings, prefect_backend, tmp_path_factory):
-    runtime = Runtime(store=str(tmp_path_factory.mktemp("grid") / "store"))
+    runtime = SearchRuntime(store=str(tmp_path_factory.mktemp("grid") / "store"))
     return search(settings(), runtime), runtime
 
 
@@ -95,13 +95,13 @@ def test_an_adaptive_search_takes_its_lanes_from_the_grid_that_ran_before(settin
 
 
 def test_a_plan_shows_the_first_round_and_says_that_more_will_follow(settings, tmp_path):
-    plan = plan_search(settings(strategy="race"), Runtime(store=str(tmp_path / "store")))
+    plan = plan_search(settings(strategy="race"), SearchRuntime(store=str(tmp_path / "store")))
     (branch,) = [stage for stage in plan.stages if stage.name.startswith("branch")]
     assert branch.state == "prune and score 7 of them, windows 0 to 7; then what these tell"
 
 
 def test_over_processes_a_race_ends_as_in_one(settings, grid, race, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
     spread = search(settings(strategy="race"), runtime)
     assert spread.selection == race.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
@@ -162,7 +162,7 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
 @pytest.mark.parametrize("strategy", ["bayesian", "projections"])
 def test_over_processes_a_search_that_makes_plans_ends_as_in_one(strategy, request, tmp_path):
     alone = request.getfixturevalue(strategy)
-    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
     spread = search(alone.settings, runtime)
     assert spread.selection == alone.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
@@ -176,15 +176,15 @@ def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_
 ):
     asked = settings(strategy="adaptive", trials=6)
     store = str(tmp_path / "store")
-    stopped = search(asked, Runtime(store=store, minutes=1e-6, **fan_out))
+    stopped = search(asked, SearchRuntime(store=store, minutes=1e-6, **fan_out))
     tried = [0.0, BETAS[0], BETAS[2]]  # what an adaptive search begins with
     assert [row.beta for row in stopped.selection.rows] == tried
     assert stopped.settings == asked.model_copy(update={"stop_after": 3})
     assert "The search was stopped after 3 plans; others may be better." in Path(stopped.report).read_text()
-    plan = plan_search(stopped.settings, Runtime(store=store))
+    plan = plan_search(stopped.settings, SearchRuntime(store=store))
     assert not [stage for stage in plan.stages if stage.to_do]
-    assert search(stopped.settings, Runtime(store=store)).built == ()
-    again = search(asked, Runtime(store=store, minutes=60, **fan_out))
+    assert search(stopped.settings, SearchRuntime(store=store)).built == ()
+    again = search(asked, SearchRuntime(store=store, minutes=60, **fan_out))
     assert again.settings == asked
     assert len(again.selection.rows) > 3
     assert "The search was stopped" not in Path(again.report).read_text()
@@ -194,7 +194,7 @@ def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_
 def test_minutes_change_nothing_in_a_search_that_ends_in_time(settings, tmp_path):
     asked = settings(strategy="adaptive", trials=6)
     plain, limited = (
-        search(asked, Runtime(store=str(tmp_path / name), minutes=minutes))
+        search(asked, SearchRuntime(store=str(tmp_path / name), minutes=minutes))
         for name, minutes in (("plain", None), ("limited", 60))
     )
     assert limited.settings == asked
@@ -204,16 +204,16 @@ def test_minutes_change_nothing_in_a_search_that_ends_in_time(settings, tmp_path
 def test_a_request_that_was_begun_is_finished_when_the_time_is_over(settings, tmp_path):
     store, other = (ArtifactStore(str(tmp_path / name)) for name in ("store", "other"))
     asked = settings(strategy="evolutionary", trials=10, betas=[0.1], export=False)
-    whole = search(asked, Runtime(store=store.url))
+    whole = search(asked, SearchRuntime(store=store.url))
     shutil.copytree(tmp_path / "store", tmp_path / "other")
     begun = whole.stages["lane beta 9"]  # of two plans to begin with and a generation of eight
     shutil.rmtree(tmp_path / "other" / begun.key)
-    again = search(asked, Runtime(store=other.url, minutes=1e-6))
+    again = search(asked, SearchRuntime(store=other.url, minutes=1e-6))
     assert (again.settings, again.selection) == (asked, whole.selection)
 
 
 def test_a_plan_of_a_search_that_stops_says_that_nothing_follows(settings, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"))
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
     ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; then what these tell"}
     for stop_after, state in ends.items():
         plan = plan_search(settings(strategy="adaptive", stop_after=stop_after), runtime)
@@ -221,18 +221,24 @@ def test_a_plan_of_a_search_that_stops_says_that_nothing_follows(settings, tmp_p
 
 
 def test_minutes_are_for_a_search_that_they_can_end(settings, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"), minutes=5)
+    runtime = SearchRuntime(store=str(tmp_path / "store"), minutes=5)
     for strategy in ("grid", "race"):
         for run in (search, plan_search):
             with pytest.raises(
                 ValueError, match=f"^minutes is 5, but the strategy {strategy} scores all plans"
             ):
                 run(settings(strategy=strategy), runtime)
-    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but compare does all"):
+    with pytest.raises(
+        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+    ):
         compare(Compare(search=settings(strategy="adaptive")), runtime)
-    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but theory does all"):
+    with pytest.raises(
+        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+    ):
         theory(Theory(search=settings(export=False, betas=None)), runtime)
-    with pytest.raises(ValueError, match="minutes is 5, which limits a search, but a part of one does all"):
+    with pytest.raises(
+        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+    ):
         evaluate(settings(strategy="adaptive"), runtime)
     with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
         settings(stop_after=3)

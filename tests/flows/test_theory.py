@@ -13,7 +13,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 from pydantic import ValidationError
 
 from layerwise.flows.report import make_report
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import Runtime, SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.flows.theory import Theory, theory
@@ -179,10 +179,9 @@ def test_a_beta_that_the_model_does_not_allow_is_refused_before_anything_is_comp
 
 
 def test_other_processes_are_refused_as_all_plans_advance_together(workshop, prefect_backend, tmp_path):
-    runtime = Runtime(store=str(tmp_path / "store"), fan_out="processes:2")
-    state = theory(Theory(search=small(workshop)), runtime, return_state=True)
-    with pytest.raises(ValueError, match="fan_out is processes:2, but all plans"):
-        state.result()
+    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2")
+    with pytest.raises(ValueError, match="fan_out is processes:2, which is not a setting of this flow"):
+        theory(Theory(search=small(workshop)), runtime)
     assert not (tmp_path / "store").exists()
 
 

@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from layerwise.flows.cli.main import FLOWS, main
 from layerwise.flows.cli.parser import command_parser
 from layerwise.flows.options import add_options, read_options, search_command
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -198,7 +198,7 @@ def without_spaces(text: str) -> str:
 
 
 @pytest.mark.parametrize("command", ["search", "plan"])
-@pytest.mark.parametrize("settings", [Search, Runtime])
+@pytest.mark.parametrize("settings", [Search, SearchRuntime])
 def test_help_has_every_setting_with_its_description_and_default(said, command, settings):
     assert said[f"help {command}"].code == 0
     shown = without_spaces(said[f"help {command}"].out)
@@ -468,7 +468,7 @@ def test_the_command_of_a_search_makes_the_same_search(changes):
     settings = Search.model_validate({"model": "demo", "sparsity": 0.5, **changes})
     parser = ArgumentParser()
     add_options(parser, Search)
-    add_options(parser, Runtime)
+    add_options(parser, SearchRuntime)
     program, command, *options = shlex.split(search_command(settings))
     assert (program, command) == ("layerwise", "search")
     parsed = parser.parse_args(options)

@@ -38,8 +38,8 @@ from prefect.settings import (
 from prefect.states import Cancelling
 
 from layerwise.flows.fan_out import part_flows as steps
-from layerwise.flows.fan_out.step import StepFailed
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.fan_out.part import PartFailed
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import SearchResult, search
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
@@ -57,10 +57,10 @@ LIMIT = 480.0  # seconds for anything that is waited for
 PARENT = """
 import json, sys
 from layerwise.flows.search import search
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import Search
 settings, runtime = json.loads(sys.argv[1])
-search(Search(**settings), Runtime(**runtime))
+search(Search(**settings), SearchRuntime(**runtime))
 """
 
 
@@ -107,7 +107,7 @@ def client(server) -> Iterator[SyncPrefectClient]:
 def undisturbed(settings, server, folder) -> ArtifactStore:
     """The store of a search that ran in one process."""
     store = ArtifactStore(str(folder / "undisturbed"))
-    search(Search(**settings), Runtime(store=store.url))
+    search(Search(**settings), SearchRuntime(store=store.url))
     return store
 
 
@@ -177,7 +177,7 @@ def begin(server) -> Iterator[Callable[..., Future[SearchResult]]]:
     with ThreadPoolExecutor() as threads:
 
         def begin(settings: dict, runtime: dict) -> Future[SearchResult]:
-            return threads.submit(copy_context().run, search, Search(**settings), Runtime(**runtime))
+            return threads.submit(copy_context().run, search, Search(**settings), SearchRuntime(**runtime))
 
         yield begin
 
@@ -301,7 +301,7 @@ def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
 def test_three_groups_on_two_machines_make_what_one_process_makes(
     client, settings, bucket, undisturbed, workers
 ):
-    result = search(Search(**settings), Runtime(**pool_runtime(bucket)))
+    result = search(Search(**settings), SearchRuntime(**pool_runtime(bucket)))
     assert contents(bucket) == contents(undisturbed)
     assert result.bytes_read == 0  # no weight was read here
     captures, branches, evaluations = (
@@ -378,7 +378,7 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_ther
     assert 0 < max(layers) < LAYERS
 
     with caplog.at_level(logging.DEBUG, logger="layerwise.tasks.running.progress"):
-        search(Search(**settings), Runtime(store=store.url))
+        search(Search(**settings), SearchRuntime(store=store.url))
     assert contents(store) == contents(undisturbed)
     said = [f"DEBUG layerwise.tasks.running.progress - {record.getMessage()}" for record in caplog.records]
     resumed = [number for line in said if (number := mark_of(line)) and number.startswith("branch, layer")]
@@ -390,9 +390,9 @@ def test_a_group_that_cannot_work_fails_the_search_at_once_with_the_reason_first
 ):
     monkeypatch.chdir(folder / "small")  # where no worker is
     with pytest.raises(
-        StepFailed, match="^ValueError: 'small.gguf' is neither a file or folder on this machine"
+        PartFailed, match="^ValueError: 'small.gguf' is neither a file or folder on this machine"
     ):
-        search(Search(**{**settings, "model": "small.gguf"}), Runtime(**pool_runtime(bucket)))
+        search(Search(**{**settings, "model": "small.gguf"}), SearchRuntime(**pool_runtime(bucket)))
     (run,) = runs_of(client, bucket, "capture")
     assert run.state.is_failed()
     assert {key.partition("/")[0] for key in contents(bucket)} == {

@@ -6,7 +6,7 @@ from rich.console import Console
 from layerwise.flows.cli.tables import show_plan
 from layerwise.flows.fan_out.lane_groups import group_count
 from layerwise.flows.plan import plan_search
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.tasks.lanes.grouping import split_evenly
 
 
@@ -37,7 +37,7 @@ def test_betas_are_split_in_their_order_and_evenly():
 def test_a_plan_shows_the_groups_and_counts_one_reading_of_the_model_for_each(workshop, tmp_path, capsys):
     def plan(**runtime):
         return plan_search(
-            workshop.settings(betas=[0.05, 0.1, 0.15, 0.2]), Runtime(store=str(tmp_path), **runtime)
+            workshop.settings(betas=[0.05, 0.1, 0.15, 0.2]), SearchRuntime(store=str(tmp_path), **runtime)
         )
 
     window = 16 * 32 * 4  # tokens, width, bytes

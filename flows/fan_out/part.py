@@ -4,17 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.keys import digest
 
 
-class StepFailed(Exception):
+class PartFailed(Exception):
     """Another process could not do its part of a search, for a reason that will not go away by itself."""
 
 
 @dataclass(frozen=True)
-class Step:
+class Part:
     """What another process does in one flow run.
 
     Args:
@@ -40,7 +40,6 @@ class Step:
         return digest({"flow": self.flow, "store": runtime["store"], **what})
 
 
-def parameters_of(settings: Search, runtime: Runtime) -> dict[str, object]:
+def parameters_of(settings: Search, runtime: FanOutRuntime) -> dict[str, object]:
     """Parameters of a step of this search: it computes alone, on whatever device it has."""
-    alone = runtime.model_copy(update={"fan_out": "local", "groups": None, "minutes": None})
-    return {"settings": settings.model_dump(mode="json"), "runtime": alone.model_dump(mode="json")}
+    return {"settings": settings.model_dump(mode="json"), "runtime": runtime.alone.model_dump(mode="json")}

@@ -1,0 +1,34 @@
+"""Frame that every flow shares: SIGTERM, the sign of life in the store, cancellation."""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from prefect.exceptions import CancelledRun, TerminationSignal
+
+from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.tasks.running.stopping import stopping_on_sigterm
+
+Result = TypeVar("Result")
+
+
+def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) -> Result:
+    """Do the work of a flow run in ``store``.
+
+    While it lasts the store shows a sign of life, and SIGTERM ends it at the next resume point.
+
+    Args:
+        title: what the run does, for `layerwise status`.
+
+    Returns:
+        The result of ``work``. If the run was cancelled, Prefect's state for that, which the flow has to return.
+
+    Raises:
+        TerminationSignal: SIGTERM, and nobody cancelled the run.
+    """
+    with stopping_on_sigterm(), announced(store.fs, store.root, title):
+        try:
+            return work()
+        except (CancelledRun, TerminationSignal) as ending:
+            return cast(Result, cancelled(ending))

@@ -1,0 +1,468 @@
+"""Stages of a search, each described once.
+
+A graph is a generator of steps. It yields a step and gets back the artifacts of that step, or None for each one that
+does not exist. What it returns at its end is None if a missing artifact left something unknown. Three interpreters run it:
+``pipeline.build`` builds every artifact, ``pipeline.lookup`` finds those that exist, ``flows.plan`` lists what a search
+would do. The parts of a search that other processes run are parts of this graph.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TypeVar
+
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
+from layerwise.flows.pipeline.lane_requests import LaneRequest, first_lanes, strategy_of
+from layerwise.flows.pipeline.memory_estimate import SearchSizes
+from layerwise.flows.pipeline.time_budget import is_too_late, stopped
+from layerwise.flows.settings import Search
+from layerwise.models.skeleton import Linear
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.allocate import allocate, allocate_stage, read_plans
+from layerwise.tasks.branch import LaneScore, branch, lane_stage, read_score
+from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture, capture_stage
+from layerwise.tasks.capture_grams import capture_grams, grams_stage
+from layerwise.tasks.evaluate import evaluate, evaluate_stage
+from layerwise.tasks.export import export, export_stage
+from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.lanes.join_rounds import join_rounds, joined_stage
+from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.results.roles import EVALUATE, EXPORT, SELECT, lane_role
+from layerwise.tasks.results.run_names import model_title, title_of
+from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sample_tokens import TokenRequest, sample_tokens, token_stage
+from layerwise.tasks.select import Selection, compare, read_selection, select, select_stage
+from layerwise.tasks.texts.documents import Role
+
+Result = TypeVar("Result")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One or several artifacts that are made together.
+
+    Attributes:
+        name: name of the step in a plan.
+        stages: role in the search's result and stage of every artifact; the stage is None while it depends on an
+            artifact that does not exist.
+        build: makes the missing artifacts, and returns all of them in the order of ``stages``.
+        work: what the step does, in words; empty if it takes next to no time.
+        reads: bytes of weights that it reads.
+        writes: bytes by which the store grows.
+    """
+
+    name: str
+    stages: Sequence[tuple[str, Stage | None]]
+    build: Callable[[Execution], Sequence[Artifact]]
+    work: str = ""
+    reads: Callable[[SearchSizes], int] = lambda sizes: 0
+    writes: Callable[[SearchSizes], int] = lambda sizes: 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneStep(Step):
+    """Lanes that a strategy asks for at once.
+
+    Attributes:
+        request: plans of these lanes, and the selection windows that they are scored on.
+        plans: all plans of the allocator.
+        tried: number of plans scored before.
+    """
+
+    request: LaneRequest
+    plans: tuple[SparsityPlan, ...]
+    tried: int
+
+
+Answer = Sequence[Artifact | None]  # to a step: its artifacts, in the order of its stages
+Steps = Generator[Step, Answer, Result]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Everything that the lanes of a search read.
+
+    Attributes:
+        windows: windows by role; those of the test may be missing.
+        linears: prunable linears, by layer.
+        grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
+        plans: plans of the allocator, uniform first.
+    """
+
+    checkpoint: Checkpoint
+    windows: Mapping[Role, Artifact]
+    linears: Sequence[Sequence[Linear]]
+    pruning: PruneSettings
+    capture: Artifact
+    grams: Artifact | None
+    plans: tuple[SparsityPlan, ...]
+
+    @property
+    def dense_perplexity(self) -> float:
+        """Perplexity of the dense model on the selection windows."""
+        return float(str(self.capture.facts[DENSE_PERPLEXITY]))
+
+    def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
+        """Return the inputs of lanes that are scored on the windows of this role, or on a range of them."""
+        windows_of = self.windows["calibration"], self.windows[scored]
+        return LaneInputs(self.checkpoint, self.capture, *windows_of, self.grams, windows)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Lanes that a search has scored.
+
+    Attributes:
+        settings: settings of a search that asks for exactly these lanes; they have ``stop_after`` if its time ran out.
+        scores: scores of the lanes, uniform first.
+    """
+
+    settings: Search
+    captured: Captured
+    scores: Sequence[LaneScore]
+
+    @property
+    def best(self) -> LaneScore:
+        """Lane with the lowest loss."""
+        return self.scores[compare(self.scores, self.captured.dense_perplexity).best]
+
+    @property
+    def uniform(self) -> LaneScore:
+        """Lane in which all layers have the same sparsity."""
+        return self.scores[0]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Outcome of a search.
+
+    Attributes:
+        exported: the pruned checkpoint; None if the search does not ask for it.
+        tested: the evaluation on the test windows.
+    """
+
+    scored: Scored
+    selection: Selection
+    exported: Artifact | None
+    tested: Artifact
+
+
+def search_steps(
+    store: ArtifactStore, settings: Search, inputs: SearchInputs, deadline: float = inf
+) -> Steps[Chosen | None]:
+    """Yield all steps of a search.
+
+    Args:
+        deadline: time after which no further lanes are begun, on the clock ``time.monotonic``.
+    """
+    captured = yield from capture_steps(store, settings, inputs)
+    scored = yield from lane_steps(store, settings, inputs, captured, deadline)
+    return (yield from choice_steps(store, settings, scored))
+
+
+def scoring_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) -> Steps[Scored | None]:
+    """Yield the steps up to the scores of all lanes that the search's strategy asks for."""
+    captured = yield from capture_steps(store, settings, inputs)
+    return (yield from lane_steps(store, settings, inputs, captured))
+
+
+def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) -> Steps[Captured | None]:
+    """Yield the steps before the lanes: import, windows, the dense model's pass, the plans."""
+    checkpoint, linears, index = inputs.checkpoint, inputs.linears, inputs.index
+    windows: dict[Role, Artifact] = {}
+
+    def build_checkpoint(execution: Execution) -> list[Artifact]:
+        nonlocal checkpoint
+        checkpoint = load_checkpoint(store, settings)
+        return [checkpoint.artifact]
+
+    yield Step(
+        name="import_checkpoint",
+        stages=[("checkpoint", inputs.import_stage)],
+        build=build_checkpoint,
+        work="import",
+        reads=lambda sizes: sizes.weights,
+        writes=lambda sizes: 0 if sizes.index.in_place else sizes.weights,
+    )
+
+    for role, request in inputs.texts.requests.items():
+
+        def build_windows(execution: Execution, request: TokenRequest = request) -> list[Artifact]:
+            return [sample_windows(store, known(checkpoint), request)]
+
+        (sampled,) = yield Step(
+            name=f"sample_tokens: {role}",
+            stages=[(role, token_stage(inputs.texts.encoding_identity, request))],
+            build=build_windows,
+            work=f"cut {inputs.texts.windows[role]} windows of {settings.seqlen} tokens",
+        )
+        if sampled is not None:
+            windows[role] = sampled
+    calibration, selection = windows.get("calibration"), windows.get("selection")
+
+    dtype = settings.dtype_for((index if checkpoint is None else checkpoint.index).dtype)
+    capture_settings = CaptureSettings(dtype, settings.retain)
+    stage = None
+    if checkpoint is not None and calibration is not None and selection is not None:
+        stage = capture_stage(checkpoint.identity, calibration, selection, capture_settings)
+    (statistics,) = yield Step(
+        name="capture",
+        stages=[("capture", stage)],
+        build=lambda execution: [
+            capture(
+                store, known(checkpoint), known(calibration), known(selection), capture_settings, execution
+            )
+        ],
+        work="run the dense model",
+        reads=lambda sizes: sizes.weights,
+        writes=lambda sizes: sizes.capture,
+    )
+
+    grams = None
+    if settings.needs_grams:
+        stage = None
+        if checkpoint is not None and calibration is not None:
+            stage = grams_stage(checkpoint.identity, calibration, dtype)
+        (grams,) = yield Step(
+            name="grams",
+            stages=[("grams", stage)],
+            build=lambda execution: [
+                capture_grams(store, known(checkpoint), known(calibration), dtype, execution)
+            ],
+            work="second moments of the linears' inputs, in the dense model",
+            reads=lambda sizes: sizes.weights,
+            writes=lambda sizes: sizes.grams,
+        )
+
+    pruning, allocation = settings.pruning(dtype), settings.allocation
+    prunable = pruning.prunable(linears)
+    measured: Artifact | None = None
+    scores: tuple[float, ...] = ()
+    if is_measured(allocation.allocator):
+        to_measure = allocation.allocator, allocation.by_linear, prunable
+        stage = None
+        if checkpoint is not None and statistics is not None and (grams or not settings.needs_grams):
+            stage = measure_stage(checkpoint, statistics, grams, *to_measure)
+        (measured,) = yield Step(
+            name="measure",
+            stages=[("measure", stage)],
+            build=lambda execution: [
+                measure(store, known(checkpoint), known(statistics), grams, *to_measure, execution)
+            ],
+            work=f"measure the layers for {allocation.allocator.method}",
+            reads=lambda sizes: sum(sizes.index.layer_bytes),
+        )
+        if measured is not None:
+            scores = read_scores(store, measured)
+
+    plans_known = measured is not None or not is_measured(allocation.allocator)
+    (allocated,) = yield Step(
+        name="allocate",
+        stages=[("allocate", allocate_stage(prunable, allocation, measured) if plans_known else None)],
+        build=lambda execution: [allocate(store, prunable, allocation, measured)],
+    )
+    if (
+        checkpoint is None
+        or calibration is None
+        or selection is None
+        or statistics is None
+        or (settings.needs_grams and grams is None)
+        or not plans_known
+    ):
+        return None
+    plans = allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
+    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans)
+
+
+def lane_steps(
+    store: ArtifactStore,
+    settings: Search,
+    inputs: SearchInputs,
+    captured: Captured | None,
+    deadline: float = inf,
+) -> Steps[Scored | None]:
+    """Yield the lanes, request by request; each request depends on the losses of those before."""
+    windows = inputs.texts.windows["selection"]
+    if captured is None:
+        plans = expected_plans(settings, inputs.linears)
+        yield lane_step(store, None, plans, first_lanes(settings, plans, inputs.linears, windows))
+        return None
+    strategy = strategy_of(settings, captured.plans, captured.linears, windows)
+    rounds: dict[SparsityPlan, list[LaneScore]] = {}  # of each lane, one score for each range of the windows
+    while request := strategy.next_lanes(losses_of(rounds)):
+        step = lane_step(store, captured, captured.plans, request, len(rounds))
+        if is_too_late(len(rounds), deadline) and not any(
+            store.find(known(stage)) for _, stage in step.stages
+        ):
+            settings = stopped(settings, len(rounds))
+            break
+        artifacts = yield step
+        for plan, artifact in zip(request.plans, artifacts, strict=True):
+            if artifact is None:
+                return None
+            rounds.setdefault(plan, []).append(read_score(store, plan, artifact))
+    order = {plan: number for number, plan in enumerate(captured.plans)}
+    # Stable: plans that the strategy made come after those of the allocator, in the order of their trials.
+    lanes = [rounds[plan] for plan in sorted(rounds, key=lambda plan: order.get(plan, len(order)))]
+    if all(len(scores) == 1 for scores in lanes):
+        return Scored(settings, captured, [score for (score,) in lanes])
+    joined = yield Step(
+        name="join_rounds",
+        stages=[(role_of(scores[0].plan), joined_stage(scores)) for scores in lanes],
+        build=lambda execution: [score.artifact for score in join_rounds(store, lanes)],
+    )
+    whole = [
+        read_score(store, scores[0].plan, artifact)
+        for scores, artifact in zip(lanes, joined, strict=True)
+        if artifact is not None
+    ]
+    return Scored(settings, captured, whole) if len(whole) == len(lanes) else None
+
+
+def lane_step(
+    store: ArtifactStore,
+    captured: Captured | None,
+    plans: Sequence[SparsityPlan],
+    request: LaneRequest,
+    tried: int = 0,
+) -> LaneStep:
+    """Return the step of one request.
+
+    Args:
+        captured: inputs of the lanes; None if they are not known yet.
+        plans: all plans of the allocator.
+        tried: number of plans scored before.
+    """
+    inputs = None if captured is None else captured.inputs("selection", request.windows)
+
+    def stage(plan: SparsityPlan) -> Stage | None:
+        return None if inputs is None else lane_stage(plan, inputs, known(captured).pruning)
+
+    def build(execution: Execution) -> list[Artifact]:
+        linears, pruning = known(captured).linears, known(captured).pruning
+        scores = branch(store, known(inputs), request.plans, linears, pruning, execution)
+        return [score.artifact for score in scores]
+
+    return LaneStep(
+        name="branch",
+        stages=[(role_of(plan), stage(plan)) for plan in request.plans],
+        build=build,
+        request=request,
+        plans=tuple(plans),
+        tried=tried,
+    )
+
+
+def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) -> Steps[Chosen | None]:
+    """Yield the steps after the lanes: choose a plan, export the model pruned by it, test it."""
+    stage = None
+    if scored is not None:
+        dense, parameter = scored.captured.dense_perplexity, settings.parameter
+        stage = select_stage(scored.scores, dense, parameter)
+    (selected,) = yield Step(
+        name="select",
+        stages=[(SELECT, stage)],
+        build=lambda execution: [select(store, known(scored).scores, dense, parameter)],
+        work="choose the best of them",
+    )
+
+    exported = None
+    if settings.export:
+        stage = None
+        if scored is not None:
+            inputs = scored.captured.inputs("selection")
+            stage = export_stage(inputs, scored.best, scored.uniform, scored.captured.pruning)
+        (exported,) = yield Step(
+            name="export",
+            stages=[(EXPORT, stage)],
+            build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
+            work="write the pruned checkpoint",
+            reads=lambda sizes: sizes.weights,
+            writes=lambda sizes: sizes.weights,
+        )
+
+    stage = None
+    if scored is not None and "test" in scored.captured.windows:
+        tested_plans = scored.uniform.plan, scored.best.plan
+        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning)
+    (tested,) = yield Step(
+        name="evaluate",
+        stages=[(EVALUATE, stage)],
+        build=lambda execution: [_evaluate(store, known(scored), execution)],
+        work="dense, uniform and best on the test windows",
+        reads=lambda sizes: sizes.weights,
+    )
+    if scored is None or selected is None or tested is None or (settings.export and exported is None):
+        return None
+    return Chosen(scored, read_selection(store, selected), exported, tested)
+
+
+def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
+    """Export the checkpoint that the plan of ``lane`` gives, unless the store has it."""
+    before = scored.captured
+    return export(
+        store, before.inputs("selection"), lane, scored.uniform, before.linears, before.pruning, execution
+    )
+
+
+def _evaluate(store: ArtifactStore, scored: Scored, execution: Execution) -> Artifact:
+    before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
+    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution)
+
+
+def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:
+    """Run a graph to its end.
+
+    Args:
+        answer: returns the artifacts of a step.
+    """
+    step = next(steps)
+    while True:
+        artifacts = answer(step)
+        try:
+            step = steps.send(artifacts)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def known(value: Value | None) -> Value:
+    """Return ``value``, which a step before has made known."""
+    assert value is not None, "a step is built after those that it depends on"
+    return value
+
+
+def role_of(plan: SparsityPlan) -> str:
+    """Return the role of a plan's lane in the search's result."""
+    return lane_role(plan.beta, plan.offset)
+
+
+def losses_of(rounds: Mapping[SparsityPlan, Sequence[LaneScore]]) -> dict[SparsityPlan, list[float]]:
+    """Return the losses of the lanes on the selection windows that they have seen, in nats."""
+    return {plan: [loss for score in scores for loss in score.losses] for plan, scores in rounds.items()}
+
+
+@stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))
+def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
+    """Import the model unless the store has it, and open it for reading.
+
+    Raises:
+        ValueError: the model cannot be pruned.
+    """
+    return import_checkpoint(store, settings.model)
+
+
+@stage_task(
+    name="sample_tokens", about=lambda checkpoint, request, **_: f"{model_title(checkpoint)}: {request.role}"
+)
+def sample_windows(store: ArtifactStore, checkpoint: Checkpoint, request: TokenRequest) -> Artifact:
+    """Cut the token windows of one role. Roles that share a text never share windows."""
+    return sample_tokens(store, checkpoint.tokenizer, checkpoint.encoding_identity, request)

@@ -1,0 +1,118 @@
+"""Inputs of a search: the model and the texts, checked before anything is imported or computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerwise.allocators.allocation import SparsityPlan
+from layerwise.flows.pipeline.lane_requests import first_lanes
+from layerwise.flows.pipeline.window_requests import Texts, count_texts, open_corpora
+from layerwise.flows.settings import Search
+from layerwise.models.skeleton import Linear
+from layerwise.storage.stage import Stage
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
+from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.models.checkpoint_index import CheckpointIndex
+from layerwise.tasks.models.streamed import linears_by_layer
+from layerwise.tasks.models.tokenizer_files import tokenizer_of_source
+from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.sources.model_config import config_from_document
+
+NAMED_LINEARS = 8  # in an error: those of one layer
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """The model and the texts of a search, before anything is computed.
+
+    Attributes:
+        import_stage: stage that imports the model.
+        checkpoint: the model; None if it is not imported yet.
+        index: configuration of the model and shapes of its tensors.
+        linears: prunable linears, by layer.
+        texts: number of windows in each text.
+    """
+
+    import_stage: Stage
+    checkpoint: Checkpoint | None
+    index: CheckpointIndex
+    linears: Sequence[Sequence[Linear]]
+    texts: Texts
+
+
+@stage_task(name="check_inputs", about=lambda settings, **_: title_of(settings.model))
+def check_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+    """Check the model and the texts before anything is imported, and store the token counts.
+
+    Raises:
+        ValueError: see ``look_at_inputs``.
+        OSError: see ``look_at_inputs``.
+    """
+    inputs = look_at_inputs(store, settings)
+    inputs.texts.keep(store)
+    return inputs
+
+
+def look_at_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+    """Check the model and the texts of a search. Imports and writes nothing.
+
+    Raises:
+        ValueError: the model cannot be pruned; the plans, the windows or the tokenizer do not fit it; a text is too
+            short or cannot be read.
+        OSError: the model, a text or the store cannot be reached.
+    """
+    corpora = open_corpora(settings)
+    stage = import_stage(settings.model)
+    checkpoint = None if store.find(stage) is None else import_checkpoint(store, settings.model)
+    index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
+    linears = linears_by_layer(index, settings.seqlen)
+    check_plans(settings, linears)
+    vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
+    if checkpoint is None:
+        tokenizer = tokenizer_of_source(settings.model)
+        encoding = tokenizer.encoding_identity, tokenizer.load
+    else:
+        encoding = checkpoint.encoding_identity, checkpoint.tokenizer
+    texts = count_texts(store, settings, corpora, *encoding, vocabulary)
+    return SearchInputs(stage, checkpoint, index, linears, texts)
+
+
+def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
+    """Refuse plans that the model does not allow, as far as its shape decides that.
+
+    Raises:
+        ValueError: betas outside their legal range, nothing to prune, or an N:M pattern that does not divide the
+            inputs of a linear.
+    """
+    pruning = settings.pruning("auto")
+    prunable = pruning.prunable(linears)
+    names = [f"{index}.{linear.name}" for index, layer in enumerate(linears) for linear in layer]
+    left = sum(map(len, prunable))
+    if settings.exclude is not None and left in (0, len(names)):
+        found = "every one" if left == 0 else "none"
+        raise ValueError(
+            f"exclude is {settings.exclude!r}, which is found in {found} of the model's {len(names)} linears, such as "
+            f"{', '.join(names[:NAMED_LINEARS])}. Correct the expression, or leave it out."
+        )
+    if not all(prunable):
+        empty = [index for index, layer in enumerate(prunable) if not layer]
+        raise ValueError(
+            f"{settings.exclude!r} leaves nothing to prune in the layers {empty}: every layer needs a linear. Exclude "
+            "fewer of them."
+        )
+    for index, layer in enumerate(prunable):
+        for linear in layer:
+            if pruning.group is not None and linear.in_features % pruning.group:
+                raise ValueError(
+                    f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
+                    f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
+                )
+    first_lanes(settings, expected_plans(settings, linears), linears, None)
+
+
+def expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
+    """Return as many plans as there will be; an allocator that measures the layers is assumed to find them equal."""
+    prunable = settings.pruning("auto").prunable(linears)
+    entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
+    return settings.allocation.plans(prunable, (0.0,) * entries)

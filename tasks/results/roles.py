@@ -1,0 +1,10 @@
+"""Roles that the artifacts of a search have in its result."""
+
+SELECT, EXPORT, EVALUATE = "select", "export", "evaluate"
+# The result proper: `layerwise show` reads these, and `layerwise gc --results-only` keeps them.
+RESULTS = (SELECT, EXPORT, EVALUATE)
+
+
+def lane_role(beta: float, offset: float) -> str:
+    """Return the role of a plan's lane."""
+    return f"lane beta {beta:.12g}" + (f" offset {offset:.12g}" if offset else "")
