@@ -83,9 +83,9 @@ def test_without_being_told_to_delete_it_says_what_would_go_and_changes_nothing(
     assert state.is_completed()
     assert name == f"gc of {store.url}"
     assert told(tables) == GARBAGE
-    assert tables[0].description == f"What would be deleted in {store.url}"
+    assert tables[0].description == f"To be deleted in {store.url}"
     assert "not ours: left alone: notes.txt" in log
-    assert "nothing was deleted; run it with apply" in log
+    assert "nothing was deleted; set apply to delete" in log
     assert any("abandoned attempts: 2, 2.05 kB; temporary files: 1, 3 B" in line for line in log)
     assert files_in(store.root) == before
 
@@ -94,7 +94,7 @@ def test_what_nobody_can_reach_goes_on_request_and_the_next_night_finds_nothing(
     state, _, tables, log = run(store=store.url, apply=True)
     assert state.is_completed()
     assert told(tables) == GARBAGE
-    assert tables[0].description == f"What was deleted in {store.url}"
+    assert tables[0].description == f"Deleted in {store.url}"
     assert "3 deleted, 2.05 kB" in log
     assert store.read(store.get(STAGE.key), "weights.bin") == b"wwww"
     assert {path.name for path in files_in(store.root)} == {"manifest.json", "weights.bin", "notes.txt"}
@@ -108,7 +108,7 @@ def test_what_nobody_can_reach_goes_on_request_and_the_next_night_finds_nothing(
 def test_a_run_that_cannot_delete_something_fails_and_tells_what_is_gone(store, undeletable):
     state, _, tables, log = run(store=store.url, apply=True)
     assert state.is_failed()
-    assert "1 of 3 things" in state.message
+    assert "1 of 3 items" in state.message
     assert f"{undeletable}: not yours. Remove the cause" in state.message
     assert told(tables)[-1] == {"kind": "all", "count": 2, "bytes": 2003}
     assert any(line.endswith(f"{undeletable}: not yours") for line in log)

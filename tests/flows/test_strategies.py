@@ -97,7 +97,7 @@ def test_an_adaptive_search_takes_its_lanes_from_the_grid_that_ran_before(settin
 def test_a_plan_shows_the_first_round_and_says_that_more_will_follow(settings, tmp_path):
     plan = plan_search(settings(strategy="race"), SearchRuntime(store=str(tmp_path / "store")))
     (branch,) = [stage for stage in plan.stages if stage.name.startswith("branch")]
-    assert branch.state == "prune and score 7 of them, windows 0 to 7; then what these tell"
+    assert branch.state == "prune and score 7 of them, windows 0 to 7; more may follow"
 
 
 def test_over_processes_a_race_ends_as_in_one(settings, grid, race, tmp_path):
@@ -214,7 +214,7 @@ def test_a_request_that_was_begun_is_finished_when_the_time_is_over(settings, tm
 
 def test_a_plan_of_a_search_that_stops_says_that_nothing_follows(settings, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"))
-    ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; then what these tell"}
+    ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; more may follow"}
     for stop_after, state in ends.items():
         plan = plan_search(settings(strategy="adaptive", stop_after=stop_after), runtime)
         assert [stage.state for stage in plan.stages if stage.name.startswith("branch")] == [state]

@@ -37,7 +37,7 @@ from prefect.settings import (
 )
 from prefect.states import Cancelling
 
-from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.part import PartFailed
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import SearchResult, search
@@ -115,7 +115,7 @@ def undisturbed(settings, server, folder) -> ArtifactStore:
 def machines(client, server, s3_bucket, folder) -> Iterator[list[Worker]]:
     """Two machines with a worker each, for the pool "lanes", on which the steps are deployed."""
     create_pool(client, "lanes")
-    for flow in (steps.capture, steps.branch, steps.evaluate):
+    for flow in (part_flows.capture, part_flows.branch, part_flows.evaluate):
         deploy(flow, "lanes", flow.name)
     with (
         Worker("lanes", folder / "one", server.url) as one,
