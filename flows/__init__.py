@@ -1,6 +1,6 @@
-"""Prefect flows and the command line: the entry points. Read these first."""
+"""Prefect flows, their settings, and the command line. Start reading here."""
 
 from layerwise.flows.orchestration.embedded_server import prefer_quiet_prefect
 
-# Here and nowhere later: Prefect reads its settings when it is imported, which every flow's first line does.
+# Must run before the first import of Prefect, which reads its settings when it is imported.
 prefer_quiet_prefect()

@@ -1,11 +1,11 @@
-"""Bench: the speed of a checkpoint on this machine, of a folder or of what a search has exported."""
+"""Bench: measure the speed of a checkpoint on this machine, in a folder or exported by a search."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from layerwise.flows.pipeline.artifact_lookup import asked_artifact
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.report import make_report
 from layerwise.sparse.speed import SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
@@ -24,30 +24,30 @@ from layerwise.tasks.speed import read_speed, speed
 
 
 def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTable, str | None]:
-    """Measure a model; of a search, keep what was measured and make its report again.
+    """Measure the speed of a model. For a search, also commit the measurement and make the report again.
 
     Args:
         model: folder of a checkpoint, with its zeros or compressed; or a store.
-        key: of a search in the store, or its beginning; None for the newest one.
+        key: key of a search in the store or its beginning; None for the newest search.
 
     Returns:
-        What was measured, and where the search's report is.
+        The speeds, and the location of the search's report; None for a checkpoint in a folder.
 
     Raises:
         KeyError: the store has no such search.
         FileNotFoundError: there is neither a checkpoint nor a store.
-        ValueError: the search has exported no model, there is a key but no store, or the folder does not hold a model
-            that a search would take.
+        ValueError: the search has not exported a model, a key is given for a checkpoint, or the folder holds a model
+            that a search would refuse.
     """
     folder = Path(model)
     if (folder / CONFIG).exists():
         if key is not None:
             raise ValueError(
-                f"{model} is a checkpoint, not a store that has a search {key}. Leave out the key."
+                f"{model} is a checkpoint, not a store with searches, but the key {key} is given. Leave out the key."
             )
         return measure_speed(_model_in(folder), settings), None
     store = existing_store(model)
-    search = read_search(store, asked_artifact(store, key))
+    search = read_search(store, artifact_by_key(store, key))
     measured = speed.fn(store, search, settings)
     return read_speed(store, measured), make_report(store.url, search.artifact.key)
 
@@ -56,7 +56,7 @@ def _model_in(folder: Path) -> PreTrainedModel:
     dtype = DTYPES[fast_dtype(Execution())]
     if not (folder / DESCRIPTION_FILE).exists():
         return model_in_folder(list_folder(*open_filesystem(str(folder)), name=str(folder)), dtype)
-    compressed: Any = load(folder)  # the types of PreTrainedModel.to take no dtype
+    compressed: Any = load(folder)  # the type hints of PreTrainedModel.to do not accept a dtype
     loaded = compressed.to(dtype)
     assert isinstance(loaded, PreTrainedModel)
     return loaded

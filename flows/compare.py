@@ -1,4 +1,9 @@
-"""Compare: several searches of one model, with several allocators, pruners, sparsities and calibration samples."""
+"""Compare: run several searches of one model, with several allocators, pruners, sparsities and seeds.
+
+Searches with the same sparsity, pruner and seed differ only in their way of allocating. On this machine they advance
+together: their lanes share groups and thereby reads of the model, and their chosen plans share the test. A lane's
+artifact does not depend on its group, so each search then finds all its artifacts in the store.
+"""
 
 import json
 import logging
@@ -6,10 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import groupby, product
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -17,38 +21,92 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from layerwise.allocators.allocation import SparsityPlan
 from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
+from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
+from layerwise.flows.pipeline.graph import Scored, capture_steps, lane_step, scoring_steps
 from layerwise.flows.pipeline.inputs import check_inputs
-from layerwise.flows.pipeline.shared_searches import advance_together
+from layerwise.flows.pipeline.lookup import NextLanes, look_up
+from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.search import run_search
-from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, Strategy
+from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, StrategyName
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.allocate import MOST_PLANS
 from layerwise.tasks.evaluate import best_losses
+from layerwise.tasks.lanes.evaluate_group import evaluate_together
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    "Perplexities. Gain: how far the best plan's is below uniform's on the test text; t: of the paired difference of "
-    "their losses, over the test windows, negative if the best plan's is lower."
+    "Perplexities. Gain: reduction of the test perplexity by the best plan, relative to uniform. t: t value of the "
+    "paired difference of their losses over the test windows; negative if the best plan's losses are lower."
 )
-MOST_SEARCHES = 1000  # a table of more is read by nobody; a list by mistake ends here
-# Of a two-parameter search that is asked for by name: attention loses up to a tenth more or less than the MLP.
+MOST_SEARCHES = 1000  # a longer table is not readable; the limit stops a list that is given by mistake
+# Offsets of a two-parameter search that is given by its name: attention loses up to 0.1 more or less than the MLP.
 OFFSETS = (-0.1, -0.05, 0.05, 0.1)
 
 
-def _by_name(value: Any) -> Any:
-    """A way of allocating by the allocator's name, or by the allocator with its settings."""
+class SearchFailed(RuntimeError):
+    """One of the searches failed. The message names the search and the reason."""
+
+
+class NamedSearch(NamedTuple):
+    """A search and the name of its way of allocating."""
+
+    search: Search
+    allocator: str
+
+    @property
+    def title(self) -> str:
+        """Settings in which the searches of a comparison differ."""
+        search = self.search
+        return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {self.allocator}"
+
+
+class Allocation(BaseModel):
+    """A way of allocating: settings that replace those of the common search. Empty settings are as in that search."""
+
+    model_config = Search.model_config
+
+    allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
+    granularity: Literal["layer", "linear"] | None = Field(default=None, description="As for a search.")
+    betas: tuple[float, ...] | None = Field(default=None, description="As for a search.")
+    offsets: tuple[float, ...] | None = Field(default=None, description="As for a search.")
+    strategy: StrategyName | None = Field(default=None, description="As for a search.")
+    trials: int | None = Field(default=None, description="As for a search.")
+
+    def of(self, common: Search) -> Search:
+        """Return the common search with this way of allocating."""
+        changes = {name: value for name, value in dict(self).items() if value is not None}
+        no_stops: dict[str, None] = {"trials": None, "stop_after": None}
+        if self.strategy is not None and self.strategy != common.strategy:
+            # The common limits are meant for the common strategy.
+            changes = no_stops | changes
+        if self.allocator is not None and self.allocator != common.allocator:
+            # The common betas belong to the common allocator.
+            no_betas = {"betas": None, "beta_count": None, "beta_step": None}
+            changes = {**no_betas, "strategy": "grid", **no_stops} | changes
+        return Search(**dict(common) | changes)
+
+    def title(self, common: Search) -> str:
+        """Return the name of this way of allocating in a table."""
+        return self.of(common).allocation_title
+
+
+def _allocation_by_name(value: Any) -> Any:
+    """Return the settings of a way of allocating that is given by name, or as an allocator with its settings."""
     if value == "atp+offset":
         return {"allocator": "atp", "offsets": OFFSETS, "strategy": "two-parameter"}
     if value == "atp+projections":
@@ -58,65 +116,29 @@ def _by_name(value: Any) -> Any:
     return value
 
 
-Named = tuple[Search, str]  # a search, and what its way of allocating is called
-
-
-class SearchFailed(RuntimeError):
-    """One of several searches cannot be done; which one, and why."""
-
-
-class Allocation(BaseModel):
-    """A way of allocating: the settings of a search that it changes; what is left out is as in the common search."""
-
-    model_config = Search.model_config
-
-    allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
-    granularity: Literal["layer", "linear"] | None = Field(default=None, description="As for a search.")
-    betas: tuple[float, ...] | None = Field(default=None, description="As for a search.")
-    offsets: tuple[float, ...] | None = Field(default=None, description="As for a search.")
-    strategy: Strategy | None = Field(default=None, description="As for a search.")
-    trials: int | None = Field(default=None, description="As for a search.")
-
-    def of(self, common: Search) -> Search:
-        """The search with this way of allocating."""
-        changes = {name: value for name, value in dict(self).items() if value is not None}
-        no_stops: dict[str, None] = {"trials": None, "stop_after": None}
-        if self.strategy is not None and self.strategy != common.strategy:
-            # The common ones are of the common strategy.
-            changes = no_stops | changes
-        if self.allocator is not None and self.allocator != common.allocator:
-            # The common betas are ATP's, or another allocator's strengths.
-            no_betas = {"betas": None, "beta_count": None, "beta_step": None}
-            changes = {**no_betas, "strategy": "grid", **no_stops} | changes
-        return Search(**dict(common) | changes)
-
-    def title(self, common: Search) -> str:
-        """What it is called in a table."""
-        return self.of(common).allocation_title
-
-
 class Compare(BaseModel):
     """Search one model several times: every sparsity with every pruner, every allocator and every seed."""
 
     model_config = Search.model_config
 
-    search: Search = Field(description="What all searches have in common.")
+    search: Search = Field(description="Settings that all searches have in common.")
     sparsities: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(), description="Overall sparsities, each between 0 and 1; empty: the common one."
+        default=(), description="Overall sparsities, each between 0 and 1. Empty: that of the common search."
     )
     pruners: tuple[PrunerChoice, ...] = Field(
-        default=(), description="How the weights to remove are chosen; empty: the common way."
-    )
-    allocators: tuple[Annotated[Allocation, BeforeValidator(_by_name)], ...] = Field(
         default=(),
-        description="How sparsity is spread over the layers: names (atp, atp+offset, atp+projections, owl, ...), "
-        "allocators with settings of their own, or a search's settings about it. The first is what the others are "
-        "compared with. Empty: the common way.",
+        description="Pruners, which choose the weights to remove. Empty: that of the common search.",
+    )
+    allocators: tuple[Annotated[Allocation, BeforeValidator(_allocation_by_name)], ...] = Field(
+        default=(),
+        description="Ways of spreading the sparsity over the layers: names (atp, atp+offset, atp+projections, owl, "
+        "...), allocators with their own settings, or the settings of a search that concern allocation. The others are "
+        "compared with the first one. Empty: that of the common search.",
     )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
-        description="Seeds of the random calibration windows; each asks for a pass of the dense model of its own. "
-        "Empty: the common one.",
+        description="Seeds of the random calibration windows; each seed needs its own pass of the dense model. Empty: "
+        "that of the common search.",
     )
 
     @model_validator(mode="after")
@@ -132,17 +154,17 @@ class Compare(BaseModel):
             if twice := [value for index, value in enumerate(values) if value in values[:index]]:
                 shown = getattr(twice[0], "method", twice[0])
                 raise ValueError(f"{name} has {shown} more than once; give each of them once.")
-        _ = self.searches
+        _ = self.searches  # validates every combination
         return self
 
     @property
     def searches(self) -> tuple[Search, ...]:
-        """Every combination, by sparsity first, in the order in which they were given."""
-        return tuple(search for search, _ in self.named_searches)
+        """Every combination in the given order, sparsities outermost."""
+        return tuple(each.search for each in self.named_searches)
 
     @property
-    def named_searches(self) -> tuple[Named, ...]:
-        """The searches, each with what its way of allocating is called."""
+    def named_searches(self) -> tuple[NamedSearch, ...]:
+        """The searches, each with the name of its way of allocating."""
         common = dict(self.search)
         combinations = product(
             self.sparsities or (self.search.sparsity,),
@@ -153,15 +175,14 @@ class Compare(BaseModel):
         named = []
         for sparsity, pruner, seed, allocation in combinations:
             search = Search(**common | {"sparsity": sparsity, "pruner": pruner, "seed": seed})
-            # Of a checkpoint for each combination nobody has a use; a search for the best one finds all else done.
-            named.append(
-                (allocation.of(search).model_copy(update={"export": False}), allocation.title(search))
-            )
+            # Most of the pruned models would not be used; a later search for one of them reuses everything else.
+            without_export = allocation.of(search).model_copy(update={"export": False})
+            named.append(NamedSearch(without_export, allocation.title(search)))
         return tuple(named)
 
     @property
     def title(self) -> str:
-        """The searches in some words, for lists of runs."""
+        """Short description for lists of runs."""
         more = "".join(f", {sparsity:g}" for sparsity in self.sparsities[1:])
         pruners = ", ".join(pruner.method for pruner in self.pruners or (self.search.pruner,))
         allocators = f", {len(self.allocators)} allocators" if len(self.allocators) > 1 else ""
@@ -171,119 +192,144 @@ class Compare(BaseModel):
 
 @flow(name="compare", flow_run_name="{settings.title}", persist_result=False)
 def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
-    """Search a model with several allocators, pruners, sparsities or seeds, one after the other; compare the results.
+    """Search a model with several allocators, pruners, sparsities or seeds, and compare the results.
 
-    What the searches have in common is computed once. Safe to stop and start again.
+    Work that the searches have in common is done once. Safe to stop and start again.
 
     Args:
-        settings: The searches; decides the results.
-        runtime: Where and how; changes nothing in the results.
+        settings: The searches. Determine the results.
+        runtime: Where and how to run. Does not change the results.
 
     Raises:
-        SearchFailed: one of them cannot be done; the results of those before it stay in the store.
-        CancelledRun: with ``fan_out``, somebody cancelled the run or a part of it.
+        SearchFailed: A search failed. The results of the searches before it stay in the store.
+        CancelledRun: With ``fan_out``, the run of this comparison or of a part was cancelled.
     """
     store = ArtifactStore(runtime.store)
 
     def run() -> list[Compared]:
-        _warn_of_common_windows(store, settings)
-        results = with_common_reports(store, search_all(settings.named_searches, runtime))
+        _warn_if_samples_overlap(store, settings)
+        results = _add_common_reports(store, _run_searches(settings.named_searches, runtime))
         _publish(store, results)
         return results
 
     return run_announced(store, f"compare: {settings.title}", run)
 
 
-def _warn_of_common_windows(store: ArtifactStore, settings: Compare) -> None:
-    """Say so if the samples of several seeds have most of their windows in common: they would tell too little apart."""
+def _warn_if_samples_overlap(store: ArtifactStore, settings: Compare) -> None:
+    """Warn if the calibration samples of the seeds share most of their windows, so that they differ too little."""
     if len(settings.seeds) < 2:
         return
-    texts = mending(store, lambda: check_inputs(store, settings.searches[0])).texts
+    texts = rebuild_damaged(store, lambda: check_inputs(store, settings.searches[0])).texts
     if texts.samples_overlap:
         logger.warning(
-            "each of the %d seeds takes %d of the %d calibration windows that the text gives, so their samples have "
-            "most windows in common, and the spread over seeds is too small. Use a longer text (calibration) or fewer "
-            "windows (calibration_windows).",
+            "each of the %d seeds uses %d of the %d calibration windows in the text. Their samples share most windows, "
+            "so the spread over the seeds is too small. Use a longer text (calibration) or fewer windows "
+            "(calibration_windows).",
             len(settings.seeds),
             texts.windows["calibration"],
             texts.fitting("calibration"),
         )
 
 
-def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
-    """The tables as an artifact of the store, and on Prefect's pages."""
-    rows, summary = rows_of(results), summary_of(results)
-    # The artifact holds what was found; how long this run took is no part of that, and would differ with every run.
-    lasting = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    found = {
-        f"search {number:03d}": each.result.stages["evaluate"].key for number, each in enumerate(results)
-    }
-    names = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
-    title = f"{plain(results[0].result.source)}. {COLUMNS}"
-
-    def build(draft: Draft) -> None:
-        draft.write(
-            "comparison.json", json.dumps({"searches": lasting, "summary": summary}, indent=1).encode()
-        )
-        page = f"{title}\n\n{markdown_of(summary)}\n\n{markdown_of(lasting)}\n"
-        draft.write("comparison.md", page.encode())
-
-    artifact = store.get_or_build(Stage("compare", 1, names, found), build)
-    get_run_logger().info("the tables are in %s/comparison.md", store.location(artifact))
-    with going_on_without_prefect():
-        create_table_artifact(key="compare-result", table=rows, description=title)
-        create_markdown_artifact(key="compare-summary", markdown=f"{title}\n\n{markdown_of(summary)}")
-
-
-def search_all(searches: Sequence[Named], runtime: FanOutRuntime) -> list[Compared]:
-    """Run the searches; on this machine those of one cell advance together.
-
-    Raises:
-        SearchFailed: one of them cannot be done; the results of those before it stay in the store.
-        CancelledRun: with ``fan_out``, somebody cancelled the run or a part of it.
-    """
+def _run_searches(searches: Sequence[NamedSearch], runtime: FanOutRuntime) -> list[Compared]:
     results: list[Compared] = []
-    # Only the way of allocating tells the searches of a cell apart.
-    for _, cell in groupby(searches, key=lambda named: (named[0].sparsity, named[0].pruner, named[0].seed)):
-        results += _search_cell([*cell], len(results), len(searches), runtime)
+    # The searches of a cell differ in their way of allocating only.
+    for _, cell in groupby(
+        searches, key=lambda each: (each.search.sparsity, each.search.pruner, each.search.seed)
+    ):
+        results += _run_cell([*cell], len(results), len(searches), runtime)
     return results
 
 
-def _search_cell(cell: Sequence[Named], before: int, total: int, runtime: FanOutRuntime) -> list[Compared]:
-    logger, results = get_run_logger(), []
+def _run_cell(cell: Sequence[NamedSearch], before: int, total: int, runtime: FanOutRuntime) -> list[Compared]:
+    """Run the searches of one cell: those with the same sparsity, pruner and seed.
+
+    Args:
+        before: number of searches before them.
+        total: number of all searches.
+    """
+    log, results = get_run_logger(), []
     began = time.monotonic()
     if runtime.fan_out == "local" and len(cell) > 1:
-        with _named_failure(
-            f"searches {before + 1} to {before + len(cell)} of {total}: {_named(*cell[0])}, ..."
+        with _naming_failures(
+            f"searches {before + 1} to {before + len(cell)} of {total}: {cell[0].title}, ..."
         ):
             store, execution = ArtifactStore(runtime.store), runtime.execution()
-            mending(store, partial(advance_together, store, [search for search, _ in cell], execution))
+            searches = [each.search for each in cell]
+            rebuild_damaged(store, lambda: _advance_together(store, searches, execution))
     together = time.monotonic() - began
-    for number, (search, allocator) in enumerate(cell, before + 1):
-        which = f"search {number} of {total}: {_named(search, allocator)}"
-        logger.info(which)
+    for number, each in enumerate(cell, before + 1):
+        which = f"search {number} of {total}: {each.title}"
+        log.info(which)
         began = time.monotonic()
-        with _named_failure(which):
-            # A store of its own, as each result tells what its search has built.
+        with _naming_failures(which):
+            # Each search gets its own store object, which records what that search has built.
             store = ArtifactStore(runtime.store)
-            result = run_search(store, search, runtime)
+            result = run_search(store, each.search, runtime)
             losses = best_losses(store, result.stages["evaluate"])
-        results.append(Compared(result, allocator, losses, time.monotonic() - began))
-    trials = sum(len(each.result.selection.rows) for each in results)
+        results.append(Compared(result, each.allocator, losses, time.monotonic() - began))
+    plans = sum(len(each.result.selection.rows) for each in results)
     return [
-        replace(each, seconds=each.seconds + together * len(each.result.selection.rows) / trials)
+        replace(each, seconds=each.seconds + together * len(each.result.selection.rows) / plans)
         for each in results
     ]
 
 
-def with_common_reports(store: ArtifactStore, results: Sequence[Compared]) -> list[Compared]:
-    """Make the reports of the searches by the first allocator again, with the best plans of the others beside theirs.
+@contextmanager
+def _naming_failures(which: str) -> Iterator[None]:
+    """Turn an error into ``SearchFailed``, whose message names the search."""
+    try:
+        yield
+    except CancelledRun:
+        raise
+    except Exception as error:
+        problem = str(error) or type(error).__name__
+        raise SearchFailed(f"{which}: {problem}") from error
+
+
+def _advance_together(store: ArtifactStore, searches: Sequence[Search], execution: Execution) -> None:
+    """Score the plans that the searches request, and test those that they choose.
+
+    The requests of all searches share one read of the model, one pass of the dense model, and one set of factors for a
+    pruner that corrects weights.
+
+    Args:
+        searches: searches of one cell, whose lanes depend on the same settings, except for the plan.
+    """
+    captured = [
+        build(capture_steps(store, search, check_inputs(store, search)), execution)[0] for search in searches
+    ]
+    while requests := _missing_lanes([look_up(store, search).next_lanes for search in searches]):
+        lane_step(store, captured[0], captured[0].plans, requests[0]).build(execution)
+    scored = [_score(store, search, execution) for search in searches]
+    before, uniform = scored[0].captured, scored[0].uniform.plan
+    best = [each.best.plan for each in scored]
+    evaluate_together(store, before.inputs("test"), uniform, best, before.linears, before.pruning, execution)
+
+
+def _missing_lanes(lanes: Sequence[NextLanes]) -> list[LaneRequest]:
+    """Return requests for the lanes that the store lacks, one for each range of windows."""
+    plans: dict[tuple[int, int] | None, dict[str, SparsityPlan]] = {}
+    for each in lanes:
+        for number in each.missing:
+            of_windows = plans.setdefault(each.step.request.windows, {})
+            of_windows.setdefault(each.stages[number].key, each.step.request.plans[number])
+    return [LaneRequest(tuple(by_key.values())[:MOST_PLANS], windows) for windows, by_key in plans.items()]
+
+
+def _score(store: ArtifactStore, search: Search, execution: Execution) -> Scored:
+    scored, _ = build(scoring_steps(store, search, check_inputs(store, search)), execution)
+    return scored
+
+
+def _add_common_reports(store: ArtifactStore, results: Sequence[Compared]) -> list[Compared]:
+    """Make the reports of the first allocator's searches again, with the best plans of the others in them.
 
     Returns:
-        All results, those with the places of their new reports.
+        All results, with the locations of the new reports.
     """
     common = []
-    for _, cell in groupby(results, key=lambda each: (*each.cell, each.result.settings.seed)):
+    for _, cell in groupby(results, key=lambda each: each.cell):
         first, *others = cell
         if others:
             compared: dict[str, Artifact] = {}
@@ -298,21 +344,30 @@ def with_common_reports(store: ArtifactStore, results: Sequence[Compared]) -> li
 
 
 def _artifact_of(compared: Compared) -> Artifact:
-    assert compared.result.artifact is not None, "a finished search is committed"
+    assert compared.result.artifact is not None, "the result of a finished search is committed"
     return compared.result.artifact
 
 
-@contextmanager
-def _named_failure(which: str) -> Iterator[None]:
-    """Who reads what went wrong has to know in which search."""
-    try:
-        yield
-    except CancelledRun:  # by somebody who knows which
-        raise
-    except Exception as error:
-        problem = str(error) or type(error).__name__
-        raise SearchFailed(f"{which}: {problem}") from error
+def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
+    """Commit the tables to the store, and show them in Prefect."""
+    rows, summary = rows_of(results), summary_of(results)
+    # The artifact must not depend on the run, so it holds no times.
+    lasting = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    found = {
+        f"search {number:03d}": each.result.stages["evaluate"].key for number, each in enumerate(results)
+    }
+    names = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
+    title = f"{plain(results[0].result.source)}. {COLUMNS}"
 
+    def build_tables(draft: Draft) -> None:
+        draft.write(
+            "comparison.json", json.dumps({"searches": lasting, "summary": summary}, indent=1).encode()
+        )
+        page = f"{title}\n\n{markdown_of(summary)}\n\n{markdown_of(lasting)}\n"
+        draft.write("comparison.md", page.encode())
 
-def _named(search: Search, allocator: str) -> str:
-    return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {allocator}"
+    artifact = store.get_or_build(Stage("compare", 1, names, found), build_tables)
+    get_run_logger().info("the tables are in %s/comparison.md", store.location(artifact))
+    with going_on_without_prefect():
+        create_table_artifact(key="compare-result", table=rows, description=title)
+        create_markdown_artifact(key="compare-summary", markdown=f"{title}\n\n{markdown_of(summary)}")

@@ -1,4 +1,4 @@
-"""Compress: the pruned checkpoint of a finished search without its zeros, with a model card that has the test."""
+"""Compress: write the pruned checkpoint of a finished search without its zeros, with a model card."""
 
 import json
 from dataclasses import replace
@@ -7,10 +7,9 @@ from prefect import flow
 from pydantic import Field
 
 from layerwise.flows.orchestration.flow_frame import run_announced
-from layerwise.flows.pipeline.damage_repair import mending
-from layerwise.flows.pipeline.finished_search import Reopened, reopen
-from layerwise.flows.pipeline.report_extras import newest_speed
-from layerwise.flows.report import make_report
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
+from layerwise.flows.pipeline.finished_search import ReopenedSearch, reopen_search
+from layerwise.flows.report import make_report, newest_speed
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
@@ -28,37 +27,41 @@ class Compress(Settings):
 
     search: str | None = Field(
         default=None,
-        description="Key of the search, as `layerwise ls` prints it, or its beginning; empty: the newest.",
+        description="Key of the search, as `layerwise ls` prints it, or its beginning. Empty: the newest search.",
     )
 
 
 @flow(name="compress", persist_result=False)
 def compress(settings: Compress, runtime: Runtime) -> Artifact:
-    """Write the checkpoint, exported before if it was not, and make the search's report again.
+    """Write the compressed checkpoint, and make the report of the search again.
+
+    Exports the pruned checkpoint first if the search has not. Safe to stop and start again.
 
     Returns:
-        The folder; its sizes are facts of it.
+        The artifact of the compressed checkpoint. Its facts hold the sizes.
 
     Raises:
-        FileNotFoundError: there is no such store.
-        KeyError: there is no such search in the store.
+        FileNotFoundError: There is no such store.
+        KeyError: The store has no such search.
     """
     store, execution = existing_store(runtime.store), runtime.execution()
     return run_announced(
-        store, "compress", lambda: mending(store, lambda: _compressed(store, settings, execution))
+        store,
+        "compress",
+        lambda: rebuild_damaged(store, lambda: _write_compressed(store, settings, execution)),
     )
 
 
-def _compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
-    finished = reopen(store, settings.search, execution)
+def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
+    finished = reopen_search(store, settings.search, execution)
     exported = finished.exported(store, finished.best, execution)
     folder = compress_export(store, exported, _card(store, finished, exported), execution)
     make_report(store.url, finished.search.artifact.key)
     return folder
 
 
-def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> ModelCard:
-    """The card with everything that is known by now: the test, and the speed if it was measured."""
+def _card(store: ArtifactStore, finished: ReopenedSearch, exported: Artifact) -> ModelCard:
+    """Return the model card, with the test results and, if it was measured, the speed."""
     before, uniform = finished.scored.captured, finished.scored.uniform
     rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
     card = card_of_lane(before.inputs("selection"), finished.best, uniform, before.pruning, rows)
@@ -67,5 +70,5 @@ def _card(store: ArtifactStore, finished: Reopened, exported: Artifact) -> Model
         card,
         allocator=finished.settings.allocation_title,
         results=card.results + tested,
-        speed=newest_speed(store, exported, list(store.artifacts())),
+        speed=newest_speed(store, exported),
     )

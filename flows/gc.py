@@ -1,4 +1,4 @@
-"""Garbage collection as a flow, for a schedule: what ``layerwise gc`` does, told to Prefect."""
+"""Garbage collection as a flow: does what ``layerwise gc`` does, on a schedule, with a report in Prefect."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from layerwise.flows.cli.console import size
 from layerwise.flows.cli.store_commands import by_kind, in_short, keys_of_results, what_failed, what_stays
 from layerwise.flows.setting_types import BareUrl
 from layerwise.storage.existing_store import existing_store
@@ -14,25 +13,26 @@ from layerwise.storage.upkeep.collect import collect, plan_collection
 from layerwise.storage.upkeep.garbage import Garbage
 from layerwise.storage.upkeep.signs_of_life import time_for_looking
 from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.running.printable import size
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 
 @flow(name="gc", flow_run_name="gc of {store}", persist_result=False)
 def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
-    """Find what nobody can reach in a store (what dead runs have left behind), and delete it on request.
+    """Find unreferenced files in a store, such as those that dead runs have left behind, and delete them on request.
 
-    What changed in the last hour, or since the oldest running search began, stays.
+    Files that changed in the last hour, or since the oldest running search started, are kept.
 
     Args:
         store: Folder or fsspec URL (s3://bucket/prefix) of the store, without credentials.
-        apply: Delete what is found; if this is off, the run only tells what would go.
-        results_only: Keep only what finished searches found (choice, pruned model, test); refused while one runs.
+        apply: Delete the files. If off, the run only reports what it would delete.
+        results_only: Keep only the results of finished searches (choice, pruned model, test). Refused while a search runs.
 
     Raises:
-        FileNotFoundError: if there is no store at ``store``.
-        OSError: if the storage cannot be used, if something could not be deleted, or, with ``results_only``, if a
-            process works in the store.
-        ValueError: with ``results_only``, if artifacts are damaged.
+        FileNotFoundError: There is no store at ``store``.
+        OSError: The storage cannot be used, a file could not be deleted, or, with ``results_only``, a process works in
+            the store.
+        ValueError: With ``results_only``, artifacts are damaged.
     """
     logger = get_run_logger()
     opened = existing_store(store)
@@ -41,24 +41,24 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
     for line in what_stays(collection):
         logger.info(line)
     if not apply:
-        _tell(f"What would be deleted in {store}", collection.garbage)
-        logger.info("nothing was deleted; run it with apply" if collection.garbage else "nothing to delete")
+        _report(f"To be deleted in {store}", collection.garbage)
+        logger.info("nothing was deleted; set apply to delete" if collection.garbage else "nothing to delete")
         return
     collected = collect(opened, collection)
     for line in what_failed(collected):
         logger.error(line)
-    _tell(f"What was deleted in {store}", collected.garbage)
+    _report(f"Deleted in {store}", collected.garbage)
     logger.info(in_short(collected))
     if collected.failures:
         raise OSError(
-            f"{len(collected.failures)} of {len(collection.garbage)} things in {store} could not be deleted, such as "
-            f"{collected.failures[0].path}: {collected.failures[0].problem}. Remove the cause (the run's log names "
-            "more of them); the next run tries again."
+            f"{len(collected.failures)} of {len(collection.garbage)} items in {store} could not be deleted, such as "
+            f"{collected.failures[0].path}: {collected.failures[0].problem}. Remove the cause (the log of the run lists "
+            "all of them); the next run tries again."
         )
 
 
-def _tell(title: str, garbage: Sequence[Garbage]) -> None:
-    """Count and size of each kind, in the log and as a table."""
+def _report(title: str, garbage: Sequence[Garbage]) -> None:
+    """Write the number and size of each kind of garbage to the log and to a table in Prefect."""
     rows = by_kind(garbage)
     lines = [f"{kind}: {count}, {size(taken) or '0 B'}" for kind, count, taken in rows]
     get_run_logger().info("; ".join([title, *lines]))

@@ -1,42 +1,50 @@
-"""Make the report of a finished search again, from the store alone: no model is read, no Prefect server asked."""
+"""Report: make the page of a finished search again, with the measurements made after the search.
 
+These are zero-shot accuracies, sizes of checkpoints, speed, and ATP's theorems; each is left out of the page until it
+exists. Everything is read from the store: no model is opened, and Prefect's server is not needed.
+"""
+
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from layerwise.flows.options import search_command
-from layerwise.flows.pipeline.artifact_lookup import asked_artifact, finished_searches
-from layerwise.flows.pipeline.report_extras import extras_of, is_theory_of
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key, finished_searches
 from layerwise.flows.settings import Search
+from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lm_eval_tasks.comparison_table import TABLE_FILE, TABLE_STAGE
+from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
+from layerwise.tasks.speed import SPEED_STAGE, read_speed
+from layerwise.tasks.theory import THEORY_STAGE
 
 
 def make_report(
     store_url: str, key: str | None, output: Path | None = None, table: Artifact | None = None
 ) -> str:
-    """Find the report of a search, or make it.
+    """Return the location of a search's report; make the report if the store does not have it.
 
     Args:
-        key: of the search, or its beginning; None for the newest one.
-        output: a file of this machine to which the page is copied.
-        table: the zero-shot table that it shows; the newest of the search if left out.
-
-    Returns:
-        Where the page lies.
+        key: key of the search or its beginning; None for the newest search.
+        output: local file to copy the page to.
+        table: zero-shot table to show; None for the newest table of the search.
 
     Raises:
-        KeyError: no artifact has that key, or several begin with it; or the search's own artifacts are gone.
-        ValueError: the artifact is not that of a search.
+        KeyError: no artifact has this key, or several keys begin with it; or artifacts of the search were deleted.
+        ValueError: the artifact is not the result of a search.
         FileNotFoundError: there is no store at ``store_url``.
-        OSError: the store cannot be reached, or ``output`` not be written.
+        OSError: the store cannot be reached, or ``output`` cannot be written.
     """
     store = existing_store(store_url)
-    artifact = asked_artifact(store, key)
+    artifact = artifact_by_key(store, key)
     search = read_search(store, artifact)
     command = search_command(Search.model_validate(search.settings))
-    page = report.fn(store, artifact, command, extras_of(store, search, table))
+    page = report.fn(store, artifact, command, find_extras(store, search, table))
     if output is None:
         return store.location(page, PAGE_FILE)
     output.write_bytes(store.read(page, PAGE_FILE))
@@ -44,17 +52,101 @@ def make_report(
 
 
 def make_report_with_theory(store: ArtifactStore, measured: Artifact) -> None:
-    """Make the report of the newest search that the theorems were measured for again; without one, do nothing."""
+    """Make the report of the newest search that measured theorems belong to; do nothing if there is no such search."""
     for artifact in finished_searches(store):
-        search = _whole(store, artifact)
-        if search is not None and is_theory_of(measured, search):
+        try:
+            search = read_search(store, artifact)
+        except KeyError:  # some of its artifacts were deleted, so it can have no report
+            continue
+        if _is_theory_of(measured, search):
             make_report(store.url, artifact.key)
             return
 
 
-def _whole(store: ArtifactStore, artifact: Artifact) -> FinishedSearch | None:
-    """A search; None if some of its artifacts are gone, so that there is no report of it any more."""
-    try:
-        return read_search(store, artifact)
-    except KeyError:
-        return None
+def find_extras(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:
+    """Find the measurements that were made of a search after its end.
+
+    Args:
+        table: zero-shot table to use; None for the newest table of the search.
+    """
+    artifacts = list(store.artifacts())
+    table = table or _newest_from(artifacts, TABLE_STAGE, "search", search.artifact)
+    rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
+    exported = search.stages.get("export")
+    compressed = None if exported is None else _newest_from(artifacts, "compress", "export", exported)
+    theory = _newest(artifacts, lambda each: _is_theory_of(each, search))
+    return Extras(
+        zero_shot=rows,
+        sizes=None if compressed is None else _sizes(compressed),
+        speed=None if exported is None else _newest_speed(store, exported, artifacts),
+        theory="" if theory is None else theory.key,
+    )
+
+
+def newest_speed(store: ArtifactStore, exported: Artifact) -> SpeedTable | None:
+    """Return the newest speed measurement of an exported model, on any machine; None if there is none."""
+    return _newest_speed(store, exported, store.artifacts())
+
+
+def _newest_speed(
+    store: ArtifactStore, exported: Artifact, artifacts: Iterable[Artifact]
+) -> SpeedTable | None:
+    measured = _newest_from(artifacts, SPEED_STAGE, "export", exported)
+    return None if measured is None else read_speed(store, measured)
+
+
+def _is_theory_of(artifact: Artifact, search: FinishedSearch) -> bool:
+    """Return whether an artifact holds theorems measured on the model, windows and pruning of a search."""
+    if artifact.recipe.get("name") != THEORY_STAGE:
+        return False
+    tested = search.stages["evaluate"]
+    windows = {"scored": search.stages["selection"].content}
+    return artifact.recipe["inputs"] == _part(tested, "inputs") | windows and (
+        _part(artifact, "settings")["prune"] == _part(tested, "settings")["prune"]
+    )
+
+
+def _part(artifact: Artifact, name: str) -> dict[str, Any]:
+    part = artifact.recipe[name]
+    assert isinstance(part, dict), f"the recipe of {artifact.key} has {name} as a mapping"
+    return part
+
+
+def _newest_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:
+    """Return the newest artifact of the stage ``name`` that has ``source`` as its input ``role``."""
+
+    def reads_source(artifact: Artifact) -> bool:
+        inputs = artifact.recipe.get("inputs")
+        return (
+            artifact.recipe.get("name") == name
+            and isinstance(inputs, dict)
+            and inputs.get(role) == source.key
+        )
+
+    return _newest(artifacts, reads_source)
+
+
+def _newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -> Artifact | None:
+    found = [each for each in artifacts if wanted(each)]
+    return max(found, key=lambda each: each.committed, default=None)
+
+
+def _sizes(compressed: Artifact) -> Sizes:
+    # The pruned checkpoint stores its zeros, so it is as large as the dense one.
+    dense, smaller = (int(str(compressed.facts[name])) for name in ("dense bytes", "compressed bytes"))
+    return Sizes(dense, dense, smaller)
+
+
+def _zero_shot_rows(table: dict) -> tuple[ZeroShotRow, ...]:
+    return tuple(
+        ZeroShotRow(
+            row["task"],
+            row["dense"]["value"],
+            (row["uniform"] or row["best"])["value"],
+            row["best"]["value"],
+            row["best"]["standard_error"] or 0.0,
+            (row["to_uniform"] or {"difference": 0.0})["difference"] / 100,
+            (row["to_uniform"] or {"p_value": None})["p_value"],
+        )
+        for row in (*table["rows"], table["average"])
+    )

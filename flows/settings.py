@@ -17,7 +17,7 @@ from layerwise.flows.setting_types import (
     PrunerChoice,
     RegularExpression,
     Settings,
-    Strategy,
+    StrategyName,
 )
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
@@ -155,7 +155,7 @@ class Search(Settings):
         gt=0,
         description=f"Step of the grid of betas within the legal range; empty: {BETA_STEP:g}, as in the paper.",
     )
-    strategy: Strategy = Field(
+    strategy: StrategyName = Field(
         default="grid",
         description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
         "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "

@@ -1,4 +1,4 @@
-"""Theory: look at what ATP's theorems say on a model, as numbers and as a page."""
+"""Theory: measure on a model whether ATP's theorems hold (arXiv:2502.14770, section 3), as numbers and as a page."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.orchestration.prefect_artifacts import where_the_report_is
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import markdown_of
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import capture_steps
 from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.report import make_report_with_theory
@@ -31,9 +31,9 @@ from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.theory import findings_of, measure_theory, read_tables
 
-# The plans are the theory's own, and all of them are calibrated on the dense model: the theorems compare prunings of
-# a layer by the same inputs.
-OF_A_SEARCH = (
+# Settings of a search that the theory does not use. It has its own plans, and calibrates all of them on the dense model,
+# because the theorems compare prunings of a layer for the same inputs.
+UNUSED = (
     "pattern",
     "allocator",
     "granularity",
@@ -46,63 +46,63 @@ OF_A_SEARCH = (
     "trials",
     "stop_after",
 )
-WITHOUT_OPTION = (*OF_A_SEARCH, "export", "retain")
+WITHOUT_OPTION = (*UNUSED, "export", "retain")
 
 
 class Theory(BaseModel):
-    """Look at ATP's theorems on one model: at several sparsities, and with the same sparsities in several orders."""
+    """Measure ATP's theorems on one model: at several sparsities, and with the same sparsities in several orders."""
 
     model_config = Search.model_config
 
     search: Search = Field(
-        description="The model, the overall sparsity, the pruner, the texts and the windows; the selection windows are "
-        "those that errors are measured on."
+        description="Model, overall sparsity, pruner, texts and windows. Errors are measured on the selection windows."
     )
     beta: float | None = Field(
         default=None,
         gt=0,
-        description="Common difference of the sparsities that are put into several orders; empty: a sixth of the "
-        "largest legal one.",
+        description="Common difference of the sparsities that are put into several orders. Empty: a sixth of the largest "
+        "legal beta.",
     )
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> "Theory":
-        for name in OF_A_SEARCH:
+        for name in UNUSED:
             default, value = Search.model_fields[name].default, getattr(self.search, name)
             if value != default:
                 shown = getattr(value, "method", value)
                 raise ValueError(
-                    f"search.{name} is {shown}, which the theory has no use for: its plans are uniform ones without a "
-                    "pattern, and orders of one arithmetic progression, calibrated on the dense model. Leave it out."
+                    f"search.{name} is {shown}, but the theory does not use this setting: its plans are uniform, or "
+                    "orders of one arithmetic progression, without a pattern and calibrated on the dense model. "
+                    "Leave it out."
                 )
         return self
 
     @property
     def used_search(self) -> Search:
-        """The search whose first stages are used; with beta among its betas it is refused as early as theirs."""
+        """Search whose first stages are used. It includes beta, so that an illegal beta is refused before any work."""
         betas = None if self.beta is None else (self.beta,)
         return self.search.model_copy(update={"betas": betas, "export": False})
 
     @property
     def shown(self) -> dict[str, Any]:
-        """The settings that have a part in it, by name."""
+        """Settings that are used, by name."""
         everything = self.search.model_dump(mode="json")
         used = {name: value for name, value in everything.items() if name not in WITHOUT_OPTION}
         return used | {"beta": self.beta}
 
     @property
     def title(self) -> str:
-        """What is looked at, in some words."""
+        """Short description for lists of runs."""
         return f"{self.search.title}, {self.search.pruner.method}"
 
 
 @dataclass(frozen=True)
 class TheoryResult:
-    """What was found, and where it lies.
+    """Findings, and where they are.
 
     Attributes:
-        measured: the artifact with the tables.
-        page: where the page lies.
+        measured: artifact with the tables of the measurements.
+        page: location of the page.
     """
 
     settings: Theory
@@ -113,27 +113,27 @@ class TheoryResult:
 
 @flow(name="theory", flow_run_name="{settings.title}: theory", persist_result=False)
 def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
-    """Measure on ``settings.search.model`` what the theorems of ATP say. Safe to stop and start again.
+    """Measure on ``settings.search.model`` whether the theorems of ATP hold. Safe to stop and start again.
 
-    The newest search of the same model, sparsity, pruner and windows gets it into its report.
+    The findings are added to the report of the newest search of the same model, sparsity, pruner and windows.
 
     Args:
-        settings: what is looked at; decides the result.
-        runtime: where and how; changes nothing in the result.
+        settings: What to measure. Determines the result.
+        runtime: Where and how to run. Does not change the result.
 
     Raises:
-        ValueError: the model does not allow these settings.
-        CancelledRun: the run was cancelled.
+        ValueError: The model does not allow these settings.
+        CancelledRun: The run was cancelled.
     """
     store, execution = ArtifactStore(runtime.store), runtime.execution()
     return run_announced(
         store,
         f"theory: {settings.title}",
-        lambda: mending(store, lambda: _run_steps(store, settings, execution)),
+        lambda: rebuild_damaged(store, lambda: _measure(store, settings, execution)),
     )
 
 
-def _run_steps(store: ArtifactStore, settings: Theory, execution: Execution) -> TheoryResult:
+def _measure(store: ArtifactStore, settings: Theory, execution: Execution) -> TheoryResult:
     inputs = check_inputs(store, settings.used_search)
     before, _ = build(capture_steps(store, settings.used_search, inputs), execution)
     sizes = layer_sizes_of(before.pruning.prunable(before.linears))
@@ -150,11 +150,11 @@ def _run_steps(store: ArtifactStore, settings: Theory, execution: Execution) -> 
 
 
 def _publish(result: TheoryResult) -> None:
-    """The findings on Prefect's pages."""
-    found, title = sentences(result.findings), plain(result.settings.title)
-    for name, sentence in found.items():
+    """Log the findings, and show them in Prefect."""
+    theorems, title = sentences(result.findings), plain(result.settings.title)
+    for name, sentence in theorems.items():
         get_run_logger().info("theorem %s: %s", name, sentence)
-    said = "\n\n".join(f"**{name}** {sentence}" for name, sentence in found.items())
+    paragraphs = "\n\n".join(f"**{name}** {sentence}" for name, sentence in theorems.items())
     outcomes = (*result.findings.orders.outcomes, result.findings.uniform)
     orders = [
         {
@@ -168,7 +168,7 @@ def _publish(result: TheoryResult) -> None:
     with going_on_without_prefect():
         create_markdown_artifact(
             key="theory",
-            markdown=f"# {title}: the theorems of ATP\n\n{said}\n\n{markdown_of(orders)}\n\n"
+            markdown=f"# {title}: the theorems of ATP\n\n{paragraphs}\n\n{markdown_of(orders)}\n\n"
             f"## The page\n\n{where_the_report_is(result.page)}",
             description=title,
         )

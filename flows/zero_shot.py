@@ -1,4 +1,4 @@
-"""Zero-shot: how the dense, the uniform and the chosen model of a finished search answer the tasks of lm-eval."""
+"""Zero-shot: accuracy of the dense, the uniform and the best model of a finished search on tasks of lm-eval."""
 
 from typing import Annotated, Literal
 
@@ -7,8 +7,8 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from layerwise.flows.orchestration.flow_frame import run_announced
-from layerwise.flows.pipeline.damage_repair import mending
-from layerwise.flows.pipeline.finished_search import reopen
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
+from layerwise.flows.pipeline.finished_search import reopen_search
 from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
@@ -23,7 +23,7 @@ from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.zero_shot import ZeroShotSettings
 from layerwise.tasks.zero_shot import zero_shot as answer
 
-# Those of the papers on Wanda and ATP.
+# Tasks of the papers on Wanda and ATP.
 TASKS = (
     "boolq",
     "piqa",
@@ -37,58 +37,58 @@ TASKS = (
 
 
 class ZeroShot(Settings):
-    """Ask the models of a finished search the questions of zero-shot tasks."""
+    """Evaluate the models of a finished search on zero-shot tasks."""
 
     search: str | None = Field(
         default=None,
-        description="Key of the search, as `layerwise ls` prints it, or its beginning; empty: the newest.",
+        description="Key of the search, as `layerwise ls` prints it, or its beginning. Empty: the newest search.",
     )
     tasks: tuple[str, ...] = Field(
         default=TASKS,
         min_length=1,
-        description="Names of lm-eval's tasks, or YAML files with tasks of your own.",
+        description="Names of tasks of lm-eval, or YAML files with your own tasks.",
     )
     documents: Annotated[int, Field(ge=1)] | None = Field(
         title="Documents of each task",
         default=None,
-        description="At most so many of each task, drawn at random, the same for all models; empty: all.",
+        description="Maximum number of documents of each task, drawn at random, the same for all models. Empty: all.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of that draw.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random draw of documents.")
     way: Literal["streamed", "memory"] = Field(
         default="streamed",
-        description="streamed: one decoder layer at a time, one pass over the weights for all tasks. memory: the whole "
-        "model at once, by lm-eval's own computation.",
+        description="How the model is run. streamed: one decoder layer at a time, with one pass over the weights for all "
+        "tasks. memory: the whole model at once, with lm-eval's own code.",
     )
     trust_task_code: bool = Field(
         default=False,
-        description="Run the Python code that YAML files of your own ask for (!function, other metrics, data sets of "
-        "other kinds). Set it only for files that you have read.",
+        description="Run the Python code that your own YAML files refer to (!function, other metrics, other kinds of data "
+        "sets). Set it only for files that you have read.",
     )
 
 
 @flow(name="zero-shot", persist_result=False)
 def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
-    """Ask all models the same questions, compare the answers, and make the search's report again.
+    """Ask all models the same questions, compare the answers, and make the report of the search again.
 
-    What was answered before is not asked again; safe to stop and start again.
+    Answers in the store are reused. Safe to stop and start again.
 
     Raises:
-        FileNotFoundError: there is no such store.
-        KeyError: there is no such search in the store.
-        ValueError: a task that lm-eval does not know, or that is not decided by log-probabilities.
+        FileNotFoundError: There is no such store.
+        KeyError: The store has no such search.
+        ValueError: lm-eval does not know a task, or a task is not decided by log-probabilities.
         ImportError: lm-eval is not installed.
     """
     store, execution = existing_store(runtime.store), runtime.execution()
     return run_announced(
         store,
         f"zero-shot: {', '.join(settings.tasks)}",
-        lambda: mending(store, lambda: _answered(store, settings, execution)),
+        lambda: rebuild_damaged(store, lambda: _compare_models(store, settings, execution)),
     )
 
 
-def _answered(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
+def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
     questions = load_questions(settings.tasks, settings.documents, settings.seed, settings.trust_task_code)
-    finished = reopen(store, settings.search, execution)
+    finished = reopen_search(store, settings.search, execution)
     captured, uniform = finished.scored.captured, finished.scored.uniform
     how = ZeroShotSettings(captured.pruning.dtype, settings.way)
     lanes = {"uniform": uniform, "best": finished.best}

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def run_search(arguments: Namespace, began: float) -> None:
     from layerwise.flows.options import read_options
-    from layerwise.flows.pipeline.time_budget import check_minutes
+    from layerwise.flows.pipeline.time_limit import check_minutes
     from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 

@@ -4,14 +4,15 @@ import json
 
 from rich.json import JSONHighlighter
 
-from layerwise.flows.cli.console import open_console, size
+from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_selection, show_stop, show_test
-from layerwise.flows.pipeline.artifact_lookup import asked_artifact
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.storage.existing_store import existing_store
 from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.pages.report_text import on_what
 from layerwise.tasks.results.measured_on import MeasuredOn
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
+from layerwise.tasks.running.printable import size
 from layerwise.tasks.select import read_selection
 
 
@@ -26,7 +27,7 @@ def show_key(store_url: str, key: str | None) -> None:
         KeyError: no artifact has that key, or several begin with it.
     """
     store = existing_store(store_url)
-    artifact = asked_artifact(store, key)
+    artifact = artifact_by_key(store, key)
     console = open_console()
     console.print(artifact.key, style="bold")
     known = {"recipe": artifact.recipe, "made": artifact.made, "facts": artifact.facts}

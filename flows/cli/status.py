@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from layerwise.flows.cli.console import open_console, size
+from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.files.corrupt import Corrupt
@@ -23,6 +23,7 @@ from layerwise.storage.resume_points import Progress, read_progress
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.inventory import Inventory, StageFolder, take_inventory
 from layerwise.storage.upkeep.signs_of_life import SILENT, RunningProcess, running_processes, time_for_looking
+from layerwise.tasks.running.printable import size
 
 SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
 LANE = "lane"  # its resume point only notes with whom it was begun; their group's has the work

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from layerwise.flows.cli.console import open_console, size
+from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.damage import Damaged
 from layerwise.storage.existing_store import existing_store
@@ -22,6 +22,7 @@ from layerwise.storage.upkeep.set_aside import set_aside
 from layerwise.storage.upkeep.signs_of_life import time_for_looking
 from layerwise.storage.upkeep.verify import Finding, Tally, verify
 from layerwise.tasks.results.roles import RESULTS
+from layerwise.tasks.running.printable import size
 
 LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
 

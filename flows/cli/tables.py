@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.flows.cli.console import size
 from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
 from layerwise.flows.pipeline.result import SearchResult, work_sentence
 from layerwise.flows.plan import Plan
@@ -19,7 +18,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.pages.theory_text import sentences
 from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
-from layerwise.tasks.running.printable import printable
+from layerwise.tasks.running.printable import printable, size
 from layerwise.tasks.select import Selection
 from layerwise.tasks.speed import speed_rows, speed_sentence
 

@@ -1,4 +1,4 @@
-"""Where the steps of a search run, as its parent sees it."""
+"""Interface of the executors, which run the parts of a search: local processes or a work pool."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -9,48 +9,48 @@ from prefect.client.schemas.objects import FlowRun
 from layerwise.flows.fan_out.part import Part
 
 
-class Place(Protocol):
-    """Where steps run: ``WorkPool`` or ``LocalProcesses``.
+class Executor(Protocol):
+    """Runs parts of a search: ``WorkPool`` or ``LocalProcesses``.
 
     Attributes:
-        workers: how many run at a time, as far as it can be known.
+        workers: number of parts that run at a time, as far as it is known.
     """
 
     workers: int
 
     def has_room(self, active: int) -> bool:
-        """Whether another step can be begun while ``active`` are under way."""
+        """Return whether another part can be started while ``active`` parts are not finished."""
         ...
 
-    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
-        """Begin ``step``.
+    def start(self, part: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+        """Start a part.
 
         Args:
-            parent: the task run that stands for it in the parent's run.
-            key: two parents that begin the same step with the same key get the same flow run.
+            parent: task run that represents the part in the run of the search.
+            key: idempotency key. Two searches that start the same part with the same key get the same flow run.
         """
         ...
 
-    def death_of(self, run: FlowRun, pending: float) -> str | None:
-        """Why the process of ``run`` must be dead, as far as this place knows.
+    def cause_of_death(self, run: FlowRun, pending: float) -> str | None:
+        """Return why the process of ``run`` must be dead; None if this executor does not know of its death.
 
         Args:
-            pending: seconds since it was taken by a worker, if it has not begun yet.
+            pending: seconds since a worker took the run, if it has not started yet.
         """
         ...
 
-    def end(self, run_id: UUID) -> None:
-        """Let nothing of a run that is taken for dead go on, where that can be done from here."""
+    def kill(self, run_id: UUID) -> None:
+        """Kill what is left of a run that is considered dead, if that is possible from here."""
         ...
 
     def cancel(self, runs: Collection[FlowRun]) -> None:
-        """Have these stopped at their next layer.
+        """Stop these runs at their next layer.
 
         Raises:
-            httpx.HTTPError: Prefect's server did not take it for all of them.
+            httpx.HTTPError: Prefect's server did not accept the cancellation of all of them.
         """
         ...
 
     def close(self) -> None:
-        """The parent ends."""
+        """Release the executor at the end of the search."""
         ...

@@ -1,48 +1,43 @@
-"""In which groups the betas of a search are spread over processes."""
+"""Lane groups of a search that is spread over processes."""
 
 import math
-from collections.abc import Sequence
 
-from layerwise.flows.pipeline.memory_estimate import SearchSizes
+from layerwise.flows.pipeline.lookup import NextLanes
+from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.runtime import FanOutRuntime
-from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lanes.grouping import begun_groups, split_evenly
 
 
 def lane_groups(
-    store: ArtifactStore,
-    lanes: Sequence[Stage],
-    missing: Sequence[int],
-    sizes: SearchSizes,
-    runtime: FanOutRuntime,
-    workers: int,
+    store: ArtifactStore, lanes: NextLanes, sizes: SearchSizes, runtime: FanOutRuntime, workers: int
 ) -> list[list[int]]:
-    """The groups that are to run, as numbers of their lanes: begun ones as they are, then what is left, spread anew.
+    """Return the groups to run, as positions of their lanes in the request.
+
+    Groups that an earlier run started are kept as they were. The other missing lanes are divided into new groups.
 
     Args:
-        lanes: stages of all lanes; empty if they cannot be known yet.
-        missing: numbers of the lanes that the store does not have.
-        sizes: tells how many lanes' hidden states fit into the memory that ``runtime`` gives them.
-        workers: how many groups run at a time.
+        sizes: sizes of the lanes. They decide how many lanes fit into the memory of one process.
+        workers: number of groups that run at a time.
     """
-    begun = list(begun_groups(store, lanes, missing)) if lanes else []
-    left = [lane for lane in missing if not any(lane in group for group in begun)]
+    started = list(begun_groups(store, lanes.stages, lanes.missing)) if lanes.are_known else []
+    left = [lane for lane in lanes.missing if not any(lane in group for group in started)]
     if runtime.fan_out == "local":
-        return [*begun, *split_evenly(left, 1)]
+        return [*started, *split_evenly(left, 1)]
     count = runtime.groups or group_count(len(left), workers, _lanes_in_memory(sizes, runtime))
-    return [*begun, *split_evenly(left, count)]
+    return [*started, *split_evenly(left, count)]
 
 
 def group_count(lanes: int, workers: int, lanes_in_memory: int) -> int:
-    """As few groups as keep all workers busy and every group's hidden states in memory, for each reads the model once.
+    """Return the number of groups: as few as possible, since each group reads the whole model.
 
-    A whole number for each worker, so that none waits for the last one while it could have taken a share.
+    The hidden states of a group fit into memory. The number is a multiple of the number of workers, so that no worker
+    is idle while another one runs the last group.
     """
     count = math.ceil(lanes / lanes_in_memory)
     return min(lanes, workers * math.ceil(count / workers))
 
 
 def _lanes_in_memory(sizes: SearchSizes, runtime: FanOutRuntime) -> int:
-    """Beside the dense model's; one at least, whose hidden states go to files then."""
+    """Return how many lanes fit into memory next to the dense model; 1 if none does, as its states then go to files."""
     return max(runtime.hidden_states_bytes // max(sizes.lane, 1) - 1, 1)

@@ -1,7 +1,8 @@
-"""Watch: whether a step that others do goes on, is done, or has died.
+"""Liveness of the processes that run parts of a search: signs of life, deaths and restarts.
 
-The store is the truth. Prefect tells how a flow run ended, but not that a whole machine is gone: such a run stays
-Running for ever. So each run leaves signs of life in the store, and one that falls silent is taken for dead.
+Prefect knows how a flow run ended, but not that a whole machine is gone: such a run stays Running for ever. Therefore
+every run leaves signs of life in the store, and a run is considered dead when they stop. Whether a part is done is
+decided by its artifacts in the store.
 """
 
 import logging
@@ -17,34 +18,34 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import CancelledRun, ObjectNotFound
 from prefect.states import Completed, Crashed
 
-from layerwise.flows.fan_out.executor import Place
+from layerwise.flows.fan_out.executor import Executor
 from layerwise.flows.fan_out.part import Part, PartFailed
-from layerwise.flows.fan_out.steps_table import Row
+from layerwise.flows.fan_out.parts_table import Row
 from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.signs_of_life import EVERY, SILENT, Sign, read_sign, remove_sign
 
-# Seconds before a dead step is taken up, by how often it has died at the same place before; then it is given up.
-PAUSES = (0.0, 10.0)
+# Seconds before each restart of a part that died at the same place. After these restarts the search fails.
+RESTART_DELAYS = (0.0, 10.0)
 ALIVE = (StateType.RUNNING, StateType.CANCELLING)
 ENDED = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
 
 
 @dataclass(eq=False)
-class Work:
-    """A step on its way.
+class TrackedPart:
+    """A part and the state of its work.
 
     Attributes:
-        number: of flow runs that there were for it.
-        run: the present one; None before it is begun, and after it has died.
-        sign: the last one that was heard.
-        changed: when something new was last heard of it, by ``time.monotonic``.
-        not_before: when it may be begun.
-        placeholder: a task run of the parent that will stand for its next flow run.
-        deaths: how often it has died, by what it was doing.
+        number: number of flow runs that the part has had.
+        run: the current flow run; None before the start and after a death.
+        sign: last sign of life.
+        changed: time of the last news about the part, on the clock ``time.monotonic``.
+        not_before: time from which it may be started, on the same clock.
+        placeholder: task run of the search that will represent the next flow run of the part.
+        deaths: number of deaths, by what the process was doing.
     """
 
-    step: Part
+    part: Part
     number: int
     run: FlowRun | None = None
     sign: Sign | None = None
@@ -56,16 +57,17 @@ class Work:
 
     @property
     def state(self) -> State | None:
+        """Prefect's state of the current flow run; None if there is no run."""
         return None if self.run is None else self.run.state
 
     @property
     def row(self) -> Row:
-        """As people see it."""
+        """Row of the part in the table of parts."""
         alive = self.sign is not None and self.state is not None and self.state.type in ALIVE
         state = "done" if self.done else "waiting" if self.state is None else str(self.state.name).lower()
         sign = self.sign if alive else None
         return Row(
-            self.step.title,
+            self.part.title,
             state,
             sign.doing if sign else "",
             sign.host if sign else "",
@@ -73,123 +75,131 @@ class Work:
         )
 
 
-class Watch:
-    """Watches steps that others do.
+class LivenessMonitor:
+    """Finds out whether a part is done, still running, or dead.
 
     Args:
-        say: tells people a line, with its logging level.
+        say: reports a line to the user, with its logging level.
     """
 
     def __init__(
-        self, client: SyncPrefectClient, store: ArtifactStore, place: Place, say: Callable[[str, int], None]
+        self,
+        client: SyncPrefectClient,
+        store: ArtifactStore,
+        executor: Executor,
+        say: Callable[[str, int], None],
     ) -> None:
-        self._client, self._store, self._place, self._say = client, store, place, say
+        self._client, self._store, self._executor, self._say = client, store, executor, say
 
-    def judge(self, work: Work) -> None:
-        """Whether ``work`` is done, has died (its run is None then), or goes on.
+    def check(self, tracked: TrackedPart) -> None:
+        """Update ``tracked``: mark it as done, or remove its run if that is dead, so that it is started again.
 
         Raises:
-            PartFailed: it failed for good.
-            CancelledRun: somebody has cancelled it.
+            PartFailed: the part failed, and a restart would not help.
+            CancelledRun: the part was cancelled.
             Unreachable: the storage does not answer.
         """
-        assert work.run is not None, "it was begun"
-        state = work.run.state
-        assert state is not None, "a flow run has a state as soon as it is there"
+        part, run = tracked.part, tracked.run
+        assert run is not None, "only a part that was started is checked"
+        state = run.state
+        assert state is not None, "a flow run has a state from its creation"
         if state.type in ENDED:
-            if work.step.is_done():
-                work.done = True
+            if part.is_done():
+                tracked.done = True
             elif state.type == StateType.CANCELLED:
-                raise CancelledRun(f"{work.step.title} was cancelled; the same settings go on from there")
+                raise CancelledRun(_cancelled(part))
             elif state.type == StateType.FAILED:
-                raise PartFailed(f"{_reason(state)} ({work.step.title}, flow run {work.run.name!r})")
+                raise PartFailed(f"{_reason(state)} ({part.title}, flow run {run.name!r})")
             elif state.type == StateType.COMPLETED:
                 raise PartFailed(
-                    f"{work.step.title} says that it is done, but {self._store.url} does not have what it was to make. "
-                    "Do its process and this one see the same store, the same model and the same texts?"
+                    f"{part.title} is completed, but {self._store.url} does not have its artifacts. "
+                    "Check that its process and this one use the same store, the same model and the same texts."
                 )
             else:
-                self._bury(work, str(state.message))
+                self._restart(tracked, str(state.message))
             return
-        pending = time.monotonic() - work.changed if state.type == StateType.PENDING else 0.0
-        if death := self._place.death_of(work.run, pending):
-            self._end(work, death)
+        pending = time.monotonic() - tracked.changed if state.type == StateType.PENDING else 0.0
+        if cause := self._executor.cause_of_death(run, pending):
+            self._end_dead_run(tracked, cause)
         elif state.type in ALIVE:
-            self._listen(work)
+            self._check_sign_of_life(tracked, run)
 
-    def _listen(self, work: Work) -> None:
-        """Look for a sign of life of a run that is said to be at work.
-
-        Raises:
-            Unreachable: the storage is too slow to tell silence from an outage.
-        """
-        assert work.run is not None
-        began = time.monotonic()
-        sign = read_sign(self._store.fs, self._store.root, work.run.id.hex)
-        if (took := time.monotonic() - began) > EVERY:
-            raise Unreachable(f"it took {took:.0f} s to answer")
-        if sign is not None and (work.sign is None or sign.token != work.sign.token):
-            work.sign, work.changed = sign, began
-        elif began - work.changed > SILENT:
-            self._end(work, f"no sign of life for {SILENT:.0f} s")
-
-    def _end(self, work: Work, death: str) -> None:
-        """Tell Prefect what became of a run whose process is gone: it would be Running for ever.
+    def _check_sign_of_life(self, tracked: TrackedPart, run: FlowRun) -> None:
+        """Read the sign of life of a run that Prefect considers alive.
 
         Raises:
-            PartFailed, CancelledRun: as for ``judge``.
+            Unreachable: the storage is too slow to tell a silent process from an outage.
         """
-        assert work.run is not None
-        self._place.end(work.run.id)
+        before = time.monotonic()
+        sign = read_sign(self._store.fs, self._store.root, run.id.hex)
+        if (took := time.monotonic() - before) > EVERY:
+            raise Unreachable(f"reading a sign of life took {took:.0f} s")
+        if sign is not None and (tracked.sign is None or sign.token != tracked.sign.token):
+            tracked.sign, tracked.changed = sign, before
+        elif before - tracked.changed > SILENT:
+            self._end_dead_run(tracked, f"no sign of life for {SILENT:.0f} s")
+
+    def _end_dead_run(self, tracked: TrackedPart, cause: str) -> None:
+        """Set the final state in Prefect of a run whose process is dead, which would stay Running for ever.
+
+        Raises:
+            PartFailed, CancelledRun: as for ``check``.
+        """
+        part, run = tracked.part, tracked.run
+        assert run is not None
+        self._executor.kill(run.id)
         with suppress(ObjectNotFound):
-            run = self._client.read_flow_run(work.run.id)
-            if has_ended(run):  # since it was looked at; the next look judges how
-                work.run = run
+            latest = self._client.read_flow_run(run.id)
+            if has_ended(latest):  # it ended after it was read; the next check handles its state
+                tracked.run = latest
                 return
-        is_done = work.step.is_done()
+        is_done = part.is_done()
         done: State = Completed(message="The store has its result.")
-        crashed: State = Crashed(message=death)
-        with suppress(ObjectNotFound):  # somebody has deleted it
-            self._client.set_flow_run_state(work.run.id, done if is_done else crashed, force=True)
-        # Not before the server knows it: if it does not answer, all of this is done again.
-        work.done = is_done
-        if not is_done and work.run.state_type == StateType.CANCELLING:
-            raise CancelledRun(f"{work.step.title} was cancelled; the same settings go on from there")
+        crashed: State = Crashed(message=cause)
+        with suppress(ObjectNotFound):  # the run was deleted
+            self._client.set_flow_run_state(run.id, done if is_done else crashed, force=True)
+        # Only once the server has the state: if it does not answer, the next check repeats all of this.
+        tracked.done = is_done
+        if not is_done and run.state_type == StateType.CANCELLING:
+            raise CancelledRun(_cancelled(part))
         if not is_done:
-            self._bury(work, death)
+            self._restart(tracked, cause)
 
-    def _bury(self, work: Work, death: str) -> None:
-        """Have a step that died taken up elsewhere.
+    def _restart(self, tracked: TrackedPart, cause: str) -> None:
+        """Remove the dead run of a part, so that the part is started again after a delay.
 
         Raises:
-            PartFailed: it has died at this place before, as often as there are pauses.
+            PartFailed: the part has used up its restarts at this place.
         """
-        assert work.run is not None
+        part, run = tracked.part, tracked.run
+        assert run is not None
         with suppress(Unreachable):
-            work.sign = read_sign(self._store.fs, self._store.root, work.run.id.hex) or work.sign
-            remove_sign(self._store.fs, self._store.root, work.run.id.hex)
-        doing = work.sign.doing if work.sign else ""
-        at = f"at {doing!r}" if doing else "before it began"
-        work.deaths[doing] += 1
-        times = work.deaths[doing]
-        if times > len(PAUSES):
-            raise PartFailed(
-                f"{death} ({work.step.title} died {times} times {at}, flow run {work.run.name!r})"
-            )
+            tracked.sign = read_sign(self._store.fs, self._store.root, run.id.hex) or tracked.sign
+            remove_sign(self._store.fs, self._store.root, run.id.hex)
+        doing = tracked.sign.doing if tracked.sign else ""
+        at = f"at {doing!r}" if doing else "before it started"
+        tracked.deaths[doing] += 1
+        times = tracked.deaths[doing]
+        if times > len(RESTART_DELAYS):
+            raise PartFailed(f"{cause} ({part.title} died {times} times {at}, flow run {run.name!r})")
         self._say(
-            f"{work.step.title} died {at}: {death.rstrip('.')}. It goes on from its last resume point.",
+            f"{part.title} died {at}: {cause.rstrip('.')}. It is restarted from its last resume point.",
             logging.WARNING,
         )
-        work.not_before = time.monotonic() + PAUSES[times - 1]
-        work.run = None
+        tracked.not_before = time.monotonic() + RESTART_DELAYS[times - 1]
+        tracked.run = None
 
 
 def has_ended(run: FlowRun) -> bool:
-    """Whether nothing can change the state of ``run`` any more."""
+    """Return whether the state of ``run`` is final."""
     return run.state_type in ENDED
 
 
+def _cancelled(part: Part) -> str:
+    return f"{part.title} was cancelled; a search with the same settings continues from here"
+
+
 def _reason(state: State) -> str:
-    """What the exception said that made a flow run fail."""
+    """Return the message of the exception that made a flow run fail."""
     text = str(state.message)
     return text.removeprefix("Flow run encountered an exception: ")

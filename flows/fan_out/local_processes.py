@@ -1,4 +1,4 @@
-"""Processes of this machine as the place where the steps of a search run, each with a device of its own."""
+"""Executor that runs the parts of a search in processes on this machine, each with its own device."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Pending
 
-from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.liveness import has_ended
 from layerwise.flows.fan_out.parent_process import ENDS_WITH_PARENT
 from layerwise.flows.fan_out.part import Part
@@ -25,7 +25,7 @@ from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.flows.orchestration.embedded_server import lifeline
 from layerwise.storage.files.errors import without_secrets
 
-LAST_WORDS = 2000  # characters of its output that are shown of a process that died
+OUTPUT_SHOWN = 2000  # last characters of the output of a dead process that an error shows
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class _Child:
 
 
 class LocalProcesses:
-    """Some processes of this machine. See ``Place`` for the methods.
+    """Processes on this machine. Implements ``Executor``.
 
     Args:
-        count: how many run at a time.
-        device: for torch; with ``auto`` or ``cuda`` each of them gets another GPU, as far as there are enough.
+        count: number of processes that run at a time.
+        device: torch device. With ``auto`` or ``cuda`` each process gets its own GPU, if there are enough.
     """
 
     def __init__(self, client: SyncPrefectClient, count: int, device: str) -> None:
@@ -51,26 +51,25 @@ class LocalProcesses:
         self._logs = tempfile.TemporaryDirectory(prefix="layerwise-")
 
     def has_room(self, active: int) -> bool:
-        return len(self._taken()) < self.workers  # a process takes a moment to end after its flow run has
+        return len(self._taken()) < self.workers  # a process ends shortly after its flow run
 
-    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
-        # No key: a process ends with its parent, so nobody takes it up.
+    def start(self, part: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+        # Without the key: the process ends with the search, so a later run never finds it running.
         run = self._client.create_flow_run(
-            getattr(steps, step.flow),
-            name=step.run_name,
-            parameters=dict(step.parameters),
+            getattr(part_flows, part.flow),
+            name=part.run_name,
+            parameters=dict(part.parameters),
             tags=tags,
             parent_task_run_id=parent,
             state=Pending(),
         )
         slot = min(set(range(self.workers)) - self._taken())
         own = {
-            "PREFECT_API_URL": str(
-                self._client.api_url
-            ),  # also of an embedded server, or it would start another one
-            "PREFECT__FLOW_ENTRYPOINT": f"{steps.__name__}:{step.flow}",
+            # Needed for an embedded server as well; otherwise the process would start another one.
+            "PREFECT_API_URL": str(self._client.api_url),
+            "PREFECT__FLOW_ENTRYPOINT": f"{part_flows.__name__}:{part.flow}",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "PYTHONSAFEPATH": "1",  # the working folder may have a folder "tasks" of its own
+            "PYTHONSAFEPATH": "1",  # the working folder may contain modules with the names of packages
             ENDS_WITH_PARENT: "1",
         }
         if self._gpus:
@@ -84,21 +83,21 @@ class LocalProcesses:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=lifeline(),
-                start_new_session=True,  # a Ctrl-C is for the parent, which lets it finish its layer
+                start_new_session=True,  # Ctrl-C reaches only the search, which then stops this process at its next layer
             )
         self._children[run.id] = _Child(process, slot, log)
         return run
 
-    def death_of(self, run: FlowRun, pending: float) -> str | None:
+    def cause_of_death(self, run: FlowRun, pending: float) -> str | None:
         child = self._children.get(run.id)
         code = None if child is None else child.process.poll()
         if child is None or code is None:
             return None
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        said = without_secrets(child.log.read_text(errors="replace")[-LAST_WORDS:].strip())
+        said = without_secrets(child.log.read_text(errors="replace")[-OUTPUT_SHOWN:].strip())
         return f"process {child.process.pid} {how}" + (f": {said}" if said else "")
 
-    def end(self, run_id: UUID) -> None:
+    def kill(self, run_id: UUID) -> None:
         if child := self._children.get(run_id):
             with suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
@@ -110,9 +109,9 @@ class LocalProcesses:
         set_states(self._client, ours, Cancelled(message="Its search was stopped."))
 
     def close(self) -> None:
-        """Have everything stopped at its next layer, wait for it, and leave no run that seems to go on."""
+        """Stop all processes at their next layer, wait for them, and give every flow run a final state."""
         self._stop()
-        with suppress(httpx.HTTPError):  # the next search does not take them for its own in any case
+        with suppress(httpx.HTTPError):  # a later search does not reuse these runs in any case
             for run_id in self._children:
                 with suppress(ObjectNotFound):
                     run = self._client.read_flow_run(run_id)
@@ -128,7 +127,7 @@ class LocalProcesses:
             process.wait()
 
     def _taken(self) -> set[int]:
-        """Slots whose processes have not ended."""
+        """Return the slots of the processes that have not ended."""
         taken = set()
         for child in self._children.values():
             if child.process.poll() is None:
@@ -139,7 +138,7 @@ class LocalProcesses:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Return the GPUs that this process may use, by their names in ``CUDA_VISIBLE_DEVICES``."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

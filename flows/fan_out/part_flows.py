@@ -1,4 +1,4 @@
-"""The steps of a search as flows of their own, for other processes and machines: what each makes lies in the store."""
+"""Flows that run one part of a search each, in another process or on another machine. Results are in the store."""
 
 import logging
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from layerwise.allocators.allocation import SparsityPlan
 from layerwise.flows.fan_out.parent_process import stop_with_parent
 from layerwise.flows.orchestration.cancellation import cancelled
 from layerwise.flows.pipeline.build import build
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import capture_steps, lane_step, scoring_steps, search_steps
 from layerwise.flows.pipeline.inputs import check_inputs
-from layerwise.flows.pipeline.lane_requests import LaneRequest
+from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.files.errors import Unreachable
@@ -30,13 +30,13 @@ from layerwise.tasks.running.stopping import stopping_on_sigterm
 logger = logging.getLogger(__name__)
 
 Points = tuple[tuple[float, float], ...]  # beta and offset of plans
-Layers = tuple[tuple[float | tuple[float, ...], ...], ...]  # sparsity of every layer, or linear, of plans
+Layers = tuple[tuple[float | tuple[float, ...], ...], ...]  # sparsities of the plans, by layer or by linear
 
 
 @flow(name="capture", flow_run_name="{settings.title}: capture", persist_result=False)
 def capture(settings: Search, runtime: Runtime) -> State | None:
-    """Import the model, sample the windows, run the dense model: all that comes before the betas."""
-    return _part(settings, runtime, "capture", _capture)
+    """Import the model, sample the windows and run the dense model: everything before the betas."""
+    return _run_part(settings, runtime, "capture", _capture)
 
 
 def _branch_name() -> str:
@@ -54,18 +54,18 @@ def branch(
     windows: tuple[int, int] | None = None,
     layers: Layers | None = None,
 ) -> State | None:
-    """Prune the model by these plans and score them, all in one group.
+    """Prune the model by some plans and score them, all in one lane group.
 
     Args:
-        settings: the search that the plans belong to.
-        runtime: where and how this group runs.
-        points: beta and offset of some of the search's plans; empty: all that its strategy tries.
-        windows: of the selection windows, these (first, and the one after the last); empty: all of them.
-        layers: sparsities of every layer of the plans, or of its linears, with a strategy that makes plans itself.
+        settings: Search that the plans belong to.
+        runtime: Where and how this group runs.
+        points: Beta and offset of each plan; empty: all plans that the strategy of the search tries.
+        windows: Range of the selection windows to score on (first, and one past the last); empty: all.
+        layers: Sparsities of each plan, by layer or by linear, for a strategy that makes plans itself.
     """
     if points is None:
-        return _part(settings, runtime, "all plans", _score_all)
-    return _part(
+        return _run_part(settings, runtime, "all plans", _score_all)
+    return _run_part(
         settings,
         runtime,
         f"{points_title(points)}{windows_title(windows)}",
@@ -75,23 +75,24 @@ def branch(
 
 @flow(name="evaluate", flow_run_name="{settings.title}: export and test", persist_result=False)
 def evaluate(settings: Search, runtime: Runtime) -> State | None:
-    """Choose the best beta, export the model pruned by it, and test it beside the dense and the uniform one.
+    """Choose the best beta, export the model pruned by it, and test it against the dense and the uniform model.
 
-    Betas that the store does not have are pruned and scored before.
+    Betas that are missing from the store are pruned and scored first.
     """
-    return _part(settings, runtime, "export and test", _search)
+    return _run_part(settings, runtime, "export and test", _search)
 
 
-def _part(
+def _run_part(
     settings: Search,
     runtime: Runtime,
     title: str,
     work: Callable[[ArtifactStore, Search, Execution], object],
 ) -> State | None:
-    """Do a part of a search that another process has begun.
+    """Run a part of a search that another process started.
 
     Returns:
-        A crash, for other workers to take up, if the storage does not answer here; a cancellation if it was cancelled.
+        Crashed, so that the search restarts the part elsewhere, if the storage does not answer here; Cancelled if the
+        run was cancelled; None otherwise.
     """
     execution = runtime.execution()
     if warning := shared_device_warning(execution.device, torch.cuda.device_count()):
@@ -103,7 +104,7 @@ def _part(
             stop_with_parent()
             store = ArtifactStore(runtime.store)
             with announced(store.fs, store.root, f"{settings.title}: {title}", name):
-                mending(store, lambda: work(store, settings, execution))
+                rebuild_damaged(store, lambda: work(store, settings, execution))
     except Unreachable as error:
         return Crashed(message=str(error))
     except TerminationSignal as ending:
@@ -131,7 +132,7 @@ def _score(
     windows: tuple[int, int] | None,
     layers: Layers | None,
 ) -> None:
-    """Score the lanes of some plans, in one group.
+    """Score the lanes of some plans in one group.
 
     Raises:
         ValueError: the search has no plan for one of ``points``.
@@ -151,15 +152,15 @@ def _score(
 
 
 def shared_device_warning(device: str, visible: int) -> str | None:
-    """Tell that other workers of this machine would compute on the same GPU; None if each can have its own.
+    """Return a warning if other workers on this machine would compute on the same GPU; None otherwise.
 
     Args:
-        device: for torch; ``cuda`` is the first one that is visible.
+        device: torch device; ``cuda`` is the first visible GPU.
         visible: number of GPUs that this process may use.
     """
     if device != "cuda" or visible < 2:
         return None
     return (
-        f"this flow run sees {visible} GPUs and computes on the first one, as do all others on this machine. Start one "
-        "worker for each GPU: CUDA_VISIBLE_DEVICES=0 prefect worker start ... --limit 1, and so on."
+        f"this flow run sees {visible} GPUs and computes on the first one, like all other flow runs on this machine. "
+        "Start one worker for each GPU: CUDA_VISIBLE_DEVICES=0 prefect worker start ... --limit 1, and so on."
     )

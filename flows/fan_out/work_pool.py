@@ -1,4 +1,4 @@
-"""A Prefect work pool as the place where the steps of a search run: whatever machines its workers have."""
+"""Executor that runs the parts of a search on the workers of a Prefect work pool."""
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
@@ -16,38 +16,39 @@ from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.storage.files.errors import without_secrets
 
 FLOWS = ("capture", "branch", "evaluate")
-HEARTBEAT = timedelta(seconds=30)  # between two of a worker's
-# Seconds from being taken by a worker to Running: a machine may have to start, and load an image.
-NEVER_BEGAN = 600.0
-SUSPICIOUS = 120.0  # the same, if a worker has gone meanwhile; Prefect knows that after 90 s
-QUEUED = 100  # flow runs sent to a pool at a time, at least
+HEARTBEAT = timedelta(seconds=30)  # between two heartbeats of a worker
+# Maximum seconds from Pending to Running: a machine may have to start first, and load an image.
+START_LIMIT = 600.0
+# The same if a worker went offline meanwhile, which Prefect knows after 90 s.
+START_LIMIT_AFTER_LOSS = 120.0
+QUEUED = 100  # number of flow runs that a pool gets at a time, if it does not run more
 
 
 def require_server() -> None:
-    """A pool's workers have to reach the server that the search reports to.
+    """Refuse a work pool without a configured Prefect server.
 
     Raises:
-        ValueError: the embedded one, which only this process knows, would be used.
+        ValueError: PREFECT_API_URL is not set. The embedded server is not reachable for the pool's workers.
     """
     if not PREFECT_API_URL.value():
         raise ValueError(
-            "a work pool needs a Prefect server that its workers reach, and none is set. Set PREFECT_API_URL, "
-            "or leave fan_out at local, or set it to processes:N."
+            "a work pool needs a Prefect server that its workers reach, but none is set. Set PREFECT_API_URL, "
+            "or set fan_out to local or processes:N."
         )
 
 
 class WorkPool:
-    """The deployments of our flows on one work pool. See ``Place`` for the methods.
+    """Workers of a Prefect work pool. Implements ``Executor``.
 
     Args:
-        name: of the work pool.
+        name: name of the work pool.
 
     Attributes:
-        workers: how many flow runs it takes at a time, as far as it can be known: its concurrency limit, or else the
-            number of its workers that are online.
+        workers: number of flow runs that the pool runs at a time: its concurrency limit, or without one the number of
+            its workers that are online.
 
     Raises:
-        ValueError: there is no such pool, it is paused, or it has no deployment of ours.
+        ValueError: the pool does not exist, is paused, or lacks a deployment of a part's flow.
     """
 
     def __init__(self, client: SyncPrefectClient, name: str) -> None:
@@ -58,7 +59,7 @@ class WorkPool:
             pools = sorted(pool.name for pool in client.read_work_pools())
             raise ValueError(
                 f"the Prefect server at {without_secrets(str(client.api_url))} has no work pool {name!r}; it has "
-                f"{pools or 'none'}. Make it: prefect work-pool create {name} --type process, or set PREFECT_API_URL "
+                f"{pools or 'none'}. Create it: prefect work-pool create {name} --type process, or set PREFECT_API_URL "
                 "to the server that has it."
             ) from error
         if pool.is_paused:
@@ -71,40 +72,42 @@ class WorkPool:
         self.workers = pool.concurrency_limit or max(len(online), 1)
 
     def has_room(self, active: int) -> bool:
-        # Its queue gets more than it takes at a time, but not thousands: the parent asks for each one's state.
+        # More than run at a time, so that workers never wait; but not thousands, as each one's state is polled.
         return active < max(QUEUED, 2 * self.workers)
 
-    def begin(self, step: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
+    def start(self, part: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         return self._client.create_flow_run_from_deployment(
-            self._deployments[step.flow],
-            parameters=dict(step.parameters),
+            self._deployments[part.flow],
+            parameters=dict(part.parameters),
             state=Scheduled(),
-            name=step.run_name,
+            name=part.run_name,
             tags=tags,
             idempotency_key=key,
             parent_task_run_id=parent,
         )
 
-    def death_of(self, run: FlowRun, pending: float) -> str | None:
-        if pending > NEVER_BEGAN:
-            return f"it did not begin within {NEVER_BEGAN:.0f} s of being taken by a worker"
-        assert run.state is not None, "a flow run has a state as soon as it is there"
-        if pending > SUSPICIOUS and self._has_lost_a_worker(run.state.timestamp):
-            return f"it did not begin within {SUSPICIOUS:.0f} s, and a worker has gone since"
+    def cause_of_death(self, run: FlowRun, pending: float) -> str | None:
+        if pending > START_LIMIT:
+            return f"it did not start within {START_LIMIT:.0f} s after a worker took it"
+        assert run.state is not None, "a flow run has a state from its creation"
+        if pending > START_LIMIT_AFTER_LOSS and self._has_lost_a_worker(run.state.timestamp):
+            return (
+                f"it did not start within {START_LIMIT_AFTER_LOSS:.0f} s, and a worker has gone offline since"
+            )
         return None
 
-    def end(self, run_id: UUID) -> None:
-        """Nothing: it runs on another machine, if at all."""
+    def kill(self, run_id: UUID) -> None:
+        """Do nothing: the run, if it still exists, is on another machine."""
 
     def cancel(self, runs: Collection[FlowRun]) -> None:
-        # Not by force: Prefect's server makes it Cancelled then where no worker has taken it.
+        # Without force, Prefect's server sets a run that no worker has taken to Cancelled at once.
         set_states(self._client, runs, Cancelling(message="Its search was stopped."), force=False)
 
     def close(self) -> None:
-        """Leave what runs: it goes on without its parent, and the next one takes it up."""
+        """Do nothing: running parts continue without the search, and the next run of the search waits for them."""
 
     def _has_lost_a_worker(self, since: datetime) -> bool:
-        """Whether a worker that was there at ``since``, by the server's clock, is not there any more."""
+        """Return whether a worker went offline that was online at ``since``, by the server's clock."""
         return any(
             worker.status == "OFFLINE"
             and worker.last_heartbeat_time

@@ -1,1 +1,1 @@
-"""Stages of a search: which there are, which exist, and which would run."""
+"""Stages of a search as one graph, which is built, looked up or planned; and the result of a search."""

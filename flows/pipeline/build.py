@@ -1,4 +1,4 @@
-"""Build a graph: run every step whose artifacts the store does not have."""
+"""Build a graph: run every step that has an artifact missing from the store."""
 
 from layerwise.flows.pipeline.graph import Result, Step, Steps, run
 from layerwise.storage.artifact import Artifact
@@ -9,7 +9,7 @@ def build(steps: Steps[Result | None], execution: Execution) -> tuple[Result, di
     """Build all artifacts of a graph, in order.
 
     Returns:
-        Its result, and its artifacts by role.
+        The result of the graph, and its artifacts by role.
     """
     by_role: dict[str, Artifact] = {}
 
@@ -22,5 +22,5 @@ def build(steps: Steps[Result | None], execution: Execution) -> tuple[Result, di
         return artifacts
 
     result = run(steps, answer)
-    assert result is not None, "nothing is unknown once everything is built"
+    assert result is not None, "every step was built, so the result is known"
     return result, by_role

@@ -1,4 +1,4 @@
-"""What a comparison of searches found, in tables: one row per search, and one per method over all seeds."""
+"""Tables of a comparison of searches: one row per search, and one row per method over all seeds."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ class Compared:
     """One search of a comparison.
 
     Attributes:
-        allocator: what its way of allocating is called.
-        losses: of the chosen plan, by test window, in nats.
-        seconds: that its run took, with its share, by plans, of what was computed for several searches together; what
-            was in the store before is not in them.
+        allocator: name of its way of allocating.
+        losses: losses of the chosen plan on the test windows, in nats.
+        seconds: time of this run. Time spent for several searches at once is shared out by their numbers of plans;
+            artifacts that were in the store before cost nothing.
     """
 
     result: SearchResult
@@ -29,18 +29,15 @@ class Compared:
     seconds: float
 
     @property
-    def cell(self) -> tuple[float, str]:
-        """Sparsity and pruner."""
-        return self.result.settings.sparsity, self.result.settings.pruner.method
+    def cell(self) -> tuple[float, str, int]:
+        """Sparsity, pruner and seed of the search."""
+        settings = self.result.settings
+        return settings.sparsity, settings.pruner.method, settings.seed
 
 
 def rows_of(searches: Sequence[Compared]) -> list[Row]:
-    """One row per search, in their order; the first allocator is what the others are compared with."""
-    first = {
-        (*each.cell, each.result.settings.seed): each
-        for each in reversed(searches)
-        if each.allocator == searches[0].allocator
-    }
+    """Return one row per search, in their order; the first allocator is the reference of the others."""
+    references = {each.cell: each for each in reversed(searches) if each.allocator == searches[0].allocator}
     several = len({each.allocator for each in searches}) > 1
     rows = []
     for each in searches:
@@ -64,21 +61,21 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
             "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
         }
         if several:
-            reference = first[(*each.cell, result.settings.seed)]
+            reference = references[each.cell]
             row |= {} if each is reference else _above([each], [reference])
         rows.append(row)
     return rows
 
 
 def summary_of(searches: Sequence[Compared]) -> list[Row]:
-    """One row per sparsity, pruner and allocator: test perplexity over all seeds, and beside the first allocator's.
+    """Return one row per sparsity, pruner and allocator: test perplexity over all seeds, compared with the reference.
 
-    The windows are the same for all seeds: for the paired comparison a window's losses are averaged over the seeds, as
-    more seeds make its difference surer, and no windows of their own.
+    The test windows are the same for all seeds. The paired comparison therefore averages the losses of each window
+    over the seeds: more seeds make the difference of a window more precise, but do not add windows.
     """
     groups: dict[tuple[float, str, str], list[Compared]] = {}
     for each in searches:
-        groups.setdefault((*each.cell, each.allocator), []).append(each)
+        groups.setdefault((*each.cell[:2], each.allocator), []).append(each)
     rows = []
     for (sparsity, pruner, allocator), members in groups.items():
         reference = groups[sparsity, pruner, searches[0].allocator]
@@ -102,7 +99,7 @@ def summary_of(searches: Sequence[Compared]) -> list[Row]:
 
 
 def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
-    """A table for people; columns that some rows lack are empty there. All of it is plain text."""
+    """Return a Markdown table with escaped cells. A column that a row does not have is empty in that row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "--:|" * len(names)]
     lines += ["| " + " | ".join(plain(str(row.get(name, ""))) for name in names) + " |" for row in rows]
@@ -110,7 +107,7 @@ def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
 
 
 def shown(perplexity: float) -> str | float:
-    """A perplexity for people."""
+    """Return a perplexity with two decimals, or "diverged"."""
     return round(perplexity, 2) if _is_number(perplexity) else "diverged"
 
 
@@ -119,12 +116,12 @@ def _is_number(perplexity: float) -> bool:
 
 
 def _gain(each: Compared) -> float:
-    """Difference of the mean losses to uniform, in nats; negative if the chosen plan is better."""
+    """Return the difference of the mean losses, chosen plan minus uniform, in nats; negative if the plan is better."""
     return math.log(each.result.test.best / each.result.test.uniform)
 
 
 def _above(members: Sequence[Compared], reference: Sequence[Compared]) -> Row:
-    """How far the test perplexity is above that of the first allocator, in percent, and how sure that is."""
+    """Return the increase of the test perplexity over the reference, in percent, and its significance."""
     difference = paired_difference(_by_window(members), _by_window(reference))
     return {
         f"above {reference[0].allocator} %": round(100 * math.expm1(min(difference.mean, DIVERGED)), 1),
@@ -134,13 +131,15 @@ def _above(members: Sequence[Compared], reference: Sequence[Compared]) -> Row:
 
 
 def _by_window(members: Iterable[Compared]) -> list[float]:
+    """Return the loss of each test window, averaged over the members."""
     return [fmean(losses) for losses in zip(*(each.losses for each in members), strict=True)]
 
 
 def _mean(perplexities: Sequence[float]) -> str | float:
+    """Return the geometric mean, which is the perplexity of the mean loss."""
     return shown(math.exp(fmean(map(math.log, perplexities))))
 
 
 def _spread(perplexities: Sequence[float]) -> str | float:
-    """Standard deviation over the seeds, in percent."""
+    """Return the standard deviation of the log perplexities over the seeds, in percent."""
     return round(100 * stdev(map(math.log, perplexities)), 1) if len(perplexities) > 1 else ""

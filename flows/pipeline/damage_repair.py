@@ -1,4 +1,4 @@
-"""Damaged and deleted artifacts: a run that meets one builds it anew; a damaged one is set aside before."""
+"""Repair during a run: damaged artifacts are set aside and rebuilt, deleted artifacts are rebuilt."""
 
 import logging
 from collections.abc import Callable
@@ -15,29 +15,30 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def mending(store: ArtifactStore, run: Callable[[], Result]) -> Result:
-    """Call ``run`` until it meets no damaged artifact any more; what is whole is found done every time.
+def rebuild_damaged(store: ArtifactStore, run: Callable[[], Result]) -> Result:
+    """Call ``run`` again after each damaged artifact that it meets, until it succeeds.
 
-    An artifact that another process has deleted since this one found it (``layerwise gc --results-only``, while this
-    process was paused) is one whose files are missing.
+    A damaged artifact is set aside first, so that the next call rebuilds it; undamaged artifacts are reused. An
+    artifact also counts as damaged if another process deleted it after this process had found it, for instance
+    ``layerwise gc --results-only`` while this process was paused.
 
     Raises:
-        Damaged: an artifact is damaged again after it was built anew.
+        Damaged: an artifact is damaged again after it was rebuilt.
     """
-    mended: set[str] = set()
+    repaired: set[str] = set()
     began = since_boot()
     while True:
         try:
             return run()
         except Damaged as damaged:
-            if damaged.key in mended:
+            if damaged.key in repaired:
                 raise
-            mended.add(damaged.key)
+            repaired.add(damaged.key)
             if set_aside(store, damaged):
-                logger.warning("%s It is set aside and built anew.", damaged)
+                logger.warning("%s It is set aside and rebuilt.", damaged)
             elif _is_gone(store, damaged.key):
                 logger.warning(
-                    "%s is not in the store any more, although this run has read it before. %s It is built anew.",
+                    "%s was deleted from the store during this run. %s It is rebuilt.",
                     damaged.key,
                     why_files_are_gone(began),
                 )

@@ -1,8 +1,8 @@
-"""A finished search, opened again for zero-shot tasks or a compressed checkpoint."""
+"""A finished search, reopened with its lanes for zero-shot tasks or a compressed checkpoint."""
 
 from dataclasses import dataclass
 
-from layerwise.flows.pipeline.artifact_lookup import asked_artifact
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, export_lane, scoring_steps
 from layerwise.flows.pipeline.inputs import check_inputs
@@ -17,11 +17,11 @@ from layerwise.tasks.running.execution import Execution
 
 
 @dataclass(frozen=True)
-class Reopened:
+class ReopenedSearch:
     """A finished search and its lanes.
 
     Attributes:
-        best: lane of the chosen plan; the uniform one if that was chosen.
+        best: lane of the chosen plan; the uniform lane if that was chosen.
     """
 
     search: FinishedSearch
@@ -30,25 +30,25 @@ class Reopened:
     best: LaneScore
 
     def exported(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Artifact:
-        """Return the checkpoint that the plan of ``lane`` gives; export it unless the search has."""
+        """Return the checkpoint pruned by the plan of ``lane``; export it if the store does not have it."""
         return export_lane(store, self.scored, lane, execution)
 
     def checkpoint(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Checkpoint:
-        """Return the same, opened for reading."""
+        """Return the checkpoint pruned by the plan of ``lane``, opened for reading."""
         return open_exported(store, self.exported(store, lane, execution))
 
 
-def reopen(store: ArtifactStore, key: str | None, execution: Execution) -> Reopened:
-    """Open a finished search, and build what is missing of its lanes.
+def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -> ReopenedSearch:
+    """Open a finished search, and build those of its lanes that are missing.
 
     Args:
-        key: key of the search, or the beginning of it; None for the newest search.
+        key: key of the search or its beginning; None for the newest search.
 
     Raises:
-        KeyError: no artifact has that key, or several begin with it; or artifacts of the search are gone.
+        KeyError: no artifact has this key, or several keys begin with it; or artifacts of the search were deleted.
         ValueError: the artifact is not the result of a search.
     """
-    search = read_search(store, asked_artifact(store, key))
+    search = read_search(store, artifact_by_key(store, key))
     settings = Search.model_validate(search.settings)
     scored, _ = build(scoring_steps(store, settings, check_inputs(store, settings)), execution)
-    return Reopened(search, settings, scored, scored.scores[search.selection.best])
+    return ReopenedSearch(search, settings, scored, scored.scores[search.selection.best])

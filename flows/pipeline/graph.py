@@ -1,9 +1,9 @@
-"""Stages of a search, each described once.
+"""Graph of a search: every stage described once.
 
-A graph is a generator of steps. It yields a step and gets back the artifacts of that step, or None for each one that
-does not exist. What it returns at its end is None if a missing artifact left something unknown. Three interpreters run it:
-``pipeline.build`` builds every artifact, ``pipeline.lookup`` finds those that exist, ``flows.plan`` lists what a search
-would do. The parts of a search that other processes run are parts of this graph.
+A graph is a generator of steps. It yields a step and receives the artifacts of that step, or None for each one that
+does not exist. Its return value is None if it depends on a missing artifact. ``pipeline.build`` runs a graph and builds
+every artifact; ``pipeline.lookup`` runs it and finds the artifacts that exist; ``flows.plan`` lists the remaining work
+from the look-up. The parts of a search that other processes run are sections of this graph.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from layerwise.allocators.allocation import SparsityPlan
 from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
-from layerwise.flows.pipeline.lane_requests import LaneRequest, first_lanes, strategy_of
-from layerwise.flows.pipeline.memory_estimate import SearchSizes
-from layerwise.flows.pipeline.time_budget import is_too_late, stopped
+from layerwise.flows.pipeline.search_strategy import LaneRequest, first_lanes, strategy_of
+from layerwise.flows.pipeline.size_estimate import SearchSizes
+from layerwise.flows.pipeline.time_limit import is_too_late, stop_after_tried
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.storage.artifact import Artifact
@@ -47,16 +47,16 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One or several artifacts that are made together.
+    """One or several artifacts that are built together.
 
     Attributes:
         name: name of the step in a plan.
         stages: role in the search's result and stage of every artifact; the stage is None while it depends on an
             artifact that does not exist.
-        build: makes the missing artifacts, and returns all of them in the order of ``stages``.
-        work: what the step does, in words; empty if it takes next to no time.
-        reads: bytes of weights that it reads.
-        writes: bytes by which the store grows.
+        build: builds the missing artifacts, and returns all of them in the order of ``stages``.
+        work: description of the work for a plan; empty if the step takes almost no time.
+        reads: bytes of weights that the step reads.
+        writes: bytes that the step adds to the store.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class LaneStep(Step):
-    """Lanes that a strategy asks for at once.
+    """Lanes of one request of a strategy.
 
     Attributes:
         request: plans of these lanes, and the selection windows that they are scored on.
@@ -82,16 +82,16 @@ class LaneStep(Step):
     tried: int
 
 
-Answer = Sequence[Artifact | None]  # to a step: its artifacts, in the order of its stages
+Answer = Sequence[Artifact | None]  # artifacts of a step, in the order of its stages
 Steps = Generator[Step, Answer, Result]
 
 
 @dataclass(frozen=True)
 class Captured:
-    """Everything that the lanes of a search read.
+    """Inputs of the lanes of a search.
 
     Attributes:
-        windows: windows by role; those of the test may be missing.
+        windows: windows by role; the test windows may be missing.
         linears: prunable linears, by layer.
         grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
         plans: plans of the allocator, uniform first.
@@ -111,7 +111,7 @@ class Captured:
         return float(str(self.capture.facts[DENSE_PERPLEXITY]))
 
     def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
-        """Return the inputs of lanes that are scored on the windows of this role, or on a range of them."""
+        """Return the inputs of lanes that are scored on all windows of a role, or on a range of them."""
         windows_of = self.windows["calibration"], self.windows[scored]
         return LaneInputs(self.checkpoint, self.capture, *windows_of, self.grams, windows)
 
@@ -121,7 +121,7 @@ class Scored:
     """Lanes that a search has scored.
 
     Attributes:
-        settings: settings of a search that asks for exactly these lanes; they have ``stop_after`` if its time ran out.
+        settings: settings of a search with exactly these lanes; ``stop_after`` is set if the time limit was reached.
         scores: scores of the lanes, uniform first.
     """
 
@@ -145,8 +145,8 @@ class Chosen:
     """Outcome of a search.
 
     Attributes:
-        exported: the pruned checkpoint; None if the search does not ask for it.
-        tested: the evaluation on the test windows.
+        exported: the pruned checkpoint; None if the search does not export.
+        tested: evaluation on the test windows.
     """
 
     scored: Scored
@@ -161,7 +161,7 @@ def search_steps(
     """Yield all steps of a search.
 
     Args:
-        deadline: time after which no further lanes are begun, on the clock ``time.monotonic``.
+        deadline: time after which no further lanes are started, on the clock ``time.monotonic``.
     """
     captured = yield from capture_steps(store, settings, inputs)
     scored = yield from lane_steps(store, settings, inputs, captured, deadline)
@@ -169,13 +169,13 @@ def search_steps(
 
 
 def scoring_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) -> Steps[Scored | None]:
-    """Yield the steps up to the scores of all lanes that the search's strategy asks for."""
+    """Yield the steps up to the scores of all lanes that the search's strategy requests."""
     captured = yield from capture_steps(store, settings, inputs)
     return (yield from lane_steps(store, settings, inputs, captured))
 
 
 def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) -> Steps[Captured | None]:
-    """Yield the steps before the lanes: import, windows, the dense model's pass, the plans."""
+    """Yield the steps before the lanes: import, text windows, the pass of the dense model, plans."""
     checkpoint, linears, index = inputs.checkpoint, inputs.linears, inputs.index
     windows: dict[Role, Artifact] = {}
 
@@ -289,20 +289,22 @@ def lane_steps(
     captured: Captured | None,
     deadline: float = inf,
 ) -> Steps[Scored | None]:
-    """Yield the lanes, request by request; each request depends on the losses of those before."""
+    """Yield the lanes, request by request; each request depends on the losses of the earlier ones."""
     windows = inputs.texts.windows["selection"]
     if captured is None:
         plans = expected_plans(settings, inputs.linears)
         yield lane_step(store, None, plans, first_lanes(settings, plans, inputs.linears, windows))
         return None
     strategy = strategy_of(settings, captured.plans, captured.linears, windows)
-    rounds: dict[SparsityPlan, list[LaneScore]] = {}  # of each lane, one score for each range of the windows
+    rounds: dict[
+        SparsityPlan, list[LaneScore]
+    ] = {}  # one score for each range of windows a plan was scored on
     while request := strategy.next_lanes(losses_of(rounds)):
         step = lane_step(store, captured, captured.plans, request, len(rounds))
         if is_too_late(len(rounds), deadline) and not any(
             store.find(known(stage)) for _, stage in step.stages
         ):
-            settings = stopped(settings, len(rounds))
+            settings = stop_after_tried(settings, len(rounds))
             break
         artifacts = yield step
         for plan, artifact in zip(request.plans, artifacts, strict=True):
@@ -310,7 +312,7 @@ def lane_steps(
                 return None
             rounds.setdefault(plan, []).append(read_score(store, plan, artifact))
     order = {plan: number for number, plan in enumerate(captured.plans)}
-    # Stable: plans that the strategy made come after those of the allocator, in the order of their trials.
+    # The sort is stable: plans made by the strategy follow those of the allocator, in the order of their trials.
     lanes = [rounds[plan] for plan in sorted(rounds, key=lambda plan: order.get(plan, len(order)))]
     if all(len(scores) == 1 for scores in lanes):
         return Scored(settings, captured, [score for (score,) in lanes])
@@ -337,7 +339,7 @@ def lane_step(
     """Return the step of one request.
 
     Args:
-        captured: inputs of the lanes; None if they are not known yet.
+        captured: inputs of the lanes; None if they do not exist yet.
         plans: all plans of the allocator.
         tried: number of plans scored before.
     """
@@ -371,7 +373,7 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         name="select",
         stages=[(SELECT, stage)],
         build=lambda execution: [select(store, known(scored).scores, dense, parameter)],
-        work="choose the best of them",
+        work="choose the best plan",
     )
 
     exported = None
@@ -406,7 +408,7 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
 
 
 def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
-    """Export the checkpoint that the plan of ``lane`` gives, unless the store has it."""
+    """Export the checkpoint pruned by the plan of ``lane``, unless the store has it."""
     before = scored.captured
     return export(
         store, before.inputs("selection"), lane, scored.uniform, before.linears, before.pruning, execution
@@ -435,8 +437,8 @@ def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:
 
 
 def known(value: Value | None) -> Value:
-    """Return ``value``, which a step before has made known."""
-    assert value is not None, "a step is built after those that it depends on"
+    """Return a value that an earlier step of the build has set."""
+    assert value is not None, "a step is built after the steps that it depends on"
     return value
 
 
@@ -446,7 +448,7 @@ def role_of(plan: SparsityPlan) -> str:
 
 
 def losses_of(rounds: Mapping[SparsityPlan, Sequence[LaneScore]]) -> dict[SparsityPlan, list[float]]:
-    """Return the losses of the lanes on the selection windows that they have seen, in nats."""
+    """Return the losses of each plan on the selection windows that it was scored on so far, in nats."""
     return {plan: [loss for score in scores for loss in score.losses] for plan, scores in rounds.items()}
 
 

@@ -1,11 +1,11 @@
-"""Inputs of a search: the model and the texts, checked before anything is imported or computed."""
+"""Inputs of a search: the model and the texts, checked before the model is imported."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerwise.allocators.allocation import SparsityPlan
-from layerwise.flows.pipeline.lane_requests import first_lanes
-from layerwise.flows.pipeline.window_requests import Texts, count_texts, open_corpora
+from layerwise.flows.pipeline.search_strategy import first_lanes
+from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.storage.stage import Stage
@@ -19,19 +19,19 @@ from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.model_config import config_from_document
 
-NAMED_LINEARS = 8  # in an error: those of one layer
+NAMED_LINEARS = 8  # linears listed in an error message, about those of one layer
 
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """The model and the texts of a search, before anything is computed.
+    """The model and the texts of a search, known before any computation.
 
     Attributes:
         import_stage: stage that imports the model.
         checkpoint: the model; None if it is not imported yet.
         index: configuration of the model and shapes of its tensors.
         linears: prunable linears, by layer.
-        texts: number of windows in each text.
+        texts: token counts and windows of the texts.
     """
 
     import_stage: Stage
@@ -43,18 +43,18 @@ class SearchInputs:
 
 @stage_task(name="check_inputs", about=lambda settings, **_: title_of(settings.model))
 def check_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
-    """Check the model and the texts before anything is imported, and store the token counts.
+    """Check the model and the texts before the model is imported, and store the token counts.
 
     Raises:
-        ValueError: see ``look_at_inputs``.
-        OSError: see ``look_at_inputs``.
+        ValueError: see ``inspect_inputs``.
+        OSError: see ``inspect_inputs``.
     """
-    inputs = look_at_inputs(store, settings)
+    inputs = inspect_inputs(store, settings)
     inputs.texts.keep(store)
     return inputs
 
 
-def look_at_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     """Check the model and the texts of a search. Imports and writes nothing.
 
     Raises:
@@ -79,11 +79,11 @@ def look_at_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
 
 
 def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
-    """Refuse plans that the model does not allow, as far as its shape decides that.
+    """Refuse plans that the shape of the model does not allow.
 
     Raises:
-        ValueError: betas outside their legal range, nothing to prune, or an N:M pattern that does not divide the
-            inputs of a linear.
+        ValueError: a beta is outside its legal range, a layer has nothing to prune, or an N:M pattern does not divide
+            the inputs of a linear.
     """
     pruning = settings.pruning("auto")
     prunable = pruning.prunable(linears)
@@ -92,7 +92,7 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
     if settings.exclude is not None and left in (0, len(names)):
         found = "every one" if left == 0 else "none"
         raise ValueError(
-            f"exclude is {settings.exclude!r}, which is found in {found} of the model's {len(names)} linears, such as "
+            f"exclude is {settings.exclude!r}, which matches {found} of the model's {len(names)} linears, such as "
             f"{', '.join(names[:NAMED_LINEARS])}. Correct the expression, or leave it out."
         )
     if not all(prunable):
@@ -112,7 +112,7 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
 
 
 def expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
-    """Return as many plans as there will be; an allocator that measures the layers is assumed to find them equal."""
+    """Return plans in the number that the search will have; measured scores are assumed to be equal for all layers."""
     prunable = settings.pruning("auto").prunable(linears)
     entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
     return settings.allocation.plans(prunable, (0.0,) * entries)

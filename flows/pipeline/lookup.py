@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerwise.flows.pipeline.graph import LaneStep, Step, run, search_steps
-from layerwise.flows.pipeline.inputs import SearchInputs, look_at_inputs
+from layerwise.flows.pipeline.inputs import SearchInputs, inspect_inputs
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
@@ -13,24 +13,24 @@ from layerwise.storage.store import ArtifactStore
 
 @dataclass(frozen=True)
 class FoundStep:
-    """A step, and its artifacts; None for those that the store does not have."""
+    """A step and its artifacts; None for each missing artifact."""
 
     step: Step
     artifacts: tuple[Artifact | None, ...]
 
     @property
     def is_done(self) -> bool:
-        """Whether the store has all of them."""
+        """Whether the store has all artifacts of the step."""
         return None not in self.artifacts
 
 
 @dataclass(frozen=True)
-class Found:
-    """Steps of a search as the store has them.
+class FoundSearch:
+    """Steps of a search, and the artifacts that the store has of them.
 
     Attributes:
         inputs: the model and the texts.
-        steps: all steps in order, as far as they are known: after lanes that are missing, a strategy may ask for more.
+        steps: all steps that are known, in order. While lanes are missing, the strategy may request more after them.
     """
 
     inputs: SearchInputs
@@ -38,7 +38,7 @@ class Found:
 
     @property
     def stages(self) -> dict[str, Artifact | None]:
-        """Artifacts by role; None for what is missing."""
+        """Artifacts by role; None for each missing artifact."""
         return {
             role: artifact
             for found in self.steps
@@ -52,7 +52,7 @@ class Found:
 
     @property
     def next_lanes(self) -> "NextLanes":
-        """Lanes that the strategy asked for last."""
+        """Lanes of the strategy's last request."""
         *_, last = (found for found in self.steps if isinstance(found.step, LaneStep))
         assert isinstance(last.step, LaneStep)
         missing = [number for number, artifact in enumerate(last.artifacts) if artifact is None]
@@ -61,10 +61,10 @@ class Found:
 
 @dataclass(frozen=True)
 class NextLanes:
-    """Lanes that a strategy asked for last.
+    """Lanes of a strategy's last request.
 
     Attributes:
-        missing: positions among them of those that the store does not have; empty if all lanes are done.
+        missing: positions of the lanes that the store does not have; empty if all lanes are done.
     """
 
     step: LaneStep
@@ -72,24 +72,24 @@ class NextLanes:
 
     @property
     def stages(self) -> list[Stage]:
-        """Their stages; empty if these are not known yet."""
+        """Stages of the lanes; empty if they are not known yet."""
         return [stage for _, stage in self.step.stages if stage is not None]
 
     @property
     def are_known(self) -> bool:
-        """Whether everything exists that the lanes read."""
+        """Whether all inputs of the lanes exist."""
         return bool(self.stages)
 
 
-def look_up(store: ArtifactStore, settings: Search) -> Found:
+def look_up(store: ArtifactStore, settings: Search) -> FoundSearch:
     """Find the artifacts of a search that the store has.
 
     Raises:
-        ValueError: settings that a search would refuse.
+        ValueError: a search would refuse the settings.
         Damaged: an artifact that has to be read is damaged.
         OSError: the model, a text or the store cannot be reached.
     """
-    inputs = look_at_inputs(store, settings)
+    inputs = inspect_inputs(store, settings)
     steps: list[FoundStep] = []
 
     def answer(step: Step) -> tuple[Artifact | None, ...]:
@@ -98,4 +98,4 @@ def look_up(store: ArtifactStore, settings: Search) -> Found:
         return artifacts
 
     run(search_steps(store, settings, inputs), answer)
-    return Found(inputs, tuple(steps))
+    return FoundSearch(inputs, tuple(steps))

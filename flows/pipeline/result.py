@@ -1,4 +1,4 @@
-"""Result of a search: what was chosen, the artifacts, and the work that it took."""
+"""Result of a search: the chosen plan, its test, the artifacts, and the work of the run."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from layerwise.tasks.results.measured_on import measured_on
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.select import Selection
 
-# Packages whose version may change a number.
+# Packages that may change a number with their version.
 PACKAGES = (
     "layerwise-pruning",
     "torch",
@@ -33,14 +33,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Result of a search, and the work that it took.
+    """Result of a search, and the work of the run.
 
     Attributes:
-        pruned: location of the exported checkpoint; None if the search does not ask for one.
-        stages: every artifact of the search by role.
-        built: roles of the artifacts that this run, or other processes for it, had to build.
+        pruned: location of the exported checkpoint; None if the search does not export.
+        stages: all artifacts of the search by role.
+        built: roles of the artifacts that were built in this run, by this process or by others.
         bytes_read: bytes of weights that this process read.
-        artifact: the search's own artifact; None before it is committed.
+        artifact: artifact of the search itself; None before it is committed.
         report: location of the report's page; "" before it exists.
     """
 
@@ -91,7 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def work_sentence(result: SearchResult) -> str:
-    """Return a sentence on the work that a run had to do."""
+    """Return a sentence on the work of the run."""
     if not result.built:
         return "Everything was in the store already: no layer was computed, no weight was read."
     computed = [role for role in result.built if role not in ("allocate", "select")]

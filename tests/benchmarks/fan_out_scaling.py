@@ -29,7 +29,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out import part_flows
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
@@ -129,7 +129,7 @@ def measure(
     """Let ``count`` workers, of a pool of their own, do the groups."""
     pool = f"lanes-{count}"
     create_pool(client, pool)
-    for each in (steps.capture, steps.branch, steps.evaluate):
+    for each in (part_flows.capture, part_flows.branch, part_flows.evaluate):
         each.to_deployment(pool, entrypoint_type=EntrypointType.MODULE_PATH, work_pool_name=pool).apply()
     with ExitStack() as stack:
         workers = [

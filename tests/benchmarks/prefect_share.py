@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.flows.orchestration.embedded_server import ServerStart
-from layerwise.flows.pipeline import stages
+from layerwise.flows.pipeline import graph
+from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from tests.demo_search import DEMO
 
 TASKS = (
-    "check_inputs",
-    "load_checkpoint",
-    "sample_windows",
-    "allocate",
-    "capture",
-    "branch",
-    "select",
-    "export",
-    "evaluate",
+    check_inputs,
+    graph.load_checkpoint,
+    graph.sample_windows,
+    graph.allocate,
+    graph.capture,
+    graph.branch,
+    graph.select,
+    graph.export,
+    graph.evaluate,
 )
 
 
@@ -44,8 +45,7 @@ def main() -> None:
     server = ServerStart()
     server.wait()
     inside: list[float] = []
-    for name in TASKS:
-        task = getattr(stages, name)
+    for task in TASKS:
         task.fn = timed(task.fn, inside)
     settings = Search.model_validate(DEMO)
     began = time.monotonic()

@@ -32,7 +32,7 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Completed, Pending, Running
 
-from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.dispatch import FanOut
 from layerwise.flows.fan_out.part import Part, parameters_of
 from layerwise.flows.fan_out.work_pool import WorkPool
@@ -100,7 +100,7 @@ def main() -> None:
         with temporary_settings({PREFECT_API_URL: server.url, PREFECT_HOME: arguments.folder / "home"}):
             with get_client(sync_client=True) as client:
                 create_pool(client, POOL)
-            for each in (steps.capture, steps.branch, steps.evaluate):
+            for each in (part_flows.capture, part_flows.branch, part_flows.evaluate):
                 module = EntrypointType.MODULE_PATH
                 each.to_deployment(each.name, entrypoint_type=module, work_pool_name=POOL).apply()
             command = [sys.executable, __file__, "--folder", str(arguments.folder), "--work"]
@@ -139,7 +139,7 @@ def measure(count: int, folder: Path) -> Cost:
     settings = Search(model="demo", sparsity=0.5)
     runtime = FanOutRuntime(store=str(folder), fan_out=f"pool:{POOL}", groups=count)
 
-    def step(number: int) -> Part:
+    def part(number: int) -> Part:
         parameters = parameters_of(settings, runtime) | {"points": [[number / count, 0.0]]}
         stage = lane(number / count)
         title = f"group {number + 1} of {count}"
@@ -149,9 +149,9 @@ def measure(count: int, folder: Path) -> Cost:
     def parent() -> None:
         with get_client(sync_client=True) as client:
             fan_out = FanOut(client, store, WorkPool(client, POOL), f"groups:{count}")
-            fan_out._begin = timed(fan_out._begin, cost.spent["begin"])
-            fan_out._look = timed(fan_out._look, cost.spent["poll"])
-            fan_out.run([step(number) for number in range(count)])
+            fan_out._start = timed(fan_out._start, cost.spent["begin"])
+            fan_out._poll = timed(fan_out._poll, cost.spent["poll"])
+            fan_out.run([part(number) for number in range(count)])
 
     before, began = process.cpu_times(), time.monotonic()
     with peak_memory(process, cost):

@@ -1,4 +1,4 @@
-"""A tiny model and a text for whole searches, and one finished search that the tests look at."""
+"""Fixtures for whole searches: a tiny model, a text, and one finished search."""
 
 import random
 from collections.abc import Callable
@@ -32,7 +32,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with a model (three layers of LLaMA), some that cannot be used, and a text of 2000 words."""
+    """A folder with a model (LLaMA with three layers), models that a search refuses, and a text of 2000 words."""
 
     folder: Path
 
@@ -45,7 +45,7 @@ class Workshop:
         return self.folder / "text.txt"
 
     def parameters(self, **changes) -> dict:
-        """Settings of a small search, as plain JSON."""
+        """Return the settings of a small search, as plain JSON."""
         text = str(self.text)
         small = {"calibration_windows": 6, "selection_windows": 4, "test_windows": 3, "seqlen": 16}
         texts = {"calibration": text, "selection": text}
@@ -82,14 +82,14 @@ def workshop(tmp_path_factory) -> Workshop:
 
 @pytest.fixture(scope="session")
 def finished(workshop, prefect_backend, tmp_path_factory) -> tuple[SearchResult, SearchRuntime]:
-    """A search that built everything in an empty store, and where it ran. Tests add to the store, and never remove."""
+    """A search that built everything in an empty store, and its runtime. Tests may add to the store, not remove from it."""
     runtime = SearchRuntime(store=str(tmp_path_factory.mktemp("finished") / "store"))
     return search(workshop.settings(), runtime), runtime
 
 
 @pytest.fixture
 def run_search(prefect_backend, workshop, finished) -> Callable[..., SearchResult]:
-    """Search with some settings changed, in the store of the finished search unless it is given."""
+    """Return a function that runs a search with changed settings, by default in the store of the finished search."""
 
     def run(store: str | None = None, **changes) -> SearchResult:
         runtime = finished[1] if store is None else SearchRuntime(store=store)

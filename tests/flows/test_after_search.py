@@ -1,4 +1,4 @@
-"""What comes after a finished search: zero-shot tasks, the compressed checkpoint, and both in its report."""
+"""Work after a finished search: zero-shot tasks and the compressed checkpoint, also in the report."""
 
 import os
 import random
@@ -25,7 +25,7 @@ from tests.lm_task_files import WORDS, give_words, some_documents, write_task
 
 @pytest.fixture(scope="module")
 def done(workshop, prefect_backend, tmp_path_factory):
-    """A search of a model whose tokenizer can begin a text, and its runtime."""
+    """A search of a model whose tokenizer can start a text, and its runtime."""
     folder = tmp_path_factory.mktemp("speaking")
     shutil.copytree(workshop.model, folder / "model")
     give_words(folder / "model")
@@ -66,7 +66,7 @@ def test_all_models_answer_the_same_questions(answered):
     assert answered.average.documents == 24
 
 
-def test_what_was_answered_is_not_asked_again_and_another_task_is(done, tasks, answered):
+def test_answers_are_reused_by_later_runs_with_the_same_or_fewer_tasks(done, tasks, answered):
     before = names_in(done[1])
     assert zero_shot(ZeroShot(tasks=tasks, documents=12), done[1]) == answered
     assert names_in(done[1]) == before
@@ -76,8 +76,8 @@ def test_what_was_answered_is_not_asked_again_and_another_task_is(done, tasks, a
     assert not [key for key in added if key.startswith(("zero_shot/", "export"))]
 
 
-def test_the_zero_shot_table_is_in_the_searchs_report(done, answered):
-    """That of all tasks, and that of one."""
+def test_the_zero_shot_table_is_in_the_report_of_the_search(done, answered):
+    """There are reports with the table of all tasks and with the table of one task."""
     store = ArtifactStore(done[1].store)
     reports = [each for each in store.artifacts() if each.recipe["name"] == "report"]
     pages = [store.read(each, PAGE_FILE).decode() for each in reports]
@@ -85,7 +85,7 @@ def test_the_zero_shot_table_is_in_the_searchs_report(done, answered):
     assert ["<td>average</td>" in page for page in pages].count(True) >= 1
 
 
-def test_a_task_that_nobody_knows_is_refused_before_any_work(done):
+def test_an_unknown_task_is_refused_before_any_work(done):
     before = names_in(done[1])
     with pytest.raises(ValueError, match="arc_eazy"):
         zero_shot(ZeroShot(tasks=("arc_eazy",)), done[1])
@@ -106,7 +106,7 @@ def test_the_compressed_checkpoint_is_the_pruned_model(done):
     assert "compressed" in page
 
 
-def test_a_search_without_export_has_its_model_written_when_it_is_needed(done, workshop):
+def test_compress_exports_the_model_of_a_search_without_export(done, workshop):
     result, runtime = done
     settings = result.settings.model_copy(update={"export": False, "sparsity": 0.4})
     search(settings, runtime)
@@ -134,15 +134,15 @@ def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, pr
     assert "it/s" not in command.stderr
 
 
-def test_what_was_made_of_a_result_stays_where_results_stay(done, answered):
+def test_artifacts_made_from_a_result_are_kept_with_the_results(done, answered):
     compress(Compress(), done[1])
     kept = keys_of_results(list(ArtifactStore(done[1].store).artifacts()))
     assert {"compress", "report", "zero_shot_table", "search"} <= {key.partition("/")[0] for key in kept}
     assert not [key for key in kept if key.startswith(("lane/", "zero_shot/", "capture/"))]
 
 
-def test_both_are_commands(done, tasks, answered, monkeypatch, capsys):
-    """Of the first search, as the newest may be another test's."""
+def test_zero_shot_and_compress_are_commands(done, tasks, answered, monkeypatch, capsys):
+    """The first search is named, as the newest may belong to another test."""
     key = [each for each in names_in(done[1]) if each.startswith("search/")]
     store = ArtifactStore(done[1].store)
     first = min(key, key=lambda each: store.get(each).made["at"])

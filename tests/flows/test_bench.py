@@ -1,4 +1,4 @@
-"""The command bench: on a folder, and on a search, whose report and model card then have the speed."""
+"""Bench: the speed of a model in a folder, and of a search, whose report and model card then show it."""
 
 import re
 import shutil
@@ -24,20 +24,20 @@ OPTIONS = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1"]
 
 @pytest.fixture(scope="module")
 def done(workshop, prefect_backend, tmp_path_factory):
-    """A finished search and where it ran: a store of its own, as its reports are made again."""
+    """A finished search and its runtime; its own store, as its reports are made again."""
     runtime = Runtime(store=str(tmp_path_factory.mktemp("bench") / "store"))
     return search(workshop.settings(), runtime), runtime
 
 
 @pytest.fixture(autouse=True)
 def any_size_gains(monkeypatch) -> None:
-    """Linears of this test's size are packed as large ones are."""
+    """Pack the small linears of this test as if they were large."""
     if kernel() is None:
         pytest.skip("the sparse kernel was not built")
     monkeypatch.setattr(accelerate, "LEAST_WEIGHTS", 1)
 
 
-def test_a_search_is_measured_once_and_its_report_and_card_tell(done):
+def test_a_search_is_measured_once_and_its_report_and_card_show_the_speed(done):
     result, runtime = done
     store = ArtifactStore(runtime.store)
     table, page = bench(runtime.store, result.artifact.key, QUICK)
@@ -55,7 +55,7 @@ def test_a_search_is_measured_once_and_its_report_and_card_tell(done):
     assert set(measured) <= keys_of_results(list(store.artifacts()))
 
 
-def test_folders_with_zeros_and_without_are_measured(done, monkeypatch, capsys):
+def test_folders_with_and_without_zeros_are_measured(done, monkeypatch, capsys):
     result, runtime = done
     store = ArtifactStore(runtime.store)
     smaller = store.location(compress(Compress(search=result.artifact.key), runtime))
@@ -69,7 +69,7 @@ def test_folders_with_zeros_and_without_are_measured(done, monkeypatch, capsys):
     assert "Report" not in shown
 
 
-def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(done, tmp_path):
+def test_a_folder_without_model_and_search_is_refused(done, tmp_path):
     result, runtime = done
     with pytest.raises(KeyError, match="holds no finished search"):
         bench(str(tmp_path), None, QUICK)
@@ -77,7 +77,7 @@ def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(done, tmp_
         bench(result.pruned, result.artifact.key, QUICK)
 
 
-def test_a_folder_is_checked_as_a_search_checks_it(workshop, tmp_path):
+def test_a_model_that_a_search_would_refuse_is_refused(workshop, tmp_path):
     folder = shutil.copytree(workshop.model, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickle files and their like can run code"):

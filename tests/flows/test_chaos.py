@@ -1,4 +1,4 @@
-"""Nothing is lost: searches that are killed fifty times, on a local disk and on S3, lose a layer each time at most."""
+"""Searches that are killed fifty times, on a local disk and on S3, lose at most one layer of work per kill."""
 
 import uuid
 

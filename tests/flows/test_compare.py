@@ -25,13 +25,13 @@ LEAST = {"model": "models/demo", "sparsity": 0.5}
 
 
 def names_in(store_url):
-    """How often each kind of artifact is in a store."""
+    """Return the number of artifacts in a store, by kind."""
     names = [artifact.recipe["name"] for artifact in ArtifactStore(store_url).artifacts()]
     return {name: names.count(name) for name in names}
 
 
 def keys_of(result):
-    """Keys by role; what a comparison does not make left out."""
+    """Return keys by role, without the export, which a comparison does not have."""
     return {role: artifact.key for role, artifact in result.stages.items() if role != "export"}
 
 
@@ -49,13 +49,13 @@ def settings(workshop) -> Compare:
 
 @pytest.fixture(scope="module")
 def compared(settings, prefect_backend, tmp_path_factory):
-    """A run that had to build everything: its state, its results, and where it ran."""
+    """A comparison in an empty store: its state, its results and its runtime."""
     runtime = Runtime(store=str(tmp_path_factory.mktemp("compared") / "store"))
     state = compare(settings, runtime, return_state=True)
     return state, [each.result for each in state.result()], runtime
 
 
-def test_every_sparsity_goes_with_every_pruner_and_every_seed():
+def test_every_sparsity_is_combined_with_every_pruner_and_every_seed():
     settings = Compare(search=LEAST, sparsities=(0.7, 0.5), pruners=("wanda", "magnitude"), seeds=(1, 0))
     got = [(search.sparsity, search.pruner.method, search.seed) for search in settings.searches]
     assert got == [
@@ -70,7 +70,7 @@ def test_every_sparsity_goes_with_every_pruner_and_every_seed():
     ]
 
 
-def test_what_is_not_given_is_as_in_the_common_settings():
+def test_settings_that_are_not_given_are_those_of_the_common_search():
     common = Search(**LEAST, pruner="magnitude", seed=4, seqlen=99, betas=(0.01,))
     without_export = {"export": False}
     assert Compare(search=common).searches == (common.model_copy(update=without_export),)
@@ -94,29 +94,29 @@ def test_what_is_not_given_is_as_in_the_common_settings():
         ({"seeds": [2, 2]}, "seeds has 2 more than once"),
     ],
 )
-def test_searches_that_mean_nothing_are_refused_by_the_name_of_their_field(changes, named):
+def test_invalid_searches_are_refused_by_the_name_of_their_field(changes, named):
     with pytest.raises(ValidationError, match=named):
         Compare.model_validate({"search": LEAST} | changes)
 
 
-def test_an_error_does_not_show_what_was_given():
+def test_an_error_does_not_show_credentials():
     with pytest.raises(ValidationError, match="credentials") as refusal:
         Compare(search={**LEAST, "model": "s3://name:topsecret@bucket/model"}, sparsities=(2,))
     assert "topsecret" not in str(refusal.value)
 
 
-def test_a_title_says_model_sparsities_and_pruners():
+def test_a_title_names_model_sparsities_and_pruners():
     assert Compare(search=LEAST).title == "demo at 0.5: wanda"
     several = Compare(search=LEAST, sparsities=(0.6, 0.7), pruners=("magnitude", "wanda"), seeds=(0, 1, 2))
     assert several.title == "demo at 0.6, 0.7: magnitude, wanda, 3 seeds"
 
 
-def test_settings_survive_the_way_through_json():
+def test_settings_survive_json():
     settings = Compare(search=LEAST, sparsities=(0.6, 0.7), pruners=("magnitude",))
     assert Compare.model_validate_json(settings.model_dump_json()) == settings
 
 
-def test_what_the_searches_share_is_built_once(compared):
+def test_stages_that_the_searches_share_are_built_once(compared):
     _, results, runtime = compared
     assert [(result.settings.sparsity, result.settings.pruner.method) for result in results] == [
         (0.5, "magnitude"),
@@ -136,7 +136,7 @@ def test_what_the_searches_share_is_built_once(compared):
 def test_searches_that_differ_in_allocation_share_their_groups_and_tests(
     workshop, prefect_backend, tmp_path, finished
 ):
-    """Three allocators: uniform's lane, its test and the dense model's passes are had once."""
+    """For three allocators, the uniform lane, its test and the passes of the dense model run once."""
     settings = Compare(search=workshop.settings(), allocators=("atp", "owl", "dlp"))
     runtime = Runtime(store=str(tmp_path / "store"))
     results = [each.result for each in compare(settings, runtime)]
@@ -163,7 +163,7 @@ def test_searches_that_differ_in_allocation_share_their_groups_and_tests(
     assert names_in(store.url) == names
 
 
-def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):
+def test_a_second_run_builds_nothing_and_has_the_same_results(compared, settings):
     _, results, runtime = compared
     before = names_in(runtime.store)
     again = [each.result for each in compare(settings, runtime)]
@@ -175,14 +175,14 @@ def test_a_second_run_builds_nothing_and_finds_the_same(compared, settings):
     assert names_in(runtime.store) == before
 
 
-def test_each_result_is_that_of_its_search_alone(compared, finished):
+def test_each_result_is_that_of_a_search_on_its_own(compared, finished):
     _, results, _ = compared
     alone, _ = finished
     assert keys_of(results[1]) == keys_of(alone)
     assert (results[1].selection, results[1].test) == (alone.selection, alone.test)
 
 
-def test_prefect_has_one_table_of_all_and_a_run_that_says_what_was_compared(compared, workshop):
+def test_prefect_has_one_table_of_all_searches_and_a_run_name_with_their_settings(compared, workshop):
     state, results, _ = compared
     (table,) = artifacts_of(state, "compare-result")
     assert table.type == "table"
@@ -211,7 +211,7 @@ def test_the_table_can_be_checked_by_hand(compared):
     assert len({row["selection: dense"] for row in rows}) == 1
 
 
-def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
+def test_every_allocator_is_combined_with_every_pruner_and_keeps_its_own_settings():
     settings = Compare(
         search=Search(**LEAST, betas=(0.01,)),
         allocators=("atp", "owl", "atp+offset", "atp+projections", {"allocator": "erf", "betas": [0.1]}),
@@ -227,7 +227,7 @@ def test_every_allocator_goes_with_every_other_setting_and_keeps_its_own():
     assert settings.title == "demo at 0.5: wanda, sparsegpt, 5 allocators"
 
 
-def test_a_way_with_another_strategy_does_not_take_over_the_trials_of_the_common_one():
+def test_an_allocation_with_another_strategy_does_not_inherit_the_common_trials():
     common = Search(**LEAST, strategy="adaptive", trials=4, stop_after=3)
     atp, projections, given = Compare(
         search=common, allocators=("atp", "atp+projections", {"strategy": "projections", "trials": 30})
@@ -239,13 +239,13 @@ def test_a_way_with_another_strategy_does_not_take_over_the_trials_of_the_common
 
 
 def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):
-    """A search as a comparison has it, with other figures of its test."""
+    """Return a compared search with other test figures."""
     settings = result.settings.model_copy(update={"seed": seed})
     changes = {"test": TestResult(windows=12, dense=10.0, **test), "settings": settings}
     return Compared(type(result)(**vars(result) | changes), allocator, losses, 1.0)
 
 
-def test_gain_is_in_percent_of_uniform_and_what_has_no_number_is_said(finished):
+def test_gain_is_in_percent_of_uniform_and_a_diverged_perplexity_is_named(finished):
     result, _ = finished
     better = with_test(result, uniform=50.0, best=40.0, gain=PairedDifference(-0.223, -8.24, 12))
     same = with_test(result, uniform=50.0, best=50.0, gain=None)
@@ -258,17 +258,17 @@ def test_gain_is_in_percent_of_uniform_and_what_has_no_number_is_said(finished):
     ]
 
 
-def test_others_are_compared_with_the_first_allocator_window_by_window(finished):
+def test_other_allocators_are_compared_with_the_first_one_window_by_window(finished):
     figures = {"uniform": 50.0, "best": 40.0, "gain": None}
     first = with_test(finished[0], "atp", (2.0, 3.0, 4.0), **figures)
-    # Differences .1, .2 and .3: mean .2, standard error .1 / sqrt 3.
+    # The differences are 0.1, 0.2 and 0.3: their mean is 0.2, its standard error 0.1 / sqrt(3).
     other = with_test(finished[0], "owl", (2.1, 3.2, 4.3), **figures)
     row = rows_of([first, other])[1]
     assert (row["above atp %"], row["t of that"], row["significant"]) == (22.1, "3.5", "no")
     assert "above atp %" not in rows_of([first, other])[0]
 
 
-def test_the_summary_is_over_the_seeds_and_takes_a_window_once(finished):
+def test_the_summary_averages_each_window_over_the_seeds(finished):
     each = [
         with_test(finished[0], name, losses, seed, uniform=50.0, best=best, gain=None)
         for seed, best in ((0, 20.0), (1, 40.0))
@@ -277,11 +277,11 @@ def test_the_summary_is_over_the_seeds_and_takes_a_window_once(finished):
     atp, owl = summary_of(each)
     assert (atp["seeds"], atp["test"], atp["spread"]) == (2, 28.28, 49.0)  # sqrt(20 x 40); ln 2 / sqrt 2
     assert atp["gain %"] == 43.4  # 1 - 28.28 / 50
-    # By window, over the seeds: .2 and .1 above.
+    # Averaged over the seeds, owl is above atp by 0.2 on the first window and by 0.1 on the second.
     assert (owl["above atp %"], owl["t of that"]) == (16.2, "3.0")
 
 
-def test_a_table_leaves_empty_what_a_row_has_not():
+def test_a_table_has_empty_cells_for_columns_that_a_row_lacks():
     assert markdown_of([{"a": 1}, {"a": 2, "b": "x"}]).splitlines() == [
         "| a | b |",
         "|--:|--:|",
@@ -290,7 +290,7 @@ def test_a_table_leaves_empty_what_a_row_has_not():
     ]
 
 
-def test_a_search_that_cannot_be_done_stops_the_run_with_its_reason_and_the_others_stay(
+def test_a_failing_search_stops_the_run_with_its_reason_and_earlier_results_stay(
     finished, workshop, tmp_path
 ):
     """Beta 0.25 is legal at sparsity 0.5, but not at 0.2."""
@@ -311,9 +311,7 @@ def test_a_search_that_cannot_be_done_stops_the_run_with_its_reason_and_the_othe
     assert keys_of(first.result) == keys_of(finished[0])
 
 
-def test_the_form_says_what_each_setting_is_and_a_deployment_checks_what_it_is_given(
-    prefect_backend, workshop
-):
+def test_the_form_describes_each_setting_and_a_deployment_validates_its_parameters(prefect_backend, workshop):
     deployment = compare.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
     settings = {"search": workshop.parameters(), "sparsities": [0.5, 1.5]}
     parameters = {"settings": settings, "runtime": {"store": "memory://unused"}}

@@ -1,4 +1,4 @@
-"""Garbage collection as a flow on a real Prefect server: what it deletes, and what Prefect is told."""
+"""Garbage collection as a flow on a real Prefect server: the deleted files, and the report in Prefect."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STAGE = Stage("capture", 1)
 
 
 def run(**parameters):
-    """The state of a run of the flow, its name, its table and its log as Prefect tells them."""
+    """Run the flow, and return its state, name, tables and log from Prefect."""
     state = gc(**parameters, return_state=True)
     flow_run = state.state_details.flow_run_id
     APILogHandler().flush()
@@ -31,13 +31,13 @@ def run(**parameters):
         name = client.read_flow_run(flow_run).name
         ours = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [flow_run]}))
         log = [line.message for line in client.read_logs(LogFilter(flow_run_id={"any_": [flow_run]}))]
-    tables = [artifact for artifact in ours if artifact.type == "table"]  # a failure is an artifact, too
+    tables = [artifact for artifact in ours if artifact.type == "table"]  # a failure is an artifact as well
     return state, name, tables, log
 
 
 @pytest.fixture
 def store(tmp_path, prefect_backend) -> ArtifactStore:
-    """An artifact, an attempt of two files that was abandoned, a temporary file, a file of somebody else; all old."""
+    """A store with an artifact, an abandoned attempt of two files, a temporary file and a foreign file; all of them old."""
     store = ArtifactStore(str(tmp_path / "store"))
     store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", b"wwww"))
     attempt = f"{store.root}/{STAGE.key}/{uuid.uuid4().hex}"
@@ -51,7 +51,7 @@ def store(tmp_path, prefect_backend) -> ArtifactStore:
 
 @pytest.fixture
 def undeletable(store, monkeypatch):
-    """The name of a file that the storage does not delete."""
+    """Make the storage refuse to delete a file, and return its name."""
 
     def remove(self, path):
         if path.endswith("losses.bin"):
@@ -70,65 +70,65 @@ GARBAGE = [
 NOTHING = [{"kind": "all", "count": 0, "bytes": 0}]
 
 
-def told(artifacts):
-    """The rows of the only table."""
+def rows_of_table(artifacts):
+    """Return the rows of the only table."""
     (artifact,) = artifacts
     assert artifact.key == "store-garbage"
     return json.loads(artifact.data)
 
 
-def test_without_being_told_to_delete_it_says_what_would_go_and_changes_nothing(store):
+def test_without_apply_the_run_reports_and_deletes_nothing(store):
     before = files_in(store.root)
     state, name, tables, log = run(store=store.url)
     assert state.is_completed()
     assert name == f"gc of {store.url}"
-    assert told(tables) == GARBAGE
-    assert tables[0].description == f"What would be deleted in {store.url}"
+    assert rows_of_table(tables) == GARBAGE
+    assert tables[0].description == f"To be deleted in {store.url}"
     assert "not ours: left alone: notes.txt" in log
-    assert "nothing was deleted; run it with apply" in log
+    assert "nothing was deleted; set apply to delete" in log
     assert any("abandoned attempts: 2, 2.05 kB; temporary files: 1, 3 B" in line for line in log)
     assert files_in(store.root) == before
 
 
-def test_what_nobody_can_reach_goes_on_request_and_the_next_night_finds_nothing(store):
+def test_with_apply_unreferenced_files_are_deleted_and_the_next_run_finds_none(store):
     state, _, tables, log = run(store=store.url, apply=True)
     assert state.is_completed()
-    assert told(tables) == GARBAGE
-    assert tables[0].description == f"What was deleted in {store.url}"
+    assert rows_of_table(tables) == GARBAGE
+    assert tables[0].description == f"Deleted in {store.url}"
     assert "3 deleted, 2.05 kB" in log
     assert store.read(store.get(STAGE.key), "weights.bin") == b"wwww"
     assert {path.name for path in files_in(store.root)} == {"manifest.json", "weights.bin", "notes.txt"}
 
     state, _, tables, log = run(store=store.url, apply=True)
     assert state.is_completed()
-    assert told(tables) == NOTHING
+    assert rows_of_table(tables) == NOTHING
     assert "0 deleted, 0 B" in log
 
 
-def test_a_run_that_cannot_delete_something_fails_and_tells_what_is_gone(store, undeletable):
+def test_a_run_that_cannot_delete_a_file_fails_and_reports_the_deleted_ones(store, undeletable):
     state, _, tables, log = run(store=store.url, apply=True)
     assert state.is_failed()
-    assert "1 of 3 things" in state.message
+    assert "1 of 3 items" in state.message
     assert f"{undeletable}: not yours. Remove the cause" in state.message
-    assert told(tables)[-1] == {"kind": "all", "count": 2, "bytes": 2003}
+    assert rows_of_table(tables)[-1] == {"kind": "all", "count": 2, "bytes": 2003}
     assert any(line.endswith(f"{undeletable}: not yours") for line in log)
     assert {path.name for path in files_in(store.root)} >= {undeletable}
 
 
-def test_results_are_all_that_stays_on_request(finished, tmp_path):
+def test_with_results_only_just_the_results_stay(finished, tmp_path):
     result, runtime = finished
     shutil.copytree(runtime.store, tmp_path / "copy")
     make_old(tmp_path / "copy")
     copy = ArtifactStore(str(tmp_path / "copy"))
     state, _, tables, _ = run(store=copy.url, apply=True, results_only=True)
     assert state.is_completed()
-    assert [row["kind"] for row in told(tables)][-2:] == ["artifacts", "all"]
+    assert [row["kind"] for row in rows_of_table(tables)][-2:] == ["artifacts", "all"]
     left = {artifact.key for artifact in copy.artifacts()}
     assert {key.partition("/")[0] for key in left} == {"search", "select", "export", "evaluate", "report"}
     assert {result.stages[role].key for role in ("select", "export", "evaluate")} <= left
 
 
-def test_artifacts_stay_while_a_search_runs(store):
+def test_results_only_is_refused_while_a_search_runs(store):
     before = files_in(store.root)
     with announced(store.fs, store.root, "search demo at 0.5"):
         state, _, tables, _ = run(store=store.url, apply=True, results_only=True)
@@ -138,7 +138,7 @@ def test_artifacts_stay_while_a_search_runs(store):
     assert files_in(store.root) == before
 
 
-def test_a_wrong_path_fails_and_is_not_made(prefect_backend, tmp_path):
+def test_a_path_without_a_store_fails_and_is_not_created(prefect_backend, tmp_path):
     state, _, _, _ = run(store=str(tmp_path / "missing"))
     assert state.is_failed()
     assert "missing holds no store: nothing is there" in state.message
@@ -151,7 +151,7 @@ def test_a_url_with_credentials_is_refused(prefect_backend):
     assert "topsecret" not in str(refusal.value)
 
 
-def test_the_form_says_what_each_parameter_is_and_only_the_store_is_required(prefect_backend):
+def test_the_form_describes_each_parameter_and_only_the_store_is_required(prefect_backend):
     deployment = gc.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
     with get_client(sync_client=True) as client:
         schema = client.read_deployment(deployment).parameter_openapi_schema

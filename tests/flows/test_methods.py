@@ -1,4 +1,4 @@
-"""Every pruner and allocator as a whole search: planned, run, found done, exported."""
+"""Whole searches with every pruner and allocator: planned, run, reused, exported."""
 
 import json
 
@@ -39,7 +39,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_search_with_any_method_is_planned_run_and_found_done(run_search, workshop, finished, method):
+def test_a_search_with_any_method_is_planned_run_and_reused(run_search, workshop, finished, method):
     changes = METHODS[method]
     settings, runtime = workshop.settings(**changes), finished[1]
     store = ArtifactStore(runtime.store)
@@ -92,7 +92,7 @@ def test_given_sparsities_are_those_of_the_lane(run_search, finished):
         ({"allocator": {"method": "given", "layers": [0.5, 0.6, 0.6]}, "betas": None}, "weighted mean 0.566"),
     ],
 )
-def test_what_this_model_does_not_allow_is_refused_before_anything_is_imported(
+def test_settings_that_the_model_does_not_allow_are_refused_before_the_import(
     run_search, tmp_path, changes, named
 ):
     store = tmp_path / "store"

@@ -1,4 +1,4 @@
-"""No pickle is ever opened: not one beside the weights, not one that somebody put into the store."""
+"""Pickles are never opened, neither next to the weights nor in the store."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from layerwise.storage.store import ArtifactStore
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -27,7 +27,7 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """What the bomb leaves behind."""
+    """Folder that the bomb creates."""
     return tmp_path / "it went off"
 
 
@@ -40,7 +40,7 @@ def bomb(mark) -> bytes:
     return content
 
 
-def test_pickles_beside_the_weights_are_neither_opened_nor_passed_on(
+def test_pickles_next_to_the_weights_are_neither_opened_nor_copied(
     workshop, prefect_backend, tmp_path, bomb, mark
 ):
     model = shutil.copytree(workshop.model, tmp_path / "model")
@@ -54,7 +54,9 @@ def test_pickles_beside_the_weights_are_neither_opened_nor_passed_on(
     assert result.test.best > 0
 
 
-def test_a_checkpoint_of_pickles_is_refused_unopened(workshop, prefect_backend, tmp_path, bomb, mark):
+def test_a_checkpoint_of_pickles_is_refused_without_opening_it(
+    workshop, prefect_backend, tmp_path, bomb, mark
+):
     model = shutil.copytree(workshop.model, tmp_path / "model")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(bomb)
@@ -63,7 +65,7 @@ def test_a_checkpoint_of_pickles_is_refused_unopened(workshop, prefect_backend, 
     assert not mark.exists()
 
 
-def test_pickles_in_the_place_of_files_of_the_store_are_damage(finished, tmp_path, bomb, mark):
+def test_pickles_in_place_of_files_of_the_store_are_damage(finished, tmp_path, bomb, mark):
     result = finished[0]
     store = ArtifactStore(str(shutil.copytree(finished[1].store, tmp_path / "store")))
     calibration, capture, lane = (result.stages[role] for role in ("calibration", "capture", "lane beta 0.1"))
@@ -80,14 +82,14 @@ def test_pickles_in_the_place_of_files_of_the_store_are_damage(finished, tmp_pat
 
 
 @pytest.mark.parametrize("role", ["calibration", "lane beta 0.25"])
-def test_a_search_replaces_a_planted_pickle_by_what_belongs_there(
+def test_a_search_replaces_a_planted_pickle_by_the_right_file(
     finished, run_search, tmp_path, bomb, mark, role
 ):
     result = finished[0]
     store = ArtifactStore(str(shutil.copytree(finished[1].store, tmp_path / "store")))
     for name in result.stages[role].files:
         Path(store.location(result.stages[role], name)).write_bytes(bomb)
-    if role == "calibration":  # read again only for a capture
+    if role == "calibration":  # the windows are read again only for a capture
         Path(store.root, result.stages["capture"].key, "manifest.json").write_bytes(bomb)
     again = run_search(store.url)
     assert again.stages[role].content == result.stages[role].content

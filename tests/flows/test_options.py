@@ -106,9 +106,9 @@ def read(*options: str) -> Search:
         ("--boundary-minutes=inf", "--boundary-minutes: Input should be a finite number"),
         (
             "--exclude=q_prj",
-            "exclude is 'q_prj', which is found in none of the model's 6 linears, such as 0.self",
+            "exclude is 'q_prj', which matches none of the model's 6 linears, such as 0.self",
         ),
-        ("--exclude=proj", "exclude is 'proj', which is found in every one of the model's 6 linears"),
+        ("--exclude=proj", "exclude is 'proj', which matches every one of the model's 6 linears"),
         ("--exclude=1", "'1' leaves nothing to prune in the layers .1.: every layer needs a linear"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Plan: says before, between and after what there is to do, and leaves no trace."""
+"""Plan: lists the remaining work before, during and after a search, and writes nothing."""
 
 import shutil
 
@@ -28,7 +28,7 @@ def stage_of(plan, name):
     return stage
 
 
-def test_before_a_search_everything_is_to_do_and_nothing_is_written(workshop, fresh_store_url):
+def test_a_plan_for_an_empty_store_lists_every_stage_and_writes_nothing(workshop, fresh_store_url):
     store = ArtifactStore(fresh_store_url)
     plan = plan_search(workshop.settings(), SearchRuntime(store=fresh_store_url))
     assert [stage.name for stage in plan.stages] == STAGES
@@ -39,7 +39,9 @@ def test_before_a_search_everything_is_to_do_and_nothing_is_written(workshop, fr
         assert not store.fs.exists(store.root)
 
 
-def test_between_it_knows_what_is_there(workshop, prefect_backend, tmp_path, monkeypatch):
+def test_a_plan_of_an_interrupted_search_lists_only_the_missing_stages(
+    workshop, prefect_backend, tmp_path, monkeypatch
+):
     runtime = SearchRuntime(store=str(tmp_path / "store"))
 
     def dying(*_):
@@ -53,7 +55,7 @@ def test_between_it_knows_what_is_there(workshop, prefect_backend, tmp_path, mon
     assert stage_of(plan, "branch").state == "prune and score 3 of them"
 
 
-def test_after_it_nothing_is_to_do(workshop, finished):
+def test_a_plan_of_a_finished_search_lists_no_work(workshop, finished):
     plan = plan_search(workshop.settings(), finished[1])
     assert to_do(plan) == []
     assert {(stage.state, stage.reads, stage.writes) for stage in plan.stages} == {("in the store", 0, 0)}
@@ -70,21 +72,21 @@ def test_after_it_nothing_is_to_do(workshop, finished):
         ),
     ],
 )
-def test_a_changed_setting_leaves_what_depends_on_it_to_do(workshop, finished, changes, left):
+def test_a_changed_setting_puts_the_stages_that_depend_on_it_on_the_plan(workshop, finished, changes, left):
     plan = plan_search(workshop.settings(**changes), finished[1])
     assert to_do(plan) == left
     if "betas" in changes:
         assert stage_of(plan, "branch").state == "prune and score 1 of them"
 
 
-def test_a_plan_writes_nothing_into_a_store_that_is_in_use(workshop, finished):
+def test_a_plan_writes_nothing_into_an_existing_store(workshop, finished):
     store = ArtifactStore(finished[1].store)
     before = store.fs.find(store.root, detail=True)
     plan_search(workshop.settings(seed=8), finished[1])
     assert store.fs.find(store.root, detail=True) == before
 
 
-def test_bytes_are_about_those_that_the_search_reads_and_writes(workshop, prefect_backend, tmp_path):
+def test_planned_bytes_match_those_that_the_search_reads_and_writes(workshop, prefect_backend, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"))
     settings = workshop.settings(retain="all")
     plan = plan_search(settings, runtime)
@@ -92,7 +94,7 @@ def test_bytes_are_about_those_that_the_search_reads_and_writes(workshop, prefec
     reads = sum(stage.reads for stage in plan.stages if stage.name != "import_checkpoint")
     assert reads == result.bytes_read
     capture = result.stages["capture"]
-    # Parquet's own header weighs more than three tiny layers; hidden states count fully.
+    # The header of a Parquet file is larger than the statistics of three tiny layers; hidden states dominate.
     assert stage_of(plan, "capture").writes == pytest.approx(capture.size, rel=0.25)
     weights = sum(
         f.size for name, f in result.stages["export"].files.items() if name.endswith(".safetensors")
@@ -116,14 +118,13 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
 
     window = 16 * 32 * 4  # tokens, width, bytes
     plan = memory()
-    assert (
-        plan.memory["hidden states"] == 4 * 4 * window
-    )  # the dense model and three betas, four windows each
+    # The dense model and three betas, with four windows each.
+    assert plan.memory["hidden states"] == 4 * 4 * window
     assert plan.resume_point == plan.memory["hidden states"]
     assert plan.resume_bytes_an_hour == 12 * plan.resume_point  # every five minutes
     assert plan.resume_bytes_a_stage == 0
     every_second = plan_search(workshop.settings(), SearchRuntime(store=str(tmp_path), boundary_layers=2))
-    assert every_second.resume_bytes_a_stage == plan.resume_point  # of three layers
+    assert every_second.resume_bytes_a_stage == plan.resume_point  # the model has three layers
     assert plan.scratch == 0
     layer = sum(
         p.nbytes for p in AutoModelForCausalLM.from_pretrained(workshop.model).model.layers[0].parameters()
@@ -140,8 +141,8 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     assert half.memory["layer in use"] > layer
 
 
-def test_a_plan_counts_the_windows_of_a_text_that_nobody_has_tokenised_yet(workshop, tmp_path):
-    """A quarter of the 2000 words is the test's: 31 windows of 16 tokens; and all others get what they ask for."""
+def test_a_plan_counts_the_windows_of_a_text_that_is_not_tokenised_yet(workshop, tmp_path):
+    """The test gets a quarter of the 2000 words, which are 31 windows of 16 tokens."""
     plan = plan_search(workshop.settings(test_windows=None), SearchRuntime(store=str(tmp_path / "store")))
     assert stage_of(plan, "sample_tokens: calibration").state == "cut 6 windows of 16 tokens"
     assert stage_of(plan, "sample_tokens: test").state == "cut 31 windows of 16 tokens"
@@ -149,7 +150,7 @@ def test_a_plan_counts_the_windows_of_a_text_that_nobody_has_tokenised_yet(works
     assert not (tmp_path / "store").exists()
 
 
-def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(workshop, tmp_path):
+def test_a_model_with_another_name_for_its_width_can_be_planned(workshop, tmp_path):
     GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64)
     ).save_pretrained(tmp_path / "gpt2")
@@ -169,7 +170,7 @@ def test_a_model_whose_configuration_calls_its_width_otherwise_can_be_planned(wo
         ({"selection_windows": 32}, "500 tokens, but 32 x 16 = 512 are needed"),
     ],
 )
-def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes, message):
+def test_a_plan_refuses_settings_that_the_search_would_refuse(workshop, tmp_path, changes, message):
     if "model" in changes:
         changes = {"model": str(workshop.folder / "experts")}
     with pytest.raises(ValueError, match=message):
@@ -177,7 +178,7 @@ def test_a_plan_refuses_what_the_search_would_refuse(workshop, tmp_path, changes
     assert not (tmp_path / "store").exists()
 
 
-def test_a_plan_says_how_large_the_second_moments_of_the_widest_linear_are(workshop, tmp_path):
-    """Of a down_proj with 48 inputs: 48 x 48 numbers of 4 bytes."""
+def test_a_plan_shows_the_size_of_the_second_moments_of_the_widest_linear(workshop, tmp_path):
+    """The down_proj has 48 inputs, hence 48 x 48 numbers of 4 bytes."""
     plan = plan_search(workshop.settings(pruner="sparsegpt"), SearchRuntime(store=str(tmp_path / "store")))
     assert "second moments (mlp.down_proj: 9.22 kB a matrix)" in plan.memory

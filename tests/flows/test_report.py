@@ -1,4 +1,4 @@
-"""The report of a real small search: every number on its page is an artifact's, and the page needs nothing else."""
+"""Report of a small search: every number on the page comes from an artifact, and the page is self-contained."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ from layerwise.tasks.results.findings import number
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
-EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements that have no end
+EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements without an end tag
 EXTRAS = Extras(
     zero_shot=(ZeroShotRow("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
     sizes=Sizes(273_000_000, 272_000_000, 141_000_000),
@@ -31,7 +31,7 @@ EXTRAS = Extras(
 
 
 class Page(HTMLParser):
-    """What is on a page; fails if its elements are not well nested."""
+    """Contents of a page; fails if its elements are not well nested."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def store(finished) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def artifact(finished, store) -> Artifact:
-    """Of the report that the search has left."""
+    """Artifact of the report that the search made."""
     (artifact,) = [each for each in store.artifacts() if each.key in finished[0].report]
     return artifact
 
@@ -107,11 +107,11 @@ def of_data(store: ArtifactStore, artifact: Artifact, name: str) -> list[dict]:
     return read_table(store, artifact, f"data/{name}.parquet").to_pylist()
 
 
-def test_the_page_has_every_section_in_the_order_in_which_one_asks(page):
+def test_the_page_has_every_section_in_order(page):
     assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == SECTIONS
 
 
-def test_the_page_asks_for_nothing_outside_of_itself(page, html):
+def test_the_page_loads_nothing_from_outside(page, html):
     assert not [
         each for each in page.attributes if each[1] in ("src", "href", "xlink:href", "action", "data")
     ]
@@ -125,12 +125,12 @@ def test_the_page_asks_for_nothing_outside_of_itself(page, html):
     assert any(value.startswith("default-src 'none'") for value in policies)
 
 
-def test_identifiers_are_on_the_page_once(page):
+def test_identifiers_are_unique(page):
     identifiers = [value for _, name, value in page.attributes if name == "id"]
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_the_verdict_and_what_was_done_come_first(finished, page):
+def test_the_verdict_and_a_summary_of_the_work_come_first(finished, page):
     result, _ = finished
     lead = page.said[: page.said.index("Dense, uniform, best")]
     assert f"Chosen: {result.selection.verdict}." in lead
@@ -143,7 +143,7 @@ def test_the_verdict_and_what_was_done_come_first(finished, page):
     assert "3 plans were scored on 4 windows of 16 tokens" in lead
 
 
-def test_dense_uniform_and_best_are_side_by_side_with_the_numbers_of_the_artifacts(
+def test_dense_uniform_and_best_are_compared_with_the_numbers_of_the_artifacts(
     finished, store, artifact, page
 ):
     test, selection = finished[0].test, finished[0].selection
@@ -204,13 +204,13 @@ def test_every_stage_and_every_artifact_is_named(finished, store, page):
         assert lines[role] == [artifact.key, artifact.content]
 
 
-def test_what_repeats_the_search_is_there(finished, page):
+def test_the_page_has_the_command_that_repeats_the_search(finished, page):
     assert "layerwise search --model=" in page.said
     assert finished[0].settings.model in page.said
     assert re.search(r"torch \d", page.said)
 
 
-def test_figures_lie_beside_the_page(store, artifact):
+def test_figures_are_files_of_the_report(store, artifact):
     names = ["errors", "linears", "perplexity", "sparsity", "stages"]
     assert sorted(name for name in artifact.files if name.startswith("figures/")) == sorted(
         f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")
@@ -221,11 +221,11 @@ def test_figures_lie_beside_the_page(store, artifact):
         assert int.from_bytes(png[16:20]) > 800  # pixels wide
 
 
-def test_what_was_not_measured_is_left_out_with_a_sentence(page):
+def test_a_sentence_replaces_measurements_that_do_not_exist(page):
     assert "No zero-shot tasks were run." in page.said
 
 
-def test_beside_the_perplexities_stands_what_they_were_measured_on(page, workshop):
+def test_the_page_names_the_texts_and_dtypes_of_the_perplexities(page, workshop):
     digest = hashlib.sha256(workshop.text.read_bytes()).hexdigest()[:12]
     of_test = "3 windows of 16 tokens from tokens 1,500 to 2,000 of 2,000 (no BOS before the first)"
     dtypes = "model in float32, losses in float32."
@@ -233,7 +233,7 @@ def test_beside_the_perplexities_stands_what_they_were_measured_on(page, worksho
     assert f"Selection text: {workshop.text}: 4 windows of 16 tokens from tokens 1,000 to 1,500" in page.said
 
 
-def test_what_was_measured_elsewhere_has_its_place(store, found):
+def test_measurements_made_after_the_search_are_on_the_page(store, found):
     made = report.fn(store, found.artifact, extras=EXTRAS, compared={"owl": found.artifact})
     page = Page(store.read(made, "report.html").decode())
     assert ["arc_easy", "61.0 %", "32.0 %", "40.0 %", "1.5 %", "+8.0", "0.0021"] in page.tables["models"][1]
@@ -244,7 +244,7 @@ def test_what_was_measured_elsewhere_has_its_place(store, found):
     assert made.key != report.fn(store, found.artifact).key
 
 
-def test_names_are_text_whatever_is_in_them(data):
+def test_names_with_markup_are_shown_as_text(data):
     name = "<script>alert(1)</script> & \"x\" 'y' {{ 1 }}"
     hostile = replace(
         data,
@@ -263,7 +263,7 @@ def test_names_are_text_whatever_is_in_them(data):
     assert [value for tag, _, value in page.attributes if tag == "script"] == []
 
 
-def test_no_element_of_the_page_comes_from_a_name_in_a_table_or_figure(data):
+def test_a_name_in_a_table_or_figure_adds_no_element_to_the_page(data):
     def elements(name):
         linears = [{**row, "linear": f"{row['linear']}{name}"} for row in data.tables["linears"]]
         tasks = tuple(replace(row, task=name) for row in EXTRAS.zero_shot)
@@ -293,13 +293,13 @@ def test_the_report_of_a_search_is_found_and_copied(finished, found, tmp_path):
     assert page.read_bytes() == Path(result.report).read_bytes()
 
 
-def test_of_what_is_no_search_there_is_no_report(finished):
+def test_an_artifact_that_is_not_a_search_has_no_report(finished):
     result, runtime = finished
     with pytest.raises(ValueError, match="capture/.* is not the result of a search. Name a search"):
         make_report(runtime.store, result.stages["capture"].key)
 
 
-def test_a_search_whose_artifacts_are_gone_says_so(store, found, tmp_path):
+def test_a_search_with_deleted_artifacts_has_no_report(store, found, tmp_path):
     shutil.copytree(store.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / found.stages["capture"].key)
     with pytest.raises(
@@ -308,8 +308,8 @@ def test_a_search_whose_artifacts_are_gone_says_so(store, found, tmp_path):
         make_report(str(tmp_path / "copy"), found.artifact.key)
 
 
-def test_the_error_that_a_layer_adds_alone_is_that_of_the_test(data, store, found):
-    """At the first layer nothing has arrived: it is all of the error there, over the same windows."""
+def test_local_errors_of_layers_are_those_of_the_test(data, store, found):
+    """The input of the first layer has no error yet, so its local error is its whole error over the same windows."""
     tested = found.stages["evaluate"]
     for model in ("uniform", "best"):
         rows = [row for row in data.tables["errors"] if row["model"] == model]
@@ -318,5 +318,5 @@ def test_the_error_that_a_layer_adds_alone_is_that_of_the_test(data, store, foun
             part["local"] / part["energy"] for part in parts
         ]
         assert [row["propagation_factor"] for row in rows] == [part["factor"] for part in parts]
-        # Three test windows, of which all are looked at.
+        # All three test windows are used for the local errors.
         assert rows[0]["relative_local_error"] == pytest.approx(rows[0]["relative_error"], rel=1e-6)

@@ -58,7 +58,7 @@ def test_the_first_search_builds_everything(finished):
 
 
 def test_weights_are_read_once_for_each_pass(finished, workshop):
-    """Dense model, lanes, export and test; the digests of the import are not counted."""
+    """The passes are those of the dense model, the lanes, the export and the test. Digests at the import do not count."""
     result, runtime = finished
     index = import_checkpoint(ArtifactStore(runtime.store), str(workshop.model)).index
     assert result.bytes_read == 4 * (sum(index.layer_bytes) + index.outer_bytes)
@@ -77,7 +77,7 @@ def test_the_second_search_builds_nothing_and_reads_no_weights(finished, run_sea
 
 
 @pytest.mark.parametrize("fresh_store_url", ["memory", "s3"], indirect=True)
-def test_another_kind_of_store_holds_the_same_artifacts(finished, run_search, fresh_store_url):
+def test_a_search_builds_the_same_artifacts_in_every_kind_of_store(finished, run_search, fresh_store_url):
     result, _ = finished
     there = run_search(fresh_store_url)
     assert keys_of(there) == keys_of(result)
@@ -87,7 +87,7 @@ def test_another_kind_of_store_holds_the_same_artifacts(finished, run_search, fr
     assert run_search(fresh_store_url).built == ()
 
 
-def test_the_exported_model_has_the_losses_that_were_reported(finished, tmp_path):
+def test_the_exported_model_has_the_reported_losses(finished, tmp_path):
     result, runtime = finished
     store = ArtifactStore(runtime.store)
     model = AutoModelForCausalLM.from_pretrained(result.pruned)
@@ -101,7 +101,7 @@ def test_the_exported_model_has_the_losses_that_were_reported(finished, tmp_path
         assert math.exp(sum(losses) / len(losses)) == pytest.approx(perplexity, rel=1e-5)
 
 
-def test_no_token_of_the_test_is_in_another_split_and_only_the_evaluation_has_it_as_input(finished):
+def test_only_the_evaluation_and_the_result_have_the_test_windows_as_input(finished):
     result, runtime = finished
     store = ArtifactStore(runtime.store)
     windows = {
@@ -130,11 +130,11 @@ def test_no_token_of_the_test_is_in_another_split_and_only_the_evaluation_has_it
         ({"dtype": "bfloat16"}, ["capture", *LANES, *END]),
     ],
 )
-def test_only_what_a_setting_changes_is_built_anew(finished, run_search, changes, built):
+def test_a_changed_setting_rebuilds_only_the_stages_that_depend_on_it(finished, run_search, changes, built):
     result = run_search(**changes)
     expected = [role for role in result.stages if role in built]
     assert expected
-    # A new beta that is the best one is exported, too.
+    # If the new beta is the best one, it is exported as well.
     extra = END if result.selection.best_row.beta != finished[0].selection.best_row.beta else []
     assert [role for role in result.built if role not in extra] == [
         role for role in expected if role not in extra
@@ -142,7 +142,7 @@ def test_only_what_a_setting_changes_is_built_anew(finished, run_search, changes
     assert run_search(**changes).built == ()
 
 
-def test_a_search_that_died_goes_on_from_its_last_resume_point(
+def test_an_interrupted_search_continues_from_its_last_resume_point(
     finished, workshop, tmp_path, monkeypatch, prefect_backend
 ):
     runtime = SearchRuntime(store=str(tmp_path / "store"), boundary_layers=1)
@@ -161,7 +161,7 @@ def test_a_search_that_died_goes_on_from_its_last_resume_point(
     with pytest.raises(OSError, match="the machine died"):
         search(workshop.settings(), runtime)
     result = search(workshop.settings(), runtime)
-    assert computed[:5] == [0, 1, 1, 2, 0]  # the last one is the evaluation's
+    assert computed[:5] == [0, 1, 1, 2, 0]  # the last 0 is from the evaluation
     assert list(result.built) == [*LANES, *END]
     assert content_of(result) == content_of(finished[0])
 
@@ -209,8 +209,8 @@ def test_the_result_is_in_the_store_as_well(finished, workshop):
     assert document["test"]["best"] == result.test.best
 
 
-def test_the_result_says_what_its_perplexities_were_measured_on(finished, workshop):
-    """Half of the 2000 words are calibration's, a quarter is for the selection, and a quarter for the test."""
+def test_the_result_records_the_texts_of_its_perplexities(finished, workshop):
+    """Half of the 2000 words are for calibration, a quarter for the selection, and a quarter for the test."""
     result, runtime = finished
     store = ArtifactStore(runtime.store)
     measured = json.loads(store.read(result.artifact, RESULT_FILE))["measured on"]
@@ -253,7 +253,7 @@ def test_the_result_says_what_its_perplexities_were_measured_on(finished, worksh
         ({"calibration": "nowhere.txt"}, "there is no corpus at nowhere.txt"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_imported(
+def test_a_search_that_cannot_work_is_refused_before_the_import(
     workshop, prefect_backend, tmp_path, changes, message
 ):
     if changes.get("model") in ("experts", "short", "narrow", "mute"):
@@ -264,7 +264,7 @@ def test_what_cannot_work_is_refused_before_anything_is_imported(
     assert list(ArtifactStore(store).artifacts()) == []
 
 
-def test_a_device_that_is_not_there_is_refused(workshop, prefect_backend, tmp_path):
+def test_a_missing_device_is_refused(workshop, prefect_backend, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), device="xpu:7")
     with pytest.raises(ValueError, match="cannot compute on device 'xpu:7'"):
         search(workshop.settings(), runtime)
@@ -273,7 +273,7 @@ def test_a_device_that_is_not_there_is_refused(workshop, prefect_backend, tmp_pa
 @pytest.mark.parametrize(
     "changes", [{"sparsity": 1.5}, {"sparsty": 0.5}, {"pruner": {"method": "wanda", "blocks": 3}}]
 )
-def test_prefect_refuses_parameters_that_mean_nothing(workshop, prefect_backend, tmp_path, changes):
+def test_prefect_refuses_invalid_parameters(workshop, prefect_backend, tmp_path, changes):
     with pytest.raises(ParameterTypeError, match=next(iter(changes))):
         search(settings=workshop.parameters(**changes), runtime={"store": str(tmp_path / "store")})
 
@@ -287,7 +287,7 @@ def test_a_run_is_named_after_model_and_sparsity(finished, workshop):
 
 
 def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_backend, pytestconfig):
-    """As on a worker: another process imports the flow by its module path and gets nothing but JSON."""
+    """As on a worker, another process imports the flow by its module path and gets its parameters as JSON."""
     result, runtime = finished
     deployment = search.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
     parameters = {"settings": workshop.parameters(seed=2), "runtime": {"store": runtime.store}}
@@ -303,9 +303,7 @@ def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_back
 
 
 @pytest.mark.parametrize("windows", [{}, {"calibration_windows": 4, "selection_windows": None}])
-def test_a_deployment_takes_a_model_a_sparsity_and_a_store_and_any_number_of_windows(
-    prefect_backend, windows
-):
+def test_a_deployment_accepts_the_required_settings_alone_and_any_number_of_windows(prefect_backend, windows):
     deployment = search.to_deployment("least", entrypoint_type=EntrypointType.MODULE_PATH).apply()
     parameters = {
         "settings": {"model": "demo", "sparsity": 0.6, **windows},
@@ -325,7 +323,7 @@ def test_a_deployment_takes_a_model_a_sparsity_and_a_store_and_any_number_of_win
         ({"pruner": {"method": "random"}}, "pruner"),
     ],
 )
-def test_a_deployment_refuses_parameters_that_mean_nothing_when_a_run_is_created(
+def test_a_deployment_refuses_invalid_parameters_when_a_run_is_created(
     prefect_backend, workshop, changes, named
 ):
     deployment = search.to_deployment("checked", entrypoint_type=EntrypointType.MODULE_PATH).apply()
@@ -337,9 +335,7 @@ def test_a_deployment_refuses_parameters_that_mean_nothing_when_a_run_is_created
         client.create_flow_run_from_deployment(deployment, parameters=parameters)
 
 
-def test_a_search_that_writes_no_model_is_done_without_one_and_leaves_the_rest_to_one_that_does(
-    run_search, workshop, finished
-):
+def test_a_search_without_export_reuses_a_search_with_export_and_has_no_model(run_search, workshop, finished):
     chosen = run_search(export=False)
     assert chosen.pruned is None
     assert "export" not in chosen.stages
@@ -350,7 +346,7 @@ def test_a_search_that_writes_no_model_is_done_without_one_and_leaves_the_rest_t
 
 @pytest.fixture
 def terse_model(tmp_path) -> str:
-    """Four tiny layers, and a tokenizer with one token for every phrase of the built-in text, so that it is quick."""
+    """A model with four tiny layers, and a tokenizer with one token per phrase of the built-in text, for speed."""
     phrases = Counter(re.findall(PHRASE, BUILTIN))
     words = {"<unk>": 0} | {phrase: n for n, (phrase, _) in enumerate(phrases.most_common(96), 1)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
@@ -364,7 +360,7 @@ def terse_model(tmp_path) -> str:
 
 
 def test_a_model_a_sparsity_and_a_store_are_enough(terse_model, prefect_backend, tmp_path):
-    """Of the built-in text half is for calibration and a quarter for each of the others, in windows of 2048 tokens."""
+    """Half of the built-in text is for calibration, a quarter each for selection and test, in windows of 2048 tokens."""
     tokens = len(re.findall(PHRASE, BUILTIN))
     settings, runtime = Search(model=terse_model, sparsity=0.97), SearchRuntime(store=str(tmp_path / "store"))
     result = search(settings, runtime)

@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a search, and one that becomes read-only; real ones, of a few hundred kB."""
+"""Searches on real disks of a few hundred kB: one fills up during a search, one becomes read-only."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Commands of layerwise and of the system in turns, in one process, as importing torch takes seconds.
+# Runs commands of layerwise and of the system alternately, in one process, as the import of torch takes seconds.
 STEPS = """
 import json, subprocess, sys
 from layerwise.flows.cli.main import main
@@ -29,7 +29,7 @@ for step in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def said(finished, workshop, prefect_backend, pytestconfig, tmp_path_factory) -> list[str]:
-    """What each command printed, with its exit code at the end."""
+    """Output of each command, followed by its exit code."""
     disk = tmp_path_factory.mktemp("disk")
     needed = sum(artifact.size for artifact in finished[0].stages.values())
     options = [f"--{name.replace('_', '-')}={v}" for name, v in workshop.parameters(betas="0.1,0.25").items()]
@@ -62,20 +62,20 @@ def test_a_full_disk_is_named_and_leaves_a_valid_store(said):
     assert "nothing is damaged" in verified
 
 
-def test_with_more_room_the_same_command_ends_well(said, finished):
+def test_with_more_room_the_same_command_succeeds(said, finished):
     more, verified = said[2], said[3]
     assert verified.startswith("0>")
     assert finished[0].selection.verdict in more
     assert "nothing is damaged" in verified
 
 
-def test_a_read_only_store_still_serves_what_it_has(said, finished):
+def test_a_finished_search_in_a_read_only_store_is_reused(said, finished):
     again = said[4]
     assert "Everything was in the store already" in again
     assert finished[0].selection.verdict in again
 
 
-def test_what_is_not_in_a_read_only_store_is_refused_before_any_work(said):
+def test_a_new_search_in_a_read_only_store_is_refused_before_any_work(said):
     other, verified = said[5], said[6]
     assert "cannot be written: this is not allowed (Read-only file system)" in other
     assert verified.startswith("1>")
@@ -93,8 +93,8 @@ except ConnectionError as error:
 """
 
 
-def test_a_server_without_room_for_its_database_says_so(tmp_path):
-    """Its log, on the same disk, is empty."""
+def test_an_error_names_the_missing_room_for_the_database_of_the_server(tmp_path):
+    """The log of the server is on the same disk, and empty."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -1,4 +1,4 @@
-"""Searches on a real S3 server behind a proxy: what they ask for, and what they make of an unreliable network."""
+"""Searches on a real S3 server behind a proxy: the requests that they send, and faults of the network."""
 
 import random
 import uuid
@@ -25,7 +25,7 @@ def is_listing(request: Request) -> bool:
     return of_the_bucket or bool({"list-type", "prefix", "delimiter"} & set(request.query))
 
 
-def test_no_search_lists_anything_however_many_objects_there_are(run_search, fault_proxy: FaultProxy, url):
+def test_a_search_sends_no_listing_requests(run_search, fault_proxy: FaultProxy, url):
     assert run_search(url).built
     first, fault_proxy.requests = fault_proxy.requests, []
     assert run_search(url).built == ()
@@ -37,10 +37,10 @@ def test_no_search_lists_anything_however_many_objects_there_are(run_search, fau
 def test_a_search_over_a_bad_network_ends_with_the_right_result(
     finished, run_search, fault_proxy: FaultProxy, url
 ):
-    """One in ten requests meets a fault, of all kinds."""
+    """One in ten requests meets a fault; all kinds of faults occur."""
     chance = random.Random(0)
     for number, fault in enumerate(FAULTS):
-        left = len(FAULTS) - number  # so that each kind catches the same share
+        left = len(FAULTS) - number  # so that each kind gets the same share of the requests
         fault_proxy.inject(fault, lambda _, left=left: chance.random() < 0.1 / left, times=float("inf"))
     result = run_search(url)
     assert len(fault_proxy.caught) > 20

@@ -1,4 +1,4 @@
-"""Credentials: searched for in everything that a search leaves behind, on S3, when it ends well and when it fails."""
+"""Credentials do not appear in anything that a search on S3 leaves behind, whether it succeeds or fails."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ def bucket_of_secrets(s3_bucket):
 
 @pytest.fixture(scope="module")
 def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
-    """Run the command line with every log there is on the terminal; returns exit code and what was printed."""
+    """Return a function that runs a search with all logs on the terminal, and returns the exit code and the output."""
 
     def search(store: str, **environment: str) -> tuple[int, str]:
         own = {
@@ -59,7 +59,7 @@ def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
 
 def secrets() -> list[str]:
     own = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], HUB_TOKEN, WRONG]
-    sent = base64.b64encode(AUTH_STRING.encode()).decode()  # in the header of every request
+    sent = base64.b64encode(AUTH_STRING.encode()).decode()  # is in the header of every request
     return [*own, AUTH_STRING.partition(":")[2], sent]
 
 
@@ -67,8 +67,8 @@ def found_in(text: str) -> list[str]:
     return [secret for secret in secrets() if secret in text]
 
 
-def all_that_prefect_knows() -> str:
-    """Runs with their parameters and states, logs, artifacts: what its interface and its database show."""
+def everything_in_prefect() -> str:
+    """Return runs with their parameters and states, logs and artifacts, as the database of Prefect has them."""
     documents: list[object] = []
     with get_client(sync_client=True) as client:
         for what in ("flow_runs", "task_runs", "logs", "artifacts", "deployments", "flows"):
@@ -94,15 +94,15 @@ def test_no_credential_is_anywhere_after_a_search_on_s3(run, bucket_of_secrets):
         content = fs.cat_file(path).decode(errors="replace")
         assert found_in(path + content) == [], path
 
-    known = all_that_prefect_knows()
+    known = everything_in_prefect()
     assert bucket_of_secrets in known
     assert found_in(known) == []
 
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
-def test_no_credential_is_told_when_the_storage_refuses_them(run, bucket_of_secrets, name):
+def test_no_credential_is_shown_when_the_storage_refuses_it(run, bucket_of_secrets, name):
     code, printed = run(f"{bucket_of_secrets}/refused", **{name: WRONG})
     assert code == 1
     assert "credentials" in printed
     assert found_in(printed) == []
-    assert found_in(all_that_prefect_knows()) == []
+    assert found_in(everything_in_prefect()) == []

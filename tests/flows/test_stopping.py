@@ -1,4 +1,4 @@
-"""SIGTERM to a search in a process of its own: what is printed resumes it."""
+"""SIGTERM to a search in another process: the printed command resumes the search."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.storage.store import ArtifactStore
 
-# A search that gets the signal while it reads the second layer of its second pass, the lanes'.
+# A search that gets the signal while it reads the second layer in its second pass, which is that of the lanes.
 STOPPED_IN_THE_LANES = """
 import os, signal, sys
 from layerwise.tasks.models.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ def start(prefect_backend, pytestconfig, tmp_path):
     return run
 
 
-def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finished, workshop, tmp_path):
+def test_a_terminated_search_prints_a_command_that_resumes_it(start, finished, workshop, tmp_path):
     store = str(tmp_path / "store")
     parameters = workshop.parameters(betas="0.1,0.25")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
@@ -82,7 +82,7 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
     assert store in [run.parameters["runtime"]["store"] for run in runs]
 
 
-# torch's own allocator refuses more than any machine has.
+# The allocator of torch refuses a size that no machine has.
 OUT_OF_MEMORY = """
 import torch
 from layerwise.models.hidden_states import HiddenStatesRoom
@@ -93,7 +93,7 @@ main()
 """
 
 
-def test_a_machine_without_enough_memory_says_what_to_do(start, workshop, tmp_path):
+def test_an_error_for_lack_of_memory_says_what_to_do(start, workshop, tmp_path):
     options = [f"--{name.replace('_', '-')}={v}" for name, v in workshop.parameters(betas="0.1").items()]
     done = start("-c", OUT_OF_MEMORY, "search", *options, "--store", str(tmp_path / "store"))
     assert (done.returncode, done.stdout) == (1, "")

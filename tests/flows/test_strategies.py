@@ -1,4 +1,4 @@
-"""Race and adaptive search on a real Prefect server: fewer lanes, the same scores, nothing twice."""
+"""Search strategies on a real Prefect server: fewer lanes than a grid, the same scores, no repeated work."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ WINDOWS = 24
 
 @pytest.fixture(scope="module")
 def settings(workshop, tmp_path_factory):
-    """Of a model that has learned to count, so that it has something to lose."""
+    """Return a function for settings of a search of a model that has learned to count, so that pruning harms it."""
     folder = tmp_path_factory.mktemp("counting")
     shutil.copytree(workshop.model, folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -58,7 +58,7 @@ def losses_by_beta(result):
     return {row.beta: row.loss for row in result.selection.rows}
 
 
-def test_a_race_stops_what_is_surely_beaten_and_finds_what_the_grid_finds(grid, race):
+def test_a_race_stops_beaten_plans_and_chooses_the_same_plan_as_the_grid(grid, race):
     rows = {row.beta: row for row in race.selection.rows}
     assert list(rows) == [0.0, *BETAS]
     stopped = [beta for beta, row in rows.items() if row.windows < WINDOWS]
@@ -73,7 +73,7 @@ def test_a_race_stops_what_is_surely_beaten_and_finds_what_the_grid_finds(grid, 
 
 
 @pytest.mark.parametrize("strategy", ["race", "adaptive"])
-def test_a_strategy_that_is_done_is_found_done(settings, grid, race, strategy):
+def test_a_finished_search_with_a_strategy_is_reused(settings, grid, race, strategy):
     first = search(settings(strategy=strategy), grid[1])
     store = ArtifactStore(grid[1].store)
     assert look_up(store, settings(strategy=strategy)).missing == []
@@ -85,7 +85,7 @@ def test_a_strategy_that_is_done_is_found_done(settings, grid, race, strategy):
     assert not [stage for stage in plan_search(settings(strategy=strategy), grid[1]).stages if stage.to_do]
 
 
-def test_an_adaptive_search_takes_its_lanes_from_the_grid_that_ran_before(settings, grid):
+def test_an_adaptive_search_reuses_the_lanes_of_an_earlier_grid(settings, grid):
     result = search(settings(strategy="adaptive", trials=4), grid[1])
     assert not [role for role in result.built if role.startswith("lane")]
     rows, whole = result.selection.rows, losses_by_beta(grid[0])
@@ -94,13 +94,13 @@ def test_an_adaptive_search_takes_its_lanes_from_the_grid_that_ran_before(settin
     assert {row.beta: row.loss for row in rows} == {row.beta: whole[row.beta] for row in rows}
 
 
-def test_a_plan_shows_the_first_round_and_says_that_more_will_follow(settings, tmp_path):
+def test_a_plan_shows_the_first_round_and_that_more_may_follow(settings, tmp_path):
     plan = plan_search(settings(strategy="race"), SearchRuntime(store=str(tmp_path / "store")))
     (branch,) = [stage for stage in plan.stages if stage.name.startswith("branch")]
-    assert branch.state == "prune and score 7 of them, windows 0 to 7; then what these tell"
+    assert branch.state == "prune and score 7 of them, windows 0 to 7; more may follow"
 
 
-def test_over_processes_a_race_ends_as_in_one(settings, grid, race, tmp_path):
+def test_a_race_over_processes_has_the_result_of_a_race_in_one_process(settings, grid, race, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
     spread = search(settings(strategy="race"), runtime)
     assert spread.selection == race.selection
@@ -114,7 +114,7 @@ def bayesian(settings, grid):
     return search(settings(strategy="bayesian", trials=14, betas=[0.1]), grid[1])
 
 
-def test_a_bayesian_search_begins_with_uniform_and_the_betas_and_keeps_the_budget(grid, bayesian):
+def test_a_bayesian_search_starts_with_uniform_and_the_betas_and_keeps_its_budget(grid, bayesian):
     rows = bayesian.selection.rows
     assert [row.beta for row in rows] == [float(number) for number in range(14)]
     assert bayesian.selection.name(13) == "trial 13"
@@ -124,7 +124,7 @@ def test_a_bayesian_search_begins_with_uniform_and_the_betas_and_keeps_the_budge
     assert len({row.loss for row in rows}) == 14
 
 
-def test_an_evolutionary_search_goes_on_from_its_best_plan(settings, grid):
+def test_an_evolutionary_search_improves_on_its_first_plans(settings, grid):
     result = search(settings(strategy="evolutionary", trials=10, betas=[0.1, 0.2]), grid[1])
     rows = result.selection.rows
     assert len(rows) == 10
@@ -160,7 +160,7 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
 
 
 @pytest.mark.parametrize("strategy", ["bayesian", "projections"])
-def test_over_processes_a_search_that_makes_plans_ends_as_in_one(strategy, request, tmp_path):
+def test_a_search_that_makes_plans_has_the_same_result_over_processes(strategy, request, tmp_path):
     alone = request.getfixturevalue(strategy)
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
     spread = search(alone.settings, runtime)
@@ -171,13 +171,13 @@ def test_over_processes_a_search_that_makes_plans_ends_as_in_one(strategy, reque
 
 
 @pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:2"}], ids=["one process", "two processes"])
-def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_from_there(
+def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(
     settings, fan_out, tmp_path
 ):
     asked = settings(strategy="adaptive", trials=6)
     store = str(tmp_path / "store")
     stopped = search(asked, SearchRuntime(store=store, minutes=1e-6, **fan_out))
-    tried = [0.0, BETAS[0], BETAS[2]]  # what an adaptive search begins with
+    tried = [0.0, BETAS[0], BETAS[2]]  # the first request of an adaptive search
     assert [row.beta for row in stopped.selection.rows] == tried
     assert stopped.settings == asked.model_copy(update={"stop_after": 3})
     assert "The search was stopped after 3 plans; others may be better." in Path(stopped.report).read_text()
@@ -191,7 +191,7 @@ def test_a_search_whose_minutes_are_over_chooses_from_what_it_tried_and_goes_on_
     assert not [role for role in again.built if role in {lane_role(beta, 0) for beta in tried}]
 
 
-def test_minutes_change_nothing_in_a_search_that_ends_in_time(settings, tmp_path):
+def test_a_time_limit_that_is_not_reached_changes_nothing(settings, tmp_path):
     asked = settings(strategy="adaptive", trials=6)
     plain, limited = (
         search(asked, SearchRuntime(store=str(tmp_path / name), minutes=minutes))
@@ -201,26 +201,26 @@ def test_minutes_change_nothing_in_a_search_that_ends_in_time(settings, tmp_path
     assert (limited.selection, limited.bytes_read) == (plain.selection, plain.bytes_read)
 
 
-def test_a_request_that_was_begun_is_finished_when_the_time_is_over(settings, tmp_path):
+def test_a_request_that_has_a_finished_lane_is_completed_after_the_time_limit(settings, tmp_path):
     store, other = (ArtifactStore(str(tmp_path / name)) for name in ("store", "other"))
     asked = settings(strategy="evolutionary", trials=10, betas=[0.1], export=False)
     whole = search(asked, SearchRuntime(store=store.url))
     shutil.copytree(tmp_path / "store", tmp_path / "other")
-    begun = whole.stages["lane beta 9"]  # of two plans to begin with and a generation of eight
+    begun = whole.stages["lane beta 9"]  # the last of ten lanes: two first plans and a generation of eight
     shutil.rmtree(tmp_path / "other" / begun.key)
     again = search(asked, SearchRuntime(store=other.url, minutes=1e-6))
     assert (again.settings, again.selection) == (asked, whole.selection)
 
 
-def test_a_plan_of_a_search_that_stops_says_that_nothing_follows(settings, tmp_path):
+def test_a_plan_of_a_stopped_search_does_not_say_that_more_may_follow(settings, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"))
-    ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; then what these tell"}
+    ends = {2: "prune and score 3 of them", 4: "prune and score 3 of them; more may follow"}
     for stop_after, state in ends.items():
         plan = plan_search(settings(strategy="adaptive", stop_after=stop_after), runtime)
         assert [stage.state for stage in plan.stages if stage.name.startswith("branch")] == [state]
 
 
-def test_minutes_are_for_a_search_that_they_can_end(settings, tmp_path):
+def test_a_time_limit_is_refused_for_searches_and_flows_that_cannot_stop_early(settings, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), minutes=5)
     for strategy in ("grid", "race"):
         for run in (search, plan_search):

@@ -1,4 +1,4 @@
-"""The theory as a flow, on a real Prefect server; and what it refuses."""
+"""Theory flow on a real Prefect server, and the settings that it refuses."""
 
 import os
 import shutil
@@ -26,13 +26,17 @@ LEAST = {"model": "models/demo", "sparsity": 0.5}
 
 
 def small(workshop, **changes) -> dict:
-    """The workshop's search without betas: the theory has plans of its own."""
+    """Return parameters of the small search without betas, as the theory has its own plans."""
     return workshop.parameters(**changes) | {"betas": None}
 
 
 @pytest.fixture(scope="module")
-def looked_at(workshop, prefect_backend, finished, tmp_path_factory):
-    """A run in a store with a finished search of the same model and sparsity, and a newer one of another sparsity."""
+def measured_run(workshop, prefect_backend, finished, tmp_path_factory):
+    """A run in a store with a finished search of the same model and sparsity, and a newer one of another sparsity.
+
+    Returns:
+        The state, the result and the runtime of the run.
+    """
     store = tmp_path_factory.mktemp("theory") / "store"
     shutil.copytree(finished[1].store, store)
     runtime = Runtime(store=str(store))
@@ -41,8 +45,8 @@ def looked_at(workshop, prefect_backend, finished, tmp_path_factory):
     return state, state.result(), runtime
 
 
-def test_the_capture_of_a_search_serves_the_theory_too(looked_at, finished):
-    _, result, runtime = looked_at
+def test_the_theory_reuses_the_capture_of_a_search(measured_run, finished):
+    _, result, runtime = measured_run
     after, before = (
         {each.key for each in ArtifactStore(url).artifacts() if each.recipe["name"] == "capture"}
         for url in (runtime.store, finished[1].store)
@@ -52,15 +56,15 @@ def test_the_capture_of_a_search_serves_the_theory_too(looked_at, finished):
 
 
 def report_of(runtime, sparsity) -> tuple[ArtifactStore, Artifact]:
-    """The newest report of a search at this sparsity."""
+    """Return the store and the newest report of a search at this sparsity."""
     store = ArtifactStore(runtime.store)
     reports = [each for each in store.artifacts() if each.recipe["name"] == "report"]
     of_search = [each for each in reports if f"sparsity {sparsity}" in each.facts["title"]]
     return store, max(of_search, key=lambda each: each.made["at"])
 
 
-def test_the_searchs_report_has_the_theory_as_a_section_with_all_numbers_beside_it(looked_at):
-    _, result, runtime = looked_at
+def test_the_report_of_the_search_has_a_section_on_the_theory_and_its_data(measured_run):
+    _, result, runtime = measured_run
     store, report = report_of(runtime, 0.5)
     html = unescape(store.read(report, "report.html").decode())
     section = html[html.index('<section id="theory">') : html.index('<section id="stages">')]
@@ -75,24 +79,24 @@ def test_the_searchs_report_has_the_theory_as_a_section_with_all_numbers_beside_
         assert table.to_pylist() == read_table(store, result.measured, f"{name}.parquet").to_pylist()
 
 
-def test_a_search_of_another_sparsity_does_not_get_it(looked_at):
-    _, result, runtime = looked_at
+def test_the_report_of_a_search_at_another_sparsity_has_no_theory(measured_run):
+    _, result, runtime = measured_run
     store, report = report_of(runtime, 0.4)
     make_report(runtime.store, report.facts["search"])
     store, report = report_of(runtime, 0.4)
     assert 'id="theory"' not in store.read(report, "report.html").decode()
 
 
-def test_orders_and_levels_are_all_there(looked_at):
-    _, result, _ = looked_at
+def test_findings_have_all_orders_and_levels(measured_run):
+    _, result, _ = measured_run
     assert result.findings.levels == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     names = [outcome.order for outcome in result.findings.orders.outcomes]
     assert names[:2] == ["ascending", "descending"]
     assert len(names) == len(set(names)) > 2
 
 
-def test_prefect_has_what_was_found_and_where_the_page_is(looked_at):
-    state, result, _ = looked_at
+def test_prefect_has_the_findings_and_the_location_of_the_page(measured_run):
+    state, result, _ = measured_run
     with get_client(sync_client=True) as client:
         run = ArtifactFilter(flow_run_id={"any_": [state.state_details.flow_run_id]})
         (artifact,) = [each for each in client.read_artifacts(artifact_filter=run) if each.key == "theory"]
@@ -103,8 +107,8 @@ def test_prefect_has_what_was_found_and_where_the_page_is(looked_at):
     assert result.page in artifact.data
 
 
-def test_a_second_run_finds_the_same_page_and_computes_nothing(looked_at, workshop):
-    _, result, runtime = looked_at
+def test_a_second_run_has_the_same_page_and_computes_nothing(measured_run, workshop):
+    _, result, runtime = measured_run
     before = {each.key for each in ArtifactStore(runtime.store).artifacts()}
     again = theory(Theory(search=small(workshop)), runtime)
     assert (again.page, again.findings) == (result.page, result.findings)
@@ -112,7 +116,7 @@ def test_a_second_run_finds_the_same_page_and_computes_nothing(looked_at, worksh
 
 
 def layerwise_theory(workshop, server, store, *more) -> subprocess.CompletedProcess:
-    """The command, in a process of its own without a terminal."""
+    """Run the command in another process, without a terminal."""
     small = {name: value for name, value in workshop.parameters().items() if name != "betas"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     return subprocess.run(
@@ -124,10 +128,10 @@ def layerwise_theory(workshop, server, store, *more) -> subprocess.CompletedProc
     )
 
 
-def test_the_command_prints_every_theorem_with_its_numbers_and_where_the_page_lies(
-    looked_at, workshop, prefect_backend
+def test_the_command_prints_every_theorem_with_its_numbers_and_the_location_of_the_page(
+    measured_run, workshop, prefect_backend
 ):
-    _, result, runtime = looked_at
+    _, result, runtime = measured_run
     done = layerwise_theory(workshop, prefect_backend, runtime.store)
     assert done.returncode == 0, done.stderr
     for name, sentence in sentences(result.findings).items():
@@ -156,21 +160,19 @@ def test_the_command_refuses_a_beta_that_the_model_does_not_allow_in_one_line(
         ({"offsets": [0.1]}, "search.offsets is"),
     ],
 )
-def test_settings_of_a_search_that_have_no_part_in_it_are_refused(changes, named):
+def test_settings_that_the_theory_does_not_use_are_refused(changes, named):
     with pytest.raises(ValidationError, match=named):
         Theory.model_validate({"search": LEAST | changes})
 
 
 @pytest.mark.parametrize("beta", [0, -0.1])
-def test_a_beta_that_gives_no_order_is_refused(beta):
+def test_a_beta_that_is_not_positive_is_refused(beta):
     with pytest.raises(ValidationError, match="beta"):
         Theory.model_validate({"search": LEAST, "beta": beta})
 
 
-def test_a_beta_that_the_model_does_not_allow_is_refused_before_anything_is_computed(
-    workshop, prefect_backend, tmp_path
-):
-    """Of three layers at sparsity 0.5 beta may be 0.5 at most."""
+def test_a_beta_that_the_model_does_not_allow_is_refused_before_any_work(workshop, prefect_backend, tmp_path):
+    """With three layers at sparsity 0.5, the largest legal beta is 0.5."""
     store = tmp_path / "store"
     state = theory(Theory(search=small(workshop), beta=0.51), Runtime(store=str(store)), return_state=True)
     with pytest.raises(ValueError, match="beta 0.51 is outside of the legal range"):
@@ -178,14 +180,14 @@ def test_a_beta_that_the_model_does_not_allow_is_refused_before_anything_is_comp
     assert [*ArtifactStore(str(store)).artifacts()] == []
 
 
-def test_other_processes_are_refused_as_all_plans_advance_together(workshop, prefect_backend, tmp_path):
+def test_fan_out_is_refused_as_all_plans_advance_together(workshop, prefect_backend, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2")
     with pytest.raises(ValueError, match="fan_out is processes:2, which is not a setting of this flow"):
         theory(Theory(search=small(workshop)), runtime)
     assert not (tmp_path / "store").exists()
 
 
-def test_the_page_shows_the_settings_that_were_used_and_no_others():
+def test_the_page_shows_only_the_settings_that_were_used():
     settings = Theory(search=Search(**LEAST, seed=3), beta=0.01)
     assert settings.shown["seed"] == 3
     assert settings.shown["beta"] == 0.01

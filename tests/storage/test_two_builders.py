@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.storage.damage import Damaged
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.errors import Unreachable
@@ -90,7 +90,7 @@ def test_a_resume_point_left_beside_the_manifest_does_not_lead_to_the_damaged_fi
         artifact = store.get_or_build(STAGE, build_in_steps)
         return [store.read(artifact, f"layer-{layer}") for layer in range(4)]
 
-    assert mending(store, read) == [b"content %d" % layer for layer in range(4)]
+    assert rebuild_damaged(store, read) == [b"content %d" % layer for layer in range(4)]
 
 
 def test_an_inherited_file_that_is_gone_at_the_commit_is_made_again(store):

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.storage.formats.tensors import read_tensors, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.tasks.compress import compress, compress_stage
@@ -323,5 +323,5 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
     shard = Path(run.store.location(artifact, "compressed-00003-of-00006.safetensors"))
     content = shard.read_bytes()
     shard.unlink()
-    again = mending(run.store, lambda: compress_export(run, exported))
+    again = rebuild_damaged(run.store, lambda: compress_export(run, exported))
     assert Path(run.store.location(again, shard.name)).read_bytes() == content

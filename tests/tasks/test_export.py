@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.storage.damage import Damaged
 from layerwise.storage.formats.tables import read_table
@@ -333,7 +333,7 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
     shard = Path(run.store.location(exported, "model-00003-of-00006.safetensors"))
     content = shard.read_bytes()
     shard.unlink()
-    again = mending(run.store, lambda: run.export(lane))
+    again = rebuild_damaged(run.store, lambda: run.export(lane))
     assert Path(run.store.location(again, shard.name)).read_bytes() == content
 
 

@@ -1,4 +1,4 @@
-"""A search spread over workers: a real server, real workers on machines of their own, and everything dies once."""
+"""A search spread over workers, with a real server and real workers on separate machines, each of which dies once."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ from prefect.settings import (
 )
 from prefect.states import Cancelling
 
-from layerwise.flows.fan_out import part_flows as steps
+from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.part import PartFailed
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import SearchResult, search
@@ -52,8 +52,8 @@ from tests.workers import Machine, Worker, create_pool
 LAYERS = 8
 NEEDED = list(range(1, LAYERS + 1))
 BETAS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]  # nine lanes with the uniform one
-LIMIT = 480.0  # seconds for anything that is waited for
-# A parent on a machine of its own.
+LIMIT = 480.0  # maximum seconds of each wait
+# The process of a search on a separate machine.
 PARENT = """
 import json, sys
 from layerwise.flows.search import search
@@ -66,7 +66,7 @@ search(Search(**settings), SearchRuntime(**runtime))
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As many as the workers have: sums of floats depend on it."""
+    """Use one thread, as the workers do: sums of floats depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def settings(folder) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[PrefectServer]:
     with PrefectServer(folder / "server", **FEW_WRITES) as server:
-        # The heartbeat would hold up the end of every flow of this process for a second.
+        # The heartbeat would delay the end of every flow of this process by a second.
         ours = {
             PREFECT_API_URL: server.url,
             PREFECT_HOME: folder / "home",
@@ -113,9 +113,9 @@ def undisturbed(settings, server, folder) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def machines(client, server, s3_bucket, folder) -> Iterator[list[Worker]]:
-    """Two machines with a worker each, for the pool "lanes", on which the steps are deployed."""
+    """Two machines with a worker each for the pool "lanes", which has the deployments of the parts."""
     create_pool(client, "lanes")
-    for flow in (steps.capture, steps.branch, steps.evaluate):
+    for flow in (part_flows.capture, part_flows.branch, part_flows.evaluate):
         deploy(flow, "lanes", flow.name)
     with (
         Worker("lanes", folder / "one", server.url) as one,
@@ -137,7 +137,7 @@ def workers(machines) -> list[Worker]:
 
 @pytest.fixture(scope="module")
 def parents(client, server, s3_bucket, folder) -> Iterator[Worker]:
-    """A machine with a worker for searches, which wait for their steps there."""
+    """A machine with a worker for searches, which wait there for their parts."""
     create_pool(client, "parents")
     with Worker("parents", folder / "parents", server.url) as worker:
         worker.wait_until_ready()
@@ -146,7 +146,7 @@ def parents(client, server, s3_bucket, folder) -> Iterator[Worker]:
 
 @pytest.fixture(scope="module", autouse=True)
 def scheduled(client, settings, undisturbed, parents) -> uuid.UUID:
-    """A deployment of the search that is done; the scheduler's first look at it comes within seconds of its making."""
+    """A scheduled deployment of the finished search. The scheduler first sees it within seconds of its creation."""
     soon = IntervalSchedule(
         interval=timedelta(hours=1), anchor_date=datetime.now(UTC) + timedelta(seconds=30)
     )
@@ -156,13 +156,13 @@ def scheduled(client, settings, undisturbed, parents) -> uuid.UUID:
 
 @pytest.fixture
 def bucket(s3_bucket) -> ArtifactStore:
-    """An empty store that all machines reach."""
+    """An empty store that all machines can reach."""
     return ArtifactStore(f"s3://{s3_bucket}/{uuid.uuid4().hex}")
 
 
 @pytest.fixture
 def before_the_lanes(bucket, undisturbed) -> ArtifactStore:
-    """A store that lacks nothing but the lanes."""
+    """A store that lacks only the lanes."""
     for artifact in undisturbed.artifacts():
         if artifact.recipe["name"] not in ("lane", "lane_group"):
             bucket.fs.put(
@@ -173,7 +173,7 @@ def before_the_lanes(bucket, undisturbed) -> ArtifactStore:
 
 @pytest.fixture
 def begin(server) -> Iterator[Callable[..., Future[SearchResult]]]:
-    """Begin a search in this process, in a thread."""
+    """Return a function that starts a search in a thread of this process."""
     with ThreadPoolExecutor() as threads:
 
         def begin(settings: dict, runtime: dict) -> Future[SearchResult]:
@@ -187,13 +187,13 @@ def pool_runtime(store: ArtifactStore, groups: int = 3) -> dict[str, object]:
 
 
 def deploy(flow: Flow, pool: str, name: str, **options) -> uuid.UUID:
-    """Make a deployment whose workers import the flow by its module."""
+    """Create a deployment whose workers import the flow by its module path."""
     module_path = {"entrypoint_type": EntrypointType.MODULE_PATH, "work_pool_name": pool}
     return flow.to_deployment(name, **module_path, **options).apply()
 
 
 def contents(store: ArtifactStore) -> dict[str, str]:
-    """Digest by key of all artifacts but groups and reports: they tell how lanes were spread, what took how long."""
+    """Return digests by key, without groups and reports, which depend on the distribution of lanes and on times."""
     return {
         artifact.key: artifact.content
         for artifact in store.artifacts()
@@ -202,30 +202,30 @@ def contents(store: ArtifactStore) -> dict[str, str]:
 
 
 def runs_of(client: SyncPrefectClient, store: ArtifactStore, name: str) -> list[FlowRun]:
-    """Flow runs of the flow called ``name`` that worked for this store, the first one first."""
+    """Return the flow runs of the flow ``name`` for this store, oldest first."""
     runs = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[name])))
     ours = [run for run in runs if run.parameters["runtime"]["store"] == store.url]
     return sorted(ours, key=lambda run: run.created)
 
 
 def logs_of(runs: list[FlowRun], machines: list[Machine]) -> list[Log]:
-    """What each of the flow runs has done."""
+    """Return the work log of each flow run."""
     said = [each for machine in machines for each in machine.said()]
     return [Log.of([(each.at, each.line) for each in said if each.pid == pid_of(run)]) for run in runs]
 
 
 def pid_of(run: FlowRun) -> int | None:
-    """The process that a worker has started for it."""
+    """Return the id of the process that a worker started for the run."""
     return int(run.infrastructure_pid) if run.infrastructure_pid else None
 
 
 def repeated(runs: list[FlowRun], machines: list[Machine], kind: str, numbers: list[int]) -> list[str]:
-    """What these flow runs, which did the same work one after the other, did more than once beyond one piece."""
+    """Return the work that these flow runs of one part repeated, except for one piece."""
     return list(Run("", logs_of(runs, machines)).repeated_work({kind: numbers}))
 
 
 def groups_of(runs: list[FlowRun]) -> dict[tuple[float, ...], list[FlowRun]]:
-    """Flow runs of groups by their betas."""
+    """Return the flow runs of groups by their betas."""
     groups: dict[tuple[float, ...], list[FlowRun]] = {}
     for run in runs:
         groups.setdefault(tuple(beta for beta, _ in run.parameters["points"]), []).append(run)
@@ -244,7 +244,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def now_at_work(machines: list[Worker], since: float, layer: int) -> Worker:
-    """Wait until a group has this layer done after ``since``, and return its machine."""
+    """Wait until a group has finished this layer after ``since``, and return its machine."""
     wanted = layer_of_a_group(layer)
 
     def there() -> list[Worker]:
@@ -256,10 +256,10 @@ def now_at_work(machines: list[Worker], since: float, layer: int) -> Worker:
 
 @contextlib.contextmanager
 def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterator[dict[int, psutil.Process]]:
-    """Stop every group as soon as it has this layer done after ``since``, until its SIGTERM waits for it.
+    """Suspend every group once it has finished this layer after ``since``, until a SIGTERM for it is pending.
 
     Yields:
-        Those that were stopped, by their process id; grows.
+        The suspended processes by their ids; the mapping grows.
     """
     held: dict[int, psutil.Process] = {}
     over = Event()
@@ -292,13 +292,13 @@ def held_until_told(machines: list[Worker], since: float, layer: int) -> Iterato
 
 
 def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
-    """Whether a signal was sent to a process that stands still."""
+    """Return whether a signal is pending for a suspended process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
     return bool(int(pending.split()[1], 16) >> (wanted - 1) & 1)
 
 
-def test_three_groups_on_two_machines_make_what_one_process_makes(
+def test_three_groups_on_two_machines_build_the_same_artifacts_as_one_process(
     client, settings, bucket, undisturbed, workers
 ):
     result = search(Search(**settings), SearchRuntime(**pool_runtime(bucket)))
@@ -320,7 +320,7 @@ def test_three_groups_on_two_machines_make_what_one_process_makes(
     assert all(pids & {each.pid for each in worker.said()} for worker in workers)
 
 
-def test_a_machine_the_parent_and_the_server_die_and_what_was_done_is_not_done_again(
+def test_work_is_not_repeated_after_deaths_of_a_machine_the_parent_and_the_server(
     client, settings, before_the_lanes, undisturbed, workers, server, folder
 ):
     store = before_the_lanes
@@ -333,7 +333,9 @@ def test_a_machine_the_parent_and_the_server_die_and_what_was_done_is_not_done_a
         victim.kill()
         parents[0].kill()
         second = parents[1].run("-c", PARENT, parameters)
-        until(lambda: "goes on in flow run" in parents[1].last_output(), "a parent that takes up what runs")
+        until(
+            lambda: "continues in the running flow run" in parents[1].last_output(), "a parent that continues"
+        )
         now_at_work([worker for worker in workers if worker.alive], time(), 2)
         server.kill()
         sleep(3)
@@ -347,7 +349,7 @@ def test_a_machine_the_parent_and_the_server_die_and_what_was_done_is_not_done_a
     assert sorted(len(betas) for betas in groups) == [2, 2, 2, 3]
     for runs in groups.values():
         assert repeated(runs, workers, "branch, layer", NEEDED) == []
-    # Nothing was begun anew but the group that died.
+    # Only the group that died was restarted.
     assert sorted(len(runs) for runs in groups.values()) == [1, 1, 1, 2]
     ((dead, successor),) = [runs for runs in groups.values() if len(runs) == 2]
     assert (dead.state.name, dead.state.message) == ("Crashed", "no sign of life for 60 s")
@@ -355,7 +357,7 @@ def test_a_machine_the_parent_and_the_server_die_and_what_was_done_is_not_done_a
     assert pid_of(successor) not in {each.pid for each in victim.said()}
 
 
-def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_there(
+def test_cancelling_a_search_stops_its_groups_and_the_next_search_continues_from_there(
     client, settings, before_the_lanes, undisturbed, workers, parents, caplog
 ):
     store, began = before_the_lanes, time()
@@ -367,7 +369,7 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_ther
         runs = [client.read_flow_run(parent.id), *runs_of(client, store, "branch")]
         return runs if all(run.state.is_final() for run in runs) else []
 
-    # A group could be done before the word reaches it.
+    # Without holding them, a group could finish before the signal reaches it.
     with held_until_told(workers, began, 2) as held:
         until(lambda: held, "layer 2 of a group")
         client.set_flow_run_state(parent.id, Cancelling())
@@ -385,22 +387,21 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_one_goes_on_from_ther
     assert len(resumed) <= 3 * LAYERS - sum(layers) + len(layers)
 
 
-def test_a_group_that_cannot_work_fails_the_search_at_once_with_the_reason_first(
+def test_a_part_that_cannot_work_fails_the_search_at_once_with_its_reason(
     client, settings, bucket, workers, folder, monkeypatch
 ):
-    monkeypatch.chdir(folder / "small")  # where no worker is
+    monkeypatch.chdir(folder / "small")  # no worker has this working folder
     with pytest.raises(
         PartFailed, match="^ValueError: 'small.gguf' is neither a file or folder on this machine"
     ):
         search(Search(**{**settings, "model": "small.gguf"}), SearchRuntime(**pool_runtime(bucket)))
     (run,) = runs_of(client, bucket, "capture")
     assert run.state.is_failed()
-    assert {key.partition("/")[0] for key in contents(bucket)} == {
-        "count_tokens"
-    }  # this machine has the model
+    # This machine has the model, and counts the tokens.
+    assert {key.partition("/")[0] for key in contents(bucket)} == {"count_tokens"}
 
 
-def test_a_scheduled_search_fires_by_itself_finds_everything_done_and_says_so(client, scheduled, parents):
+def test_a_scheduled_search_starts_by_itself_and_reuses_everything(client, scheduled, parents):
     runs: list[FlowRun] = []
 
     def ended() -> bool:
@@ -418,7 +419,7 @@ def test_a_scheduled_search_fires_by_itself_finds_everything_done_and_says_so(cl
     until(lambda: any(nothing_to_do in log.message for log in client.read_logs(which)), "its log")
 
 
-def test_a_process_of_this_machine_is_killed_and_its_group_goes_on_from_its_last_layer(
+def test_the_group_of_a_killed_local_process_continues_from_its_last_layer(
     client, settings, before_the_lanes, undisturbed, server, begin, folder, monkeypatch
 ):
     store = before_the_lanes

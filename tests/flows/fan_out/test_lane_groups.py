@@ -1,4 +1,4 @@
-"""Groups: as few as keep every worker busy and every group's hidden states in memory."""
+"""Lane groups: as few as keep every worker busy and the hidden states of every group in memory."""
 
 import pytest
 from rich.console import Console
@@ -15,26 +15,26 @@ from layerwise.tasks.lanes.grouping import split_evenly
     [
         (9, 1, 9, 1),
         (9, 3, 9, 3),
-        (9, 3, 2, 6),  # five would fit into memory, and the third worker would wait for the second half
+        (9, 3, 2, 6),  # five groups would fit into memory, but leave one worker idle in the second round
         (9, 4, 4, 4),
         (9, 20, 9, 9),
-        (9, 2, 1, 9),  # no more groups than betas
+        (9, 2, 1, 9),  # not more groups than betas
         (1, 4, 1, 1),
         (0, 4, 1, 0),
     ],
 )
-def test_groups_follow_from_betas_workers_and_memory(lanes, workers, in_memory, groups):
+def test_the_number_of_groups_follows_from_betas_workers_and_memory(lanes, workers, in_memory, groups):
     assert group_count(lanes, workers, in_memory) == groups
 
 
-def test_betas_are_split_in_their_order_and_evenly():
+def test_betas_are_divided_evenly_and_in_order():
     assert split_evenly([0, 1, 2, 3, 4, 5, 6, 7, 8], 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert split_evenly([0, 1, 2, 4, 5], 2) == [[0, 1, 2], [4, 5]]
     assert split_evenly([3, 4], 5) == [[3], [4]]
     assert split_evenly([], 3) == []
 
 
-def test_a_plan_shows_the_groups_and_counts_one_reading_of_the_model_for_each(workshop, tmp_path, capsys):
+def test_a_plan_shows_the_groups_and_counts_one_read_of_the_model_for_each(workshop, tmp_path, capsys):
     def plan(**runtime):
         return plan_search(
             workshop.settings(betas=[0.05, 0.1, 0.15, 0.2]), SearchRuntime(store=str(tmp_path), **runtime)

@@ -1,4 +1,4 @@
-"""Two machines that begin the same search in the same bucket do not disturb each other."""
+"""Two machines that run the same search in the same bucket do not disturb each other."""
 
 import random
 import uuid
@@ -21,7 +21,7 @@ def settings(tmp_path_factory) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def machines(settings, s3_bucket, prefect_backend, tmp_path_factory):
-    """Begin the search on some machines at once; ``bucket`` is what they share."""
+    """Return a function that starts the search on several machines at once, in the same bucket."""
 
     def begin(bucket: str, count: int) -> list[Attempt]:
         folder = tmp_path_factory.mktemp("machines")
@@ -37,7 +37,7 @@ def machines(settings, s3_bucket, prefect_backend, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def contents(s3_bucket):
-    """Every artifact's digest by its key; but for reports, which tell what took how long."""
+    """Return a function for the digests of all artifacts by key, without reports, which contain times."""
 
     def read(bucket: str) -> dict[str, str]:
         store = ArtifactStore(f"s3://{s3_bucket}/{bucket}")
@@ -60,12 +60,10 @@ def errors_of(attempt: Attempt) -> list[str]:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_of_two_machines_dies_in_the_middle_and_the_other_does_not_notice(
-    machines, contents, undisturbed, killed
-):
+def test_the_death_of_one_of_two_machines_does_not_disturb_the_other(machines, contents, undisturbed, killed):
     bucket, chance = uuid.uuid4().hex, random.Random(killed)
     both = machines(bucket, 2)
-    # Not one layer alone: who is late goes on from the other's resume point.
+    # Any of several layers: the later machine skips layers when it continues from the other's resume point.
     marks = {f"branch, layer {layer}" for layer in range(chance.randrange(2, LAYERS - 1), LAYERS)}
     assert both[killed].wait_for(lambda line: mark_of(line) in {*marks, "branch"})
     assert both[killed].run_for(chance.uniform(0, 0.1))
@@ -78,7 +76,7 @@ def test_one_of_two_machines_dies_in_the_middle_and_the_other_does_not_notice(
     assert third.result() == {**result, "built": []}
 
 
-def test_two_machines_that_work_side_by_side_end_with_the_same_result(machines, contents, undisturbed):
+def test_two_machines_that_run_at_the_same_time_end_with_the_same_result(machines, contents, undisturbed):
     bucket = uuid.uuid4().hex
     both = machines(bucket, 2)
     one, other = (attempt.result() for attempt in both)

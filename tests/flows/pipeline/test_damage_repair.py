@@ -1,4 +1,4 @@
-"""A search that meets a damaged artifact builds it anew, and ends with the result of an undamaged one."""
+"""Damage repair: a search rebuilds damaged artifacts and ends with the result of an undisturbed search."""
 
 import logging
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.storage.damage import Damaged
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -16,7 +16,7 @@ from layerwise.storage.upkeep.collect import collect, plan_collection
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """The store of the finished search, to be damaged."""
+    """A copy of the finished search's store, which a test may damage."""
     return Path(shutil.copytree(finished[1].store, tmp_path / "store"))
 
 
@@ -47,7 +47,7 @@ def truncate(path: Path) -> None:
         ("evaluate", "test.json", truncate),
     ],
 )
-def test_what_is_damaged_is_named_and_built_anew(finished, run_search, copied, caplog, role, name, damage):
+def test_a_damaged_artifact_is_named_and_rebuilt(finished, run_search, copied, caplog, role, name, damage):
     result = finished[0]
     artifact = result.stages[role]
     path = copied / (f"{artifact.key}/{name}" if name == "manifest.json" else artifact.files[name].path)
@@ -58,17 +58,17 @@ def test_what_is_damaged_is_named_and_built_anew(finished, run_search, copied, c
     assert content_of(again) == content_of(result)
     if not (
         name == "manifest.json" and damage is Path.unlink
-    ):  # which is an artifact that nobody has made yet
+    ):  # without a manifest the artifact does not exist
         (line,) = [
             record.getMessage()
             for record in caplog.records
             if record.name == "layerwise.flows.pipeline.damage_repair"
         ]
         assert str(path) in line
-        assert "set aside and built anew" in line
+        assert "set aside and rebuilt" in line
 
 
-def test_statistics_that_a_new_beta_needs_are_captured_anew(finished, run_search, copied, tmp_path):
+def test_damaged_statistics_are_captured_again_for_a_new_beta(finished, run_search, copied, tmp_path):
     capture = finished[0].stages["capture"]
     flip(copied / capture.files["statistics/layer-00001.parquet"].path)
     result = run_search(str(copied), betas=[0.1, 0.2, 0.25])
@@ -77,7 +77,7 @@ def test_statistics_that_a_new_beta_needs_are_captured_anew(finished, run_search
     assert content_of(result) == content_of(undamaged)
 
 
-def test_what_is_damaged_twice_stops_the_run(tmp_path):
+def test_an_artifact_that_is_damaged_again_after_its_rebuild_stops_the_run(tmp_path):
     store = ArtifactStore(str(tmp_path))
     calls = []
 
@@ -86,11 +86,11 @@ def test_what_is_damaged_twice_stops_the_run(tmp_path):
         raise Damaged("its file 'x' is damaged", "capture/0123")
 
     with pytest.raises(Damaged, match="its file 'x' is damaged"):
-        mending(store, run)
+        rebuild_damaged(store, run)
     assert len(calls) == 2
 
 
-def test_what_was_deleted_since_it_was_found_is_built_anew_with_a_warning(tmp_path, caplog):
+def test_an_artifact_deleted_during_the_run_is_rebuilt_with_a_warning(tmp_path, caplog):
     store, stage = ArtifactStore(str(tmp_path / "store")), Stage("capture", 1)
     found = []
 
@@ -102,8 +102,8 @@ def test_what_was_deleted_since_it_was_found_is_built_anew_with_a_warning(tmp_pa
         return store.read(artifact, "weights.bin")
 
     with caplog.at_level(logging.WARNING):
-        assert mending(store, run) == b"w"
+        assert rebuild_damaged(store, run) == b"w"
     assert len(found) == 2
     (record,) = caplog.records
-    assert f"{stage.key} is not in the store any more" in record.getMessage()
-    assert record.getMessage().endswith("It is built anew.")
+    assert f"{stage.key} was deleted from the store during this run." in record.getMessage()
+    assert record.getMessage().endswith("It is rebuilt.")

@@ -1,4 +1,4 @@
-"""The graph of a search: one description of its stages, for building and for looking up."""
+"""Graph of a search: one description of its stages, for building them and for looking them up."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def store(tmp_path) -> ArtifactStore:
 
 
 def two_steps(store, first=FIRST, second=SECOND):
-    """A graph of two stages, the second of which is known by the first one's artifact only."""
+    """Yield a graph of two stages; the second one is known only from the artifact of the first."""
 
     def made(stage, role):
         return lambda execution: [store.get_or_build(stage, lambda draft: draft.write(role, b"here"))]

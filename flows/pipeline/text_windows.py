@@ -1,4 +1,4 @@
-"""Which token windows a search needs, from which text."""
+"""Token windows of a search: their number, and the part of a text that each role takes them from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a search, counted.
+    """Token counts and windows of the texts of a search.
 
     Attributes:
-        encoding_identity: of the tokenizer that they were counted with.
-        counts: by role.
-        requests: windows of each role, with the numbers that "auto" stands for.
+        encoding_identity: identity of the tokenizer that counted the tokens.
+        counts: token counts by role.
+        requests: windows of each role; "auto" is replaced by a number.
     """
 
     encoding_identity: str
@@ -35,27 +35,27 @@ class Texts:
         return {role: request.windows or self.fitting(role) for role, request in self.requests.items()}
 
     def fitting(self, role: Role) -> int:
-        """Number of windows that the role's part of its text gives."""
+        """Return the number of windows that fit into the role's part of its text."""
         request = self.requests[role]
         return fitting_windows(self.counts[role].tokens, request.part, request.seqlen)
 
     @property
     def samples_overlap(self) -> bool:
-        """Whether calibration samples of two seeds have most of their windows in common."""
+        """Whether the calibration samples of two seeds share most of their windows."""
         return 2 * self.windows["calibration"] > self.fitting("calibration")
 
     def keep(self, store: ArtifactStore) -> None:
-        """Commit the counts, so that the texts are not tokenised for them again."""
+        """Commit the token counts, so that no later search has to tokenise the texts to count them."""
         for role, request in self.requests.items():
             keep_count(store, self.encoding_identity, request.corpus, self.counts[role])
 
 
 def open_corpora(settings: Search) -> dict[Role, Corpus]:
-    """The corpus of each role; nothing is read yet.
+    """Return the corpus of each role. Reads none of the texts.
 
     Raises:
-        ValueError: a name that means nothing, or texts that have some of their files in common.
-        OSError: a text that is not there, or cannot be reached.
+        ValueError: a name is not the name of a text, or two texts have files in common.
+        OSError: a text does not exist or cannot be reached.
     """
     names: dict[Role, str] = {
         "calibration": settings.calibration,
@@ -75,14 +75,14 @@ def count_texts(
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     vocabulary: int,
 ) -> Texts:
-    """Look up how many tokens the texts have, count those that nobody has counted yet, and check them. Writes nothing.
+    """Look up the token counts of the texts, count the missing ones, and check them. Writes nothing.
 
     Args:
-        load_tokenizer: called if a text is to be counted.
-        vocabulary: number of token ids that the model has an embedding for.
+        load_tokenizer: called only if a text has to be counted.
+        vocabulary: number of rows of the model's embedding.
 
     Raises:
-        ValueError: a text with too few tokens or with ids that the model does not know; a tokenizer or a text that
+        ValueError: a text has too few tokens, or token ids without a row in the embedding; or a tokenizer or a text
             cannot be used.
         OSError: a text cannot be reached.
     """
@@ -115,7 +115,7 @@ def _requests(
         windows = asked[role]
         if isinstance(windows, str):
             fitting = fitting_windows(counts[role].tokens, parts[role], settings.seqlen)
-            # Where fewer fit than are of use, these are asked for, and refused with the numbers.
+            # If fewer windows fit than the role needs, the needed number is requested, and refused with the numbers.
             windows = max(min(AUTO_WINDOWS[role], fitting), LEAST_WINDOWS[role])
         seed = settings.seed if role == "calibration" else None
         requests[role] = TokenRequest(role, corpus, windows, settings.seqlen, parts[role], seed)
@@ -126,6 +126,6 @@ def _require_known_ids(model: str, corpus: Corpus, count: TokenCount, vocabulary
     if count.largest_id >= vocabulary:
         raise ValueError(
             f"the tokenizer of {model} makes token ids up to {count.largest_id} of the text {corpus.label}, but the "
-            f"model's embedding has {vocabulary} rows. The tokenizer is another model's, or the embedding was not "
-            "resized for it: put the tokenizer files that belong to these weights next to them."
+            f"model's embedding has {vocabulary} rows. Either the tokenizer belongs to another model, or the embedding "
+            "was not resized for it: put the tokenizer files that belong to these weights next to them."
         )

@@ -1,4 +1,4 @@
-"""Time limit of a search: lanes begun in time are finished, and the best plan is chosen from those tried."""
+"""Time limit of a search: after it no further lanes are started, and the best of the plans tried is chosen."""
 
 import time
 from math import inf
@@ -23,25 +23,25 @@ def check_minutes(settings: Search, runtime: SearchRuntime) -> None:
 
 
 def deadline_of(runtime: SearchRuntime) -> float:
-    """Return the deadline of a search that begins now, on the clock ``time.monotonic``; infinite without a limit."""
+    """Return the deadline of a search that starts now, on the clock ``time.monotonic``; infinite without a limit."""
     return inf if runtime.minutes is None else time.monotonic() + 60 * runtime.minutes
 
 
 def is_too_late(tried: int, deadline: float) -> bool:
-    """Return whether no further lanes may be begun.
+    """Return whether no further lanes may be started.
 
     Args:
-        tried: number of plans scored before. The first lanes are always scored, as uniform is among them.
+        tried: number of plans scored before. The first lanes are always scored, as they include the uniform plan.
         deadline: on the clock ``time.monotonic``.
     """
     return tried > 0 and time.monotonic() >= deadline
 
 
-def stopped(settings: Search, tried: int) -> Search:
-    """Return the search that stops after the plans tried so far, and say so in the run's log."""
+def stop_after_tried(settings: Search, tried: int) -> Search:
+    """Return the search that stops after the plans tried so far, and log the stop."""
     get_run_logger().warning(
-        "the time limit is reached after %d of the plans that this search would try: the best of them is chosen now, "
-        "and the same search goes on from there",
+        "the time limit is reached after %d plans: the best of them is chosen now. A search with the same settings "
+        "continues from here.",
         tried,
     )
     return settings.model_copy(update={"stop_after": tried})

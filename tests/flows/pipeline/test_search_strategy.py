@@ -1,40 +1,40 @@
-"""Strategies: which lanes run next, on losses that can be checked by hand."""
+"""Search strategies: the lanes that run next, for losses that can be checked by hand."""
 
 from dataclasses import replace
 
 import pytest
 
 from layerwise.allocators.allocation import SparsityPlan
-from layerwise.flows.pipeline.lane_requests import LaneRequest, Strategy
+from layerwise.flows.pipeline.search_strategy import LaneRequest, SearchStrategy
 from layerwise.models.skeleton import Linear
 from layerwise.tasks.allocate import AllocateSettings
 
 BETAS = (0.0, 0.002, 0.004, 0.006)
 HALF = (0.5,) * 4
-LINEARS = [[Linear("mlp", 10, 10, False)]] * 4  # of four layers of 100 weights
+LINEARS = [[Linear("mlp", 10, 10, False)]] * 4  # four layers of 100 weights
 
 
 def plans_of(*points: tuple[float, float]) -> tuple[SparsityPlan, ...]:
     return tuple(SparsityPlan(beta, HALF, offset) for beta, offset in points)
 
 
-def strategy(name: str, points, trials: int, windows: int, **allocation) -> Strategy:
+def strategy(name: str, points, trials: int, windows: int, **allocation) -> SearchStrategy:
     points = [point if isinstance(point, tuple) else (point, 0.0) for point in points]
     settings = AllocateSettings(0.5, betas=(), **allocation)
-    return Strategy(name, plans_of(*points), trials, windows, settings, LINEARS)
+    return SearchStrategy(name, plans_of(*points), trials, windows, settings, LINEARS)
 
 
-def race(windows: int) -> Strategy:
+def race(windows: int) -> SearchStrategy:
     return strategy("race", BETAS, 4, windows)
 
 
 def losses(level: float, windows: int) -> list[float]:
-    """Around ``level``, never twice the same distance from another level's."""
+    """Losses around ``level``, whose differences to the losses of another level vary by window."""
     return [level + 0.001 * ((7 * window + round(1000 * level)) % 5) for window in range(windows)]
 
 
-def play(strategy: Strategy, level_of) -> list[LaneRequest]:
-    """All requests of a search whose lanes have these levels."""
+def play(strategy: SearchStrategy, level_of) -> list[LaneRequest]:
+    """Return all requests of a search whose lanes have these levels of loss."""
     known: dict[SparsityPlan, list[float]] = {}
     requests = []
     while request := strategy.next_lanes(known):
@@ -53,7 +53,7 @@ def by_beta(levels):
     return lambda plan: dict(zip(BETAS, levels, strict=True))[plan.beta]
 
 
-def test_a_grid_asks_for_everything_at_once():
+def test_a_grid_requests_all_plans_at_once():
     grid = strategy("grid", BETAS, 4, 12)
     assert play(grid, lambda plan: 1.0) == [LaneRequest(grid.plans)]
 
@@ -67,7 +67,7 @@ def test_a_race_goes_on_with_the_two_best_and_uniform():
     assert all(a.windows[1] == b.windows[0] for a, b in zip(later, later[1:], strict=False))
 
 
-def test_nobody_is_stopped_in_a_race_of_equals():
+def test_a_race_of_equal_plans_stops_none_of_them():
     assert {betas_of(request) for request in play(race(32), lambda plan: 1.0)} == {BETAS}
 
 
@@ -75,13 +75,13 @@ def test_a_race_over_few_windows_is_a_grid():
     assert play(race(8), by_beta((9.0, 2.0, 1.0, 5.0))) == [LaneRequest(race(8).plans)]
 
 
-def test_a_race_asks_again_for_a_round_of_which_one_lane_is_missing():
+def test_a_race_repeats_the_request_of_a_round_with_a_missing_lane():
     first = {plan: losses(1.0, 8) for plan in race(32).plans[:3]}
     assert race(32).next_lanes(first) == LaneRequest(race(32).plans, (0, 8))
 
 
 @pytest.mark.parametrize("best", range(12))
-def test_an_adaptive_search_finds_the_bottom_with_fewer_lanes_and_tries_uniform(best):
+def test_an_adaptive_search_finds_the_minimum_with_fewer_lanes_and_tries_uniform(best):
     betas = [0.002 * number for number in range(12)]
     requests = play(
         strategy("adaptive", betas, 8, 4), lambda plan: 3 + 0.02 * (round(500 * plan.beta) - best) ** 2
@@ -99,7 +99,7 @@ def test_an_adaptive_search_keeps_its_budget():
     assert sum(len(request.plans) for request in requests) <= 5
 
 
-def test_a_two_parameter_search_finds_the_bottom_of_a_bowl_within_its_budget():
+def test_a_two_parameter_search_finds_the_minimum_of_a_bowl_within_its_budget():
     betas, offsets = [0.002 * number for number in range(8)], (-0.1, -0.05, 0.0, 0.05, 0.1)
     points = [(beta, offset) for beta in betas for offset in offsets]
     points.sort(key=lambda point: point != (0, 0))
@@ -122,7 +122,7 @@ def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meet
         Linear("mlp.down", 20, 5, False),
     ]
     plans = tuple(SparsityPlan(beta, (0.5 - beta, 0.5 + beta)) for beta in (0.0, 0.1, 0.2))
-    searched = Strategy("projections", plans, 30, 4, AllocateSettings(0.5, betas=()), [layer] * 2)
+    searched = SearchStrategy("projections", plans, 30, 4, AllocateSettings(0.5, betas=()), [layer] * 2)
     up_bears_more = [0.5, 0.35, 0.65, 0.7, 0.55, 0.85]  # by layer and linear
 
     def level(plan):
@@ -144,21 +144,23 @@ def test_a_search_over_projections_moves_the_linears_of_a_kind_together_and_meet
         assert {round(b - a, 9) for a, b in zip(first, second, strict=True)} == {
             round(by_layer[1] - by_layer[0], 9)
         }
-    assert max(len(request.plans) for request in play(searched, level)) == searched.most_together == 2 * 3 + 2
+    assert (
+        max(len(request.plans) for request in play(searched, level)) == searched.largest_request == 2 * 3 + 2
+    )
     assert level(min(tried, key=level)) - 3 < 0.2 * (min(map(level, tried[:3])) - 3)
     assert len(tried) <= 30
 
 
-def steps_from(ideal):
-    """A loss that grows with the distance to this plan."""
+def distance_from(ideal):
+    """Return a loss that grows with the distance to the ideal sparsities."""
     return lambda plan: (
         3 + sum((layer - wanted) ** 2 for layer, wanted in zip(plan.layers, ideal, strict=True))
     )
 
 
 @pytest.mark.parametrize("name", ["bayesian", "evolutionary"])
-def test_a_search_over_layers_leaves_uniform_behind_and_keeps_budget_and_target(name):
-    level = steps_from((0.3, 0.4, 0.6, 0.7))
+def test_a_search_over_layers_beats_uniform_and_keeps_budget_and_target(name):
+    level = distance_from((0.3, 0.4, 0.6, 0.7))
     requests = play(strategy(name, (0.0,), 40, 4), level)
     tried = [plan for request in requests for plan in request.plans]
     assert len(tried) == 40
@@ -171,25 +173,25 @@ def test_a_search_over_layers_leaves_uniform_behind_and_keeps_budget_and_target(
 @pytest.mark.parametrize("name", ["bayesian", "evolutionary"])
 def test_a_search_over_layers_is_replayed_from_its_trials(name):
     searched = strategy(name, (0.0,), 20, 4)
-    level = steps_from((0.3, 0.4, 0.6, 0.7))
+    level = distance_from((0.3, 0.4, 0.6, 0.7))
     first, second = play(searched, level), play(searched, level)
     assert first == second
     known = {plan: losses(level(plan), 4) for request in first[:2] for plan in request.plans}
     assert searched.next_lanes(known) == first[2]
 
 
-def test_a_search_over_layers_with_a_pattern_tries_its_levels_only():
-    requests = play(strategy("bayesian", (0.0,), 20, 4, pattern="N:8"), steps_from((0.25, 0.5, 0.5, 0.75)))
+def test_a_search_over_layers_with_a_pattern_tries_only_sparsities_of_the_pattern():
+    requests = play(strategy("bayesian", (0.0,), 20, 4, pattern="N:8"), distance_from((0.25, 0.5, 0.5, 0.75)))
     layers = {layer for request in requests for plan in request.plans for layer in plan.layers}
     assert {8 * layer for layer in layers} <= set(range(9))
 
 
 @pytest.mark.parametrize("name", ["adaptive", "bayesian", "evolutionary"])
-def test_a_search_that_is_stopped_asks_for_what_it_would_have_asked_for_until_then(name):
+def test_a_stopped_search_makes_the_same_requests_up_to_its_stop(name):
     searched = strategy(name, BETAS, 20, 4)
 
     def level(plan):
-        return steps_from((0.3, 0.4, 0.6, 0.7))(plan) + (plan.beta - 0.004) ** 2
+        return distance_from((0.3, 0.4, 0.6, 0.7))(plan) + (plan.beta - 0.004) ** 2
 
     requests = play(searched, level)
     assert len(requests) > 1

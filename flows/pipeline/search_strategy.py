@@ -1,7 +1,7 @@
-"""Which lanes of a search run next: a function of the losses that are known, so that every process finds the same.
+"""Search strategy: the plans that are tried next, as a function of the losses known so far.
 
-A search that died is resumed by replay: what is in the store is looked up again, and the first thing that is not there
-is what is to be done.
+The function is deterministic, so every process that works on a search finds the same next plans. A search that was
+interrupted is replayed: losses that are in the store are looked up, and the first missing one is computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from layerwise.allocators.allocation import SparsityPlan
 from layerwise.allocators.budget import fitted
-from layerwise.flows.setting_types import Strategy as Name
+from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import OVER_LAYERS, TRIALS, Search
 from layerwise.models.skeleton import Linear
 from layerwise.strategies.adaptive import AdaptiveSearch
@@ -22,17 +22,17 @@ from layerwise.strategies.trials import Point, Trial
 from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
 
-# Each is a function of the trials so far: see layerwise.strategies.trials.Strategy.
+# Each implements the protocol layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
-Known = Mapping[SparsityPlan, Sequence[float]]
+KnownLosses = Mapping[SparsityPlan, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class LaneRequest:
-    """Lanes that run next, in as few groups as there is room for.
+    """Lanes that run next, in as few groups as fit.
 
     Attributes:
-        windows: of the selection windows, these (first, and the one after the last); None for all of them.
+        windows: range of the selection windows that they are scored on (first, and one past the last); None for all.
     """
 
     plans: tuple[SparsityPlan, ...]
@@ -40,20 +40,20 @@ class LaneRequest:
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """How a search goes through its plans.
+class SearchStrategy:
+    """Strategy of one search.
 
     Attributes:
-        plans: those of the allocator, the uniform one first: all that may be tried, or what a strategy that makes
-            plans itself begins with.
-        trials: how many are tried at most, where not all are.
-        windows: how many selection windows there are.
-        allocation: how sparsities become a plan that meets the budget.
-        linears: the prunable ones, by layer.
-        stop_after: nothing more is asked for once so many plans are known.
+        plans: plans of the allocator, uniform first. They are all plans that may be tried, or the first ones, if the
+            strategy makes plans itself.
+        trials: maximum number of plans to try, for a strategy that does not try all.
+        windows: number of selection windows.
+        allocation: settings that turn sparsities into a plan that meets the budget.
+        linears: prunable linears, by layer.
+        stop_after: stop after this number of plans has been scored; None for no stop.
     """
 
-    name: Name
+    name: StrategyName
     plans: tuple[SparsityPlan, ...]
     trials: int
     windows: int
@@ -62,8 +62,8 @@ class Strategy:
     stop_after: int | None = None
 
     @property
-    def most_together(self) -> int:
-        """How many lanes are asked for at once at most."""
+    def largest_request(self) -> int:
+        """Maximum number of lanes in one request."""
         if self.name == "projections":
             return self._over_projections().most_together
         if self.name in OVER_LAYERS:
@@ -72,11 +72,11 @@ class Strategy:
             return max(at_once, len(self.plans))
         return min(len(self.plans), 4) if self.name in TRIALS else len(self.plans)
 
-    def next_lanes(self, known: Known) -> LaneRequest | None:
-        """What is to be known next; None if nothing is.
+    def next_lanes(self, known: KnownLosses) -> LaneRequest | None:
+        """Return the lanes that run next; None if the search is complete.
 
         Args:
-            known: losses of the first selection windows, in nats.
+            known: losses of each plan on the first selection windows, in nats.
         """
         if self.stop_after is not None and len(known) >= self.stop_after:
             return None
@@ -84,30 +84,30 @@ class Strategy:
             return self._race(known)
         if self.name == "adaptive":
             betas = tuple(sorted({plan.beta for plan in self.plans}))
-            return self._proposed(AdaptiveSearch(betas, self.trials), self._of_parameters, known)
+            return self._next_proposed(AdaptiveSearch(betas, self.trials), self._plan_of_parameters, known)
         if self.name == "two-parameter":
             spreads, offsets = ({plan.beta for plan in self.plans}, {plan.offset for plan in self.plans})
             search = TwoParameterSearch(tuple(sorted(spreads)), tuple(sorted(offsets)), self.trials)
-            return self._proposed(search, self._of_parameters, known)
+            return self._next_proposed(search, self._plan_of_parameters, known)
         if self.name == "projections":
-            return self._proposed(self._over_projections(), self._of_projections, known)
+            return self._next_proposed(self._over_projections(), self._plan_of_projections, known)
         if self.name in OVER_LAYERS:
-            return self._proposed(self._over_layers(), self._of_layers, known)
+            return self._next_proposed(self._over_layers(), self._plan_of_layers, known)
         return None if all(plan in known for plan in self.plans) else LaneRequest(self.plans)
 
-    def _race(self, known: Known) -> LaneRequest | None:
+    def _race(self, known: KnownLosses) -> LaneRequest | None:
         running = list(self.plans)
         for part in rounds(self.windows):
             if any(len(known.get(plan, ())) < part.stop for plan in running):
                 whole = len(part) == self.windows
                 return LaneRequest(tuple(running), None if whole else (part.start, part.stop))
-            # Everybody wants to see the uniform plan beside the best one: no race ends for it.
+            # The uniform plan stays in every round, as the best plan is compared with it.
             out = beaten({plan: known[plan][: part.stop] for plan in running}) - {self.plans[0]}
             running = [plan for plan in running if plan not in out]
         return None
 
-    def _proposed(
-        self, search: Proposals, plan_of: Callable[[int, Point], SparsityPlan], known: Known
+    def _next_proposed(
+        self, search: Proposals, plan_of: Callable[[int, Point], SparsityPlan], known: KnownLosses
     ) -> LaneRequest | None:
         done: list[Trial] = []
         while points := _points(search, tuple(done)):
@@ -117,18 +117,18 @@ class Strategy:
             done += [Trial(point, tuple(known[plan])) for point, plan in zip(points, plans, strict=True)]
         return None
 
-    def _of_parameters(self, number: int, point: Point) -> SparsityPlan:
-        """The plan of ``(beta,)`` or ``(beta, offset)``."""
+    def _plan_of_parameters(self, number: int, point: Point) -> SparsityPlan:
+        """Return the plan of ``(beta,)`` or ``(beta, offset)``."""
         beta, offset = (*point, 0.0)[:2]
         return next(plan for plan in self.plans if (plan.beta, plan.offset) == (beta, offset))
 
-    def _of_layers(self, number: int, point: Point) -> SparsityPlan:
-        """The plan with these sparsities, as near as the budget allows; trials have their number for a beta."""
+    def _plan_of_layers(self, number: int, point: Point) -> SparsityPlan:
+        """Return the plan closest to these layer sparsities that meets the budget; its beta is the trial's number."""
         target, sizes = self.allocation.target, self._layer_sizes
         return self.allocation.plan_of_layers(float(number), fitted(point, sizes, target), sizes)
 
-    def _of_projections(self, number: int, point: Point) -> SparsityPlan:
-        """The plan of ``(beta, *offsets)``; trials have their number for a beta."""
+    def _plan_of_projections(self, number: int, point: Point) -> SparsityPlan:
+        """Return the plan of ``(beta, *offsets)``; the plan's own beta is the trial's number."""
         beta, *offsets = point
         (plan,) = (plan for plan in self.plans if plan.beta == beta)
         if not any(offsets):
@@ -142,7 +142,7 @@ class Strategy:
 
     @property
     def _shares_of_kinds(self) -> dict[str, float]:
-        """The kinds of linears, by their names within a layer, and the part of the prunable weights that each has."""
+        """Share of the prunable weights by kind of linear; a kind is a linear's name within its layer."""
         numel: dict[str, int] = {}
         for layer in self.linears:
             for linear in layer:
@@ -163,27 +163,27 @@ class Strategy:
 
 @lru_cache(maxsize=1 << 12)
 def _points(search: Proposals, trials: tuple[Trial, ...]) -> tuple[Point, ...]:
-    """What a search proposes after these trials: a replay asks for it again and again, and Optuna takes its time."""
+    """Return the points that a search proposes after these trials; cached, as replays repeat and Optuna is slow."""
     return search.propose(trials)
 
 
 def strategy_of(
     settings: Search, plans: Sequence[SparsityPlan], linears: Sequence[Sequence[Linear]], windows: int
-) -> Strategy:
-    """How this search goes through its plans.
+) -> SearchStrategy:
+    """Return the strategy of a search.
 
     Args:
-        linears: all of the model, by layer.
-        windows: how many selection windows there are.
+        linears: all linears of the model, by layer.
+        windows: number of selection windows.
 
     Raises:
-        ImportError: a Bayesian search, and Optuna is not installed.
+        ImportError: the strategy is bayesian, and Optuna is not installed.
     """
     if settings.strategy == "bayesian":
         require_optuna()
     prunable = settings.pruning("auto").prunable(linears)
     trials = settings.trials_of(len(plans))
-    return Strategy(
+    return SearchStrategy(
         settings.strategy, tuple(plans), trials, windows, settings.allocation, prunable, settings.stop_after
     )
 
@@ -194,9 +194,13 @@ def first_lanes(
     linears: Sequence[Sequence[Linear]],
     windows: int | None,
 ) -> LaneRequest:
-    """What a search begins with, as far as it can be known; ``windows`` is None if nobody has counted them yet."""
+    """Return the first request of a search, before any loss is known.
+
+    Args:
+        windows: number of selection windows; None if they are not counted yet.
+    """
     if windows is None and settings.strategy == "race":
         return LaneRequest(tuple(plans))
     request = strategy_of(settings, plans, linears, windows or 0).next_lanes({})
-    assert request is not None, "nothing is known yet"
+    assert request is not None, "a search without losses is not complete"
     return request

@@ -1,4 +1,4 @@
-"""Find the artifact of a store that somebody asks for by its key."""
+"""Find an artifact by its key, by the beginning of its key, or as the newest finished search."""
 
 import logging
 import sys
@@ -14,17 +14,21 @@ from layerwise.tasks.running.printable import printable
 logger = logging.getLogger(__name__)
 
 
-def asked_artifact(store: ArtifactStore, key: str | None) -> Artifact:
-    """The artifact with this key, or whose key begins so; the newest search's if it is None, which people are told.
+def artifact_by_key(store: ArtifactStore, key: str | None) -> Artifact:
+    """Return the artifact with a key.
+
+    Args:
+        key: the key or its beginning; None for the newest finished search. If there are several searches, the one
+            taken is named on stderr.
 
     Raises:
-        KeyError: no artifact has that key, or several begin with it.
+        KeyError: no artifact has this key, or several keys begin with it; or the store has no finished search.
     """
     return _newest_search(store) if key is None else _by_prefix(store, key)
 
 
 def finished_searches(store: ArtifactStore) -> list[Artifact]:
-    """All of a store, the newest first."""
+    """Return all finished searches of a store, newest first."""
     return sorted(store.artifacts(f"{RESULT_STAGE}/"), key=lambda artifact: artifact.committed, reverse=True)
 
 
@@ -33,23 +37,23 @@ def _newest_search(store: ArtifactStore) -> Artifact:
     if not searches:
         raise KeyError(
             f"{store.url} holds no finished search. Run `layerwise search`, "
-            "or name an artifact that `layerwise ls` lists."
+            "or give the key of an artifact that `layerwise ls` lists."
         )
     newest = searches[0]
     if len(searches) > 1:
         sys.stderr.write(f"The newest of {len(searches)} searches: {_title(newest)}\n")
-    if others := _perhaps_newer(searches):
+    if others := _possibly_newer(searches):
         logger.warning(
-            "It is not certain that %s is the newest search: an older version of layerwise recorded times by the "
-            "clock of the machine. Perhaps newer: %s. Give a key to choose.",
+            "%s may not be the newest search: an older version of layerwise recorded times by the clock of the "
+            "machine. Possibly newer: %s. Give a key to choose.",
             newest.key,
             "; ".join(map(_title, others)),
         )
     return newest
 
 
-def _perhaps_newer(searches: Sequence[Artifact]) -> list[Artifact]:
-    """Searches of older versions that are the newest by the storage's dates, or by their writer's clock."""
+def _possibly_newer(searches: Sequence[Artifact]) -> list[Artifact]:
+    """Return searches of older versions that are newest by the storage's dates or by their writer's clock."""
     old = [each for each in searches if each.made.get("clock") != STORAGE_CLOCK]
     by_date = max(searches, key=lambda each: each.dated or 0.0)
     by_record = max(searches, key=lambda each: each.recorded)
@@ -57,7 +61,7 @@ def _perhaps_newer(searches: Sequence[Artifact]) -> list[Artifact]:
 
 
 def _title(search: Artifact) -> str:
-    """A search in one line."""
+    """Return one line with the key, model, sparsity, pruner and time of a search."""
     settings = cast(Mapping[str, Any], search.recipe["settings"])["settings"]
     title = (
         f"{search.key}, {search.facts['source']} at sparsity {settings['sparsity']:g}, "
@@ -72,6 +76,6 @@ def _by_prefix(store: ArtifactStore, key: str) -> Artifact:
     found = list(store.artifacts(key))
     if len(found) != 1:
         raise KeyError(
-            f"{len(found)} artifacts of {store.url} have a key that begins with {key!r}. `layerwise ls` lists them."
+            f"{len(found)} artifacts of {store.url} have a key that begins with {key!r}. `layerwise ls` lists all keys."
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""How the steps of a search go that others do: on the terminal, in the log, and as a table of the run in Prefect."""
+"""Table of the parts of a search: on the terminal, in the log, and as an artifact of the run in Prefect."""
 
 import json
 import logging
@@ -22,33 +22,33 @@ from layerwise.tasks.running.plain_console import PlainConsole
 from layerwise.tasks.running.printable import printable
 from layerwise.tasks.running.progress import going_on_without_prefect, is_on_stderr
 
-KEY = "search-steps"
-LISTED = 40  # rows; of more steps only those at work are listed, and the others counted
-SECONDS_BETWEEN_TABLES = 10.0  # each is a request, and its rows are stored
-SECONDS_BETWEEN_LINES = 60.0  # where nothing else happens
+KEY = "search-steps"  # key of the Prefect artifact, as in earlier versions
+LISTED = 40  # maximum number of rows; of more parts only the running ones are listed
+SECONDS_BETWEEN_TABLES = 10.0  # each table is a request, and the server stores its rows
+SECONDS_BETWEEN_LINES = 60.0  # between two summary lines if nothing else is logged
 
 
 @dataclass(frozen=True)
 class Row:
-    """A step as people see it.
+    """Row of one part.
 
     Attributes:
-        step: what it is.
-        state: waiting, scheduled, pending, running, ...
-        doing: what its process is at.
-        host: where that is.
-        deaths: how often it has died.
+        part: title of the part.
+        state: waiting, scheduled, pending, running, done, ...
+        doing: what its process is doing.
+        host: machine of its process.
+        deaths: number of times that its process has died.
     """
 
-    step: str
+    part: str
     state: str
     doing: str
     host: str
     deaths: int
 
 
-class StepsShown:
-    """Shows the rows of one set of steps after the other, as they change; a context manager for each of them."""
+class PartsTable:
+    """Shows the parts that are run together. It is a context manager, entered once for each set of parts."""
 
     def __init__(self) -> None:
         self._log = get_run_logger()
@@ -59,10 +59,10 @@ class StepsShown:
         self._in_prefect: list[Row] = []
         self._last_table = self._last_line = -float("inf")
 
-    def __enter__(self) -> "StepsShown":
+    def __enter__(self) -> "PartsTable":
         self._artifact, self._shown, self._in_prefect = None, [], []
         if self._console.is_terminal:
-            self._live.update("")  # or it would begin with what it showed last
+            self._live.update("")  # otherwise it would show the previous set of parts first
             self._live.start()
         return self
 
@@ -73,11 +73,15 @@ class StepsShown:
         doing("")
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Tell what is new in ``rows``, which are the same steps every time."""
-        before = self._shown or [Row(row.step, "", "", "", 0) for row in rows]
+        """Show the rows, and log what has changed since the last call.
+
+        Args:
+            rows: one row for each part, in the same order in every call.
+        """
+        before = self._shown or [Row(row.part, "", "", "", 0) for row in rows]
         for row, old in zip(rows, before, strict=True):
             if row.state != old.state or (row.host and row.host != old.host):
-                self.say(f"{row.step}: {row.state}" + (f" on {row.host}" if row.host else ""))
+                self.say(f"{row.part}: {row.state}" + (f" on {row.host}" if row.host else ""))
         self._shown = list(rows)
         doing(f"waits for {_summary(rows)}")
         now = time.monotonic()
@@ -89,10 +93,10 @@ class StepsShown:
         if self._in_prefect != self._shown and (done or now - self._last_table >= SECONDS_BETWEEN_TABLES):
             self._last_table, self._in_prefect = now, self._shown
             with going_on_without_prefect():
-                self._tell_prefect([asdict(row) for row in _listed(rows)], _summary(rows))
+                self._update_prefect([asdict(row) for row in _listed(rows)], _summary(rows))
 
     def say(self, line: str, level: int = logging.INFO) -> None:
-        """One line for the run's log, and for whoever watches."""
+        """Write a line to the run's log and, unless the log goes there, to stderr."""
         self._last_line = time.monotonic()
         self._log.log(level, line)
         if is_on_stderr(self._log, level):
@@ -102,10 +106,10 @@ class StepsShown:
         else:
             sys.stderr.write(f"{printable(line)}\n")
 
-    def _tell_prefect(self, rows: list[dict[str, object]], summary: str) -> None:
+    def _update_prefect(self, rows: list[dict[str, object]], summary: str) -> None:
         if self._artifact is None:
             artifact = create_table_artifact(key=KEY, table=rows, description=summary)
-            assert isinstance(artifact, UUID), "this is no coroutine"
+            assert isinstance(artifact, UUID), "a call from synchronous code returns the id"
             self._artifact = artifact
             return
         with get_client(sync_client=True) as client:
@@ -114,8 +118,8 @@ class StepsShown:
 
 def _summary(rows: Sequence[Row]) -> str:
     counts = Counter(row.state for row in rows)
-    steps = "1 step" if len(rows) == 1 else f"{len(rows)} steps"
-    return f"{steps}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    parts = "1 part" if len(rows) == 1 else f"{len(rows)} parts"
+    return f"{parts}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def _listed(rows: Sequence[Row]) -> Sequence[Row]:
@@ -124,8 +128,8 @@ def _listed(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", caption=_summary(rows))
-    for name in ("step", "state", "doing", "host", "deaths"):
+    for name in ("part", "state", "doing", "host", "deaths"):
         table.add_column(name, justify="right" if name == "deaths" else "left")
     for row in _listed(rows):
-        table.add_row(row.step, row.state, row.doing, row.host, str(row.deaths or ""))
+        table.add_row(row.part, row.state, row.doing, row.host, str(row.deaths or ""))
     return table

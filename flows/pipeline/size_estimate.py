@@ -1,4 +1,4 @@
-"""How many bytes a search needs, from shapes alone."""
+"""Estimate of the bytes that a search reads, writes and holds in memory, from shapes alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
-from layerwise.flows.cli.console import size
-from layerwise.flows.pipeline.lane_requests import LaneRequest
+from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
@@ -15,16 +14,19 @@ from layerwise.pruners.masks import SORTED_ENTRIES
 from layerwise.tasks.capture import SAMPLED_WINDOWS
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import DTYPES, layer_sizes_of
+from layerwise.tasks.running.printable import size
 from layerwise.tasks.sources.model_config import config_from_document
 from layerwise.tasks.texts.documents import Role
 
 
 @dataclass(frozen=True)
 class SearchSizes:
-    """Bytes that a search needs, from shapes alone.
+    """Sizes of a search, in bytes.
 
     Attributes:
-        plans: number of betas.
+        linears: all linears of the model, by layer.
+        dtype: dtype of the computation.
+        plans: number of plans of the allocator.
         windows: number of windows, by role.
     """
 
@@ -37,6 +39,7 @@ class SearchSizes:
 
     @cached_property
     def config(self) -> PretrainedConfig:
+        """Configuration of the language model."""
         return config_from_document(self.index.config, "the checkpoint").get_text_config()
 
     @property
@@ -56,18 +59,18 @@ class SearchSizes:
         return self.window * ((self.windows["calibration"] if own else 0) + self.windows["selection"])
 
     def of(self, request: LaneRequest | None) -> "SearchSizes":
-        """The sizes for lanes that run on the requested part of the selection windows."""
+        """Return the sizes for lanes that are scored on the requested range of the selection windows."""
         if request is None or request.windows is None:
             return self
         first, end = request.windows
         return replace(self, windows={**self.windows, "selection": end - first})
 
     def hidden_states(self, together: int, request: LaneRequest | None) -> int:
-        """Of the stage that has the most of them.
+        """Return the hidden states of the stage that has the most.
 
         Args:
-            together: how many betas the largest group has, beside the dense model.
-            request: on which windows they run.
+            together: number of lanes in the largest group, in addition to the dense model.
+            request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
         tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
@@ -75,60 +78,63 @@ class SearchSizes:
 
     @property
     def statistics(self) -> int:
-        """Of one calibration: 20 bytes a channel, before compression."""
+        """Statistics of one calibration: 20 bytes per input channel, before compression."""
         return 20 * sum(linear.in_features for layer in self.linears for linear in layer)
 
     @property
     def capture(self) -> int:
-        """Statistics and retained hidden states."""
+        """Statistics and retained hidden states of the dense model."""
         windows = [self.windows["calibration"], self.windows["selection"]]
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
         return self.statistics + (self.index.num_layers + 1) * count * self.window
 
     def lanes_files(self, lanes: int) -> int:
-        """Statistics of lanes that calibrate themselves, in their group's artifact and in their own."""
+        """Return the statistics of lanes that calibrate themselves, stored with their group and with each lane."""
         return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
 
     @property
     def grams(self) -> int:
-        """Gram matrices of all layers: at most, as linears that share their input have one in common."""
+        """Gram matrices of all layers; an upper bound, as linears with the same input share one matrix."""
         return sum(4 * linear.in_features**2 for layer in self.linears for linear in layer)
 
     @property
     def factors(self) -> int:
-        """What a pruner that corrects weights holds of a layer's inputs, and what the largest of them takes to make."""
+        """Gram matrices of the widest layer, and the temporary memory to factorise the largest matrix."""
         largest = max(linear.in_features for layer in self.linears for linear in layer)
         widest = max(sum(4 * linear.in_features**2 for linear in layer) for layer in self.linears)
         return widest + 4 * 4 * largest**2
 
     @property
     def ranking(self) -> int:
-        """Wanda ranks some rows at a time, magnitude a whole matrix: scores, order and levels of every entry."""
+        """Scores, order and levels of the weights ranked at once: some rows for Wanda, a whole matrix for magnitude."""
         entries = max(linear.numel for layer in self.linears for linear in layer)
         return 17 * (min(entries, SORTED_ENTRIES) if self.settings.pruner.method == "wanda" else entries)
 
     @property
     def memory(self) -> dict[str, int]:
+        """Peak memory by content, without hidden states and Python itself."""
         largest = max(self.index.layer_bytes)
         itemsize = DTYPES[self.dtype].itemsize
         weights = max(layer_sizes_of(self.linears))
         cast = 0 if self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         if isinstance(self.settings.pruner, MaskPruner):
-            how = {"order of removal": weights + self.ranking}  # one byte a weight, and what is being sorted
+            pruning = {
+                "order of removal": weights + self.ranking
+            }  # one byte per weight, and the weights being sorted
         else:
-            # A layer's own weights, of which every lane begins; and the largest one in float32 while it is pruned.
+            # Every lane starts from the layer's dense weights; the largest linear is in float32 while it is pruned.
             entries = max(linear.numel for layer in self.linears for linear in layer)
             widest = max(
                 (linear for layer in self.linears for linear in layer), key=lambda each: each.in_features
             )
-            one = f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)"
-            how = {one: self.factors, "weights being pruned": largest + 3 * 4 * entries}
+            moments = f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)"
+            pruning = {moments: self.factors, "weights being pruned": largest + 3 * 4 * entries}
         return {
             "layer in use": largest + cast + restored,
             "layer arriving": largest,
-            **how,
+            **pruning,
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }

@@ -1,4 +1,4 @@
-"""Which windows a search gets of its texts: known before anything is imported."""
+"""Text windows of a search, known before the model is imported."""
 
 import pytest
 from tokenizers import Tokenizer
@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from layerwise.flows.pipeline.window_requests import count_texts, open_corpora
+from layerwise.flows.pipeline.text_windows import count_texts, open_corpora
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.sample_tokens import token_stage
@@ -26,12 +26,12 @@ def load_tokenizer():
 
 
 def never():
-    raise AssertionError("the tokenizer was loaded, although the text is counted")
+    raise AssertionError("the tokenizer was loaded, although the text had been counted")
 
 
 @pytest.fixture
 def texts_of(tmp_path, memory_store):
-    """The texts of a search over a number of words, with some settings changed."""
+    """Return a function that counts the texts of a search over a number of words."""
 
     def texts(words, load=load_tokenizer, vocabulary=VOCABULARY, **changes):
         file = tmp_path / f"{words}.txt"
@@ -52,11 +52,11 @@ def texts_of(tmp_path, memory_store):
         (80, {"calibration": 4, "selection": 2, "test": 2}),
     ],
 )
-def test_auto_is_the_usual_number_or_what_there_is(texts_of, words, windows):
+def test_auto_is_the_usual_number_or_all_windows_that_fit(texts_of, words, windows):
     assert texts_of(words).windows == windows
 
 
-def test_the_windows_of_auto_are_those_of_the_same_number(texts_of):
+def test_auto_gives_the_same_windows_as_the_number_that_it_stands_for(texts_of):
     def keys(texts):
         return {role: token_stage("tokenizer", request).key for role, request in texts.requests.items()}
 
@@ -88,15 +88,14 @@ def test_the_windows_of_auto_are_those_of_the_same_number(texts_of):
         (1000, {"test_windows": 26}, r"250 tokens, but 26 x 10 = 260 are needed"),
     ],
 )
-def test_a_text_that_is_too_short_is_refused_with_the_numbers(texts_of, words, changes, message):
+def test_a_text_that_is_too_short_is_refused_with_its_numbers(texts_of, words, changes, message):
     with pytest.raises(ValueError, match=message):
         texts_of(words, **changes)
 
 
-def test_token_ids_that_the_model_has_no_embedding_for_are_refused(texts_of):
-    assert (
-        texts_of(1000, vocabulary=10).windows["test"] == 25
-    )  # the tokenizer has an id 10, which no word gets
+def test_token_ids_without_a_row_in_the_embedding_are_refused(texts_of):
+    # The tokenizer has an id 10 as well, but no word of the text gets it.
+    assert texts_of(1000, vocabulary=10).windows["test"] == 25
     message = (
         "tokenizer of some/model makes token ids up to 9 of the text .*1000.txt, .* embedding has 9 rows"
     )
@@ -104,16 +103,16 @@ def test_token_ids_that_the_model_has_no_embedding_for_are_refused(texts_of):
         texts_of(1000, vocabulary=9)
 
 
-def test_a_kept_count_is_not_made_again_and_is_checked_for_every_model(texts_of, memory_store):
+def test_a_stored_count_is_reused_and_checked_for_every_model(texts_of, memory_store):
     texts_of(1000)
-    assert list(memory_store.artifacts()) == []  # looking writes nothing
+    assert list(memory_store.artifacts()) == []  # counting writes nothing
     texts_of(1000).keep(memory_store)
     assert texts_of(1000, load=never).windows == {"calibration": 50, "selection": 25, "test": 25}
     with pytest.raises(ValueError, match="embedding has 5 rows"):
         texts_of(1000, load=never, vocabulary=5)
 
 
-def test_samples_that_take_more_than_half_of_the_windows_overlap(texts_of):
+def test_samples_overlap_if_they_take_more_than_half_of_the_windows(texts_of):
     assert texts_of(1000).samples_overlap
     assert texts_of(1000, calibration_windows=26).samples_overlap
     assert not texts_of(1000, calibration_windows=25).samples_overlap
