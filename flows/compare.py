@@ -23,9 +23,9 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, Strategy
 from layerwise.flows.settings import Search
 from layerwise.storage.draft import Draft
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.running.stopping import stopping_on_sigterm
@@ -173,7 +173,7 @@ def compare(settings: Compare, runtime: Runtime) -> list[Compared]:
     """
     refuse_minutes(runtime, "compare")
     store = ArtifactStore(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"compare: {settings.title}"):
+    with stopping_on_sigterm(), announced(store, f"compare: {settings.title}"):
         try:
             _warn_of_common_windows(store, settings)
             results = with_common_reports(store, search_all(settings.named_searches, runtime))

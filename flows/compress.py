@@ -18,8 +18,8 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.compress import compress as compress_export
 from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.pages.model_card import ModelCard
@@ -51,7 +51,7 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
     """
     refuse_minutes(runtime, "compress")
     store, execution = existing_store(runtime.store), runtime.execution()
-    with stopping_on_sigterm(), announced(store.fs, store.root, "compress"):
+    with stopping_on_sigterm(), announced(store, "compress"):
         try:
             return mending(store, lambda: _compressed(store, settings, execution))
         except (CancelledRun, TerminationSignal) as ending:

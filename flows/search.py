@@ -22,9 +22,9 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.measured_on import measured_on
@@ -48,7 +48,7 @@ def search(settings: Search, runtime: Runtime) -> SearchResult:
     """
     check_minutes(settings, runtime)
     store = ArtifactStore(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"search: {settings.title}"):
+    with stopping_on_sigterm(), announced(store, f"search: {settings.title}"):
         try:
             return run_search(store, settings, runtime)
         except (CancelledRun, TerminationSignal) as ending:

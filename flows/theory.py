@@ -18,16 +18,16 @@ from layerwise.flows.pipeline.time_budget import refuse_minutes
 from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.scoring.theory import Findings
 from layerwise.scoring.theory_plans import theory_plans
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
 from layerwise.tasks.pages.theory_text import sentences
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.running.stopping import stopping_on_sigterm
@@ -135,7 +135,7 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
         )
     refuse_minutes(runtime, "theory")
     store = ArtifactStore(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"theory: {settings.title}"):
+    with stopping_on_sigterm(), announced(store, f"theory: {settings.title}"):
         try:
             execution = runtime.execution()
             return mending(store, lambda: _run_stages(store, settings, execution))
@@ -169,7 +169,7 @@ def _publish(result: TheoryResult) -> None:
             "order": outcome.order,
             "sum of all E": f"{outcome.total:.5g}",
             "E of the last layer": f"{outcome.last:.5g}",
-            "perplexity": number(outcome.perplexity),
+            "perplexity": format_perplexity(outcome.perplexity),
         }
         for outcome in outcomes
     ]

@@ -15,8 +15,8 @@ from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.existing_store import existing_store
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.lm_eval_tasks.comparison import ZeroShotComparison, compare_zero_shot
 from layerwise.tasks.lm_eval_tasks.comparison_table import store_table, table_rows
 from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
@@ -84,7 +84,7 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     """
     refuse_minutes(runtime, "zero-shot")
     store = existing_store(runtime.store)
-    with stopping_on_sigterm(), announced(store.fs, store.root, f"zero-shot: {', '.join(settings.tasks)}"):
+    with stopping_on_sigterm(), announced(store, f"zero-shot: {', '.join(settings.tasks)}"):
         try:
             execution = runtime.execution()
             return mending(store, lambda: _answered(store, settings, execution))

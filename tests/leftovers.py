@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from layerwise.storage.signs_of_life import storage_clock
 from layerwise.storage.stage import Stage
-from layerwise.storage.upkeep.collect import collect, plan_collection
-from layerwise.storage.upkeep.signs_of_life import storage_clock
+from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 
 DAY = 86400.0
 STAGE = Stage("capture", 1)
@@ -26,9 +26,7 @@ def paths_in(store):
 
 def plan(store, later=DAY, grace_seconds=0.0, **kwargs):
     """What would be deleted in a day, when everything that there is now is old."""
-    return plan_collection(
-        store, grace_seconds=grace_seconds, now=storage_clock(store.fs, store.root) + later, **kwargs
-    )
+    return plan_collection(store, grace_seconds=grace_seconds, now=storage_clock(store) + later, **kwargs)
 
 
 def collect_all(store, **kwargs):
@@ -51,7 +49,7 @@ def die_in_attempt(store, stage=STAGE, boundaries=0):
     def build(draft):
         for layer in range(boundaries):
             draft.write(f"layer-{layer}.bin", b"layer")
-            draft.save_progress(layer + 1, lambda state: state.write("state.bin", b"state"))
+            draft.save_resume_point(layer + 1, lambda state: state.write("state.bin", b"state"))
         draft.write("layer-unnamed.bin", b"layer")
         raise Killed
 

@@ -4,7 +4,8 @@ import json
 
 from rich.json import JSONHighlighter
 
-from layerwise.flows.cli.console import open_console, size
+from layerwise.byte_size import size
+from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_lookup import asked_artifact
 from layerwise.storage.existing_store import existing_store

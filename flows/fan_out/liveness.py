@@ -21,8 +21,8 @@ from layerwise.flows.fan_out.executor import Place
 from layerwise.flows.fan_out.step import Step, StepFailed
 from layerwise.flows.fan_out.steps_table import Row
 from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.signs_of_life import EVERY, SILENT, Sign, read_sign, remove_sign
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import EVERY, SILENT, Sign, read_sign, remove_sign
 
 # Seconds before a dead step is taken up, by how often it has died at the same place before; then it is given up.
 PAUSES = (0.0, 10.0)
@@ -125,7 +125,7 @@ class Watch:
         """
         assert work.run is not None
         began = time.monotonic()
-        sign = read_sign(self._store.fs, self._store.root, work.run.id.hex)
+        sign = read_sign(self._store, work.run.id.hex)
         if (took := time.monotonic() - began) > EVERY:
             raise Unreachable(f"it took {took:.0f} s to answer")
         if sign is not None and (work.sign is None or sign.token != work.sign.token):
@@ -166,8 +166,8 @@ class Watch:
         """
         assert work.run is not None
         with suppress(Unreachable):
-            work.sign = read_sign(self._store.fs, self._store.root, work.run.id.hex) or work.sign
-            remove_sign(self._store.fs, self._store.root, work.run.id.hex)
+            work.sign = read_sign(self._store, work.run.id.hex) or work.sign
+            remove_sign(self._store, work.run.id.hex)
         doing = work.sign.doing if work.sign else ""
         at = f"at {doing!r}" if doing else "before it began"
         work.deaths[doing] += 1

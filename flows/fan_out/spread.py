@@ -23,7 +23,7 @@ from layerwise.flows.pipeline.memory_estimate import SearchSizes
 from layerwise.flows.pipeline.time_budget import is_too_late, stopped
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import plans_title, windows_title
 from layerwise.tasks.running.stage_task import stage_task

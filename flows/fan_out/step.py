@@ -6,7 +6,7 @@ from typing import Literal
 
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 
 
 class StepFailed(Exception):

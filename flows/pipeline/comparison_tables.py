@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.scoring.perplexity import DIVERGED, paired_difference
+from layerwise.scoring.perplexity import DIVERGED, has_diverged, paired_difference, rounded_perplexity
 from layerwise.tasks.pages.markdown import plain
 
 Row = dict[str, str | float]
@@ -53,13 +53,13 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
             "best": selection.name(selection.best).removeprefix(f"{selection.parameter} "),
             "trials": len(selection.rows),
             "seconds": round(each.seconds),
-            "selection: dense": shown(selection.dense_perplexity),
-            "selection: uniform": shown(selection.rows[0].perplexity),
-            "selection: best": shown(selection.best_row.perplexity),
-            "test: dense": shown(test.dense),
-            "test: uniform": shown(test.uniform),
-            "test: best": shown(test.best),
-            "times dense": round(test.best / test.dense, 3) if _is_number(test.best) else "",
+            "selection: dense": rounded_perplexity(selection.dense_perplexity),
+            "selection: uniform": rounded_perplexity(selection.rows[0].perplexity),
+            "selection: best": rounded_perplexity(selection.best_row.perplexity),
+            "test: dense": rounded_perplexity(test.dense),
+            "test: uniform": rounded_perplexity(test.uniform),
+            "test: best": rounded_perplexity(test.best),
+            "times dense": round(test.best / test.dense, 3) if not has_diverged(test.best) else "",
             "gain %": round(100 * (1 - test.best / test.uniform), 1),
             "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
         }
@@ -109,15 +109,6 @@ def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
     return "\n".join(lines)
 
 
-def shown(perplexity: float) -> str | float:
-    """A perplexity for people."""
-    return round(perplexity, 2) if _is_number(perplexity) else "diverged"
-
-
-def _is_number(perplexity: float) -> bool:
-    return perplexity < math.exp(DIVERGED)
-
-
 def _gain(each: Compared) -> float:
     """Difference of the mean losses to uniform, in nats; negative if the chosen plan is better."""
     return math.log(each.result.test.best / each.result.test.uniform)
@@ -138,7 +129,7 @@ def _by_window(members: Iterable[Compared]) -> list[float]:
 
 
 def _mean(perplexities: Sequence[float]) -> str | float:
-    return shown(math.exp(fmean(map(math.log, perplexities))))
+    return rounded_perplexity(math.exp(fmean(map(math.log, perplexities))))
 
 
 def _spread(perplexities: Sequence[float]) -> str | float:

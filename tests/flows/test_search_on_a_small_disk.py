@@ -57,7 +57,7 @@ def said(finished, workshop, prefect_backend, pytestconfig, tmp_path_factory) ->
 def test_a_full_disk_is_named_and_leaves_a_valid_store(said):
     full, verified = said[0], said[1]
     assert "its disk or quota is full (No space left on device)" in full
-    assert "Free space, then start the same command again: it goes on from its last resume point." in full
+    assert "Free space, then start the same command again: it continues from its last resume point." in full
     assert verified.startswith("1>")
     assert "nothing is damaged" in verified
 
