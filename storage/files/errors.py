@@ -134,8 +134,8 @@ def explained(fs: AbstractFileSystem, path: str, error: Exception) -> Exception:
             f"{where} cannot be opened ({reason}): there is no such bucket. Create it, or correct the "
             "store's URL, the endpoint URL (AWS_ENDPOINT_URL) or the region (AWS_DEFAULT_REGION).",
         )
-    says_what_is_stored = FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
-    if isinstance(error, says_what_is_stored) or status == RANGE_TOO_FAR:
+    about_the_object = FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
+    if isinstance(error, about_the_object) or status == RANGE_TOO_FAR:
         return error
     if status is not None and status < 500 and status not in PASSING_STATUSES:
         return OSError(

@@ -84,7 +84,7 @@ def explaining_refusals(path: str, written: int = 0, wanted: int = 0) -> Iterato
             problem += f"; {wanted} more bytes are needed after {written}." if wanted else "."
             advice = f"Free space, {GO_ON}"
         elif error.errno in REFUSED:
-            problem = f"this is not allowed ({error.strerror}) to the user with id {os.getuid()}."
+            problem = f"the user with id {os.getuid()} is not allowed to ({error.strerror})."
             advice = f"Mount the disk writable, or change the owner or mode of the folder, {GO_ON}"
         else:
             raise

@@ -26,7 +26,7 @@ STALE = "stale running files"
 ARTIFACTS = "artifacts"
 KINDS = (ATTEMPTS, RESUME_POINTS, TEMPORARY, UPLOADS, SET_ASIDE, STALE, ARTIFACTS)
 CONCURRENT_REQUESTS = 16  # to a remote storage
-GRACE_SECONDS = 3600.0
+GRACE_SECONDS = 3600.0  # files modified during this time stay
 
 
 class StoreInUse(OSError):
@@ -108,14 +108,12 @@ class Collected:
 def plan_collection(
     store: ArtifactStore,
     keys_to_keep: Callable[[Sequence[Artifact]], AbstractSet[str]] | None = None,
-    grace_seconds: float = GRACE_SECONDS,
     now: float | None = None,
 ) -> Collection:
     """Find the garbage of a store. Deletes nothing. Lists the store once, and reads every manifest.
 
     Args:
         keys_to_keep: given all artifacts, returns the keys of those to keep; None to keep all of them.
-        grace_seconds: files modified during this time stay.
         now: in seconds since 1970; None for the storage's clock.
 
     Raises:
@@ -128,7 +126,7 @@ def plan_collection(
     if keys_to_keep is not None:
         _require_unused(store, running)
     # Some listings round to whole seconds.
-    horizon = floor(min([now - grace_seconds, *(process.since.timestamp() for process in running)]))
+    horizon = floor(min([now - GRACE_SECONDS, *(process.since.timestamp() for process in running)]))
     inventory = take_inventory(store)
     documents = _read_all(store, inventory.folders.values())
     damaged = {key: each.problem for key, each in documents.items() if each.problem}

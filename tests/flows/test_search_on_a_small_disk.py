@@ -77,7 +77,7 @@ def test_a_read_only_store_still_serves_what_it_has(said, finished):
 
 def test_what_is_not_in_a_read_only_store_is_refused_before_any_work(said):
     other, verified = said[5], said[6]
-    assert "cannot be written: this is not allowed (Read-only file system)" in other
+    assert "is not allowed to (Read-only file system)" in other
     assert verified.startswith("1>")
     assert "nothing is damaged" in verified
 

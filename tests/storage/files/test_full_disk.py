@@ -115,7 +115,7 @@ def test_a_read_only_disk_is_reported(tmp_path):
     for action in ("publish", "overwrite", "create_once"):
         number, message = found[action]
         assert number == errno.EROFS
-        assert "cannot be written: this is not allowed (Read-only file system)" in message
+        assert "is not allowed to (Read-only file system)" in message
         assert message.endswith(
             f"Mount the disk writable, or change the owner or mode of the folder, {GO_ON}"
         )
@@ -154,7 +154,7 @@ def test_a_read_only_store_can_be_read_and_a_build_fails_before_any_work(tmp_pat
     for action in ("gc --apply", "build"):
         number, message = found[action]
         assert number == errno.EROFS
-        assert "cannot be written: this is not allowed (Read-only file system)" in message
+        assert "is not allowed to (Read-only file system)" in message
     assert "worked" not in found
     assert found["unchanged"]
 

@@ -75,7 +75,7 @@ def build_in_two_attempts(store: ArtifactStore) -> Artifact:
     def save_state(state: Draft) -> None:
         write_tensors(state, "state.safetensors", {"state": STATE})
 
-    def killed_after_a_boundary(draft: Draft) -> None:
+    def killed_after_a_resume_point(draft: Draft) -> None:
         write_tensors(draft, "layer.safetensors", {"weight": WEIGHT})
         draft.save_resume_point(1, save_state)
         raise Killed
@@ -87,7 +87,7 @@ def build_in_two_attempts(store: ArtifactStore) -> Artifact:
         draft.write("notes.bin", NOTES)
 
     with pytest.raises(Killed):
-        store.get_or_build(STAGE, killed_after_a_boundary)
+        store.get_or_build(STAGE, killed_after_a_resume_point)
     return store.get_or_build(STAGE, resumed)
 
 

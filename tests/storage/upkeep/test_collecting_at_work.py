@@ -59,8 +59,8 @@ with announced(store, "a search"):
 def test_files_modified_during_the_grace_period_stay(store):
     die_in_attempt(store)
     build_weights(store, OTHER)
-    assert plan(store, later=3500.0, grace_seconds=3600.0).garbage == ()
-    assert len(plan(store, later=3700.0, grace_seconds=3600.0).garbage) == 1
+    assert plan(store, later=3500.0).garbage == ()
+    assert len(plan(store, later=3700.0).garbage) == 1
     assert plan_collection(store).garbage == ()
 
 
@@ -145,6 +145,7 @@ def shared_store(request, tmp_path) -> ArtifactStore:
     return ArtifactStore(f"s3://{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}")
 
 
+@pytest.mark.usefixtures("no_grace_period")
 def test_collecting_deletes_nothing_of_a_running_process(shared_store, writer):
     store = shared_store
     die_in_attempt(store, OTHER)
@@ -168,6 +169,7 @@ def test_collecting_deletes_nothing_of_a_running_process(shared_store, writer):
     ]
 
 
+@pytest.mark.usefixtures("no_grace_period")
 def test_files_of_a_killed_process_are_deleted_once_it_is_stale(shared_store, writer):
     store = shared_store
     process = writer(store)

@@ -26,7 +26,7 @@ def keep(*stages):
 def test_all_artifacts_except_those_to_keep_are_deleted_on_request(store):
     build_weights(store)
     kept = build_weights(store, OTHER)
-    die_in_attempt(store, Stage("export", 1), boundaries=1)
+    die_in_attempt(store, Stage("export", 1), resume_points=1)
     seen = []
 
     def keys_to_keep(artifacts):

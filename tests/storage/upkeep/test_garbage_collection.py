@@ -66,7 +66,7 @@ def test_an_attempt_in_a_folder_without_documents_is_deleted(store):
 
 
 def test_a_resume_point_stays_with_all_files_it_names(store):
-    die_in_attempt(store, boundaries=2)
+    die_in_attempt(store, resume_points=2)
     collected = collect_all(store)
     assert [each.path.rpartition("/")[2] for each in collected.garbage] == ["layer-unnamed.bin"]
     resumed = []
@@ -81,7 +81,7 @@ def test_a_resume_point_stays_with_all_files_it_names(store):
 
 
 def test_superseded_resume_points_are_deleted(store, leave_states):
-    die_in_attempt(store, boundaries=3)
+    die_in_attempt(store, resume_points=3)
     states = {path for path in paths_in(store) if path.endswith("state.bin")}
     assert len(states) == 3
     collected = collect_all(store)
@@ -90,7 +90,7 @@ def test_superseded_resume_points_are_deleted(store, leave_states):
 
 
 def test_a_resume_point_next_to_a_manifest_is_deleted(store, leave_states):
-    die_in_attempt(store, boundaries=1)
+    die_in_attempt(store, resume_points=1)
     artifact = finish(store)
     assert any(path.endswith("progress.json") for path in paths_in(store))
     collected = collect_all(store)
@@ -139,6 +139,7 @@ def test_a_manifest_that_was_set_aside_is_deleted_with_the_files_that_only_it_na
     assert plan(store).garbage == ()
 
 
+@pytest.mark.usefixtures("no_grace_period")
 def test_a_stale_sign_of_life_is_deleted(store):
     path = f"running/{'a' * 32}.json"
     overwrite(store.fs, f"{store.root}/{path}", b"{}")
@@ -152,7 +153,7 @@ def test_a_folder_with_a_damaged_document_stays_and_is_named(store, name):
     if name == "manifest.json":
         build_weights(store)
     else:
-        die_in_attempt(store, boundaries=1)
+        die_in_attempt(store, resume_points=1)
     overwrite(store.fs, f"{store.root}/{STAGE.key}/{name}", b'{"format": 1')
     overwrite(store.fs, f"{store.root}/{STAGE.key}/{'c' * 32}/unnamed.bin", b"x")
     before = paths_in(store)
@@ -198,7 +199,7 @@ def test_links_on_a_local_disk_are_not_followed_and_not_removed(tmp_path):
 
 
 def test_a_plan_changes_nothing(store):
-    die_in_attempt(store, boundaries=1)
+    die_in_attempt(store, resume_points=1)
     build_weights(store, OTHER)
     before = {path: store.fs.info(path) for path in store.fs.find(store.root)}
     plan(store)
