@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.store_commands import by_kind, in_short, keys_of_results, what_failed, what_stays
 from layerwise.flows.setting_types import BareUrl
 from layerwise.storage.existing_store import existing_store

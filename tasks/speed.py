@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed import Speed, SpeedTable, measure_speed

@@ -4,7 +4,7 @@ import json
 
 from rich.json import JSONHighlighter
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_lookup import asked_artifact

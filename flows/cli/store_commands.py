@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Artifact, Damaged
 from layerwise.storage.existing_store import existing_store

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
 from layerwise.flows.pipeline.result import SearchResult
 from layerwise.flows.pipeline.work_summary import work_sentence

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.flows.orchestration.server_home import ServerHome, remove_old_homes
 from layerwise.tasks.sources.user_cache import cache_folder
 

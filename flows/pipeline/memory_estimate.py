@@ -6,7 +6,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.lane_requests import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear

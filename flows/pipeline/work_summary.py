@@ -1,6 +1,6 @@
 """What a run had to do for its result, in a sentence: the same on the terminal and on Prefect's pages."""
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.flows.pipeline.result import SearchResult
 
 

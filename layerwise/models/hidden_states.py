@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 
 # Tokens per forward pass of one layer: enough to keep the matrix products busy, small beside a layer's
 # weights.

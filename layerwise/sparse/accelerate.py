@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.sparse.bitmask import PackedWeight, pack, unpack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import Level, kernel

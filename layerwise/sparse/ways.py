@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.sparse.accelerate import accelerate, replace_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino

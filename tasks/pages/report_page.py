@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from layerwise.byte_size import size
+from layerwise.display.byte_size import size
 from layerwise.scoring.perplexity import format_perplexity, has_diverged
 from layerwise.tasks.pages import report_text
 from layerwise.tasks.pages.page_template import render

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerwise.byte_size import size_in
+from layerwise.display.byte_size import size_in
 from layerwise.storage.resume_points import ResumePoint
 from layerwise.storage.signs_of_life import doing
 from layerwise.tasks.running.plain_console import PlainConsole

@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.byte_size import size, size_in
+from layerwise.display.byte_size import size, size_in
 
 
 @pytest.mark.parametrize(
