@@ -10,7 +10,7 @@ from layerwise.flows.report import make_report
 from layerwise.sparse.speed import SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.storage.existing_store import existing_store
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.compressed.checkpoint import load
 from layerwise.tasks.compressed.file_format import DESCRIPTION_FILE
 from layerwise.tasks.models.dtype_speed import fast_dtype

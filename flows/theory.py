@@ -18,6 +18,7 @@ from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.scoring.theory import Findings
 from layerwise.scoring.theory_plans import theory_plans
 from layerwise.storage.artifact import Artifact
@@ -26,7 +27,6 @@ from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
 from layerwise.tasks.pages.theory_text import sentences
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.theory import findings_of, measure_theory, read_tables
@@ -161,7 +161,7 @@ def _publish(result: TheoryResult) -> None:
             "order": outcome.order,
             "sum of all E": f"{outcome.total:.5g}",
             "E of the last layer": f"{outcome.last:.5g}",
-            "perplexity": number(outcome.perplexity),
+            "perplexity": format_perplexity(outcome.perplexity),
         }
         for outcome in outcomes
     ]

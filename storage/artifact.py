@@ -1,14 +1,34 @@
-"""An artifact: a committed, immutable set of files, as its manifest describes it."""
+"""Artifacts: committed, immutable sets of files, as their manifests describe them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.keys import digest
 
-STORAGE_CLOCK = "storage"  # whose clock ``made["at"]`` is by; artifacts without it have that of their writer
+MANIFEST = "manifest.json"
+STORAGE_CLOCK = (
+    "storage"  # ``made["clock"]`` if ``made["at"]`` is by the storage's clock; older artifacts lack it
+)
 COPIED = 3600.0  # seconds between an artifact's own time and its manifest's: clocks rarely differ by more
+
+
+class Damaged(Corrupt):
+    """An artifact or a resume point is damaged. Its key says which one, so that it can be rebuilt.
+
+    Attributes:
+        key: of the artifact, as in its manifest; the key of a resume point ends with the name of its file.
+        token: of the manifest or resume point that was examined; "" if it could not be read.
+    """
+
+    def __init__(self, message: str, key: str, token: str = "") -> None:
+        super().__init__(message)
+        self.key, self.token = key, token
+
+    def __reduce__(self) -> tuple[type["Damaged"], tuple[str, str, str]]:  # type: ignore[override]
+        return Damaged, (str(self), self.key, self.token)
 
 
 @dataclass(frozen=True)
@@ -19,7 +39,7 @@ class StoredFile:
         path: relative to the store's root.
         size: in bytes.
         digest: xxh3_128 of the content, 32 hex digits.
-        tensors: where each tensor lies, for files written by ``write_tensors``.
+        tensors: entry of each tensor, for files written by ``write_tensors``.
     """
 
     path: str
@@ -35,10 +55,10 @@ class StoredFile:
 
     @classmethod
     def from_json(cls, row: dict, folder: str) -> "StoredFile":
-        """The file that ``to_json`` wrote.
+        """Return the file that ``to_json`` wrote.
 
         Raises:
-            ValueError: if its path is not below ``folder``, or a number is wrong.
+            ValueError: its path is not below ``folder``, or a number is wrong.
         """
         checked_name(row["path"].removeprefix(f"{folder}/"))
         if not row["path"].startswith(f"{folder}/"):
@@ -58,12 +78,12 @@ class Artifact:
     Args:
         key: its address in the store, ``<stage name>/<digest>``.
         files: by the name they were written under.
-        facts: small results worth reading without opening a file; plain JSON.
+        facts: small results that are read without opening a file; plain JSON.
         recipe: the stage as plain JSON: name, version, settings, inputs.
-        made: when, in how many seconds, in how much memory; not part of what the artifact is.
-        token: of the manifest, tells it from one that another attempt wrote.
-        dated: when its manifest was written according to the storage's listing, in seconds since 1970; None if it was
-            not listed.
+        made: time, duration and memory of the build; not part of the artifact's identity.
+        token: of the manifest; distinguishes it from a manifest that another attempt wrote.
+        dated: modification time of its manifest according to the storage's listing, in seconds since 1970; None if
+            it was not listed.
     """
 
     key: str
@@ -76,11 +96,11 @@ class Artifact:
 
     @property
     def committed(self) -> float:
-        """When it was committed, by the storage's clock, in seconds since 1970.
+        """Time of its commit by the storage's clock, in seconds since 1970.
 
-        The date of the manifest says it, unless the store was copied since: then all manifests are dated by the copy,
-        in any order. So an artifact that has its time by the storage's clock goes by that. Those that older versions
-        made have it by their writer's clock; it counts if the manifest is dated more than ``COPIED`` later.
+        This is the date of the manifest, unless the store was copied since: a copy dates all manifests anew, in any
+        order. Therefore the recorded time is used if it is by the storage's clock. Artifacts of older versions
+        recorded it by their writer's clock; that time is used if the manifest is dated more than ``COPIED`` later.
         """
         if self.dated is None:
             return self.recorded
@@ -89,7 +109,7 @@ class Artifact:
 
     @property
     def recorded(self) -> float:
-        """When its writer says that it was committed, in seconds since 1970."""
+        """Time of its commit as its writer recorded it, in seconds since 1970."""
         return datetime.fromisoformat(str(self.made["at"])).timestamp()
 
     @property
@@ -99,7 +119,7 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
@@ -108,19 +128,19 @@ def files_to_json(files: Mapping[str, StoredFile]) -> dict[str, object]:
 
 
 def files_from_json(rows: Mapping[str, dict], folder: str) -> dict[str, StoredFile]:
-    """The files that ``files_to_json`` wrote.
+    """Return the files that ``files_to_json`` wrote.
 
     Raises:
-        ValueError: if a path is not below ``folder``.
+        ValueError: a path is not below ``folder``.
     """
     return {name: StoredFile.from_json(row, folder) for name, row in rows.items()}
 
 
 def checked_name(name: str) -> str:
-    """``name``, if it can be the name of a file below a folder on every storage.
+    """Return ``name`` if it can be the name of a file below a folder on every storage.
 
     Raises:
-        ValueError: if it is absolute, has an empty, ``.`` or ``..`` part, or unsafe characters.
+        ValueError: it is absolute, has an empty, ``.`` or ``..`` part, or unsafe characters.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:

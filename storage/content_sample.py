@@ -1,6 +1,6 @@
-"""Digests of files by their content that stay quick for files of any size.
+"""Content samples: digests of files by some of their bytes, which are quick for files of any size.
 
-Names, sizes and times are equal for two fine-tunes of one model in a reproducible image; bytes are not.
+Two fine-tunes of one model in a reproducible image have equal names, sizes and times, but different bytes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.reading import read_blocks
 from layerwise.storage.formats.safetensors_header import header_end, parse_header
 
-WHOLE = 4 << 20  # bytes: files that have no more than this together are read whole
-HEAD = 32 << 10  # bytes from the beginning of every file: all of most safetensors headers
-BLOCK = 4 << 10  # bytes: what a disk reads at once, and 2048 weights of 16 bits
-BLOCKS = 512  # of all files together: 2 MiB, in a second or two from S3
-MOST_BLOCKS = 1024  # where one for every two tensors needs more than BLOCKS: 4 MiB
+WHOLE = 4 << 20  # bytes: files whose total size is not larger are read completely
+HEAD = 32 << 10  # bytes from the beginning of every file: most safetensors headers completely
+BLOCK = 4 << 10  # bytes: the unit that a disk reads, and 2048 weights of 16 bits
+BLOCKS = 512  # in all files together: 2 MiB, which S3 delivers in a second or two
+MOST_BLOCKS = 1024  # maximum where one block for every two tensors needs more than BLOCKS: 4 MiB
 
 Span = tuple[int, int]  # begin and end in a file
 
@@ -27,8 +27,8 @@ class ContentSample:
     """Digest of some bytes of a file.
 
     Attributes:
-        digest: xxh3_128 of their places and values, 32 hex digits.
-        whole: whether they are all bytes of the file.
+        digest: xxh3_128 of the offsets and values of the bytes, 32 hex digits.
+        whole: whether the sample contains all bytes of the file.
     """
 
     digest: str
@@ -38,27 +38,28 @@ class ContentSample:
 def sample_contents(
     fs: AbstractFileSystem, sizes: Mapping[str, int], whole: Collection[str] = ()
 ) -> dict[str, ContentSample]:
-    """Read a few MiB of some files, spread so that files with other content give other digests.
+    """Read a few MiB of some files, distributed so that files with different content have different digests.
 
-    Read whole are the files named in ``whole``, and all if they are small together. Of others:
+    Files named in ``whole`` are read completely, and so are all files if they are small together. Otherwise the
+    sample consists of
 
-    - the head: of a safetensors file its whole header, of others 32 KiB;
-    - of safetensors files a block of 4 KiB around every second boundary between tensors, which holds the last
-      bytes of one tensor and the first of the next, so that every tensor is looked at; of other files the last
+    - the head of every file: the whole header of a safetensors file, 32 KiB of any other file;
+    - in safetensors files, a block of 4 KiB around every second boundary between tensors, which contains the last
+      bytes of one tensor and the first bytes of the next, so that every tensor is sampled; in other files, the last
       block;
-    - blocks at equal distances over the data of all files, so that there are 512 blocks in all.
+    - blocks at equal distances over the data of all files, so that there are 512 blocks in total.
 
-    A model of 140 GB in 723 tensors costs 2 MiB and its headers. Beyond 2048 tensors (mixtures of experts have
-    20,000) 1024 pairs of neighbours are looked at, chosen by the hash of a name: never more than 4 MiB, the
-    headers, and 32 KiB of each file are read. What a sample misses, such as one changed row of an embedding, the
-    file system's own version has to tell: see ``layerwise.tasks.sources.file_identity``.
+    For a model of 140 GB in 723 tensors, 2 MiB and the headers are read. With more than 2048 tensors (mixtures of
+    experts have 20,000), 1024 pairs of neighbours are sampled, chosen by the hash of a name: at most 4 MiB, the
+    headers, and 32 KiB of each file are read. A sample can miss a small change, such as one row of an embedding;
+    ``layerwise.tasks.sources.file_identity`` therefore also uses the version that the file system reports.
 
     Args:
-        sizes: bytes of each file, by path.
-        whole: paths of files whose every byte matters.
+        sizes: size of each file in bytes, by path.
+        whole: paths of files that are read completely.
 
     Raises:
-        Corrupt: if a file is shorter than ``sizes`` says.
+        Corrupt: a file is shorter than ``sizes`` says.
         OSError: as for ``read_blocks``.
     """
     sampled = {path: size for path, size in sizes.items() if path not in whole}
@@ -83,7 +84,7 @@ def sample_contents(
 
 
 def _blocks(sizes: Mapping[str, int], heads: Mapping[str, bytearray]) -> dict[str, list[Span]]:
-    """Which blocks of each file to read, apart from the heads, in order and apart from each other."""
+    """Return the blocks of each file to read in addition to the heads, in order and without overlaps."""
     boundaries = [
         (path, position, name)
         for path, size in sizes.items()
@@ -108,13 +109,13 @@ def _blocks(sizes: Mapping[str, int], heads: Mapping[str, bytearray]) -> dict[st
 
 
 def _boundaries(path: str, size: int, head: bytearray) -> Iterator[tuple[int, str]]:
-    """Positions at which one block holds bytes of two neighbouring tensors, with the name of the first one."""
+    """Yield positions at which one block holds bytes of two neighbouring tensors, with the name of the first one."""
     end = header_end(head, size)
     if end is not None:
         try:
             tensors = parse_header(head[:end], size, path)
         except Corrupt:
-            pass  # told when its tensors are asked for; a file that nobody asks for may be anything
+            pass  # reported when its tensors are read; a file that is never read may hold anything
         else:
             names, ends = list(tensors), [*(entry.offset for entry in tensors.values()), size][1:]
             yield from zip(ends[::2], names[::2], strict=True)
@@ -123,7 +124,7 @@ def _boundaries(path: str, size: int, head: bytearray) -> Iterator[tuple[int, st
 
 
 def _around(positions: Sequence[int], begin: int, end: int) -> Iterator[Span]:
-    """Blocks around ``positions`` that lie between ``begin`` and ``end``, overlapping ones united."""
+    """Yield blocks around ``positions`` between ``begin`` and ``end``; overlapping blocks are merged."""
     open_span: Span | None = None
     for position in sorted(set(positions)):
         first = max(begin, min(position - BLOCK // 2, end - BLOCK))

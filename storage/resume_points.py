@@ -1,28 +1,27 @@
-"""Resume points: where an earlier attempt at an artifact stopped, and what is needed to go on."""
+"""Resume points: the state at which an attempt at an artifact stopped, and from which another one continues."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fsspec import AbstractFileSystem
-
-from layerwise.storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Artifact, Damaged, StoredFile, files_from_json, files_to_json
 from layerwise.storage.formats.document import read_sealed
+from layerwise.storage.location import StoreLocation
 
-PROGRESS = "progress.json"
+RESUME_POINT_FILE = "progress.json"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where an earlier attempt of the same stage stopped.
+class ResumePoint:
+    """State of an unfinished attempt at a stage, from which another attempt continues.
 
     Args:
-        step: the number it was saved under.
-        state: the files needed to go on; read them like those of any artifact.
-        files: of the artifact, written up to then.
-        facts: of the artifact, known up to then.
-        seconds: spent up to then.
-        at: when it was saved (ISO 8601, UTC), and by which machine.
+        step: number that it was saved under.
+        state: files needed to continue; read them like those of an artifact.
+        files: files of the artifact written so far.
+        facts: facts of the artifact known so far.
+        seconds: time spent so far.
+        at: when it was saved (ISO 8601, UTC).
+        host: name of the machine that saved it.
     """
 
     step: int
@@ -35,16 +34,16 @@ class Progress:
 
     @property
     def token(self) -> str:
-        """Tells it from other resume points of the stage; "" before it is written."""
+        """Token that distinguishes it from other resume points of the stage; "" before it is written."""
         return self.state.token
 
     @property
     def all_files(self) -> list[StoredFile]:
-        """Everything that is needed to go on, and for the artifact."""
+        """All files that are needed to continue, and those of the artifact."""
         return [*self.files.values(), *self.state.files.values()]
 
     def to_json(self, key: str) -> dict[str, object]:
-        """The content of the file that ``from_json`` reads."""
+        """Return the content of the file that ``from_json`` reads."""
         return {
             "key": key,
             "step": self.step,
@@ -57,13 +56,13 @@ class Progress:
         }
 
     @classmethod
-    def from_json(cls, document: dict, key: str) -> "Progress":
-        """The resume point that ``to_json`` wrote for the stage ``key``.
+    def from_json(cls, document: dict, key: str) -> "ResumePoint":
+        """Return the resume point that ``to_json`` wrote for the stage ``key``.
 
         Raises:
-            Damaged: it is of another stage, or names files that are not the stage's own.
+            Damaged: it belongs to another stage, or names files outside of the stage's folder.
         """
-        name = f"{key}/{PROGRESS}"
+        name = f"{key}/{RESUME_POINT_FILE}"
         try:
             if document["key"] != key:
                 raise ValueError(f"it belongs to {document['key']}")
@@ -81,14 +80,14 @@ class Progress:
             raise Damaged(f"{name} is not a resume point of this stage ({error})", name) from error
 
 
-def read_progress(fs: AbstractFileSystem, root: str, key: str) -> Progress | None:
-    """The present resume point of a stage, whoever wrote it; None if there is none.
+def read_resume_point(store: StoreLocation, key: str) -> ResumePoint | None:
+    """Return the current resume point of a stage, from any attempt; None if there is none.
 
     Raises:
-        Corrupt: if it is damaged.
-        Unreachable: if the storage does not answer.
+        Corrupt: it is damaged.
+        Unreachable: the storage does not answer.
     """
     try:
-        return Progress.from_json(read_sealed(fs, f"{root}/{key}/{PROGRESS}"), key)
+        return ResumePoint.from_json(read_sealed(store.fs, store.path(f"{key}/{RESUME_POINT_FILE}")), key)
     except FileNotFoundError:
         return None

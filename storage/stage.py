@@ -1,4 +1,4 @@
-"""A stage: the recipe of one artifact, and therefore its address."""
+"""A stage: the recipe of one artifact, which determines its key."""
 
 import json
 import re
@@ -6,26 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from layerwise.storage.keys import canonical_json, digest
+from layerwise.storage.formats.canonical_json import canonical_json, digest
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # one folder name on every file system
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What an artifact *is*: the step that makes it, the settings, the artifacts it reads.
+    """Identity of an artifact: the step that makes it, its settings, and the artifacts it reads.
 
-    Where it is stored, which device computes it and how many workers help are not part of a
-    stage, so none of them can change its key. Raise ``version`` when the step's meaning changes.
+    The storage, the device and the number of workers are not part of a stage, so they cannot change its key.
+
+    Args:
+        name: of the step.
+        version: raise it when the meaning of the step changes.
+        settings: of the step; plain values (see ``canonical_json``).
+        inputs: keys of the artifacts that the step reads, by role.
 
     Raises:
-        ValueError: if ``name`` cannot be the name of a folder.
+        ValueError: ``name`` cannot be the name of a folder.
     """
 
     name: str
     version: int
     settings: object = None
-    inputs: Mapping[str, str] = field(default_factory=dict)  # role -> key of the artifact
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not STAGE_NAME.fullmatch(self.name):
@@ -36,12 +41,12 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
-        """``<name>/<digest>``: the digest covers version, settings and inputs."""
+        """Key of the artifact, ``<name>/<digest>``. The digest covers version, settings and inputs."""
         return f"{self.name}/{digest(self._content)}"
 
     @cached_property
     def recipe(self) -> dict[str, object]:
-        """The stage as plain JSON, for people and for the manifest."""
+        """The stage as plain JSON, for display and for the manifest."""
         return {"name": self.name, **json.loads(canonical_json(self._content))}
 
     @property

@@ -1,4 +1,4 @@
-"""The artifact store: find what was built, build what was not."""
+"""The artifact store: returns the artifact of a stage, and builds it only if it does not exist."""
 
 import contextlib
 import logging
@@ -9,31 +9,37 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from layerwise.storage.artifact import Artifact, StoredFile, files_from_json, files_to_json
-from layerwise.storage.checking import require_size
-from layerwise.storage.damage import Damaged
-from layerwise.storage.draft import MANIFEST, Committed, Draft
-from layerwise.storage.files.corrupt import Corrupt, Removed
-from layerwise.storage.files.probe import require_exclusive_creation
-from layerwise.storage.files.publishing import create_once
-from layerwise.storage.files.reading import is_local, open_filesystem, read_exactly
+from layerwise.storage.artifact import (
+    MANIFEST,
+    Artifact,
+    Damaged,
+    StoredFile,
+    files_from_json,
+    files_to_json,
+)
+from layerwise.storage.draft import Committed, Draft
+from layerwise.storage.files.errors import Corrupt, Removed
+from layerwise.storage.files.publishing import create_once, require_exclusive_creation
+from layerwise.storage.files.reading import read_exactly
 from layerwise.storage.formats.document import read_sealed, seal
+from layerwise.storage.integrity import require_size
+from layerwise.storage.inventory import take_inventory
+from layerwise.storage.location import StoreLocation
 from layerwise.storage.pauses import why_files_are_gone
-from layerwise.storage.resume_points import Progress, read_progress
+from layerwise.storage.resume_points import ResumePoint, read_resume_point
 from layerwise.storage.stage import STAGE_NAME, Stage
-from layerwise.storage.upkeep.inventory import take_inventory
 
 logger = logging.getLogger(__name__)
 
-REBUILDS = 3  # of a stage whose files others delete while it is being built
+REBUILDS = 3  # maximum for a stage whose files other processes delete while it is being built
 KEY = re.compile(rf"{STAGE_NAME.pattern}/[0-9a-f]{{32}}")
 
 
-class ArtifactStore:
+class ArtifactStore(StoreLocation):
     """Artifacts below one URL.
 
-    Layout: ``<root>/<stage name>/<digest>/manifest.json`` commits an artifact; its files lie beside it, in a
-    folder private to the attempt that wrote them. The manifest is written last and only once, so a crash
+    Layout: ``<root>/<stage name>/<digest>/manifest.json`` commits an artifact. Its files are in a folder next to the
+    manifest, which belongs to the attempt that wrote them. The manifest is written last and only once, so a crash
     leaves garbage but never a half-built artifact.
 
     Args:
@@ -41,32 +47,27 @@ class ArtifactStore:
         options: for fsspec, such as ``endpoint_url``.
 
     Attributes:
-        built: keys of the stages whose ``build`` was called through this object; all others were found.
+        built: keys of the stages whose ``build`` was called through this object; all other artifacts were reused.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.url = url
-        self.fs, root = open_filesystem(url, **options)
-        self.root = root.rstrip("/")
+        super().__init__(url, **options)
         self.built: set[str] = set()
-        self._writable = False  # not asked yet
-
-    def __repr__(self) -> str:
-        return f"ArtifactStore({self.url!r})"  # without the options: they may hold a secret
+        self._writable = False  # not checked yet
 
     def find(self, stage: Stage) -> Artifact | None:
-        """The artifact of ``stage``, or None if nobody has committed it.
+        """Return the artifact of ``stage``, or None if it has not been committed.
 
         Raises:
-            Corrupt: if its manifest is damaged, or names files that are not its own.
+            Corrupt: its manifest is damaged, or names files outside of its folder.
         """
         return self._find(stage.key)
 
     def get(self, key: str) -> Artifact:
-        """The artifact committed under ``key``.
+        """Return the artifact committed under ``key``.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: there is none.
             Corrupt: as for ``find``.
         """
         artifact = self._find(key) if KEY.fullmatch(key) else None
@@ -75,13 +76,13 @@ class ArtifactStore:
         return artifact
 
     def get_or_build(self, stage: Stage, build: Callable[[Draft], None]) -> Artifact:
-        """The artifact of ``stage``; calls ``build`` only if no one has committed it yet.
+        """Return the artifact of ``stage``; call ``build`` only if it has not been committed.
 
-        If another process commits the same stage meanwhile, its artifact is returned and ours is dropped.
+        If another process commits the same stage in the meantime, its artifact is returned and ours is dropped.
 
         Raises:
-            OSError: the storage cannot be written, or does not create files exclusively; before any work.
-            Corrupt: other processes delete its files again and again while it is being built.
+            OSError: the storage cannot be written, or does not create files exclusively. Raised before ``build``.
+            Corrupt: other processes repeatedly delete its files while it is being built.
             Damaged: an artifact that ``build`` reads is damaged (see ``layerwise.storage.upkeep.set_aside``).
         """
         unusable: set[str] = set()
@@ -96,12 +97,12 @@ class ArtifactStore:
                 draft.require_files()
                 self._commit(stage, draft)
             except Committed:
-                logger.info("%s was committed by another process meanwhile; using that one", stage.key)
-                draft.remove_progress()
+                logger.info("%s was committed by another process in the meantime; using that one", stage.key)
+                draft.remove_resume_point()
             except Damaged as error:
                 if draft.resumed is None or error.key != draft.resumed.state.key:
                     raise
-                # Damaged, or deleted by another process at work on this stage, which has left a newer one.
+                # Damaged, or deleted by another process that works on this stage and has left a newer one.
                 logger.warning("%s: its resume point cannot be used: %s", stage.key, error)
                 unusable |= draft.tokens
             except Removed as error:
@@ -109,11 +110,11 @@ class ArtifactStore:
                 if removals > REBUILDS:
                     raise Corrupt(
                         f"{stage.key} cannot be built: its files were deleted {removals} times, the last time "
-                        f"{error.path}. Stop what deletes files in {self.root}, and run again. `layerwise gc` spares "
-                        "what running processes have written."
+                        f"{error.path}. Stop the program that deletes files in {self.root}, and run again. "
+                        "`layerwise gc` spares the files of running processes."
                     ) from error
                 logger.warning(
-                    "%s: %s. %s It is built again, from its last resume point if there is one.",
+                    "%s: %s. %s It is rebuilt, from its last resume point if there is one.",
                     stage.key,
                     error,
                     why_files_are_gone(draft.began),
@@ -130,32 +131,32 @@ class ArtifactStore:
         }
         if not create_once(self.fs, self._manifest_path(stage.key), seal(manifest)):
             logger.info("%s was committed by another process first; using that one", stage.key)
-        draft.remove_progress()
+        draft.remove_resume_point()
 
     def draft(self, stage: Stage) -> Draft:
-        """A draft of ``stage`` that is not committed by it: to leave a resume point."""
-        return Draft(self.fs, self.root, stage)
+        """Return a draft of ``stage`` that the caller does not commit: to save a resume point."""
+        return Draft(self, stage)
 
-    def progress(self, stage: Stage) -> Progress | None:
-        """The resume point of ``stage``; None if there is none that can be read."""
+    def resume_point(self, stage: Stage) -> ResumePoint | None:
+        """Return the resume point of ``stage``; None if there is none that can be read."""
         try:
-            return read_progress(self.fs, self.root, stage.key)
+            return read_resume_point(self, stage.key)
         except Corrupt:
             return None
 
     def read(self, artifact: Artifact, name: str) -> bytes:
-        """The content of one file, checked; for files that fit into memory easily.
+        """Return the content of one file, checked; for files that easily fit into memory.
 
         Raises:
-            KeyError: if the artifact has no such file.
-            Corrupt: if the file is missing or not what was written, twice in a row.
+            KeyError: the artifact has no such file.
+            Corrupt: the file is missing, or differs from what was written, twice in a row.
         """
         file = self.file(artifact, name)
-        path = f"{self.root}/{file.path}"
+        path = self.path(file.path)
         with self.blaming(artifact, name):
-            require_size(self.fs, self.root, file)
+            require_size(self, file)
             content = bytearray(file.size)
-            for _ in range(2):  # bits flip on the way, too
+            for _ in range(2):  # bits can also flip in transit
                 read_exactly(self.fs, path, 0, memoryview(content))
                 if xxh3_128_hexdigest(content) == file.digest:
                     return bytes(content)
@@ -164,10 +165,10 @@ class ArtifactStore:
             )
 
     def file(self, artifact: Artifact, name: str) -> StoredFile:
-        """The manifest's entry of one file.
+        """Return the manifest's entry of one file.
 
         Raises:
-            KeyError: if the artifact has no such file.
+            KeyError: the artifact has no such file.
         """
         try:
             return artifact.files[name]
@@ -175,12 +176,12 @@ class ArtifactStore:
             raise KeyError(f"{artifact.key} has no file {name!r}; it has {sorted(artifact.files)}") from None
 
     def artifacts(self, beginning: str = "") -> Iterator[Artifact]:
-        """All committed artifacts, by listing: for people. Damaged ones are skipped with a warning.
+        """Yield all committed artifacts, from a listing of the store. Damaged ones are skipped with a warning.
 
         Args:
-            beginning: of the keys that are asked for.
+            beginning: prefix of the keys.
         """
-        for key, folder in sorted(take_inventory(self.fs, self.root).folders.items()):
+        for key, folder in sorted(take_inventory(self).folders.items()):
             if folder.manifest is None or not key.startswith(beginning):
                 continue
             try:
@@ -192,31 +193,31 @@ class ArtifactStore:
                 yield replace(artifact, dated=folder.manifest.modified)
 
     def location(self, artifact: Artifact, name: str = "") -> str:
-        """Where a file is, for people: a plain path on a local disk, a URL elsewhere.
+        """Return where a file is, for display: a plain path on a local disk, a URL elsewhere.
 
         Args:
-            name: of the file; "" for the folder that holds all files: the attempt's folder, or, of an artifact
-                that was finished by a second attempt and not gathered (``Draft.gather``), its stage's.
+            name: of the file; "" for the folder that contains all files. This is the folder of the attempt, or of the
+                stage if two attempts wrote the files and they were not gathered (``Draft.gather``).
         """
         if name:
             path = self.file(artifact, name).path
         else:
             attempts = {"/".join(file.path.split("/")[:3]) for file in artifact.files.values()}
             path = attempts.pop() if len(attempts) == 1 else artifact.key
-        full = f"{self.root}/{path}"
-        return full if is_local(self.fs) else str(self.fs.unstrip_protocol(full))
+        full = self.path(path)
+        return full if self.is_local else str(self.fs.unstrip_protocol(full))
 
     @contextlib.contextmanager
     def blaming(self, artifact: Artifact, name: str) -> Iterator[None]:
-        """Report that a file of a committed artifact is missing or corrupt as ``Damaged``, by the artifact's key."""
+        """Raise ``Damaged`` with the artifact's key if its file ``name`` is missing or corrupt in the block."""
         try:
             yield
         except (FileNotFoundError, Corrupt) as error:
-            missing = f"{self.root}/{self.file(artifact, name).path} is missing"
-            what = missing if isinstance(error, FileNotFoundError) else str(error)
+            missing = f"{self.path(self.file(artifact, name).path)} is missing"
+            problem = missing if isinstance(error, FileNotFoundError) else str(error)
             raise Damaged(
-                f"{artifact.key}: its file {name!r} is damaged: {what}. Check the storage; "
-                "`layerwise verify` reads all of it. A search builds the artifact anew.",
+                f"{artifact.key}: its file {name!r} is damaged: {problem}. Check the storage; "
+                "`layerwise verify` checks all files. A search rebuilds the artifact.",
                 artifact.key,
                 artifact.token,
             ) from error
@@ -235,11 +236,11 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except Corrupt as error:
-            raise Damaged(f"{error} A search builds the artifact anew.", key) from error
+            raise Damaged(f"{error} A search rebuilds the artifact.", key) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(
                 f"{path} is not the manifest of {key} ({error}): it was copied or edited. Restore it; a search "
-                "builds the artifact anew.",
+                "rebuilds the artifact.",
                 key,
                 token,
             ) from error
@@ -250,4 +251,4 @@ class ArtifactStore:
             self._writable = True
 
     def _manifest_path(self, key: str) -> str:
-        return f"{self.root}/{key}/{MANIFEST}"
+        return self.path(f"{key}/{MANIFEST}")

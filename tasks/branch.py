@@ -10,9 +10,9 @@ from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.lanes.grouping import GROUP, built_together, copy_member, group_stage
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from layerwise.tasks.lanes.prune_settings import PruneSettings

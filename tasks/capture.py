@@ -12,10 +12,10 @@ from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.scoring.perplexity import DIVERGED, perplexity, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import write_table
-from layerwise.storage.formats.tensors import read_tensor_into, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import write_table
+from layerwise.storage.tensors import read_tensor_into, write_tensors
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lanes.statistics_table import write_statistics
 from layerwise.tasks.models.checkpoint import Checkpoint

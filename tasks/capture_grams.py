@@ -12,9 +12,9 @@ from layerwise.calibration.gram import InputGram, sharing
 from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import read_tensor_into, read_tensors, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensor_into, read_tensors, write_tensors
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from layerwise.storage.artifact import Artifact, StoredFile
-from layerwise.storage.checking import require_whole
 from layerwise.storage.draft import Draft
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.formats.tensors import read_tensors, write_tensors
+from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensors, write_tensors
 from layerwise.tasks.compressed.file_format import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -63,7 +63,7 @@ def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, executio
         draft.facts |= sizes
 
     result = store.get_or_build(compress_stage(exported.key, card), build)
-    require_whole(store.fs, store.root, result)  # nothing else here would ever look at its files
+    require_whole(store, result)  # nothing else here would ever look at its files
     return result
 
 
@@ -104,7 +104,7 @@ def _write_shards(
             show(step)
             reached(step)
     if draft.resumed is not None:
-        draft.save_progress(len(shards), _no_state)  # reading what is there may take its time
+        draft.save_resume_point(len(shards), _no_state)  # reading what is there may take its time
         draft.check_inherited()
 
 

@@ -9,9 +9,9 @@ from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import PairedDifference, paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import LOSSES_FILE, write_lane
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
 from layerwise.tasks.lanes.prune_settings import PruneSettings

@@ -11,12 +11,12 @@ from layerwise.allocators.allocation import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import pruned_linears
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.checking import require_whole
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import write_tensors
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
+from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import LaneScore, plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.layer_boundaries import boundaries
@@ -97,7 +97,7 @@ def export(
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
-    require_whole(store.fs, store.root, exported)  # nothing else here would ever look at its files
+    require_whole(store, exported)  # nothing else here would ever look at its files
     return exported
 
 
@@ -151,7 +151,7 @@ class _Export:
                 show(index + 1)
                 reached(len(outer) + index + 1)
         if draft.resumed is not None:
-            draft.save_progress(
+            draft.save_resume_point(
                 len(outer) + total, self._write_rows
             )  # reading what is there may take its time
             draft.check_inherited()

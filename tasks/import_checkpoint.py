@@ -6,11 +6,10 @@ demo model go into the store, one shard per decoder layer, with never more than 
 
 from dataclasses import replace
 
-from layerwise.storage.artifact import Artifact
-from layerwise.storage.checking import require_whole
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Artifact, Damaged
 from layerwise.storage.draft import Draft
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
@@ -56,7 +55,7 @@ def open_exported(store: ArtifactStore, exported: Artifact) -> Checkpoint:
     Raises:
         Damaged: if one of its files is missing, or a tensor, the configuration or the tokenizer has other bytes.
     """
-    require_whole(store.fs, store.root, exported)
+    require_whole(store, exported)
     for name in copied_files(exported.files):
         store.read(exported, name)  # compares it with its digest
     try:

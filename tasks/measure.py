@@ -17,9 +17,9 @@ from layerwise.allocators.owl import OWL, outlier_percentage
 from layerwise.models.skeleton import Linear
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.capture_grams import read_grams
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity

@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import write_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import write_table
 from layerwise.tasks.charts.drawing import svg_inside
 from layerwise.tasks.charts.figure_files import write_figures
 from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta

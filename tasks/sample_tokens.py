@@ -10,9 +10,9 @@ from torch import Tensor
 from layerwise.calibration.windows import consecutive_windows, part_bounds, random_windows, require_tokens
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import read_tensors, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensors, write_tensors
 from layerwise.tasks.texts.corpora import SHARES, Corpus, read_text
 from layerwise.tasks.texts.documents import TEXT_LIMIT, Role
 

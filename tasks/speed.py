@@ -6,6 +6,8 @@ from importlib.metadata import version
 
 import torch
 
+from layerwise.display.byte_size import size_in
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed import Speed, SpeedTable, measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
@@ -17,7 +19,6 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.dtype_speed import fast_dtype
 from layerwise.tasks.models.whole_model import whole_model
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.results.search_result import FinishedSearch
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
@@ -85,13 +86,13 @@ def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
         {
             "way": each.way,
             "linears": each.linears,
-            "weights, MB": f"{each.weight_bytes / 1e6:.0f}",
+            "weights, MB": size_in("MB", each.weight_bytes).removesuffix(" MB"),
             "new tokens/s": f"{each.decode:.3g}",
             "x torch float32": "" if each.to_float32 is None else f"{each.to_float32:.2f}",
             "x torch bfloat16": "" if each.to_bfloat16 is None else f"{each.to_bfloat16:.2f}",
             "of memory's limit": f"{100 * each.of_limit:.0f} %",
             "prompt tokens/s": f"{each.prefill:.3g}",
-            "perplexity": "" if each.perplexity is None else number(each.perplexity),
+            "perplexity": "" if each.perplexity is None else format_perplexity(each.perplexity),
         }
         for each in table.speeds
     ]
@@ -103,6 +104,6 @@ def speed_sentence(table: SpeedTable) -> str:
     threads = f"{table.threads} thread{'' if table.threads == 1 else 's'}"
     left_out = "".join(f" {way}: {reason}." for way, reason in table.left_out.items())
     return (
-        f"On {table.cpu}, {threads}, {level}, memory read at {table.bandwidth / 1e9:.1f} GB/s; one text "
+        f"On {table.cpu}, {threads}, {level}, memory read at {size_in('GB', table.bandwidth, 1)}/s; one text "
         f"at a time.{left_out}"
     )

@@ -15,9 +15,9 @@ from layerwise.scoring.theory import Findings, Orders, outcome_of, propagation_o
 from layerwise.scoring.theory_plans import UNIFORM, TheoryPlan
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.evaluate import LOCAL_WINDOWS
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
 from layerwise.tasks.lanes.prune_settings import PruneSettings

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from layerwise.flows.orchestration.embedded_server import PREFERENCES
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 

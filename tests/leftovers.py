@@ -1,13 +1,13 @@
-"""What attempts that died leave in a store, and a collection of it in a day from now."""
+"""Files that killed attempts leave in a store, and a garbage collection one day later."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+from layerwise.storage.signs_of_life import storage_clock
 from layerwise.storage.stage import Stage
-from layerwise.storage.upkeep.collect import collect, plan_collection
-from layerwise.storage.upkeep.signs_of_life import storage_clock
+from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 
 DAY = 86400.0
 STAGE = Stage("capture", 1)
@@ -15,7 +15,7 @@ OTHER = Stage("branch", 1, settings={"beta": 0.1}, inputs={"capture": STAGE.key}
 
 
 class Killed(BaseException):
-    """The process is gone: nothing tidies up after it."""
+    """The process was killed and did not clean up."""
 
 
 def paths_in(store):
@@ -24,11 +24,9 @@ def paths_in(store):
     return {path.removeprefix(prefix) for path, row in rows.items() if row["type"] == "file"}
 
 
-def plan(store, later=DAY, grace_seconds=0.0, **kwargs):
-    """What would be deleted in a day, when everything that there is now is old."""
-    return plan_collection(
-        store, grace_seconds=grace_seconds, now=storage_clock(store.fs, store.root) + later, **kwargs
-    )
+def plan(store, later=DAY, **kwargs):
+    """Plan the garbage collection of a later time, by default in a day, when all files are old."""
+    return plan_collection(store, now=storage_clock(store) + later, **kwargs)
 
 
 def collect_all(store, **kwargs):
@@ -45,13 +43,13 @@ def build_weights(store, stage=STAGE, content=b"wwww"):
     return store.get_or_build(stage, lambda draft: draft.write("weights.bin", content))
 
 
-def die_in_attempt(store, stage=STAGE, boundaries=0):
-    """An attempt that is killed after so many resume points, in the middle of a layer."""
+def die_in_attempt(store, stage=STAGE, resume_points=0):
+    """Run an attempt that is killed after ``resume_points`` resume points, in the middle of a layer."""
 
     def build(draft):
-        for layer in range(boundaries):
+        for layer in range(resume_points):
             draft.write(f"layer-{layer}.bin", b"layer")
-            draft.save_progress(layer + 1, lambda state: state.write("state.bin", b"state"))
+            draft.save_resume_point(layer + 1, lambda state: state.write("state.bin", b"state"))
         draft.write("layer-unnamed.bin", b"layer")
         raise Killed
 
@@ -60,11 +58,11 @@ def die_in_attempt(store, stage=STAGE, boundaries=0):
 
 
 def make_old(folder):
-    """Date everything in ``folder`` back to 2001."""
+    """Set the modification time of everything in ``folder`` to 2001."""
     for path in Path(folder).rglob("*"):
         os.utime(path, (1e9, 1e9))
 
 
 def files_in(folder):
-    """Content of every file by its path."""
+    """Return the content of every file by its path."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

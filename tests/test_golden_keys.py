@@ -17,8 +17,8 @@ from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.scoring.theory_plans import TheoryPlan
 from layerwise.storage.artifact import Artifact, StoredFile
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.keys import digest
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import AllocateSettings, allocate_stage

@@ -8,7 +8,7 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from layerwise.storage.files.errors import without_secrets
+from layerwise.storage.files.credentials import without_secrets
 
 KEPT = 20  # reports in the folder; older ones are deleted
 PACKAGES = ("layerwise-pruning", "torch", "transformers", "prefect", "pyarrow", "fsspec", "rich")

@@ -6,7 +6,7 @@ import traceback
 from types import FrameType, TracebackType
 
 from layerwise.flows.cli.bug_report import write_report
-from layerwise.storage.files.errors import without_secrets
+from layerwise.storage.files.credentials import without_secrets
 from layerwise.tasks.running.printable import one_line, printable
 
 # Packages that meet the user's files, storage and network. Their errors are about those; some derive from Exception.

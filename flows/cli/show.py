@@ -4,6 +4,7 @@ import json
 
 from rich.json import JSONHighlighter
 
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
@@ -12,7 +13,6 @@ from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.pages.report_text import on_what
 from layerwise.tasks.results.measured_on import MeasuredOn
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
-from layerwise.tasks.running.printable import size
 from layerwise.tasks.select import read_selection
 
 

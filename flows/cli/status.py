@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.reading import is_local
-from layerwise.storage.resume_points import Progress, read_progress
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.files.filesystem import is_local
+from layerwise.storage.inventory import Inventory, StageFolder, take_inventory
+from layerwise.storage.resume_points import ResumePoint, read_resume_point
+from layerwise.storage.signs_of_life import SILENT, RunningProcess, running_processes, time_for_looking
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.inventory import Inventory, StageFolder, take_inventory
-from layerwise.storage.upkeep.signs_of_life import SILENT, RunningProcess, running_processes, time_for_looking
-from layerwise.tasks.running.printable import size
 
 SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
 LANE = "lane"  # its resume point only notes with whom it was begun; their group's has the work
@@ -48,7 +48,7 @@ class Unfinished:
 
     key: str
     saved: float
-    progress: Progress | None
+    progress: ResumePoint | None
 
 
 def show_status(store_url: str) -> None:
@@ -59,10 +59,10 @@ def show_status(store_url: str) -> None:
         OSError: if the storage cannot be reached.
     """
     store, console = existing_store(store_url), open_console()
-    now = time_for_looking(store.fs, store.root)
-    processes = running_processes(store.fs, store.root, now, within=float("inf"))
+    now = time_for_looking(store)
+    processes = running_processes(store, now, within=float("inf"))
     alive = [each for each in processes if now - each.last_sign.timestamp() <= SILENT]
-    inventory = take_inventory(store.fs, store.root)
+    inventory = take_inventory(store)
     _show_processes(console, now, alive)
     _show_silent(console, now, [each for each in processes if each not in alive])
     _show_unfinished(console, now, _unfinished(store, inventory), alive)
@@ -165,16 +165,16 @@ def _unfinished(store: ArtifactStore, inventory: Inventory) -> list[Unfinished]:
 
 
 def _is_begun(folder: StageFolder) -> bool:
-    return folder.progress is not None and folder.manifest is None and _name(folder.key) != LANE
+    return folder.resume_point is not None and folder.manifest is None and _name(folder.key) != LANE
 
 
 def _read_point(store: ArtifactStore, folder: StageFolder) -> Unfinished | None:
-    assert folder.progress is not None, "only stages that are begun are read"
+    assert folder.resume_point is not None, "only stages that are begun are read"
     try:
-        progress = read_progress(store.fs, store.root, folder.key)
+        progress = read_resume_point(store, folder.key)
     except Corrupt:
-        return Unfinished(folder.key, folder.progress.modified, None)
-    return None if progress is None else Unfinished(folder.key, folder.progress.modified, progress)
+        return Unfinished(folder.key, folder.resume_point.modified, None)
+    return None if progress is None else Unfinished(folder.key, folder.resume_point.modified, progress)
 
 
 def _search(store: ArtifactStore, key: str) -> Artifact | None:

@@ -11,18 +11,23 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
-from layerwise.storage.artifact import Artifact
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Artifact, Damaged
 from layerwise.storage.existing_store import existing_store
+from layerwise.storage.signs_of_life import time_for_looking
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import Collected, Collection, collect, plan_collection
-from layerwise.storage.upkeep.garbage import KINDS, Garbage
+from layerwise.storage.upkeep.garbage_collection import (
+    KINDS,
+    Collected,
+    Collection,
+    Garbage,
+    collect,
+    plan_collection,
+)
 from layerwise.storage.upkeep.set_aside import set_aside
-from layerwise.storage.upkeep.signs_of_life import time_for_looking
 from layerwise.storage.upkeep.verify import Finding, Tally, verify
 from layerwise.tasks.results.roles import RESULTS
-from layerwise.tasks.running.printable import size
 
 LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
 
@@ -42,7 +47,7 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
         ValueError: with ``results_only``, if artifacts are damaged.
     """
     store, console = existing_store(store_url), open_console()
-    now = None if apply else time_for_looking(store.fs, store.root)
+    now = None if apply else time_for_looking(store)
     collection = plan_collection(store, keys_of_results if results_only else None, now=now)
     _show_collection(console, collection)
     if not collection.garbage:

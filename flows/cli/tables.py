@@ -9,16 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
 from layerwise.flows.pipeline.result import SearchResult, work_sentence
 from layerwise.flows.plan import Plan
 from layerwise.flows.theory import TheoryResult
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.pages.theory_text import sentences
-from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
-from layerwise.tasks.running.printable import printable, size
+from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.running.printable import printable
 from layerwise.tasks.select import Selection
 from layerwise.tasks.speed import speed_rows, speed_sentence
 
@@ -55,7 +57,7 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
     console.print(table)
     console.print()
     console.print(
-        f"On the selection text (dense: {number(selection.dense_perplexity)}): {selection.verdict}."
+        f"On the selection text (dense: {format_perplexity(selection.dense_perplexity)}): {selection.verdict}."
     )
 
 

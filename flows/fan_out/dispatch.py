@@ -22,7 +22,8 @@ from layerwise.flows.fan_out.parts_table import PartsTable
 from layerwise.flows.orchestration.cancellation import CANCELLED, was_cancelled
 from layerwise.flows.orchestration.embedded_server import death_of_embedded_server
 from layerwise.flows.orchestration.server_check import server_problem
-from layerwise.storage.files.errors import Unreachable, without_secrets
+from layerwise.storage.files.credentials import without_secrets
+from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.store import ArtifactStore
 
 POLL = 2.0  # seconds between two polls of Prefect's server

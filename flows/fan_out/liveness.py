@@ -22,8 +22,8 @@ from layerwise.flows.fan_out.executor import Executor
 from layerwise.flows.fan_out.part import Part, PartFailed
 from layerwise.flows.fan_out.parts_table import Row
 from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.signs_of_life import EVERY, SILENT, Sign, read_sign, remove_sign
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import EVERY, SILENT, Sign, read_sign, remove_sign
 
 # Seconds before each restart of a part that died at the same place. After these restarts the search fails.
 RESTART_DELAYS = (0.0, 10.0)
@@ -131,7 +131,7 @@ class LivenessMonitor:
             Unreachable: the storage is too slow to tell a silent process from an outage.
         """
         before = time.monotonic()
-        sign = read_sign(self._store.fs, self._store.root, run.id.hex)
+        sign = read_sign(self._store, run.id.hex)
         if (took := time.monotonic() - before) > EVERY:
             raise Unreachable(f"reading a sign of life took {took:.0f} s")
         if sign is not None and (tracked.sign is None or sign.token != tracked.sign.token):
@@ -174,8 +174,8 @@ class LivenessMonitor:
         part, run = tracked.part, tracked.run
         assert run is not None
         with suppress(Unreachable):
-            tracked.sign = read_sign(self._store.fs, self._store.root, run.id.hex) or tracked.sign
-            remove_sign(self._store.fs, self._store.root, run.id.hex)
+            tracked.sign = read_sign(self._store, run.id.hex) or tracked.sign
+            remove_sign(self._store, run.id.hex)
         doing = tracked.sign.doing if tracked.sign else ""
         at = f"at {doing!r}" if doing else "before it started"
         tracked.deaths[doing] += 1

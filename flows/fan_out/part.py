@@ -12,7 +12,7 @@ from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import plans_title, windows_title
 

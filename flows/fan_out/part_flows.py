@@ -21,8 +21,8 @@ from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.results.run_names import points_title, windows_title
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stopping import stopping_on_sigterm
@@ -103,7 +103,7 @@ def _run_part(
         with stopping_on_sigterm():
             stop_with_parent()
             store = ArtifactStore(runtime.store)
-            with announced(store.fs, store.root, f"{settings.title}: {title}", name):
+            with announced(store, f"{settings.title}: {title}", name):
                 rebuild_damaged(store, lambda: work(store, settings, execution))
     except Unreachable as error:
         return Crashed(message=str(error))

@@ -17,7 +17,7 @@ from prefect.logging import get_run_logger
 from rich.live import Live
 from rich.table import Table
 
-from layerwise.storage.upkeep.signs_of_life import doing
+from layerwise.storage.signs_of_life import doing
 from layerwise.tasks.running.plain_console import PlainConsole
 from layerwise.tasks.running.printable import printable
 from layerwise.tasks.running.progress import going_on_without_prefect, is_on_stderr

@@ -18,7 +18,7 @@ from layerwise.flows.pipeline.lookup import look_up
 from layerwise.flows.pipeline.time_limit import is_too_late, stop_after_tried
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.sources import HubSource, find_source

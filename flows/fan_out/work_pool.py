@@ -13,7 +13,7 @@ from prefect.states import Cancelling, Scheduled
 
 from layerwise.flows.fan_out.part import Part
 from layerwise.flows.orchestration.cancellation import set_states
-from layerwise.storage.files.errors import without_secrets
+from layerwise.storage.files.credentials import without_secrets
 
 FLOWS = ("capture", "branch", "evaluate")
 HEARTBEAT = timedelta(seconds=30)  # between two heartbeats of a worker

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
+from layerwise.display.byte_size import size_in
 from layerwise.flows.orchestration.server_home import ServerHome, remove_old_homes
 from layerwise.tasks.sources.user_cache import cache_folder
 
@@ -239,8 +240,8 @@ def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
     if free < DATABASE_BYTES:  # then the log is empty, too
         variable = "XDG_CACHE_HOME" if own else "PREFECT_HOME"
         advice = (
-            f"The disk of {home.folder} has only {free / 1e6:.1f} MB left. Make room for "
-            f"{DATABASE_BYTES / 1e6:.0f} MB, or set {variable} to a folder on another disk."
+            f"The disk of {home.folder} has only {size_in('MB', free, 1)} left. Make room for "
+            f"{size_in('MB', DATABASE_BYTES)}, or set {variable} to a folder on another disk."
         )
     elif "alembic" in said and "Can't locate revision" in said:
         advice = f"The database in {home.folder} is of another version of Prefect. " + (

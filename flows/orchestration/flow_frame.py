@@ -6,8 +6,8 @@ from typing import TypeVar, cast
 from prefect.exceptions import CancelledRun, TerminationSignal
 
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) 
     Raises:
         TerminationSignal: SIGTERM, and nobody cancelled the run.
     """
-    with stopping_on_sigterm(), announced(store.fs, store.root, title):
+    with stopping_on_sigterm(), announced(store, title):
         try:
             return work()
         except (CancelledRun, TerminationSignal) as ending:

@@ -7,12 +7,13 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
 from layerwise.flows.pipeline.result import SearchResult, work_sentence
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.files.reading import is_local
+from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.charts.figure_files import figure_file
 from layerwise.tasks.pages.markdown import code, fenced, plain
-from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
@@ -83,9 +84,9 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
 
 | | {selection.parameter} | perplexity, selection text | perplexity, test text |
 |:--|--:|--:|--:|
-| dense | | {number(selection.dense_perplexity)} | {number(test.dense)} |
-| uniform | 0 | {number(uniform.perplexity)} | {number(test.uniform)} |
-| **best** | {name.removeprefix(f"{selection.parameter} ")} | {number(best.perplexity)} | {number(test.best)} |
+| dense | | {format_perplexity(selection.dense_perplexity)} | {format_perplexity(test.dense)} |
+| uniform | 0 | {format_perplexity(uniform.perplexity)} | {format_perplexity(test.uniform)} |
+| **best** | {name.removeprefix(f"{selection.parameter} ")} | {format_perplexity(best.perplexity)} | {format_perplexity(test.best)} |
 
 {_image("Perplexity by beta", curve)}
 

@@ -15,7 +15,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from layerwise.storage.files.errors import without_secrets
+from layerwise.storage.files.credentials import without_secrets
 
 # By default Prefect's client repeats a request for a minute, and waits a minute for each answer.
 QUICKLY = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 5.0}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.scoring.perplexity import DIVERGED, paired_difference
+from layerwise.scoring.perplexity import DIVERGED, has_diverged, paired_difference, rounded_perplexity
 from layerwise.tasks.pages.markdown import plain
 
 Row = dict[str, str | float]
@@ -50,13 +50,13 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
             "best": selection.name(selection.best).removeprefix(f"{selection.parameter} "),
             "trials": len(selection.rows),
             "seconds": round(each.seconds),
-            "selection: dense": shown(selection.dense_perplexity),
-            "selection: uniform": shown(selection.rows[0].perplexity),
-            "selection: best": shown(selection.best_row.perplexity),
-            "test: dense": shown(test.dense),
-            "test: uniform": shown(test.uniform),
-            "test: best": shown(test.best),
-            "times dense": round(test.best / test.dense, 3) if _is_number(test.best) else "",
+            "selection: dense": rounded_perplexity(selection.dense_perplexity),
+            "selection: uniform": rounded_perplexity(selection.rows[0].perplexity),
+            "selection: best": rounded_perplexity(selection.best_row.perplexity),
+            "test: dense": rounded_perplexity(test.dense),
+            "test: uniform": rounded_perplexity(test.uniform),
+            "test: best": rounded_perplexity(test.best),
+            "times dense": round(test.best / test.dense, 3) if not has_diverged(test.best) else "",
             "gain %": round(100 * (1 - test.best / test.uniform), 1),
             "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
         }
@@ -106,15 +106,6 @@ def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
     return "\n".join(lines)
 
 
-def shown(perplexity: float) -> str | float:
-    """Return a perplexity with two decimals, or "diverged"."""
-    return round(perplexity, 2) if _is_number(perplexity) else "diverged"
-
-
-def _is_number(perplexity: float) -> bool:
-    return perplexity < math.exp(DIVERGED)
-
-
 def _gain(each: Compared) -> float:
     """Return the difference of the mean losses, chosen plan minus uniform, in nats; negative if the plan is better."""
     return math.log(each.result.test.best / each.result.test.uniform)
@@ -136,8 +127,7 @@ def _by_window(members: Iterable[Compared]) -> list[float]:
 
 
 def _mean(perplexities: Sequence[float]) -> str | float:
-    """Return the geometric mean, which is the perplexity of the mean loss."""
-    return shown(math.exp(fmean(map(math.log, perplexities))))
+    return rounded_perplexity(math.exp(fmean(map(math.log, perplexities))))
 
 
 def _spread(perplexities: Sequence[float]) -> str | float:

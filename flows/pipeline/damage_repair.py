@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from layerwise.storage.damage import Damaged
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.artifact import Damaged
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.pauses import since_boot, why_files_are_gone
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.set_aside import set_aside

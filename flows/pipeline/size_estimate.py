@@ -6,6 +6,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
+from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
@@ -14,7 +15,6 @@ from layerwise.pruners.masks import SORTED_ENTRIES
 from layerwise.tasks.capture import SAMPLED_WINDOWS
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import DTYPES, layer_sizes_of
-from layerwise.tasks.running.printable import size
 from layerwise.tasks.sources.model_config import config_from_document
 from layerwise.tasks.texts.documents import Role
 

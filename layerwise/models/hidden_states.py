@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from layerwise.display.byte_size import size_in
+
 # Tokens per forward pass of one layer: enough to keep the matrix products busy, small beside a layer's
 # weights.
 # A constant and no setting: the batch's shape decides the order of additions, and so the last bits of every
@@ -52,7 +54,7 @@ class HiddenStatesRoom:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"no room for {size / 2**30:.2f} GiB of hidden states in {self._folder} ({error.strerror}). "
+                f"no room for {size_in('GiB', size, 2)} of hidden states in {self._folder} ({error.strerror}). "
                 "Free disk space, choose another scratch folder, or use fewer windows or betas.",
             ) from error
         finally:

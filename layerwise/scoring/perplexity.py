@@ -55,6 +55,21 @@ def perplexity(losses: Sequence[float]) -> float:
     return math.exp(mean_loss(losses))
 
 
+def format_perplexity(value: float) -> str:
+    """Return a perplexity as text. That of a plan that diverged has up to 300 digits and is written with an exponent."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"
+
+
+def rounded_perplexity(value: float) -> float | str:
+    """Return a perplexity rounded for a table; "diverged" if the plan diverged."""
+    return "diverged" if has_diverged(value) else round(value, 2)
+
+
+def has_diverged(perplexity: float) -> bool:
+    """Return whether a perplexity belongs to the loss ``DIVERGED``, up to rounding."""
+    return math.log(perplexity) >= 0.999 * DIVERGED
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """How the loss of one plan differs from another's on the same windows.

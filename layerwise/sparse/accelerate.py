@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from layerwise.display.byte_size import size_in
 from layerwise.sparse.bitmask import PackedWeight, pack, unpack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import Level, kernel
@@ -56,7 +57,7 @@ class Acceleration:
         reasons = Counter(self.dense.values())
         lines = [
             f"{len(self.sparse)} of {len(self.sparse) + len(self.dense)} linears run sparse ({self.level}): "
-            f"{dense_bytes / 1e6:.0f} MB of weights are {sparse_bytes / 1e6:.0f} MB",
+            f"{size_in('MB', dense_bytes)} of weights are {size_in('MB', sparse_bytes)}",
             *(f"{count} stay dense: {reason}" for reason, count in reasons.most_common()),
         ]
         return "\n".join(lines)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from layerwise.display.byte_size import size_in
 from layerwise.sparse.accelerate import accelerate, replace_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino
@@ -53,7 +54,7 @@ def _no_room(needed: int) -> str | None:
     free = psutil.virtual_memory().available
     if 1.1 * needed + 1e9 < free:
         return None
-    return f"would need {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+    return f"would need {size_in('GB', needed, 1)} of the {size_in('GB', free, 1)} that are free"
 
 
 def _by_openvino(model: PreTrainedModel) -> PreTrainedModel:

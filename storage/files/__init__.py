@@ -1,1 +1,1 @@
-"""Access to files through fsspec: reading, publishing, local disks, S3, errors."""
+"""Access to files through fsspec: opening, reading, publishing, local disks, errors, credentials."""

@@ -1,34 +1,79 @@
-"""A storage that does not answer, or refuses: told apart from damage, with the object and the server named."""
+"""Errors of stored files: bytes that are wrong, and storages that do not answer or refuse.
+
+Errors of storage clients are translated into these, with the object, the server and what to do.
+"""
 
 import contextlib
 import errno
 import os
-import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.credentials import without_credentials, without_secrets
 
-# Packages whose exceptions are about the way to a storage, whether or not they are OSErrors.
+# Packages whose exceptions are about the access to a storage, whether or not they are OSErrors.
 CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "requests", "urllib3"}
-# Parts of the names of their exceptions that are about who we are, and about how the client was set up.
+# Parts of the names of botocore's exceptions that are about credentials, and about the client's settings.
 CREDENTIALS = ("Credential", "ProfileNotFound", "Token", "SSO", "Login", "RefreshWithMFA")
 SETTINGS = ("Config", "Validation", "Region", "InvalidDNSName", "InvalidHostLabel", "Unsupported", "Unknown")
 REFUSED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "CredentialsNotSupported"}
-RANGE_TOO_FAR = 416  # says what is stored: less than was asked for
-PASSING_STATUSES = (408, 425, 429)  # "later, please"; so are all from 500 on
+RANGE_TOO_FAR = 416  # HTTP status: the object is shorter than the requested range
+PASSING_STATUSES = (408, 425, 429)  # HTTP statuses that mean "try later"; so do all from 500 on
 CREDENTIALS_ADVICE = (
     "Put credentials that may read and write there into the environment (on S3 AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or the fsspec configuration; AWS wants the right s3:ListBucket, "
-    "too, or it refuses to say that an object is missing."
+    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or the fsspec configuration. AWS also requires the permission "
+    "s3:ListBucket; without it, S3 refuses to report that an object is missing."
 )
 
 
+class Corrupt(OSError):
+    """Stored bytes differ from the bytes that were written. A storage that fails raises ``Unreachable`` instead."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[type["Corrupt"], tuple[str]]:
+        return Corrupt, (str(self),)  # OSError would be unpickled with two arguments
+
+
+class Missing(Corrupt):
+    """An expected file does not exist.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} is missing")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["Missing"], tuple[str]]:
+        return Missing, (self.path,)
+
+
+class Removed(Corrupt):
+    """Another process deleted a file that this process wrote for an artifact, before the artifact was committed.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} was deleted while the artifact was being built")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["Removed"], tuple[str]]:
+        return Removed, (self.path,)
+
+
 class Unreachable(OSError):
-    """The storage does not answer, or not properly. It says nothing about what is stored there."""
+    """The storage does not answer, or answers wrongly. Says nothing about the state of the stored files."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.EHOSTUNREACH, message)
@@ -42,32 +87,32 @@ class Unreachable(OSError):
 
 @contextlib.contextmanager
 def reaching(fs: AbstractFileSystem, path: str) -> Iterator[None]:
-    """Put around requests about ``path``: their errors name it, the server and what to do.
+    """Translate errors of requests for ``path`` in the block: add the path, the server and what to do.
 
-    Errors of a local disk pass as they are, and so do those that say what is stored: a missing file, a folder.
+    Errors of a local disk pass unchanged. So do errors about the stored object itself: a missing file, a folder.
 
     Raises:
-        Unreachable: for connections that fail, time out or break, and for answers that say "later".
-        Corrupt: if the client itself found a checksum that does not match.
-        PermissionError: if credentials are missing, wrong or not enough.
-        FileNotFoundError: if there is no such bucket.
-        OSError: if the server refuses for another reason, with the errno the client chose.
+        Unreachable: a connection fails, times out or breaks, or the server answers "try later".
+        Corrupt: the client found a checksum that does not match.
+        PermissionError: credentials are missing, wrong or insufficient.
+        FileNotFoundError: the bucket does not exist.
+        OSError: the server refuses for another reason; the errno is the one that the client chose.
     """
     try:
         yield
     except Exception as error:
-        told = explained(fs, path, error)
-        if told is error:
+        translated = explained(fs, path, error)
+        if translated is error:
             raise
-        # A chained error would show in a traceback what was taken out of the message.
-        raise told from (error if _without_secrets(fs, str(error)) == str(error) else None)
+        # In a traceback, a chained error would show the secrets that were removed from the message.
+        raise translated from (error if _without_secrets(fs, str(error)) == str(error) else None)
 
 
 def explained(fs: AbstractFileSystem, path: str, error: Exception) -> Exception:
-    """``error`` as ``reaching`` raises it; the same object if there is nothing to add."""
+    """Return ``error`` as ``reaching`` raises it; the same object if there is nothing to add."""
     about_storage = isinstance(error, OSError) or _is_from_client(error)
-    is_done = isinstance(error, Corrupt | Unreachable) or f" at {endpoint_of(fs)} " in str(error)
-    if isinstance(fs, LocalFileSystem) or not about_storage or is_done:
+    is_translated = isinstance(error, Corrupt | Unreachable) or f" at {endpoint_of(fs)} " in str(error)
+    if isinstance(fs, LocalFileSystem) or not about_storage or is_translated:
         return error
     status, code = _answer(error)
     reason = " ".join(_without_secrets(fs, f"{type(error).__name__}: {error}").split())
@@ -86,11 +131,11 @@ def explained(fs: AbstractFileSystem, path: str, error: Exception) -> Exception:
     if code == "NoSuchBucket":
         return FileNotFoundError(
             errno.ENOENT,
-            f"{where} cannot be had ({reason}): there is no such bucket there. Create it, or correct the "
+            f"{where} cannot be opened ({reason}): there is no such bucket. Create it, or correct the "
             "store's URL, the endpoint URL (AWS_ENDPOINT_URL) or the region (AWS_DEFAULT_REGION).",
         )
-    says_what_is_stored = FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
-    if isinstance(error, says_what_is_stored) or status == RANGE_TOO_FAR:
+    about_the_object = FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
+    if isinstance(error, about_the_object) or status == RANGE_TOO_FAR:
         return error
     if status is not None and status < 500 and status not in PASSING_STATUSES:
         return OSError(
@@ -98,25 +143,25 @@ def explained(fs: AbstractFileSystem, path: str, error: Exception) -> Exception:
             f"{where} was refused with HTTP status {status} ({reason}). Check the store's URL, the endpoint URL "
             "(AWS_ENDPOINT_URL) and the region (AWS_DEFAULT_REGION).",
         )
-    # Of whole objects only, by the checksum stored with them.
+    # The checksum is stored with the object, so it is checked only when a whole object is read.
     if _is_about(error, ("FlexibleChecksumError",)):
         return Corrupt(
-            f"{where} came with other bytes than were stored ({reason}). Check the storage, or delete it."
+            f"{where} was received with other bytes than were stored ({reason}). Check the storage, or delete the object."
         )
     if _is_about(error, SETTINGS) or isinstance(error, ValueError):
         return OSError(
             errno.EINVAL,
-            f"{where} cannot be asked for ({reason}): the client's settings are not usable. Correct the AWS_* "
+            f"{where} cannot be requested ({reason}): the settings of the client are invalid. Correct the AWS_* "
             "environment variables, the AWS configuration or the fsspec configuration.",
         )
     return Unreachable(
-        f"{where} cannot be reached ({reason}), although it was tried several times. Check the network, the "
+        f"{where} cannot be reached ({reason}) after several attempts. Check the network, the "
         "server and the endpoint URL, then start the same command again: nothing that was committed is lost."
     )
 
 
 def endpoint_of(fs: AbstractFileSystem) -> str:
-    """The server that ``fs`` talks to, without a user name or password: for messages."""
+    """Return the URL of the server of ``fs`` for messages, without user name and password."""
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     client = getattr(fs, "_s3", None)
     url = client.meta.endpoint_url if client is not None else getattr(fs, "endpoint_url", None)
@@ -124,17 +169,17 @@ def endpoint_of(fs: AbstractFileSystem) -> str:
         url = url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not url:
         return f"{protocol}://"
-    parts = urlsplit(str(url))
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    parts = urlsplit(without_credentials(str(url)))
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of a storage client; None if there was no answer."""
+    """Return the HTTP status behind an error of a storage client; None if there was no answer."""
     return _answer(error)[0]
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
-    """HTTP status and error code of the answer behind ``error``."""
+    """Return the HTTP status and error code of the answer behind ``error``."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         if isinstance(response, dict):  # botocore
@@ -154,12 +199,6 @@ def _is_from_client(error: Exception) -> bool:
 def _is_about(error: Exception, words: tuple[str, ...]) -> bool:
     names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("botocore")]
     return any(word in name for word in words for name in names)
-
-
-def without_secrets(text: str) -> str:
-    """``text`` without what stands in its URLs for nobody to see: passwords and signatures."""
-    text = re.sub(r"//[^/\s@]+@", "//***@", text)
-    return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']+", r"\1?***", text)
 
 
 def _without_secrets(fs: AbstractFileSystem, text: str) -> str:

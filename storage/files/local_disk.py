@@ -1,4 +1,4 @@
-"""Files on a local disk: there whole or not at all, also after a loss of power and on a full disk."""
+"""Files on a local disk: complete or absent, even after a power failure or on a full disk."""
 
 import contextlib
 import errno
@@ -7,43 +7,43 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from layerwise.storage.files.corrupt import Removed
+from layerwise.storage.files.errors import Removed
 
 Made = TypeVar("Made")
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-REMOVALS = 20  # of a folder by others, between making it and writing to it, that are put up with
-GO_ON = "then start the same command again: it goes on from its last resume point."
+REMOVALS = 20  # maximum number of times that other processes remove a folder between its creation and use
+GO_ON = "then start the same command again: it continues from its last resume point."
 
 
 def replace_file(path: str, pieces: Iterable[memoryview]) -> None:
-    """Write a file, in place of one that may be there.
+    """Write a file, replacing an existing one.
 
     Raises:
-        Removed: if another process deleted the unfinished file.
-        OSError: if the disk is full or refuses; the old file, if any, is unchanged.
+        Removed: another process deleted the unfinished file.
+        OSError: the disk is full or refuses; the old file, if any, is unchanged.
     """
-    temporary = _write_beside(path, pieces)
+    temporary = _write_temporary(path, pieces)
     try:
         with explaining_refusals(path):
             _put_in_place(temporary, path, os.replace)
     except BaseException:
         _remove(temporary)
         raise
-    with contextlib.suppress(FileNotFoundError):  # removed by another process already, and its folder with it
+    with contextlib.suppress(FileNotFoundError):  # another process removed the file and its folder
         _sync_directory(os.path.dirname(path))
 
 
 def create_file(path: str, document: bytes) -> bool:
-    """Write a file unless it is there; of any number of callers exactly one gets True.
+    """Write a file unless it exists. Exactly one of several callers gets True.
 
     Raises:
-        Removed: if another process deleted the unfinished file.
-        OSError: if the disk is full or refuses, or has no hard links.
+        Removed: another process deleted the unfinished file.
+        OSError: the disk is full, refuses, or has no hard links.
     """
-    temporary = _write_beside(path, [memoryview(document)])
+    temporary = _write_temporary(path, [memoryview(document)])
     try:
         with explaining_refusals(path):
             _put_in_place(temporary, path, _link)
@@ -56,25 +56,25 @@ def create_file(path: str, document: bytes) -> bool:
 
 
 def link_file(source: str, target: str) -> None:
-    """Let ``target`` be the same file as ``source``, dated now.
+    """Make ``target`` a second name of the file ``source``, and set its modification time to now.
 
     Raises:
-        FileNotFoundError: there is no ``source``.
-        OSError: there is a ``target``, or the disk refuses or has no hard links.
+        FileNotFoundError: ``source`` does not exist.
+        OSError: ``target`` exists, or the disk refuses or has no hard links.
     """
     with explaining_refusals(target):
-        os.utime(source)  # both names: whoever looks for leftovers must see that somebody is at work here
+        os.utime(source)  # for both names: garbage collection must see that a process is at work here
         _in_its_folder(target, lambda: _link(source, target))
     _sync_directory(os.path.dirname(target))
 
 
 @contextlib.contextmanager
 def explaining_refusals(path: str, written: int = 0, wanted: int = 0) -> Iterator[None]:
-    """Put around what changes the disk: a full or read-only one is reported with numbers and what to do.
+    """Explain errors of a full or read-only disk in the block, with numbers and what to do.
 
     Args:
         written: bytes of the file that are on the disk already.
-        wanted: bytes that are being added now, 0 if it is not about content.
+        wanted: bytes that the block adds; 0 if it adds no content.
     """
     try:
         yield
@@ -84,23 +84,23 @@ def explaining_refusals(path: str, written: int = 0, wanted: int = 0) -> Iterato
             problem += f"; {wanted} more bytes are needed after {written}." if wanted else "."
             advice = f"Free space, {GO_ON}"
         elif error.errno in REFUSED:
-            problem = f"this is not allowed ({error.strerror}) to the user with id {os.getuid()}."
+            problem = f"the user with id {os.getuid()} is not allowed to ({error.strerror})."
             advice = f"Mount the disk writable, or change the owner or mode of the folder, {GO_ON}"
         else:
             raise
         raise OSError(error.errno, f"{path} cannot be written: {problem} {advice}") from error
 
 
-def _write_beside(path: str, pieces: Iterable[memoryview]) -> str:
-    """Write a temporary file to disk in the folder of ``path``: only there is a rename atomic."""
+def _write_temporary(path: str, pieces: Iterable[memoryview]) -> str:
+    """Write a temporary file in the folder of ``path``: a rename is atomic only on the same disk."""
     temporary, written = f"{path}.{uuid.uuid4().hex}.tmp", 0
     with explaining_refusals(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = _in_its_folder(temporary, lambda: os.open(temporary, flags, 0o666))
     try:
-        for piece in pieces:  # not inside explaining_refusals: they may come from another disk
+        for piece in pieces:  # outside of explaining_refusals: the pieces may come from another disk
             rest = piece
-            while rest:  # a disk that is nearly full takes a part
+            while rest:  # a disk that is nearly full accepts only a part
                 with explaining_refusals(path, written, len(rest)):
                     count = os.write(descriptor, rest)
                 rest, written = rest[count:], written + count
@@ -122,7 +122,7 @@ def _put_in_place(temporary: str, path: str, put: Callable[[str, str], None]) ->
 
 
 def _in_its_folder(path: str, make: Callable[[], Made]) -> Made:
-    """Make the file ``path`` after its folders."""
+    """Create the folders of ``path``, then call ``make``, which creates the file."""
     for _ in range(REMOVALS):
         # Another process may remove the folder while it is empty.
         with contextlib.suppress(FileNotFoundError):
@@ -130,8 +130,8 @@ def _in_its_folder(path: str, make: Callable[[], Made]) -> Made:
             return make()
     raise FileNotFoundError(
         errno.ENOENT,
-        f"{path} cannot be written: its folder was removed {REMOVALS} times while the file was being made. "
-        f"End the process that cleans up there, {GO_ON}",
+        f"{path} cannot be written: its folder was removed {REMOVALS} times while the file was being created. "
+        f"Stop the process that removes it, {GO_ON}",
     )
 
 
@@ -149,7 +149,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _make_directory(path: str) -> None:
-    """Create a folder and its parents so that they survive a loss of power."""
+    """Create a folder and its parents so that they survive a power failure."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
@@ -168,7 +168,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _remove(temporary: str) -> None:
-    with contextlib.suppress(OSError):  # the first error is the one to tell
+    with contextlib.suppress(OSError):  # the first error is the one to report
         os.unlink(temporary)
 
 

@@ -1,44 +1,45 @@
-"""Making files visible: whole or not at all, and, where it must be decided who was first, only once."""
+"""Publishing: files become visible completely or not at all; exclusive ones are created only once."""
 
 import contextlib
+import errno
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from xxhash import xxh3_128
 
-from layerwise.storage.files.corrupt import Corrupt, Removed
-from layerwise.storage.files.errors import reaching, status_of
-from layerwise.storage.files.local_disk import create_file, replace_file
-from layerwise.storage.files.reading import is_local, read_exactly
-from layerwise.storage.upkeep.inventory import modified
+from layerwise.storage.files.errors import Corrupt, Removed, endpoint_of, reaching, status_of
+from layerwise.storage.files.filesystem import is_local, modified
+from layerwise.storage.files.local_disk import create_file, link_file, replace_file
+from layerwise.storage.files.reading import read_exactly
 
 BLOCK = 16 << 20  # bytes of one part of an upload; S3 allows 10,000 parts, so 160 GB a file
-SLICE = 8 << 20  # most bytes handed over at once: an upload copies what it is given
+SLICE = 8 << 20  # maximum bytes passed on at once: an upload copies its input
 CONFLICTS = 6  # attempts of a conditional request: 3 seconds in all
 
-memory_lock = threading.Lock()  # fsspec's memory file system looks first and writes later
+memory_lock = threading.Lock()  # fsspec's memory file system checks first and writes later
 
 
 def publish(
     fs: AbstractFileSystem, path: str, pieces: Iterable[bytes | memoryview]
 ) -> tuple[int, str, float]:
-    """Write a file from its pieces; it becomes visible when complete, and not at all if anything fails.
+    """Write a file from its pieces. It becomes visible when it is complete; after an error nothing is visible.
 
     Args:
         pieces: consecutive parts of the content, of any length; consumed once.
 
     Returns:
-        Size in bytes and xxh3_128 digest (32 hex digits) of the content, and the date of the file: seconds since
-        1970, by the storage's clock.
+        Size in bytes and xxh3_128 digest (32 hex digits) of the content, and the modification time of the file in
+        seconds since 1970, by the storage's clock.
 
     Raises:
-        Removed: if another process deleted the file, or the unfinished upload of it, meanwhile.
-        Corrupt: if the stored file has another size than what was written.
-        OSError: if the disk is full or refuses; see ``reaching`` for those of other storages.
+        Removed: another process deleted the file, or its unfinished upload, in the meantime.
+        Corrupt: the size of the stored file differs from the number of bytes written.
+        OSError: the disk is full or refuses; see ``reaching`` for the errors of other storages.
     """
     hasher, size = xxh3_128(), 0
 
@@ -61,7 +62,7 @@ def publish(
     else:
         _publish_remote(fs, path, counted())
     fs.invalidate_cache(fs._parent(path))
-    with _noticing_removal(path), reaching(fs, path):
+    with _detecting_removal(path), reaching(fs, path):
         row = fs.info(path)
     if row["size"] != size:
         raise Corrupt(
@@ -72,9 +73,10 @@ def publish(
 
 
 def overwrite(fs: AbstractFileSystem, path: str, document: bytes) -> None:
-    """Replace a small file; readers see the old content or the new one, never a mixture.
+    """Replace a small file. Readers see the old content or the new one, never a mixture.
 
-    Other processes may replace or remove it at the same time: what is stored afterwards may be theirs, or nothing.
+    Other processes may replace or remove the file at the same time, so their content, or nothing, may be stored
+    afterwards.
 
     Raises:
         OSError: as for ``publish``.
@@ -88,15 +90,15 @@ def overwrite(fs: AbstractFileSystem, path: str, document: bytes) -> None:
 
 
 def create_once(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
-    """Create a small file unless it exists. Of any number of callers exactly one gets True.
+    """Create a small file unless it exists. Exactly one of several callers gets True.
 
     Args:
-        document: content, with a token of the caller in it: a storage that lost its first answer says
-            "exists" to the repeated request, and only the token tells that this caller was the one.
+        document: content, including a unique token of the caller. If the first answer of the storage is lost, it answers
+            "exists" to the repeated request; only the token shows that this caller created the file.
 
     Raises:
-        ValueError: if ``document`` is empty; such a file is not created exclusively on S3.
-        OSError: as for ``publish``, and if the disk has no hard links.
+        ValueError: ``document`` is empty; S3 does not create empty files exclusively.
+        OSError: as for ``publish``, or the disk has no hard links.
     """
     if not document:
         raise ValueError(f"{path}: an empty file cannot be created exclusively. Put a unique token into it.")
@@ -112,13 +114,61 @@ def create_once(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
         return _create_remote(fs, path, document)
 
 
+def require_exclusive_creation(fs: AbstractFileSystem, folder: str) -> None:
+    """Check that of two creations of one file in ``folder`` the second is refused. The store relies on this.
+
+    Leaves nothing behind, unless the process is killed in the meantime: then one small file ``probe-<32 hex>``.
+
+    Raises:
+        OSError: the second creation succeeded, or the storage cannot be written.
+        Unreachable: the storage does not answer.
+    """
+    path = f"{folder}/probe-{uuid.uuid4().hex}"
+    first, second = (f"{number} {uuid.uuid4().hex}".encode() for number in ("first", "second"))
+    try:
+        created = [create_once(fs, path, document) for document in (first, second)]
+        content = bytearray(len(first))
+        read_exactly(fs, path, 0, memoryview(content))
+    finally:
+        with contextlib.suppress(Exception):  # an earlier error is more important than a small file
+            fs.rm_file(path)
+    if created != [True, False] or content != first:
+        raise OSError(
+            errno.ENOTSUP,
+            f"{folder} at {endpoint_of(fs)} cannot be a store: two exclusive creations of {path} were answered "
+            f"with {created} instead of [True, False], and the file held {bytes(content)!r}, so two workers "
+            "could overwrite each other's results. Use a server that supports 'If-None-Match: *' on PUT (AWS S3 "
+            "documents it; it works on SeaweedFS 4.48 and Ceph RGW 16.2), or put the store on a local disk.",
+        )
+
+
+def copy_within(fs: AbstractFileSystem, source: str, target: str) -> None:
+    """Make the file ``source`` available as ``target`` as well, without transferring its bytes to this machine.
+
+    On a local disk this is a hard link, which takes neither time nor space; files never change, so both names stay
+    equal. Elsewhere the storage makes the copy.
+
+    Raises:
+        FileNotFoundError: ``source`` does not exist.
+        FileExistsError: ``target`` exists already, on a local disk.
+        OSError: the storage refuses, or cannot be reached.
+    """
+    if is_local(fs):
+        link_file(fs._strip_protocol(source), fs._strip_protocol(target))
+    else:
+        with reaching(fs, target):
+            fs.cp_file(source, target)
+
+
 def remove_quietly(fs: AbstractFileSystem, paths: Iterable[str]) -> None:
-    """Delete files nobody needs any more; what cannot be deleted stays as garbage."""
+    """Delete files that are no longer needed. Files that cannot be deleted stay as garbage."""
     for path in paths:
-        with contextlib.suppress(Exception):  # whatever it is, the work that was committed before stands
+        with contextlib.suppress(
+            Exception
+        ):  # clients raise more than OSErrors; the committed work is complete all the same
             fs.rm_file(path)
             if is_local(fs):
-                os.rmdir(os.path.dirname(fs._strip_protocol(path)))  # only succeeds on the last file
+                os.rmdir(os.path.dirname(fs._strip_protocol(path)))  # succeeds only when the folder is empty
 
 
 def _create_remote(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
@@ -131,50 +181,50 @@ def _create_remote(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
                 return _content(fs, path) == document
             if status_of(error) != 409 or attempt == CONFLICTS - 1:
                 raise
-            time.sleep(0.1 * 2**attempt)  # AWS answers 409 while another conditional request is under way
+            time.sleep(0.1 * 2**attempt)  # AWS answers 409 while another conditional request is in progress
     raise AssertionError("the last attempt returns or raises")
 
 
 def _content(fs: AbstractFileSystem, path: str) -> bytearray:
     content = bytearray(fs.info(path)["size"])
-    # In full: a short answer must not look like somebody else's document.
+    # Read completely: a short answer must not look like the document of another process.
     read_exactly(fs, path, 0, memoryview(content))
     return content
 
 
 def _publish_remote(fs: AbstractFileSystem, path: str, pieces: Iterator[memoryview]) -> None:
     start = bytearray()
-    for piece in pieces:  # not inside reaching: they may come from another storage
+    for piece in pieces:  # outside of reaching: the pieces may come from another storage
         start += piece
         if len(start) > BLOCK:
             break
     else:
         with reaching(fs, path):
-            fs.pipe_file(path, bytes(start))  # one request, atomic by itself
+            fs.pipe_file(path, bytes(start))  # a single request is atomic
         return
-    # Not a with-block: leaving one by an exception publishes what was written so far.
+    # Not a with-block: an exception that leaves it would publish the bytes written so far.
     with reaching(fs, path):
         file = fs.open(path, "wb", block_size=BLOCK, autocommit=False)
     try:
-        with _noticing_removal(path), reaching(fs, path):
+        with _detecting_removal(path), reaching(fs, path):
             file.write(start)
         del start
         for piece in pieces:
-            with _noticing_removal(path), reaching(fs, path):
+            with _detecting_removal(path), reaching(fs, path):
                 file.write(piece)
-        with _noticing_removal(path), reaching(fs, path):
+        with _detecting_removal(path), reaching(fs, path):
             file.close()
             file.commit()
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            file.closed = True  # or its finaliser would upload the rest
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            file.closed = True  # otherwise its finaliser would upload the rest
             file.discard()
         raise
 
 
 @contextlib.contextmanager
-def _noticing_removal(path: str) -> Iterator[None]:
-    """Put around requests about a file that this process is writing: it is missing only if somebody deleted it."""
+def _detecting_removal(path: str) -> Iterator[None]:
+    """Raise ``Removed`` if a file that this process is writing is missing: another process deleted it."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,1 +1,1 @@
-"""Formats of an artifact's files: tensors, tables, documents."""
+"""File formats that know nothing of a store: documents, safetensors headers, tensor entries, Git LFS pointers."""

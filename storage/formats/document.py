@@ -1,4 +1,4 @@
-"""Small JSON files that carry their own digest: manifests and resume points."""
+"""Sealed documents: small JSON files that contain their own digest, such as manifests and resume points."""
 
 import json
 import time
@@ -7,33 +7,32 @@ from collections.abc import Mapping
 
 from fsspec import AbstractFileSystem
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import RANGE_TOO_FAR, Unreachable, reaching, status_of
-from layerwise.storage.keys import digest
+from layerwise.storage.files.errors import RANGE_TOO_FAR, Corrupt, Unreachable, reaching, status_of
+from layerwise.storage.formats.canonical_json import digest
 
 FORMAT = 1
-LONGEST = 1 << 30  # bytes
-ATTEMPTS = 3  # a small object can come truncated without an error, see STORAGE.md 5
+MAX_BYTES = 1 << 30
+ATTEMPTS = 3  # a small object can arrive truncated without an error
 
 
 def seal(content: Mapping[str, object]) -> bytes:
-    """``content`` as JSON for people, with a unique token and a digest over everything.
+    """Return ``content`` as indented JSON, with a unique token and a digest of everything.
 
     Raises:
-        TypeError: if something in ``content`` is not plain (see ``canonical_json``).
-        ValueError: if a number in it is not finite.
+        TypeError: something in ``content`` is not plain (see ``canonical_json``).
+        ValueError: a number in ``content`` is not finite.
     """
     sealed = {"format": FORMAT, **content, "token": uuid.uuid4().hex}
     return json.dumps({**sealed, "digest": digest(sealed)}, indent=1).encode()
 
 
 def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
-    """The content of a file written by ``seal``.
+    """Return the content of a file written by ``seal``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        Corrupt: if it is not what was written, several times in a row, or of an unknown format.
-        Unreachable: if the storage does not answer.
+        FileNotFoundError: the file does not exist.
+        Corrupt: the file differs from what was written, several times in a row, or has an unknown format.
+        Unreachable: the storage does not answer.
     """
     problem: Exception
     content = b""
@@ -42,8 +41,8 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
             time.sleep(0.1 * 2**attempt)
         try:
             with reaching(fs, path):
-                # A range, as S3 clients ask for the size first where they want the whole, and list for what is missing.
-                content = fs.cat_file(path, start=0, end=LONGEST)
+                # A range: for a whole object, S3 clients request the size first, and list if it is missing.
+                content = fs.cat_file(path, start=0, end=MAX_BYTES)
             return _opened(content)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Corrupt) as error:
             problem = error
@@ -55,7 +54,7 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
         size = fs.info(path)["size"]
     if len(content) < size:
         raise Unreachable(
-            f"{path} comes as {len(content)} bytes, although it has {size}: the server, or a proxy before it, answers "
+            f"{path} arrives as {len(content)} bytes, although it has {size}: the server, or a proxy in front of it, answers "
             "wrongly. Check them, then start the same command again: nothing that was committed is lost."
         )
     raise Corrupt(

@@ -1,4 +1,4 @@
-"""Pointers that Git LFS leaves in place of large files: a few lines of text that stand for the content."""
+"""Git LFS pointers: a few lines of text in place of a large file."""
 
 from collections.abc import Mapping
 
@@ -7,18 +7,18 @@ from fsspec import AbstractFileSystem
 from layerwise.storage.files.reading import read_blocks
 
 BEGINNING = b"version https://git-lfs.github.com/spec/"
-LONGEST = 1024  # bytes: by its specification a pointer is shorter
+MAX_BYTES = 1024  # the specification requires pointers to be shorter
 
 
 def refuse_pointer(start: bytes | bytearray, name: str) -> None:
-    """Refuse a file whose content is still on a Git LFS server.
+    """Refuse a file that is a Git LFS pointer: its content is still on a server.
 
     Args:
         start: the first bytes of the file.
-        name: what the error calls it.
+        name: of the file, for the error message.
 
     Raises:
-        ValueError: if it is a pointer.
+        ValueError: the file is a pointer.
     """
     if start.startswith(BEGINNING):
         raise ValueError(
@@ -29,16 +29,16 @@ def refuse_pointer(start: bytes | bytearray, name: str) -> None:
 
 
 def refuse_pointers(fs: AbstractFileSystem, sizes: Mapping[str, int], names: Mapping[str, str]) -> None:
-    """Refuse files that are Git LFS pointers; only those small enough to be one are read.
+    """Refuse files that are Git LFS pointers. Reads only the files that are small enough to be one.
 
     Args:
-        sizes: by path.
-        names: what errors call them, by path.
+        sizes: of the files in bytes, by path.
+        names: of the files for the error message, by path.
 
     Raises:
-        ValueError: for the first pointer, by name.
+        ValueError: for the first pointer, sorted by name.
     """
-    small = {path: bytearray(size) for path, size in sizes.items() if len(BEGINNING) < size < LONGEST}
+    small = {path: bytearray(size) for path, size in sizes.items() if len(BEGINNING) < size < MAX_BYTES}
     read_blocks(fs, {path: [(0, memoryview(content))] for path, content in small.items()})
     for path in sorted(small, key=names.__getitem__):
         refuse_pointer(small[path], names[path])

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: written for streaming, and believed only when its arithmetic holds."""
+"""Headers of safetensors files: written before the data, and accepted only if the tensors fill the file exactly."""
 
 import json
 import struct
@@ -6,28 +6,27 @@ from collections.abc import Mapping
 
 from fsspec import AbstractFileSystem
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import reaching
+from layerwise.storage.files.errors import Corrupt, reaching
 from layerwise.storage.files.reading import read_exactly
 from layerwise.storage.formats.large_file_pointer import refuse_pointer
 from layerwise.storage.formats.tensor_entry import TensorEntry
 
 LENGTH = struct.Struct("<Q")  # the file begins with the length of its header
-LONGEST = 100_000_000  # bytes of a header; the official reader has the same limit
+MAX_BYTES = 100_000_000  # of a header; the official reader has the same limit
 FIRST_READ = 256 << 10  # bytes: one request is enough for most headers
 METADATA = "__metadata__"
 
 
 def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
-    """Every tensor of a safetensors file, without reading tensor data.
+    """Return the entries of all tensors of a safetensors file, without reading tensor data.
 
     Returns:
-        Name to entry in the order of the data, offsets counted from the beginning of the file, no digests.
+        Entries by name, in the order of the data. Offsets count from the beginning of the file; there are no digests.
 
     Raises:
-        ValueError: if Git LFS has left a pointer in place of the file.
-        Corrupt: if the tensors do not fill the file exactly: truncated, overlapping, with gaps, of another
-            size than type and shape say, of an unknown type; or if the header cannot be read at all.
+        ValueError: the file is a Git LFS pointer.
+        Corrupt: the tensors do not fill the file exactly (truncated, overlapping, gaps, a size that does not match
+            type and shape, an unknown type), or the header cannot be read.
     """
     with reaching(fs, path):
         size = fs.info(path)["size"]
@@ -36,7 +35,7 @@ def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
     refuse_pointer(start, path)
     end = header_end(start, size)
     if end is None:
-        length = LENGTH.unpack(start[:8])[0] if size >= 8 else LONGEST + 1
+        length = LENGTH.unpack(start[:8])[0] if size >= 8 else MAX_BYTES + 1
         raise _damaged(path, f"of {size} bytes begins with a header length of {length}")
     if end > len(start):
         rest = bytearray(end - len(start))
@@ -46,28 +45,28 @@ def read_header(fs: AbstractFileSystem, path: str) -> dict[str, TensorEntry]:
 
 
 def header_end(start: bytes | bytearray, size: int) -> int | None:
-    """Where the data of a safetensors file begin; None for what cannot be one.
+    """Return the offset of the data of a safetensors file; None if the file cannot be one.
 
     Args:
-        start: the first 8 bytes or more.
-        size: of the file.
+        start: at least the first 8 bytes of the file.
+        size: of the file in bytes.
     """
     if len(start) < LENGTH.size:
         return None
     (length,) = LENGTH.unpack_from(start)
-    return LENGTH.size + length if length <= LONGEST and LENGTH.size + length <= size else None
+    return LENGTH.size + length if length <= MAX_BYTES and LENGTH.size + length <= size else None
 
 
 def parse_header(start: bytes | bytearray, size: int, path: str) -> dict[str, TensorEntry]:
-    """Every tensor that a header describes.
+    """Return the entries of all tensors that a header describes.
 
     Args:
-        start: the file up to its data, whose first byte is at ``header_end``.
-        size: of the file.
-        path: what errors call the file.
+        start: the file up to its data, which begin at ``header_end``.
+        size: of the file in bytes.
+        path: of the file, for the error message.
 
     Raises:
-        Corrupt: as ``read_header``.
+        Corrupt: as for ``read_header``.
     """
     try:
         header = json.loads(bytes(start[LENGTH.size :]), object_pairs_hook=_without_repeats)
@@ -89,14 +88,14 @@ def parse_header(start: bytes | bytearray, size: int, path: str) -> dict[str, Te
 def encode_header(
     shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The first bytes of a safetensors file whose data follow in the given order.
+    """Return the header of a safetensors file whose data follow in the given order.
 
     Args:
-        shapes: name to (dtype name, shape).
-        metadata: free text for people and for transformers, which wants ``{"format": "pt"}``.
+        shapes: (dtype name, shape) by tensor name.
+        metadata: free text; transformers requires ``{"format": "pt"}``.
 
     Returns:
-        The header, padded so that data begin at a multiple of 8 bytes, and where each tensor will lie.
+        The header, padded so that the data begin at a multiple of 8 bytes, and the entry of each tensor.
     """
     relative, position = {}, 0
     for name, (dtype, shape) in shapes.items():
@@ -129,5 +128,5 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _damaged(path: str, finding: str) -> Corrupt:
     return Corrupt(
-        f"{path} {finding}: it is truncated, damaged or no safetensors file. Download or write it again."
+        f"{path} {finding}: it is truncated, damaged or not a safetensors file. Download or write it again."
     )

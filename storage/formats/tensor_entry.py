@@ -1,47 +1,58 @@
-"""Where one tensor lies in a file, and what its bytes must be."""
+"""Tensor entries: type, shape and place of a tensor in a file, and the digest of its bytes."""
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # importing torch takes seconds; commands that only list a store do without it
+    import torch
 
-# The dtype names of the safetensors format, without its types of less than a byte.
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# The dtypes of the safetensors format, except those of less than a byte: name in torch, bytes per element.
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}  # by the name in torch
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """Return the safetensors name of a torch dtype.
+
+    Raises:
+        KeyError: the format has no such type.
+    """
+    return DTYPE_NAMES[str(dtype).removeprefix("torch.")]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Type, shape and place of one tensor.
+    """Type, shape and place of one tensor in a file.
 
     Args:
         dtype: name of the safetensors format, such as "BF16".
         shape: as in torch; ``()`` is a scalar.
         offset: of the first byte, from the beginning of the file.
-        digest: xxh3_128 of the bytes, 32 hex digits; None where nobody has computed it yet.
+        digest: xxh3_128 of the bytes, 32 hex digits; None if it has not been computed.
 
     Raises:
-        ValueError: if the dtype is unknown, or a number is negative.
+        ValueError: the dtype is unknown, or a number is negative.
     """
 
     dtype: str
@@ -50,35 +61,38 @@ class TensorEntry:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in TORCH_DTYPES:
+        if self.dtype not in DTYPES:
             raise ValueError(
-                f"the tensor type {self.dtype!r} is not one of {sorted(TORCH_DTYPES)}. "
+                f"the tensor type {self.dtype!r} is not one of {sorted(DTYPES)}. "
                 "Convert the file to one of these first."
             )
         if any(type(number) is not int or number < 0 for number in (*self.shape, self.offset)):
             raise ValueError(
                 f"a tensor of shape {self.shape} at offset {self.offset} cannot exist: sizes and offsets are "
-                "whole numbers from zero on. The header or manifest it came from is damaged: write it again."
+                "non-negative integers. The header or manifest that describes it is damaged: write the file again."
             )
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
+    def torch_dtype(self) -> "torch.dtype":
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
+        return dtype
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
     def to_json(self) -> list[object]:
-        """The entry as plain JSON: ``[dtype, shape, offset, digest]``."""
+        """Return the entry as plain JSON: ``[dtype, shape, offset, digest]``."""
         return [self.dtype, list(self.shape), self.offset, self.digest]
 
     @classmethod
     def from_json(cls, row: list) -> "TensorEntry":
-        """The entry that ``to_json`` wrote.
+        """Return the entry that ``to_json`` wrote.
 
         Raises:
-            ValueError: if ``row`` is something else.
+            ValueError: ``row`` is not such an entry.
         """
         dtype, shape, offset, digest = row
         return cls(dtype, tuple(shape), offset, digest)

@@ -1,1 +1,1 @@
-"""Maintenance of a store: inventory, garbage collection, verification, signs of life."""
+"""Maintenance of a store: garbage collection, verification, setting damaged artifacts aside."""

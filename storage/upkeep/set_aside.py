@@ -1,36 +1,34 @@
-"""Damaged artifacts are taken out of use, and kept for people to look at."""
+"""Setting damaged artifacts aside: they are taken out of use, and kept for inspection."""
 
 import uuid
 
-from layerwise.storage.damage import Damaged
-from layerwise.storage.draft import MANIFEST
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import reaching
+from layerwise.storage.artifact import MANIFEST, Damaged
+from layerwise.storage.files.errors import Corrupt, reaching
 from layerwise.storage.files.publishing import overwrite, remove_quietly
 from layerwise.storage.formats.document import read_sealed
-from layerwise.storage.resume_points import PROGRESS
+from layerwise.storage.resume_points import RESUME_POINT_FILE
 from layerwise.storage.store import ArtifactStore
 
 
 def set_aside(store: ArtifactStore, damaged: Damaged) -> bool:
-    """Take a damaged artifact out of use: the next ``get_or_build`` of its stage builds it anew.
+    """Take a damaged artifact out of use, so that the next ``get_or_build`` of its stage rebuilds it.
 
-    Its manifest is kept under another name until ``layerwise gc`` collects it and the files that only it names.
+    Its manifest is kept under another name until ``layerwise gc`` deletes it with the files that only it names.
 
     Returns:
-        False if the artifact was replaced since it was judged: look again.
+        False if the artifact was replaced since it was examined: read it again.
 
     Raises:
-        OSError: if the storage refuses, or cannot be reached.
+        OSError: the storage refuses, or cannot be reached.
     """
-    folder = f"{store.root}/{damaged.key}"
+    folder = store.path(damaged.key)
     path = f"{folder}/{MANIFEST}"
     try:
         manifest = _content(store, path, damaged.token)
         if manifest is None:
             return False
-        # One that was left beside the manifest would lead the rebuilding to the damaged files.
-        remove_quietly(store.fs, [f"{folder}/{PROGRESS}"])
+        # A resume point left next to the manifest would make the rebuild inherit the damaged files.
+        remove_quietly(store.fs, [f"{folder}/{RESUME_POINT_FILE}"])
         overwrite(store.fs, f"{path}.damaged-{uuid.uuid4().hex}", manifest)
         if _content(store, path, damaged.token) != manifest:
             return False
@@ -42,10 +40,10 @@ def set_aside(store: ArtifactStore, damaged: Damaged) -> bool:
 
 
 def _content(store: ArtifactStore, path: str, token: str) -> bytes | None:
-    """The manifest as it is stored; None if it can be read and is not the one with ``token``.
+    """Return the stored manifest; None if it is readable and has another token.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: there is no manifest.
     """
     try:
         if read_sealed(store.fs, path)["token"] != token:

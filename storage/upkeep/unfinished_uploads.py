@@ -1,4 +1,4 @@
-"""Uploads to S3 that were begun and neither finished nor aborted: they cost storage and no listing shows them."""
+"""Unfinished uploads to S3: begun and neither completed nor aborted. They cost storage, and no listing shows them."""
 
 import logging
 from collections.abc import Iterator
@@ -8,18 +8,19 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from layerwise.storage.files.errors import reaching
-from layerwise.storage.upkeep.inventory import ATTEMPT_FILE, STAGE_FILE
+from layerwise.storage.inventory import ATTEMPT_FILE, STAGE_FILE
+from layerwise.storage.location import StoreLocation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OpenUpload:
-    """An upload of a file of a store that is not finished.
+    """An unfinished upload of a file of a store.
 
     Args:
-        path: of the file it would be, relative to the store's root.
-        identifier: by which the server knows it.
+        path: of the file, relative to the store's root.
+        identifier: of the upload on the server.
         began: by the server's clock, in seconds since 1970.
     """
 
@@ -28,22 +29,23 @@ class OpenUpload:
     began: float
 
 
-def open_uploads(fs: AbstractFileSystem, root: str, stage_names: set[str]) -> list[OpenUpload]:
-    """Uploads under way below ``root`` to places where this program writes; none where there is no such thing.
+def open_uploads(store: StoreLocation, stage_names: set[str]) -> list[OpenUpload]:
+    """Return the unfinished uploads of files that this program writes; an empty list on storages other than S3.
 
     Args:
-        stage_names: folders to look into if the store is a whole bucket: others may upload to it, too.
+        stage_names: folders to search if the store is a whole bucket, to which other programs may upload, too.
     """
+    fs = store.fs
     if not hasattr(fs, "call_s3"):
         return []
-    bucket, prefix, _ = fs.split_path(root)
+    bucket, prefix, _ = fs.split_path(store.root)
     below = f"{prefix}/" if prefix else ""
     prefixes = [below] if below else [f"{name}/" for name in sorted(stage_names)]
     try:
-        with reaching(fs, root):
+        with reaching(fs, store.root):
             rows = [row for each in prefixes for row in _list(fs, bucket, each)]
     except (OSError, NotImplementedError) as error:
-        logger.warning("open uploads below %s cannot be listed (%s): they are left alone", root, error)
+        logger.warning("open uploads below %s cannot be listed (%s): they stay", store.root, error)
         return []
     found = []
     for row in rows:
@@ -54,15 +56,15 @@ def open_uploads(fs: AbstractFileSystem, root: str, stage_names: set[str]) -> li
     return found
 
 
-def abort_upload(fs: AbstractFileSystem, root: str, path: str, identifier: str) -> None:
-    """Abort an upload; its parts are deleted.
+def abort_upload(store: StoreLocation, path: str, identifier: str) -> None:
+    """Abort an upload. The server deletes its parts.
 
     Raises:
-        FileNotFoundError: if it was finished or aborted meanwhile.
-        OSError: if the server refuses.
+        FileNotFoundError: it was completed or aborted in the meantime.
+        OSError: the server refuses.
     """
-    bucket, key, _ = fs.split_path(f"{root}/{path}")
-    fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=identifier)
+    bucket, key, _ = store.fs.split_path(store.path(path))
+    store.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=identifier)
 
 
 def _list(fs: AbstractFileSystem, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reading a whole store through: every manifest, every resume point, every byte of their files."""
+"""Verification of a store: read every manifest, every resume point, and every byte of their files."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -6,30 +6,28 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
 
-from layerwise.storage.artifact import StoredFile
-from layerwise.storage.checking import require_content
-from layerwise.storage.draft import MANIFEST
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.reading import is_local
-from layerwise.storage.resume_points import PROGRESS, read_progress
+from layerwise.storage.artifact import MANIFEST, StoredFile
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.integrity import require_content
+from layerwise.storage.inventory import StageFolder, take_inventory
+from layerwise.storage.resume_points import RESUME_POINT_FILE, read_resume_point
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.inventory import StageFolder, take_inventory
 
-AT_ONCE = 4  # folders, on a remote storage: small files would wait for its answers most of the time
-LOOKS = 3  # at a folder that others change while it is read
+CONCURRENT_FOLDERS = 4  # on a remote storage, where reading small files is mostly waiting
+READS = 3  # maximum for a folder that other processes change while it is read
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be.
+    """A file that is damaged, unreadable or not committed.
 
     Args:
-        key: of the artifact, or of the stage whose resume point it is.
+        key: of the artifact, or of the stage whose resume point is affected.
         name: of the file.
-        problem: what is wrong, with the values.
-        kind: ``damaged``: lost, to be built anew; ``unread``: the storage failed, so nothing is known;
-            ``unfinished``: files that nothing commits, which a killed process, one that is running, or a lost
-            manifest leaves.
+        problem: description, with the values.
+        kind: ``damaged``: lost, must be rebuilt; ``unread``: the storage failed, so the state is unknown;
+            ``unfinished``: files without a manifest or resume point, left by a killed or running process or by the
+            loss of a manifest.
     """
 
     key: str
@@ -39,14 +37,14 @@ class Finding:
 
 
 class Tally:
-    """What was read so far; the reader changes it, anybody may look.
+    """Counts of what was verified so far. Updated by the verifying threads, readable from any thread.
 
     Attributes:
-        folders: how many hold an artifact or a resume point, 0 until the store was listed.
-        artifacts: read through.
-        resume_points: read through.
-        files: read through, manifests not counted.
-        bytes: of these files.
+        folders: number of folders with an artifact or a resume point; 0 until the store is listed.
+        artifacts: number of artifacts read.
+        resume_points: number of resume points read.
+        files: number of files read, without manifests.
+        bytes: total size of these files.
     """
 
     def __init__(self) -> None:
@@ -54,36 +52,36 @@ class Tally:
         self._lock = Lock()
 
     def add(self, **counts: int) -> None:
-        """Count further things that were read; from any thread."""
+        """Add to the counts, from any thread."""
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
 
 def verify(store: ArtifactStore, tally: Tally | None = None) -> Iterator[Finding]:
-    """Read everything that is committed in a store, and tell what is not as it was written; nothing is changed.
+    """Read everything that is committed in a store, and yield what differs from what was written. Changes nothing.
 
-    Memory is 32 MB whatever the sizes, four times that on a remote storage.
+    Needs 32 MB of memory for files of any size, and four times as much on a remote storage.
 
     Args:
-        tally: is kept up to date while the findings are consumed.
+        tally: updated while the findings are consumed.
 
     Raises:
-        OSError: if the store cannot be listed.
+        OSError: the store cannot be listed.
     """
     tally = Tally() if tally is None else tally
-    inventory = take_inventory(store.fs, store.root)
+    inventory = take_inventory(store)
     folders = [folder for _, folder in sorted(inventory.folders.items())]
-    tally.add(folders=sum(bool(folder.manifest or folder.progress) for folder in folders))
-    read_by: dict[str, str] = {}  # key of an artifact -> one that was made from it
-    pool = ThreadPoolExecutor(1 if is_local(store.fs) else AT_ONCE)
+    tally.add(folders=sum(bool(folder.manifest or folder.resume_point) for folder in folders))
+    read_by: dict[str, str] = {}  # key of an artifact: key of one that was made from it
+    pool = ThreadPoolExecutor(1 if store.is_local else CONCURRENT_FOLDERS)
     try:
         for findings in pool.map(lambda folder: _read_folder(store, folder, tally, read_by), folders):
             yield from findings
     finally:
         pool.shutdown(cancel_futures=True)
     for folder in folders:
-        if folder.attempts and not folder.manifest and not folder.progress:
+        if folder.attempts and not folder.manifest and not folder.resume_point:
             yield _unfinished(folder, read_by.get(folder.key))
 
 
@@ -91,23 +89,23 @@ def _unfinished(folder: StageFolder, reader: str | None) -> Finding:
     count = sum(len(files) for files in folder.attempts.values())
     if reader is None or folder.set_aside:
         problem = (
-            f"{count} files are there, but neither a manifest nor a resume point ({PROGRESS}): a killed process left "
+            f"{count} files without a manifest or a resume point ({RESUME_POINT_FILE}): a killed process left "
             "them, or one is at work there. `layerwise gc` deletes them when they are old"
         )
         return Finding(folder.key, MANIFEST, problem, "unfinished")
     return Finding(
         folder.key,
         MANIFEST,
-        f"it is missing: {reader} was made from this artifact, of which {count} files are there",
+        f"it is missing: {reader} was made from this artifact, and {count} files of it exist",
     )
 
 
 def _read_folder(
     store: ArtifactStore, folder: StageFolder, tally: Tally, read_by: dict[str, str]
 ) -> list[Finding]:
-    """Findings of one stage folder, read again if another process changed it meanwhile."""
+    """Return the findings of one stage folder; read it again if another process changed it in the meantime."""
     findings: list[Finding] = []
-    for _ in range(LOOKS):
+    for _ in range(READS):
         before, findings = _committed_files(store, folder, read_by)
         if before is None:
             break
@@ -117,19 +115,19 @@ def _read_folder(
         ]
         if not findings or _token(store, folder) == token:
             break
-    if folder.manifest or folder.progress:
+    if folder.manifest or folder.resume_point:
         tally.add(**{"artifacts" if folder.manifest else "resume_points": 1})
     return findings
 
 
-Committed = tuple[str, list[tuple[str, StoredFile]]]  # token of the document, the files it names
+Committed = tuple[str, list[tuple[str, StoredFile]]]  # token of the document, and the files it names
 
 
 def _committed_files(
     store: ArtifactStore, folder: StageFolder, read_by: dict[str, str]
 ) -> tuple[Committed | None, list[Finding]]:
-    """What is to be read in a folder; a resume point beside a manifest is of no use, and is not read."""
-    name = MANIFEST if folder.manifest else PROGRESS
+    """Return the files to read in a folder. A resume point next to a manifest is not needed, and is not read."""
+    name = MANIFEST if folder.manifest else RESUME_POINT_FILE
     try:
         if folder.manifest:
             artifact = store.get(folder.key)
@@ -137,11 +135,12 @@ def _committed_files(
             if isinstance(inputs, Mapping):
                 read_by.update(dict.fromkeys(map(str, inputs.values()), folder.key))
             return (artifact.token, list(artifact.files.items())), []
-        if folder.progress and (progress := read_progress(store.fs, store.root, folder.key)):
-            return (progress.token, [*progress.files.items(), *progress.state.files.items()]), []
+        if folder.resume_point and (resume_point := read_resume_point(store, folder.key)):
+            files = [*resume_point.files.items(), *resume_point.state.files.items()]
+            return (resume_point.token, files), []
         return None, []
     except KeyError:
-        return None, []  # it was deleted, or set aside, since the listing
+        return None, []  # deleted or set aside since the listing
     except Corrupt as error:
         return None, [Finding(folder.key, name, str(error))]
     except Exception as error:  # clients raise more than OSErrors; the other folders are read all the same
@@ -157,9 +156,9 @@ def _read_file(
     store: ArtifactStore, key: str, name: str, file: StoredFile, tally: Tally
 ) -> Iterator[Finding]:
     try:
-        require_content(store.fs, store.root, file, lambda size: tally.add(bytes=size))
+        require_content(store, file, lambda size: tally.add(bytes=size))
         tally.add(files=1)
     except Corrupt as error:
         yield Finding(key, name, str(error))
     except Exception as error:  # clients raise more than OSErrors; the other files are read all the same
-        yield Finding(key, name, f"{store.root}/{file.path} could not be read: {error}", "unread")
+        yield Finding(key, name, f"{store.path(file.path)} could not be read: {error}", "unread")

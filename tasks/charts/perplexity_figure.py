@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import altair
 
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.tasks.charts.axes import measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
 from layerwise.tasks.pages.report_tables import BEST, UNIFORM, Row
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.select import TRIAL
 
 
@@ -37,9 +37,16 @@ def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "bet
     scale_of_x = altair.Scale(padding=14, nice=False, zero=False)
     x = altair.X("beta:Q", title=f"{parameter}{meaning}", scale=scale_of_x, axis=altair.Axis(tickCount=6))
     look = _looking(
-        {row["looks"]: _mark(row) for row in curve} | {f"dense: {number(dense)}": (GREY, "stroke", GREY)}
+        {row["looks"]: _mark(row) for row in curve}
+        | {f"dense: {format_perplexity(dense)}": (GREY, "stroke", GREY)}
     )
-    level = [{"perplexity": dense, "looks": f"dense: {number(dense)}", "said": f"dense: {number(dense)}"}]
+    level = [
+        {
+            "perplexity": dense,
+            "looks": f"dense: {format_perplexity(dense)}",
+            "said": f"dense: {format_perplexity(dense)}",
+        }
+    ]
     of_shown, of_failed = chart_of(shown), chart_of([row for row in curve if row["failed"]])
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
     joined = [] if parameter == TRIAL else shown
@@ -74,9 +81,9 @@ def _looks(row: Row) -> str:
     if row["failed"]:
         return "failed"
     if row["kind"] == BEST:
-        return f"best, {row['plan']}: {number(row['perplexity'])}"
+        return f"best, {row['plan']}: {format_perplexity(row['perplexity'])}"
     if row["kind"] == UNIFORM:
-        return f"uniform: {number(row['perplexity'])}"
+        return f"uniform: {format_perplexity(row['perplexity'])}"
     return "worse" if row["worse"] else "not surely worse"
 
 
@@ -93,6 +100,10 @@ def _mark(row: Row) -> tuple[str, str, str]:
 
 def _said(row: Row) -> str:
     if row["failed"]:
-        return f"{row['plan']}: failed, perplexity {number(row['perplexity'])}"
-    bar = f", 95 % from {number(row['low'])} to {number(row['high'])}" if row["low"] < row["high"] else ""
-    return f"{row['plan']}: perplexity {number(row['perplexity'])}{bar}"
+        return f"{row['plan']}: failed, perplexity {format_perplexity(row['perplexity'])}"
+    bar = (
+        f", 95 % from {format_perplexity(row['low'])} to {format_perplexity(row['high'])}"
+        if row["low"] < row["high"]
+        else ""
+    )
+    return f"{row['plan']}: perplexity {format_perplexity(row['perplexity'])}{bar}"

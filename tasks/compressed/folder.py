@@ -11,16 +11,17 @@ from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from layerwise.models.skeleton import build_skeleton
 from layerwise.sparse import semi_structured
 from layerwise.sparse.bitmask import PackedWeight
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.formats.safetensors_header import read_header
-from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TORCH_DTYPES, TensorEntry
-from layerwise.storage.formats.tensors import read_entries
+from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry
+from layerwise.storage.tensors import read_entries
 from layerwise.tasks.compressed.file_format import (
     DESCRIPTION_FILE,
     PARTS,
@@ -36,7 +37,8 @@ from layerwise.tasks.compressed.file_format import (
 from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
 from layerwise.tasks.sources.checkpoint_files import CONFIG, SUBFOLDERS, StoredTensor, copied_files
-from layerwise.tasks.sources.folder import FileState, Folder
+from layerwise.tasks.sources.file_identity import FileState
+from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_config import (
     check_values,
     config_from_document,
@@ -44,7 +46,7 @@ from layerwise.tasks.sources.model_config import (
     read_config_document,
 )
 
-TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
+TORCH_NAMES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 LONGEST_DESCRIPTION = 100_000_000  # bytes; as the header of a safetensors file
 LARGEST_SIZE = 1 << 48  # of a tensor's dimension: what is larger torch cannot count
 COPY_AGAIN = "Copy all files of the folder again from one place."
@@ -159,7 +161,7 @@ class CompressedFolder:
             raise ValueError(
                 f"{sparse.file} of {self.folder.name} lacks the tensor {shortened(missing[0])}. {COPY_AGAIN}"
             )
-        dtype = DTYPE_NAMES[TORCH_NAMES[sparse.dtype]]
+        dtype = DTYPE_NAMES[sparse.dtype]
         if sparse.layout == "bitmask":
             fits = (header[first].dtype, header[first].shape) == ("U8", (rows, -(-columns // 8)))
             fits = fits and len(header[values].shape) == 1 and header[values].shape[0] <= rows * columns

@@ -90,7 +90,7 @@ def note_group(store: ArtifactStore, lanes: Sequence[Stage]) -> None:
         state.facts[GROUP] = together
 
     for lane in lanes:
-        store.draft(lane).save_progress(0, note)
+        store.draft(lane).save_resume_point(0, note)
 
 
 def split_evenly(lanes: Sequence[int], count: int) -> list[list[int]]:
@@ -103,7 +103,7 @@ def split_evenly(lanes: Sequence[int], count: int) -> list[list[int]]:
 
 def _noted_group(store: ArtifactStore, lanes: Sequence[Stage], lane: int) -> list[int]:
     """The lanes that this one was begun with; none if one of them is not asked for any more."""
-    progress = store.progress(lanes[lane])
+    progress = store.resume_point(lanes[lane])
     keys = [] if progress is None else cast(list[str], progress.state.facts[GROUP])
     number_of = {stage.key: number for number, stage in enumerate(lanes)}
     return [number_of[key] for key in keys] if all(key in number_of for key in keys) else []
@@ -111,4 +111,4 @@ def _noted_group(store: ArtifactStore, lanes: Sequence[Stage], lane: int) -> lis
 
 def _has_progress(store: ArtifactStore, lanes: Sequence[Stage]) -> bool:
     group = group_stage(lanes)
-    return store.find(group) is not None or store.progress(group) is not None
+    return store.find(group) is not None or store.resume_point(group) is not None

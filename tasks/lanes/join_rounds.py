@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from layerwise.scoring.perplexity import perplexity
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.branch import LAYERS_FILE, LOSSES_FILE, LaneScore, plan_facts, read_score
 from layerwise.tasks.results.run_names import plans_title
 from layerwise.tasks.running.stage_task import stage_task

@@ -15,8 +15,8 @@ from layerwise.scoring.local_errors import LocalErrors
 from layerwise.scoring.perplexity import window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import read_tensor_into, write_tensors
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensor_into, write_tensors
 from layerwise.tasks.capture_grams import read_grams
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lanes.prune_settings import PruneSettings

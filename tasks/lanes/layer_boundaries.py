@@ -34,7 +34,7 @@ def boundaries(
     """Leave resume points in ``draft``: as often as ``execution`` says, and when the process is asked to stop.
 
     Args:
-        write_state: see ``Draft.save_progress``.
+        write_state: see ``Draft.save_resume_point``.
 
     Yields:
         A function to call after every layer, with the number of the next one. What is done in the block after its
@@ -48,7 +48,7 @@ def boundaries(
 
         def commit() -> None:
             nonlocal committed_step
-            draft.save_progress(reached_step, write_state)
+            draft.save_resume_point(reached_step, write_state)
             committed_step = reached_step
 
         def reached(step: int) -> None:

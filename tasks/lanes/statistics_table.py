@@ -9,9 +9,9 @@ import torch
 from layerwise.calibration.statistics import InputStatistics
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 
 
 def statistics_file(layer: int, folder: str = "statistics") -> str:

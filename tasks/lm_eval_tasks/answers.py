@@ -11,8 +11,8 @@ from layerwise.scoring.accuracy import Accuracy, accuracy
 from layerwise.scoring.continuations import Score
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tables import read_table, write_table
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.lm_eval_tasks.questions import Questions
 
 DOCUMENTS_FILE = "documents.parquet"

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from layerwise.scoring.continuations import Score
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

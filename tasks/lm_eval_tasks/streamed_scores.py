@@ -18,8 +18,8 @@ from layerwise.scoring.continuations import (
     score_batch,
 )
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import read_tensor_into, write_tensors
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensor_into, write_tensors
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lm_eval_tasks.questions import Questions, instances_of
 from layerwise.tasks.models.checkpoint import Checkpoint

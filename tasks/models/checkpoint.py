@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.formats.tensors import needed_bytes, read_entries
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import needed_bytes, read_entries
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.tokenizer_files import TokenizerFiles, encoding_identity, tokenizer_identity
 from layerwise.tasks.sources.checkpoint_files import copied_files

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.keys import digest
 
 # Entries of config.json that say who wrote it, not what the model is.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")

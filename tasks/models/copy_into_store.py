@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.storage.draft import Draft
-from layerwise.storage.formats.tensors import needed_bytes, read_entries, write_tensors
+from layerwise.storage.tensors import needed_bytes, read_entries, write_tensors
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
 from layerwise.tasks.running.progress import showing
@@ -92,7 +92,7 @@ def _write_shards(
                         require_finite(weights[tensor.name], tensor.name, tensor.file)
                 write_tensors(draft, file, weights, metadata={"format": "pt"})
                 show(step)
-                draft.save_progress(step, _no_state)
+                draft.save_resume_point(step, _no_state)
             if asked_to_stop():
                 stop()
             entries = draft.files[file].tensors

@@ -165,4 +165,4 @@ def _save(draft: Draft, step: int, digests: dict[str, str]) -> None:
     def write_state(state: Draft) -> None:
         state.write(DIGESTS, content)
 
-    draft.save_progress(step, write_state)
+    draft.save_resume_point(step, write_state)

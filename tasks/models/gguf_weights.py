@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from layerwise.models.skeleton import UnsupportedModel, expected_tensors, layer_prefix
-from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry
+from layerwise.storage.formats.tensor_entry import TensorEntry, dtype_name
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.gguf_header import check_gguf_header
 from layerwise.tasks.models.tensor_matching import layers_stored
@@ -112,7 +112,7 @@ class GgufWeights:
                 name,
                 int(match[1]) if (match := number.match(name)) else None,
                 self.path.name,
-                TensorEntry(DTYPE_NAMES[DTYPE], shape, 0),
+                TensorEntry(dtype_name(DTYPE), shape, 0),
             )
             for name, shape in self.expected.items()
         ]

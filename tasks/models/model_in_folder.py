@@ -7,7 +7,7 @@ to run code that a folder brings, adds adapters, and makes up weights that it do
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from layerwise.storage.formats.tensors import read_entries
+from layerwise.storage.tensors import read_entries
 from layerwise.tasks.models.folder_index import check_tied_copies, describe_folder
 from layerwise.tasks.models.whole_model import model_of_weights
 from layerwise.tasks.running.execution import Execution

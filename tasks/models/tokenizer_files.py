@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
 
-from layerwise.storage.keys import digest
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.tasks.models.tokenizer import open_tokenizer
 from layerwise.tasks.sources.checkpoint_files import CONFIG, GENERATION_CONFIG, copied_files
 from layerwise.tasks.sources.folder import Folder

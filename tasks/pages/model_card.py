@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import yaml
 
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.tasks.pages.markdown import code, one_line, plain
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.sources.source_license import License
 from layerwise.tasks.speed import speed_rows, speed_sentence
 
@@ -171,7 +171,7 @@ def _results(results: Sequence[Result]) -> str:
     if not results:
         return ""
     rows = [
-        f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {number(row.perplexity)} |"
+        f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {format_perplexity(row.perplexity)} |"
         for row in results
     ]
     table = "\n".join(["| model | text | windows x tokens | perplexity |", "|:--|:--|--:|--:|", *rows])

@@ -4,21 +4,18 @@ The figures are SVG inside of the page: they are there without a script and in p
 dark pages. A short script shows the value of a mark under the pointer or finger; every value is in a table, too.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from markupsafe import Markup
 
-from layerwise.scoring.perplexity import DIVERGED
+from layerwise.display.byte_size import size
+from layerwise.scoring.perplexity import format_perplexity, has_diverged
 from layerwise.tasks.pages import report_text
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.pages.report_tables import BEST, Rows
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.speed import speed_rows, speed_sentence
-
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
@@ -73,16 +70,11 @@ def _by_layer(rows: Rows, column: str, value: str) -> Mapping[str, Any]:
 
 def _perplexity(value: float) -> str:
     """Of a model that failed its loss says nothing but that."""
-    return "diverged" if math.log(value) >= 0.999 * DIVERGED else number(value)
+    return "diverged" if has_diverged(value) else format_perplexity(value)
 
 
 def _size(count: int | None) -> str:
-    if count is None:
-        return "not noted"
-    value, unit = float(count), 0
-    while value >= 1000 and unit < len(UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {UNITS[unit]}"
+    return "not noted" if count is None else size(count) or "0 B"
 
 
 def _setting(value: object) -> str:

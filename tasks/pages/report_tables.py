@@ -6,8 +6,8 @@ from typing import Any
 
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.formats.tables import read_table
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import ERRORS_FILE, LAYERS_FILE, LINEARS_FILE
 from layerwise.tasks.results.search_result import FinishedSearch
 from layerwise.tasks.select import ScoreRow

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.scoring.theory import Findings
 from layerwise.scoring.theory_plans import ASCENDING
-from layerwise.tasks.results.findings import number
 
 SUBJECTS = {
     "3.1": "more sparsity, more error of the layer's own",
@@ -113,7 +113,7 @@ def _on_orders(found: Findings) -> str:
     return (
         f"{verdict}: {total}. With each layer's error over its energy the sum is below that of "
         f"{orders.below('relative_total')}, the error after the last layer below that of {orders.below('last')}, the "
-        f"perplexity {number(ascending.perplexity)} below that of {orders.below('perplexity')} of them (the best of "
-        f"these, {orders.runner_up.order}: {number(orders.runner_up.perplexity)}{t}; the uniform plan: "
-        f"{number(found.uniform.perplexity)})."
+        f"perplexity {format_perplexity(ascending.perplexity)} below that of {orders.below('perplexity')} of them (the best of "
+        f"these, {orders.runner_up.order}: {format_perplexity(orders.runner_up.perplexity)}{t}; the uniform plan: "
+        f"{format_perplexity(found.uniform.perplexity)})."
     )

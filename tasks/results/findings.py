@@ -1,6 +1,6 @@
 """What a search found, in rows and sentences: the same on the terminal, on Prefect's pages and in the report."""
 
-from layerwise.scoring.perplexity import DIVERGED
+from layerwise.scoring.perplexity import format_perplexity, rounded_perplexity
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.select import Selection
 
@@ -20,7 +20,7 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
                 selection.parameter.rpartition(" ")[2]: row.beta,
                 **offset,
                 "loss": round(row.loss, 4),
-                "perplexity": "diverged" if row.loss >= DIVERGED else round(row.perplexity, 2),
+                "perplexity": rounded_perplexity(row.perplexity),
                 "above best": "best" if difference is None else f"{difference.mean:+.4f}",
                 "t": "" if difference is None or difference.t is None else f"{difference.t:.1f}",
                 "realised sparsity": round(row.realised_sparsity, 5),
@@ -29,11 +29,6 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
             }
         )
     return rows
-
-
-def number(perplexity: float) -> str:
-    """A perplexity for people, also that of a lane that failed, which has up to 300 digits."""
-    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:
@@ -51,6 +46,6 @@ def sentence_on_test(test: TestResult) -> str:
         change = 100 * (test.best / test.uniform - 1)
         gain = f" ({abs(change):.1f} % {'below' if change < 0 else 'above'} uniform{t})"
     return (
-        f"On the test text, {test.windows} windows: dense {number(test.dense)}, uniform {number(test.uniform)}, "
-        f"best {number(test.best)}{gain}."
+        f"On the test text, {test.windows} windows: dense {format_perplexity(test.dense)}, uniform {format_perplexity(test.uniform)}, "
+        f"best {format_perplexity(test.best)}{gain}."
     )

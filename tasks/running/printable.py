@@ -19,13 +19,3 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The lines of ``text`` joined by spaces, each printable."""
     return " ".join(printable(line.strip()) for line in text.split("\n") if line.strip())
-
-
-def size(count: int) -> str:
-    """Format a number of bytes with its unit; "" for 0."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}" if count else ""
-        value /= 1000
-    return f"{value:.3g} TB"

@@ -23,8 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerwise.storage.resume_points import Progress as Resumed
-from layerwise.storage.upkeep.signs_of_life import doing
+from layerwise.display.byte_size import size_in
+from layerwise.storage.resume_points import ResumePoint
+from layerwise.storage.signs_of_life import doing
 from layerwise.tasks.running.plain_console import PlainConsole
 from layerwise.tasks.running.printable import printable
 
@@ -46,7 +47,7 @@ class Step(Protocol):
 
 @contextmanager
 def showing(
-    title: str, total: int, start: int = 0, resumed: Resumed | None = None, unit: str = "layer"
+    title: str, total: int, start: int = 0, resumed: ResumePoint | None = None, unit: str = "layer"
 ) -> Iterator[Step]:
     """Show that ``completed`` of ``total`` are done, with the time left and the memory in use.
 
@@ -163,4 +164,4 @@ def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -
 
 
 def _memory() -> str:
-    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    return size_in("GiB", psutil.Process().memory_info().rss, 1)

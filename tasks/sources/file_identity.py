@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from layerwise.storage.content_sample import sample_contents
 from layerwise.storage.files.errors import reaching
-from layerwise.storage.files.reading import is_local
+from layerwise.storage.files.filesystem import is_local
 
 # What changes when a file's bytes do, under the names that file systems use for it; the surest first.
 VERSION_FIELDS = (

@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
+from layerwise.storage.files.credentials import holds_credentials
 from layerwise.storage.files.errors import reaching
-from layerwise.storage.files.reading import is_local, open_filesystem
+from layerwise.storage.files.filesystem import is_local, open_filesystem
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
-from layerwise.storage.keys import digest
 from layerwise.tasks.sources.checkpoint_files import (
     INDEX,
     SUBFOLDERS,
@@ -32,14 +33,10 @@ from layerwise.tasks.sources.file_identity import (
 from layerwise.tasks.sources.folder import Folder, list_folder
 from layerwise.tasks.sources.hub import open_repository, resolve_commit
 from layerwise.tasks.sources.user_cache import cache_folder, fetch_with_checksum
-from layerwise.tasks.texts.file_corpus import without_credentials
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 # In a URL a revision ends at the next slash, apart from refs/pr/3: the rest is a path in the repository.
 HUB_URL = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s/]+|refs/\w+/[^@\s/]+))?/?")
-SECRET_IN_QUERY = re.compile(
-    r"[?&][^=&]*(token|signature|sig|secret|password|credential|key)[^=&]*=", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -206,14 +203,6 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
     folder = list_folder(fs, path, label, subfolders=SUBFOLDERS)
     require_files(folder)
     return FolderSource(folder)
-
-
-def holds_credentials(url: str) -> bool:
-    """Whether a link of a URL, which may be a chain of them, has a user, a password, or a secret in its query."""
-    return any(
-        without_credentials(place := link.partition("?")[0]) != place or SECRET_IN_QUERY.search(link)
-        for link in url.split("::")
-    )
 
 
 def _refuse_credentials(url: str) -> None:

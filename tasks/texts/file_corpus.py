@@ -15,9 +15,9 @@ from zlib import error as ZlibError
 from fsspec import AbstractFileSystem
 from fsspec.utils import infer_compression
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import reaching
-from layerwise.storage.files.reading import is_local, open_filesystem
+from layerwise.storage.files.credentials import without_credentials
+from layerwise.storage.files.errors import Corrupt, reaching
+from layerwise.storage.files.filesystem import is_local, open_filesystem
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
 from layerwise.tasks.sources.file_identity import fingerprints, require_target, state_of_entry
 from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
@@ -289,25 +289,3 @@ def require_zstandard(label: str) -> Any:
     raise ImportError(
         f"{label} is compressed with Zstandard, and the package for it is missing. Run pip install backports.zstd."
     )
-
-
-AZURE = ("abfs", "abfss", "wasb", "wasbs")  # their URLs say container@account, which is no secret
-
-
-def without_credentials(url: str) -> str:
-    """``url`` without user, password, query and fragment, in every link of a chained URL."""
-    return "::".join(_without_credentials(link) for link in url.split("::"))
-
-
-def _without_credentials(link: str) -> str:
-    protocol, separator, rest = link.partition("://")
-    if not separator:
-        return link
-    rest = rest.split("?")[0].split("#")[0]
-    before, at, after = rest.rpartition("@")
-    if protocol in AZURE and ":" not in before:
-        return f"{protocol}://{rest}"
-    # AWS secrets hold slashes, so a password may reach beyond the first one: cut at the last "@".
-    if at and (":" in before or "/" not in before):
-        rest = after
-    return f"{protocol}://{rest}"

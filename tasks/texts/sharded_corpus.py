@@ -8,12 +8,13 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from layerwise.storage.files.credentials import without_credentials
 from layerwise.storage.files.errors import reaching
-from layerwise.storage.files.reading import is_local, open_filesystem
-from layerwise.storage.keys import digest
+from layerwise.storage.files.filesystem import is_local, open_filesystem
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.tasks.sources.file_identity import resolve_link
 from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_LIMIT
-from layerwise.tasks.texts.file_corpus import FileCorpus, known_format, listed_files, without_credentials
+from layerwise.tasks.texts.file_corpus import FileCorpus, known_format, listed_files
 
 logger = logging.getLogger(__name__)
 

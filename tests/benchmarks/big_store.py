@@ -14,10 +14,10 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from layerwise.storage.files.reading import is_local
+from layerwise.storage.files.filesystem import is_local
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 
 ROUNDS = 15
 LOOKUPS = 20
@@ -70,7 +70,7 @@ def fill(store: ArtifactStore, objects: int) -> None:
 
 def start(store: ArtifactStore, round_number: int) -> None:
     """What a search asks of its store before it computes anything."""
-    with announced(store.fs, store.root, "benchmark"):
+    with announced(store, "benchmark"):
         for number in range(LOOKUPS):
             store.find(Stage("lane", 1, number))
         store.get_or_build(Stage("lane", 1, ["round", round_number]), lambda draft: draft.write("x", b"x"))

@@ -28,17 +28,17 @@ from layerwise.flows.orchestration.embedded_server import ServerStart
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.draft import Draft
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from tests.demo_search import DEMO
 
 LIMIT = 0.05
 CHECKSUMS, RESUME_POINTS, FSYNC = "checksums", "resume points", "fsync"
 OF_RESUME_POINTS = (
     "resume",
-    "save_progress",
+    "save_resume_point",
     "gather",
     "require_files",
-    "remove_progress",
+    "remove_resume_point",
 )  # methods of a draft
 
 

@@ -20,9 +20,10 @@ from transformers import LlamaConfig
 
 from layerwise.allocators.allocation import arithmetic
 from layerwise.flows.settings import Search
-from layerwise.storage.formats.tensors import write_tensors
+from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
-from layerwise.storage.store import Artifact, ArtifactStore
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import branch
 from layerwise.tasks.capture import CaptureSettings, capture
 from layerwise.tasks.export import export

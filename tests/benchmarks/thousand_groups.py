@@ -38,9 +38,9 @@ from layerwise.flows.fan_out.part import Part, parameters_of
 from layerwise.flows.fan_out.work_pool import WorkPool
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from tests.prefect_server import PrefectServer, prefect_environment
 from tests.workers import create_pool
 
@@ -227,7 +227,7 @@ async def run_group(client: PrefectClient, run: FlowRun, turn: asyncio.Lock) -> 
 
 def sleep_and_build(run: FlowRun) -> None:
     store = ArtifactStore(run.parameters["runtime"]["store"])
-    with announced(store.fs, store.root, run.name, run.id.hex):
+    with announced(store, run.name, run.id.hex):
         time.sleep(GROUP_SECONDS)
         store.get_or_build(lane(run.parameters["points"][0][0]), lambda draft: draft.write("lane", b"done"))
 

@@ -14,9 +14,9 @@ from prefect.logging.handlers import APILogHandler
 
 from layerwise.flows.gc import gc
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from tests.leftovers import files_in, make_old
 
 STAGE = Stage("capture", 1)
@@ -130,7 +130,7 @@ def test_with_results_only_just_the_results_stay(finished, tmp_path):
 
 def test_results_only_is_refused_while_a_search_runs(store):
     before = files_in(store.root)
-    with announced(store.fs, store.root, "search demo at 0.5"):
+    with announced(store, "search demo at 0.5"):
         state, _, tables, _ = run(store=store.url, apply=True, results_only=True)
     assert state.is_failed()
     assert f"is in use by 'search demo at 0.5', process {os.getpid()}" in state.message
@@ -141,7 +141,7 @@ def test_results_only_is_refused_while_a_search_runs(store):
 def test_a_path_without_a_store_fails_and_is_not_created(prefect_backend, tmp_path):
     state, _, _, _ = run(store=str(tmp_path / "missing"))
     assert state.is_failed()
-    assert "missing holds no store: nothing is there" in state.message
+    assert "missing is not a store: nothing is there" in state.message
     assert not (tmp_path / "missing").exists()
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
-from layerwise.storage.damage import Damaged
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.formats.tensors import read_tensors
+from layerwise.storage.artifact import Damaged
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensors
 
 
 class Bomb:

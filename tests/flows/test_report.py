@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from layerwise.flows.report import make_report
+from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.formats.tables import read_table
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.charts.drawing import svg_inside
 from layerwise.tasks.pages.report_data import ReportData, report_data
 from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.report import figures_of, report
-from layerwise.tasks.results.findings import number
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
@@ -149,9 +149,11 @@ def test_dense_uniform_and_best_are_compared_with_the_numbers_of_the_artifacts(
     test, selection = finished[0].test, finished[0].selection
     header, tested, selected, *_ = page.tables["models"][0]
     assert header == ["", "dense", "uniform", "best"]
-    assert tested[1:] == [number(value) for value in (test.dense, test.uniform, test.best)]
+    assert tested[1:] == [format_perplexity(value) for value in (test.dense, test.uniform, test.best)]
     dense, uniform, best = selection.dense_perplexity, selection.rows[0], selection.best_row
-    assert selected[1:] == [number(value) for value in (dense, uniform.perplexity, best.perplexity)]
+    assert selected[1:] == [
+        format_perplexity(value) for value in (dense, uniform.perplexity, best.perplexity)
+    ]
     rows = of_data(store, artifact, "models")
     assert [row["test_perplexity"] for row in rows] == [test.dense, test.uniform, test.best]
 
@@ -159,7 +161,9 @@ def test_dense_uniform_and_best_are_compared_with_the_numbers_of_the_artifacts(
 def test_the_table_of_betas_is_that_of_the_selection(finished, store, artifact, page):
     rows, (header, *lines) = of_data(store, artifact, "betas"), page.tables["perplexity"][0]
     assert header[:2] == ["plan", "perplexity"]
-    assert [line[:2] for line in lines] == [[row["plan"], number(row["perplexity"])] for row in rows]
+    assert [line[:2] for line in lines] == [
+        [row["plan"], format_perplexity(row["perplexity"])] for row in rows
+    ]
     assert [row["perplexity"] for row in rows] == [row.perplexity for row in finished[0].selection.rows]
 
 

@@ -27,7 +27,7 @@ from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.results.findings import table_rows

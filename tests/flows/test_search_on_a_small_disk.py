@@ -57,7 +57,7 @@ def said(finished, workshop, prefect_backend, pytestconfig, tmp_path_factory) ->
 def test_a_full_disk_is_named_and_leaves_a_valid_store(said):
     full, verified = said[0], said[1]
     assert "its disk or quota is full (No space left on device)" in full
-    assert "Free space, then start the same command again: it goes on from its last resume point." in full
+    assert "Free space, then start the same command again: it continues from its last resume point." in full
     assert verified.startswith("1>")
     assert "nothing is damaged" in verified
 
@@ -77,7 +77,7 @@ def test_a_finished_search_in_a_read_only_store_is_reused(said, finished):
 
 def test_a_new_search_in_a_read_only_store_is_refused_before_any_work(said):
     other, verified = said[5], said[6]
-    assert "cannot be written: this is not allowed (Read-only file system)" in other
+    assert "is not allowed to (Read-only file system)" in other
     assert verified.startswith("1>")
     assert "nothing is damaged" in verified
 

@@ -10,7 +10,7 @@ import uuid
 import pytest
 from prefect.client.orchestration import get_client
 
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 
 HUB_TOKEN = "hf_thisTokenIsASecret0123456789"
 AUTH_STRING = "admin:thisPasswordIsASecret0123456789"

@@ -18,8 +18,8 @@ from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.flows.theory import Theory, theory
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.formats.tables import read_table
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
 from layerwise.tasks.pages.theory_text import sentences
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}

@@ -1,4 +1,4 @@
-"""Samples of files: other content gives other digests, and few bytes are read whatever the size."""
+"""Content samples: different content gives different digests, and few bytes are read for files of any size."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from layerwise.storage.content_sample import sample_contents
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.formats.safetensors_header import encode_header
 
 LOCAL = LocalFileSystem()
@@ -20,7 +20,7 @@ def digest_of(path: Path) -> str:
 
 
 def model_file(path: Path, tensors: int, columns: int) -> list[tuple[int, int]]:
-    """Write a safetensors file of zeros that takes no room on the disk; where each tensor begins and ends."""
+    """Write a safetensors file of zeros that takes no disk space; return begin and end of each tensor."""
     shapes = {f"model.layers.{number}.weight": ("BF16", (1024, columns)) for number in range(tensors)}
     header, entries = encode_header(shapes)
     spans = [(entry.offset, entry.offset + entry.nbytes) for entry in entries.values()]
@@ -30,7 +30,7 @@ def model_file(path: Path, tensors: int, columns: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("tensors", [40, 41])
-def test_every_tensor_is_looked_at(tmp_path, tensors):
+def test_every_tensor_is_sampled(tmp_path, tensors):
     path = tmp_path / "model.safetensors"
     spans = model_file(path, tensors, 512)
     original, digests = digest_of(path), set()
@@ -46,7 +46,7 @@ def test_every_tensor_is_looked_at(tmp_path, tensors):
     assert digest_of(path) == original
 
 
-def test_names_and_shapes_count_too(tmp_path):
+def test_the_digest_depends_on_names_and_shapes(tmp_path):
     digests = set()
     for number, shape in enumerate([(4096, 2048), (2048, 4096), (4096 * 2048,)]):
         header, entries = encode_header({"a.weight": ("BF16", shape)})
@@ -57,7 +57,7 @@ def test_names_and_shapes_count_too(tmp_path):
     assert len(digests) == 3
 
 
-def test_the_whole_of_small_files_counts(tmp_path):
+def test_the_digest_of_small_files_depends_on_every_byte(tmp_path):
     path = tmp_path / "model.safetensors"
     (_, end) = model_file(path, 3, 512)[-1]
     original = sample_contents(LOCAL, {str(path): end})[str(path)]
@@ -70,7 +70,7 @@ def test_the_whole_of_small_files_counts(tmp_path):
     assert original.whole
 
 
-def test_head_end_and_the_space_between_count_in_files_of_any_format(tmp_path):
+def test_the_sample_covers_head_end_and_middle_of_files_of_any_format(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(8 * MIB))
     original = sample_contents(LOCAL, {str(path): path.stat().st_size})[str(path)]
@@ -85,7 +85,7 @@ def test_head_end_and_the_space_between_count_in_files_of_any_format(tmp_path):
             file.write(bytes(size))
 
 
-def test_named_files_are_read_whole_next_to_large_ones(tmp_path):
+def test_named_files_are_read_completely_next_to_large_files(tmp_path):
     small, large = tmp_path / "tokenizer.json", tmp_path / "model.safetensors"
     model_file(large, 40, 512)
     small.write_bytes(bytes(5 * MIB))
@@ -138,7 +138,7 @@ def test_a_sample_is_the_same_on_every_storage(store, tmp_path):
     [lambda path: os.truncate(path, 4 * MIB), lambda path: path.write_bytes(b"")],
     ids=["cut off", "emptied"],
 )
-def test_a_file_that_became_shorter_is_an_error(tmp_path, damage: Callable[[Path], object]):
+def test_a_file_that_became_shorter_is_refused(tmp_path, damage: Callable[[Path], object]):
     path = tmp_path / "model.safetensors"
     size = model_file(path, 8, 512)[-1][1]
     damage(path)

@@ -1,4 +1,4 @@
-"""A store that is expected to be there: wrong paths and URLs are told, and nothing is created."""
+"""Opening a store that must exist: wrong paths and URLs are reported, and nothing is created."""
 
 import os
 import uuid
@@ -9,21 +9,21 @@ from layerwise.flows.cli.status import show_status
 from layerwise.flows.cli.store_commands import collect_garbage, verify_store
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced
 from tests.faults import error
 from tests.leftovers import OTHER, STAGE, build_weights, die_in_attempt, paths_in
 
 
-def test_a_place_with_nothing_is_told_and_not_made(store, fresh_store_url):
-    with pytest.raises(FileNotFoundError, match="holds no store: nothing is there. Check the path or URL."):
+def test_a_missing_folder_is_reported_and_not_created(store, fresh_store_url):
+    with pytest.raises(FileNotFoundError, match="is not a store: nothing is there. Check the path or URL."):
         existing_store(fresh_store_url)
     assert not store.fs.exists(store.root)
 
 
-def test_a_store_is_one_as_soon_as_somebody_works_there(store, fresh_store_url):
-    with announced(store.fs, store.root, "a search"):
+def test_a_sign_of_life_makes_a_store(store, fresh_store_url):
+    with announced(store, "a search"):
         assert existing_store(fresh_store_url).root == store.root
 
 
@@ -34,7 +34,7 @@ def test_an_artifact_or_an_attempt_makes_a_store(store, fresh_store_url, fill):
     assert existing_store(fresh_store_url).root == store.root
 
 
-def test_files_of_others_are_no_store_and_are_named(store, fresh_store_url):
+def test_a_folder_with_other_files_is_refused_and_some_are_named(store, fresh_store_url):
     for name in ("config.json", "model/weights.safetensors", "running/log.json", "x/y/z", "zzz"):
         overwrite(store.fs, f"{store.root}/{name}", b"{}")
     before = paths_in(store)
@@ -43,18 +43,18 @@ def test_files_of_others_are_no_store_and_are_named(store, fresh_store_url):
     assert paths_in(store) == before
 
 
-def test_a_file_is_no_store(store, fresh_store_url):
+def test_a_file_is_refused(store, fresh_store_url):
     overwrite(store.fs, store.root, b"{}")
     with pytest.raises(FileNotFoundError, match="it is a file"):
         existing_store(fresh_store_url)
 
 
-def test_an_empty_folder_is_a_store_without_artifacts(tmp_path):
+def test_an_empty_folder_is_an_empty_store(tmp_path):
     assert list(existing_store(str(tmp_path)).artifacts()) == []
     assert os.listdir(tmp_path) == []
 
 
-def test_a_missing_bucket_is_told_and_not_made(s3_bucket):
+def test_a_missing_bucket_is_reported_and_not_created(s3_bucket):
     bucket = f"no-{uuid.uuid4().hex}"
     for url in (f"s3://{bucket}", f"s3://{bucket}/runs"):
         with pytest.raises(FileNotFoundError, match=r"no such bucket|nothing is there"):
@@ -62,18 +62,18 @@ def test_a_missing_bucket_is_told_and_not_made(s3_bucket):
     assert not ArtifactStore(f"s3://{s3_bucket}").fs.exists(bucket)
 
 
-def test_who_may_only_read_a_bucket_can_look_at_its_store(fault_proxy, s3_bucket, capsys, caplog):
+def test_a_store_in_a_read_only_bucket_can_be_read(fault_proxy, s3_bucket, capsys, caplog):
     store = ArtifactStore(f"s3://{s3_bucket}/{uuid.uuid4().hex}")
     build_weights(store)
     die_in_attempt(store, OTHER)
     before = paths_in(store)
-    store = ArtifactStore(store.url)  # that has not asked yet whether it can write
+    store = ArtifactStore(store.url)  # it has not checked yet that it can write
     fault_proxy.inject(error(403), lambda request: request.writes, times=float("inf"))
     show_status(store.url)
     assert collect_garbage(store.url, apply=False, results_only=False) == 0
     assert verify_store(store.url) == 0
     assert [artifact.key for artifact in existing_store(store.url).artifacts()] == [STAGE.key]
-    with announced(store.fs, store.root, "a search"), pytest.raises(PermissionError, match="was refused"):
+    with announced(store, "a search"), pytest.raises(PermissionError, match="was refused"):
         store.get_or_build(Stage("new", 1), lambda draft: pytest.fail("work that cannot be kept"))
     with pytest.raises(PermissionError, match="was refused"):
         collect_garbage(store.url, apply=True, results_only=False)

@@ -1,4 +1,4 @@
-"""A process that was stopped for long, while others deleted what it had begun, builds it again and says why."""
+"""Pauses: a process that was stopped while others deleted its files rebuilds them and explains why."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ import time
 
 import pytest
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from tests.leftovers import STAGE, collect_all, paths_in
 
 SLEEPER = """
 import logging, sys
-import layerwise.storage.pauses, layerwise.storage.upkeep.signs_of_life
-from layerwise.storage.upkeep.signs_of_life import announced
+import layerwise.storage.pauses, layerwise.storage.signs_of_life
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-layerwise.storage.pauses.SHORTEST, layerwise.storage.upkeep.signs_of_life.EVERY = 0.5, 0.1
+layerwise.storage.pauses.SHORTEST, layerwise.storage.signs_of_life.EVERY = 0.5, 0.1
 store, resume_point, place = ArtifactStore(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def paused(at):
@@ -40,17 +40,17 @@ def build(draft):
     if draft.resumed is None:
         draft.write("inherited.bin", b"i" * 1000)
         if resume_point == "yes":
-            draft.save_progress(1, lambda state: state.write("state.bin", b"s" * 1000))
+            draft.save_resume_point(1, lambda state: state.write("state.bin", b"s" * 1000))
     draft.write("first.bin", b"f" * 1000)
     draft.write("own.bin", pieces())
     paused("before a resume point")
-    draft.save_progress(2, lambda state: state.write("state.bin", b"s" * 1000))
+    draft.save_resume_point(2, lambda state: state.write("state.bin", b"s" * 1000))
     paused("after a resume point")
     draft.write("last.bin", b"l" * 1000)
     paused("before the commit")
 
 waited, built = [], []
-with announced(store.fs, store.root, "a search"):
+with announced(store, "a search"):
     store.get_or_build(Stage("capture", 1), build)
     print("built from", built, flush=True)
 """
@@ -66,7 +66,7 @@ with announced(store.fs, store.root, "a search"):
         ("s3", "no", "before the commit", [0, 2]),
     ],
 )
-def test_what_is_deleted_under_a_stopped_process_is_built_again(
+def test_files_deleted_while_a_process_was_stopped_are_rebuilt(
     request, tmp_path, pytestconfig, kind, resume_point, place, built_from
 ):
     bucket = request.getfixturevalue("s3_bucket") if kind == "s3" else ""
@@ -119,14 +119,15 @@ def test_a_large_file_whose_upload_is_aborted_is_written_again(store):
     assert store.read(artifact, "large.bin") == bytes(40 << 20)
 
 
-def test_files_that_are_deleted_again_and_again_end_the_run_without_blaming_a_pause(tmp_path):
+def test_a_build_whose_files_are_repeatedly_deleted_fails_without_blaming_a_pause(tmp_path):
     store = ArtifactStore(str(tmp_path / "store"))
 
     def build(draft):
         os.unlink(f"{store.root}/{draft.write('weights.bin', b'w').path}")
 
     with pytest.raises(
-        Corrupt, match=r"were deleted 4 times, the last time .*weights.bin. Stop what deletes files"
+        Corrupt,
+        match=r"were deleted 4 times, the last time .*weights.bin. Stop the program that deletes files",
     ):
         store.get_or_build(STAGE, build)
     assert store.find(STAGE) is None

@@ -1,13 +1,13 @@
-"""Resume points: work done before a crash is kept, and nothing of them stays after the commit."""
+"""Resume points: work done before a crash is kept, and the resume points are deleted after the commit."""
 
 import logging
 
 import pytest
 import torch
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.formats.tensors import read_tensors, write_tensors
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.stage import Stage
+from layerwise.storage.tensors import read_tensors, write_tensors
 
 STAGE = Stage("capture", version=1)
 
@@ -21,7 +21,7 @@ def write_total(state, total):
 
 
 def build_layers(store, num_layers=4, crash_after=None, built=None):
-    """A build of one file a layer, whose state is a running sum; it can die after a layer."""
+    """Build one file for each layer, with a running sum as state; optionally crash after a layer."""
 
     def build(draft):
         first, total = 0, torch.zeros(1)
@@ -32,7 +32,7 @@ def build_layers(store, num_layers=4, crash_after=None, built=None):
             total += layer
             draft.write(f"layer-{layer}.bin", f"{total.item():.0f}".encode())
             draft.facts[f"layer {layer}"] = total.item()
-            draft.save_progress(layer + 1, lambda state, total=total: write_total(state, total))
+            draft.save_resume_point(layer + 1, lambda state, total=total: write_total(state, total))
             if built is not None:
                 built.append(layer)
             if layer == crash_after:
@@ -46,7 +46,7 @@ def crash(store, after, **kwargs):
         build_layers(store, crash_after=after, **kwargs)
 
 
-def test_a_second_attempt_goes_on_where_the_first_one_stopped(store):
+def test_a_second_attempt_continues_where_the_first_one_stopped(store):
     built = []
     crash(store, 1, built=built)
     assert store.find(STAGE) is None
@@ -85,7 +85,7 @@ def test_a_crash_while_the_state_is_written_keeps_the_previous_resume_point(stor
 
     def dies_while_saving(draft):
         draft.write("layer-1.bin", b"1")
-        draft.save_progress(2, lambda state: 1 / 0)
+        draft.save_resume_point(2, lambda state: 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         store.get_or_build(STAGE, dies_while_saving)
@@ -130,7 +130,7 @@ def flip_a_byte_of_the_state(store):
         (empty_progress, "progress.json is not readable"),
     ],
 )
-def test_a_damaged_resume_point_is_not_used_with_a_warning_that_names_it(store, damage, named, caplog):
+def test_a_damaged_resume_point_is_not_used_and_named_in_a_warning(store, damage, named, caplog):
     crash(store, 1)
     damage(store)
     built = []
@@ -153,12 +153,12 @@ def test_an_attempt_may_write_an_inherited_file_again(store):
     assert store.read(store.get_or_build(STAGE, build), "layer-0.bin") == b"new"
 
 
-def test_a_slower_builder_does_not_take_away_files_of_the_winner(store):
+def test_a_slower_builder_does_not_delete_files_of_the_winner(store):
     def slow(draft):
         draft.write("layer-0.bin", b"0")
-        draft.save_progress(1, lambda state: state.write("state.bin", b"s"))
+        draft.save_resume_point(1, lambda state: state.write("state.bin", b"s"))
         build_layers_after_state(store)
-        draft.save_progress(2, lambda state: state.write("state.bin", b"s"))
+        draft.save_resume_point(2, lambda state: state.write("state.bin", b"s"))
 
     def build_layers_after_state(store):
         def fast(draft):
@@ -171,13 +171,13 @@ def test_a_slower_builder_does_not_take_away_files_of_the_winner(store):
     assert [store.read(artifact, name) for name in ("layer-0.bin", "layer-1.bin")] == [b"0", b"1"]
 
 
-def test_a_process_that_is_behind_leaves_the_other_s_resume_point(store):
-    """Two processes at work on one stage: what was reached by the faster one stays reached."""
+def test_a_slower_process_keeps_the_resume_point_of_the_faster_one(store):
+    """Two processes build one stage; the progress of the faster one is kept."""
 
     def slow(draft):
-        crash(store, 2)  # another process, which has come further and died
+        crash(store, 2)  # another process that progressed further and died
         draft.write("layer-0.bin", b"0")
-        draft.save_progress(1, lambda state: write_total(state, torch.zeros(1)))
+        draft.save_resume_point(1, lambda state: write_total(state, torch.zeros(1)))
         raise RuntimeError("lost as well")
 
     with pytest.raises(RuntimeError, match="lost as well"):
@@ -187,8 +187,8 @@ def test_a_process_that_is_behind_leaves_the_other_s_resume_point(store):
     assert built == [3]
 
 
-def test_a_resume_point_that_another_process_replaces_meanwhile_is_followed(store):
-    """The state is deleted between the look at the resume point and the reading: the newer one is taken."""
+def test_a_resume_point_that_another_process_replaces_is_used(store):
+    """The state is deleted after the resume point was read; then the newer resume point is used."""
     crash(store, 0)
     steps = []
 
@@ -202,13 +202,13 @@ def test_a_resume_point_that_another_process_replaces_meanwhile_is_followed(stor
     assert steps == [1, 3]
 
 
-def test_work_ends_when_another_process_has_committed(store):
+def test_a_build_ends_when_another_process_has_committed(store):
     done = []
 
     def slow(draft):
-        draft.save_progress(1, lambda state: write_total(state, torch.zeros(1)))
+        draft.save_resume_point(1, lambda state: write_total(state, torch.zeros(1)))
         done.append(build_layers(store))
-        draft.save_progress(2, lambda state: write_total(state, torch.zeros(1)))
+        draft.save_resume_point(2, lambda state: write_total(state, torch.zeros(1)))
         raise AssertionError("nobody needs this work any more")
 
     assert store.get_or_build(STAGE, slow) == done[0]
@@ -217,7 +217,7 @@ def test_work_ends_when_another_process_has_committed(store):
     assert "state.safetensors" not in names
 
 
-def test_nothing_is_committed_that_is_not_there_any_more(store):
+def test_an_artifact_whose_file_was_deleted_is_not_committed(store):
     def build(draft):
         file = draft.write("layer-0.bin", b"0")
         store.fs.rm_file(f"{store.root}/{file.path}")

@@ -5,7 +5,7 @@ import logging
 import pytest
 from fsspec.core import url_to_fs
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 
@@ -43,13 +43,13 @@ def test_another_process_with_the_same_url_finds_the_artifact(store, fresh_store
     assert ArtifactStore(fresh_store_url).get(STAGE.key) == first
 
 
-def test_a_stage_that_nobody_committed_is_not_found(store):
+def test_a_stage_that_was_not_committed_is_not_found(store):
     assert store.find(STAGE) is None
     with pytest.raises(KeyError, match=rf"has no artifact '{STAGE.key}'. Build it first"):
         store.get(STAGE.key)
 
 
-def test_the_manifest_says_what_was_made_from_what(store):
+def test_the_manifest_records_recipe_facts_and_making(store):
     def build(draft):
         draft.write("report/losses.json", [b"[1,", b" 2]"])
         draft.facts["loss"] = 0.1
@@ -77,7 +77,7 @@ def test_content_depends_on_the_bytes_and_not_on_the_key(store):
     assert first.content == same.content != other.content
 
 
-def test_a_build_that_crashes_leaves_nothing_to_find(store):
+def test_a_build_that_crashes_leaves_no_artifact(store):
     def crash(draft):
         draft.write("weights.bin", b"half")
         raise RuntimeError("out of memory")
@@ -89,7 +89,7 @@ def test_a_build_that_crashes_leaves_nothing_to_find(store):
 
 
 @pytest.mark.parametrize("size", [3, 40 << 20], ids=["small", "several parts of an upload"])
-def test_an_exception_while_a_file_is_streamed_publishes_nothing_of_it(store, size):
+def test_an_exception_during_a_write_publishes_nothing_of_the_file(store, size):
     def pieces():
         for _ in range(0, size, 1 << 20):
             yield bytes(min(size, 1 << 20))
@@ -100,14 +100,14 @@ def test_an_exception_while_a_file_is_streamed_publishes_nothing_of_it(store, si
     assert [path for path in files_below(store) if path.endswith("weights.bin")] == []
 
 
-def test_a_file_of_many_parts_arrives_whole(store):
+def test_a_file_of_many_parts_is_written_completely(store):
     piece = bytes(range(256)) * (5 << 12)  # 5 MB, so that parts of 16 MB end inside a piece
     artifact = store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", [piece] * 7))
     assert artifact.size == 35 << 20
     assert store.read(artifact, "weights.bin") == piece * 7
 
 
-def test_an_empty_file_is_a_file(store):
+def test_an_empty_file_can_be_written_and_read(store):
     artifact = store.get_or_build(STAGE, lambda draft: draft.write("empty", b""))
     assert store.read(artifact, "empty") == b""
 
@@ -138,7 +138,7 @@ def test_an_unknown_file_is_reported_with_the_known_ones(store):
     ],
     ids=["truncated", "flipped byte", "longer", "missing"],
 )
-def test_a_damaged_file_is_detected_and_named(store, damage, finding):
+def test_the_error_about_a_damaged_file_names_it(store, damage, finding):
     artifact = store.get_or_build(STAGE, write_weights)
     path = stored_path(store, artifact)
     store.fs.rm_file(path) if damage is None else store.fs.pipe_file(path, damage)
@@ -161,7 +161,7 @@ def test_two_swapped_files_are_detected(store):
     ("old", "new"),
     [("weights.bin", "weightz.bin"), ('"size": 4', '"size": 5'), ("}", ""), ('"format": 1', '"format": 2')],
 )
-def test_a_manifest_that_was_changed_is_refused_by_name(store, old, new):
+def test_a_changed_manifest_is_refused(store, old, new):
     store.get_or_build(STAGE, write_weights)
     manifest = store.fs.cat_file(manifest_path(store)).decode()
     store.fs.pipe_file(manifest_path(store), manifest.replace(old, new).encode())
@@ -216,7 +216,7 @@ def test_an_empty_store_lists_nothing(store):
     assert list(store.artifacts()) == []
 
 
-def test_location_is_a_place_other_programs_can_open(store):
+def test_other_programs_can_open_the_location_of_a_file(store):
     artifact = store.get_or_build(STAGE, write_weights)
     fs, path = url_to_fs(store.location(artifact, "weights.bin"))
     assert fs.cat_file(path) == b"wwww"

@@ -36,9 +36,9 @@ from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.wanda import Wanda
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.formats.tensors import write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import LaneScore, branch
 from layerwise.tasks.capture import CaptureSettings, Retention, capture
 from layerwise.tasks.capture_grams import capture_grams

@@ -4,7 +4,7 @@ import pytest
 
 from layerwise.allocators.allocation import SparsityPlan
 from layerwise.pruners.magnitude import Magnitude
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import branch, lane_stage
 from layerwise.tasks.lanes.grouping import begun_groups
 from layerwise.tasks.running.execution import Execution

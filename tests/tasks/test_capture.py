@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.storage.formats.tables import read_table
-from layerwise.storage.formats.tensors import read_tensors
+from layerwise.storage.tables import read_table
+from layerwise.storage.tensors import read_tensors
 from layerwise.tasks.capture import boundary_file
 from layerwise.tasks.lanes.statistics_table import read_statistics
 

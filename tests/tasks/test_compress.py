@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
-from layerwise.storage.formats.tensors import read_tensors, write_tensors
 from layerwise.storage.stage import Stage
+from layerwise.storage.tensors import read_tensors, write_tensors
 from layerwise.tasks.compress import compress, compress_stage
 from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint
 from layerwise.tasks.evaluate import read_test
@@ -283,7 +283,7 @@ def test_an_interrupted_compression_goes_on_with_the_next_shard_and_ends_in_one_
     exported = export_of(run)
     with dying_at("layerwise.tasks.compress.write_tensors", call=written + 1):
         compress_export(run, exported, boundary_layers=1)
-    assert store.progress(compress_stage(exported.key, CARD)).step == written
+    assert store.resume_point(compress_stage(exported.key, CARD)).step == written
     resumed = compress_export(run, exported, boundary_layers=1)
     folder = store.location(resumed)
     assert {store.location(resumed, name) for name in resumed.files} == {

@@ -8,7 +8,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from layerwise.scoring.perplexity import perplexity
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.tasks.capture import DENSE_PERPLEXITY
 from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.sample_tokens import TOKENS_FILE

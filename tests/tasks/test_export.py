@@ -20,9 +20,9 @@ from transformers import (
 
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.pruners.magnitude import Magnitude
-from layerwise.storage.damage import Damaged
-from layerwise.storage.formats.tables import read_table
-from layerwise.storage.upkeep.collect import collect, plan_collection
+from layerwise.storage.artifact import Damaged
+from layerwise.storage.tables import read_table
+from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.export import export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint, open_exported

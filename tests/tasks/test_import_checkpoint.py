@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from layerwise.storage.content_sample import WHOLE
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
 
 

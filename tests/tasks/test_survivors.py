@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import layerwise.tasks.branch as branch_module
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Damaged
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.set_aside import set_aside
 from layerwise.tasks.lanes import grouping

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from layerwise.pruners.alps import ALPS
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda_swaps import WandaSwaps
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.capture_grams import read_grams
 
 MODELS = {

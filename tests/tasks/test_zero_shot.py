@@ -12,7 +12,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.lm_eval_tasks.answers import DOCUMENTS_FILE, read_answers
 from layerwise.tasks.zero_shot import ZeroShotSettings
 from tests.lm_task_files import answered, give_words, write_task

@@ -287,7 +287,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("show nothing", "holds no finished search"),
         ("report a capture", "capture/.* is not the result of a search"),
         ("a secret", "--calibration: the URL holds credentials \\(not shown\\).* give the bare URL$"),
-        ("unknown storage", "no storage is known for nosuch:// URLs"),
+        ("unknown storage", "nosuch:// URLs are not supported"),
         ("no S3 credentials", "bucket/prefix at .* was refused .*Unable to locate credentials.*AWS_PROFILE"),
         ("no package", "gs:// URLs need a package that is not installed"),
         ("nothing excluded", "exclude is 'no_such_linear', which is found in none of the model's 21 linears"),
@@ -483,7 +483,7 @@ def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, mon
     with pytest.raises(SystemExit) as ending:
         main()
     assert ending.value.code == 1
-    line = f"layerwise: {missing} holds no store: nothing is there. Check the path or URL.\n"
+    line = f"layerwise: {missing} is not a store: nothing is there. Check the path or URL.\n"
     assert capsys.readouterr().err == line
     assert not missing.exists()
 
@@ -491,6 +491,6 @@ def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, mon
 @pytest.mark.parametrize("command", ["compress", "zero-shot"])
 def test_a_store_that_does_not_exist_is_told_before_a_server_is_waited_for(command, tmp_path):
     arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
-    with pytest.raises(FileNotFoundError, match="missing holds no store: nothing is there"):
+    with pytest.raises(FileNotFoundError, match="missing is not a store: nothing is there"):
         FLOWS[command](arguments, 0.0)
     assert not (tmp_path / "missing").exists()

@@ -12,9 +12,9 @@ import pytest
 from layerwise.flows.cli import status
 from layerwise.flows.cli.status import show_status
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import announced, doing, running_processes, storage_clock
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced, doing, running_processes, storage_clock
 from layerwise.tasks.lanes.grouping import note_group
 from layerwise.tasks.results.search_result import RESULT_STAGE
 from tests.faults import error
@@ -22,12 +22,12 @@ from tests.faults import error
 CAPTURE = Stage("capture", 1)
 HOLDER = """
 import sys, threading
-from layerwise.storage.upkeep.signs_of_life import announced, doing
+from layerwise.storage.signs_of_life import announced, doing
 from layerwise.storage.store import ArtifactStore
 
 store = ArtifactStore(sys.argv[1])
 doing("branch: 3 betas and the dense model: layer 12 of 30")
-with announced(store.fs, store.root, "search: demo at 0.5"):
+with announced(store, "search: demo at 0.5"):
     print("announced", flush=True)
     threading.Event().wait()
 """
@@ -49,7 +49,7 @@ def shown(store: ArtifactStore, capsys) -> list[str]:
 
 
 def leave_resume_point(store: ArtifactStore, stage: Stage = CAPTURE, step: int = 12) -> None:
-    store.draft(stage).save_progress(step, lambda state: state.write("state.bin", bytes(2000)))
+    store.draft(stage).save_resume_point(step, lambda state: state.write("state.bin", bytes(2000)))
 
 
 def finish_search(store: ArtifactStore, source: str) -> str:
@@ -64,7 +64,7 @@ def finish_search(store: ArtifactStore, source: str) -> str:
 
 
 def make_old(store: ArtifactStore, key: str, seconds: float) -> None:
-    then = storage_clock(store.fs, store.root) - seconds
+    then = storage_clock(store) - seconds
     for path in Path(store.root, key).iterdir():
         os.utime(path, (then, then))
 
@@ -81,7 +81,7 @@ def test_a_store_in_which_nothing_goes_on_says_so(store, capsys):
 def test_who_works_there_and_at_what(store, capsys):
     doing("capture: dense model: layer 3 of 30")
     try:
-        with announced(store.fs, store.root, "search: demo [red] at 0.5"):
+        with announced(store, "search: demo [red] at 0.5"):
             lines = shown(store, capsys)
     finally:
         doing("")
@@ -93,7 +93,7 @@ def test_who_works_there_and_at_what(store, capsys):
 
 
 def test_a_resume_point_of_somebody_who_is_at_work_is_in_progress(store, capsys):
-    with announced(store.fs, store.root, "a search"):
+    with announced(store, "a search"):
         leave_resume_point(store)
         lines = shown(store, capsys)
     row = lines.index("stage saved host step work so far size") + 1
@@ -114,7 +114,7 @@ def test_a_resume_point_older_than_all_who_are_at_work_may_be_left_behind(tmp_pa
     store = ArtifactStore(str(tmp_path / "store"))
     leave_resume_point(store)
     make_old(store, CAPTURE.key, 2 * 3600)
-    with announced(store.fs, store.root, "a search"):
+    with announced(store, "a search"):
         leave_resume_point(store, Stage("export", 1), 3)
         lines = shown(store, capsys)
     new, old, advice = lines[5:8]
@@ -201,9 +201,9 @@ def test_a_killed_process_is_seen_at_work_and_then_as_silent(tmp_path, pytestcon
     process.send_signal(signal.SIGKILL)
     process.communicate()
     [sign] = Path(store.root, "running").iterdir()
-    long_ago = storage_clock(store.fs, store.root) - 3 * 3600
+    long_ago = storage_clock(store) - 3 * 3600
     os.utime(sign, (long_ago, long_ago))
-    assert running_processes(store.fs, store.root, storage_clock(store.fs, store.root)) == []
+    assert running_processes(store, storage_clock(store)) == []
     assert shown(store, capsys)[:5] == [
         "Nobody is at work.",
         "Fallen silent: killed, or cut off from the store",
@@ -235,6 +235,6 @@ def test_the_command_imports_neither_prefect_nor_transformers(tmp_path, pytestco
 
 def test_a_wrong_path_is_told_and_not_made(tmp_path):
     missing = tmp_path / "missing"
-    with pytest.raises(FileNotFoundError, match="holds no store: nothing is there. Check the path or URL."):
+    with pytest.raises(FileNotFoundError, match="is not a store: nothing is there. Check the path or URL."):
         show_status(str(missing))
     assert not missing.exists()

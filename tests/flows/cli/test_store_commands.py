@@ -12,10 +12,10 @@ import pytest
 from layerwise.flows.cli.show import show_key
 from layerwise.flows.cli.store_commands import collect_garbage, keys_of_results, verify_store
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import StoreInUse
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.upkeep.garbage_collection import StoreInUse
 from tests.leftovers import files_in, make_old
 
 STAGE = Stage("capture", 1)
@@ -109,7 +109,7 @@ def test_results_are_found_by_the_recipe_of_searches(finished_copy, finished):
 def test_artifacts_stay_while_a_search_runs(store):
     before = files_in(store.root)
     refused = pytest.raises(StoreInUse, match=f"'search demo at 0.5', process {os.getpid()} on")
-    with announced(store.fs, store.root, "search demo at 0.5"), refused:
+    with announced(store, "search demo at 0.5"), refused:
         collect_garbage(store.url, apply=True, results_only=True)
     assert files_in(store.root) == before
 
@@ -154,7 +154,7 @@ def test_a_wrong_path_is_told_and_not_made(tmp_path, pytestconfig, arguments):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == f"layerwise: {missing} holds no store: nothing is there. Check the path or URL.\n"
+    assert done.stderr == f"layerwise: {missing} is not a store: nothing is there. Check the path or URL.\n"
     assert not Path(missing).exists()
 
 

@@ -39,8 +39,9 @@ from prefect.states import Cancelling
 
 from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.part import PartFailed
+from layerwise.flows.pipeline.result import SearchResult
 from layerwise.flows.runtime import SearchRuntime
-from layerwise.flows.search import SearchResult, search
+from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import REPORT_STAGE

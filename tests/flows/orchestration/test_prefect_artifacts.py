@@ -19,7 +19,7 @@ from layerwise.flows.orchestration.prefect_artifacts import how_to_load, publish
 from layerwise.flows.pipeline.result import work_sentence
 from layerwise.flows.search import search
 from layerwise.scoring.perplexity import PairedDifference
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.results.findings import sentence_on_test, table_rows

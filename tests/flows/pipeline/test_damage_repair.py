@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Damaged
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import collect, plan_collection
+from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 
 
 @pytest.fixture

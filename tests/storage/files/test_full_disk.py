@@ -1,4 +1,4 @@
-"""A full or read-only disk: a clear error, nothing half-written, and the store goes on when there is space."""
+"""Full and read-only disks: a clear error, no incomplete file, and the build continues when there is space."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from layerwise.storage.files.publishing import create_once, overwrite, publish
 from layerwise.storage.stage import Stage
 
 ROOT = Path(__file__).parents[3]
-GO_ON = "then start the same command again: it goes on from its last resume point."
+GO_ON = "then start the same command again: it continues from its last resume point."
 
 PRELUDE = """
 import json, os, subprocess, sys
@@ -41,7 +41,7 @@ def files():
 
 
 def on_a_disk_of_its_own(folder: Path, options: str, script: str) -> dict:
-    """Run ``script`` with a real, small file system mounted at ``folder``; gives what it put into ``facts``."""
+    """Run ``script`` with a real, small file system mounted at ``folder``; return its ``facts`` and ``errors``."""
     run = [
         *("sh", "-c", f'mount -t tmpfs -o {options} none "$1" && exec "$2" -c "$3" "$1"', "sh"),
         *(str(folder), sys.executable, PRELUDE + script + "\nprint(json.dumps({**facts, **errors}))"),
@@ -71,14 +71,14 @@ facts["progress"] = open(f"{disk}/progress.json").read()
 """
 
 
-def test_a_full_disk_is_told_with_numbers_and_leaves_nothing_new(tmp_path):
+def test_a_full_disk_is_reported_with_numbers_and_no_file_is_left(tmp_path):
     found = on_a_disk_of_its_own(tmp_path, "size=4m", FULL)
     for action in ("publish", "overwrite", "create_once"):
         number, message = found[action]
         assert number == errno.ENOSPC
         assert message.endswith(f"Free space, {GO_ON}")
     assert f"{tmp_path}/new/large.bin cannot be written: its disk or quota is full" in found["publish"][1]
-    # Of 4 MB one page was taken: by progress.json.
+    # One page of the 4 MB is used by progress.json.
     assert f"; {(9 << 20) - (4 << 20) + 4096 - (3 << 20)} more bytes are needed after" in found["publish"][1]
     assert "0 bytes and" in found["overwrite"][1]
     assert "5000 more bytes are needed after 0" in found["create_once"][1]
@@ -93,7 +93,7 @@ facts["files"] = files()
 """
 
 
-def test_a_disk_that_can_hold_no_more_files_says_so(tmp_path):
+def test_a_disk_without_free_inodes_is_reported(tmp_path):
     found = on_a_disk_of_its_own(tmp_path, "size=4m,nr_inodes=16", NO_INODES)
     assert found["create_once"][0] == errno.ENOSPC
     assert "and 0 files are free on it" in found["create_once"][1]
@@ -110,12 +110,12 @@ facts["files"] = files()
 """
 
 
-def test_a_read_only_disk_is_told_as_that(tmp_path):
+def test_a_read_only_disk_is_reported(tmp_path):
     found = on_a_disk_of_its_own(tmp_path, "size=4m", READ_ONLY)
     for action in ("publish", "overwrite", "create_once"):
         number, message = found[action]
         assert number == errno.EROFS
-        assert "cannot be written: this is not allowed (Read-only file system)" in message
+        assert "is not allowed to (Read-only file system)" in message
         assert message.endswith(
             f"Mount the disk writable, or change the owner or mode of the folder, {GO_ON}"
         )
@@ -126,26 +126,26 @@ LOOKING = """
 import contextlib, io
 from layerwise.flows.cli.store_commands import collect_garbage, verify_store
 from layerwise.flows.cli.status import show_status
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.signs_of_life import announced
 
 store.get_or_build(stage, lambda draft: draft.write("weights.bin", b"w"))
 overwrite(store.fs, f"{store.root}/{stage.key}/{'a' * 32}/abandoned.bin", b"x")
 os.utime(f"{store.root}/{stage.key}/{'a' * 32}/abandoned.bin", (1e9, 1e9))
 before = files()
 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-with contextlib.redirect_stdout(io.StringIO()) as out, announced(store.fs, store.root, "a search"):
+with contextlib.redirect_stdout(io.StringIO()) as out, announced(store, "a search"):
     show_status(store.url)
     facts["codes"] = [collect_garbage(store.url, False, False), verify_store(store.url)]
     facts["artifacts"] = [each.key for each in store.artifacts()]
 facts["said"] = out.getvalue()
 failing("gc --apply", lambda: collect_garbage(store.url, True, False))
-store = ArtifactStore(store.url)  # that has not asked yet whether it can write
+store = ArtifactStore(store.url)  # it has not checked yet that it can write
 failing("build", lambda: store.get_or_build(Stage("other", 1), lambda draft: facts.update(worked=True)))
 facts["unchanged"] = files() == before
 """
 
 
-def test_a_read_only_store_can_be_looked_at_and_is_not_worked_for_in_vain(tmp_path):
+def test_a_read_only_store_can_be_read_and_a_build_fails_before_any_work(tmp_path):
     found = on_a_disk_of_its_own(tmp_path, "size=4m", LOOKING)
     assert found["codes"] == [0, 0]
     assert found["artifacts"] == [Stage("capture", 1).key]
@@ -154,7 +154,7 @@ def test_a_read_only_store_can_be_looked_at_and_is_not_worked_for_in_vain(tmp_pa
     for action in ("gc --apply", "build"):
         number, message = found[action]
         assert number == errno.EROFS
-        assert "cannot be written: this is not allowed (Read-only file system)" in message
+        assert "is not allowed to (Read-only file system)" in message
     assert "worked" not in found
     assert found["unchanged"]
 
@@ -163,7 +163,7 @@ GOES_ON = """
 def build(draft):
     if draft.resumed is None:
         draft.write("first.bin", b"1" * 1000)
-        draft.save_progress(1, lambda state: state.write("state.bin", b"s"))
+        draft.save_resume_point(1, lambda state: state.write("state.bin", b"s"))
     facts.setdefault("resumed", []).append(draft.resumed is not None)
     draft.write("second.bin", bytes(3 << 20))
 
@@ -176,7 +176,7 @@ facts["content"] = [store.read(artifact, "first.bin").decode(), len(store.read(a
 """
 
 
-def test_a_build_stopped_by_a_full_disk_goes_on_when_there_is_space(tmp_path):
+def test_a_build_stopped_by_a_full_disk_continues_when_there_is_space(tmp_path):
     found = on_a_disk_of_its_own(tmp_path, "size=4m", GOES_ON)
     assert found["build"][0] == errno.ENOSPC
     assert "/second.bin cannot be written" in found["build"][1]
@@ -185,7 +185,7 @@ def test_a_build_stopped_by_a_full_disk_goes_on_when_there_is_space(tmp_path):
     assert found["content"] == ["1" * 1000, 3 << 20]
 
 
-def test_a_folder_of_somebody_else_is_told_as_that():
+def test_a_folder_of_another_user_is_reported():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         us = os.geteuid()
@@ -203,8 +203,8 @@ def test_a_folder_of_somebody_else_is_told_as_that():
         assert os.listdir(folder) == []
 
 
-def test_a_quota_that_is_used_up_is_told_like_a_full_disk(tmp_path, monkeypatch):
-    def write(descriptor, data):  # quotas cannot be set up without a disk of one's own
+def test_an_exhausted_quota_is_reported_like_a_full_disk(tmp_path, monkeypatch):
+    def write(descriptor, data):  # a real quota needs a disk of its own
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(os, "write", write)
@@ -214,7 +214,7 @@ def test_a_quota_that_is_used_up_is_told_like_a_full_disk(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_where_the_content_comes_from_is_not_blamed_on_this_disk(tmp_path):
+def test_an_error_of_the_source_is_not_blamed_on_the_target_disk(tmp_path):
     def pieces():
         yield b"content"
         raise PermissionError(errno.EACCES, "no right to read", "/source")

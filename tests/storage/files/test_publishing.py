@@ -1,4 +1,4 @@
-"""Files become visible whole or not at all; an exclusive one has exactly one creator."""
+"""Publishing: files become visible completely or not at all; exclusive ones have exactly one creator."""
 
 import contextlib
 import errno
@@ -14,8 +14,19 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from xxhash import xxh3_128_hexdigest
 
-from layerwise.storage.files.publishing import create_once, overwrite, publish, remove_quietly
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.files.filesystem import open_filesystem
+from layerwise.storage.files.publishing import (
+    copy_within,
+    create_once,
+    overwrite,
+    publish,
+    remove_quietly,
+    require_exclusive_creation,
+)
+from tests.faults import error, ignore_condition, lose_answer
+
+ALWAYS = float("inf")
 
 
 @pytest.fixture
@@ -27,7 +38,7 @@ def hasty_threads():
     sys.setswitchinterval(usual)
 
 
-def test_publish_tells_size_digest_and_the_storages_date(store):
+def test_publish_returns_size_digest_and_date_by_the_storage(store):
     path = f"{store.root}/folder/file.bin"
     size, digest, date = publish(store.fs, path, [b"ab", b"", memoryview(b"c")])
     assert (size, digest) == (3, xxh3_128_hexdigest(b"abc"))
@@ -35,7 +46,7 @@ def test_publish_tells_size_digest_and_the_storages_date(store):
     assert store.fs.cat_file(path) == b"abc"
 
 
-def test_a_published_file_can_be_replaced_whole(store):
+def test_a_published_file_can_be_replaced_completely(store):
     path = f"{store.root}/progress.json"
     overwrite(store.fs, path, b"a long first document")
     overwrite(store.fs, path, b"second")
@@ -77,7 +88,7 @@ def test_of_eight_threads_exactly_one_creates_the_file(store, hasty_threads):
 
 
 class ForgetfulServer(AbstractFileSystem):
-    """S3 after the answer to a first conditional request was lost: the repeated one meets its own object."""
+    """S3 after the answer to a conditional request was lost: the repeated request finds its own object."""
 
     protocol = "forgetful"
     cachable = False
@@ -101,14 +112,14 @@ class ForgetfulServer(AbstractFileSystem):
         return {"name": path, "size": len(self.content), "type": "file"}
 
 
-def test_a_repeated_request_whose_first_answer_was_lost_still_wins():
+def test_a_repeated_request_succeeds_after_its_first_answer_was_lost():
     fs = ForgetfulServer()
     assert create_once(fs, "manifest.json", b"ours") is True
     assert create_once(fs, "manifest.json", b"theirs") is False
     assert fs.content == b"ours"
 
 
-def test_a_conflict_with_another_request_under_way_is_tried_again():
+def test_a_conflict_with_a_concurrent_request_is_retried():
     fs = ForgetfulServer()
     fs.conflicts = 1
     assert create_once(fs, "manifest.json", b"ours") is True
@@ -119,7 +130,7 @@ def test_an_empty_document_is_refused(store):
         create_once(store.fs, f"{store.root}/manifest.json", b"")
 
 
-def test_a_folder_that_others_remove_before_the_file_is_in_it_is_made_again(tmp_path):
+def test_a_folder_removed_before_its_first_file_is_created_again(tmp_path):
     folder, removed, done = tmp_path / "store" / "stage", [], Event()
 
     def remove_three_times():
@@ -142,7 +153,7 @@ def test_a_folder_that_others_remove_before_the_file_is_in_it_is_made_again(tmp_
     assert (folder / str(index)).read_bytes() == b"content"
 
 
-def test_a_disk_without_hard_links_is_refused_with_what_to_do(tmp_path, monkeypatch):
+def test_exclusive_creation_needs_hard_links(tmp_path, monkeypatch):
     def link(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -152,8 +163,8 @@ def test_a_disk_without_hard_links_is_refused_with_what_to_do(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_that_replace_and_remove_one_file_at_the_same_time_do_not_disturb_each_other(store):
-    """As two that work on one stage do with its resume point."""
+def test_one_file_can_be_replaced_and_removed_concurrently(store):
+    """Two processes that build one stage do this with its resume point."""
     path = f"{store.root}/progress.json"
     documents = [bytes([letter]) * (1000 + letter) for letter in b"abcd"]
 
@@ -167,3 +178,56 @@ def test_processes_that_replace_and_remove_one_file_at_the_same_time_do_not_dist
         list(pool.map(work, documents))
     overwrite(store.fs, path, documents[0])
     assert store.fs.cat_file(path) == documents[0]
+
+
+def test_a_missing_file_cannot_be_copied(store):
+    with pytest.raises(FileNotFoundError):
+        copy_within(store.fs, f"{store.root}/nothing", f"{store.root}/something")
+
+
+def test_the_check_of_exclusive_creation_passes_and_leaves_nothing(store):
+    require_exclusive_creation(store.fs, store.root)
+    assert not [path for path in store.fs.find(store.root) if "/probe-" in path]
+
+
+def test_a_server_that_ignores_the_condition_is_refused(fault_proxy, s3_bucket):
+    fs, root = open_filesystem(f"s3://{s3_bucket}/ignoring")
+    fault_proxy.inject(ignore_condition, lambda request: request.conditional, times=ALWAYS)
+    with pytest.raises(
+        OSError, match=r"cannot be a store: .*\[True, True\].* SeaweedFS 4.48 and Ceph"
+    ) as refusal:
+        require_exclusive_creation(fs, root)
+    assert f"{root} at {fault_proxy.url}" in str(refusal.value)
+    assert not [path for path in fs.find(root) if "/probe-" in path]
+
+
+def test_a_server_whose_answer_is_lost_is_accepted(fault_proxy, s3_bucket):
+    fs, root = open_filesystem(f"s3://{s3_bucket}/probe-lost")
+    fault_proxy.inject(lose_answer, lambda request: request.conditional)
+    require_exclusive_creation(fs, root)
+    assert len(fault_proxy.caught) == 1
+
+
+def test_credentials_that_may_only_read_are_reported(fault_proxy, s3_bucket):
+    fs, root = open_filesystem(f"s3://{s3_bucket}/probe-read-only")
+    fault_proxy.inject(error(403), lambda request: request.writes, times=ALWAYS)
+    with pytest.raises(PermissionError, match="was refused .* credentials that may read and write there"):
+        require_exclusive_creation(fs, root)
+
+
+def test_a_missing_server_is_unreachable(s3_bucket):
+    once = {"retries": {"total_max_attempts": 1}}
+    fs, root = open_filesystem("s3://bucket/run", endpoint_url="http://127.0.0.1:9", config_kwargs=once)
+    with pytest.raises(Unreachable, match="bucket/run/probe-.* at http://127.0.0.1:9 cannot be reached"):
+        require_exclusive_creation(fs, root)
+
+
+def test_a_disk_without_hard_links_is_refused(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    fs, root = open_filesystem(str(tmp_path))
+    with pytest.raises(OSError, match="no hard links"):
+        require_exclusive_creation(fs, root)
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Reading gives every byte that was asked for, or an error that names the range."""
+"""Reading returns every requested byte, or an error that names the range."""
 
 import pickle
 import sys
@@ -12,19 +12,19 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from xxhash import xxh3_128_hexdigest
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import Unreachable, reaching
-from layerwise.storage.files.reading import open_filesystem, read_blocks, read_exactly, read_scattered
+from layerwise.storage.files.errors import Corrupt, Unreachable, reaching
+from layerwise.storage.files.filesystem import open_filesystem
+from layerwise.storage.files.reading import read_blocks, read_exactly, read_scattered
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.storage.formats.tensors import read_entries
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_entries
 
 CONTENT = bytes(range(256)) * 8
 
 
 class Faulty(MemoryFileSystem):
-    """A storage whose first answers are wrong: each fault is used once."""
+    """A storage whose first answers are wrong; each fault is used once."""
 
     protocol = "faulty"
     cachable = False
@@ -56,7 +56,7 @@ def faulty():
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("faults", [[broken], [short], [whole], [short, broken, whole]])
-def test_passing_faults_are_outlived(faulty, faults):
+def test_temporary_faults_are_retried(faulty, faults):
     faulty.faults = faults
     into = bytearray(100)
     read_exactly(faulty, "/file", 3, memoryview(into))
@@ -64,7 +64,7 @@ def test_passing_faults_are_outlived(faulty, faults):
 
 
 @pytest.mark.usefixtures("quick_retries")
-def test_blocks_of_several_files_are_read_again_where_they_came_wrong(faulty):
+def test_only_the_wrong_blocks_of_several_files_are_read_again(faulty):
     faulty.pipe_file("/other", CONTENT[::-1])
     faulty.faults = [short, lambda content: content, broken, short]
     first, second, third = bytearray(10), bytearray(20), bytearray(1)
@@ -79,7 +79,7 @@ def test_blocks_of_several_files_are_read_again_where_they_came_wrong(faulty):
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("fault", [broken, short, whole])
-def test_a_lasting_fault_is_an_error_that_names_path_and_range_and_is_no_damage(faulty, fault):
+def test_a_lasting_fault_is_unreachable_and_names_path_and_range(faulty, fault):
     faulty.faults = [fault] * 99
     with pytest.raises(Unreachable, match="bytes 3 to 103 of /file at faulty://"):
         read_exactly(faulty, "/file", 3, memoryview(bytearray(100)))
@@ -87,13 +87,13 @@ def test_a_lasting_fault_is_an_error_that_names_path_and_range_and_is_no_damage(
 
 
 @pytest.mark.usefixtures("quick_retries")
-def test_a_file_that_is_too_short_is_damaged_whatever_else_goes_wrong(faulty):
+def test_a_file_that_is_too_short_is_corrupt_even_after_other_faults(faulty):
     faulty.faults = [broken, short]
     with pytest.raises(Corrupt, match="/file ends at byte 2048, but bytes 2000 to 2100 are needed"):
         read_exactly(faulty, "/file", 2000, memoryview(bytearray(100)))
 
 
-def test_a_refusal_is_told_at_once_and_only_once(faulty):
+def test_a_refusal_is_not_retried_and_reported_once(faulty):
     def refused(content):
         raise PermissionError(13, "no")
 
@@ -107,7 +107,7 @@ def test_a_refusal_is_told_at_once_and_only_once(faulty):
     assert len(faulty.faults) == 98
 
 
-def test_errors_of_clients_that_are_no_oserrors_name_path_and_server_and_hide_secrets(faulty):
+def test_errors_of_clients_name_path_and_server_and_hide_secrets(faulty):
     faulty.secret = "geheim"
     url = "http://user:geheim@host/file?signature=geheim"
     for error in (ClientPayloadError(url), EndpointConnectionError(endpoint_url=url), requests.Timeout(url)):
@@ -119,7 +119,7 @@ def test_errors_of_clients_that_are_no_oserrors_name_path_and_server_and_hide_se
         assert "geheim" not in "".join(traceback.format_exception(told.value))
 
 
-def test_errors_that_are_not_about_the_storage_pass_as_they_are(faulty):
+def test_errors_that_are_not_about_the_storage_pass_unchanged(faulty):
     for error in (
         KeyError("a"),
         ValueError("b"),
@@ -132,7 +132,7 @@ def test_errors_that_are_not_about_the_storage_pass_as_they_are(faulty):
         assert passed.value is error
 
 
-def test_a_bit_flipped_on_the_way_is_read_again(faulty):
+def test_a_file_with_a_bit_flipped_in_transit_is_read_again(faulty):
     store = ArtifactStore("memory://")
     store.fs, faulty.faults = faulty, []
     artifact = store.get_or_build(Stage("a", 1), lambda draft: draft.write("weights.bin", b"wwww"))
@@ -140,7 +140,7 @@ def test_a_bit_flipped_on_the_way_is_read_again(faulty):
     assert store.read(artifact, "weights.bin") == b"wwww"
 
 
-def test_a_tensor_with_a_bit_flipped_on_the_way_is_read_again(faulty):
+def test_a_tensor_with_a_bit_flipped_in_transit_is_read_again(faulty):
     faulty.faults = [lambda content: b"wxww"]
     entry = TensorEntry("U8", (4,), 0, xxh3_128_hexdigest(CONTENT[:4]))
     assert read_entries(faulty, "/file", {"weight": entry})["weight"].tolist() == [0, 1, 2, 3]
@@ -148,7 +148,7 @@ def test_a_tensor_with_a_bit_flipped_on_the_way_is_read_again(faulty):
 
 
 @pytest.mark.usefixtures("quick_retries")
-def test_reading_past_the_end_is_an_error(store):
+def test_reading_past_the_end_is_refused(store):
     store.fs.makedirs(store.root, exist_ok=True)
     store.fs.pipe_file(f"{store.root}/file", CONTENT)
     for offset in (len(CONTENT) - 5, len(CONTENT) + 5):
@@ -156,12 +156,12 @@ def test_reading_past_the_end_is_an_error(store):
             read_exactly(store.fs, f"{store.root}/file", offset, memoryview(bytearray(10)))
 
 
-def test_a_file_that_does_not_exist_is_reported_as_that(store):
+def test_a_missing_file_is_reported(store):
     with pytest.raises(FileNotFoundError):
         read_exactly(store.fs, f"{store.root}/nothing", 0, memoryview(bytearray(10)))
 
 
-def test_scattered_ranges_arrive_where_they_belong(store):
+def test_scattered_ranges_fill_their_buffers(store):
     store.fs.makedirs(store.root, exist_ok=True)
     content = CONTENT * (20 << 10)  # 40 MB: more than two requests
     store.fs.pipe_file(f"{store.root}/file", content)
@@ -180,8 +180,8 @@ def test_a_password_in_the_url_is_refused_and_not_repeated():
     assert "geheim" not in str(error.value)
 
 
-def test_an_unknown_protocol_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no storage is known for floppy:// URLs. Use a folder, s3://"):
+def test_an_unknown_protocol_is_refused_with_the_supported_ones():
+    with pytest.raises(ValueError, match="floppy:// URLs are not supported. Use a folder, s3://"):
         open_filesystem("floppy://a")
 
 
@@ -193,7 +193,7 @@ def test_a_missing_package_is_named(monkeypatch):
         open_filesystem("s3://bucket")
 
 
-def test_s3_is_patient_and_keeps_the_options_of_the_user():
+def test_s3_retries_longer_and_keeps_the_options_of_the_caller():
     pytest.importorskip("s3fs")
     options = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": {"read_timeout": 5}}
     fs, path = open_filesystem("s3://bucket/run", **options)
@@ -204,13 +204,13 @@ def test_s3_is_patient_and_keeps_the_options_of_the_user():
 
 
 @pytest.mark.parametrize("kind", [Corrupt, Unreachable])
-def test_an_error_travels_between_processes(kind):
+def test_an_error_can_be_pickled(kind):
     copy = pickle.loads(pickle.dumps(kind("file is short")))
     assert type(copy) is kind
     assert str(copy) == "file is short"
 
 
-def test_a_store_travels_between_processes_and_hides_its_options(store):
+def test_a_store_can_be_pickled_and_hides_its_options(store):
     assert pickle.loads(pickle.dumps(store)).root == store.root
     secret = ArtifactStore("s3://bucket/run", secret="geheim", key="k") if "s3fs" in sys.modules else store
     assert "geheim" not in repr(secret)

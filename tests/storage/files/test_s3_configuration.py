@@ -1,4 +1,4 @@
-"""Endpoint, region, profile and anonymous access: by the usual environment and by fsspec's configuration."""
+"""S3 settings: endpoint, region, profile and anonymous access, from AWS variables and the fsspec configuration."""
 
 import json
 import os
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.storage.files.errors import Unreachable, reaching
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.files.publishing import create_once, publish
-from layerwise.storage.files.reading import open_filesystem, read_exactly
+from layerwise.storage.files.reading import read_exactly
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
@@ -41,7 +42,7 @@ print(store.read(store.find(Stage("notes", 1)), "notes.txt").decode())
 
 
 def run_with(home: Path, script: str, url: str, settings: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run ``script`` in a process that knows nothing of S3 but what is in ``settings`` and ``home``."""
+    """Run ``script`` in a process whose S3 settings are only those in ``settings`` and ``home``."""
     usual = {
         name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FSSPEC_", "XDG_"))
     }
@@ -57,7 +58,7 @@ def run_with(home: Path, script: str, url: str, settings: dict[str, str]) -> sub
 
 
 def written_with(home: Path, s3_bucket: str, settings: dict[str, str]) -> ArtifactStore:
-    """What a subprocess with these settings has written, as this process reads it."""
+    """Write an artifact in a subprocess with these settings; return the store, as this process reads it."""
     url = f"s3://{s3_bucket}/{uuid.uuid4().hex}"
     done = run_with(home, WRITE_AND_READ, url, settings)
     assert done.returncode == 0, done.stderr
@@ -69,20 +70,20 @@ def written_with(home: Path, s3_bucket: str, settings: dict[str, str]) -> Artifa
 
 
 def credential_scopes(proxy: FaultProxy) -> set[str]:
-    """Key and region that requests were signed with."""
+    """Return the keys and regions that requests were signed with."""
     signatures = [request.headers["authorization"] for request in proxy.requests]
     scopes = [signature.partition("Credential=")[2].split("/") for signature in signatures]
     return {f"{scope[0]}/{scope[2]}" for scope in scopes}
 
 
-def test_endpoint_and_region_come_from_the_usual_environment(fault_proxy, s3_bucket, tmp_path):
+def test_endpoint_and_region_come_from_the_aws_variables(fault_proxy, s3_bucket, tmp_path):
     settings = {"AWS_ENDPOINT_URL": fault_proxy.url, "AWS_DEFAULT_REGION": "eu-central-1"}
     fault_proxy.requests.clear()
     written_with(tmp_path, s3_bucket, {**settings, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET})
     assert f"{KEY}/eu-central-1" in credential_scopes(fault_proxy)
 
 
-def test_everything_can_come_from_a_profile(fault_proxy, s3_bucket, tmp_path):
+def test_all_settings_can_come_from_a_profile(fault_proxy, s3_bucket, tmp_path):
     (tmp_path / "config").write_text(
         f"[profile lab]\nregion = eu-west-3\nendpoint_url = {fault_proxy.url}\n[default]\nregion = us-east-1\n"
     )
@@ -96,7 +97,7 @@ def test_everything_can_come_from_a_profile(fault_proxy, s3_bucket, tmp_path):
     assert f"{KEY}/eu-west-3" in credential_scopes(fault_proxy)
 
 
-def test_everything_can_come_from_fsspec_s_environment(fault_proxy, s3_bucket, tmp_path):
+def test_all_settings_can_come_from_the_fsspec_variables(fault_proxy, s3_bucket, tmp_path):
     settings = {
         "FSSPEC_S3_ENDPOINT_URL": fault_proxy.url,
         "FSSPEC_S3_KEY": KEY,
@@ -109,7 +110,7 @@ def test_everything_can_come_from_fsspec_s_environment(fault_proxy, s3_bucket, t
     assert any("from-fsspec" in request.headers["user-agent"] for request in fault_proxy.requests)
 
 
-def test_everything_can_come_from_fsspec_s_file(fault_proxy, s3_bucket, tmp_path):
+def test_all_settings_can_come_from_the_fsspec_file(fault_proxy, s3_bucket, tmp_path):
     (tmp_path / ".config" / "fsspec").mkdir(parents=True)
     options = {"endpoint_url": fault_proxy.url, "key": KEY, "secret": SECRET}
     (tmp_path / ".config" / "fsspec" / "conf.json").write_text(json.dumps({"s3": options}))
@@ -119,7 +120,7 @@ def test_everything_can_come_from_fsspec_s_file(fault_proxy, s3_bucket, tmp_path
 
 @pytest.fixture
 def public_store(fault_proxy, s3_bucket):
-    """The URL of a store in a bucket that everybody may read."""
+    """URL of a store in a public bucket."""
     fs, _ = open_filesystem(f"s3://{s3_bucket}")
     bucket = f"public-{uuid.uuid4().hex}"
     fs.mkdir(bucket)
@@ -155,7 +156,7 @@ def test_writing_without_credentials_is_refused_clearly_and_unsigned(fault_proxy
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nohost.invalid:80"])
-def test_a_server_that_is_not_there_is_named_with_the_object(s3_bucket, endpoint):
+def test_the_error_about_a_missing_server_names_it_and_the_object(s3_bucket, endpoint):
     quickly = {"retries": {"total_max_attempts": 1}}
     fs, root = open_filesystem("s3://bucket/run", endpoint_url=endpoint, config_kwargs=quickly)
     told = f"bucket/run/file at {endpoint} cannot be reached .* Check the network"
@@ -169,12 +170,12 @@ def test_a_server_that_is_not_there_is_named_with_the_object(s3_bucket, endpoint
         fs.info(f"{root}/file")
 
 
-def test_an_unknown_bucket_is_told_as_that(fault_proxy, s3_bucket):
+def test_an_unknown_bucket_is_reported(fault_proxy, s3_bucket):
     fs, root = open_filesystem("s3://no-such-bucket/run")
-    told = f"no-such-bucket/run/file at {fault_proxy.url} cannot be had .* no such bucket there. Create it"
+    told = f"no-such-bucket/run/file at {fault_proxy.url} cannot be opened .* no such bucket. Create it"
     with pytest.raises(FileNotFoundError, match=told):
         read_exactly(fs, f"{root}/file", 0, memoryview(bytearray(9)))
-    # SeaweedFS makes a bucket of the first file that is written to it; AWS does not.
+    # SeaweedFS creates a bucket with the first file that is written to it; AWS does not.
     fault_proxy.inject(error(404), lambda request: request.writes, times=float("inf"))
     with pytest.raises(FileNotFoundError, match=told):
         publish(fs, f"{root}/file", [b"content"])
@@ -192,7 +193,7 @@ def test_an_unknown_bucket_is_told_as_that(fault_proxy, s3_bucket):
     ],
     ids=["wrong secret", "unknown key", "none", "unknown profile"],
 )
-def test_credentials_that_do_not_do_are_told_and_never_shown(fault_proxy, s3_bucket, tmp_path, settings):
+def test_invalid_credentials_are_reported_and_not_shown(fault_proxy, s3_bucket, tmp_path, settings):
     settings = {"AWS_ENDPOINT_URL": fault_proxy.url, **settings}
     done = run_with(tmp_path, WRITE_AND_READ, f"s3://{s3_bucket}/{uuid.uuid4().hex}", settings)
     assert done.returncode == 1

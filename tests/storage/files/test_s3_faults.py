@@ -1,4 +1,4 @@
-"""Faults between us and S3: the right content, or an error that names the object; never a wrong number."""
+"""Faults between the client and S3: the correct content, or an error that names the object."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,12 +7,11 @@ import torch
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.files.errors import Corrupt, Unreachable
 from layerwise.storage.files.publishing import publish
-from layerwise.storage.formats.tensors import read_tensor_into, read_tensors, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensor_into, read_tensors, write_tensors
 from tests.fault_proxy import FaultProxy, Request
 from tests.faults import (
     cut_body,
@@ -55,7 +54,7 @@ def reads_data(request: Request) -> bool:
 
 
 class FirstTime:
-    """Matches each request when it is made for the first time."""
+    """Match each request the first time it is made."""
 
     def __init__(self, matches) -> None:
         self.matches, self.seen = matches, set()
@@ -76,9 +75,9 @@ def build_in_two_attempts(store: ArtifactStore) -> Artifact:
     def save_state(state: Draft) -> None:
         write_tensors(state, "state.safetensors", {"state": STATE})
 
-    def killed_after_a_boundary(draft: Draft) -> None:
+    def killed_after_a_resume_point(draft: Draft) -> None:
         write_tensors(draft, "layer.safetensors", {"weight": WEIGHT})
-        draft.save_progress(1, save_state)
+        draft.save_resume_point(1, save_state)
         raise Killed
 
     def resumed(draft: Draft) -> None:
@@ -88,12 +87,12 @@ def build_in_two_attempts(store: ArtifactStore) -> Artifact:
         draft.write("notes.bin", NOTES)
 
     with pytest.raises(Killed):
-        store.get_or_build(STAGE, killed_after_a_boundary)
+        store.get_or_build(STAGE, killed_after_a_resume_point)
     return store.get_or_build(STAGE, resumed)
 
 
 def read_all(store: ArtifactStore, artifact: Artifact) -> None:
-    """Read in every way there is, each of which must give what was written."""
+    """Check that every way of reading returns what was written."""
     assert store.read(artifact, "notes.bin") == NOTES
     assert read_tensors(store, artifact, "layer.safetensors")["weight"].equal(WEIGHT)
     weight = torch.empty_like(WEIGHT)
@@ -112,7 +111,7 @@ def open_store(s3_bucket: str, name: str, attempts: int, read_timeout: float) ->
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("name", FAULTS_OF_ANSWERS)
-def test_a_fault_of_each_answer_once_is_outlived_by_reading(fault_proxy: FaultProxy, s3_bucket, name):
+def test_reading_survives_one_fault_of_each_answer(fault_proxy: FaultProxy, s3_bucket, name):
     store = open_store(s3_bucket, f"read once {name}", attempts=3, read_timeout=1)
     artifact = build_in_two_attempts(store)
     fault_proxy.inject(FAULTS_OF_ANSWERS[name], FirstTime(reads_data), times=ALWAYS)
@@ -122,20 +121,18 @@ def test_a_fault_of_each_answer_once_is_outlived_by_reading(fault_proxy: FaultPr
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("name", FAULTS_OF_WRITES)
-def test_a_fault_of_each_write_once_is_outlived_by_building_and_resuming(
-    fault_proxy: FaultProxy, s3_bucket, name
-):
+def test_building_and_resuming_survive_one_fault_of_each_write(fault_proxy: FaultProxy, s3_bucket, name):
     store = open_store(s3_bucket, f"write once {name}", attempts=3, read_timeout=0.5)
     fault_proxy.inject(FAULTS_OF_WRITES[name], FirstTime(lambda request: request.writes), times=ALWAYS)
     artifact = build_in_two_attempts(store)
-    # At the least: layer, state, resume point, notes, manifest.
+    # At least layer, state, resume point, notes, manifest.
     assert len([request for request in fault_proxy.caught if request.method == "PUT"]) >= 5
     fault_proxy.heal()
     read_all(store, artifact)
 
 
 @pytest.mark.parametrize("name", [*FAULTS_OF_WRITES, "duplicated"])
-def test_a_fault_of_each_step_of_an_upload_in_parts_is_outlived(fault_proxy: FaultProxy, s3_bucket, name):
+def test_an_upload_in_parts_survives_one_fault_of_each_step(fault_proxy: FaultProxy, s3_bucket, name):
     store = open_store(s3_bucket, f"parts once {name}", attempts=3, read_timeout=2)
     fault = {**FAULTS_OF_WRITES, "duplicated": duplicate}[name]
     fault_proxy.inject(fault, FirstTime(lambda request: request.writes), times=ALWAYS)
@@ -157,7 +154,7 @@ def test_requests_that_arrive_twice_change_nothing(fault_proxy: FaultProxy, s3_b
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("name", FAULTS_OF_ANSWERS)
-def test_a_fault_that_lasts_ends_reading_with_an_error_that_names_the_object(
+def test_a_lasting_fault_ends_reading_with_an_error_that_names_the_object(
     fault_proxy: FaultProxy, s3_bucket, name
 ):
     artifact = build_in_two_attempts(open_store(s3_bucket, f"read {name}", attempts=3, read_timeout=60))
@@ -182,7 +179,7 @@ def test_a_fault_that_lasts_ends_reading_with_an_error_that_names_the_object(
         ("stall before the head", "progress.json"),
     ],
 )
-def test_a_fault_that_lasts_ends_writing_with_an_error_that_names_the_object(
+def test_a_lasting_fault_ends_writing_with_an_error_that_names_the_object(
     fault_proxy: FaultProxy, s3_bucket, name, file
 ):
     store = open_store(s3_bucket, f"write {file} {name}", attempts=1, read_timeout=0.5)
@@ -195,10 +192,8 @@ def test_a_fault_that_lasts_ends_writing_with_an_error_that_names_the_object(
     read_all(healed, build_in_two_attempts(healed) if healed.find(STAGE) is None else healed.find(STAGE))
 
 
-def test_stalls_of_30_seconds_are_outlived_with_the_patience_that_a_search_has(
-    fault_proxy: FaultProxy, s3_bucket
-):
-    """In real time; all readers and the writer wait together."""
+def test_the_default_settings_survive_stalls_of_30_seconds(fault_proxy: FaultProxy, s3_bucket):
+    """In real time; all readers and the writer wait concurrently."""
     store = ArtifactStore(f"s3://{s3_bucket}/stalled", skip_instance_cache=True)
     artifact = build_in_two_attempts(store)
     fault_proxy.inject(stall_before_head(30), lambda request: reads_data(request) and "notes" in request.path)

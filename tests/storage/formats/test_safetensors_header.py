@@ -1,4 +1,4 @@
-"""A header is believed only when its tensors fill the file exactly."""
+"""Headers are accepted only if their tensors fill the file exactly."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.formats.safetensors_header import read_header
-from layerwise.storage.formats.tensors import read_entries
+from layerwise.storage.tensors import read_entries
 
 
 def file_of(header, data=bytes(8), length=None):
@@ -23,7 +23,7 @@ def tensor(begin, end, dtype="F32", shape=(1,)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def test_a_header_of_the_official_writer_is_read_in_the_order_of_the_data(tmp_path):
+def test_entries_of_a_file_of_the_official_writer_are_in_the_order_of_the_data(tmp_path):
     tensors = {"b": torch.ones(3).bool(), "a": torch.arange(4.0), "e": torch.empty(0), "s": torch.ones(())}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
     fs, path = LocalFileSystem(), str(tmp_path / "a.safetensors")
@@ -70,7 +70,7 @@ def test_a_header_longer_than_the_first_read_is_read(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_header_that_lies_is_refused_with_the_path(tmp_path, content, finding):
+def test_a_header_that_does_not_fit_the_file_is_refused(tmp_path, content, finding):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(Corrupt, match=rf"{re.escape(str(path))} .*{finding}"):

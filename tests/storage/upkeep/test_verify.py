@@ -1,4 +1,4 @@
-"""Verification: whatever happens to any file of a store is found, and put to the right artifact."""
+"""Verification: damage to any file of a store is found and attributed to the right artifact."""
 
 import random
 import shutil
@@ -8,10 +8,10 @@ import pytest
 
 from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import storage_clock
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import collect, plan_collection
-from layerwise.storage.upkeep.signs_of_life import storage_clock
+from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 from layerwise.storage.upkeep.verify import Tally, verify
 
 CHECKPOINT = Stage("import", 1)
@@ -22,11 +22,11 @@ SHARDS = ("layer-0.safetensors", "layer-1.safetensors", "tables/statistics.parqu
 
 
 class Killed(BaseException):
-    """The process is gone: nothing tidies up after it."""
+    """The process was killed and did not clean up."""
 
 
 def fill(store):
-    """Three artifacts and the resume point of a fourth; no two files are alike."""
+    """Build three artifacts and the resume point of a fourth; all files differ."""
     numbers = random.Random(7)
     for stage in (CHECKPOINT, CAPTURE, EXPORT):
 
@@ -39,7 +39,7 @@ def fill(store):
     def killed(draft):
         for layer in range(2):
             draft.write(f"layer-{layer}.safetensors", numbers.randbytes(300))
-            draft.save_progress(layer + 1, lambda state: state.write("state.bin", numbers.randbytes(400)))
+            draft.save_resume_point(layer + 1, lambda state: state.write("state.bin", numbers.randbytes(400)))
         raise Killed
 
     with pytest.raises(Killed):
@@ -55,7 +55,7 @@ def key_of(store, path):
     return "/".join(path.removeprefix(f"{store.root}/").split("/")[:2])
 
 
-def test_a_whole_store_has_no_findings_and_all_of_it_is_read(store):
+def test_an_intact_store_has_no_findings_and_is_read_completely(store):
     fill(store)
     tally = Tally()
     assert list(verify(store, tally)) == []
@@ -68,8 +68,8 @@ def test_an_empty_store_has_no_findings(store):
     assert list(verify(store)) == []
 
 
-def test_a_file_larger_than_what_is_read_at_once_is_read_to_its_end(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.checking.BUFFER", 1000)
+def test_a_file_larger_than_the_buffer_is_read_completely(store, monkeypatch):
+    monkeypatch.setattr("layerwise.storage.integrity.BUFFER", 1000)
     artifact = store.get_or_build(CAPTURE, lambda draft: draft.write("large.bin", bytes(2500)))
     assert list(verify(store)) == []
     path = f"{store.root}/{artifact.files['large.bin'].path}"
@@ -79,7 +79,7 @@ def test_a_file_larger_than_what_is_read_at_once_is_read_to_its_end(store, monke
 
 
 def one_of(numbers, paths):
-    """Any file; each name as often as the others, although there are more shards than resume points."""
+    """Choose a file; each name is equally likely, although there are more shards than resume points."""
     name = numbers.choice(sorted({path.name for path in paths}))
     return numbers.choice([path for path in paths if path.name == name])
 
@@ -115,10 +115,10 @@ def swap(numbers, paths):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, delete, swap])
 def test_every_random_damage_is_found_and_named(tmp_path, monkeypatch, damage):
-    """25 of each kind: shards, tables, manifests, the resume point, its state."""
+    """25 damages of each kind, to shards, tables, manifests, the resume point and its state."""
     monkeypatch.setattr(
         "layerwise.storage.formats.document.ATTEMPTS", 1
-    )  # a local disk gives the same bytes again
+    )  # a local disk returns the same bytes again
     whole = ArtifactStore(str(tmp_path / "whole"))
     fill(whole)
     numbers = random.Random(damage.__name__)
@@ -127,7 +127,7 @@ def test_every_random_damage_is_found_and_named(tmp_path, monkeypatch, damage):
         store = ArtifactStore(str(tmp_path / str(number)))
         shutil.copytree(whole.root, store.root)
         files = [path for path in (tmp_path / str(number)).rglob("*") if path.is_file()]
-        # Not by the whole path, in which the attempts' random names would undo the seed.
+        # Not sorted by the whole path: it contains random names of attempts, which would undo the seed.
         damaged = damage(numbers, sorted(files, key=lambda path: (key_of(store, str(path)), path.name)))
         findings = list(verify(store))
         assert {finding.key for finding in findings} == {key_of(store, str(path)) for path in damaged}, (
@@ -135,7 +135,7 @@ def test_every_random_damage_is_found_and_named(tmp_path, monkeypatch, damage):
         )
         lost = {key_of(store, str(path)) for path in damaged if path.suffix == ".json"}
         for path in damaged:
-            # What a damaged manifest or resume point named is not known any more: then it is the one to be told.
+            # The files of a damaged manifest or resume point are unknown, so the finding names the document.
             told = [each.name + each.problem for each in findings if each.key == key_of(store, str(path))]
             names = ("manifest.json", "progress.json") if key_of(store, str(path)) in lost else (path.name,)
             assert any(name in each for each in told for name in names), (path, findings)
@@ -152,7 +152,7 @@ def damage_on_any_backend(store, artifact):
     overwrite(store.fs, paths[SHARDS[2]], content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def test_missing_truncated_and_changed_files_are_told_apart(store):
+def test_missing_truncated_and_changed_files_are_distinguished(store):
     fill(store)
     damage_on_any_backend(store, store.get(CAPTURE.key))
     overwrite(store.fs, f"{store.root}/{EXPORT.key}/manifest.json", b'{"format": 1')
@@ -168,7 +168,7 @@ def test_missing_truncated_and_changed_files_are_told_apart(store):
     assert tally.artifacts == 3
 
 
-def test_a_lost_manifest_is_found_by_what_was_made_from_the_artifact(store):
+def test_a_lost_manifest_is_found_by_an_artifact_made_from_it(store):
     fill(store)
     store.fs.rm_file(f"{store.root}/{CAPTURE.key}/manifest.json")
     [finding] = verify(store)
@@ -176,22 +176,22 @@ def test_a_lost_manifest_is_found_by_what_was_made_from_the_artifact(store):
     assert f"{BRANCH.key.partition('/')[0]}/" in finding.problem or EXPORT.key in finding.problem
 
 
-def test_what_a_killed_attempt_left_is_no_damage(store):
+def test_files_of_a_killed_attempt_are_not_damage(store):
     overwrite(store.fs, f"{store.root}/{CAPTURE.key}/{uuid.uuid4().hex}/layer-0.bin", b"x")
     [finding] = verify(store)
     assert (finding.key, finding.kind) == (CAPTURE.key, "unfinished")
 
 
-def test_inputs_that_were_collected_are_no_damage(store):
+def test_deleted_inputs_are_not_damage(store):
     fill(store)
-    now = storage_clock(store.fs, store.root) + 86400.0
+    now = storage_clock(store) + 86400.0
     collect(store, plan_collection(store, lambda artifacts: {EXPORT.key}, now=now))
     tally = Tally()
     assert list(verify(store, tally)) == []
     assert tally.artifacts == 1
 
 
-def test_a_storage_that_fails_is_not_called_damage(store, monkeypatch):
+def test_a_storage_that_fails_is_not_reported_as_damage(store, monkeypatch):
     fill(store)
     path = store.get(CAPTURE.key).files[SHARDS[1]].path
     read = store.fs.info
@@ -207,7 +207,7 @@ def test_a_storage_that_fails_is_not_called_damage(store, monkeypatch):
     assert finding.problem.endswith("could not be read: the server does not answer")
 
 
-def test_a_resume_point_that_is_replaced_while_it_is_read_is_no_damage(store, monkeypatch):
+def test_a_resume_point_that_is_replaced_while_it_is_read_is_not_damage(store, monkeypatch):
     fill(store)
     info, replaced = store.fs.info, []
 

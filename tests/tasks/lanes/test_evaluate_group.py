@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import ERRORS_FILE
 from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.lanes.evaluate_group import evaluate_together

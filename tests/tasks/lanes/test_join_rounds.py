@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import branch
 from layerwise.tasks.lanes.join_rounds import join_rounds
 from layerwise.tasks.running.execution import Execution

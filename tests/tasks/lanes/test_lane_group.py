@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerwise.storage.formats.tables import read_table
+from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.statistics_table import read_statistics
 
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])

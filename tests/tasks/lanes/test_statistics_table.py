@@ -3,9 +3,9 @@
 import torch
 
 from layerwise.calibration.statistics import InputStatistics
-from layerwise.storage.formats.tables import read_table
-from layerwise.storage.formats.tensors import write_tensors
 from layerwise.storage.stage import Stage
+from layerwise.storage.tables import read_table
+from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity, write_statistics
 
 # Linears of different widths, one of a single channel, one that saw other tokens.

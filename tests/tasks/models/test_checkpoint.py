@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from xxhash import xxh3_128_hexdigest
 
 import layerwise.tasks.import_checkpoint as import_module
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.reading import open_filesystem
-from layerwise.storage.keys import digest
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.files.filesystem import open_filesystem
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.sources.file_identity import SourceChanged
 from layerwise.tasks.sources.folder import list_folder

@@ -13,7 +13,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.tasks.import_checkpoint import import_checkpoint
 
 

@@ -16,8 +16,8 @@ from prefect.client.schemas.filters import ArtifactFilter, LogFilter
 from prefect.context import TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
+from layerwise.storage.signs_of_life import announced, read_sign
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import announced, read_sign
 from layerwise.tasks.running import progress
 from layerwise.tasks.running.progress import showing
 
@@ -29,8 +29,8 @@ def every_step_reported(monkeypatch):
 
 def said_by_a_new_process(store: ArtifactStore) -> str:
     """What this process says that it is doing, if it is announced now: its signs come every 15 s."""
-    with announced(store.fs, store.root, "a search", "a" * 32):
-        return read_sign(store.fs, store.root, "a" * 32).doing
+    with announced(store, "a search", "a" * 32):
+        return read_sign(store, "a" * 32).doing
 
 
 def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):

@@ -6,8 +6,7 @@ import pytest
 from prefect import flow
 from prefect.context import TaskRunContext
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.errors import Unreachable
+from layerwise.storage.files.errors import Corrupt, Unreachable
 from layerwise.tasks.running.stage_task import stage_task
 
 

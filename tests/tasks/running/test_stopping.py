@@ -65,7 +65,7 @@ def test_the_handler_of_before_is_back_afterwards():
 
 
 def test_a_boundary_is_committed_before_it_stops(local_store):
-    draft = Draft(local_store.fs, local_store.root, Stage("capture", 1))
+    draft = Draft(local_store, Stage("capture", 1))
 
     def work():
         hourly = Execution(boundary_seconds=3600)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 import layerwise.tasks.import_checkpoint as import_module
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.sources.file_identity import SourceChanged
@@ -19,10 +19,10 @@ def test_a_gguf_file_that_is_rewritten_between_two_shards_and_put_back(local_sto
         good = file.read()
     times = os.stat(path)
     undisturbed = import_checkpoint(ArtifactStore(str(tmp_path / "other")), path)
-    save_progress, written = import_module.Draft.save_progress, []
+    save_resume_point, written = import_module.Draft.save_resume_point, []
 
     def then_rewritten(draft, step, write_state):
-        save_progress(draft, step, write_state)
+        save_resume_point(draft, step, write_state)
         written.append(step)
         if len(written) == 2:
             half = len(good) // 2
@@ -30,7 +30,7 @@ def test_a_gguf_file_that_is_rewritten_between_two_shards_and_put_back(local_sto
                 file.write(good[:half] + bytes(byte ^ 1 for byte in good[half:]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module.Draft, "save_progress", then_rewritten)
+        patch.setattr(import_module.Draft, "save_resume_point", then_rewritten)
         with pytest.raises(SourceChanged, match="has changed since this run began"):
             import_checkpoint(local_store, path)
     with open(path, "r+b") as file:

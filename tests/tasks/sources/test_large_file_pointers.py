@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
 from layerwise.tasks.sources.sources import find_source
 from layerwise.tasks.texts.corpora import open_corpus

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from layerwise.storage.files.reading import open_filesystem
+from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.sources.demo_model import WHEEL_SHA256
 from layerwise.tasks.sources.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
 
@@ -175,5 +175,5 @@ def test_a_single_weights_file_is_refused(tmp_path):
 
 
 def test_an_unknown_protocol_is_refused():
-    with pytest.raises(ValueError, match="no storage is known for nosuch://"):
+    with pytest.raises(ValueError, match="nosuch:// URLs are not supported"):
         find_source("nosuch://somewhere/model")

@@ -13,7 +13,6 @@ import pytest
 from pyarrow.parquet import write_table
 
 from layerwise.tasks.texts.corpora import assign_parts, open_corpus, read_text, require_apart
-from layerwise.tasks.texts.file_corpus import without_credentials
 from layerwise.tasks.texts.hub_corpus import HubCorpus
 
 DOCUMENTS = ["One.", "", "Zwei: ä\r\nund drei."]
@@ -302,20 +301,6 @@ def test_zstandard_is_read_over_all_frames_and_refused_if_it_is_cut_off(tmp_path
     (tmp_path / "cut.jsonl.zst").write_bytes(frames[:-5])
     with pytest.raises(OSError, match="cut.jsonl.zst is cut off"):
         read_text(open_corpus(str(tmp_path / "cut.jsonl.zst"), "test"))
-
-
-@pytest.mark.parametrize(
-    ("url", "label"),
-    [
-        ("https://me:secret@host/a.txt?token=secret#secret", "https://host/a.txt"),
-        ("s3://AKIA:se/cr/et@bucket/a.txt", "s3://bucket/a.txt"),
-        ("simplecache::https://host/a.txt?sig=secret", "simplecache::https://host/a.txt"),
-        ("hf://datasets/owner/name@main/a.txt", "hf://datasets/owner/name@main/a.txt"),
-        ("/home/me@work/a.txt", "/home/me@work/a.txt"),
-    ],
-)
-def test_labels_have_no_credentials_in_them(url, label):
-    assert without_credentials(url) == label
 
 
 def test_a_signed_url_shows_its_signature_neither_in_errors_nor_in_the_corpus():

@@ -1,4 +1,4 @@
-"""Garbage collection beside processes at work: nothing is taken from them, nor from another collection."""
+"""Garbage collection while other processes work, or collect garbage, in the store."""
 
 import json
 import os
@@ -12,11 +12,10 @@ import pytest
 
 from layerwise.storage.files.publishing import overwrite
 from layerwise.storage.formats.document import read_sealed, seal
+from layerwise.storage.signs_of_life import storage_clock
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import collect, plan_collection
-from layerwise.storage.upkeep.garbage import STALE
-from layerwise.storage.upkeep.signs_of_life import storage_clock
+from layerwise.storage.upkeep.garbage_collection import STALE, collect, plan_collection
 from tests.leftovers import (
     DAY,
     OTHER,
@@ -31,7 +30,7 @@ from tests.leftovers import (
 
 WRITER = """
 import json, sys
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 
@@ -43,43 +42,43 @@ def told(line):
 
 def build(draft):
     draft.write("inherited.bin", b"i" * 1000)
-    draft.save_progress(1, lambda state: state.write("state.bin", b"s" * 1000))
+    draft.save_resume_point(1, lambda state: state.write("state.bin", b"s" * 1000))
     for number in range(3):
         told(f"round {number}")
         draft.write(f"layer-{number}.bin", str(number).encode() * 1000)
         told(f"written {number}")
-        draft.save_progress(number + 2, lambda state: state.write("state.bin", b"s" * 1000))
+        draft.save_resume_point(number + 2, lambda state: state.write("state.bin", b"s" * 1000))
     told("before the commit")
 
-with announced(store.fs, store.root, "a search"):
+with announced(store, "a search"):
     store.get_or_build(Stage("capture", 1), build)
     told("committed")
 """
 
 
-def test_what_was_modified_in_the_time_of_grace_stays(store):
+def test_files_modified_during_the_grace_period_stay(store):
     die_in_attempt(store)
     build_weights(store, OTHER)
-    assert plan(store, later=3500.0, grace_seconds=3600.0).garbage == ()
-    assert len(plan(store, later=3700.0, grace_seconds=3600.0).garbage) == 1
+    assert plan(store, later=3500.0).garbage == ()
+    assert len(plan(store, later=3700.0).garbage) == 1
     assert plan_collection(store).garbage == ()
 
 
-def test_an_attempt_is_judged_by_its_newest_file(tmp_path):
+def test_the_age_of_an_attempt_is_that_of_its_newest_file(tmp_path):
     store = ArtifactStore(str(tmp_path))
     build_weights(store)
     attempt = tmp_path / STAGE.key / ("b" * 32)
     attempt.mkdir()
     for name, age in [("old.bin", 10 * DAY), ("new.bin", 0.0)]:
         (attempt / name).write_bytes(b"x")
-        os.utime(attempt / name, (storage_clock(store.fs, store.root) - age,) * 2)
+        os.utime(attempt / name, (storage_clock(store) - age,) * 2)
     assert plan_collection(store).garbage == ()
-    os.utime(attempt / "new.bin", (storage_clock(store.fs, store.root) - DAY,) * 2)
+    os.utime(attempt / "new.bin", (storage_clock(store) - DAY,) * 2)
     assert {each.path.rpartition("/")[2] for each in plan_collection(store).garbage} == {"old.bin", "new.bin"}
 
 
-def test_a_folder_without_a_manifest_stays_whole_while_somebody_is_at_work_there(tmp_path):
-    """A running process may have taken over old files that no resume point names any more."""
+def test_a_folder_without_a_manifest_stays_completely_while_a_process_works_there(tmp_path):
+    """A running process may have inherited old files that no resume point names any more."""
     store = ArtifactStore(str(tmp_path))
     die_in_attempt(store)
     for path in paths_in(store):
@@ -89,8 +88,8 @@ def test_a_folder_without_a_manifest_stays_whole_while_somebody_is_at_work_there
     assert plan_collection(store).garbage == ()
 
 
-def test_what_has_come_into_use_since_the_plan_stays(store):
-    """The manifest that names the files is committed after the plan was made."""
+def test_files_that_came_into_use_after_the_plan_stay(store):
+    """The manifest that names the files is committed after the plan."""
     die_in_attempt(store)
     [path] = paths_in(store)
     collection = plan(store)
@@ -118,7 +117,7 @@ def test_two_collections_at_once_delete_everything_once(store):
 
 @pytest.fixture
 def writer(pytestconfig):
-    """A real process that builds an artifact in a store step by step, each on our word."""
+    """A real process that builds an artifact step by step, and waits for the test before each step."""
     started = []
 
     def start(store):
@@ -146,7 +145,8 @@ def shared_store(request, tmp_path) -> ArtifactStore:
     return ArtifactStore(f"s3://{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}")
 
 
-def test_collecting_takes_nothing_from_a_process_at_work(shared_store, writer):
+@pytest.mark.usefixtures("no_grace_period")
+def test_collecting_deletes_nothing_of_a_running_process(shared_store, writer):
     store = shared_store
     die_in_attempt(store, OTHER)
     process = writer(store)
@@ -154,7 +154,7 @@ def test_collecting_takes_nothing_from_a_process_at_work(shared_store, writer):
     while not lines or lines[-1] != "committed":
         lines.append(process.stdout.readline().strip())
         assert process.poll() is None
-        # For all that is known here the process may be as old as the garbage: nothing but the horizon protects it.
+        # The process may be as old as the garbage, so only the horizon protects its files.
         collection = plan(store, later=60.0)
         assert collection.running[0].pid == process.pid
         assert collect(store, collection).failures == ()
@@ -169,7 +169,8 @@ def test_collecting_takes_nothing_from_a_process_at_work(shared_store, writer):
     ]
 
 
-def test_what_a_killed_process_leaves_goes_once_it_is_stale(shared_store, writer):
+@pytest.mark.usefixtures("no_grace_period")
+def test_files_of_a_killed_process_are_deleted_once_it_is_stale(shared_store, writer):
     store = shared_store
     process = writer(store)
     for line in ("round 0", "written 0"):

@@ -1,4 +1,4 @@
-"""Named tensors as safetensors files: streamed out, read back by ranges, always checked."""
+"""Named tensors in safetensors files: written as a stream, read by byte ranges, checked by digest."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,13 +9,13 @@ from xxhash import xxh3_128_hexdigest
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
-from layerwise.storage.files.corrupt import Corrupt
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.reading import read_exactly, read_scattered
 from layerwise.storage.formats.safetensors_header import METADATA, encode_header
-from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry
+from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry, dtype_name
 from layerwise.storage.store import ArtifactStore
 
-ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives
+ALIGNMENT = 64  # bytes: a cache line, and the alignment of torch's own allocator
 
 
 def write_tensors(
@@ -24,22 +24,22 @@ def write_tensors(
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, one tensor in memory (on the CPU, contiguous) at a time.
+    """Write a safetensors file, with one tensor at a time in memory (on the CPU, contiguous).
 
-    Each tensor's place and digest go into the manifest.
+    The manifest records the place and the digest of each tensor.
 
     Args:
-        tensors: by name; any device, any layout of memory.
+        tensors: by name; on any device, in any memory layout.
         metadata: free text in the header, such as ``{"format": "pt"}``.
 
     Raises:
-        TypeError: if safetensors has no name for a dtype.
-        ValueError: if a tensor is called ``__metadata__``.
+        TypeError: safetensors does not support a dtype.
+        ValueError: a tensor is named ``__metadata__``.
     """
     # Widest first, as the official writer does: then every tensor is aligned to its own item size.
     ordered = dict(sorted(dict(tensors).items(), key=lambda item: -item[1].element_size()))
     if METADATA in ordered:
-        raise ValueError(f"{name}: a tensor is called {METADATA!r}, which the format reserves. Rename it.")
+        raise ValueError(f"{name}: a tensor is named {METADATA!r}, which the format reserves. Rename it.")
     shapes = {key: (_dtype_name(name, key, tensor), tuple(tensor.shape)) for key, tensor in ordered.items()}
     header, places = encode_header(shapes, metadata)
     entries: dict[str, TensorEntry] = {}
@@ -58,14 +58,14 @@ def write_tensors(
 def read_tensors(
     store: ArtifactStore, artifact: Artifact, name: str, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of one file of an artifact, each checked against the manifest.
+    """Read tensors of one file of an artifact, each checked against the manifest.
 
     Args:
-        names: which ones; all if None.
+        names: of the tensors to read; None for all.
 
     Raises:
-        KeyError: if the artifact has no such file, or the file no such tensor.
-        Corrupt: if the file is missing, truncated, or has other bytes than were written.
+        KeyError: the artifact has no such file, or the file no such tensor.
+        Corrupt: the file is missing, truncated, or differs from what was written.
     """
     file = store.file(artifact, name)
     if file.tensors is None:
@@ -75,60 +75,60 @@ def read_tensors(
         raise KeyError(f"{artifact.key}: {name!r} has no tensor {unknown}; it has {sorted(file.tensors)}")
     entries = {key: file.tensors[key] for key in wanted}
     with store.blaming(artifact, name):
-        return read_entries(store.fs, f"{store.root}/{file.path}", entries)
+        return read_entries(store.fs, store.path(file.path), entries)
 
 
 def read_tensor_into(
     store: ArtifactStore, artifact: Artifact, name: str, key: str, destination: Tensor
 ) -> None:
-    """Read one tensor of an artifact into memory that is there already, checked against the manifest.
+    """Read one tensor of an artifact into an existing tensor, checked against the manifest.
 
     Args:
-        key: of the tensor in the file.
+        key: name of the tensor in the file.
         destination: contiguous CPU tensor of the same dtype and shape.
 
     Raises:
-        KeyError: if the artifact has no such file, or the file no such tensor.
-        ValueError: if the tensor has another dtype or shape.
+        KeyError: the artifact has no such file, or the file no such tensor.
+        ValueError: the tensor has another dtype or shape.
         Corrupt: as for ``read_tensors``.
     """
     file = store.file(artifact, name)
     if key not in (file.tensors or {}):
         raise KeyError(f"{artifact.key}: {name!r} has no tensor {key!r}; it has {sorted(file.tensors or {})}")
-    assert file.tensors is not None, "a file with that tensor has tensors"
+    assert file.tensors is not None, "a file that has the tensor has tensors"
     entry = file.tensors[key]
     if (entry.torch_dtype, entry.shape) != (destination.dtype, tuple(destination.shape)):
         raise ValueError(
             f"{artifact.key}: tensor {key!r} of {name!r} is {entry.dtype} of shape {entry.shape}, but the destination "
             f"is {destination.dtype} of shape {tuple(destination.shape)}. Read it with read_tensors."
         )
-    path, span = f"{store.root}/{file.path}", destination.view(-1).view(torch.uint8).numpy().data
+    path, span = store.path(file.path), destination.view(-1).view(torch.uint8).numpy().data
     with store.blaming(artifact, name):
         read_exactly(store.fs, path, entry.offset, span)
         _check(store.fs, path, key, entry, span)
 
 
 def needed_bytes(entries: Mapping[str, TensorEntry]) -> int:
-    """How large a buffer ``read_entries`` needs for these tensors."""
+    """Return the size of the buffer, in bytes, that ``read_entries`` needs for these tensors."""
     return sum(_aligned(entry.nbytes) for entry in entries.values())
 
 
 def read_entries(
     fs: AbstractFileSystem, path: str, entries: Mapping[str, TensorEntry], buffer: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Read tensors of one file into a buffer, without a copy in between on a local disk.
+    """Read tensors of one file into a buffer; on a local disk without an intermediate copy.
 
     Args:
         entries: the tensors by name, in any order; those with a digest are checked.
         buffer: one-dimensional uint8 CPU tensor of at least ``needed_bytes(entries)``; a new one if None.
 
     Returns:
-        Views on the buffer, each 64-byte aligned in it, in the order of ``entries``: they change when the
-        buffer is used again.
+        Views on the buffer, each aligned to 64 bytes in it, in the order of ``entries``. They change when the
+        buffer is reused.
 
     Raises:
-        ValueError: if the buffer is too small or of another kind.
-        Corrupt: if the file is truncated, or a tensor has another digest twice in a row.
+        ValueError: the buffer is too small, or not a contiguous uint8 CPU tensor.
+        Corrupt: the file is truncated, or a tensor has another digest twice in a row.
     """
     buffer = _checked_buffer(path, buffer, needed_bytes(entries))
     memory, position = buffer.numpy().data, 0
@@ -148,11 +148,11 @@ def read_entries(
 def _check(fs: AbstractFileSystem, path: str, key: str, entry: TensorEntry, span: memoryview) -> None:
     if xxh3_128_hexdigest(span) == entry.digest:
         return
-    read_exactly(fs, path, entry.offset, span)  # bits flip on the way, too
+    read_exactly(fs, path, entry.offset, span)  # bits can also flip in transit
     if (found := xxh3_128_hexdigest(span)) != entry.digest:
         raise Corrupt(
             f"{path}: tensor {key!r} has digest {found}, but {entry.digest} was recorded, twice in a row: "
-            "the file was damaged or replaced. Restore it and run again; what lies in a store, a search builds anew."
+            "the file was damaged or replaced. Restore it and run again. Files of a store are rebuilt by the search."
         )
 
 
@@ -169,7 +169,7 @@ def _checked_buffer(path: str, buffer: Tensor | None, needed: int) -> Tensor:
     if buffer.numel() < needed:
         raise ValueError(
             f"{path}: the buffer has {buffer.numel()} bytes, but these tensors need {needed}. "
-            "Allocate needed_bytes(entries) of the largest group that it is to hold."
+            "Allocate needed_bytes(entries) of the largest group of tensors."
         )
     return buffer
 
@@ -180,12 +180,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _dtype_name(file: str, key: str, tensor: Tensor) -> str:
-    if tensor.dtype not in DTYPE_NAMES:
+    try:
+        return dtype_name(tensor.dtype)
+    except KeyError:
         raise TypeError(
             f"{file}: tensor {key!r} is {tensor.dtype}, which safetensors cannot hold. "
-            f"Convert it to one of {[str(dtype) for dtype in DTYPE_NAMES]}."
-        )
-    return DTYPE_NAMES[tensor.dtype]
+            f"Convert it to one of {sorted(DTYPE_NAMES)}."
+        ) from None
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,8 +1,7 @@
-"""A resumed artifact can be brought into one folder, without its bytes coming to this machine."""
+"""Drafts that are gathered: the files of several attempts end up in one folder."""
 
 import pytest
 
-from layerwise.storage.files.copies import copy_within
 from layerwise.storage.stage import Stage
 
 STAGE = Stage("export", 1)
@@ -10,7 +9,7 @@ STAGE = Stage("export", 1)
 
 def dies(draft):
     draft.write("weights/layer-0.bin", bytes(9 << 20))
-    draft.save_progress(1, lambda state: None)
+    draft.save_resume_point(1, lambda state: None)
     raise RuntimeError("the machine is lost")
 
 
@@ -19,7 +18,7 @@ def finishes(draft):
     draft.gather()
 
 
-def test_files_of_all_attempts_lie_in_one_folder(store):
+def test_gathering_puts_the_files_of_all_attempts_into_one_folder(store):
     with pytest.raises(RuntimeError, match="the machine is lost"):
         store.get_or_build(STAGE, dies)
     artifact = store.get_or_build(STAGE, finishes)
@@ -29,15 +28,10 @@ def test_files_of_all_attempts_lie_in_one_folder(store):
     assert [store.location(artifact, name) for name in names] == [f"{folder}/{name}" for name in names]
 
 
-def test_the_copy_stays_when_the_first_attempt_is_collected(store):
+def test_a_gathered_file_does_not_depend_on_the_first_attempt(store):
     with pytest.raises(RuntimeError, match="the machine is lost"):
         store.get_or_build(STAGE, dies)
     (first,) = [path for path in store.fs.find(store.root) if path.endswith("layer-0.bin")]
     artifact = store.get_or_build(STAGE, finishes)
     store.fs.rm_file(first)
     assert store.read(artifact, "weights/layer-0.bin") == bytes(9 << 20)
-
-
-def test_a_file_that_is_not_there_cannot_be_copied(store):
-    with pytest.raises(FileNotFoundError):
-        copy_within(store.fs, f"{store.root}/nothing", f"{store.root}/something")

@@ -1,18 +1,18 @@
-"""What lies in a store: one listing, every file with what its place says it is."""
+"""Inventory of a store: one listing, with every file classified by its path."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
 
-from fsspec import AbstractFileSystem
-
+from layerwise.storage.artifact import MANIFEST
 from layerwise.storage.files.errors import reaching
+from layerwise.storage.files.filesystem import modified
+from layerwise.storage.location import StoreLocation
+from layerwise.storage.resume_points import RESUME_POINT_FILE
 from layerwise.storage.stage import STAGE_NAME
 
 _ID = "[0-9a-f]{32}"
-_DOCUMENT = r"(?:manifest|progress)\.json"
+_DOCUMENT = rf"(?:{re.escape(MANIFEST)}|{re.escape(RESUME_POINT_FILE)})"
 _TEMPORARY = re.compile(rf".*\.{_ID}\.tmp")
 STAGE_FILE = re.compile(rf"(?P<key>{STAGE_NAME.pattern}/{_ID})/(?P<name>.+)")
 ATTEMPT_FILE = re.compile(rf"(?P<attempt>{_ID})/.+")
@@ -20,7 +20,6 @@ _SET_ASIDE = re.compile(rf"{_DOCUMENT}\.damaged-[0-9a-f]+")
 _DOCUMENT_TEMPORARY = re.compile(rf"{_DOCUMENT}(?:\.damaged-[0-9a-f]+)?\.{_ID}\.tmp")
 RUNNING_FILE = re.compile(rf"running/{_ID}\.json")
 _LOOSE_TEMPORARY = re.compile(rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|running/{_ID}\.json\.{_ID}\.tmp")
-MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # by file system
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,30 @@ class Entry:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether it was being written when its writer died, or is so now."""
+        """Whether the file is being written, or was when its writer died."""
         return _TEMPORARY.fullmatch(self.path) is not None
 
 
 @dataclass
 class StageFolder:
-    """Everything in ``<stage name>/<digest>``: an artifact, what remains of attempts at it, or both."""
+    """All files in ``<stage name>/<digest>``: an artifact, remains of attempts at it, or both.
+
+    Attributes:
+        set_aside: manifests that were set aside.
+        temporary: temporary files of the documents; those of an attempt are among its files.
+        attempts: files of each attempt, by its folder's name.
+    """
 
     key: str
     manifest: Entry | None = None
-    progress: Entry | None = None
+    resume_point: Entry | None = None
     set_aside: list[Entry] = field(default_factory=list)
-    temporary: list[Entry] = field(default_factory=list)  # beside the attempts; theirs are among their files
+    temporary: list[Entry] = field(default_factory=list)
     attempts: dict[str, list[Entry]] = field(default_factory=dict)
 
     def entries(self) -> Iterable[Entry]:
-        """All files."""
-        yield from (entry for entry in (self.manifest, self.progress) if entry is not None)
+        """Yield all files."""
+        yield from (entry for entry in (self.manifest, self.resume_point) if entry is not None)
         yield from self.set_aside
         yield from self.temporary
         for files in self.attempts.values():
@@ -64,18 +69,18 @@ class StageFolder:
 
     @property
     def newest(self) -> float:
-        """When anything in it was modified last."""
+        """Time of the latest modification of any file."""
         return max(entry.modified for entry in self.entries())
 
 
 @dataclass
 class Inventory:
-    """All files of a store by their place.
+    """All files of a store, classified by their paths.
 
     Attributes:
-        folders: by key, whether or not an artifact was committed there.
-        running: files of ``layerwise.storage.upkeep.signs_of_life``.
-        temporary: files outside of the folders that are of use only while they are being written.
+        folders: stage folders by key, with or without a committed artifact.
+        running: files of ``layerwise.storage.signs_of_life``.
+        temporary: files outside of the stage folders that are needed only while they are being written.
         not_ours: paths, relative to the root, that this program has never written.
     """
 
@@ -85,7 +90,7 @@ class Inventory:
     not_ours: list[str] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
-        """Put a file to those of its kind."""
+        """Add a file to its class."""
         if RUNNING_FILE.fullmatch(entry.path):
             self.running.append(entry)
         elif is_temporary(entry.path):
@@ -97,10 +102,10 @@ class Inventory:
 
     def _add_to_folder(self, entry: Entry, key: str, name: str) -> bool:
         folder = self.folders.get(key) or StageFolder(key)
-        if name == "manifest.json":
+        if name == MANIFEST:
             folder.manifest = entry
-        elif name == "progress.json":
-            folder.progress = entry
+        elif name == RESUME_POINT_FILE:
+            folder.resume_point = entry
         elif _SET_ASIDE.fullmatch(name):
             folder.set_aside.append(entry)
         elif _DOCUMENT_TEMPORARY.fullmatch(name):
@@ -114,38 +119,25 @@ class Inventory:
 
 
 def is_temporary(path: str) -> bool:
-    """Whether a file outside of the stages' folders is ours, and of use only while it is being written."""
+    """Return whether a file outside of the stage folders is one of ours that is needed only while it is written."""
     return _LOOSE_TEMPORARY.fullmatch(path) is not None
 
 
-def take_inventory(fs: AbstractFileSystem, root: str) -> Inventory:
-    """List a store, once and recursively; links and special files on a local disk are not ours.
+def take_inventory(store: StoreLocation) -> Inventory:
+    """List a store once, recursively. Links and special files on a local disk are not ours.
 
     Raises:
-        OSError: if the storage cannot be reached.
+        OSError: the storage cannot be reached.
     """
     inventory = Inventory()
-    with reaching(fs, root):
-        rows = fs.find(root, detail=True)
+    with reaching(store.fs, store.root):
+        rows = store.fs.find(store.root, detail=True)
     for name, row in rows.items():
-        path = name[len(root) + 1 :]
+        path = store.relative(name)
         if row["type"] == "directory":
             continue  # an empty store on SeaweedFS
         if row["type"] == "file" and not row.get("islink"):
-            inventory.add(Entry(path, int(row["size"]), modified(fs, row)))
+            inventory.add(Entry(path, int(row["size"]), modified(store.fs, row)))
         else:
             inventory.not_ours.append(path)
     return inventory
-
-
-def modified(fs: AbstractFileSystem, row: dict[str, Any]) -> float:
-    """When a listed file was modified, by the storage's clock, in seconds since 1970."""
-    for name in MODIFIED:
-        value = row.get(name)
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            return datetime.fromisoformat(value).timestamp()
-        if isinstance(value, datetime):
-            return value.timestamp()
-    return fs.modified(row["name"]).timestamp()

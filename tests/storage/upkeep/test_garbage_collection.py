@@ -1,4 +1,4 @@
-"""Garbage collection: what somebody can reach stays, everything else of ours goes."""
+"""Garbage collection: referenced files stay, all other files of ours are deleted."""
 
 import uuid
 
@@ -6,8 +6,16 @@ import pytest
 
 from layerwise.storage.files.publishing import overwrite
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import collect, plan_collection
-from layerwise.storage.upkeep.garbage import ATTEMPTS, BOUNDARIES, SET_ASIDE, STALE, TEMPORARY, UPLOADS
+from layerwise.storage.upkeep.garbage_collection import (
+    ATTEMPTS,
+    RESUME_POINTS,
+    SET_ASIDE,
+    STALE,
+    TEMPORARY,
+    UPLOADS,
+    collect,
+    plan_collection,
+)
 from tests.leftovers import (
     OTHER,
     STAGE,
@@ -29,11 +37,11 @@ def finish(store, stage=STAGE):
 
 @pytest.fixture
 def leave_states(monkeypatch):
-    """Resume points that are killed before they delete the one before."""
+    """Simulate processes that are killed before they delete the state of the previous resume point."""
     monkeypatch.setattr("layerwise.storage.draft.remove_quietly", lambda fs, paths: None)
 
 
-def test_a_store_of_whole_artifacts_has_no_garbage(store):
+def test_a_store_of_complete_artifacts_has_no_garbage(store):
     artifacts = [build_weights(store), build_weights(store, OTHER)]
     before = paths_in(store)
     assert plan(store).garbage == ()
@@ -42,7 +50,7 @@ def test_a_store_of_whole_artifacts_has_no_garbage(store):
     assert [store.read(artifact, "weights.bin") for artifact in artifacts] == [b"wwww"] * 2
 
 
-def test_an_abandoned_attempt_goes(store):
+def test_an_abandoned_attempt_is_deleted(store):
     die_in_attempt(store)
     artifact = build_weights(store)
     [garbage] = plan(store).garbage
@@ -51,14 +59,14 @@ def test_an_abandoned_attempt_goes(store):
     assert paths_in(store) == {f"{STAGE.key}/manifest.json", artifact.files["weights.bin"].path}
 
 
-def test_an_attempt_without_anything_that_was_committed_goes(store):
+def test_an_attempt_in_a_folder_without_documents_is_deleted(store):
     die_in_attempt(store)
     assert kinds_of(collect_all(store)) == {ATTEMPTS}
     assert paths_in(store) == set()
 
 
-def test_a_resume_point_stays_with_all_it_names(store):
-    die_in_attempt(store, boundaries=2)
+def test_a_resume_point_stays_with_all_files_it_names(store):
+    die_in_attempt(store, resume_points=2)
     collected = collect_all(store)
     assert [each.path.rpartition("/")[2] for each in collected.garbage] == ["layer-unnamed.bin"]
     resumed = []
@@ -72,26 +80,26 @@ def test_a_resume_point_stays_with_all_it_names(store):
     assert store.read(artifact, "layer-1.bin") == b"layer"
 
 
-def test_superseded_resume_points_go(store, leave_states):
-    die_in_attempt(store, boundaries=3)
+def test_superseded_resume_points_are_deleted(store, leave_states):
+    die_in_attempt(store, resume_points=3)
     states = {path for path in paths_in(store) if path.endswith("state.bin")}
     assert len(states) == 3
     collected = collect_all(store)
     assert len(states & paths_in(store)) == 1
-    assert {each.path for each in collected.garbage if each.kind == BOUNDARIES} == states - paths_in(store)
+    assert {each.path for each in collected.garbage if each.kind == RESUME_POINTS} == states - paths_in(store)
 
 
-def test_a_resume_point_beside_a_manifest_goes(store, leave_states):
-    die_in_attempt(store, boundaries=1)
+def test_a_resume_point_next_to_a_manifest_is_deleted(store, leave_states):
+    die_in_attempt(store, resume_points=1)
     artifact = finish(store)
     assert any(path.endswith("progress.json") for path in paths_in(store))
     collected = collect_all(store)
-    assert kinds_of(collected) == {ATTEMPTS, BOUNDARIES}
+    assert kinds_of(collected) == {ATTEMPTS, RESUME_POINTS}
     assert paths_in(store) == {f"{STAGE.key}/manifest.json", *(file.path for file in artifact.files.values())}
     assert store.read(artifact, "layer-0.bin") == b"layer"
 
 
-def test_files_that_were_being_written_go(store):
+def test_temporary_files_are_deleted(store):
     artifact = build_weights(store)
     token = uuid.uuid4().hex
     left = {
@@ -115,7 +123,7 @@ def test_a_file_that_only_looks_temporary_stays_if_it_is_named(store):
     assert store.read(artifact, name) == b"w"
 
 
-def test_a_manifest_that_was_set_aside_goes_with_the_files_that_only_it_names(store):
+def test_a_manifest_that_was_set_aside_is_deleted_with_the_files_that_only_it_names(store):
     damaged = build_weights(store)
     document = store.fs.cat_file(f"{store.root}/{STAGE.key}/manifest.json")
     overwrite(store.fs, f"{store.root}/{STAGE.key}/manifest.json.damaged-{'a' * 32}", document)
@@ -131,7 +139,8 @@ def test_a_manifest_that_was_set_aside_goes_with_the_files_that_only_it_names(st
     assert plan(store).garbage == ()
 
 
-def test_a_sign_of_life_goes_when_it_is_stale(store):
+@pytest.mark.usefixtures("no_grace_period")
+def test_a_stale_sign_of_life_is_deleted(store):
     path = f"running/{'a' * 32}.json"
     overwrite(store.fs, f"{store.root}/{path}", b"{}")
     assert plan(store, later=300.0).garbage == ()
@@ -140,11 +149,11 @@ def test_a_sign_of_life_goes_when_it_is_stale(store):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
-def test_a_folder_whose_document_is_damaged_is_kept_and_named(store, name):
+def test_a_folder_with_a_damaged_document_stays_and_is_named(store, name):
     if name == "manifest.json":
         build_weights(store)
     else:
-        die_in_attempt(store, boundaries=1)
+        die_in_attempt(store, resume_points=1)
     overwrite(store.fs, f"{store.root}/{STAGE.key}/{name}", b'{"format": 1')
     overwrite(store.fs, f"{store.root}/{STAGE.key}/{'c' * 32}/unnamed.bin", b"x")
     before = paths_in(store)
@@ -166,7 +175,7 @@ NOT_OURS = [
 ]
 
 
-def test_files_that_are_not_ours_are_named_and_survive(store):
+def test_files_that_are_not_ours_are_named_and_stay(store):
     die_in_attempt(store)
     for path in NOT_OURS:
         overwrite(store.fs, f"{store.root}/{path}", b"precious")
@@ -190,7 +199,7 @@ def test_links_on_a_local_disk_are_not_followed_and_not_removed(tmp_path):
 
 
 def test_a_plan_changes_nothing(store):
-    die_in_attempt(store, boundaries=1)
+    die_in_attempt(store, resume_points=1)
     build_weights(store, OTHER)
     before = {path: store.fs.info(path) for path in store.fs.find(store.root)}
     plan(store)
@@ -208,7 +217,7 @@ def test_folders_that_become_empty_are_removed_on_a_local_disk(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["/models/run", ""], ids=["prefix", "whole bucket"])
-def test_uploads_that_were_left_open_are_aborted_and_those_of_others_are_not(s3_bucket, below):
+def test_open_uploads_are_aborted_except_those_of_other_programs(s3_bucket, below):
     store = ArtifactStore(f"s3://{uuid.uuid4().hex}{below}")
     bucket = store.root.partition("/")[0]
     store.fs.mkdir(bucket)
@@ -222,7 +231,7 @@ def test_uploads_that_were_left_open_are_aborted_and_those_of_others_are_not(s3_
     ]
     for key in [ours, *others]:
         store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    assert plan_collection(store).garbage == ()  # they are young
+    assert plan_collection(store).garbage == ()  # too new to be deleted
     [upload] = plan(store).garbage
     assert (upload.kind, upload.path) == (UPLOADS, ours.removeprefix(prefix))
     collect_all(store)

@@ -1,4 +1,4 @@
-"""Arrow tables as Parquet files inside an artifact."""
+"""Arrow tables as Parquet files of an artifact."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from layerwise.storage.store import ArtifactStore
 
 
 def write_table(draft: Draft, name: str, table: pa.Table) -> None:
-    """Write ``table`` as zstd-compressed Parquet."""
+    """Write ``table`` as Parquet compressed with zstd."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     draft.write(name, [memoryview(sink.getvalue())])
@@ -24,15 +24,15 @@ def read_table(
     columns: Sequence[str] | None = None,
     filters: object = None,
 ) -> pa.Table:
-    """Read a table, or part of it; the digest of the whole file is checked first.
+    """Read a table, or a part of it, after checking the digest of the whole file.
 
     Args:
-        columns: which ones; all if None.
+        columns: names of the columns to read; None for all.
         filters: as for ``pyarrow.parquet.read_table``, such as ``[("layer", "==", 3)]``.
 
     Raises:
-        KeyError: if the artifact has no such file.
-        Corrupt: if the file is missing or not what was written.
+        KeyError: the artifact has no such file.
+        Corrupt: the file is missing or differs from what was written.
     """
     content = pa.BufferReader(store.read(artifact, name))
     return pq.read_table(content, columns=None if columns is None else list(columns), filters=filters)

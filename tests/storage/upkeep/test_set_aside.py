@@ -1,10 +1,10 @@
-"""A damaged artifact is named by its key, set aside and built anew."""
+"""Damaged artifacts are identified by key, set aside and rebuilt."""
 
 import pickle
 
 import pytest
 
-from layerwise.storage.damage import Damaged
+from layerwise.storage.artifact import Damaged
 from layerwise.storage.stage import Stage
 from layerwise.storage.upkeep.set_aside import set_aside
 
@@ -30,7 +30,7 @@ def damage_of(store, artifact):
     return caught.value
 
 
-def test_the_error_knows_which_artifact_it_is_about(store, artifact):
+def test_the_error_has_key_and_token_of_the_artifact(store, artifact):
     flip(store, artifact)
     damaged = damage_of(store, artifact)
     assert (damaged.key, damaged.token) == (artifact.key, artifact.token)
@@ -40,7 +40,7 @@ def test_the_error_knows_which_artifact_it_is_about(store, artifact):
     assert (str(copy), copy.key, copy.token) == (str(damaged), damaged.key, damaged.token)
 
 
-def test_what_is_set_aside_is_built_anew_and_its_manifest_is_kept_for_people(store, artifact):
+def test_an_artifact_that_was_set_aside_is_rebuilt_and_its_manifest_is_kept(store, artifact):
     flip(store, artifact)
     damaged = damage_of(store, artifact)
     manifest = f"{store.root}/{artifact.key}/manifest.json"
@@ -54,7 +54,7 @@ def test_what_is_set_aside_is_built_anew_and_its_manifest_is_kept_for_people(sto
     assert rebuilt.content == artifact.content
 
 
-def test_what_another_process_has_built_anew_meanwhile_stays(store, artifact):
+def test_an_artifact_that_another_process_has_rebuilt_stays(store, artifact):
     flip(store, artifact)
     damaged = damage_of(store, artifact)
     assert set_aside(store, damaged)
@@ -64,7 +64,7 @@ def test_what_another_process_has_built_anew_meanwhile_stays(store, artifact):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}'])
-def test_a_damaged_manifest_is_set_aside_as_well(store, artifact, content):
+def test_a_damaged_manifest_is_set_aside(store, artifact, content):
     store.fs.pipe_file(f"{store.root}/{artifact.key}/manifest.json", content)
     with pytest.raises(Damaged, match=r"manifest\.json") as caught:
         store.find(STAGE)
@@ -87,6 +87,6 @@ def test_the_manifest_of_another_artifact_is_set_aside(store, artifact):
 @pytest.mark.parametrize(
     "key", ["../secret", "capture/../../etc", "/etc/passwd", "capture/manifest.json", ""]
 )
-def test_a_key_that_is_none_leads_nowhere(store, artifact, key):
+def test_an_invalid_key_is_refused(store, artifact, key):
     with pytest.raises(KeyError):
         store.get(key)

@@ -1,19 +1,19 @@
-"""Tensors come back as they were written, or not at all."""
+"""Tensors are read as they were written, or an error is raised."""
 
 import pytest
 import safetensors.torch
 import torch
 
-from layerwise.storage.files.corrupt import Corrupt
-from layerwise.storage.files.reading import is_local
-from layerwise.storage.formats.tensor_entry import TORCH_DTYPES
-from layerwise.storage.formats.tensors import needed_bytes, read_entries, read_tensors, write_tensors
+from layerwise.storage.files.errors import Corrupt
+from layerwise.storage.files.filesystem import is_local
+from layerwise.storage.formats.tensor_entry import DTYPES, dtype_name
 from layerwise.storage.stage import Stage
+from layerwise.storage.tensors import needed_bytes, read_entries, read_tensors, write_tensors
 
 STAGE = Stage("layer", version=1)
 FILE = "layer.safetensors"
 MANY = {
-    "gate": torch.tensor([True, False, True]),  # 3 bytes: what follows in the file could be unaligned
+    "gate": torch.tensor([True, False, True]),  # 3 bytes, after which the next tensor could be unaligned
     "weight": torch.arange(15, dtype=torch.bfloat16).view(3, 5),
     "scale": torch.tensor(2.5),
     "nothing": torch.empty(0, 7),
@@ -44,25 +44,26 @@ def flip(store, path, offset):
     store.fs.pipe_file(path, bytes(content))
 
 
-def test_tensors_of_every_shape_come_back(store):
+def test_tensors_of_every_shape_are_read_as_written(store):
     assert_equal(read_tensors(store, write(store, MANY), FILE), MANY)
 
 
-@pytest.mark.parametrize("name", TORCH_DTYPES)
-def test_every_dtype_comes_back_bit_by_bit(store, name):
-    dtype = TORCH_DTYPES[name]
-    bits = torch.tensor([0, 1] * 8, dtype=torch.uint8)  # also the only bytes that a bool may have
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_is_read_bit_by_bit(store, name):
+    dtype, itemsize = getattr(torch, DTYPES[name][0]), DTYPES[name][1]
+    assert (dtype.itemsize, dtype_name(dtype)) == (itemsize, name)
+    bits = torch.tensor([0, 1] * 8, dtype=torch.uint8)  # valid bytes for every type, including bool
     written = bits.view(dtype)
     read = read_tensors(store, write(store, {"a": written}), FILE)["a"]
     assert read.dtype == dtype
     assert torch.equal(read.view(torch.uint8), bits)
 
 
-def test_the_official_reader_reads_our_files(store, tmp_path):
+def test_the_official_reader_reads_these_files(store, tmp_path):
     artifact = write(store, MANY, metadata={"format": "pt"})
     (tmp_path / FILE).write_bytes(store.read(artifact, FILE))
     assert_equal(safetensors.torch.load_file(tmp_path / FILE), MANY)
-    for entry in artifact.files[FILE].tensors.values():  # other readers map the file instead of copying it
+    for entry in artifact.files[FILE].tensors.values():  # some readers map the file into memory
         assert entry.offset % entry.torch_dtype.itemsize == 0
     with safetensors.safe_open(tmp_path / FILE, "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -82,7 +83,7 @@ def test_unknown_files_and_tensors_are_reported_with_the_known_ones(store):
         read_tensors(store, artifact, "mask")
 
 
-def test_a_file_that_is_no_tensors_file_is_refused(store):
+def test_a_file_without_tensor_entries_is_refused(store):
     artifact = store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", b"w"))
     with pytest.raises(KeyError, match="was not written by write_tensors"):
         read_tensors(store, artifact, "weights.bin")
@@ -102,7 +103,7 @@ def test_partial_reads_share_one_buffer_at_unaligned_offsets(store):
             assert tensor.storage_offset() % 64 == 0
 
 
-def test_tensors_far_apart_are_read_without_what_lies_between(store):
+def test_tensors_far_apart_are_read_without_the_bytes_between_them(store):
     tensors = {"first": torch.ones(3), "middle": torch.zeros(3 << 20).byte(), "last": torch.ones(2).bool()}
     artifact = write(store, tensors)
     entries = artifact.files[FILE].tensors
@@ -111,7 +112,7 @@ def test_tensors_far_apart_are_read_without_what_lies_between(store):
     assert_equal(read_tensors(store, artifact, FILE, some), {name: tensors[name] for name in some})
 
 
-def test_a_tensor_longer_than_one_request_comes_back(store):
+def test_a_tensor_longer_than_one_request_is_read_completely(store):
     weight = torch.randint(0, 256, (37 << 20,), dtype=torch.uint8)
     artifact = write(store, {"weight": weight, "bias": torch.ones(2)})
     assert torch.equal(read_tensors(store, artifact, FILE)["weight"], weight)
@@ -135,7 +136,7 @@ def test_a_buffer_of_another_kind_is_refused(store, buffer):
         read_entries(store.fs, path_of(store, artifact), artifact.files[FILE].tensors, buffer)
 
 
-def test_a_flipped_byte_is_detected_and_the_tensor_named(store):
+def test_the_error_about_a_flipped_byte_names_the_tensor(store):
     artifact = write(store, {"up": torch.ones(4), "down": torch.ones(4)})
     flip(store, path_of(store, artifact), artifact.files[FILE].tensors["down"].offset + 5)
     with pytest.raises(Corrupt, match=r"layer\.safetensors: tensor 'down' has digest"):
@@ -158,7 +159,7 @@ def test_a_missing_tensors_file_is_detected(store):
         read_tensors(store, artifact, FILE)
 
 
-def test_equal_tensors_give_equal_files_whatever_their_layout_in_memory(store):
+def test_equal_tensors_give_equal_files_in_any_memory_layout(store):
     weight = torch.arange(6.0).view(2, 3)
     first = write(store, {"weight": weight, "flag": torch.tensor([True])})
     pairs = [("weight", torch.nn.Parameter(weight.T.contiguous().T)), ("flag", torch.tensor([True]))]
@@ -166,19 +167,19 @@ def test_equal_tensors_give_equal_files_whatever_their_layout_in_memory(store):
     assert first.content == again.content
 
 
-def test_what_safetensors_cannot_hold_is_refused_by_name(store):
+def test_an_unsupported_dtype_or_name_is_refused(store):
     with pytest.raises(TypeError, match="tensor 'a' is torch.complex128, which safetensors cannot hold"):
         write(store, {"a": torch.ones(1, dtype=torch.complex128)})
-    with pytest.raises(ValueError, match="a tensor is called '__metadata__'"):
+    with pytest.raises(ValueError, match="a tensor is named '__metadata__'"):
         write(store, {"__metadata__": torch.ones(1)})
     assert store.find(STAGE) is None
 
 
-def test_a_file_without_tensors_is_read(store):
+def test_an_empty_file_is_read(store):
     assert read_tensors(store, write(store, {}), FILE) == {}
 
 
-def test_the_manifest_tells_where_a_tensor_lies(store):
+def test_the_manifest_records_the_place_of_a_tensor(store):
     artifact = write(store, {"weight": torch.tensor([1.5])})
     entry = artifact.files[FILE].tensors["weight"]
     assert (entry.dtype, entry.shape, entry.nbytes) == ("F32", (1,), 4)

@@ -1,15 +1,14 @@
-"""Garbage collection that keeps results only: artifacts go, unless somebody may need them."""
+"""Garbage collection of artifacts: only those that are kept or may be needed stay."""
 
 import os
 
 import pytest
 
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.collect import StoreInUse, collect, plan_collection
-from layerwise.storage.upkeep.garbage import ARTIFACTS
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.upkeep.garbage_collection import ARTIFACTS, StoreInUse, collect, plan_collection
 from tests.leftovers import (
     OTHER,
     STAGE,
@@ -24,10 +23,10 @@ def keep(*stages):
     return lambda artifacts: {stage.key for stage in stages}
 
 
-def test_everything_but_the_artifacts_to_keep_goes_on_request(store):
+def test_all_artifacts_except_those_to_keep_are_deleted_on_request(store):
     build_weights(store)
     kept = build_weights(store, OTHER)
-    die_in_attempt(store, Stage("export", 1), boundaries=1)
+    die_in_attempt(store, Stage("export", 1), resume_points=1)
     seen = []
 
     def keys_to_keep(artifacts):
@@ -45,17 +44,17 @@ def test_everything_but_the_artifacts_to_keep_goes_on_request(store):
     assert store.read(kept, "weights.bin") == b"wwww"
 
 
-def test_young_artifacts_stay_even_if_only_results_are_to_stay(store):
+def test_new_artifacts_stay_even_if_only_results_are_kept(store):
     build_weights(store)
     assert plan_collection(store, keep()).garbage == ()
 
 
-def test_artifacts_stay_while_a_process_may_need_them(store):
+def test_artifacts_stay_while_a_process_works_in_the_store(store):
     build_weights(store)
     old = plan(store, keys_to_keep=keep())
     assert old.garbage
     before = paths_in(store)
-    with announced(store.fs, store.root, "search demo"):
+    with announced(store, "search demo"):
         with pytest.raises(StoreInUse, match=rf"'search demo', process {os.getpid()} on .*, since \d{{4}}-"):
             plan(store, later=0.0, keys_to_keep=keep())
         with pytest.raises(StoreInUse, match="--results-only"):
@@ -64,7 +63,7 @@ def test_artifacts_stay_while_a_process_may_need_them(store):
     assert paths_in(store) == before
 
 
-def test_artifacts_stay_when_a_damaged_one_might_need_them(store):
+def test_artifacts_stay_if_another_one_is_damaged(store):
     build_weights(store)
     build_weights(store, OTHER)
     overwrite(store.fs, f"{store.root}/{OTHER.key}/manifest.json", b"{")

@@ -1,4 +1,4 @@
-"""Signs of life: who works in a store is seen by others, and a process that died is not seen for long."""
+"""Signs of life: processes that work in a store are listed, and dead ones only for a limited time."""
 
 import logging
 import os
@@ -14,8 +14,7 @@ import pytest
 from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.files.publishing import overwrite
 from layerwise.storage.formats.document import read_sealed
-from layerwise.storage.store import ArtifactStore
-from layerwise.storage.upkeep.signs_of_life import (
+from layerwise.storage.signs_of_life import (
     Sign,
     announced,
     doing,
@@ -24,6 +23,7 @@ from layerwise.storage.upkeep.signs_of_life import (
     running_processes,
     storage_clock,
 )
+from layerwise.storage.store import ArtifactStore
 from tests.faults import error
 
 NAME = "0123456789abcdef" * 2
@@ -31,11 +31,11 @@ MINUTES = 60.0
 LIMIT = 60.0  # seconds of waiting for another thread or process
 HOLDER = """
 import sys, threading
-from layerwise.storage.upkeep.signs_of_life import announced
+from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
 
 store = ArtifactStore(sys.argv[1])
-with announced(store.fs, store.root, "a search"):
+with announced(store, "a search"):
     print("announced", flush=True)
     threading.Event().wait()
 """
@@ -47,15 +47,15 @@ def files_of(store):
 
 
 def now_in(store):
-    return storage_clock(store.fs, store.root)
+    return storage_clock(store)
 
 
 def running_in(store, later=0.0):
-    return running_processes(store.fs, store.root, now_in(store) + later)
+    return running_processes(store, now_in(store) + later)
 
 
-def test_a_process_is_seen_while_it_works_and_leaves_nothing(store):
-    with announced(store.fs, store.root, "search demo at 0.5"):
+def test_a_process_is_listed_while_it_works_and_leaves_nothing(store):
+    with announced(store, "search demo at 0.5"):
         [process] = running_in(store)
         assert (process.host, process.pid, process.what) == (
             socket.gethostname(),
@@ -63,28 +63,28 @@ def test_a_process_is_seen_while_it_works_and_leaves_nothing(store):
             "search demo at 0.5",
         )
         assert process.since <= process.last_sign
-    assert running_processes(store.fs, store.root, 0.0) == []
+    assert running_processes(store, 0.0) == []
     assert files_of(store) == {}
 
 
-def test_a_process_that_fails_leaves_nothing_either(store):
-    with pytest.raises(RuntimeError, match="out of memory"), announced(store.fs, store.root, "a search"):
+def test_a_process_that_fails_leaves_nothing(store):
+    with pytest.raises(RuntimeError, match="out of memory"), announced(store, "a search"):
         raise RuntimeError("out of memory")
     assert files_of(store) == {}
 
 
 def test_the_beginning_is_by_the_clock_of_the_storage(store):
-    with announced(store.fs, store.root, "first"):
+    with announced(store, "first"):
         before = now_in(store)
-        with announced(store.fs, store.root, "second"):
+        with announced(store, "second"):
             [process] = [each for each in running_in(store) if each.what == "second"]
-            # Some storages give whole seconds; it is never later than the first file that this process could write.
+            # Some storages round to whole seconds; it is never later than the first file that this process could write.
             assert before - 1.5 <= process.since.timestamp() <= now_in(store)
 
 
-def test_signs_of_life_go_on_and_the_beginning_stays(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.upkeep.signs_of_life.EVERY", 0.05)
-    with announced(store.fs, store.root, "a search"):
+def test_later_signs_of_life_keep_the_beginning(store, monkeypatch):
+    monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.05)
+    with announced(store, "a search"):
         [path] = files_of(store)
         first = read_sealed(store.fs, path)
         deadline = time.monotonic() + LIMIT
@@ -95,33 +95,33 @@ def test_signs_of_life_go_on_and_the_beginning_stays(store, monkeypatch):
     assert files_of(store) == {}
 
 
-def test_several_processes_are_seen(store):
-    with announced(store.fs, store.root, "first"), announced(store.fs, store.root, "second"):
+def test_several_processes_are_listed(store):
+    with announced(store, "first"), announced(store, "second"):
         assert {process.what for process in running_in(store)} == {"first", "second"}
 
 
 def wait_for_sign(store, wanted):
     deadline = time.monotonic() + LIMIT
-    while not wanted(sign := read_sign(store.fs, store.root, NAME)):
+    while not wanted(sign := read_sign(store, NAME)):
         assert time.monotonic() < deadline, f"the last sign is {sign}"
         time.sleep(0.02)
     return sign
 
 
 def test_a_process_is_found_by_its_name_while_it_works(store):
-    assert read_sign(store.fs, store.root, NAME) is None
-    with announced(store.fs, store.root, "branch 0.1", NAME):
-        sign = read_sign(store.fs, store.root, NAME)
+    assert read_sign(store, NAME) is None
+    with announced(store, "branch 0.1", NAME):
+        sign = read_sign(store, NAME)
         assert sign == Sign(sign.token, socket.gethostname(), "", os.getpid())
         assert sign.token
         assert [process.what for process in running_in(store)] == ["branch 0.1"]
-    assert read_sign(store.fs, store.root, NAME) is None
+    assert read_sign(store, NAME) is None
 
 
-def test_every_sign_has_another_token_and_says_what_the_process_is_doing(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.upkeep.signs_of_life.EVERY", 0.05)
-    with announced(store.fs, store.root, "branch 0.1", NAME):
-        first = read_sign(store.fs, store.root, NAME)
+def test_every_sign_has_a_new_token_and_the_current_activity(store, monkeypatch):
+    monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.05)
+    with announced(store, "branch 0.1", NAME):
+        first = read_sign(store, NAME)
         wait_for_sign(store, lambda sign: sign.token != first.token)
         doing("layer 3 of 30")
         second = wait_for_sign(store, lambda sign: sign.doing)
@@ -131,85 +131,85 @@ def test_every_sign_has_another_token_and_says_what_the_process_is_doing(store, 
         wait_for_sign(store, lambda sign: not sign.doing)
 
 
-def test_what_a_process_is_doing_stands_in_its_first_sign(store):
+def test_the_first_sign_has_the_current_activity(store):
     doing("reading the model")
     try:
-        with announced(store.fs, store.root, "a search"):
+        with announced(store, "a search"):
             assert [process.doing for process in running_in(store)] == ["reading the model"]
     finally:
         doing("")
 
 
 @pytest.mark.parametrize("name", ["", "a" * 31, "A" * 32, f"../{'a' * 32}"])
-def test_a_name_that_cannot_be_listed_is_refused(store, name):
+def test_an_invalid_name_of_a_process_is_refused(store, name):
     if name:
         with (
             pytest.raises(ValueError, match="must be 32 hex digits"),
-            announced(store.fs, store.root, "x", name),
+            announced(store, "x", name),
         ):
             pass
     with pytest.raises(ValueError, match="must be 32 hex digits"):
-        read_sign(store.fs, store.root, name)
+        read_sign(store, name)
     assert files_of(store) == {}
 
 
-def test_a_damaged_sign_is_one_without_a_token_until_the_next(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.upkeep.signs_of_life.EVERY", 0.05)
+def test_a_damaged_sign_has_no_token_until_the_next_sign(store, monkeypatch):
+    monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.05)
     path = f"{store.root}/running/{NAME}.json"
     overwrite(store.fs, path, b"{")
-    assert read_sign(store.fs, store.root, NAME) == Sign("", "", "", 0)
-    with announced(store.fs, store.root, "branch 0.1", NAME):
-        assert read_sign(store.fs, store.root, NAME).pid == os.getpid()
+    assert read_sign(store, NAME) == Sign("", "", "", 0)
+    with announced(store, "branch 0.1", NAME):
+        assert read_sign(store, NAME).pid == os.getpid()
 
 
-def test_the_sign_of_a_dead_process_can_be_removed_and_a_living_one_gives_another(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.upkeep.signs_of_life.EVERY", 0.2)
-    remove_sign(store.fs, store.root, NAME)
-    with announced(store.fs, store.root, "branch 0.1", NAME):
-        first = read_sign(store.fs, store.root, NAME)
-        remove_sign(store.fs, store.root, NAME)
+def test_a_living_process_replaces_a_removed_sign(store, monkeypatch):
+    monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.2)
+    remove_sign(store, NAME)
+    with announced(store, "branch 0.1", NAME):
+        first = read_sign(store, NAME)
+        remove_sign(store, NAME)
         wait_for_sign(store, lambda sign: sign and sign.token != first.token)
     assert files_of(store) == {}
 
 
-def test_looking_for_a_sign_is_one_request_whether_or_not_there_is_one(fault_proxy, s3_bucket):
+def test_reading_a_sign_is_one_request(fault_proxy, s3_bucket):
     store = ArtifactStore(f"s3://{s3_bucket}/one-request")
 
     def requests() -> int:
         return sum(request.path.startswith(f"/{store.root}") for request in fault_proxy.requests)
 
-    assert read_sign(store.fs, store.root, NAME) is None
+    assert read_sign(store, NAME) is None
     assert requests() == 1
-    with announced(store.fs, store.root, "branch 0.1", NAME):
+    with announced(store, "branch 0.1", NAME):
         before = requests()
-        assert read_sign(store.fs, store.root, NAME).pid == os.getpid()
+        assert read_sign(store, NAME).pid == os.getpid()
         assert requests() == before + 1
 
 
-def test_a_storage_that_does_not_answer_is_not_taken_for_the_end_of_a_process(fault_proxy, s3_bucket):
+def test_a_storage_that_does_not_answer_is_not_the_end_of_a_process(fault_proxy, s3_bucket):
     store = ArtifactStore(f"s3://{s3_bucket}/silent", config_kwargs={"retries": {"total_max_attempts": 1}})
     fault_proxy.inject(error(503), times=float("inf"))
     with pytest.raises(Unreachable):
-        read_sign(store.fs, store.root, NAME)
+        read_sign(store, NAME)
 
 
 def test_a_process_without_a_sign_for_ten_minutes_is_not_running(store):
-    with announced(store.fs, store.root, "a search"):
+    with announced(store, "a search"):
         assert len(running_in(store, later=9 * MINUTES)) == 1
         later = now_in(store) + 11 * MINUTES
-        assert running_processes(store.fs, store.root, later) == []
-        [silent] = running_processes(store.fs, store.root, later, within=12 * MINUTES)
+        assert running_processes(store, later) == []
+        [silent] = running_processes(store, later, within=12 * MINUTES)
         assert silent.pid == os.getpid()
 
 
-def test_a_sign_of_life_that_cannot_be_read_counts_as_a_process_of_unknown_age(store):
+def test_an_unreadable_sign_is_a_process_of_unknown_age(store):
     overwrite(store.fs, f"{store.root}/running/{'a' * 32}.json", b"{")
     [process] = running_in(store)
     assert process.since == datetime(1970, 1, 1, tzinfo=UTC)
     assert "is not readable" in process.what
 
 
-def test_a_killed_process_stays_visible_until_it_is_stale(tmp_path, pytestconfig):
+def test_a_killed_process_is_listed_until_it_is_stale(tmp_path, pytestconfig):
     store = ArtifactStore(str(tmp_path / "store"))
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, store.url],
@@ -224,36 +224,36 @@ def test_a_killed_process_stays_visible_until_it_is_stale(tmp_path, pytestconfig
     assert running_in(store, later=11 * MINUTES) == []
 
 
-def test_work_goes_on_where_nothing_can_be_written_with_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("layerwise.storage.upkeep.signs_of_life.EVERY", 0.001)
+def test_work_continues_with_one_warning_where_nothing_can_be_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.001)
     store = ArtifactStore(str(tmp_path / "store"))
     (tmp_path / "store").write_bytes(
         b"a file where the store's folder should be"
     )  # root may write everywhere
     done = []
-    with caplog.at_level(logging.WARNING), announced(store.fs, store.root, "a search"):
+    with caplog.at_level(logging.WARNING), announced(store, "a search"):
         time.sleep(0.05)  # for several attempts
         done.append("work")
     assert done == ["work"]
     [record] = caplog.records
-    assert "the work goes on, but `layerwise gc` does not know of it" in record.message
+    assert "the work continues, but `layerwise gc` does not know of it" in record.message
 
 
-def test_asking_for_the_time_leaves_nothing(store):
-    with announced(store.fs, store.root, "a search"):
+def test_reading_the_clock_leaves_nothing(store):
+    with announced(store, "a search"):
         before = list(files_of(store))
         assert abs(now_in(store) - time.time()) < 5 * MINUTES
         assert list(files_of(store)) == before
 
 
-def test_asking_for_the_time_makes_no_store_of_a_wrong_path(tmp_path):
+def test_reading_the_clock_creates_no_folder(tmp_path):
     missing = ArtifactStore(str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError):
         now_in(missing)
     assert not (tmp_path / "missing").exists()
 
 
-def test_asking_for_the_time_leaves_an_empty_folder_alone(tmp_path):
+def test_reading_the_clock_keeps_an_empty_folder(tmp_path):
     store = ArtifactStore(str(tmp_path))
     assert abs(now_in(store) - time.time()) < 5 * MINUTES
     assert tmp_path.is_dir()
