@@ -41,9 +41,13 @@ def test_what_the_dockerfile_copies_is_there_and_not_held_back(source):
     assert any(fnmatch.fnmatch(source, pattern) for pattern in let_through)
 
 
-def test_the_dockerfile_copies_every_package_of_the_wheel():
+def test_the_dockerfile_copies_the_package_of_the_wheel_and_what_its_links_point_to():
     wheel = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert set(re.findall(r'"(\w+)"', wheel[1])) <= set(copied())
+    packages = re.findall(r'"(\w+)"', wheel[1])
+    assert packages == ["layerwise"]
+    linked = [path.resolve().name for path in (ROOT / "layerwise").iterdir() if path.is_symlink()]
+    assert sorted(linked) == ["flows", "storage", "tasks"]
+    assert {*packages, *linked} <= set(copied())
 
 
 def test_the_dockerfile_copies_what_the_build_runs():
