@@ -7,7 +7,13 @@ from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
 from layerwise.flows.cli.console import size
-from layerwise.flows.cli.store_commands import by_kind, in_short, keys_of_results, what_failed, what_stays
+from layerwise.flows.garbage import (
+    by_kind,
+    deleted_in_short,
+    keys_of_results,
+    lines_on_failures,
+    lines_on_kept,
+)
 from layerwise.flows.setting_types import BareUrl
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.upkeep.collect import collect, plan_collection
@@ -38,17 +44,17 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
     opened = existing_store(store)
     now = None if apply else time_for_looking(opened.fs, opened.root)
     collection = plan_collection(opened, keys_of_results if results_only else None, now=now)
-    for line in what_stays(collection):
+    for line in lines_on_kept(collection):
         logger.info(line)
     if not apply:
         _tell(f"What would be deleted in {store}", collection.garbage)
         logger.info("nothing was deleted; run it with apply" if collection.garbage else "nothing to delete")
         return
     collected = collect(opened, collection)
-    for line in what_failed(collected):
+    for line in lines_on_failures(collected):
         logger.error(line)
     _tell(f"What was deleted in {store}", collected.garbage)
-    logger.info(in_short(collected))
+    logger.info(deleted_in_short(collected))
     if collected.failures:
         raise OSError(
             f"{len(collected.failures)} of {len(collection.garbage)} things in {store} could not be deleted, such as "

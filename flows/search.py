@@ -12,8 +12,8 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from layerwise.flows.fan_out.spread import share, spread
 from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.cancellation import cancelled
-from layerwise.flows.orchestration.prefect_artifacts import publish_to_prefect
 from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.prefect_artifacts import publish_to_prefect
 from layerwise.flows.pipeline.result import SearchResult
 from layerwise.flows.pipeline.stages import chosen
 from layerwise.flows.pipeline.time_budget import check_minutes, end_of

@@ -3,7 +3,7 @@
 ``Search`` decides the result and is part of the artifacts' keys; ``runtime.Runtime`` says where and how, and is not.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,12 +22,13 @@ from layerwise.flows.setting_types import (
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
-from layerwise.tasks.allocate import AllocateSettings
 from layerwise.tasks.lanes.prune_settings import PruneSettings
-from layerwise.tasks.measure import needs_grams
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.select import TRIAL
 from layerwise.tasks.texts.documents import Role
+
+if TYPE_CHECKING:  # imports Prefect: the help of a command does without it
+    from layerwise.tasks.allocate import AllocateSettings
 
 # Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's
 # seven kinds of projections. The paper's Bayesian search over all layers took about 1000.
@@ -233,8 +234,10 @@ class Search(Settings):
         return self
 
     @property
-    def allocation(self) -> AllocateSettings:
-        """Which plans may be tried."""
+    def allocation(self) -> "AllocateSettings":
+        """Settings of the plans that may be tried."""
+        from layerwise.tasks.allocate import AllocateSettings
+
         step, betas = self.beta_step, self.betas
         searched = isinstance(self.allocator, ATP) and not self._is_fixed_pattern
         if searched and step is None and betas is None and self.beta_count is None:
@@ -278,6 +281,8 @@ class Search(Settings):
     @property
     def needs_grams(self) -> bool:
         """Whether second moments of the linears' inputs are captured."""
+        from layerwise.tasks.measure import needs_grams
+
         return not isinstance(self.pruner, MaskPruner) or needs_grams(self.allocator)
 
     @property

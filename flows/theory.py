@@ -10,9 +10,9 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, Field, model_validator
 
 from layerwise.flows.orchestration.cancellation import cancelled
-from layerwise.flows.orchestration.prefect_artifacts import where_the_report_is
 from layerwise.flows.pipeline.comparison_tables import markdown_of
 from layerwise.flows.pipeline.damage_repair import mending
+from layerwise.flows.pipeline.prefect_artifacts import where_the_report_is
 from layerwise.flows.pipeline.stages import captured
 from layerwise.flows.pipeline.time_budget import refuse_minutes
 from layerwise.flows.report import make_report_with_theory

@@ -19,10 +19,10 @@ from prefect.states import Cancelled, Crashed, Pending
 
 from layerwise.flows.fan_out import part_flows as steps
 from layerwise.flows.fan_out.liveness import has_ended
-from layerwise.flows.fan_out.parent_process import ENDS_WITH_PARENT
 from layerwise.flows.fan_out.step import Step
 from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.flows.orchestration.embedded_server import lifeline
+from layerwise.flows.orchestration.parent_process import ENDS_WITH_PARENT
 from layerwise.storage.files.errors import without_secrets
 
 LAST_WORDS = 2000  # characters of its output that are shown of a process that died

@@ -9,8 +9,8 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Crashed, State
 
-from layerwise.flows.fan_out.parent_process import stop_with_parent
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.parent_process import stop_with_parent
 from layerwise.flows.pipeline.damage_repair import mending
 from layerwise.flows.pipeline.stages import all_scored, captured, chosen, scored
 from layerwise.flows.pipeline.time_budget import refuse_minutes

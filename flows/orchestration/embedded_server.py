@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -133,6 +132,8 @@ def _start_embedded(settings: "Settings") -> None:
     server = SubprocessASGIServer()
     if server.running:  # Prefect has started it for a flow of this process
         return
+    from importlib.metadata import version
+
     own = not _user_has_chosen_a_database(settings)
     folder = cache_folder() / f"prefect-{version('prefect')}" if own else Path(settings.home).expanduser()
     limit = settings.server.ephemeral.startup_timeout_seconds

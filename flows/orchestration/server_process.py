@@ -3,7 +3,7 @@
 import socket
 import sys
 
-from layerwise.flows.fan_out.parent_process import end_with_parent
+from layerwise.flows.orchestration.parent_process import end_with_parent
 
 
 def main() -> None:

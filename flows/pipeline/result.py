@@ -32,3 +32,12 @@ class SearchResult:
     bytes_read: int
     artifact: Artifact | None = None
     report: str = ""
+
+
+def work_sentence(result: SearchResult) -> str:
+    """Describe in one sentence the work that this run did for its result."""
+    if not result.built:
+        return "Everything was in the store already: no layer was computed, no weight was read."
+    computed = [role for role in result.built if role not in ("allocate", "select")]
+    read = f", {result.bytes_read / 1e9:.2f} GB of weights read" if result.bytes_read else ""
+    return f"Built {len(result.built)} of {len(result.stages)} artifacts ({', '.join(computed)}){read}."

@@ -10,10 +10,10 @@ from layerwise.flows.pipeline.lookup import Found, look_up
 from layerwise.flows.pipeline.stages import Captured, all_scored, captured
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.allocate import MOST_PLANS
 from layerwise.tasks.branch import branch
 from layerwise.tasks.capture import DENSE_PERPLEXITY
 from layerwise.tasks.lanes.evaluate_group import evaluate_together
+from layerwise.tasks.lanes.grouping import MOST_PLANS
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.select import compare
 

@@ -8,8 +8,8 @@ import pytest
 
 from layerwise.flows.bench import bench
 from layerwise.flows.cli import main as cli
-from layerwise.flows.cli.store_commands import keys_of_results
 from layerwise.flows.compress import Compress, compress
+from layerwise.flows.garbage import keys_of_results
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.sparse import accelerate

@@ -84,7 +84,7 @@ def test_without_being_told_to_delete_it_says_what_would_go_and_changes_nothing(
     assert name == f"gc of {store.url}"
     assert told(tables) == GARBAGE
     assert tables[0].description == f"What would be deleted in {store.url}"
-    assert "not ours: left alone: notes.txt" in log
+    assert "not part of the store, kept: notes.txt" in log
     assert "nothing was deleted; run it with apply" in log
     assert any("abandoned attempts: 2, 2.05 kB; temporary files: 1, 3 B" in line for line in log)
     assert files_in(store.root) == before

@@ -64,7 +64,7 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
 
     name, *arguments = shlex.split(command)
     assert name == "layerwise"
-    resumed = start("-m", "layerwise.flows.cli.main", *arguments)
+    resumed = start("-m", "layerwise", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"^branch: 3 betas.* goes on from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
     assert finished[0].selection.verdict in resumed.stdout

@@ -6,8 +6,7 @@ import shlex
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
-from layerwise.flows.pipeline.result import SearchResult
-from layerwise.flows.pipeline.work_summary import work_sentence
+from layerwise.flows.pipeline.result import SearchResult, work_sentence
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.files.reading import is_local
 from layerwise.storage.store import ArtifactStore
