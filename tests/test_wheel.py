@@ -151,8 +151,15 @@ def test_a_script_next_to_a_tasks_module_of_the_user_gets_both(installed, projec
     assert lines[1:] == ["search demo at 0.5 store", "the user"]
 
 
-@pytest.mark.parametrize("command", [["python", "-m", "layerwise"], ["layerwise"]], ids=["module", "command"])
-@pytest.mark.parametrize("variables", [{}, {"PYTHONPATH": "."}], ids=["plain", "PYTHONPATH=."])
+@pytest.mark.parametrize(
+    ("command", "variables"),
+    [
+        (["python", "-m", "layerwise"], {}),
+        (["python", "-m", "layerwise"], {"PYTHONPATH": "."}),
+        (["layerwise"], {"PYTHONPATH": "."}),
+    ],
+    ids=["module", "module with PYTHONPATH=.", "command with PYTHONPATH=."],
+)
 def test_the_command_runs_next_to_a_flows_package_of_the_user(installed, project, command, variables):
     assert "--beta-step" in installed.run(*command, "search", "--help", cwd=project, **variables)
 

@@ -1,4 +1,4 @@
-"""A process that was started by a search on the same machine ends with it."""
+"""End this process when its parent process ends."""
 
 import os
 import signal
@@ -6,30 +6,30 @@ import threading
 import time
 from math import inf
 
-# Set by the parent, which then holds the other end of our standard input.
+# Set by a parent process that holds the other end of our standard input.
 ENDS_WITH_PARENT = "LAYERWISE_ENDS_WITH_PARENT"
 
 
 def stop_with_parent() -> None:
-    """Treat the death of the process that started this one as SIGTERM, if it asked for that.
+    """Treat the end of the parent process as SIGTERM, if the parent asked for that.
 
-    Otherwise its groups would hold the devices against those of the search that goes on.
+    Otherwise the groups of a killed search would occupy the devices that the resumed search needs.
     """
     if ENDS_WITH_PARENT in os.environ:
         end_with_parent()
 
 
 def end_with_parent(grace: float = inf) -> None:
-    """Treat the end of our standard input as SIGTERM: all processes that hold its other end have ended.
+    """Treat the end of our standard input as SIGTERM: then all processes that hold its other end have ended.
 
     Args:
-        grace: seconds after which this process is killed if it has not ended.
+        grace: seconds after SIGTERM until this process is killed.
     """
-    threading.Thread(target=_wait_for_the_end, args=[grace], name="parent process", daemon=True).start()
+    threading.Thread(target=_wait_for_end_of_input, args=[grace], name="parent process", daemon=True).start()
 
 
-def _wait_for_the_end(grace: float) -> None:
-    while os.read(0, 1):  # standard input; ends when the other end is closed, however its process ended
+def _wait_for_end_of_input(grace: float) -> None:
+    while os.read(0, 1):  # standard input; the system closes its other end, however the parent ended
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     if grace < inf:

@@ -103,4 +103,4 @@ def test_a_server_without_room_for_its_database_says_so(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "has only 0.0 MB left. Make room for 20 MB, or set XDG_CACHE_HOME" in done.stdout, done.stderr
+    assert "has only 0.0 MB left. Free 20 MB, or set XDG_CACHE_HOME" in done.stdout, done.stderr
