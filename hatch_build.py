@@ -1,4 +1,4 @@
-"""The installation compiles the sparse kernel where there is a C++ compiler, and goes on without it where not."""
+"""Build hook: compile the sparse kernel if there is a C++ compiler; otherwise build the wheel without it."""
 
 import runpy
 import sysconfig
@@ -11,17 +11,17 @@ KERNEL = "layerwise/sparse/kernel.so"
 
 
 class SparseKernelHook(BuildHookInterface):
-    """Called by hatchling for every wheel, those of editable installations included."""
+    """Hook that hatchling calls for every wheel, including those of editable installations."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the kernel to the wheel, which is then one for this platform."""
-        # By its path: the package itself may not be importable where its wheel is built.
+        """Add the kernel to the wheel, and mark the wheel as one for this platform."""
+        # Run by its path: the package may not be importable where its wheel is built.
         build = runpy.run_path(str(Path(self.root, "layerwise/sparse/build.py")))
         library = Path(self.root, KERNEL)
         try:
             build["compile_kernel"](library)
         except build["NoKernel"] as reason:
-            library.unlink(missing_ok=True)  # of an earlier build, and maybe from other sources
+            library.unlink(missing_ok=True)  # of an earlier build, possibly from other sources
             self.app.display_warning(f"layerwise without its sparse kernel: {reason}")
             return
         build_data["pure_python"] = False

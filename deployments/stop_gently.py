@@ -1,9 +1,9 @@
-"""The first process of a container: brings SIGTERM to the processes that compute.
+"""First process of a container: passes SIGTERM on to the processes that compute.
 
-A container's end is told to its first process only. Asked to end, ``prefect flow-run execute`` and ``prefect worker
-start`` kill the process of the flow at once (Prefect 3.8.8, with every PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR),
-and it loses what it did since its last resume point. A flow of layerwise that gets SIGTERM itself finishes its layer,
-commits, and ends. So the children of the command are told first, and the command when they have ended.
+Only the first process of a container gets SIGTERM. ``prefect flow-run execute`` and ``prefect worker start`` react by
+killing the process of the flow at once (Prefect 3.8.8, with every PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR), which
+loses its work since the last resume point. A flow of layerwise that gets SIGTERM itself finishes its layer, commits a
+resume point and ends. Therefore the children of the command get SIGTERM first, and the command after they have ended.
 """
 
 import os
@@ -19,7 +19,7 @@ REPORTING = 2.0  # seconds for the command to tell Prefect how its children ende
 
 
 def main(command: list[str]) -> int:
-    """Run ``command`` and end with its exit code; processes that lost their parents are buried on the way."""
+    """Run ``command`` and return its exit code; also reap orphaned processes, as a first process must."""
     child = subprocess.Popen(command).pid
 
     def on_sigterm(*_: object) -> None:
@@ -30,14 +30,14 @@ def main(command: list[str]) -> int:
         ended, status = os.wait()
         if ended == child:
             code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code  # a signal's number, as shells tell it
+            return code if code >= 0 else 128 - code  # as shells report a signal
 
 
 def end(command: int) -> None:
-    """Tell the children of a process to end, wait for them, then tell the process itself."""
+    """Terminate the children of a process, wait until they have ended, then terminate the process."""
     try:
         watching = psutil.Process(command)
-        while computing := watching.children():  # a worker may have taken up another flow meanwhile
+        while computing := watching.children():  # a worker may have started another flow meanwhile
             for process in computing:
                 process.terminate()
             psutil.wait_procs(computing)

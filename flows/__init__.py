@@ -1,6 +1,6 @@
-"""Prefect flows, their settings, and the command line. Start reading here."""
+"""Prefect flows and the command line: the entry points of layerwise. Read these first."""
 
 from layerwise.flows.orchestration.embedded_server import prefer_quiet_prefect
 
-# Must run before the first import of Prefect, which reads its settings when it is imported.
+# Prefect reads its settings when it is imported, and any module of this package may import it first.
 prefer_quiet_prefect()

@@ -7,12 +7,18 @@ from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
 from layerwise.display.byte_size import size
-from layerwise.flows.cli.store_commands import by_kind, in_short, keys_of_results, what_failed, what_stays
 from layerwise.flows.setting_types import BareUrl
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.signs_of_life import time_for_looking
 from layerwise.storage.upkeep.garbage_collection import Garbage, collect, plan_collection
 from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.results.garbage import (
+    by_kind,
+    deleted_in_short,
+    keys_of_results,
+    lines_on_failures,
+    lines_on_kept,
+)
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 
@@ -37,17 +43,17 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
     opened = existing_store(store)
     now = None if apply else time_for_looking(opened)
     collection = plan_collection(opened, keys_of_results if results_only else None, now=now)
-    for line in what_stays(collection):
+    for line in lines_on_kept(collection):
         logger.info(line)
     if not apply:
         _report(f"To be deleted in {store}", collection.garbage)
         logger.info("nothing was deleted; set apply to delete" if collection.garbage else "nothing to delete")
         return
     collected = collect(opened, collection)
-    for line in what_failed(collected):
+    for line in lines_on_failures(collected):
         logger.error(line)
     _report(f"Deleted in {store}", collected.garbage)
-    logger.info(in_short(collected))
+    logger.info(deleted_in_short(collected))
     if collected.failures:
         raise OSError(
             f"{len(collected.failures)} of {len(collection.garbage)} items in {store} could not be deleted, such as "

@@ -1,4 +1,4 @@
-"""Options of the command line, made from the settings' own fields, so that help, form and schema never differ."""
+"""Options of the command line, made from the fields of the settings, so that help, form and schema cannot differ."""
 
 import json
 import shlex
@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-# Fields that take several values, which are separated by commas.
+# Fields that take several values, separated by commas.
 LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds", "tasks")
-LONGEST = 200  # characters of a value in an error
+LONGEST = 200  # characters of a value in an error message
 
 
 def add_options(
@@ -26,7 +26,7 @@ def add_options(
     optional: Collection[str] = (),
     group: str | None = None,
 ) -> None:
-    """One option per field of ``settings``; values are strings until ``read_options`` validates them.
+    """Add one option per field of ``settings``. Values are strings until ``read_options`` validates them.
 
     Args:
         without: fields that get no option.
@@ -42,19 +42,19 @@ def add_options(
             required=field.is_required() and name not in optional,
             metavar=name.rpartition("_")[2].upper(),
             help=_help(field),
-            # The option alone means true.
+            # A boolean option without a value means true.
             **({"nargs": "?", "const": "true"} if field.annotation is bool else {}),
         )
 
 
 def read_options(arguments: Namespace, settings: type[Settings], **values_of_others: object) -> Settings:
-    """The settings that ``arguments`` spell.
+    """Return the settings that ``arguments`` give.
 
     Args:
-        values_of_others: fields that have no option.
+        values_of_others: values of fields that have no option.
 
     Raises:
-        ValueError: an option that is not valid, by its name on the command line.
+        ValueError: an option is not valid; the message starts with its name on the command line.
     """
     given = {name: getattr(arguments, name, None) for name in settings.model_fields}
     values = {name: _parsed(name, value) for name, value in given.items() if value is not None}
@@ -62,13 +62,13 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        # One problem for each option: a wrong entry of a list is a wrong length of it, too.
+        # One problem per option: pydantic reports a wrong entry of a list also as a wrong length.
         first = {problem["loc"][:1]: problem for problem in reversed(error.errors())}
-        raise ValueError("; ".join(_said(first[loc], given) for loc in reversed(first))) from error
+        raise ValueError("; ".join(_described(first[loc], given) for loc in reversed(first))) from error
 
 
-def _said(problem: ErrorDetails, given: Mapping[str, str | None]) -> str:
-    """What is wrong with an option; with a field of a method or an entry of a list, which one that is."""
+def _described(problem: ErrorDetails, given: Mapping[str, str | None]) -> str:
+    """Describe a problem of an option, with the field of a method or the entry of a list that it is about."""
     message = _message(problem)
     if not problem["loc"]:
         return f"settings: {message}"
@@ -76,7 +76,7 @@ def _said(problem: ErrorDetails, given: Mapping[str, str | None]) -> str:
     value = given.get(name)
     if problem["type"] == "credentials" or value is None:
         return f"{_flag(name)}: {message}"
-    # Of a method pydantic names the tag, too, which is none of its fields.
+    # For a method, pydantic's path also has the tag, which is not a field.
     inner = [part for part in path if part != _method_in(value)]
     if inner and value.startswith(("{", "[")):
         return f"{_flag(name)}: {'.'.join(inner)}: {message}, got {_shown(problem['input'])}"
@@ -88,9 +88,11 @@ def _message(problem: ErrorDetails) -> str:
         tag, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
         near = get_close_matches(tag, [each.strip("'") for each in expected.split(", ")], n=1)
         nearest = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"there is no method {tag!r}{nearest}; there are {expected}"
+        return f"there is no method {tag!r}{nearest}; the methods are {expected}"
     if problem["type"] in ("union_tag_not_found", "model_attributes_type"):
-        return 'a method is its name, or JSON with "method" and its settings, such as {"method": "NAME"}'
+        return (
+            'give a method by its name, or as JSON with "method" and its settings, such as {"method": "NAME"}'
+        )
     return problem["msg"].removeprefix("Value error, ").rstrip(".")
 
 
@@ -103,15 +105,15 @@ def _method_in(value: str) -> object:
 
 
 def _shown(value: object) -> str:
-    """``value``; of a long one the beginning and its length."""
+    """Format ``value`` for a message; a long one is cut and followed by its length."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def search_command(settings: BaseModel) -> str:
-    """The command that makes the same search, on one line; what is left at its default is left out."""
+    """Return the command that repeats a search, on one line, without the settings that have their defaults."""
     changed = settings.model_dump(mode="json", exclude_defaults=True)
-    # A method by its name; as a whole if one of its settings is changed, as the name is a default, too.
+    # A method is given by its name, or as a whole if one of its settings was changed.
     given = {
         name: value["method"] if changed[name] == {} else value
         for name, value in settings.model_dump(mode="json").items()
@@ -122,7 +124,7 @@ def search_command(settings: BaseModel) -> str:
 
 
 def _spelt(name: str, value: object) -> str:
-    """A value as ``_parsed`` and the fields read it."""
+    """Format a value as ``_parsed`` and the fields read it."""
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -133,10 +135,10 @@ def _spelt(name: str, value: object) -> str:
 
 
 def _parsed(name: str, value: str) -> object:
-    """An empty option is no value, which is not the same as the default where that is a number.
+    """Parse the text of an option: JSON, a list, or the text itself. An empty option is None, not the default.
 
     Raises:
-        ValueError: text that is not valid JSON, is nested too deeply, names a key twice, or has a number that is none.
+        ValueError: the text is not valid JSON, is nested too deeply, repeats a key, or has NaN or an infinity.
     """
     if not value:
         return None
@@ -155,12 +157,12 @@ def _without_repetition(pairs: Sequence[tuple[str, object]]) -> dict[str, object
     if len(document) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there more than once")
+        raise ValueError(f"{twice!r} occurs more than once")
     return document
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that a setting can have")
+    raise ValueError(f"{name} is not allowed as a number")
 
 
 def _flag(name: str) -> str:
@@ -169,7 +171,11 @@ def _flag(name: str) -> str:
 
 def _help(field: FieldInfo) -> str:
     text = str(field.description).replace("%", "%%")
-    if field.is_required() or field.default is None:
+    if field.is_required() or field.default in (None, ()):
         return text
     default = getattr(field.default, "method", field.default)
+    if isinstance(default, bool):
+        default = str(default).lower()
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
     return f"{text} Default: {default}."

@@ -7,11 +7,11 @@ from prefect import flow
 
 from layerwise.flows.fan_out.spread import share, spread
 from layerwise.flows.orchestration.flow_frame import run_announced
-from layerwise.flows.orchestration.prefect_artifacts import publish_to_prefect
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import Chosen, search_steps
 from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.prefect_artifacts import publish_to_prefect
 from layerwise.flows.pipeline.result import SearchResult, commit_result
 from layerwise.flows.pipeline.time_limit import check_minutes, deadline_of
 from layerwise.flows.runtime import FanOutRuntime, SearchRuntime

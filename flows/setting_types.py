@@ -1,4 +1,4 @@
-"""Kinds of fields that settings have: what they accept, and what they say to everything else."""
+"""Types of the settings' fields: accepted values, and error messages for all others."""
 
 import json
 import re
@@ -25,9 +25,9 @@ from layerwise.storage.files.credentials import holds_credentials
 
 
 def _method(value: Any) -> Any:
-    """A method by its name, or by its settings, whose numbers have to be numbers.
+    """Accept a method by its name, or by a JSON object with its settings; refuse texts and booleans as numbers there.
 
-    pydantic takes "0.1" and true for numbers, which is right for an option and a form, and a mistake in JSON.
+    pydantic accepts "0.1" and true as numbers. That is right for an option and for a form, but a mistake in JSON.
     """
     if isinstance(value, str):
         return {"method": value}
@@ -52,7 +52,7 @@ def _is_number(text: str) -> bool:
 
 
 def _bare_url(value: Any) -> Any:
-    """Refuse credentials in a URL before it becomes a parameter of a flow run, a file of the store or a log line."""
+    """Refuse a URL with credentials before it gets into a flow run, the store or a log."""
     if isinstance(value, str) and holds_credentials(value):
         raise PydanticCustomError(
             "credentials",
@@ -62,13 +62,13 @@ def _bare_url(value: Any) -> Any:
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
         raise PydanticCustomError(
             "encoding",
-            "the name is not valid UTF-8, which parameters and reports are written in; rename the folder, or give a "
-            "symbolic link to it",
+            "the name is not valid UTF-8, the encoding of parameters and reports; rename the folder, or give a symbolic "
+            "link to it",
         )
     return value
 
 
-# The pattern is for Prefect's server, which then stores no parameters with a password in them.
+# With the pattern, Prefect's server refuses parameters that hold a password.
 BareUrl = Annotated[
     str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
 ]
@@ -90,7 +90,7 @@ def _regular_expression(value: str) -> str:
         re.compile(value)
     except re.error as error:
         raise PydanticCustomError(
-            "regex", "is no regular expression ({problem})", {"problem": str(error)}
+            "regex", "is not a regular expression ({problem})", {"problem": str(error)}
         ) from error
     return value
 
@@ -105,8 +105,8 @@ RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 
 
 class Settings(BaseModel):
-    """What a user can set, as one value."""
+    """Base class of the settings."""
 
-    # An error must not show what was given: it might be a URL with a password.
-    # NaN and infinities are no settings; that holds for the numbers of methods, too, which are dataclasses.
+    # An error must not show the value: it might be a URL with a password. NaN and infinity are refused, also in the
+    # settings of methods, which are dataclasses.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)

@@ -1,9 +1,10 @@
-"""What a search is for: the form in Prefect's UI, the options of the command line, the parameters of a deployment.
+"""Settings of a search: options of the command line, form in Prefect's UI, parameters of a deployment.
 
-``Search`` decides the result and is part of the artifacts' keys; ``runtime.Runtime`` says where and how, and is not.
+``Search`` determines the result and is part of the artifacts' keys. ``layerwise.flows.runtime`` has the settings that
+do not change the result; they are not part of any key.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,15 +23,17 @@ from layerwise.flows.setting_types import (
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
-from layerwise.tasks.allocate import AllocateSettings
 from layerwise.tasks.lanes.prune_settings import PruneSettings
-from layerwise.tasks.measure import needs_grams
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.select import TRIAL
 from layerwise.tasks.texts.documents import Role
 
-# Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's
-# seven kinds of projections. The paper's Bayesian search over all layers took about 1000.
+if TYPE_CHECKING:  # imports Prefect: the help of a command does without it
+    from layerwise.tasks.allocate import AllocateSettings
+
+# Maximum number of plans to try, by strategy. adaptive: enough for a dozen betas on curves like those of the paper;
+# two-parameter: as many again for the offset; projections: two rounds over the seven kinds of projections of a LLaMA.
+# The paper's Bayesian search over all layers took about 1000 trials.
 TRIALS: dict[str, int] = {
     "adaptive": 6,
     "two-parameter": 12,
@@ -38,8 +41,8 @@ TRIALS: dict[str, int] = {
     "bayesian": 64,
     "evolutionary": 64,
 }
-# Far above what anybody has run, and low enough that a typing error ends at once: the longest context of a model is
-# 10 million tokens; a search over layers took 1000 trials; torch takes seeds of 63 bits.
+# Limits that catch typing errors, far above real uses: the longest context of a model is 10 million tokens; a search
+# over layers took 1000 trials; torch accepts seeds of 63 bits.
 MOST: dict[str, int] = {
     "calibration_windows": 1_000_000,
     "selection_windows": 1_000_000,
@@ -51,8 +54,8 @@ MOST: dict[str, int] = {
 }
 OVER_LAYERS = ("bayesian", "evolutionary")
 
-# What "auto" stands for where the text is long enough: the calibration of Wanda's and SparseGPT's papers, and half of
-# it for the choice. The built-in text gives about 27 and 13 windows of 2048 tokens.
+# Number of windows for "auto" if the text is long enough: the calibration of the papers on Wanda and SparseGPT, and half
+# of it for the selection. The built-in text has about 27 and 13 windows of 2048 tokens.
 AUTO_WINDOWS: dict[Role, int] = {"calibration": 128, "selection": 64}
 
 
@@ -60,137 +63,143 @@ class Search(Settings):
     """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
 
     model: BareUrl = Field(
-        description="Model to prune: a hub id (owner/name[@revision]), a folder, any fsspec URL of a folder "
-        "(s3://, hf://, ...), a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."
+        description="Model to prune: a hub id (owner/name[@revision]), a folder, an fsspec URL of a folder (s3://, "
+        "hf://, ...), a .gguf file, or demo (SmolLM2-135M-Instruct)."
     )
     sparsity: float = Field(
-        gt=0, lt=1, description="Overall fraction of the decoder linears' weights to remove, between 0 and 1."
+        gt=0, lt=1, description="Fraction of the weights of all decoder linears to remove, between 0 and 1."
     )
     pruner: PrunerChoice = Field(
         default=Wanda(),
-        description="How the weights to remove are chosen: wanda, magnitude; wanda_swaps, by the inputs' correlations; "
-        "or sparsegpt and alps, which also correct the weights that stay.",
+        description="Method that chooses the weights to remove. wanda: by weight times input norm. magnitude: by weight. "
+        "wanda_swaps: like wanda, refined by the correlations of the inputs. sparsegpt, alps: also correct the remaining "
+        "weights.",
     )
     pattern: PatternText | None = Field(
         title="N:M pattern",
         default=None,
-        description="N of M consecutive weights of every output stay: 2:4, 4:8; or N:8, where the allocator gives "
-        "every layer a N of its own. Empty: none.",
+        description="Keep N of every M consecutive weights of each output: 2:4 or 4:8. With N:8 the allocator chooses N "
+        "for every layer. Empty: no pattern.",
     )
     exclude: RegularExpression | None = Field(
         title="Linears to leave dense",
         default=None,
-        description="Regular expression that is looked for in LAYER.LINEAR, such as 0.mlp.down_proj; what it is found "
-        "in stays dense and does not count in the sparsity. Head and embeddings always stay dense. Empty: none.",
+        description="Regular expression; linears whose name (LAYER.LINEAR, such as 0.mlp.down_proj) contains a match "
+        "stay dense and do not count in the sparsity. Head and embeddings always stay dense. Empty: none.",
     )
     allocator: AllocatorChoice = Field(
         default=ATP(),
-        description="How sparsity is spread over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, erf, power; or "
-        "given, with a list of your own.",
+        description="Method that spreads the sparsity over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, erf, "
+        "power; or given, with a list of sparsities.",
     )
     granularity: Literal["layer", "linear"] = Field(
-        title="What has a sparsity of its own",
+        title="Unit with its own sparsity",
         default="layer",
-        description="Every layer; or every linear, by an allocator that measures them (owl, alpha_pruning, dsa, dlp, "
-        "lsa).",
+        description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear; needs an "
+        "allocator that measures linears (owl, alpha_pruning, dsa, dlp, lsa).",
     )
     offsets: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = Field(
         title="Offsets between attention and MLP",
         default=(),
-        description="How much more of attention's weights than of the MLP's is removed, such as -0.1 and 0.1; 0 is "
-        "tried in any case. Empty: 0 only.",
+        description="Offsets to try: sparsity of attention minus sparsity of the MLP, such as -0.1 and 0.1. 0 is always "
+        "tried. Empty: 0 only.",
     )
     calibration_mode: Literal["dense", "sequential"] = Field(
         default="dense",
-        description="dense: one capture of the dense model serves all betas. sequential: every beta calibrates "
-        "each layer on its own pruned model, as the original Wanda code does; about three times the time.",
+        description="Model that calibrates the pruning. dense: one capture of the dense model serves all betas. "
+        "sequential: every beta calibrates each layer on its own pruned model, as the original Wanda code does; takes "
+        "about three times as long.",
     )
     calibration: BareUrl = Field(
         title="Calibration text",
         default="builtin",
-        description="Text for calibration: wikitext2, c4 or ptb, as papers mean them; hf:owner/name[/config][:split]; "
-        "a .txt, .jsonl, .json or .parquet file, a folder of such files or a pattern such as 'data/*.jsonl.gz' (path "
-        "or URL); or 'builtin' (the documentation in Python's pydoc_data.topics).",
+        description="Text for calibration: wikitext2, c4 or ptb, as used in papers; hf:owner/name[/config][:split]; a "
+        ".txt, .jsonl, .json or .parquet file, a folder of such files, or a pattern such as 'data/*.jsonl.gz' (path or "
+        "URL); or builtin (the documentation in Python's pydoc_data.topics).",
     )
     selection: BareUrl = Field(
         title="Selection text",
         default="builtin",
-        description="Text by which beta is chosen; as for calibration.",
+        description="Text on which beta is chosen; the same choices as for calibration.",
     )
     test: BareUrl | None = Field(
         title="Test text",
         default=None,
-        description="Text for the final perplexity, touched once; empty: as for selection, of which it gets a part "
-        "of its own (the test split of a hub data set).",
+        description="Text for the final perplexity, used only once. Empty: another part of the selection text (the test "
+        "split of a hub data set).",
     )
     calibration_windows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all that its part of the "
-        "text gives if these are fewer; a number: exactly so many, and a text that is too short is refused.",
+        description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all windows of its part of "
+        "the text if there are fewer. A number: exactly that many; a text that is too short is refused.",
     )
     selection_windows: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
         default="auto",
-        description=f"Number of selection windows. auto: {AUTO_WINDOWS['selection']}, or all that its part of the text "
-        "gives if these are fewer; a number: exactly so many; empty: all that the text gives.",
+        description=f"Number of selection windows. auto: {AUTO_WINDOWS['selection']}, or all windows of its part of the "
+        "text if there are fewer. A number: exactly that many. Empty: all windows.",
     )
     test_windows: int | None = Field(
-        default=None, ge=1, description="Number of test windows; empty: all that the text gives."
+        default=None, ge=1, description="Number of test windows. Empty: all windows of the text."
     )
     seqlen: int = Field(
         title="Window length in tokens", default=2048, ge=2, description="Length of every window, in tokens."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the random calibration windows.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random choice of calibration windows.")
     betas: tuple[float, ...] | None = Field(
         default=None,
         min_length=1,
-        description="These betas, and 0 (uniform) beside them; with another allocator than atp its strengths (the "
-        "spread of owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf). "
-        "Empty: the grid of beta_step, or that allocator's own strength.",
+        description="Betas to try, in addition to 0 (uniform). For an allocator other than atp: its strengths (spread of "
+        "owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf). Empty: the "
+        "grid of beta_step; for another allocator its default strength.",
     )
     beta_count: int | None = Field(
-        default=None, ge=1, description="So many betas, spread evenly over the legal range; empty: the grid."
+        default=None,
+        ge=1,
+        description="Number of betas, spread evenly over the legal range. Empty: the grid of beta_step.",
     )
     beta_step: float | None = Field(
         default=None,
         gt=0,
-        description=f"Step of the grid of betas within the legal range; empty: {BETA_STEP:g}, as in the paper.",
+        description=f"Step of the grid of betas within the legal range. Empty: {BETA_STEP:g}, as in the paper.",
     )
     strategy: StrategyName = Field(
         default="grid",
-        description="grid: score every beta on all selection windows. race: score them in rounds of windows, and stop "
-        "those that are beaten beyond doubt (paired t above 4, or worse on every window). adaptive: narrow the minimum "
-        "of the U-shaped curve down, with a handful of them. two-parameter: the same for beta and offset. "
-        "projections: beta, then how much more or less every kind of linear (q_proj, ..., down_proj) loses. bayesian "
-        "(Optuna), evolutionary: over the sparsities of all layers, beginning with uniform and the betas given.",
+        description="Method that searches the plans. grid: score every beta on all selection windows. race: score the "
+        "betas in rounds of windows, and stop those that are clearly worse (paired t above 4, or worse on every window). "
+        "adaptive: narrow down the minimum of the U-shaped curve with a few betas. two-parameter: the same for beta and "
+        "offset. projections: first beta, then a difference for every kind of linear (q_proj, ..., down_proj). bayesian "
+        "(needs Optuna), evolutionary: vary the sparsities of all layers, starting from uniform and the given betas.",
     )
     trials: int | None = Field(
-        title="Most plans that are tried",
+        title="Maximum number of plans",
         default=None,
         ge=2,
-        description="With a strategy that does not try all: at most so many, uniform among them; empty: "
-        f"{' or '.join(f'{count} ({name})' for name, count in TRIALS.items())}.",
+        description="Maximum number of plans to try, including uniform, for a strategy that does not try all plans. "
+        f"Empty: {', '.join(f'{count} ({name})' for name, count in TRIALS.items())}.",
     )
     stop_after: int | None = Field(
-        title="Plans after which it stops",
+        title="Number of plans to stop after",
         default=None,
         ge=1,
-        description="With such a strategy: begin nothing more once so many plans are scored, however far it would go. "
-        "A search whose minutes are over says here where that was; empty: no stop.",
+        description="Stop after this number of plans has been scored, for a strategy that does not try all plans. A "
+        "search that reached its time limit records its number of plans here, so that it can be repeated exactly. "
+        "Empty: no limit.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         title="Dtype of the computation",
         default="auto",
-        description="In which the model computes; auto: the checkpoint's own.",
+        description="Dtype that the model computes in: bfloat16, float16, float32, or auto for the dtype of the checkpoint.",
     )
     export: bool = Field(
         title="Write the pruned model",
         default=True,
-        description="Write the checkpoint that the best plan gives; false: only say which plan that is.",
+        description="Write the checkpoint that is pruned by the best plan. false: only report the plan.",
     )
     retain: Literal["none", "sampled", "all"] = Field(
         title="Hidden states to keep",
         default="none",
-        description="Windows whose hidden states are kept at every layer boundary of the dense model.",
+        description="Windows whose hidden states of the dense model are kept in the store at every layer boundary: none, "
+        "sampled (four of each text) or all.",
     )
 
     @field_validator(*MOST)
@@ -202,39 +211,41 @@ class Search(Settings):
         return value
 
     @model_validator(mode="after")
-    def _betas_given_once(self) -> "Search":
+    def _check_combination(self) -> "Search":
         _ = self.allocation
         for name in ("trials", "stop_after"):
             if getattr(self, name) is not None and self.strategy not in TRIALS:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but the strategy {self.strategy} tries all plans. Leave {name} "
-                    f"empty, or set strategy to {' or '.join(TRIALS)}."
+                    f"empty, or set strategy to {', '.join(TRIALS)}."
                 )
         if self.strategy == "projections" and self.pattern is not None:
             raise ValueError(
-                f"strategy is projections, and there is the pattern {self.pattern}, whose levels are further "
-                "apart than what this strategy tries. Leave the pattern out, or use grid, race or two-parameter."
+                f"strategy is projections, and pattern is {self.pattern}, whose levels are further apart than the "
+                "differences that this strategy tries. Leave out the pattern, or use grid, race or two-parameter."
             )
         if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
             raise ValueError(
-                f"strategy is {self.strategy}, which chooses sparsities itself, and there is the pattern "
-                f"{self.pattern} with granularity {self.granularity}. Use N:8 or no pattern, and granularity layer."
+                f"strategy is {self.strategy}, which chooses a sparsity for every layer, but pattern is {self.pattern} "
+                f"and granularity is {self.granularity}. Use N:8 or no pattern, and granularity layer."
             )
         if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
             raise ValueError(
-                f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. Give offsets with the "
-                "strategy two-parameter, grid or race."
+                f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. The strategy two-parameter needs "
+                "offsets; grid and race accept them; leave them out for the others."
             )
         if self.calibration_mode == "sequential" and not isinstance(self.pruner, MaskPruner):
             raise ValueError(
-                f"the pruner {self.pruner.method} is calibrated on the dense model's inputs: one set of Gram matrices "
-                "serves all plans and the export. Set calibration_mode to dense, or choose wanda or magnitude."
+                f"the pruner {self.pruner.method} is calibrated on the inputs of the dense model: one set of Gram matrices "
+                "serves all plans and the export. Set calibration_mode to dense, or use wanda or magnitude."
             )
         return self
 
     @property
-    def allocation(self) -> AllocateSettings:
-        """Which plans may be tried."""
+    def allocation(self) -> "AllocateSettings":
+        """Settings of the plans that may be tried."""
+        from layerwise.tasks.allocate import AllocateSettings
+
         step, betas = self.beta_step, self.betas
         searched = isinstance(self.allocator, ATP) and not self._is_fixed_pattern
         if searched and step is None and betas is None and self.beta_count is None:
@@ -252,23 +263,27 @@ class Search(Settings):
 
     @property
     def parameter(self) -> str:
-        """What the beta of a plan is called."""
+        """Name of the parameter that distinguishes the plans, such as "beta"."""
         return TRIAL if self.makes_plans else parameter_name(self.allocator)
 
     @property
     def allocation_title(self) -> str:
-        """How sparsity is spread, in a word or two: the allocator, and what is searched beside its strength."""
+        """Name of the allocation in tables: the allocator, and what is searched in addition to its strength."""
         searched = "offset" if self.offsets else self.strategy if self.makes_plans else None
         parts = [self.allocator.method] if searched is None else [self.allocator.method, searched]
         return "+".join(parts) + (" by linear" if self.granularity == "linear" else "")
 
     @property
     def makes_plans(self) -> bool:
-        """Whether the plans that are tried are others than the allocator's."""
+        """Whether the strategy makes its own plans instead of trying those of the allocator."""
         return self.strategy in (*OVER_LAYERS, "projections")
 
     def trials_of(self, plans: int) -> int:
-        """How many of its allocator's plans the search tries at most; or how many others."""
+        """Return the maximum number of plans to try.
+
+        Args:
+            plans: number of plans of the allocator.
+        """
         return self.trials or TRIALS.get(self.strategy, plans)
 
     @property
@@ -277,20 +292,22 @@ class Search(Settings):
 
     @property
     def needs_grams(self) -> bool:
-        """Whether second moments of the linears' inputs are captured."""
+        """Whether the search captures second moments of the linears' inputs."""
+        from layerwise.tasks.measure import needs_grams
+
         return not isinstance(self.pruner, MaskPruner) or needs_grams(self.allocator)
 
     @property
     def title(self) -> str:
-        """The search in some words, for lists of runs: the model, and the sparsity."""
+        """Short name of the search for lists of runs: model and sparsity."""
         return f"{title_of(self.model)} at {self.sparsity:g}"
 
     def dtype_for(self, stored: str) -> str:
-        """In which dtype a checkpoint that is stored in ``stored`` is computed."""
+        """Return the dtype of the computation for a checkpoint that is stored in the dtype ``stored``."""
         return stored if self.dtype == "auto" else self.dtype
 
     def pruning(self, dtype: str) -> PruneSettings:
-        """How lanes are pruned, with the dtype that ``auto`` stands for."""
+        """Return the settings that lanes are pruned with, for a computation in ``dtype``."""
         return PruneSettings(
             self.sparsity, self.pruner, self.calibration_mode, dtype, self.pattern, self.exclude
         )

@@ -9,12 +9,12 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, Field, model_validator
 
 from layerwise.flows.orchestration.flow_frame import run_announced
-from layerwise.flows.orchestration.prefect_artifacts import where_the_report_is
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import markdown_of
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import capture_steps
 from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.prefect_artifacts import where_the_report_is
 from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search

@@ -14,11 +14,11 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.lanes.grouping import MOST_PLANS
 from layerwise.tasks.measure import is_measured, read_scores
 from layerwise.tasks.running.stage_task import stage_task
 
 PLANS_FILE = "plans.json"
-MOST_PLANS = 255  # that advance together: a ranking gives every weight one byte (layerwise.pruners.masks)
 
 
 @dataclass(frozen=True)

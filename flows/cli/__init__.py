@@ -1,1 +1,1 @@
-"""Command line: parser, commands, and what they print."""
+"""The command line: its parser, its commands, and their output."""

@@ -1,11 +1,10 @@
-"""Write the report of an unexpected error: a file with the traceback, the command and the versions."""
+"""Bug report: a file with the traceback of an unexpected error, the command and the versions."""
 
 import os
 import platform
 import sys
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from layerwise.storage.files.credentials import without_secrets
@@ -15,7 +14,7 @@ PACKAGES = ("layerwise-pruning", "torch", "transformers", "prefect", "pyarrow", 
 
 
 def report_folder() -> Path:
-    """``$XDG_STATE_HOME/layerwise``, by default ``~/.local/state/layerwise``.
+    """Return ``$XDG_STATE_HOME/layerwise``, by default ``~/.local/state/layerwise``.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -32,7 +31,7 @@ def write_report(error: BaseException) -> Path:
     """
     folder = report_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    # UTC, so that the names of the reports sort by their age.
+    # In UTC: the names of the reports then sort by age.
     report = folder / f"bug-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.txt"
     facts = [
         f"command: {sys.argv}",
@@ -40,7 +39,7 @@ def write_report(error: BaseException) -> Path:
         *(f"{package} {_version(package)}" for package in PACKAGES),
     ]
     text = "\n".join([*facts, "", "".join(traceback.format_exception(error))])
-    # Credentials end up in no log, not even in this one.
+    # Credentials must not end up in any log, including this one.
     hidden = without_secrets(text).encode("utf-8", "backslashreplace")
     with open(report, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
         file.write(hidden)
@@ -50,6 +49,8 @@ def write_report(error: BaseException) -> Path:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

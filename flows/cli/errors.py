@@ -1,15 +1,18 @@
-"""Error messages of the command line: one line with what to do; for a bug, also where the traceback is."""
+"""End a command that cannot continue: one line that says what to do, and a bug report for an unexpected error."""
 
 import dis
+import shlex
 import sys
 import traceback
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from layerwise.flows.cli.bug_report import write_report
 from layerwise.storage.files.credentials import without_secrets
 from layerwise.tasks.running.printable import one_line, printable
 
-# Packages that meet the user's files, storage and network. Their errors are about those; some derive from Exception.
+# Packages that work on files, storages and networks. Their errors are about the user's input or environment, not about
+# our code. Some of these errors derive directly from Exception.
 LIBRARIES = {
     "_lzma",
     "aiobotocore",
@@ -39,8 +42,21 @@ LIBRARIES = {
 OUR_PACKAGE = "layerwise"
 
 
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print one line on stderr, and exit."""
+    sys.stderr.write(f"layerwise: {one_line(message)}\n")
+    sys.exit(status)
+
+
+def stop(message: str, status: int) -> NoReturn:
+    """Print one line on stderr and the command that resumes the work, and exit."""
+    command = printable(shlex.join(["layerwise", *sys.argv[1:]]))
+    sys.stderr.write(f"layerwise: {one_line(message)}. Resume with:\n  {command}\n")
+    sys.exit(status)
+
+
 def explain(error: BaseException, debug: bool) -> str:
-    """One line about ``error``; what nobody expected is kept in a report, which the line names.
+    """Describe ``error`` in one line. An unexpected error is written to a bug report, whose path is in the line.
 
     Args:
         debug: print the traceback on stderr first.
@@ -50,28 +66,28 @@ def explain(error: BaseException, debug: bool) -> str:
             sys.stderr.write(f"{printable(without_secrets(line))}\n")
     if is_expected(error):
         return without_secrets(_message(error))
-    said = f"{type(error).__name__}: {one_line(without_secrets(str(error)))}{_place(error)}"
+    said = f"{type(error).__name__}: {one_line(without_secrets(str(error)))}{_last_own_line(error)}"
     return f"this is a bug in layerwise: {said}. {_what_to_do(error, debug)}"
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error is about what the user has given or has not: the input, a file, the network, a package.
+    """Return whether an error is about the user's input or environment: options, files, network, packages.
 
-    It is, if a line of code raised it as a ``ValueError``, ``KeyError`` or ``ImportError``; if the system or a library
-    for files and networks raised it. It is not, if the interpreter found a mistake in our code: a missing key, text
-    that is no number.
+    This holds for a ``ValueError`` or ``KeyError`` that a ``raise`` statement raised, and for every error of imports,
+    of the operating system and of ``LIBRARIES``. An error that the interpreter raised, such as a missing key or
+    ``int("x")``, is a bug in our code.
     """
     if isinstance(error, OSError | ImportError | UnicodeError) or _library(error) is not None:
         return True
-    if isinstance(error, RecursionError):  # JSON of others that is nested too deeply
+    if isinstance(error, RecursionError):  # JSON of the user that is nested too deeply
         return _module(_innermost(error)).startswith("json.")
     if isinstance(error, ValueError | KeyError):
         return _is_raised_on_purpose(error)
-    return type(error) is Exception  # the extensions in Rust, such as that of tokenizers, have nothing else
+    return type(error) is Exception  # extensions in Rust, such as tokenizers, raise nothing else
 
 
 def _message(error: BaseException) -> str:
-    """The text of an expected error; of a library's also whose it is, as it may name no file and no option."""
+    """Return the text of an expected error. The class is added to a library's text, which may lack the context."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, RecursionError):
         return "JSON is nested too deeply to be read. Check the files that the command reads (--debug shows where)."
@@ -82,20 +98,20 @@ def _message(error: BaseException) -> str:
 
 
 def _library(error: BaseException) -> str | None:
-    """The library that defines the class of ``error``, or one that it derives from."""
+    """Return the library that defines the class of ``error`` or one of its base classes."""
     names = (each.__module__.partition(".")[0] for each in type(error).__mro__)
     return next((name for name in names if name in LIBRARIES), None)
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, and chose the words."""
+    """Return whether our own code raised ``error``, and therefore wrote its text."""
     if error.__traceback__ is None:
         return True
     return _package(_innermost(error)) == OUR_PACKAGE and _is_raised_on_purpose(error)
 
 
 def _is_raised_on_purpose(error: BaseException) -> bool:
-    """Whether a statement ``raise`` did it, and not the interpreter or an extension."""
+    """Return whether a ``raise`` statement raised ``error``, and not the interpreter or an extension."""
     trace = _last(error.__traceback__)
     if trace is None:
         return True
@@ -105,7 +121,7 @@ def _is_raised_on_purpose(error: BaseException) -> bool:
 
 def _innermost(error: BaseException) -> FrameType:
     trace = _last(error.__traceback__)
-    assert trace is not None, "an error that was caught has been raised"
+    assert trace is not None, "an error that was caught has a traceback"
     return trace.tb_frame
 
 
@@ -115,8 +131,8 @@ def _last(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-def _place(error: BaseException) -> str:
-    """The last line of our own code that the error passed."""
+def _last_own_line(error: BaseException) -> str:
+    """Return the last line of our own code in the traceback, in parentheses; "" if there is none."""
     frames = traceback.walk_tb(error.__traceback__)
     ours = [(_module(frame), line) for frame, line in frames if _package(frame) == OUR_PACKAGE]
     return f" (in {ours[-1][0]}, line {ours[-1][1]})" if ours else ""
@@ -140,6 +156,6 @@ def _what_to_do(error: BaseException, debug: bool) -> str:
             "traceback and the command."
         )
     return (
-        f"The traceback is in {report}; please report the bug to the maintainers with this file and what you did. "
-        "--debug shows it here."
+        f"The traceback is in {report}. Please report the bug to the maintainers: attach this file and describe what "
+        "you did. --debug prints the traceback here."
     )

@@ -1,11 +1,11 @@
-"""The commands that run a flow: settings from their options, the flow, what it found."""
+"""Commands that run a flow: read its settings from the options, run it, print its result."""
 
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TypeVar
 
-from layerwise.flows.cli.resume_hint import fail, stop
+from layerwise.flows.cli.errors import fail, stop
 from layerwise.flows.orchestration.embedded_server import ServerStart
 
 Result = TypeVar("Result")
@@ -19,9 +19,7 @@ def run_search(arguments: Namespace, began: float) -> None:
 
     settings, runtime = read_options(arguments, Search), read_options(arguments, SearchRuntime)
     check_minutes(settings, runtime)
-    server = (
-        ServerStart()
-    )  # only now: a wrong option must not wait for it. It starts while the rest is imported
+    server = ServerStart()  # after the options are checked; it starts while the rest is imported
     from layerwise.flows.cli.console import open_console
     from layerwise.flows.cli.tables import show_result
     from layerwise.flows.search import search
@@ -81,7 +79,7 @@ def run_zero_shot(arguments: Namespace, began: float) -> None:
     from layerwise.tasks.lm_eval_tasks.comparison_table import table_rows
 
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
-    existing_store(runtime.store)  # told before the server is waited for
+    existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
     comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
     console = open_console()
@@ -98,7 +96,7 @@ def run_compress(arguments: Namespace, began: float) -> None:
     from layerwise.storage.existing_store import existing_store
 
     settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
-    store = existing_store(runtime.store)  # told before the server is waited for
+    store = existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
     folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
     console = open_console()
@@ -109,10 +107,14 @@ def run_compress(arguments: Namespace, began: float) -> None:
 def run_flow(
     run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
 ) -> tuple[Result, str]:
-    """Run a flow to its end, or end with what resumes it.
+    """Run a flow. If it does not finish, exit with a message and the command that resumes it.
+
+    Args:
+        pool: work pool that continues without this process; None if there is none.
+        began: start of the command, on the clock ``time.monotonic``.
 
     Returns:
-        What the flow returns, and a line on what took how long.
+        The result of the flow, and a line with the times.
     """
     import httpx
     from prefect.exceptions import CancelledRun
@@ -122,15 +124,15 @@ def run_flow(
     from layerwise.tasks.running.stopping import TerminationSignal, stopping_on_sigterm
 
     try:
-        with stopping_on_sigterm():  # the flow's own begins later and ends earlier
+        with stopping_on_sigterm():  # the flow defers SIGTERM too, but begins later and ends earlier
             server.wait()
             flow_began = time.monotonic()
             result = run()
     except TerminationSignal:
         after = (
-            f"what runs on the work pool {pool!r} goes on by itself"
+            f"runs on the work pool {pool!r} continue"
             if pool
-            else "nothing that was finished is lost"
+            else "finished stages and resume points are kept"
         )
         stop(f"stopped by SIGTERM; {after}", 143)
     except CancelledRun as cancelled:
@@ -141,9 +143,9 @@ def run_flow(
         if not is_about_server(error):
             raise
         fail(server_problem(error))
-    whose = "Prefect's embedded server" if server.embedded else "to reach your Prefect server"
+    server_name = "Prefect's embedded server" if server.embedded else "reaching your Prefect server"
     flow_seconds = time.monotonic() - flow_began
     return result, (
         f"{time.monotonic() - began:.0f} s in all: the run {flow_seconds:.0f} s, start-up "
-        f"{flow_began - began:.0f} s ({whose} took {server.seconds:.0f} s of it)."
+        f"{flow_began - began:.0f} s ({server_name} took {server.seconds:.0f} s of it)."
     )

@@ -1,4 +1,4 @@
-"""The command line: a thin door to the flows."""
+"""Entry point of the command ``layerwise``: log to the terminal, run one command, report its errors."""
 
 import logging
 import os
@@ -8,10 +8,9 @@ import time
 from argparse import Namespace
 from io import TextIOWrapper
 
-from layerwise.flows.cli.errors import explain
+from layerwise.flows.cli.errors import explain, fail, stop
 from layerwise.flows.cli.flow_commands import run_compare, run_compress, run_search, run_theory, run_zero_shot
 from layerwise.flows.cli.parser import parse_command
-from layerwise.flows.cli.resume_hint import fail, stop
 from layerwise.tasks.running.printable import one_line, printable
 
 FLOWS = {
@@ -24,14 +23,14 @@ FLOWS = {
 
 
 def main() -> None:
-    """Entry point of the command ``layerwise``."""
+    """Run the command that ``sys.argv`` names, and exit with its status."""
     began = time.monotonic()
-    debug = "--debug" in sys.argv  # before the options are parsed, which may fail, too
-    # A name that this terminal cannot show must not end the command. stderr is like that by itself.
+    debug = "--debug" in sys.argv  # before the options are parsed, because parsing may fail as well
+    # A name that the terminal cannot encode must not end the command. stderr escapes such names by default.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     _log_to_terminal(debug)
-    threading.excepthook = lambda thread: _say_error_of_thread(thread, debug)
+    threading.excepthook = lambda thread: _report_thread_error(thread, debug)
     try:
         parsed = parse_command(sys.argv[1:])
         if parsed.command in FLOWS:
@@ -41,13 +40,13 @@ def main() -> None:
             commands |= {"gc": _collect, "verify": _verify, "bench": _bench}
             commands[parsed.command](parsed)
     except KeyboardInterrupt:
-        stop("stopped by the keyboard; what was committed stays", 130)
-    except Exception as error:  # the outermost frame: every error is said here, and none is lost
+        stop("interrupted; finished stages and resume points are kept", 130)
+    except Exception as error:  # the outermost frame: every error is reported here
         if not _is_out_of_memory(error):
             fail(explain(error, debug))
         stop(
-            f"not enough memory ({str(error).splitlines()[0]}). `layerwise plan` shows what a search needs: use fewer "
-            "windows or betas, a smaller --hidden-states-gib, or another machine",
+            f"not enough memory ({str(error).splitlines()[0]}). `layerwise plan` shows how much a search needs. Use "
+            "fewer windows or betas, a smaller --hidden-states-gib, or another machine",
             1,
         )
     finally:
@@ -55,8 +54,8 @@ def main() -> None:
 
 
 def _flush() -> None:
-    """Write what is left for stdout; nobody may read it any more, as in ``layerwise ls STORE | head -1``."""
-    if sys.stdout is None:  # closed by whoever started this process, as by ``>&-``
+    """Flush stdout, whose reader may have ended, as in ``layerwise ls STORE | head -1``."""
+    if sys.stdout is None:  # the parent process closed it, as with ``>&-``
         return
     try:
         sys.stdout.flush()
@@ -64,19 +63,19 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say_error_of_thread(thread: threading.ExceptHookArgs, debug: bool) -> None:
+def _report_thread_error(thread: threading.ExceptHookArgs, debug: bool) -> None:
     if thread.exc_value is not None and thread.exc_type is not SystemExit:
         sys.stderr.write(f"layerwise: in the background: {one_line(explain(thread.exc_value, debug))}\n")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's, CUDA's and that of torch's allocator for the CPU, which has no class of its own."""
+    """Return whether Python, CUDA or torch on the CPU ran out of memory; the last has no error class of its own."""
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or of_torch
 
 
 class LineFormatter(logging.Formatter):
-    """A log record in printable lines; of an error that it carries one line, and the traceback only to debug."""
+    """Formatter of log records in printable lines. The traceback of an error is shown with --debug only."""
 
     def __init__(self, debug: bool) -> None:
         super().__init__("%(levelname)s %(message)s")
@@ -90,25 +89,27 @@ class LineFormatter(logging.Formatter):
             text = self.formatMessage(record)
             if record.exc_info and record.exc_info[1] is not None:
                 text += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
-        # Further lines are indented: no name can begin a line of its own.
+        # Further lines are indented, so that a name from outside cannot imitate a log line.
         return "\n  ".join(map(printable, text.split("\n")))
 
 
 def _log_to_terminal(debug: bool) -> None:
-    """Show warnings, but neither what Prefect logs nor the bars of other packages.
+    """Show warnings, but neither Prefect's log nor the progress bars of other packages.
 
-    Prefect keeps its log with the run. On the terminal there are progress, the result, or one line by ``main`` that
-    says what is wrong; Prefect would add the same error twice, each time with a traceback.
+    Prefect keeps its log with the run. The terminal shows progress, and the result or one line from ``main`` about an
+    error; Prefect would print the same error twice more, each time with a traceback.
     """
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(LineFormatter(debug))
-    if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets it wants to see that log
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:  # a user who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
-        # Of a server that has ended during a run Prefect says so again for every event that it cannot send.
+        # After its server has ended, Prefect would log an error for every event that it cannot send.
         os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; lm-eval's bars know no other way
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name of one
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # read when tqdm is imported; the only way to hide lm-eval's bars
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns if a model is not given by name
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
@@ -132,11 +133,9 @@ def _status(arguments: Namespace) -> None:
 
 
 def _list(arguments: Namespace) -> None:
-    from layerwise.flows.cli.console import open_console
-    from layerwise.flows.cli.tables import show_artifacts
-    from layerwise.storage.existing_store import existing_store
+    from layerwise.flows.cli.ls import list_artifacts
 
-    show_artifacts(open_console(), existing_store(arguments.store).artifacts())
+    list_artifacts(arguments.store)
 
 
 def _show(arguments: Namespace) -> None:
@@ -172,7 +171,3 @@ def _verify(arguments: Namespace) -> None:
     from layerwise.flows.cli.store_commands import verify_store
 
     sys.exit(verify_store(arguments.store, arguments.set_aside))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The commands of the command line and their options."""
+"""Parser of the command line: the commands and their options."""
 
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
@@ -15,31 +15,32 @@ EXAMPLE = """example:
 """
 # In the order of the help.
 WITH_SETTINGS = {
-    "search": "find the best beta for a sparsity and export the pruned model",
-    "compare": "searches of one model with several allocators, pruners, sparsities and seeds, side by side",
-    "theory": "what the theorems of the paper say, measured on a model: numbers and a page",
-    "plan": "what a search would run, and what it will take; runs nothing",
-    "zero-shot": "how the models of a finished search answer lm-eval's zero-shot tasks",
-    "compress": "the pruned checkpoint of a finished search without its zeros: smaller files",
+    "search": "find the best beta for a sparsity, and export the pruned model",
+    "compare": "search one model with several allocators, pruners, sparsities and seeds, and compare the results",
+    "theory": "measure the theorems of the ATP paper on a model: numbers and a page",
+    "plan": "show what a search would run and need, without running it",
+    "zero-shot": "test the models of a finished search on lm-eval's zero-shot tasks",
+    "compress": "write the pruned checkpoint of a finished search without its zeros: smaller files",
 }
 ON_STORES = {
-    "status": "who works in a store, what was begun and not finished, which searches have ended",
-    "ls": "the artifacts of a store",
-    "show": "one artifact, or the result of a search",
-    "report": "the report of a search: one page of HTML",
-    "gc": "what nobody can reach in a store; deletes it on request",
-    "verify": "read a whole store through; tells what is damaged",
+    "status": "show running processes, unfinished stages and finished searches of a store",
+    "ls": "list the artifacts of a store",
+    "show": "show one artifact, or the result of a search",
+    "report": "make the report of a search: one HTML page",
+    "gc": "show unreferenced files in a store, and delete them with --apply",
+    "verify": "read every file of a store, and show the damaged ones",
 }
-DEBUG = "Show the traceback of an error. Use it to report a bug."
-BENCH = "how fast a checkpoint runs on this machine's CPU, dense and with packed weights"
+DEBUG = "Show the traceback of an error, for a bug report."
+BENCH = "measure the speed of a checkpoint on this machine's CPU, dense and with packed weights"
+NEWEST_SEARCH = "Key of a search or its beginning, as ls prints it. Default: the newest search."
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are one line, and which names the option that a misspelt one is nearest to."""
+    """Parser whose errors are one line, with the option that is closest to a misspelt one."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args is not None and self._subparsers is None:
-            # Before what is required is looked for: who misspelt an option must not read that it is missing.
+            # Before required options are checked: a misspelt option must not be reported as a missing one.
             self._refuse_unknown_options(args)
         return super().parse_known_args(args, namespace)
 
@@ -61,7 +62,7 @@ class CommandParser(ArgumentParser):
 
 
 class ShowVersion(Action):
-    """Print the version of the package and end; it is looked up only if it is asked for."""
+    """Print the version of the package, and exit."""
 
     def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
@@ -71,10 +72,10 @@ class ShowVersion(Action):
 
 
 def parse_command(arguments: Sequence[str]) -> Namespace:
-    """The command and its options; without arguments the help is printed, which is no error.
+    """Parse the command and its options. Without arguments the help is printed.
 
     Raises:
-        SystemExit: what is not valid is named on stderr; also after the help and the version.
+        SystemExit: the arguments are not valid (with one line on stderr), or the help or the version was printed.
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser = command_parser([] if command is None else [command])
@@ -88,7 +89,7 @@ def parse_command(arguments: Sequence[str]) -> Namespace:
         parser.error(f"unknown command {command!r}{_nearest(command, commands)}")
     parsed, left = parser.parse_known_args(arguments)
     if left:
-        parser.error(f"unexpected argument {left[0]!r}; quote a value that holds spaces")
+        parser.error(f"unexpected argument {left[0]!r}; quote values that contain spaces")
     return parsed
 
 
@@ -98,10 +99,10 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def command_parser(command: Sequence[str]) -> ArgumentParser:
-    """All commands; the options of those that import transformers only if ``command`` may be one of them."""
+    """Build the parser of all commands. The options of a command with settings are added only if it is ``command``."""
     parser = CommandParser(
         prog="layerwise",
-        description="Layer-wise sparsity for large language models.",
+        description="Layer-wise sparsity for large language models. `layerwise COMMAND --help` shows the options.",
         epilog=EXAMPLE,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -109,14 +110,14 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help=DEBUG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
-        name: commands.add_parser(name, help=what) for name, what in (WITH_SETTINGS | ON_STORES).items()
+        name: commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        for name, what in {**WITH_SETTINGS, **ON_STORES, "bench": BENCH}.items()
     }
     for name in ON_STORES:
         _add_arguments_of_a_store(parsers[name], name)
-    parsers["bench"] = commands.add_parser("bench", help=BENCH)
     _add_arguments_of_bench(parsers["bench"])
     for each in parsers.values():
-        # Not given here it must not overwrite what was given before the command.
+        # Without a default here, which would overwrite a --debug before the command.
         each.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG)
     if command and command[0] in WITH_SETTINGS:
         _add_settings(parsers[command[0]], command[0])
@@ -124,7 +125,7 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
 
 
 def _add_settings(parser: ArgumentParser, command: str) -> None:
-    """One option for every setting of a flow."""
+    """Add one option for every setting of a flow."""
     from layerwise.flows.options import add_options
     from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
     from layerwise.flows.settings import Search
@@ -156,16 +157,14 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
 def _add_arguments_of_bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        help="Folder of a checkpoint, with its zeros or compressed; or the store of a finished search.",
+        help="Folder of an exported or compressed checkpoint, or the store of a finished search.",
     )
-    parser.add_argument(
-        "key", nargs="?", help="Key of a search in the store (or its beginning); the newest if left out."
-    )
+    parser.add_argument("key", nargs="?", help=NEWEST_SEARCH)
     usual = SpeedSettings()
     for name, default, what in (
-        ("prompt-tokens", usual.prompt_tokens, "Tokens of the random prompt that is read at once."),
-        ("new-tokens", usual.new_tokens, "Tokens that are written after it, one at a time."),
-        ("rounds", usual.rounds, "How often every way is run, in turns."),
+        ("prompt-tokens", usual.prompt_tokens, "Length of the random prompt, in tokens; it is read at once."),
+        ("new-tokens", usual.new_tokens, "Number of tokens to generate after the prompt, one at a time."),
+        ("rounds", usual.rounds, "Number of measurements of each variant of the model, in turns."),
     ):
         metavar = name.rpartition("-")[2].upper()
         parser.add_argument(
@@ -174,28 +173,25 @@ def _add_arguments_of_bench(parser: ArgumentParser) -> None:
 
 
 def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
-    parser.add_argument("store", help="Folder or fsspec URL of the store.")
+    parser.add_argument("store", help="Folder or fsspec URL (s3://bucket/prefix) of the store.")
     if command == "show":
-        parser.add_argument(
-            "key", nargs="?", help="Key as ls prints it (or its beginning); the newest search if left out."
-        )
+        what = "Key of an artifact or its beginning, as ls prints it. Default: the newest search."
+        parser.add_argument("key", nargs="?", help=what)
     if command == "report":
-        parser.add_argument(
-            "key",
-            nargs="?",
-            help="Key of a search as ls prints it (or its beginning); the newest if left out.",
-        )
-        parser.add_argument("--output", type=Path, metavar="FILE", help="Copy the page to this file.")
+        parser.add_argument("key", nargs="?", help=NEWEST_SEARCH)
+        parser.add_argument("--output", type=Path, metavar="FILE", help="Also write the page to this file.")
     if command == "gc":
-        parser.add_argument("--apply", action="store_true", help="Delete it; only shown if left out.")
+        parser.add_argument(
+            "--apply", action="store_true", help="Delete the files. Without this option they are only shown."
+        )
         parser.add_argument(
             "--results-only",
             action="store_true",
-            help="Of finished searches keep the result (choice, pruned model, test), and no other artifact.",
+            help="Keep only the results of finished searches: selection, pruned model, test, pages. Stop all searches first.",
         )
     if command == "verify":
         parser.add_argument(
             "--set-aside",
             action="store_true",
-            help="Take damaged artifacts out of use, so that the next search builds anew those it needs.",
+            help="Take damaged artifacts out of use, so that the next search rebuilds those that it needs.",
         )

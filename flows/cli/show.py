@@ -1,4 +1,4 @@
-"""Show one artifact of a store, or what a search found."""
+"""Show one artifact of a store, or the result of a search."""
 
 import json
 
@@ -17,14 +17,14 @@ from layerwise.tasks.select import read_selection
 
 
 def show_key(store_url: str, key: str | None) -> None:
-    """Print what is known of an artifact: how it was made, its files; of a search, its result.
+    """Print the recipe, the facts and the files of an artifact; for a search, also its result.
 
     Args:
-        key: as ``ls`` prints it, or its beginning; None for the newest search.
+        key: key of the artifact or its beginning, as ``ls`` prints it; None for the newest search.
 
     Raises:
         FileNotFoundError: there is no store at ``store_url``.
-        KeyError: no artifact has that key, or several begin with it.
+        KeyError: no artifact has this key, or several keys begin with it.
     """
     store = existing_store(store_url)
     artifact = artifact_by_key(store, key)
@@ -43,7 +43,7 @@ def show_key(store_url: str, key: str | None) -> None:
         show_selection(console, title, selection)
         show_test(console, read_test(store, store.get(stages["evaluate"])))
         show_stop(console, document["settings"].get("stop_after"), selection)
-        for text, what in document.get("measured on", {}).items():  # old results do not say it
+        for text, what in document.get("measured on", {}).items():  # missing in old results
             console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
@@ -52,7 +52,7 @@ def show_key(store_url: str, key: str | None) -> None:
 
 
 def _printable_json(document: object) -> str:
-    """``document`` as JSON, in which what is not printable is escaped."""
+    """Format ``document`` as JSON with characters escaped that are not printable."""
     lines = json.dumps(document, ensure_ascii=False, indent=2).split("\n")
     return "\n".join(
         "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line) for line in lines

@@ -1,7 +1,6 @@
-"""What goes on in a store: who works there, what was begun and not finished, which searches have ended.
+"""Status of a store: running processes, unfinished stages, finished searches.
 
-All of it is read from the store alone, so that it works from any machine and without Prefect's server. Like
-``layerwise.flows.cli.store_commands`` this imports neither Prefect nor transformers: people run it again and again.
+Everything is read from the store, so the command works on any machine and without Prefect's server.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +25,11 @@ from layerwise.storage.signs_of_life import SILENT, RunningProcess, running_proc
 from layerwise.storage.store import ArtifactStore
 
 SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
-LANE = "lane"  # its resume point only notes with whom it was begun; their group's has the work
+LANE = "lane"  # its resume point only names its group, whose resume point holds the work
 NEWEST = 5  # finished searches that are shown
-LISTED = 40  # rows of a table; of more the newest are shown
+LISTED = 40  # rows of a table; if there are more, the newest are shown
 SHORT = 8  # hex digits of a key: enough for `layerwise show`
-AT_ONCE = 16  # requests to a remote storage
+AT_ONCE = 16  # simultaneous requests to a remote storage
 UNITS = (("s", 1), ("min", 60), ("h", 3600), ("days", 86400))
 
 Read = TypeVar("Read")
@@ -38,12 +37,12 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A stage that was begun.
+    """Stage that has a resume point but no artifact.
 
     Args:
         key: of the stage.
-        saved: when its resume point was, by the storage's clock, in seconds since 1970.
-        progress: the resume point; None if it is damaged.
+        saved: time of its resume point by the storage's clock, in seconds since 1970.
+        progress: its resume point; None if it is damaged.
     """
 
     key: str
@@ -52,11 +51,11 @@ class Unfinished:
 
 
 def show_status(store_url: str) -> None:
-    """Print who works in a store, what was begun and not finished, and the newest finished searches.
+    """Print the running processes, the unfinished stages and the newest finished searches of a store.
 
     Raises:
-        FileNotFoundError: if there is no store at ``store_url``.
-        OSError: if the storage cannot be reached.
+        FileNotFoundError: there is no store at ``store_url``.
+        OSError: the storage cannot be reached.
     """
     store, console = existing_store(store_url), open_console()
     now = time_for_looking(store)
@@ -71,10 +70,10 @@ def show_status(store_url: str) -> None:
 
 def _show_processes(console: Console, now: float, alive: Sequence[RunningProcess]) -> None:
     if not alive:
-        console.print("Nobody is at work.")
+        console.print("No process is running.")
         return
-    console.print(f"At work: {_count(len(alive), 'process', 'processes')}", style="bold")
-    table = _table("host", "process", "began", "last sign", "what", "doing")
+    console.print(f"Running: {_count(len(alive), 'process', 'processes')}", style="bold")
+    table = _table("host", "process", "started", "last sign", "flow", "doing")
     for each in alive[:LISTED]:
         began, last = (_ago(now, time.timestamp()) for time in (each.since, each.last_sign))
         table.add_row(each.host, str(each.pid), began, last, each.what, each.doing)
@@ -85,13 +84,13 @@ def _show_silent(console: Console, now: float, silent: Sequence[RunningProcess])
     if not silent:
         return
     console.print()
-    console.print("Fallen silent: killed, or cut off from the store", style="bold")
-    table = _table("host", "process", "last sign", "what", "was doing")
+    console.print("No sign of life: killed, or cut off from the store", style="bold")
+    table = _table("host", "process", "last sign", "flow", "was doing")
     for each in sorted(silent, key=lambda each: each.last_sign, reverse=True)[:LISTED]:
         last = _ago(now, each.last_sign.timestamp())
         table.add_row(each.host, str(each.pid), last, each.what, each.doing)
     _print(console, table, len(silent))
-    console.print("What they saved is below. `layerwise gc` forgets those that are an hour old.")
+    console.print("Their resume points are below. `layerwise gc` removes these entries after an hour.")
 
 
 def _show_unfinished(
@@ -99,29 +98,29 @@ def _show_unfinished(
 ) -> None:
     if not unfinished:
         console.print()
-        console.print("Nothing is begun and not finished.")
+        console.print("No stage is unfinished.")
         return
     console.print()
-    console.print("Begun, not finished", style="bold")
+    console.print("Unfinished stages", style="bold")
     oldest = min((process.since.timestamp() for process in alive), default=float("inf"))
     table = _table("stage", "saved", "host", "step", "work so far", "size", "")
     for each in unfinished[:LISTED]:
         known = each.progress
         row = [_short(each.key), _ago(now, each.saved)]
         if known is None:
-            table.add_row(*row, "", "", "", "", "damaged: its work is done anew")
+            table.add_row(*row, "", "", "", "", "damaged: the stage will start from its beginning")
             continue
-        state = "left behind" if each.saved < oldest else "in progress"
+        state = "interrupted" if each.saved < oldest else "in progress"
         bytes_saved = sum(file.size for file in known.all_files)
         table.add_row(*row, known.host, str(known.step), _time(known.seconds), size(bytes_saved), state)
     _print(console, table, len(unfinished))
-    left = sum(each.saved < oldest for each in unfinished)
+    interrupted = sum(each.saved < oldest for each in unfinished)
     if not alive:
-        console.print("Nobody works on this. Start the same search again, and it goes on from there.")
-    elif left:
+        console.print("No process works on these. Start the same search again to resume.")
+    elif interrupted:
         console.print(
-            f"{left} left behind: saved before anybody who is at work now began. If nobody has taken it up since, "
-            "start the same search again, and it goes on from there."
+            f"{interrupted} interrupted: saved before any running process started. If no process has resumed the work, "
+            "start the same search again."
         )
 
 
@@ -146,7 +145,7 @@ def _show_searches(console: Console, now: float, store: ArtifactStore, inventory
     for ended, key in sorted(committed, reverse=True)[:NEWEST]:
         artifact = artifacts[key]
         if artifact is None:
-            title, verdict = "damaged", f"`layerwise verify {store.url}` tells more"
+            title, verdict = "damaged", f"`layerwise verify {store.url}` shows the reason"
         else:
             settings = cast(Mapping[str, Any], artifact.recipe["settings"])["settings"]
             source, pruner = artifact.facts["source"], settings["pruner"]["method"]
@@ -154,22 +153,22 @@ def _show_searches(console: Console, now: float, store: ArtifactStore, inventory
             verdict = str(artifact.facts["verdict"])
         console.print(f"{_ago(now, ended)}: {title}  ({_short(key)})", soft_wrap=True)
         console.print(Padding(verdict, (0, 0, 0, 2), expand=False))
-    console.print(f"`layerwise show {store.url} KEY` shows one of them.", soft_wrap=True)
+    console.print(f"`layerwise show {store.url} KEY` shows a search.", soft_wrap=True)
 
 
 def _unfinished(store: ArtifactStore, inventory: Inventory) -> list[Unfinished]:
-    """The newest first; those that have been finished since the listing are left out."""
-    begun = [folder for folder in inventory.folders.values() if _is_begun(folder)]
-    found = _read_all(store, begun, lambda folder: _read_point(store, folder))
+    """Read the unfinished stages, the newest first, without those that were finished after the listing."""
+    folders = [folder for folder in inventory.folders.values() if _is_unfinished(folder)]
+    found = _read_all(store, folders, lambda folder: _read_point(store, folder))
     return sorted((each for each in found if each is not None), key=lambda each: each.saved, reverse=True)
 
 
-def _is_begun(folder: StageFolder) -> bool:
+def _is_unfinished(folder: StageFolder) -> bool:
     return folder.resume_point is not None and folder.manifest is None and _name(folder.key) != LANE
 
 
 def _read_point(store: ArtifactStore, folder: StageFolder) -> Unfinished | None:
-    assert folder.resume_point is not None, "only stages that are begun are read"
+    assert folder.resume_point is not None, "only stages with a resume point are read"
     try:
         progress = read_resume_point(store, folder.key)
     except Corrupt:
@@ -192,7 +191,7 @@ def _read_all(store: ArtifactStore, what: Iterable[Any], read: Callable[[Any], R
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in columns:
-        free = name in ("what", "doing", "was doing", "")
+        free = name in ("flow", "doing", "was doing", "")
         table.add_column(name, no_wrap=not free, justify="right" if name in ("step", "size") else "left")
     return table
 
@@ -217,15 +216,15 @@ def _count(count: int, one: str, many: str) -> str:
 
 
 def _ago(now: float, then: float) -> str:
-    """How long ago, and of what is over a week old when; storages that give whole seconds may be a second ahead."""
+    """Format the age of a time, or its date if it is over a week old."""
     if then == 0:
         return "unknown"
     if now - then > 7 * 86400:
         return f"{datetime.fromtimestamp(then, UTC):%Y-%m-%d}"
-    return f"{_time(max(now - then, 0))} ago"
+    return f"{_time(max(now - then, 0))} ago"  # storages that round to seconds may be a second ahead
 
 
 def _time(seconds: float) -> str:
-    """A duration in the largest unit of which there are two."""
+    """Format a duration in the largest unit that gives at least 2."""
     unit, length = next((each for each in reversed(UNITS) if seconds >= 2 * each[1]), UNITS[0])
     return f"{seconds / length:.0f} {unit}"

@@ -1,11 +1,9 @@
-"""House-keeping of a store: delete what nobody can reach, read everything through.
+"""Housekeeping of a store: ``gc`` deletes unreferenced files, ``verify`` reads every file and checks it.
 
-Imports neither Prefect nor transformers, which take five of seven seconds of start-up: this is run often. The flow
-``layerwise.flows.gc`` does the same on a schedule.
+The flow ``layerwise.flows.gc`` collects garbage on a schedule.
 """
 
 import time
-from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -13,115 +11,66 @@ from rich.table import Table
 
 from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
-from layerwise.storage.artifact import Artifact, Damaged
+from layerwise.storage.artifact import Damaged
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.signs_of_life import time_for_looking
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.garbage_collection import (
-    KINDS,
     Collected,
     Collection,
-    Garbage,
     collect,
     plan_collection,
 )
 from layerwise.storage.upkeep.set_aside import set_aside
 from layerwise.storage.upkeep.verify import Finding, Tally, verify
-from layerwise.tasks.results.roles import RESULTS
-
-LISTED = 20  # files that are not ours, or cannot be deleted, which are named; the others are counted
+from layerwise.tasks.results.garbage import (
+    by_kind,
+    deleted_in_short,
+    keys_of_results,
+    lines_on_failures,
+    lines_on_kept,
+)
 
 
 def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
-    """Show what nobody can reach in a store; delete it if ``apply``.
+    """Show the unreferenced files of a store, and delete them if ``apply`` is set.
 
     Args:
-        results_only: of finished searches keep the result, and of everything else nothing.
+        results_only: keep the results of finished searches, and delete every other artifact.
 
     Returns:
-        The exit code: 1 if something could not be deleted.
+        The exit code: 1 if a file could not be deleted.
 
     Raises:
-        FileNotFoundError: if there is no store at ``store_url``.
-        OSError: if the storage cannot be used, or, with ``results_only``, if a process works in the store.
-        ValueError: with ``results_only``, if artifacts are damaged.
+        FileNotFoundError: there is no store at ``store_url``.
+        OSError: the storage cannot be used, or, with ``results_only``, a process works in the store.
+        ValueError: with ``results_only``, an artifact is damaged.
     """
     store, console = existing_store(store_url), open_console()
     now = None if apply else time_for_looking(store)
     collection = plan_collection(store, keys_of_results if results_only else None, now=now)
     _show_collection(console, collection)
     if not collection.garbage:
-        console.print("nothing to delete")
+        console.print("There is nothing to delete.")
         return 0
     if not apply:
-        console.print("nothing was deleted; add --apply")
+        console.print("Nothing was deleted. Add --apply to delete these files.")
         return 0
     return _show_collected(console, collect(store, collection))
 
 
-# Names of stages: pages, the pruned model without its zeros, what it answers.
-MADE_OF_RESULTS = ("report", "compare", "theory", "theory_page", "compress", "zero_shot_table", "speed")
-
-
-def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:
-    """Keys of all finished searches, and of what they found; and of what was made of them for people."""
-    from layerwise.tasks.results.search_result import RESULT_STAGE  # brings Prefect
-
-    keys = {artifact.key for artifact in artifacts if artifact.recipe.get("name") in MADE_OF_RESULTS}
-    for artifact in artifacts:
-        if artifact.recipe.get("name") == RESULT_STAGE:
-            inputs = artifact.recipe["inputs"]
-            assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
-            keys |= {artifact.key, *(inputs[role] for role in RESULTS if role in inputs)}
-    return keys
-
-
-def by_kind(garbage: Sequence[Garbage]) -> list[tuple[str, int, int]]:
-    """What there is of each kind of garbage, and of all: count and bytes."""
-    rows = []
-    for kind in KINDS:
-        sizes = [each.size for each in garbage if each.kind == kind]
-        if sizes:
-            rows.append((kind, len(sizes), sum(sizes)))
-    return [*rows, ("all", len(garbage), sum(each.size for each in garbage))]
-
-
-def what_stays(collection: Collection) -> Iterator[str]:
-    """What is left alone and why, a line each."""
-    for process in collection.running:
-        yield f"in use by {process}: all that is younger stays"
-    for key, problem in collection.damaged.items():
-        yield f"{key} is damaged and stays as it is: run verify ({problem})"
-    yield from _first(
-        [f"not ours: left alone: {path}" for path in collection.not_ours], "not ours: left alone"
-    )
-
-
-def what_failed(collected: Collected) -> Iterator[str]:
-    """What could not be deleted and why, a line each."""
-    lines = [f"not deleted: {failure.path}: {failure.problem}" for failure in collected.failures]
-    yield from _first(lines, "not deleted")
-
-
-def in_short(collected: Collected) -> str:
-    """How much was deleted, and how much could not be."""
-    freed = size(sum(each.size for each in collected.garbage)) or "0 B"
-    failed = f"; {len(collected.failures)} could not be deleted" if collected.failures else ""
-    return f"{len(collected.garbage)} deleted, {freed}{failed}"
-
-
 def verify_store(store_url: str, put_aside: bool = False) -> int:
-    """Read a store through, and print what is damaged.
+    """Read every file of a store, and print the damaged ones.
 
     Args:
-        put_aside: take damaged artifacts out of use, so that the next search builds anew those it needs.
+        put_aside: take damaged artifacts out of use, so that the next search rebuilds those that it needs.
 
     Returns:
-        The exit code: 1 if something is damaged, or could not be read.
+        The exit code: 1 if a file is damaged or could not be read.
 
     Raises:
-        FileNotFoundError: if there is no store at ``store_url``.
-        OSError: if the store cannot be listed.
+        FileNotFoundError: there is no store at ``store_url``.
+        OSError: the store cannot be listed.
     """
     store, console = existing_store(store_url), open_console()
     tally, began = Tally(), time.monotonic()
@@ -159,7 +108,7 @@ def _put_aside(store: ArtifactStore, key: str) -> bool:
     except Damaged as damaged:
         return set_aside(store, damaged)
     except KeyError:
-        return False  # a damaged resume point, which nobody uses
+        return False  # a damaged resume point, which is never used
 
 
 def _show_collection(console: Console, collection: Collection) -> None:
@@ -173,21 +122,15 @@ def _show_collection(console: Console, collection: Collection) -> None:
     if count:
         table.add_row("all", str(count), size(total), style="bold")
         console.print(table)
-    for line in what_stays(collection):
+    for line in lines_on_kept(collection):
         console.print(line, soft_wrap=True)
 
 
 def _show_collected(console: Console, collected: Collected) -> int:
-    for line in what_failed(collected):
+    for line in lines_on_failures(collected):
         console.print(line, soft_wrap=True)
-    console.print(in_short(collected))
+    console.print(deleted_in_short(collected))
     return 1 if collected.failures else 0
-
-
-def _first(lines: Sequence[str], what: str) -> Iterator[str]:
-    yield from lines[:LISTED]
-    if len(lines) > LISTED:
-        yield f"{what}: {len(lines) - LISTED} more"
 
 
 def _progress(tally: Tally) -> str:
@@ -204,9 +147,9 @@ def _verdict(found: dict[str, int]) -> str:
     parts = []
     if found["damaged"]:
         parts.append(
-            f"{found['damaged']} files are damaged; a search builds anew what it reads of them, and after "
-            "--set-aside also what it only made, such as an exported model"
+            f"{found['damaged']} files are damaged; a search rebuilds those that it reads, and after --set-aside also "
+            "those that it only writes, such as an exported model"
         )
     if found["unread"]:
-        parts.append(f"{found['unread']} files could not be read; start again when the storage answers")
+        parts.append(f"{found['unread']} files could not be read; run verify again when the storage answers")
     return ". ".join(parts) or "nothing is damaged"

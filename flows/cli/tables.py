@@ -1,13 +1,11 @@
-"""What a person sees in the terminal: results, plans and lists of artifacts."""
+"""Results and plans as tables and sentences in the terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
@@ -20,15 +18,19 @@ from layerwise.storage.artifact import Artifact
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.pages.theory_text import sentences
 from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
-from layerwise.tasks.running.printable import printable
 from layerwise.tasks.select import Selection
-from layerwise.tasks.speed import speed_rows, speed_sentence
 
-KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
+if TYPE_CHECKING:  # a command imports only the flow that it runs
+    from layerwise.flows.pipeline.comparison_tables import Compared
+    from layerwise.flows.pipeline.result import SearchResult
+    from layerwise.flows.plan import Plan
+    from layerwise.flows.theory import TheoryResult
+    from layerwise.sparse.speed import SpeedTable
 
 
-def show_result(console: Console, result: SearchResult) -> None:
-    """The search's table, its verdict, the test perplexities, where the model is, what the run did."""
+def show_result(console: Console, result: "SearchResult") -> None:
+    """Print the table of a search, its verdict, the test perplexities, the model's folder, and the work done."""
+
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
@@ -45,8 +47,10 @@ def show_result(console: Console, result: SearchResult) -> None:
 
 
 def show_selection(console: Console, title: str, selection: Selection) -> None:
-    """One row per beta; the best one stands out."""
-    console.print(title, style="italic", soft_wrap=True)  # a title of the table would be as narrow as that
+    """Print one row per beta, with the best one highlighted."""
+    console.print(
+        title, style="italic", soft_wrap=True
+    )  # as a title of the table it would be wrapped to its width
     table = Table(box=None, pad_edge=False, header_style="bold")
     rows = table_rows(selection)
     for name in rows[0]:
@@ -62,18 +66,19 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
 
 
 def show_test(console: Console, test: TestResult) -> None:
-    """Test perplexities side by side."""
+    """Print the test perplexities side by side."""
     console.print(sentence_on_test(test))
 
 
 def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:
-    """That a search did not go on, if it was stopped."""
+    """Print a note if the search was stopped early."""
     if sentence := sentence_on_stop(stop_after, len(selection.rows)):
         console.print(sentence)
 
 
-def show_comparison(console: Console, results: Sequence[Compared]) -> None:
-    """One row per method over all seeds; with one seed, one row per search."""
+def show_comparison(console: Console, results: "Sequence[Compared]") -> None:
+    """Print one row per method with all seeds together; with a single seed, one row per search."""
+
     several = len({each.result.settings.seed for each in results}) > 1
     rows = summary_of(results) if several else rows_of(results)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -91,10 +96,10 @@ def show_comparison(console: Console, results: Sequence[Compared]) -> None:
 
 
 def show_rows(console: Console, rows: Sequence[Mapping[str, object]], left: Sequence[str]) -> None:
-    """A table; columns that some rows lack are empty there.
+    """Print a table. Cells of columns that a row lacks are empty.
 
     Args:
-        left: columns that hold words.
+        left: columns that are aligned to the left.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -106,7 +111,7 @@ def show_rows(console: Console, rows: Sequence[Mapping[str, object]], left: Sequ
 
 
 def show_compressed(console: Console, folder: Artifact, place: str) -> None:
-    """How much smaller a checkpoint has become, and where it is."""
+    """Print the sizes of a checkpoint before and after compression, and the folder of the compressed one."""
     facts = {name: float(str(value)) for name, value in folder.facts.items()}
     for name, of_what in (("all tensors", ""), ("the pruned linears", " of linears")):
         before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
@@ -114,16 +119,18 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
     console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
 
 
-def show_speed(console: Console, table: SpeedTable, report: str | None) -> None:
-    """One row for every way of running the model."""
+def show_speed(console: Console, table: "SpeedTable", report: str | None) -> None:
+    """Print one row per way of running the model."""
+    from layerwise.tasks.speed import speed_rows, speed_sentence
+
     show_rows(console, speed_rows(table), left=("way",))
     console.print(speed_sentence(table))
     if report is not None:
         console.print(f"Report: {_short(report)}", soft_wrap=True)
 
 
-def show_plan(console: Console, plan: Plan) -> None:
-    """What would run, what is there, and what it takes."""
+def show_plan(console: Console, plan: "Plan") -> None:
+    """Print the stages that would run, those that the store has, and the memory and bytes that they need."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     table.add_column("state")
@@ -140,25 +147,28 @@ def show_plan(console: Console, plan: Plan) -> None:
         groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
         sizes = ", ".join(map(str, plan.groups))
         console.print(
-            f"fan-out: {groups} of {sizes} betas on {plan.fan_out}; each reads the model once. "
-            "What follows is for each process:",
+            f"fan-out: {groups} of {sizes} betas on {plan.fan_out}; each group reads the model once. "
+            "The following lines are for each process:",
             soft_wrap=True,
         )
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
-    console.print(f"memory: about {size(sum(plan.memory.values()))} beside Python's own: {parts}")
+    console.print(f"memory: about {size(sum(plan.memory.values()))}, in addition to Python's own: {parts}")
     if plan.scratch:
         console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
     by_layers = (
-        f", and {size(plan.resume_bytes_a_stage)} a stage by layers" if plan.resume_bytes_a_stage else ""
+        f", by number of layers {size(plan.resume_bytes_a_stage)} per stage"
+        if plan.resume_bytes_a_stage
+        else ""
     )
     console.print(
-        f"a resume point of the largest stage: {size(plan.resume_point)}, replaced by the next one; "
-        f"written by time {size(round(plan.resume_bytes_an_hour))} an hour{by_layers}"
+        f"a resume point of the largest stage: {size(plan.resume_point)}; each one replaces the one before. "
+        f"Written by time: {size(round(plan.resume_bytes_an_hour))} per hour{by_layers}"
     )
 
 
-def show_theory(console: Console, result: TheoryResult) -> None:
-    """What was found of each theorem, and where the page is."""
+def show_theory(console: Console, result: "TheoryResult") -> None:
+    """Print one sentence per theorem, and the path of the page."""
+
     console.print(f"{result.settings.title}: the theorems of ATP", style="bold")
     for name, sentence in sentences(result.findings).items():
         console.print(f"{name}  {sentence}", soft_wrap=True)
@@ -166,40 +176,6 @@ def show_theory(console: Console, result: TheoryResult) -> None:
     console.print(f"Page: {_short(result.page)}", soft_wrap=True)
 
 
-def show_artifacts(console: Console, artifacts: Iterable[Artifact]) -> None:
-    """One line per artifact of a store, the newest last."""
-    by_age = sorted(artifacts, key=lambda artifact: artifact.committed)
-    if not by_age:
-        console.print("no artifacts here")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("artifact", "made", "seconds", "size", "what"):
-        # A column that may wrap shrinks first; the text in it is cut instead, so that a line stays a line.
-        justify: Literal["left", "right"] = "right" if name in ("seconds", "size") else "left"
-        table.add_column(name, justify=justify, no_wrap=name != "what")
-    for artifact in by_age:
-        shown = [f"{name} {_plain(value)}" for name, value in artifact.facts.items() if _worth_a_line(value)]
-        made = artifact.made
-        table.add_row(
-            artifact.key[: artifact.key.index("/") + 1 + KEY_DIGITS],
-            f"{datetime.fromtimestamp(artifact.committed, UTC):%Y-%m-%d %H:%M}",
-            f"{made['seconds']:.1f}",
-            size(artifact.size),
-            Text(printable(", ".join(shown)), no_wrap=True, overflow="ellipsis"),
-        )
-    console.print(table)
-
-
-def _worth_a_line(value: object) -> bool:
-    """Digests, lists and sentences are for ``show``."""
-    return isinstance(value, int | float) or (isinstance(value, str) and len(value) < 32)
-
-
-def _plain(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
 def _short(path: str) -> str:
-    """A path below this folder without the part that is the same for all."""
-    here = f"{Path.cwd()}/"
-    return path.removeprefix(here)
+    """Return a path below the working folder relative to it."""
+    return path.removeprefix(f"{Path.cwd()}/")

@@ -19,10 +19,10 @@ from prefect.states import Cancelled, Crashed, Pending
 
 from layerwise.flows.fan_out import part_flows
 from layerwise.flows.fan_out.liveness import has_ended
-from layerwise.flows.fan_out.parent_process import ENDS_WITH_PARENT
 from layerwise.flows.fan_out.part import Part
 from layerwise.flows.orchestration.cancellation import set_states
 from layerwise.flows.orchestration.embedded_server import lifeline
+from layerwise.flows.orchestration.parent_process import ENDS_WITH_PARENT
 from layerwise.storage.files.credentials import without_secrets
 
 OUTPUT_SHOWN = 2000  # last characters of the output of a dead process that an error shows

@@ -11,8 +11,8 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed, State
 
 from layerwise.allocators.allocation import SparsityPlan
-from layerwise.flows.fan_out.parent_process import stop_with_parent
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.parent_process import stop_with_parent
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import capture_steps, lane_step, scoring_steps, search_steps

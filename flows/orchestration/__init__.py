@@ -1,1 +1,1 @@
-"""Prefect's server, its artifacts, and cancellation."""
+"""Prefect's server, cancellation of flow runs, and the processes that end together."""

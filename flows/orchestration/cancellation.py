@@ -1,4 +1,4 @@
-"""Cancellation: a worker sends SIGTERM to a run that was cancelled, as does a machine that will be taken away."""
+"""Cancellation of flow runs, and their states. Prefect's workers cancel a run by SIGTERM, like spot machines."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,10 +14,9 @@ CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
 
 
 def was_cancelled() -> bool:
-    """Whether somebody has cancelled the flow run that this process is; False if the server does not answer.
+    """Return whether the flow run of this process was cancelled; False if the server does not answer.
 
-    Prefect itself would know only if SIGTERM came to its own handler (``layerwise.tasks.running.stopping`` is in its place), and call
-    the run crashed.
+    Prefect would call the run crashed: its own handler of SIGTERM is replaced by ``layerwise.tasks.running.stopping``.
     """
     if flow_run.id is None:
         return False
@@ -29,12 +28,12 @@ def was_cancelled() -> bool:
 
 
 def cancelled(ending: CancelledRun | TerminationSignal) -> State:
-    """The state of a run that ended like this, if it was cancelled.
+    """Return the state of a flow run that ended by ``ending``, if the run was cancelled.
 
-    Prefect takes a state that a flow returns for the run's own, and raises it again where the flow was called.
+    Prefect adopts a state that a flow returns as the state of the run, and raises it again where the flow was called.
 
     Raises:
-        TerminationSignal: it was not; this is ``ending``.
+        TerminationSignal: ``ending``, if the run was not cancelled.
     """
     if isinstance(ending, TerminationSignal) and not was_cancelled():
         raise ending
@@ -42,13 +41,13 @@ def cancelled(ending: CancelledRun | TerminationSignal) -> State:
 
 
 def set_states(client: SyncPrefectClient, runs: Iterable[FlowRun], state: State, force: bool = True) -> None:
-    """Set every run's state; a run that was deleted has none.
+    """Set the state of every run. Deleted runs are skipped.
 
     Args:
-        force: whatever its state was; else as far as Prefect's rules allow it.
+        force: set the state whatever the present one is; otherwise Prefect's rules decide.
 
     Raises:
-        httpx.HTTPError: the server did not take it for one of them; the others were tried all the same.
+        httpx.HTTPError: a request failed; the states of the other runs were set nevertheless.
     """
     problem: httpx.HTTPError | None = None
     for run in runs:

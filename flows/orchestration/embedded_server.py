@@ -1,4 +1,4 @@
-"""Prefect for one person on one machine: its server starts by itself, in the background, and stays quiet."""
+"""Embedded Prefect server: it starts with the command, ends with it, and needs no setup."""
 
 import atexit
 import os
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -20,9 +19,9 @@ from layerwise.tasks.sources.user_cache import cache_folder
 if TYPE_CHECKING:
     from prefect.settings import Settings
 
-# The user's own environment wins. Names and reasons: the notes on Prefect in README.md.
+# Defaults of Prefect's settings; variables that the user has set take precedence.
 PREFERENCES = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a first start migrates its database: 30 s on two cores
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates its database: 30 s on two cores
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
@@ -33,30 +32,30 @@ PREFERENCES = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "layerwise",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
-# Of a request to the embedded server, which does not come back once it has ended: 14 s, in which SQLite gets over a
-# lock. Prefect's default is a minute, for each of the requests at the end of a run.
+# Retries of a request to the embedded server: 14 s, enough for SQLite to release a lock. Prefect's default is a minute for
+# each of the requests at the end of a run, too long if the server has ended.
 RETRIES = "3"
 DATABASE_BYTES = 20_000_000  # a new database with its write-ahead log takes 12 MB
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Any of these means that the user has chosen a database.
+# Settings by which a user chooses a database.
 DATABASE_SETTINGS = {"connection_url", "driver", "host", "name"}
 EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception)\b.*", re.MULTILINE)  # last line of a traceback
 
 
 def prefer_quiet_prefect() -> None:
-    """Set Prefect's settings by environment variables; call before Prefect is imported."""
+    """Set Prefect's settings by environment variables. Must be called before Prefect is imported."""
     for name, value in PREFERENCES.items():
         os.environ.setdefault(name, value)
     _bypass_proxies_to_this_machine()
 
 
 class ServerStart:
-    """Reaches the configured Prefect server, or starts the embedded one, in the background.
+    """Start of the embedded server, or check of the configured one, in the background.
 
     Attributes:
-        seconds: how long that took, once ``wait`` has returned.
-        embedded: whether the embedded server is used, once ``wait`` has returned; else it is the one that the user
-            has configured by PREFECT_API_URL or a Prefect profile.
+        seconds: duration of the start; valid after ``wait``.
+        embedded: whether the embedded server is used, and not a server that the user has configured by
+            PREFECT_API_URL or a Prefect profile; valid after ``wait``.
     """
 
     def __init__(self) -> None:
@@ -67,10 +66,10 @@ class ServerStart:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the server answers.
+        """Wait until the server answers.
 
         Raises:
-            ConnectionError: the configured server is not usable, or the embedded one did not start.
+            ConnectionError: the configured server cannot be used, or the embedded one did not start.
         """
         self._thread.join()
         if self._error is not None:
@@ -89,21 +88,21 @@ class ServerStart:
             if self.embedded:
                 _start_embedded(settings)
             check_server()
-        except BaseException as error:  # of a thread; raised again by ``wait``
+        except BaseException as error:  # raised by ``wait`` in the thread that calls it
             self._error = _in_one_line(error)
         self.seconds = time.monotonic() - began
 
 
 def lifeline() -> tuple[int, ...]:
-    """File descriptors to pass on to child processes that report to the embedded server.
+    """Return file descriptors to pass on to child processes that report to the embedded server.
 
-    The server ends when the last process that holds one of them has ended; empty if this process has started none.
+    The server ends when the last process that holds them has ended. Empty if this process has not started a server.
     """
     return () if _process is None or _process.stdin is None else (_process.stdin.fileno(),)
 
 
 def death_of_embedded_server() -> str | None:
-    """How the embedded server of this process has ended; None if it runs, or if there is none."""
+    """Describe how the embedded server of this process has ended; None if it runs or was not started."""
     code = None if _process is None else _process.poll()
     return (
         None if code is None else f"Prefect's embedded server has ended (exit code {code}). {_log_advice()}"
@@ -115,13 +114,13 @@ _log: Path | None = None
 
 
 def _start_embedded(settings: "Settings") -> None:
-    """Start the embedded server, and have Prefect's clients of this process use it.
+    """Start the embedded server, and make the Prefect clients of this process use it.
 
-    Prefect's own start (``SubprocessASGIServer.start``) is not used. It repeats a start that fails for ever, leaves
-    the server behind when this process is killed, and has several first starts race in one database.
+    Prefect's own ``SubprocessASGIServer.start`` is not used: it repeats a failing start endlessly, leaves the server
+    behind when this process is killed, and lets simultaneous first starts race in one database.
 
     Raises:
-        ConnectionError: it did not start.
+        ConnectionError: the server did not start.
     """
     from prefect.context import refresh_global_settings_context
     from prefect.server.api.server import SubprocessASGIServer
@@ -132,8 +131,10 @@ def _start_embedded(settings: "Settings") -> None:
             "PREFECT_API_URL to a server, or PREFECT_SERVER_EPHEMERAL_ENABLED=true."
         )
     server = SubprocessASGIServer()
-    if server.running:  # Prefect has started it for a flow of this process
+    if server.running:  # Prefect has already started it for a flow of this process
         return
+    from importlib.metadata import version
+
     own = not _user_has_chosen_a_database(settings)
     folder = cache_folder() / f"prefect-{version('prefect')}" if own else Path(settings.home).expanduser()
     limit = settings.server.ephemeral.startup_timeout_seconds
@@ -157,24 +158,24 @@ def _start_embedded(settings: "Settings") -> None:
 
 
 def _user_has_chosen_a_database(settings: "Settings") -> bool:
-    """Whether PREFECT_HOME or a database is set: in the environment, in a profile, or in a file that Prefect reads."""
+    """Return whether PREFECT_HOME or a database is set: in the environment, a profile, or a file that Prefect reads."""
     return "home" in settings.model_fields_set or bool(
         DATABASE_SETTINGS & settings.server.database.model_fields_set
     )
 
 
 def _started(settings: "Settings", home: ServerHome, limit: int, own: bool) -> tuple[int, subprocess.Popen]:
-    """Start the server process, and return when it answers.
+    """Start the server process, and wait until it answers.
 
     Args:
-        limit: seconds after which it is given up.
-        own: whether it keeps all its files in ``home``.
+        limit: seconds after which the start has failed.
+        own: whether the server keeps all its files in ``home``.
 
     Returns:
-        Its port, and its process.
+        The port and the process of the server.
 
     Raises:
-        ConnectionError: it does not start.
+        ConnectionError: the server does not start.
     """
     global _process, _log
     import httpx
@@ -184,10 +185,10 @@ def _started(settings: "Settings", home: ServerHome, limit: int, own: bool) -> t
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
     if own:
         environment["PREFECT_HOME"] = str(home.folder)
-        # Those that the settings give, and that are of the user's home, not of this one.
+        # These come from the user's home, not from this one.
         environment.pop("PREFECT_PROFILES_PATH", None)
         environment.pop("PREFECT_PROFILE", None)
-    # It is asked by this process only, whatever a server of the user's asks from its clients.
+    # Only this process uses the server, whatever authentication a server of the user requires.
     environment.pop("PREFECT_SERVER_API_AUTH_STRING", None)
     if settings.api.auth_string is not None:
         environment["PREFECT_SERVER_API_AUTH_STRING"] = settings.api.auth_string.get_secret_value()
@@ -199,12 +200,12 @@ def _started(settings: "Settings", home: ServerHome, limit: int, own: bool) -> t
         _process = process = subprocess.Popen(
             [sys.executable, "-m", "layerwise.flows.orchestration.server_process", str(listening.fileno())],
             env=environment,
-            stdin=subprocess.PIPE,  # its end tells the server that this process has ended
+            stdin=subprocess.PIPE,  # its end of file tells the server that this process has ended
             stdout=log,
             stderr=log,
             pass_fds=(listening.fileno(), *home.lock),
-            # A Ctrl-C at a terminal goes to all processes of a group. A server that ended with it would be asked for
-            # a minute how the run has ended: Prefect's client repeats what finds no server.
+            # Ctrl-C at a terminal goes to all processes of a group. If the server ended as well, Prefect's client would
+            # try for a minute to report the end of the run.
             start_new_session=True,
         )
     deadline = time.monotonic() + limit
@@ -228,23 +229,23 @@ def _started(settings: "Settings", home: ServerHome, limit: int, own: bool) -> t
 
 
 def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
-    """What to do about a server that ended while it started.
+    """Explain why a server ended during its start, and what to do.
 
     Args:
-        before: size of its log before the start.
+        before: size of its log before the start, in bytes.
     """
-    said = home.log.read_bytes()[before:].decode(errors="replace")
-    reasons = EXCEPTION.findall(said) or said.splitlines()
-    reason = reasons[-1].strip() if reasons else "without a word"
+    output = home.log.read_bytes()[before:].decode(errors="replace")
+    reasons = EXCEPTION.findall(output) or output.splitlines()
+    reason = reasons[-1].strip() if reasons else "without output"
     free = shutil.disk_usage(home.folder).free
-    if free < DATABASE_BYTES:  # then the log is empty, too
+    if free < DATABASE_BYTES:  # the log is empty then
         variable = "XDG_CACHE_HOME" if own else "PREFECT_HOME"
         advice = (
-            f"The disk of {home.folder} has only {size_in('MB', free, 1)} left. Make room for "
+            f"The disk of {home.folder} has only {size_in('MB', free, 1)} left. Free "
             f"{size_in('MB', DATABASE_BYTES)}, or set {variable} to a folder on another disk."
         )
-    elif "alembic" in said and "Can't locate revision" in said:
-        advice = f"The database in {home.folder} is of another version of Prefect. " + (
+    elif "alembic" in output and "Can't locate revision" in output:
+        advice = f"The database in {home.folder} belongs to another version of Prefect. " + (
             "Delete that folder."
             if own
             else "Unset PREFECT_HOME and the settings of Prefect's database, or set them to another place."
@@ -255,7 +256,7 @@ def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
 
 
 def _in_one_line(error: BaseException) -> BaseException:
-    """``error``; of settings that Prefect refuses, one that names them without their values."""
+    """Return ``error``; for settings that Prefect refuses, an error that names them without their values."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
@@ -270,15 +271,15 @@ def _in_one_line(error: BaseException) -> BaseException:
 
 
 def _log_advice() -> str:
-    return f"Its log is {_log}. Start the same command again, or set PREFECT_API_URL to a server that runs."
+    return f"Its log is {_log}. Start the same command again, or set PREFECT_API_URL to a running server."
 
 
 def _bypass_proxies_to_this_machine() -> None:
-    """Add the names of this machine to NO_PROXY, for this process and its children, where a proxy is set."""
+    """Add the names of this machine to NO_PROXY, for this process and its children, if a proxy is set."""
     names = {name.lower() for name, value in os.environ.items() if value}
     if not names & {"http_proxy", "https_proxy", "all_proxy"}:
         return
-    # Small letters win where both are read.
+    # Programs that read both spellings prefer the lower-case one.
     for name in [name for name in ("no_proxy", "NO_PROXY") if name in os.environ] or ["NO_PROXY"]:
         hosts = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
         if "*" not in hosts:

@@ -1,4 +1,4 @@
-"""Check the Prefect server of this process before any work: its URL, its answer, its version, our access."""
+"""Check the Prefect server before any work: its URL, its answer, its version and our access to it."""
 
 import os
 
@@ -17,34 +17,34 @@ from prefect.settings import (
 
 from layerwise.storage.files.credentials import without_secrets
 
-# By default Prefect's client repeats a request for a minute, and waits a minute for each answer.
+# By default, Prefect's client repeats a request for a minute, and waits a minute for each answer.
 QUICKLY = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 5.0}
-VERSION_HEADER = "X-PREFECT-API-VERSION"  # Prefect's client sends it with every request
+VERSION_HEADER = "X-PREFECT-API-VERSION"  # in every request of Prefect's client
 WHERE_SET = "PREFECT_API_URL (environment, Prefect profile or prefect.toml)"
 
 
 def check_server() -> None:
-    """Ask the server for its version, and give up within seconds.
+    """Ask the server for its version, with a time limit of seconds.
 
     Raises:
-        ConnectionError: it does not answer, refuses, is no Prefect server, or one that this version cannot talk to.
+        ConnectionError: it does not answer, refuses us, is not a Prefect server, or has an incompatible version.
     """
     with temporary_settings(QUICKLY):
         try:
             with get_client(sync_client=True) as client:
                 _check(client)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ConnectionError(server_problem(error)) from None  # its traceback would show the URL
+            raise ConnectionError(server_problem(error)) from None  # a traceback would show the URL
 
 
 def is_about_server(error: BaseException) -> bool:
-    """Whether a request to Prefect's server failed, and not one to the hub or a storage."""
+    """Return whether ``error`` is about a request to Prefect's server, and not to the hub or a storage."""
     request = getattr(error, "_request", None) or getattr(error, "request", None)
     return isinstance(error, httpx.HTTPError) and request is not None and VERSION_HEADER in request.headers
 
 
 def server_problem(error: Exception) -> str:
-    """One line about a request to Prefect's server that failed: the URL, what is wrong, and what to do.
+    """Describe a failed request to Prefect's server in one line: the URL, the problem, and what to do.
 
     Args:
         error: an ``httpx.HTTPError`` or ``httpx.InvalidURL``.
@@ -56,7 +56,7 @@ def server_problem(error: Exception) -> str:
         return _refusal(error)
     reason = without_secrets(f"{type(error).__name__}: {error}".rstrip(": "))
     if not PREFECT_API_URL.value():
-        return f"Prefect's embedded server does not answer any more ({reason}). Start the same command again."
+        return f"Prefect's embedded server no longer answers ({reason}). Start the same command again."
     return (
         f"the Prefect server at {_configured_url()} does not answer ({reason}). Start it, correct {WHERE_SET}, or "
         "unset it to use the embedded server."
@@ -64,10 +64,10 @@ def server_problem(error: Exception) -> str:
 
 
 def refuse_unusable_proxies() -> None:
-    """Refuse proxies that httpx, which Prefect asks its server with, cannot use.
+    """Refuse proxies that httpx, the HTTP client of Prefect, cannot use.
 
     Raises:
-        ConnectionError: a SOCKS proxy without the package for it, or a URL that is none.
+        ConnectionError: the proxy is a SOCKS proxy and its package is missing, or its URL is not valid.
     """
     try:
         httpx.Client().close()
@@ -85,7 +85,7 @@ def refuse_unusable_proxies() -> None:
 
 def _check(client: SyncPrefectClient) -> None:
     url = _configured_url()
-    if client.server_type == ServerType.CLOUD:  # its version is not told, and fits every client
+    if client.server_type == ServerType.CLOUD:  # it does not give its version, and supports every client
         if (error := client.api_healthcheck()) is not None:
             raise error
         return
@@ -104,8 +104,8 @@ def _check(client: SyncPrefectClient) -> None:
         ) from None
     if found.major != Version(prefect_version).major:
         raise ConnectionError(
-            f"the Prefect server at {url} has version {found}, which Prefect {prefect_version} here cannot talk to. "
-            f"Upgrade it, or correct {WHERE_SET}."
+            f"the Prefect server at {url} has version {found}, which is not compatible with Prefect {prefect_version} "
+            f"here. Upgrade the server, or correct {WHERE_SET}."
         )
 
 
@@ -115,12 +115,12 @@ def _refusal(error: httpx.HTTPStatusError) -> str:
     if response.status_code in (401, 403):
         is_set = "is not the right one" if PREFECT_API_AUTH_STRING.value() else "is not set"
         return (
-            f"the Prefect server at {url} lets nobody in without authentication ({what}), and PREFECT_API_AUTH_STRING "
+            f"the Prefect server at {url} requires authentication ({what}), and PREFECT_API_AUTH_STRING "
             f"{is_set}. Set it to the server's PREFECT_SERVER_API_AUTH_STRING (on Prefect Cloud: PREFECT_API_KEY)."
         )
     if response.status_code >= 500 or response.status_code in (408, 429):
         return (
-            f"the Prefect server at {url} answers with {what}. Look at its log and at the proxy before it, and try "
+            f"the Prefect server at {url} answers with {what}. Check its log and the proxy in front of it, and try "
             f"again, or correct {WHERE_SET}."
         )
     return f"the Prefect server at {url} refuses: {without_secrets(' '.join(str(error).split()))}"
@@ -131,6 +131,6 @@ def _status(response: httpx.Response) -> str:
 
 
 def _configured_url() -> str:
-    """PREFECT_API_URL without credentials; the embedded server has none."""
+    """Return PREFECT_API_URL without credentials; it is not set for the embedded server."""
     url = PREFECT_API_URL.value()
     return without_secrets(url) if url else "this machine (embedded)"

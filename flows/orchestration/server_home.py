@@ -1,4 +1,4 @@
-"""Folder of the embedded Prefect server: one for each version of Prefect, locked while it is used."""
+"""Folder of the embedded Prefect server: one per version of Prefect, locked while it is used."""
 
 import fcntl
 import os
@@ -9,28 +9,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-UNUSED_DAYS = 60  # after which another version's folder is removed
-LARGE_LOG = 1_000_000  # bytes; a new log is begun then
+UNUSED_DAYS = 60  # after which the folder of another version is removed
+LARGE_LOG = 1_000_000  # bytes; a larger log is replaced by a new one
 HOME = re.compile(r"prefect-[\w.+!-]+")
 
 
 class ServerHome:
-    """Folder with the database of the embedded server; a context manager around its start.
+    """Folder with the database of the embedded server; a context manager around the start of the server.
 
-    The first start in a folder makes the database. It runs alone: several at once would fail in Prefect's migrations.
-    Later starts run at the same time. The lock lasts until this process and its server have ended, so that nobody
-    removes the folder meanwhile.
+    The first start in a folder creates the database. It runs alone, because simultaneous starts would fail in Prefect's
+    migrations. Later starts may be simultaneous. The lock is held until this process and its server have ended, so that
+    no other process removes the folder.
 
     Args:
-        folder: is made if it is missing.
-        own: whether it is one of those that ``remove_old_homes`` removes; else it is the user's.
-        limit: seconds to wait for another process that makes the database.
+        folder: created if it is missing.
+        own: whether ``remove_old_homes`` may remove the folder; otherwise it belongs to the user.
+        limit: seconds to wait for another process that creates the database.
 
     Attributes:
-        lock: the file descriptor to pass on to the server.
+        lock: file descriptor of the lock, to pass on to the server.
 
     Raises:
-        OSError: the folder cannot be written or locked; as a TimeoutError, another process takes too long.
+        OSError: the folder cannot be written or locked.
+        TimeoutError: another process takes too long to create the database.
     """
 
     def __init__(self, folder: Path, own: bool, limit: float) -> None:
@@ -41,7 +42,7 @@ class ServerHome:
 
     @property
     def log(self) -> Path:
-        """What the servers of this folder have said."""
+        """Log of all servers that ran in this folder."""
         return self.folder / "layerwise-server.log"
 
     @property
@@ -73,11 +74,11 @@ class ServerHome:
 
     @property
     def _made(self) -> Path:
-        """There if the database is."""
+        """File that exists once the database is complete."""
         return self.folder / "layerwise-database-made"
 
     def _acquire(self) -> None:
-        """Lock the folder: for this process alone while it has no database, else together with others."""
+        """Lock the folder: exclusively while it has no database, shared otherwise."""
         deadline = time.monotonic() + self._limit
         while True:
             kind = fcntl.LOCK_SH if self._made.exists() else fcntl.LOCK_EX
@@ -90,23 +91,25 @@ class ServerHome:
                     ) from None
                 time.sleep(0.1)
                 continue
-            if kind == fcntl.LOCK_EX or self._made.exists():  # or it was removed before it was locked
+            if (
+                kind == fcntl.LOCK_EX or self._made.exists()
+            ):  # otherwise the folder was removed before it was locked
                 return
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def remove_old_homes(current: Path) -> None:
-    """Remove the folders of other versions of Prefect that nobody has used for ``UNUSED_DAYS`` days.
+    """Remove the folders of other versions of Prefect that were not used for ``UNUSED_DAYS`` days.
 
     Args:
-        current: folder of this version; the others lie next to it.
+        current: folder of this version; the others are next to it.
     """
     for folder in current.parent.glob("prefect-*"):
         if folder == current or not HOME.fullmatch(folder.name) or not folder.is_dir():
             continue
         try:
             _remove_if_old(folder)
-        except OSError:  # another user's, or read-only: the next start tries again
+        except OSError:  # owned by another user, or read-only: the next start tries again
             continue
 
 
@@ -121,5 +124,5 @@ def _remove_if_old(folder: Path) -> None:
 
 
 def _lock_of(folder: Path) -> Path:
-    """Lock file, next to the folder. It is never removed: whoever waits for it would hold a lock on nothing."""
+    """Return the lock file next to the folder. It is never removed: a waiting process would lock a deleted file."""
     return folder.with_name(f"{folder.name}.lock")

@@ -1,14 +1,14 @@
-"""The process of the embedded Prefect server, on a port of this machine that its parent has reserved."""
+"""Process of the embedded Prefect server, on a port that its parent process has reserved."""
 
 import socket
 import sys
 
-from layerwise.flows.fan_out.parent_process import end_with_parent
+from layerwise.flows.orchestration.parent_process import end_with_parent
 
 
 def main() -> None:
-    """Serve until the parent, and all who share its end of our standard input, have ended."""
-    end_with_parent(grace=5.0)  # as long as Prefect gives a server that it stops
+    """Serve until all processes that hold the other end of our standard input have ended."""
+    end_with_parent(grace=5.0)  # the time that Prefect gives a server to stop
     import uvicorn
 
     listening = socket.socket(fileno=int(sys.argv[1]))

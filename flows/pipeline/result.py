@@ -91,7 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def work_sentence(result: SearchResult) -> str:
-    """Return a sentence on the work of the run."""
+    """Describe the work of the run in one sentence."""
     if not result.built:
         return "Everything was in the store already: no layer was computed, no weight was read."
     computed = [role for role in result.built if role not in ("allocate", "select")]

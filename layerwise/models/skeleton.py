@@ -1,5 +1,7 @@
 """The shape of a model without its weights: where its decoder layers are, and what can be pruned in them."""
 
+from __future__ import annotations
+
 import logging
 from copy import deepcopy
 from dataclasses import dataclass
@@ -7,18 +9,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-)
-from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:  # takes two seconds: whoever only validates settings does not wait for it
-    from transformers import PreTrainedModel
+if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +61,8 @@ def check_supported(config: PretrainedConfig) -> None:
         UnsupportedModel: an encoder, an encoder-decoder, a multimodal model, a mixture of experts, or a model that
             transformers has no causal language model for.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
@@ -97,12 +93,15 @@ def check_supported(config: PretrainedConfig) -> None:
             )
 
 
-def build_skeleton(config: PretrainedConfig) -> "PreTrainedModel":
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of ``config`` with every parameter on the meta device and every buffer computed for real.
 
     Raises:
         UnsupportedModel: see ``check_supported``; also a model without one list of decoder layers.
     """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
     check_supported(config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -110,12 +109,14 @@ def build_skeleton(config: PretrainedConfig) -> "PreTrainedModel":
     return model.eval()
 
 
-def build_outline(config: PretrainedConfig) -> "PreTrainedModel":
+def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     """The model of ``config`` with everything on the meta device: names and shapes, no memory, whatever their size.
 
     Raises:
         UnsupportedModel: as ``build_skeleton``.
     """
+    from transformers import AutoModelForCausalLM
+
     check_supported(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -132,7 +133,7 @@ def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
     return plain
 
 
-def layer_prefix(model: "PreTrainedModel") -> str:
+def layer_prefix(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
@@ -155,7 +156,7 @@ def layer_prefix(model: "PreTrainedModel") -> str:
     return outermost[0]
 
 
-def expected_tensors(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
+def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """State-dict name and shape of every tensor that a checkpoint must hold; tied ones are left out."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -163,6 +164,8 @@ def expected_tensors(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
 
 def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
     """The linears of one decoder layer, in the order of the module tree."""
+    from transformers.pytorch_utils import Conv1D
+
     found = []
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
@@ -172,7 +175,7 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def require_positions(model: "PreTrainedModel", seqlen: int) -> None:
+def require_positions(model: PreTrainedModel, seqlen: int) -> None:
     """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); warn where rotary ones end.
 
     The warning is given once for each model type and length in a process.
@@ -221,7 +224,7 @@ def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
     )
 
 
-def _has_rotary_positions(model: "PreTrainedModel") -> bool:
+def _has_rotary_positions(model: PreTrainedModel) -> bool:
     """Whether frequencies of rotary embeddings are among the buffers and used: Falcon has them with ALiBi, too."""
     frequencies = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
     return frequencies and not getattr(model.config.get_text_config(), "alibi", False)

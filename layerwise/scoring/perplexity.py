@@ -1,12 +1,16 @@
 """Perplexity by the GPTQ/Wanda convention, and how sure a difference between two plans is."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # both take seconds: too long for a command that only shows a result
+    from torch import Tensor
 
-from layerwise.models.streaming import StreamedModel
+    from layerwise.models.streaming import StreamedModel
 
 # Nats; counted for a window whose loss is not finite (a lane can overflow float16, or prune a layer to nothing).
 # Worse than any real loss, and its perplexity is still a number: such a lane loses, and the others are compared.

@@ -12,6 +12,7 @@ from layerwise.storage.draft import Committed, Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 
+MOST_PLANS = 255  # in one group: a ranking stores one byte per weight (layerwise.pruners.masks)
 GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with; in how it was made: their group's key
 
 

@@ -1,15 +1,18 @@
 """What Prefect's pages call the run of a stage: which model, at what sparsity, with which betas."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from layerwise.allocators.allocation import SparsityPlan
-from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.sources.sources import HUB_ID
+
+if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings
+    from layerwise.tasks.models.checkpoint import Checkpoint
 
 NAMED = 3  # more do not fit into a line of Prefect's pages
 
 
-def model_title(checkpoint: Checkpoint) -> str:
+def model_title(checkpoint: "Checkpoint") -> str:
     """What the checkpoint's model is called."""
     return title_of(str(checkpoint.artifact.facts["source"]))
 

@@ -94,9 +94,7 @@ def search(store: Path, sparsity: float, betas: tuple[float, ...], environment: 
         "store": store,
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(
-        [sys.executable, "-m", "layerwise.flows.cli.main", "search", *flags], check=True, env=environment
-    )
+    subprocess.run([sys.executable, "-m", "layerwise", "search", *flags], check=True, env=environment)
     newest = max((store / "select").glob("*/*/selection.json"), key=lambda path: path.stat().st_mtime)
     found = json.loads(newest.read_text())
     assert tuple(row["beta"] for row in found["rows"]) == betas, "the newest selection is this search's"

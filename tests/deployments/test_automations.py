@@ -1,4 +1,4 @@
-"""The automations: Prefect's command takes the file, and the server acts when a search ends."""
+"""Automations: Prefect's command accepts the file, and the server notifies when a search ends."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NAMES = {each["name"] for each in yaml.safe_load(AUTOMATIONS.read_text())["autom
 
 @pytest.fixture
 def webhook():
-    """The URL of a server that takes notifications, and those it took."""
+    """URL of a server that receives notifications, and the list of those received."""
     taken = []
 
     class Take(BaseHTTPRequestHandler):
@@ -41,7 +41,7 @@ def webhook():
 
 @pytest.fixture
 def automations(prefect_backend, webhook, tmp_path):
-    """Those of the file, on the server, by name."""
+    """Automations of the file on the server, by name."""
     block = CustomWebhookNotificationBlock(
         name="layerwise", url=webhook[0], json_data={"text": "{{subject}}: {{body}}"}
     )
@@ -68,7 +68,7 @@ def automations(prefect_backend, webhook, tmp_path):
             client.delete_automation(each.id)
 
 
-def test_the_server_takes_them_all_and_tells_of_a_search_that_failed(automations, webhook):
+def test_the_server_accepts_all_automations_and_notifies_of_a_failed_search(automations, webhook):
     assert set(automations) == NAMES
     assert all(each.enabled for each in automations.values())
 

@@ -1,4 +1,4 @@
-"""Dockerfile and compose file: what they name is there, and no file of the folder holds a secret."""
+"""Dockerfile and compose file: the files that they name exist, and no file of the folder holds a secret."""
 
 import fnmatch
 import re
@@ -29,25 +29,29 @@ def dockerfile():
 
 
 def copied():
-    """The sources of all COPY instructions."""
+    """Sources of all COPY instructions."""
     instructions = re.findall(r"^COPY (.+) \S+$", dockerfile(), re.MULTILINE)
     return [source for instruction in instructions for source in instruction.split()]
 
 
 @pytest.mark.parametrize("source", copied())
-def test_what_the_dockerfile_copies_is_there_and_not_held_back(source):
+def test_every_copied_file_exists_and_is_not_ignored(source):
     assert (ROOT / source).exists()
     let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
     assert any(fnmatch.fnmatch(source, pattern) for pattern in let_through)
 
 
-def test_the_dockerfile_copies_every_package_of_the_wheel():
+def test_the_dockerfile_copies_the_package_of_the_wheel_and_what_its_links_point_to():
     wheel = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert set(re.findall(r'"(\w+)"', wheel[1])) <= set(copied())
+    packages = re.findall(r'"(\w+)"', wheel[1])
+    assert packages == ["layerwise"]
+    linked = [path.resolve().name for path in (ROOT / "layerwise").iterdir() if path.is_symlink()]
+    assert sorted(linked) == ["flows", "storage", "tasks"]
+    assert {*packages, *linked} <= set(copied())
 
 
 def test_the_dockerfile_copies_what_the_build_runs():
-    """hatchling refuses to build where its hook is missing."""
+    """hatchling refuses to build without its hook."""
     assert "hooks.custom" in (ROOT / "pyproject.toml").read_text()
     assert "hatch_build.py" in copied()
 
@@ -58,12 +62,12 @@ def test_every_build_argument_is_used():
     assert [name for name in arguments if f"${{{name}}}" not in dockerfile()] == []
 
 
-def test_the_image_runs_as_nobody_in_particular_and_stops_gently():
+def test_the_image_runs_as_an_unprivileged_user_and_stops_gently():
     assert re.search(r"^USER layerwise$", dockerfile(), re.MULTILINE)
     assert 'ENTRYPOINT ["python", "/opt/layerwise/stop_gently.py"]' in dockerfile()
 
 
-def test_services_wait_only_for_services_and_mount_only_volumes_that_there_are():
+def test_services_wait_for_services_and_mount_volumes_that_exist():
     services, volumes = compose()["services"], compose()["volumes"]
     for service in services.values():
         for name, how in service.get("depends_on", {}).items():
@@ -74,13 +78,13 @@ def test_services_wait_only_for_services_and_mount_only_volumes_that_there_are()
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_a_worker_has_the_time_to_commit_and_a_limit(name):
+def test_a_worker_has_time_to_commit_and_a_limit(name):
     worker = compose()["services"][name]
     assert worker["stop_grace_period"] == "2m"
     assert worker["command"][worker["command"].index("--limit") + 1] == {"device": "1", "control": "8"}[name]
 
 
-def test_every_secret_of_the_compose_file_comes_from_outside_and_a_missing_one_stops_it():
+def test_every_secret_of_the_compose_file_is_a_variable_and_required():
     text = (FOLDER / "compose.yaml").read_text()
     offered = re.findall(r"^(\w+)=$", (FOLDER / "compose.env.example").read_text(), re.MULTILINE)
     asked = dict(re.findall(r"(?<!\$)\$\{(\w+)(:[?-])", text))
@@ -89,7 +93,7 @@ def test_every_secret_of_the_compose_file_comes_from_outside_and_a_missing_one_s
     assert "compose.env" in (FOLDER / ".gitignore").read_text().splitlines()
 
 
-def test_the_server_lets_nobody_in_without_the_string_that_its_clients_have():
+def test_the_server_requires_the_string_that_its_clients_have():
     services = {name: service.get("environment", {}) for name, service in compose()["services"].items()}
     asked = services["server"]["PREFECT_SERVER_API_AUTH_STRING"]
     clients = [environment for environment in services.values() if "PREFECT_API_URL" in environment]
@@ -101,7 +105,7 @@ COMMANDS = ["docs/fan-out.md", "deployments/README.md"]
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_a_server_that_others_reach_is_shown_with_authentication(path):
+def test_documented_servers_use_authentication(path):
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / path).read_text(), re.MULTILINE | re.DOTALL)
     starts = [block for block in blocks if "prefect server start" in block]
     assert starts
@@ -130,6 +134,6 @@ def test_a_secret_would_be_found(text):
     "path", sorted(path for path in FOLDER.rglob("*") if path.is_file()), ids=lambda path: path.name
 )
 def test_no_file_holds_a_secret(path):
-    if path.name != "compose.env":  # not in git, and made of secrets
+    if path.name != "compose.env":  # not in git; holds secrets
         found = SECRETS.search(path.read_text())
         assert found is None, f"{path.name} seems to hold a secret: {found[0][:20]}..."

@@ -1,4 +1,4 @@
-"""``prefect deploy`` with our file on a real server: what is there afterwards, and whether runs of it can be made."""
+"""``prefect deploy`` with our file on a real server: the deployments, and runs that are created from them."""
 
 import asyncio
 import os
@@ -47,7 +47,7 @@ def client(prefect_backend):
 
 @pytest.fixture(scope="module")
 def deployed(client, prefect_backend):
-    """The deployments by name, after ``prefect deploy`` from another folder."""
+    """Deployments by name, after ``prefect deploy`` from another folder."""
     for name in ("devices-of-test", "control-of-test"):
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
     command = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_YAML)]
@@ -68,14 +68,14 @@ def flow_of(deployment) -> Flow:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_an_entrypoint_is_a_flow_of_the_installed_package_and_nothing_is_pulled(deployed, name):
+def test_an_entrypoint_is_a_flow_of_the_installed_package_and_no_code_is_pulled(deployed, name):
     deployment = deployed[name]
     assert flow_of(deployment).name == name
     assert deployment.pull_steps == []
     assert deployment.path is None or not Path(deployment.path).is_absolute()
 
 
-def test_who_waits_holds_no_slot_of_the_pool_that_computes(deployed):
+def test_a_run_that_waits_is_not_in_the_pool_that_computes(deployed):
     pools = {name: deployment.work_pool_name for name, deployment in deployed.items()}
     assert pools == {
         **dict.fromkeys(["search", "compare", "gc"], "control-of-test"),
@@ -84,7 +84,7 @@ def test_who_waits_holds_no_slot_of_the_pool_that_computes(deployed):
     }
 
 
-def test_searches_go_to_the_store_and_the_pool_that_the_environment_names(deployed):
+def test_store_and_pools_come_from_the_environment(deployed):
     assert deployed["search"].parameters == {"runtime": RUNTIME}
     assert deployed["compare"].parameters == {"runtime": RUNTIME}
     for name in ("zero-shot", "compress", "theory"):
@@ -93,7 +93,7 @@ def test_searches_go_to_the_store_and_the_pool_that_the_environment_names(deploy
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_run_with_good_parameters_can_be_made(client, deployed, name):
+def test_a_run_with_valid_parameters_is_created(client, deployed, name):
     deployment = deployed[name]
     run = client.create_flow_run_from_deployment(deployment.id, parameters=PARAMETERS[name])
     client.delete_flow_run(run.id)
@@ -102,24 +102,24 @@ def test_a_run_with_good_parameters_can_be_made(client, deployed, name):
 
 
 @pytest.mark.parametrize("name", ["search", "capture", "branch", "evaluate"])
-def test_a_run_with_a_sparsity_that_cannot_be_is_refused_before_it_starts(client, deployed, name):
+def test_a_run_with_an_invalid_sparsity_is_refused_before_it_starts(client, deployed, name):
     parameters = PARAMETERS[name] | {"settings": SEARCH | {"sparsity": 2}}
     with pytest.raises(PrefectHTTPStatusError, match="409"):
         client.create_flow_run_from_deployment(deployed[name].id, parameters=parameters)
 
 
-def test_nothing_runs_by_itself_before_somebody_switches_a_schedule_on(deployed):
+def test_all_schedules_are_off(deployed):
     schedules = {name: deployment.schedules for name, deployment in deployed.items() if deployment.schedules}
     assert {name: len(found) for name, found in schedules.items()} == {"search": 3, "gc": 1}
     assert not any(schedule.active for found in schedules.values() for schedule in found)
 
 
 @pytest.mark.parametrize("name", ["search", "gc"])
-def test_a_schedule_that_is_switched_on_makes_runs_with_all_parameters(client, deployed, name):
-    """The server puts a schedule's parameters in place of the deployment's, each as a whole; the others stay."""
+def test_an_active_schedule_creates_runs_with_all_parameters(client, deployed, name):
+    """A schedule's parameters replace those of the deployment by name; the others stay."""
     deployment = deployed[name]
     for schedule in deployment.schedules:
-        # Without them the server would empty them (Prefect 3.8.8).
+        # The server would empty parameters that are not given (Prefect 3.8.8).
         given = {"parameters": schedule.parameters}
         client.update_deployment_schedule(deployment.id, schedule.id, active=True, **given)
         response = client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment.id})
@@ -140,8 +140,8 @@ def test_models_of_the_weekly_schedules_differ(deployed):
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_a_variable_that_is_not_set_stops_the_deployment_and_is_named(name, monkeypatch):
-    """Prefect by itself puts an empty text, and says nothing."""
+def test_a_missing_variable_stops_the_deployment(name, monkeypatch):
+    """Prefect alone would silently use an empty string."""
     [step] = yaml.safe_load(PREFECT_YAML.read_text())["build"]
     check = step["prefect.deployments.steps.run_shell_script"]
     for each, value in ENVIRONMENT.items():

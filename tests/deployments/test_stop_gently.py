@@ -1,4 +1,4 @@
-"""The first process of a container: whoever computes hears of SIGTERM, and has ended before the command is told."""
+"""First process of a container: the processes that compute get SIGTERM, and end before the command gets it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from prefect.deployments.runner import EntrypointType
 ROOT = Path(__file__).parents[2]
 STOP_GENTLY = ROOT / "deployments" / "stop_gently.py"
 
-# Takes half a second over its end, as a layer and its commit do.
+# Needs half a second to end, like a layer and its commit.
 COMPUTING = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -27,7 +27,7 @@ signal.signal(signal.SIGTERM, end)
 while True:
     time.sleep(0.05)
 """
-# As Prefect's commands do: asked to end, it kills at once.
+# Reacts like Prefect's commands: on SIGTERM it kills its child at once.
 WATCHING = """
 import signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", sys.argv[3], sys.argv[1]], start_new_session=True)
@@ -57,7 +57,7 @@ def layers(folder: str) -> None:
 """
 
 
-# Two processes that import Prefect, one after the other, on cores that other tests use: a minute was too short.
+# Time limit. Two processes import Prefect one after the other, on cores that other tests use: a minute was too short.
 SECONDS = 300
 
 
@@ -70,7 +70,7 @@ def wait_for(happened):
 
 @pytest.fixture
 def start():
-    """Start a command as the first process of a container; ended with all that it started."""
+    """Start a command as the first process of a container; kill it and its processes after the test."""
     started = []
 
     def start(*command: str, **options: object) -> subprocess.Popen:
@@ -87,11 +87,11 @@ def start():
             process.wait()
 
 
-def test_it_ends_with_the_exit_code_of_its_command(start):
+def test_the_exit_code_is_that_of_the_command(start):
     assert start(sys.executable, "-c", "raise SystemExit(7)").wait(20) == 7
 
 
-def test_a_command_that_a_signal_ends_gives_the_code_that_shells_give(start):
+def test_a_command_killed_by_a_signal_gives_the_exit_code_of_shells(start):
     command = "import os; os.kill(os.getpid(), 9)"
     assert start(sys.executable, "-c", command).wait(20) == 128 + 9
 
@@ -105,7 +105,7 @@ def test_a_command_without_children_gets_sigterm_itself(start, tmp_path):
 
 
 @pytest.mark.parametrize("command, code", [("ends", 3), ("stays", 5)])
-def test_who_computes_commits_before_the_command_is_told(start, tmp_path, command, code):
+def test_a_child_commits_before_the_command_gets_sigterm(start, tmp_path, command, code):
     process = start(sys.executable, "-c", WATCHING, str(tmp_path), command, COMPUTING)
     wait_for((tmp_path / "computing").exists)
     process.terminate()
@@ -113,7 +113,7 @@ def test_who_computes_commits_before_the_command_is_told(start, tmp_path, comman
     assert (tmp_path / "committed").exists()
 
 
-def test_a_flow_that_prefect_executes_commits_and_is_known_as_crashed(
+def test_a_flow_that_prefect_executes_commits_and_is_marked_as_crashed(
     start, tmp_path, prefect_backend, monkeypatch
 ):
     (tmp_path / "flow_of_layers.py").write_text(FLOW)

@@ -1,4 +1,4 @@
-"""The work-pool templates: complete, accepted by the server, and, filled in, what the infrastructure asks for."""
+"""Work-pool templates: complete, accepted by the server, and valid for the infrastructure once filled in."""
 
 import json
 from pathlib import Path
@@ -34,29 +34,29 @@ def defaults(kind):
 
 
 def filled_in(kind, **values):
-    """What a worker makes of the template, before it adds the run's own names and variables."""
+    """Fill in a template as a worker does, before it adds the names and variables of a run."""
     return apply_values(template(kind)["job_configuration"], defaults(kind) | values)
 
 
-def test_there_is_one_for_each_kind_of_pool():
+def test_there_is_a_template_for_each_kind_of_pool():
     assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_placeholder_has_a_variable_and_every_variable_a_use(kind):
+def test_every_placeholder_has_a_variable_and_every_variable_is_used(kind):
     used = {placeholder.name for placeholder in find_placeholders(template(kind)["job_configuration"])}
     assert used == set(template(kind)["variables"]["properties"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_defaults_are_of_the_types_that_the_form_asks_for(kind):
+def test_the_defaults_have_the_types_of_the_form(kind):
     schema = template(kind)["variables"]
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(defaults(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_server_takes_it(kind, prefect_backend):
+def test_the_server_accepts_the_template(kind, prefect_backend):
     pool = WorkPoolCreate(name=f"template-{kind}", type=kind, base_job_template=template(kind))
     with get_client(sync_client=True) as client:
         created = client.create_work_pool(pool)
@@ -73,12 +73,12 @@ def test_a_pod_has_one_gpu_a_spot_node_and_two_minutes_to_commit():
     assert pod["terminationGracePeriodSeconds"] == 120
 
 
-def test_nobody_but_the_parent_starts_the_run_of_an_evicted_pod_again():
+def test_only_the_parent_restarts_the_run_of_an_evicted_pod():
     assert filled_in("kubernetes")["job_manifest"]["spec"]["backoffLimit"] == 0
     assert defaults("kubernetes")["env"] == {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "crash"}
 
 
-def test_a_pod_takes_its_secrets_from_the_cluster():
+def test_a_pod_gets_its_secrets_from_the_cluster():
     container = filled_in("kubernetes", secret_name="ours")["job_manifest"]["spec"]["template"]["spec"][
         "containers"
     ][0]
@@ -86,7 +86,7 @@ def test_a_pod_takes_its_secrets_from_the_cluster():
 
 
 @pytest.mark.parametrize("values", [{}, ON_FARGATE], ids=["gpu on ec2", "fargate"])
-def test_aws_knows_every_word_of_the_task_definition(values):
+def test_the_task_definition_is_valid_for_aws(values):
     secret = {"name": "HF_TOKEN", "valueFrom": "arn:aws:secretsmanager:eu-west-1:123456789012:secret:hub"}
     task = filled_in("ecs", secrets=[secret], execution_role_arn="arn:aws:iam::123456789012:role/x", **values)
     definition = task["task_definition"] | {"family": "layerwise"}

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from layerwise.flows.cli import main as cli
-from layerwise.flows.cli.store_commands import keys_of_results
 from layerwise.flows.compress import Compress, compress
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
@@ -20,6 +19,7 @@ from layerwise.flows.zero_shot import ZeroShot, zero_shot
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compressed.checkpoint import load
 from layerwise.tasks.report import PAGE_FILE
+from layerwise.tasks.results.garbage import keys_of_results
 from tests.lm_task_files import WORDS, give_words, some_documents, write_task
 
 
@@ -123,7 +123,7 @@ def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, pr
     )
     options = ["--search", first.key, "--tasks", ",".join(tasks), "--documents", "12"]
     command = subprocess.run(
-        [sys.executable, "-m", "layerwise.flows.cli.main", "zero-shot", "--store", done[1].store, *options],
+        [sys.executable, "-m", "layerwise", "zero-shot", "--store", done[1].store, *options],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PREFECT_API_URL": prefect_backend},
         capture_output=True,

@@ -8,7 +8,6 @@ import pytest
 
 from layerwise.flows.bench import bench
 from layerwise.flows.cli import main as cli
-from layerwise.flows.cli.store_commands import keys_of_results
 from layerwise.flows.compress import Compress, compress
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
@@ -17,6 +16,7 @@ from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.ways import BFLOAT16, SPARSE
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.results.garbage import keys_of_results
 
 QUICK = SpeedSettings(prompt_tokens=5, new_tokens=3, rounds=1)
 OPTIONS = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1"]

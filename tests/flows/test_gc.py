@@ -84,7 +84,7 @@ def test_without_apply_the_run_reports_and_deletes_nothing(store):
     assert name == f"gc of {store.url}"
     assert rows_of_table(tables) == GARBAGE
     assert tables[0].description == f"To be deleted in {store.url}"
-    assert "not ours: left alone: notes.txt" in log
+    assert "not part of the store, kept: notes.txt" in log
     assert "nothing was deleted; set apply to delete" in log
     assert any("abandoned attempts: 2, 2.05 kB; temporary files: 1, 3 B" in line for line in log)
     assert files_in(store.root) == before

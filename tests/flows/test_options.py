@@ -47,12 +47,12 @@ def read(*options: str) -> Search:
             '--allocator={"method": "erf", "log_amplification": 1e999}',
             "--allocator: log_amplification: .* finite",
         ),
-        ('--allocator={"method": "owl", "method": "dsa"}', "--allocator: .*'method' is there more than once"),
+        ('--allocator={"method": "owl", "method": "dsa"}', "--allocator: .*'method' occurs more than once"),
         (
             '--allocator={"method": "owl", "sprea": 0.1}',
             "--allocator: sprea: Unexpected keyword argument, got 0.1$",
         ),
-        ('--allocator={"spread": 1}', "--allocator: a method is its name, or JSON"),
+        ('--allocator={"spread": 1}', "--allocator: give a method by its name, or as JSON"),
         ("--allocator=owll", "--allocator: there is no method 'owll' .did you mean 'owl'.*'alpha_pruning'"),
         ("--allocator=" + "[" * 100_000, "--allocator: .* is nested too deeply"),
         (

@@ -103,4 +103,4 @@ def test_an_error_names_the_missing_room_for_the_database_of_the_server(tmp_path
         capture_output=True,
         text=True,
     )
-    assert "has only 0.0 MB left. Make room for 20 MB, or set XDG_CACHE_HOME" in done.stdout, done.stderr
+    assert "has only 0.0 MB left. Free 20 MB, or set XDG_CACHE_HOME" in done.stdout, done.stderr

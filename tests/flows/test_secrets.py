@@ -39,7 +39,7 @@ def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
             [
                 sys.executable,
                 "-m",
-                "layerwise.flows.cli.main",
+                "layerwise",
                 "search",
                 *options,
                 "--store",

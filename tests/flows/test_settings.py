@@ -163,6 +163,6 @@ def test_one_process_makes_no_groups():
 @pytest.mark.parametrize("pattern", ["2:4", "N:8"])
 def test_offsets_of_projections_are_too_small_for_a_pattern(pattern):
     with pytest.raises(
-        ValueError, match=f"the pattern {pattern}, whose levels are further apart .* Leave the pattern out"
+        ValueError, match=f"pattern is {pattern}, whose levels are further apart .* Leave out the pattern"
     ):
         Search(model="demo", sparsity=0.5, strategy="projections", pattern=pattern)

@@ -120,7 +120,7 @@ def layerwise_theory(workshop, server, store, *more) -> subprocess.CompletedProc
     small = {name: value for name, value in workshop.parameters().items() if name != "betas"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     return subprocess.run(
-        [sys.executable, "-m", "layerwise.flows.cli.main", "theory", *options, f"--store={store}", *more],
+        [sys.executable, "-m", "layerwise", "theory", *options, f"--store={store}", *more],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PREFECT_API_URL": server},
         capture_output=True,

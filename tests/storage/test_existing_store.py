@@ -77,7 +77,7 @@ def test_a_store_in_a_read_only_bucket_can_be_read(fault_proxy, s3_bucket, capsy
         store.get_or_build(Stage("new", 1), lambda draft: pytest.fail("work that cannot be kept"))
     with pytest.raises(PermissionError, match="was refused"):
         collect_garbage(store.url, apply=True, results_only=False)
-    assert "nothing to delete" in capsys.readouterr().out
+    assert "nothing to delete." in capsys.readouterr().out
     assert caplog.records == []
     fault_proxy.heal()
     assert paths_in(store) == before

@@ -1,4 +1,4 @@
-"""What the command line says about errors: those of the user in one line, those of ours with a report."""
+"""Error messages of the command line: one line for the user's errors, a bug report for ours."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ OF_THE_USER = {
 
 
 @pytest.mark.parametrize("name", OF_THE_USER)
-def test_an_error_of_a_library_that_input_can_cause_is_its_message_and_its_kind(name, state):
+def test_a_library_error_that_input_can_cause_gives_its_message_and_class(name, state):
     fault, message = OF_THE_USER[name]
     line = explain(caught(fault), debug=False)
     assert re.search(message, line)
@@ -61,7 +61,7 @@ def test_an_error_of_a_library_that_input_can_cause_is_its_message_and_its_kind(
     assert not state.exists()
 
 
-def test_a_sentence_of_ours_is_printed_as_it_is():
+def test_a_message_of_ours_is_printed_unchanged():
     assert explain(caught(lambda: SpeedSettings(rounds=1001)), debug=False) == (
         "rounds is 1001; it must be 1000 or less."
     )
@@ -82,7 +82,7 @@ def recurse() -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_mistake_of_the_program_is_called_a_bug_and_kept_in_a_file(name, state):
+def test_an_unexpected_error_is_called_a_bug_and_written_to_a_report(name, state):
     error = caught(FAULTS[name])
     line = explain(error, debug=False)
     (report,) = state.iterdir()
@@ -115,21 +115,21 @@ def test_only_the_newest_reports_are_kept(state):
     assert not names[-1].startswith("bug-2020")
 
 
-def test_a_report_that_cannot_be_written_is_said_to_be_so(state):
+def test_the_line_says_if_the_report_cannot_be_written(state):
     state.parent.write_text("a file where the folder should be")
     line = explain(caught(FAULTS["a wrong type"]), debug=False)
     assert "could not be written" in line
     assert "--debug" in line
 
 
-def test_debug_prints_the_traceback_with_nothing_that_a_terminal_obeys(capsys):
+def test_debug_prints_the_traceback_with_control_characters_escaped(capsys):
     explain(caught(lambda: raise_(ValueError("\x1b[2J"))), debug=True)
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last):\n")
     assert err.endswith("ValueError: \\x1b[2J\n")
 
 
-def test_a_log_line_has_no_traceback_and_nothing_that_a_terminal_obeys():
+def test_a_log_line_has_no_traceback_and_control_characters_escaped():
     error = caught(lambda: raise_(ValueError("wrong")))
     record = logging.makeLogRecord(
         {

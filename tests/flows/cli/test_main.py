@@ -63,7 +63,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def obey_ctrl_c() -> None:
-    """As at a terminal: shells have what they run in the background ignore it, and with it all of its children."""
+    """React to Ctrl-C as at a terminal; shells make background processes and their children ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -77,7 +77,7 @@ def start(environment, pytestconfig):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a group of its own, as at a terminal
+            start_new_session=True,  # its own process group, as at a terminal
             preexec_fn=obey_ctrl_c,
         )
 
@@ -86,7 +86,7 @@ def start(environment, pytestconfig):
 
 @pytest.fixture(scope="module")
 def several(start, prefect_backend):
-    """Run commands one after the other in one process, as importing torch takes seconds; our server is the user's."""
+    """Run commands one after the other in one process, to import torch only once, with the server of the tests."""
 
     def run(*commands: list[str]) -> list[Done]:
         process = start("-c", SEVERAL_COMMANDS, json.dumps(commands), PREFECT_API_URL=prefect_backend)
@@ -100,7 +100,7 @@ def several(start, prefect_backend):
 
 @pytest.fixture(scope="module")
 def options(workshop):
-    """The settings of a small search as options."""
+    """Spell the settings of a small search as options."""
 
     def spell(**changes) -> list[str]:
         spelt = workshop.parameters(betas="0.1,0.25") | changes
@@ -111,9 +111,9 @@ def options(workshop):
 
 @pytest.fixture(scope="module", autouse=True)
 def first_search(start, options, tmp_path_factory):
-    """A search on a fresh machine, with the server that is embedded; it starts while other tests run."""
+    """Run a search on a fresh machine with the embedded server, while other tests run."""
     store = str(tmp_path_factory.mktemp("first") / "store")
-    process = start("-m", "layerwise.flows.cli.main", "search", *options(), "--store", store)
+    process = start("-m", "layerwise", "search", *options(), "--store", store)
     done: list[Done] = []
 
     def wait() -> tuple[str, Done]:
@@ -123,13 +123,13 @@ def first_search(start, options, tmp_path_factory):
         return store, done[0]
 
     yield wait
-    if process.poll() is None:  # a test failed; a killed process would leave its server behind
+    if process.poll() is None:  # a test has failed; SIGINT also ends the server
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
 
 
 def search_that_made(finished) -> str:
-    """Key of the search's own artifact."""
+    """Return the key of the search's own artifact."""
     result, runtime = finished
     made = {artifact.key for artifact in result.stages.values()}
     (search,) = (
@@ -142,7 +142,7 @@ def search_that_made(finished) -> str:
 
 @pytest.fixture(scope="module")
 def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Done]:
-    """What each of these commands did and said, by what is asked."""
+    """Exit code and output of each of these commands, by name."""
     result, runtime = finished
     key = result.stages["capture"].key
     empty = str(tmp_path_factory.mktemp("empty"))
@@ -205,8 +205,9 @@ def test_help_has_every_setting_with_its_description_and_default(said, command, 
     for name, field in settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in shown
         assert without_spaces(field.description) in shown
-        if not field.is_required() and field.default is not None:
+        if not field.is_required() and field.default not in (None, ()):
             default = getattr(field.default, "method", field.default)
+            default = str(default).lower() if isinstance(default, bool) else default
             assert without_spaces(f"{field.description} Default: {default}.") in shown
 
 
@@ -223,7 +224,7 @@ def test_ls_has_one_line_for_each_artifact_that_show_understands(said, finished)
     assert header.split() == ["artifact", "made", "seconds", "size", "what"]
     for artifact in result.stages.values():
         assert len([line for line in lines if artifact.key.startswith(line.split()[0])]) == 1
-    assert said["ls of nothing"].out == "no artifacts here\n"
+    assert said["ls of nothing"].out == "The store has no artifacts.\n"
 
 
 def test_show_of_a_search_has_its_table_its_verdict_and_the_place_of_the_model(said, finished):
@@ -242,7 +243,7 @@ def test_show_of_a_search_has_its_table_its_verdict_and_the_place_of_the_model(s
     assert re.search(r"test: .*: \d+ windows of 16 tokens from .*SHA-256 \w{12}", said["show"].out)
 
 
-def test_report_says_where_the_page_of_a_search_lies(said, finished):
+def test_report_prints_the_path_of_the_page(said, finished):
     assert (said["report"].code, said["report"].out) == (0, f"{finished[0].report}\n")
 
 
@@ -255,7 +256,7 @@ def test_show_of_an_artifact_has_its_recipe_and_its_files(said, finished):
         assert file.path in shown
 
 
-def test_plan_says_what_is_to_do_before_and_after(said):
+def test_plan_shows_the_work_before_and_after_a_search(said):
     before, after = said["plan before"], said["plan after"]
     assert before.code == after.code == 0
     assert "in the store" not in before.out
@@ -265,7 +266,7 @@ def test_plan_says_what_is_to_do_before_and_after(said):
 
 
 def test_an_empty_option_means_all_windows_not_the_default(said):
-    """A quarter of 2000 words in windows of four; auto would be 64."""
+    """The selection text has a quarter of 2000 words, in windows of four tokens; auto would give 64 windows."""
     (line,) = [
         line for line in said["plan with all windows"].out.splitlines() if "sample_tokens: sel" in line
     ]
@@ -314,7 +315,7 @@ def test_an_error_is_one_line_that_names_what_is_wrong(said, name, message):
         ("a dash", "layerwise plan: argument --offsets: expected one argument. .* --offsets=-0.1"),
     ],
 )
-def test_a_misspelt_command_line_is_one_line_that_names_what_was_meant(said, name, message):
+def test_a_misspelt_command_or_option_gives_one_line_with_the_closest_one(said, name, message):
     done = said[name]
     assert (done.code, done.out) == (2, "")
     (line,) = done.err.splitlines()
@@ -338,10 +339,10 @@ def test_debug_shows_the_traceback_before_the_line(said, name):
     assert re.match("layerwise: 'nowhere' is neither", done.err.splitlines()[-1])
 
 
-def test_a_wrong_option_is_told_before_a_server_is_started(start, options, tmp_path):
+def test_a_wrong_option_is_refused_before_a_server_starts(start, options, tmp_path):
     process = start(
         "-m",
-        "layerwise.flows.cli.main",
+        "layerwise",
         "search",
         *options(sparsity=2),
         "--store",
@@ -355,7 +356,7 @@ def test_a_wrong_option_is_told_before_a_server_is_started(start, options, tmp_p
 
 @pytest.mark.parametrize("command", ["--help", "ls"])
 def test_a_closed_pipe_is_no_error(start, command, tmp_path):
-    process = start("-m", "layerwise.flows.cli.main", command, *([str(tmp_path)] if command == "ls" else []))
+    process = start("-m", "layerwise", command, *([str(tmp_path)] if command == "ls" else []))
     process.stdout.close()
     err = process.stderr.read()
     process.wait(timeout=60)
@@ -365,18 +366,18 @@ def test_a_closed_pipe_is_no_error(start, command, tmp_path):
 @pytest.mark.parametrize(
     "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"TERM": "dumb"}]
 )
-def test_a_name_that_the_terminal_cannot_show_is_shown_with_escapes(start, tmp_path, encoding):
+def test_a_name_that_the_terminal_cannot_encode_is_escaped(start, tmp_path, encoding):
     store = ArtifactStore(str(tmp_path))
     stage = Stage("named", 1, "größe \udcff \x1b[2J \u202e [/x] :smile:", {})
     artifact = store.get_or_build(stage, lambda draft: draft.write("file", b""))
-    process = start("-m", "layerwise.flows.cli.main", "show", str(tmp_path), artifact.key, **encoding)
+    process = start("-m", "layerwise", "show", str(tmp_path), artifact.key, **encoding)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert r"\udcff \u001b[2J \u202e [/x] :smile:" in out
 
 
-def test_a_search_that_fails_says_so_in_one_line(said):
-    """Prefect logs the same error twice, with tracebacks: into its own log, not on the terminal."""
+def test_a_failing_search_ends_with_one_line(said):
+    """Prefect logs the error twice with tracebacks, in its own log and not on the terminal."""
     done = said["search that fails"]
     assert (done.code, done.out) == (1, "")
     warning, line = done.err.splitlines()
@@ -386,15 +387,15 @@ def test_a_search_that_fails_says_so_in_one_line(said):
     assert re.match(r"layerwise: .*1000 tokens, but 6 x 400 = 2400 are needed", line)
 
 
-def test_a_second_search_finds_everything_done(said, finished):
+def test_a_second_search_reuses_every_artifact(said, finished):
     result, done = finished[0], said["search again"]
     assert (done.code, done.err) == (0, "")
     assert "Everything was in the store already: no layer was computed, no weight was read." in done.out
     assert result.selection.verdict in done.out
-    assert re.search(r"start-up \d+ s \(to reach your Prefect server took \d+ s of it\)", done.out)
+    assert re.search(r"start-up \d+ s \(reaching your Prefect server took \d+ s of it\)", done.out)
 
 
-def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
+def test_prefect_keeps_the_log_of_a_failing_search(said, workshop):
     assert said["search that fails"].code == 1
     with get_client(sync_client=True) as client:
         ours = FlowRunFilter(name={"any_": ["model at 0.5"]}, state={"type": {"any_": ["FAILED"]}})
@@ -407,20 +408,16 @@ def test_prefect_keeps_the_log_of_a_search_that_fails(said, workshop):
     assert any("2400 are needed" in message for message in messages)
 
 
-def test_ctrl_c_at_a_terminal_ends_a_search_and_its_processes_and_tells_how_to_resume(
-    start, options, tmp_path
-):
-    """The whole group of processes gets the signal there; a server that ended with it would be asked for 17 minutes."""
+def test_ctrl_c_ends_a_search_with_its_processes_and_prints_how_to_resume(start, options, tmp_path):
+    """A terminal sends the signal to the whole group. If the server ended too, Prefect would retry for 17 minutes."""
     where = ["--store", str(tmp_path / "store"), "--fan-out", "processes:1"]
-    process = start(
-        "-m", "layerwise.flows.cli.main", "search", *options(), *where, PREFECT_CLIENT_MAX_RETRIES="9"
-    )
+    process = start("-m", "layerwise", "search", *options(), *where, PREFECT_CLIENT_MAX_RETRIES="9")
     while "capture: pending" not in (line := process.stderr.readline()):
-        assert line, "it has ended before"
+        assert line, "the search has ended before"
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert "stopped by the keyboard" in err
+    assert "interrupted; " in err
     assert "Resume with:\n  layerwise search --model" in err
 
 
@@ -443,7 +440,7 @@ def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(f
 
 
 def test_options_and_settings_cannot_differ():
-    """Every option comes out of a field: a parser has them all, and values stay strings until they are validated."""
+    """Every field has an option, and values are strings until they are validated."""
     parser = ArgumentParser()
     add_options(parser, Search)
     given = vars(parser.parse_args(["--model=demo", "--sparsity=0.5", "--test-windows="]))
@@ -464,7 +461,7 @@ def test_options_and_settings_cannot_differ():
         {"pruner": "magnitude", "allocator": "erf"},
     ],
 )
-def test_the_command_of_a_search_makes_the_same_search(changes):
+def test_the_command_of_a_search_gives_the_same_settings(changes):
     settings = Search.model_validate({"model": "demo", "sparsity": 0.5, **changes})
     parser = ArgumentParser()
     add_options(parser, Search)
@@ -477,7 +474,7 @@ def test_the_command_of_a_search_makes_the_same_search(changes):
 
 
 @pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])
-def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, monkeypatch, capsys):
+def test_a_missing_store_is_refused_and_not_created(command, tmp_path, monkeypatch, capsys):
     missing = tmp_path / "missing"
     monkeypatch.setattr(sys, "argv", ["layerwise", command, str(missing)])
     with pytest.raises(SystemExit) as ending:
@@ -489,7 +486,7 @@ def test_a_store_that_does_not_exist_is_told_and_not_made(command, tmp_path, mon
 
 
 @pytest.mark.parametrize("command", ["compress", "zero-shot"])
-def test_a_store_that_does_not_exist_is_told_before_a_server_is_waited_for(command, tmp_path):
+def test_a_missing_store_is_refused_before_a_server_starts(command, tmp_path):
     arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
     with pytest.raises(FileNotFoundError, match="missing is not a store: nothing is there"):
         FLOWS[command](arguments, 0.0)

@@ -1,4 +1,4 @@
-"""What `layerwise status` tells people of a store: who works there, what was left, what was found."""
+"""`layerwise status`: running processes, unfinished stages, finished searches."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ with announced(store, "search: demo at 0.5"):
 
 
 def words(capsys) -> list[str]:
-    """The lines that were printed, without what only aligns them; ages, which differ, are "AGE"."""
+    """Return the printed lines without the spaces of the alignment, and with "AGE" in place of ages, which differ."""
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     ages = {f"{seconds} s ago" for seconds in range(60)}
     for age in sorted(ages, key=len, reverse=True):
@@ -69,16 +69,16 @@ def make_old(store: ArtifactStore, key: str, seconds: float) -> None:
         os.utime(path, (then, then))
 
 
-def test_a_store_in_which_nothing_goes_on_says_so(store, capsys):
+def test_a_store_without_processes_stages_or_searches_says_so(store, capsys):
     store.get_or_build(CAPTURE, lambda draft: None)
     assert shown(store, capsys) == [
-        "Nobody is at work.",
-        "Nothing is begun and not finished.",
+        "No process is running.",
+        "No stage is unfinished.",
         "No search has finished.",
     ]
 
 
-def test_who_works_there_and_at_what(store, capsys):
+def test_a_running_process_is_listed_with_its_flow_and_stage(store, capsys):
     doing("capture: dense model: layer 3 of 30")
     try:
         with announced(store, "search: demo [red] at 0.5"):
@@ -86,13 +86,13 @@ def test_who_works_there_and_at_what(store, capsys):
     finally:
         doing("")
     assert lines[:3] == [
-        "At work: 1 process",
-        "host process began last sign what doing",
+        "Running: 1 process",
+        "host process started last sign flow doing",
         f"{socket.gethostname()} {os.getpid()} AGE AGE search: demo [red] at 0.5 capture: dense model: layer 3 of 30",
     ]
 
 
-def test_a_resume_point_of_somebody_who_is_at_work_is_in_progress(store, capsys):
+def test_a_resume_point_younger_than_a_running_process_is_in_progress(store, capsys):
     with announced(store, "a search"):
         leave_resume_point(store)
         lines = shown(store, capsys)
@@ -102,15 +102,15 @@ def test_a_resume_point_of_somebody_who_is_at_work_is_in_progress(store, capsys)
     assert lines[row + 1] == "No search has finished."
 
 
-def test_a_resume_point_that_nobody_works_on_is_to_be_taken_up_by_the_same_search(store, capsys):
+def test_a_resume_point_without_a_running_process_is_interrupted(store, capsys):
     leave_resume_point(store)
     lines = shown(store, capsys)
-    assert lines[0] == "Nobody is at work."
-    assert "2 kB left behind" in lines[3]
-    assert lines[4] == "Nobody works on this. Start the same search again, and it goes on from there."
+    assert lines[0] == "No process is running."
+    assert "2 kB interrupted" in lines[3]
+    assert lines[4] == "No process works on these. Start the same search again to resume."
 
 
-def test_a_resume_point_older_than_all_who_are_at_work_may_be_left_behind(tmp_path, capsys):
+def test_a_resume_point_older_than_all_running_processes_is_interrupted(tmp_path, capsys):
     store = ArtifactStore(str(tmp_path / "store"))
     leave_resume_point(store)
     make_old(store, CAPTURE.key, 2 * 3600)
@@ -120,40 +120,40 @@ def test_a_resume_point_older_than_all_who_are_at_work_may_be_left_behind(tmp_pa
     new, old, advice = lines[5:8]
     assert new.endswith("3 0 s 2 kB in progress")
     assert "2 h ago" in old
-    assert old.endswith("12 0 s 2 kB left behind")
-    assert advice.startswith("1 left behind: saved before anybody who is at work now began.")
+    assert old.endswith("12 0 s 2 kB interrupted")
+    assert advice.startswith("1 interrupted: saved before any running process started.")
 
 
-def test_what_was_finished_is_not_said_to_be_begun(store, capsys):
+def test_a_finished_stage_is_not_unfinished(store, capsys):
     leave_resume_point(store)
     progress = store.fs.cat_file(f"{store.root}/{CAPTURE.key}/progress.json")
     store.get_or_build(CAPTURE, lambda draft: None)
     overwrite(store.fs, f"{store.root}/{CAPTURE.key}/progress.json", progress)  # by a second builder
-    assert "Nothing is begun and not finished." in shown(store, capsys)
+    assert "No stage is unfinished." in shown(store, capsys)
 
 
 def test_lanes_that_only_note_their_group_are_not_listed(store, capsys):
     note_group(store, [Stage("lane", 1, beta) for beta in (0.1, 0.2)])
-    assert "Nothing is begun and not finished." in shown(store, capsys)
+    assert "No stage is unfinished." in shown(store, capsys)
 
 
-def test_a_damaged_resume_point_is_told(store, capsys):
+def test_a_damaged_resume_point_is_listed_as_damaged(store, capsys):
     leave_resume_point(store)
     overwrite(store.fs, f"{store.root}/{CAPTURE.key}/progress.json", b"{")
-    assert "damaged: its work is done anew" in shown(store, capsys)[3]
+    assert "damaged: the stage will start from its beginning" in shown(store, capsys)[3]
 
 
-def test_finished_searches_are_told_with_source_sparsity_and_verdict(store, capsys):
+def test_a_finished_search_is_listed_with_source_sparsity_and_verdict(store, capsys):
     key = finish_search(store, "owner/model")
     assert shown(store, capsys)[2:] == [
         "Finished searches",
         f"AGE: owner/model at sparsity 0.5, wanda ({key[: len('search/') + 8]})",
         "beta 0.1 of owner/model is best [red]",
-        f"`layerwise show {store.url} KEY` shows one of them.",
+        f"`layerwise show {store.url} KEY` shows a search.",
     ]
 
 
-def test_of_many_finished_searches_the_newest_five_are_told(tmp_path, capsys):
+def test_only_the_newest_five_of_many_finished_searches_are_listed(tmp_path, capsys):
     store = ArtifactStore(str(tmp_path / "store"))
     for days in range(1, 8):
         make_old(store, finish_search(store, f"model-{days}"), days * 86400 + 60)
@@ -177,7 +177,7 @@ def test_a_damaged_search_does_not_hide_the_others(store, capsys):
     assert "beta 0.1 of owner/model is best [red]" in lines
 
 
-def test_a_real_search_is_told(run_search, tmp_path, capsys):
+def test_a_real_search_is_listed(run_search, tmp_path, capsys):
     store = ArtifactStore(str(tmp_path / "store"))
     result = run_search(store.url)
     capsys.readouterr()
@@ -187,7 +187,9 @@ def test_a_real_search_is_told(run_search, tmp_path, capsys):
     assert status.SEARCH == RESULT_STAGE
 
 
-def test_a_killed_process_is_seen_at_work_and_then_as_silent(tmp_path, pytestconfig, capsys, monkeypatch):
+def test_a_killed_process_is_listed_as_running_and_later_as_silent(
+    tmp_path, pytestconfig, capsys, monkeypatch
+):
     store = ArtifactStore(str(tmp_path / "store"))
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, store.url],
@@ -205,35 +207,22 @@ def test_a_killed_process_is_seen_at_work_and_then_as_silent(tmp_path, pytestcon
     os.utime(sign, (long_ago, long_ago))
     assert running_processes(store, storage_clock(store)) == []
     assert shown(store, capsys)[:5] == [
-        "Nobody is at work.",
-        "Fallen silent: killed, or cut off from the store",
-        "host process last sign what was doing",
+        "No process is running.",
+        "No sign of life: killed, or cut off from the store",
+        "host process last sign flow was doing",
         f"{socket.gethostname()} {process.pid} 3 h ago {about}",
-        "What they saved is below. `layerwise gc` forgets those that are an hour old.",
+        "Their resume points are below. `layerwise gc` removes these entries after an hour.",
     ]
 
 
-def test_who_may_only_read_can_look(fault_proxy, s3_bucket, capsys):
+def test_read_access_is_enough(fault_proxy, s3_bucket, capsys):
     store = ArtifactStore(f"s3://{s3_bucket}/read-only")
     finish_search(store, "owner/model")
     fault_proxy.inject(error(403), lambda request: request.writes, times=float("inf"))
     assert "Finished searches" in shown(store, capsys)
 
 
-def test_the_command_imports_neither_prefect_nor_transformers(tmp_path, pytestconfig):
-    store = ArtifactStore(str(tmp_path / "store"))
-    finish_search(store, "owner/model")
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['prefect', 'transformers'])); "
-        "from layerwise.flows.cli.main import main; main()"
-    )
-    command = [sys.executable, "-c", code, "status", store.url]
-    done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "owner/model at sparsity 0.5, wanda" in done.stdout
-
-
-def test_a_wrong_path_is_told_and_not_made(tmp_path):
+def test_a_path_without_a_store_is_refused_and_not_created(tmp_path):
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError, match="is not a store: nothing is there. Check the path or URL."):
         show_status(str(missing))

@@ -1,4 +1,4 @@
-"""House-keeping from the command line: what it says, what it deletes, what it leaves to `show`."""
+"""`layerwise gc` and `layerwise verify`: their output, the files that they delete and those that they keep."""
 
 import os
 import shutil
@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from layerwise.flows.cli.show import show_key
-from layerwise.flows.cli.store_commands import collect_garbage, keys_of_results, verify_store
+from layerwise.flows.cli.store_commands import collect_garbage, verify_store
 from layerwise.storage.files.publishing import overwrite
 from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.garbage_collection import StoreInUse
+from layerwise.tasks.results.garbage import keys_of_results
 from tests.leftovers import files_in, make_old
 
 STAGE = Stage("capture", 1)
@@ -23,7 +24,7 @@ STAGE = Stage("capture", 1)
 
 @pytest.fixture
 def store(tmp_path) -> ArtifactStore:
-    """An artifact, an attempt of 2000 bytes that was abandoned, and a file of somebody else; all of them old."""
+    """A store with an artifact, an abandoned attempt of 2000 bytes, and a file of another program; all old."""
     store = ArtifactStore(str(tmp_path / "store"))
     store.get_or_build(STAGE, lambda draft: draft.write("weights.bin", b"wwww"))
     overwrite(store.fs, f"{store.root}/{STAGE.key}/{uuid.uuid4().hex}/weights.bin", bytes(2000))
@@ -34,13 +35,13 @@ def store(tmp_path) -> ArtifactStore:
 
 @pytest.fixture
 def finished_copy(finished, tmp_path) -> ArtifactStore:
-    """The store of a finished search, all of it old."""
+    """A copy of the store of a finished search, with old files only."""
     shutil.copytree(finished[1].store, tmp_path / "copy")
     make_old(tmp_path / "copy")
     return ArtifactStore(str(tmp_path / "copy"))
 
 
-def test_a_dry_run_shows_what_would_go_and_changes_nothing(store, capsys):
+def test_without_apply_the_garbage_is_shown_and_nothing_changes(store, capsys):
     before = files_in(store.root)
     assert collect_garbage(store.url, apply=False, results_only=False) == 0
     out = capsys.readouterr().out
@@ -48,22 +49,22 @@ def test_a_dry_run_shows_what_would_go_and_changes_nothing(store, capsys):
         "what count size",
         "abandoned attempts 1 2 kB",
         "all 1 2 kB",
-        "not ours: left alone: notes [red].txt",
-        "nothing was deleted; add --apply",
+        "not part of the store, kept: notes [red].txt",
+        "Nothing was deleted. Add --apply to delete these files.",
     ]
     assert files_in(store.root) == before
 
 
-def test_what_was_shown_goes_on_request(store, capsys):
+def test_apply_deletes_the_garbage_and_nothing_else(store, capsys):
     assert collect_garbage(store.url, apply=True, results_only=False) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 deleted, 2 kB"
     assert collect_garbage(store.url, apply=True, results_only=False) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "nothing to delete"
+    assert capsys.readouterr().out.splitlines()[-1] == "There is nothing to delete."
     assert store.read(store.get(STAGE.key), "weights.bin") == b"wwww"
     assert (Path(store.root) / "notes [red].txt").read_bytes() == b"precious"
 
 
-def test_what_cannot_be_deleted_is_told_by_the_exit_code(store, capsys, monkeypatch):
+def test_the_exit_code_says_that_a_file_could_not_be_deleted(store, capsys, monkeypatch):
     def remove(self, path):
         if path.endswith("weights.bin"):
             raise PermissionError("not yours")
@@ -98,7 +99,7 @@ def test_a_store_of_results_only_still_shows_its_search(finished, finished_copy,
     assert result.pruned.rpartition("/store/")[2] in str(files_in(finished_copy.root).keys())
 
 
-def test_results_are_found_by_the_recipe_of_searches(finished_copy, finished):
+def test_the_artifacts_of_results_are_those_in_the_recipes_of_searches(finished_copy, finished):
     result, _ = finished
     keys = keys_of_results(list(finished_copy.artifacts()))
     assert result.stages["export"].key in keys
@@ -106,7 +107,7 @@ def test_results_are_found_by_the_recipe_of_searches(finished_copy, finished):
     assert keys_of_results([result.stages["capture"]]) == set()
 
 
-def test_artifacts_stay_while_a_search_runs(store):
+def test_results_only_is_refused_while_a_search_runs(store):
     before = files_in(store.root)
     refused = pytest.raises(StoreInUse, match=f"'search demo at 0.5', process {os.getpid()} on")
     with announced(store, "search demo at 0.5"), refused:
@@ -121,16 +122,16 @@ def test_a_whole_store_is_verified(store, capsys):
     assert line.endswith(" s: nothing is damaged")
 
 
-def test_damage_is_told_in_a_line_each_and_by_the_exit_code(store, capsys):
+def test_each_damaged_file_gets_a_line_and_the_exit_code_is_1(store, capsys):
     path = store.location(store.get(STAGE.key), "weights.bin")
     Path(path).write_bytes(b"wwwv")
     assert verify_store(store.url) == 1
     finding, closing = capsys.readouterr().out.splitlines()
     assert finding.startswith(f"damaged: {STAGE.key} weights.bin: {path} has digest")
-    assert "1 files are damaged; a search builds anew what it reads of them" in closing
+    assert "1 files are damaged; a search rebuilds those that it reads" in closing
 
 
-def test_what_is_damaged_can_be_set_aside(store, capsys):
+def test_a_damaged_artifact_can_be_set_aside(store, capsys):
     path = store.location(store.get(STAGE.key), "weights.bin")
     Path(path).write_bytes(b"wwwv")
     assert verify_store(store.url, put_aside=True) == 1
@@ -140,15 +141,10 @@ def test_what_is_damaged_can_be_set_aside(store, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["gc"], ["verify"]])
-def test_a_wrong_path_is_told_and_not_made(tmp_path, pytestconfig, arguments):
-    """By the commands themselves, which must not import what they do not need."""
+def test_a_path_without_a_store_is_refused_and_not_created(tmp_path, pytestconfig, arguments):
     missing = str(tmp_path / "missing")
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['prefect', 'transformers'])); "
-        "from layerwise.flows.cli.main import main; main()"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, missing],
+        [sys.executable, "-m", "layerwise", *arguments, missing],
         cwd=pytestconfig.rootpath,
         capture_output=True,
         text=True,
@@ -160,13 +156,13 @@ def test_a_wrong_path_is_told_and_not_made(tmp_path, pytestconfig, arguments):
 
 def test_the_commands_do_what_their_options_say(store, pytestconfig):
     def run(*arguments):
-        command = [sys.executable, "-m", "layerwise.flows.cli.main", *arguments]
+        command = [sys.executable, "-m", "layerwise", *arguments]
         return subprocess.run(
             command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True
         ).stdout
 
     before = files_in(store.root)
-    assert "nothing was deleted; add --apply" in run("gc", store.url)
+    assert "Nothing was deleted. Add --apply" in run("gc", store.url)
     assert files_in(store.root) == before
     assert "1 deleted" in run("gc", store.url, "--apply")
     assert "nothing is damaged" in run("verify", store.url)

@@ -1,4 +1,4 @@
-"""The embedded Prefect server, started by processes of their own: its folder, its life, proxies, and what it says."""
+"""Embedded Prefect server in processes of their own: its folder, its start and end, proxies, messages."""
 
 import os
 import re
@@ -18,7 +18,7 @@ import pytest
 
 from layerwise.flows.orchestration.embedded_server import prefer_quiet_prefect
 
-# Starts a server, says which, and waits for a line: then it says what has become of it.
+# Start a server, print which one, wait for a line, and print how the server has ended.
 USES_A_SERVER = """
 import sys
 from layerwise.flows.orchestration.embedded_server import ServerStart, death_of_embedded_server
@@ -34,12 +34,12 @@ with get_client(sync_client=True) as client:
 sys.stdin.readline()
 print(death_of_embedded_server(), flush=True)
 """
-OTHER_VERSION = "ffffffffffff"  # of a database; none of Prefect's
+OTHER_VERSION = "ffffffffffff"  # version of a database that no release of Prefect has
 
 
 @dataclass(frozen=True)
 class User:
-    """A user whose ~/.prefect has the database of another version of Prefect."""
+    """User whose ~/.prefect has the database of another version of Prefect."""
 
     home: Path
 
@@ -57,7 +57,7 @@ class User:
         ]
         own = {name: value for name, value in os.environ.items() if name not in foreign}
         own |= {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": os.getcwd()}
-        own |= {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300"}  # on a machine that does much else
+        own |= {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300"}  # on a busy machine
         return subprocess.Popen(
             [sys.executable, "-c", USES_A_SERVER],
             cwd=self.home,
@@ -69,7 +69,7 @@ class User:
         )
 
     def refused(self, **changes: str) -> str:
-        """The one line that a process ends with which finds no server."""
+        """Return the error line of a process that finds no server."""
         out, err = self.start(**changes).communicate(timeout=360)
         assert out == ""
         (line,) = err.splitlines()
@@ -85,7 +85,7 @@ def make_database_of_another_version(folder: Path) -> None:
 
 @contextmanager
 def hanging_proxy() -> Iterator[str]:
-    """A proxy that takes connections and never answers."""
+    """Run a proxy that accepts connections and never answers."""
     with socket() as proxy:
         proxy.bind(("127.0.0.1", 0))
         proxy.listen()
@@ -101,7 +101,7 @@ def user(tmp_path_factory) -> User:
 
 @dataclass(frozen=True)
 class Using:
-    """A process that uses a server, the line it said, and its server's process."""
+    """A process that uses a server, the line that it printed, and the process of its server."""
 
     process: subprocess.Popen
     said: str
@@ -110,7 +110,7 @@ class Using:
 
 @pytest.fixture(scope="module")
 def first_starts(user) -> Iterator[list[Using]]:
-    """Three processes of one user, whose very first starts are at the same time; one of them is behind a proxy."""
+    """Three processes of one user that start their first server at the same time; one is behind a proxy."""
     with hanging_proxy() as proxy:
         processes = [
             user.start(HTTP_PROXY=proxy, ALL_PROXY=proxy, no_proxy="x.example"),
@@ -130,12 +130,12 @@ def first_starts(user) -> Iterator[list[Using]]:
                 process.communicate()
 
 
-def test_first_starts_at_the_same_time_and_behind_a_proxy_all_end_well(first_starts):
+def test_simultaneous_first_starts_and_one_behind_a_proxy_all_succeed(first_starts):
     for each in first_starts:
         assert re.fullmatch(rf"embedded \d+ {re.escape(version('prefect'))}\n", each.said)
 
 
-def test_the_server_has_a_folder_of_its_own_for_each_version_of_prefect(first_starts, user):
+def test_each_version_of_prefect_has_its_own_folder(first_starts, user):
     assert (user.cache / "layerwise" / f"prefect-{version('prefect')}" / "prefect.db").exists()
     with sqlite3.connect(user.database) as database:
         assert database.execute("select * from alembic_version").fetchall() == [(OTHER_VERSION,)]
@@ -154,25 +154,27 @@ def test_the_server_ends_with_its_parent(first_starts):
     assert not first_starts[1].server.is_running()
 
 
-def test_a_server_that_has_ended_is_told_from_one_that_runs(first_starts):
+def test_the_end_of_a_server_is_noticed(first_starts):
     asking = first_starts[2]
     threads = f"/proc/{asking.server.pid}/task"
     asking.server.kill()
-    # Its parent can wait for it once its last thread has ended; until then the process is a zombie, too.
+    # The parent can wait for it only when its last thread has ended; the process is already a zombie before.
     while asking.server.status() != psutil.STATUS_ZOMBIE or len(os.listdir(threads)) > 1:
         time.sleep(0.01)
     out, _ = asking.process.communicate("\n", timeout=120)
     assert re.match(r"Prefect's embedded server has ended \(exit code -9\)\. Its log is \S+\. Start", out)
 
 
-def test_a_folder_that_the_user_has_chosen_is_used_and_not_repaired(user, tmp_path):
+def test_a_folder_chosen_by_the_user_is_used_and_not_repaired(user, tmp_path):
     make_database_of_another_version(tmp_path / "chosen")
     said = user.refused(PREFECT_HOME=str(tmp_path / "chosen"))
     assert f"Can't locate revision identified by '{OTHER_VERSION}'" in said
-    assert f"The database in {tmp_path}/chosen is of another version of Prefect. Unset PREFECT_HOME" in said
+    assert (
+        f"The database in {tmp_path}/chosen belongs to another version of Prefect. Unset PREFECT_HOME" in said
+    )
 
 
-def test_a_database_that_the_user_has_chosen_is_used(user, tmp_path):
+def test_a_database_chosen_by_the_user_is_used(user, tmp_path):
     url = f"sqlite+aiosqlite:///{tmp_path}/nowhere/prefect.db"
     said = user.refused(PREFECT_API_DATABASE_CONNECTION_URL=url)
     assert "unable to open database file" in said
@@ -181,7 +183,7 @@ def test_a_database_that_the_user_has_chosen_is_used(user, tmp_path):
 def test_the_server_of_the_users_profile_is_used(tmp_path):
     user = User(tmp_path)
     (tmp_path / ".prefect").mkdir()
-    with socket() as taken:  # nobody listens there
+    with socket() as taken:  # no process listens there
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/api"
         profiles = f'active = "lab"\n[profiles.lab]\nPREFECT_API_URL = "{url}"\n'
@@ -193,7 +195,7 @@ def test_the_server_of_the_users_profile_is_used(tmp_path):
     assert not user.cache.exists()
 
 
-def test_settings_that_prefect_cannot_read_are_told_without_their_values(user):
+def test_settings_that_prefect_cannot_read_are_named_without_their_values(user):
     process = user.start(PREFECT_CLIENT_MAX_RETRIES="SECRET")
     _, err = process.communicate(timeout=60)
     line = err.splitlines()[-1]
@@ -213,7 +215,7 @@ def test_settings_that_prefect_cannot_read_are_told_without_their_values(user):
         ({"HTTP_PROXY": "p", "no_proxy": "*"}, {"no_proxy": "*"}),
     ],
 )
-def test_only_this_machine_is_added_to_what_goes_through_no_proxy(monkeypatch, before, after):
+def test_this_machine_is_added_to_no_proxy_if_a_proxy_is_set(monkeypatch, before, after):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     for name, value in before.items():

@@ -1,4 +1,4 @@
-"""Servers that are none, refuse, or fail: told in one line, within seconds."""
+"""Servers that are unreachable, refuse, fail or are no Prefect servers: one line within seconds."""
 
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,7 @@ from layerwise.flows.orchestration.server_check import check_server, is_about_se
 
 @pytest.fixture
 def answering():
-    """Start a server that gives every request one answer; returns its address without a scheme."""
+    """Start a server that gives the same answer to every request; return its address without a scheme."""
     servers = []
 
     def start(status: int, content: bytes, kind: str = "application/json") -> str:
@@ -51,7 +51,7 @@ def refusal_of(url: str, auth: str | None = None) -> str:
 @pytest.mark.parametrize(
     ("status", "content", "kind", "message"),
     [
-        (503, b"<h1>later</h1>", "text/html", "answers with 503 Service Unavailable. Look at its log"),
+        (503, b"<h1>later</h1>", "text/html", "answers with 503 Service Unavailable. Check its log"),
         (500, b"{}", "application/json", "answers with 500 Internal Server Error"),
         (
             401,
@@ -76,7 +76,7 @@ def refusal_of(url: str, auth: str | None = None) -> str:
         (200, b'"2.20.4"', "application/json", "has version 2.20.4, which Prefect 3."),
     ],
 )
-def test_an_answer_that_is_not_a_servers_is_one_line_with_the_url(answering, status, content, kind, message):
+def test_a_wrong_answer_gives_one_line_with_the_url(answering, status, content, kind, message):
     place = answering(status, content, kind)
     line = refusal_of(f"http://user:SECRET@{place}/api")
     assert message in line
@@ -84,7 +84,7 @@ def test_an_answer_that_is_not_a_servers_is_one_line_with_the_url(answering, sta
     assert "SECRET" not in line
 
 
-def test_a_wrong_password_is_not_called_missing_and_not_shown(answering):
+def test_a_wrong_password_is_called_wrong_and_not_shown(answering):
     line = refusal_of(f"http://{answering(401, b'{}')}/api", auth="admin:SECRET")
     assert "PREFECT_API_AUTH_STRING is not the right one" in line
     assert "SECRET" not in line
@@ -100,11 +100,11 @@ def test_a_wrong_password_is_not_called_missing_and_not_shown(answering):
         ("127.0.0.1:4200/api", "is not a URL"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_one_line(url, message):
+def test_an_unreachable_url_gives_one_line(url, message):
     assert message in refusal_of(url)
 
 
-def test_a_failed_request_to_the_server_is_told_from_one_to_others():
+def test_only_requests_to_prefect_are_about_its_server():
     url = "http://127.0.0.1:1/api"
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         of_server = client.api_healthcheck()
@@ -115,7 +115,7 @@ def test_a_failed_request_to_the_server_is_told_from_one_to_others():
 
 
 @pytest.mark.parametrize("proxy", ["socks5://user:SECRET@127.0.0.1:1", "nonsense://127.0.0.1:1"])
-def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(monkeypatch, proxy):
+def test_an_unusable_proxy_is_named_by_its_variable(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     try:
         httpx.Client().close()

@@ -1,4 +1,4 @@
-"""Folders of the embedded server: who may use one at the same time, and which are removed."""
+"""Folders of the embedded server: locks, and removal of old folders."""
 
 import fcntl
 import os
@@ -12,14 +12,14 @@ from layerwise.flows.orchestration.server_home import UNUSED_DAYS, ServerHome, r
 
 
 def age(folder: Path, days: float) -> None:
-    """Let it look as if it was last used so long ago."""
+    """Make the folder look as if it was last used this many days ago."""
     then = time.time() - days * 24 * 3600
     os.utime(folder.with_name(f"{folder.name}.lock"), (then, then))
 
 
 @pytest.fixture
 def home(tmp_path):
-    """A folder that was used once, by nobody now."""
+    """Make a folder that was used once and is not in use."""
 
     def make(name: str) -> Path:
         with ServerHome(tmp_path / name, own=True, limit=1) as used:
@@ -30,7 +30,7 @@ def home(tmp_path):
     return make
 
 
-def test_only_old_folders_of_other_versions_that_nobody_uses_are_removed(home, tmp_path):
+def test_only_old_unused_folders_of_other_versions_are_removed(home, tmp_path):
     current, old, recent = home("prefect-3.9.0"), home("prefect-3.8.8"), home("prefect-3.8.9")
     in_use, foreign = home("prefect-3.7.0"), tmp_path / "SmolLM2"
     foreign.mkdir()
@@ -44,7 +44,7 @@ def test_only_old_folders_of_other_versions_that_nobody_uses_are_removed(home, t
     assert left == {current, recent, in_use, foreign}
 
 
-def test_the_first_start_is_alone_and_the_later_ones_are_not(tmp_path):
+def test_the_first_start_is_exclusive_and_later_ones_are_not(tmp_path):
     folder = tmp_path / "prefect-3.8.8"
     order = []
 
@@ -63,14 +63,14 @@ def test_the_first_start_is_alone_and_the_later_ones_are_not(tmp_path):
         pass
 
 
-def test_a_first_start_that_fails_leaves_the_folder_to_the_next_one(tmp_path):
+def test_after_a_failed_first_start_the_folder_is_unlocked(tmp_path):
     with pytest.raises(ConnectionError), ServerHome(tmp_path / "home", own=True, limit=1):
         raise ConnectionError("it did not start")
     with ServerHome(tmp_path / "home", own=True, limit=1):
         pass
 
 
-def test_a_start_that_takes_too_long_is_not_waited_for(tmp_path):
+def test_waiting_for_another_start_has_a_time_limit(tmp_path):
     with (
         ServerHome(tmp_path / "home", own=True, limit=1),
         pytest.raises(TimeoutError, match="another process"),

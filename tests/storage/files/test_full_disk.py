@@ -149,7 +149,7 @@ def test_a_read_only_store_can_be_read_and_a_build_fails_before_any_work(tmp_pat
     found = on_a_disk_of_its_own(tmp_path, "size=4m", LOOKING)
     assert found["codes"] == [0, 0]
     assert found["artifacts"] == [Stage("capture", 1).key]
-    for said in ("Nobody is at work", "abandoned attempts", "nothing was deleted", "nothing is damaged"):
+    for said in ("No process is running", "abandoned attempts", "Nothing was deleted", "nothing is damaged"):
         assert said in found["said"]
     for action in ("gc --apply", "build"):
         number, message = found[action]

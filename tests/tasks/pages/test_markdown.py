@@ -3,8 +3,8 @@
 import pytest
 from markdown_it import MarkdownIt
 
-from layerwise.flows.orchestration.prefect_artifacts import how_to_load, where_the_report_is
 from layerwise.flows.pipeline.comparison_tables import markdown_of
+from layerwise.flows.pipeline.prefect_artifacts import how_to_load, where_the_report_is
 from layerwise.tasks.pages.markdown import code, fenced, one_line, plain
 
 NASTY = [

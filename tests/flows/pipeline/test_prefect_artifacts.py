@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.runtime import flow_run
 from transformers import AutoModelForCausalLM
 
-from layerwise.flows.orchestration.prefect_artifacts import how_to_load, publish_to_prefect, search_report
+from layerwise.flows.pipeline.prefect_artifacts import how_to_load, publish_to_prefect, search_report
 from layerwise.flows.pipeline.result import work_sentence
 from layerwise.flows.search import search
 from layerwise.scoring.perplexity import PairedDifference
