@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.fan_out.lane_groups import lane_groups
 from layerwise.flows.pipeline.lane_requests import LaneRequest, first_lanes, strategy_of
 from layerwise.flows.pipeline.lookup import Found, look_up

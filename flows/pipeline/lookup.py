@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.lane_requests import LaneRequest, Strategy, follow, strategy_of
 from layerwise.flows.pipeline.stages import SearchInputs, look_at_inputs
 from layerwise.flows.settings import Search

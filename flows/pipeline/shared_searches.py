@@ -5,7 +5,7 @@ A lane's artifact is the same in whatever group it ran, so that each search then
 
 from collections.abc import Sequence
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.lookup import Found, look_up
 from layerwise.flows.pipeline.stages import Captured, all_scored, captured
 from layerwise.flows.settings import Search

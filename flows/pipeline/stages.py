@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.lane_requests import LaneRequest, first_lanes, follow, strategy_of
 from layerwise.flows.pipeline.time_budget import is_too_late, stopped
 from layerwise.flows.pipeline.window_requests import Texts, count_texts, open_corpora

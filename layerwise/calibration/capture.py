@@ -7,8 +7,8 @@ from torch import Tensor
 
 from layerwise.calibration.gram import InputGram, watching_grams
 from layerwise.calibration.statistics import InputStatistics, watching
-from layerwise.models.finite import is_finite
 from layerwise.models.hidden_states import batches
+from layerwise.models.nan_check import is_finite
 from layerwise.models.streaming import StreamedModel
 
 OTHER_DTYPE = "Compute in another dtype: --dtype bfloat16 or float32."

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.gram import require_full_float32
-from layerwise.pruners.conjugate_gradient import refit
 from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, require_prunable
 
 # Up to so many inputs the inverse for every level of rho is kept: four take 1.1 GB at 8192 inputs. Beyond (13 GB at
@@ -181,6 +180,41 @@ class ALPS:
         """Mean squared change of the outputs, summed over the outputs; without damping."""
         damped = (change @ prepared.hessian).mul_(change).sum(dtype=torch.float64)
         return float(damped - self.damping * change.square().sum(dtype=torch.float64))
+
+
+def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tensor:
+    """Lower ``trace(change hessian change^T)`` by moving the entries that are not removed.
+
+    Every row takes the same number of steps, with step lengths of its own: how ALPS refines the weights once it has
+    found which to keep (arXiv:2406.07831). The quadratic form never rises from one step to the next, and is least
+    after as many steps as a row has free entries. There is no preconditioner: a Hessian of unit diagonal is its own.
+
+    Args:
+        change: from the dense to the sparse weight, shape ``(out_features, in_features)``, float32; left unchanged.
+        hessian: positive semidefinite, shape ``(in_features, in_features)``.
+        removed: mask, shape of ``change``; what it marks stays as it is.
+        steps: number of products with the Hessian, beside a first one.
+
+    Returns:
+        The new change, same shape.
+    """
+    change = change.clone()
+    residual = (change @ hessian).neg_().masked_fill_(removed, 0)
+    direction = residual.clone()
+    squared_norm = residual.square().sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        product = (direction @ hessian).masked_fill_(removed, 0)
+        step = _quotient(squared_norm, (direction * product).sum(dim=1, keepdim=True))
+        change.addcmul_(direction, step)
+        residual.addcmul_(product, step, value=-1)
+        previous, squared_norm = squared_norm, residual.square().sum(dim=1, keepdim=True)
+        direction.mul_(_quotient(squared_norm, previous)).add_(residual)
+    return change
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Zero where the denominator is not positive: such a row has nothing left to gain."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def _reciprocal(values: Tensor) -> Tensor:

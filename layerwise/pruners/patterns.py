@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan
 from layerwise.allocators.budget import weighted_mean
+from layerwise.allocators.sparsity_plan import SparsityPlan
 
 PATTERN = re.compile(r"^([1-9][0-9]?|N):([1-9][0-9]?)$")
 TOLERANCE = 1e-4  # of the overall sparsity, where levels of 1 / M cannot meet it exactly

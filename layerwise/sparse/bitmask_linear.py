@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from layerwise.sparse.bitmask import PackedWeight
 from layerwise.sparse.native import Kernel, kernel
-from layerwise.sparse.panels import PanelWeight, panels_of
+from layerwise.sparse.panel_weight import PanelWeight, panels_of
 
 # Up to so many tokens the kernel is faster, which reads the weight once for every 8 of them.
 KERNEL_TOKENS = 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.sparse.build import LIBRARY
-from layerwise.sparse.panels import PanelWeight, panel_width
+from layerwise.sparse.panel_weight import PanelWeight, panel_width
 
 Level = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # in the order of kernel.cpp's Level

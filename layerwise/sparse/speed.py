@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from layerwise.scoring.perplexity import finite_loss, perplexity
+from layerwise.sparse.engines import BFLOAT16, FLOAT32, linears_run_by, ways_of, weight_bytes
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name, in_turns, stream_bandwidth
-from layerwise.sparse.ways import BFLOAT16, FLOAT32, linears_run_by, ways_of, weight_bytes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from layerwise.sparse.pages import in_huge_pages
+from layerwise.sparse.huge_pages import in_huge_pages
 
 Measured = TypeVar("Measured")
 

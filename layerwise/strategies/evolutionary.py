@@ -8,8 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan, removed_per_linear
 from layerwise.allocators.budget import weighted_mean
+from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.strategies.adaptive import check_budget
 from layerwise.strategies.trials import Point, Trial, comparable_losses, seed_of_proposal
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from layerwise.scoring.theory import Findings
-from layerwise.scoring.theory_plans import ASCENDING
+from layerwise.scoring.theorem_checks import Findings
+from layerwise.scoring.theorem_plans import ASCENDING
 from layerwise.tasks.results.findings import number
 
 SUBJECTS = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.sources.sources import HUB_ID
 

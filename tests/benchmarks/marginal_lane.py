@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.pipeline.stages import check_inputs, load_checkpoint, sample_windows
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search

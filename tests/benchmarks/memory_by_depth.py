@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.settings import Search
 from layerwise.storage.formats.tensors import write_tensors
 from layerwise.storage.stage import Stage

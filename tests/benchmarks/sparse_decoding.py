@@ -13,14 +13,14 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_speed
 from layerwise.models.skeleton import linears_of
+from layerwise.sparse.engines import BFLOAT16, SPARSE
 from layerwise.sparse.native import LEVELS
 from layerwise.sparse.speed import measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
-from layerwise.sparse.ways import BFLOAT16, SPARSE
 
 SPARSITY, LOWEST = 0.7, 0.55  # of all layers, of the first one
 FASTER = {"avx512_bf16": 3.5}

@@ -25,9 +25,9 @@ from torch.nn.functional import linear
 
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.build import compile_kernel
+from layerwise.sparse.huge_pages import in_huge_pages
 from layerwise.sparse.native import LEVELS, Kernel, kernel
-from layerwise.sparse.pages import in_huge_pages
-from layerwise.sparse.panels import panels_of
+from layerwise.sparse.panel_weight import panels_of
 from layerwise.sparse.timing import in_turns, seconds_of, stream_bandwidth
 
 TORCH, DENSE = "torch bfloat16", "dense kernel"  # the baselines

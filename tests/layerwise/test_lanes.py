@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from layerwise.allocators.allocation import arithmetic, removed_per_linear
+from layerwise.allocators.atp import arithmetic
+from layerwise.allocators.sparsity_plan import removed_per_linear
 from layerwise.calibration.capture import capture_layers, embed_windows
 from layerwise.lanes import Lane, run_lanes
 from layerwise.pruners.magnitude import Magnitude

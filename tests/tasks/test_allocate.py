@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.allocators.allocators import Given
+from layerwise.allocators.allocator import Given
 from layerwise.allocators.depth_schedules import Erf
 from layerwise.allocators.owl import OWL
 from layerwise.models.skeleton import Linear

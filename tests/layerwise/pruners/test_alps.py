@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.pruners.alps import ALPS
-from layerwise.pruners.conjugate_gradient import refit
+from layerwise.pruners.alps import ALPS, refit
 from layerwise.pruners.masks import removal_levels
 from layerwise.pruners.sparsegpt import SparseGPT
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import multiply_in_blocks
 from layerwise.sparse.native import LEVELS, Kernel
-from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
+from layerwise.sparse.panel_weight import PANEL_COLUMNS, PanelWeight, panels_of
 
 # Single numbers, odd sizes, exact multiples of every step (8, 16, 32, 64), two groups of 64 and a rest, two and three
 # panels.

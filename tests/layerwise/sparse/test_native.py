@@ -8,7 +8,7 @@ import torch
 from layerwise.sparse import native
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.native import LEVELS, Kernel
-from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
+from layerwise.sparse.panel_weight import PANEL_COLUMNS, PanelWeight, panels_of
 from tests.layerwise.sparse.shapes import (
     DTYPES,
     check_products,

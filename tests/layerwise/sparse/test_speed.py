@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from layerwise.sparse import ways as ways_module
+from layerwise.sparse.engines import BFLOAT16, FLOAT32, INT8, SPARSE
 from layerwise.sparse.openvino_linear import OpenVinoLinear
 from layerwise.sparse.speed import measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import in_turns
-from layerwise.sparse.ways import BFLOAT16, FLOAT32, INT8, SPARSE
 from tests.layerwise.sparse.test_accelerate import pruned_model
 
 QUICK = SpeedSettings(prompt_tokens=20, new_tokens=3, rounds=2)

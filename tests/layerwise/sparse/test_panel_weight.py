@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerwise.sparse.bitmask import PackedWeight, pack
-from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panel_bounds, panels_of
+from layerwise.sparse.panel_weight import PANEL_COLUMNS, PanelWeight, panel_bounds, panels_of
 from tests.layerwise.sparse.shapes import DTYPES, SHAPES, SPARSITIES, sparse_weight
 
 

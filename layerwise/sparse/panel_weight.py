@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.sparse.bitmask import BYTE_BITS, PackedWeight, pack, unpack
-from layerwise.sparse.pages import in_huge_pages
+from layerwise.sparse.huge_pages import in_huge_pages
 
 # The inputs of a panel stay in the first-level cache (32 kB) while its weights stream by: 24 kB in float32.
 PANEL_COLUMNS = 6144

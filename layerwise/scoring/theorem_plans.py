@@ -8,8 +8,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan, arithmetic, largest_beta
+from layerwise.allocators.atp import arithmetic, largest_beta
 from layerwise.allocators.budget import fitted
+from layerwise.allocators.sparsity_plan import SparsityPlan
 
 LEVELS = tuple(tenths / 10 for tenths in range(1, 10))
 SEEDS = (0, 1, 2, 3)  # of the shuffled orders

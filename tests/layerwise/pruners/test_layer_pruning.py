@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from layerwise.pruners.gradual_zeroing import GradualZeroing
+from layerwise.pruners.layer_pruning import GradualZeroing
 
 
 def test_weights_go_level_by_level():

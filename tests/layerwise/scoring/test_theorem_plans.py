@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from layerwise.allocators.budget import weighted_mean
-from layerwise.scoring.theory_plans import theory_plans
+from layerwise.scoring.theorem_plans import theory_plans
 
 EQUAL = [1000] * 8
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
-from layerwise.sparse.pages import HUGE_PAGE, in_huge_pages
+from layerwise.sparse.huge_pages import HUGE_PAGE, in_huge_pages
 from tests.layerwise.sparse.shapes import require_product, sparse_weight
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from layerwise.allocators.allocation import ATP
-from layerwise.allocators.allocators import Given, spread_out, strength_of
+from layerwise.allocators.allocator import Given, spread_out, strength_of
 from layerwise.allocators.alpha_pruning import AlphaPruning
+from layerwise.allocators.atp import ATP
 from layerwise.allocators.budget import weighted_mean
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP

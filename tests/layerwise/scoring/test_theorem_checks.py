@@ -6,7 +6,7 @@ import math
 import pytest
 
 from layerwise.scoring.local_errors import LocalErrors
-from layerwise.scoring.theory import Orders, outcome_of, propagation_of, rise_of
+from layerwise.scoring.theorem_checks import Orders, outcome_of, propagation_of, rise_of
 
 
 def test_errors_that_rise_with_every_step_hold_the_theorem():

@@ -3,10 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-# Grid of the paper (ATP, section 4: the common difference is tried in steps of .002).
-BETA_STEP = 0.002
 
 
 @dataclass(frozen=True)
@@ -59,89 +55,6 @@ class SparsityPlan:
             math.fsum(share * size for share, size in zip(shares, sizes, strict=True)) / max(sum(sizes), 1)
             for shares, sizes in zip(self.by_linear(linear_sizes), linear_sizes, strict=True)
         )
-
-
-@dataclass(frozen=True)
-class ATP:
-    """Sparsity rises from each decoder layer to the next by one common difference beta (arXiv:2502.14770)."""
-
-    method: Literal["atp"] = "atp"
-
-
-def mean_depth(layer_sizes: Sequence[int]) -> float:
-    """Mean position of a prunable weight along the depth, first layer 0; ``(L - 1) / 2`` for layers of equal size."""
-    return math.fsum(index * size for index, size in enumerate(layer_sizes)) / sum(layer_sizes)
-
-
-def largest_beta(target: float, layer_sizes: Sequence[int]) -> float:
-    """Largest common difference that leaves every layer's sparsity within [0, 1].
-
-    Both bounds: the first layer must not fall below 0, the last one not rise above 1. For layers of equal
-    size it is ``2 min(S, 1 - S) / (L - 1)``; in general the arithmetic progression turns about the
-    parameter-weighted mean depth.
-
-    Args:
-        target: overall sparsity S, in [0, 1].
-        layer_sizes: number of prunable weights of every layer, L of them.
-    """
-    depth = mean_depth(layer_sizes)
-    if len(layer_sizes) < 2:
-        return 0.0
-    return min(target / depth, (1 - target) / (len(layer_sizes) - 1 - depth))
-
-
-def arithmetic(target: float, beta: float, layer_sizes: Sequence[int]) -> SparsityPlan:
-    """ATP: sparsity grows by ``beta`` from each layer to the next (arXiv:2502.14770, equation 1).
-
-    The parameter-weighted mean over the layers is ``target`` whatever ``beta`` is; beta 0 is the uniform
-    plan.
-
-    Raises:
-        ValueError: a beta outside of the legal range, with the range; a target outside [0, 1).
-    """
-    if not 0 <= target < 1:
-        raise ValueError(
-            f"the overall sparsity is {target:g}; it must lie in [0, 1), as the fraction removed."
-        )
-    largest = largest_beta(target, layer_sizes)
-    if not 0 <= beta <= largest * (1 + 1e-12):
-        raise ValueError(
-            f"beta {beta:g} is outside of the legal range [0, {largest:.5f}] for sparsity {target:g} and "
-            f"{len(layer_sizes)} layers: the first or the last layer would leave [0, 1]. Choose a beta within it."
-        )
-    depth = mean_depth(layer_sizes)
-    layers = (target + beta * (index - depth) for index in range(len(layer_sizes)))
-    return SparsityPlan(beta, tuple(min(max(sparsity, 0.0), 1.0) for sparsity in layers))
-
-
-def beta_grid(target: float, layer_sizes: Sequence[int], step: float = BETA_STEP) -> tuple[float, ...]:
-    """Multiples of ``step`` in the legal range, 0 (uniform) first: the grid of the paper with the default step."""
-    largest = largest_beta(target, layer_sizes)
-    count = beta_grid_size(target, layer_sizes, step)
-    return tuple(min(round(step * index, 12), largest) for index in range(count))
-
-
-def beta_grid_size(target: float, layer_sizes: Sequence[int], step: float) -> int:
-    """Number of betas of ``beta_grid``, 0 among them; computes none of them."""
-    if step <= 0:
-        raise ValueError(f"the step of the beta grid is {step:g}; it must be positive, e.g. {BETA_STEP:g}.")
-    # The paper's own bounds fall on grid points (2 x .3 / 30 = .02), which floating point may miss by one
-    # unit.
-    return math.floor(min(largest_beta(target, layer_sizes) / step + 1e-9, 1e18)) + 1
-
-
-def beta_spread(target: float, layer_sizes: Sequence[int], count: int) -> tuple[float, ...]:
-    """0 (uniform) and ``count`` betas spread evenly over the legal range, its upper end included.
-
-    Deep models have a short range that a fixed step covers coarsely (3 points for 80 layers at 70 %); a
-    count does not.
-    """
-    if count < 1:
-        raise ValueError(f"{count} betas were asked for; at least 1 is needed beside beta 0.")
-    largest = largest_beta(target, layer_sizes)
-    if largest == 0:
-        return (0.0,)
-    return (0.0, *(largest * (index + 1) / count for index in range(count)))
 
 
 def removed_per_linear(

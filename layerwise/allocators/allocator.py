@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from layerwise.allocators.allocation import ATP, arithmetic
 from layerwise.allocators.alpha_pruning import AlphaPruning
+from layerwise.allocators.atp import ATP, arithmetic
 from layerwise.allocators.budget import weighted_mean
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP
