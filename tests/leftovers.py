@@ -1,4 +1,4 @@
-"""What attempts that died leave in a store, and a collection of it in a day from now."""
+"""Leftovers of killed attempts in a store, and garbage collection as of a day from now."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ OTHER = Stage("branch", 1, settings={"beta": 0.1}, inputs={"capture": STAGE.key}
 
 
 class Killed(BaseException):
-    """The process is gone: nothing tidies up after it."""
+    """End of a process without any cleanup."""
 
 
 def paths_in(store):
@@ -25,7 +25,7 @@ def paths_in(store):
 
 
 def plan(store, later=DAY, grace_seconds=0.0, **kwargs):
-    """What would be deleted in a day, when everything that there is now is old."""
+    """Plan a collection for a day from now, when everything present now is old."""
     return plan_collection(
         store, grace_seconds=grace_seconds, now=storage_clock(store.fs, store.root) + later, **kwargs
     )
@@ -46,7 +46,7 @@ def build_weights(store, stage=STAGE, content=b"wwww"):
 
 
 def die_in_attempt(store, stage=STAGE, boundaries=0):
-    """An attempt that is killed after so many resume points, in the middle of a layer."""
+    """Make an attempt that is killed in the middle of a layer, after ``boundaries`` resume points."""
 
     def build(draft):
         for layer in range(boundaries):
@@ -60,11 +60,11 @@ def die_in_attempt(store, stage=STAGE, boundaries=0):
 
 
 def make_old(folder):
-    """Date everything in ``folder`` back to 2001."""
+    """Set the modification times of everything in ``folder`` to 2001."""
     for path in Path(folder).rglob("*"):
         os.utime(path, (1e9, 1e9))
 
 
 def files_in(folder):
-    """Content of every file by its path."""
+    """Return the content of every file by path."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""How much sparsity each decoder layer gets, for one overall target."""
+"""Sparsity plans, and the exact number of weights that a plan removes from every linear."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,9 @@ class SparsityPlan:
     """Sparsity of every decoder layer, first layer first, or of every prunable linear of every layer.
 
     Attributes:
-        beta: what the plan came from: ATP's common difference, or how strongly another allocator tells the layers
-            apart; 0 is the uniform plan.
-        layers: one number for each layer, or one for each of its prunable linears.
-        offset: how much more of attention's weights than of the MLP's is removed.
+        beta: strength of the allocator that made the plan (for ATP, the common difference); 0 is the uniform plan.
+        layers: for each layer one sparsity, or one for each of its prunable linears.
+        offset: sparsity of attention minus sparsity of the MLP.
     """
 
     beta: float
@@ -30,13 +29,13 @@ class SparsityPlan:
                     )
 
     def by_linear(self, linear_sizes: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
-        """Sparsity of every linear.
+        """Return the sparsity of every linear.
 
         Args:
             linear_sizes: number of weights of every prunable linear, by layer.
 
         Raises:
-            ValueError: the plan was made for other layers or linears.
+            ValueError: the plan has another number of layers or linears than ``linear_sizes``.
         """
         shares = tuple(
             layer if isinstance(layer, tuple) else (layer,) * len(sizes)
@@ -44,13 +43,13 @@ class SparsityPlan:
         )
         if len(self.layers) != len(linear_sizes) or [*map(len, shares)] != [*map(len, linear_sizes)]:
             raise ValueError(
-                f"a plan for {len(self.layers)} layers with {[*map(len, shares)]} linears does not go with the model's "
+                f"the plan is for {len(self.layers)} layers with {[*map(len, shares)]} linears, but the model has "
                 f"{len(linear_sizes)} layers with {[*map(len, linear_sizes)]}. Build the plan for this model."
             )
         return shares
 
     def by_layer(self, linear_sizes: Sequence[Sequence[int]]) -> tuple[float, ...]:
-        """Mean sparsity of every layer's weights; arguments and errors as for ``by_linear``."""
+        """Return the mean sparsity of every layer's weights; arguments and errors as for ``by_linear``."""
         return tuple(
             math.fsum(share * size for share, size in zip(shares, sizes, strict=True)) / max(sum(sizes), 1)
             for shares, sizes in zip(self.by_linear(linear_sizes), linear_sizes, strict=True)
@@ -60,13 +59,13 @@ class SparsityPlan:
 def removed_per_linear(
     plan: SparsityPlan, target: float, linear_sizes: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """How many weights of every linear of every layer are removed: exactly ``round(target * total)`` in all.
+    """Count the weights to remove from every linear of every layer: exactly ``round(target * total)`` in all.
 
-    Every linear gets its plan's sparsity to within one weight; the units that rounding down leaves over go
-    to the largest remainders, the earlier linear first among equal ones.
+    Every linear gets the plan's sparsity to within one weight. Counts are rounded down first; the weights that are
+    then missing go to the linears with the largest remainders, the earlier linear first if remainders are equal.
 
     Args:
-        plan: its parameter-weighted mean is ``target``.
+        plan: a plan whose parameter-weighted mean is ``target``.
         target: overall sparsity.
         linear_sizes: number of weights of every linear, by layer.
     """
@@ -75,7 +74,7 @@ def removed_per_linear(
         for layer, (shares, sizes) in enumerate(zip(plan.by_linear(linear_sizes), linear_sizes, strict=True))
         for linear, (sparsity, size) in enumerate(zip(shares, sizes, strict=True))
     ]
-    # Sparsities are sums of floats: 0.3 * 10 may come out as 2.9999999999999996 and must not be cut to 2.
+    # Sparsities are sums of floats: 0.3 * 10 may become 2.9999999999999996, which must not be rounded down to 2.
     counts = [math.floor(amount + 1e-6) for _, _, amount in ideal]
     missing = round(target * sum(map(sum, linear_sizes))) - sum(counts)
     if not 0 <= missing <= len(counts):

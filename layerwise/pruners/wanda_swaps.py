@@ -1,4 +1,7 @@
-"""Wanda's masks, improved by swaps: second moments decide which weights go; those that stay are untouched."""
+"""Wanda with swaps: improve Wanda's mask by exchanging removed and kept weights (SparseSwaps, arXiv:2512.10922).
+
+The gain of a swap follows from the second moments of the inputs. The values of the remaining weights do not change.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +13,15 @@ from torch import Tensor
 
 from layerwise.pruners.masks import removal_levels
 
-MOST_ROUNDS = 1000  # a search with a typing error would not end
+MOST_ROUNDS = 1000  # guards against a mistyped number that would make a run endless
 
 
 @dataclass(frozen=True)
 class WandaSwaps:
-    """Starts from Wanda's mask (arXiv:2306.11695); see ``mask_swaps.refine`` for the swaps.
+    """Improve Wanda's mask (arXiv:2306.11695) by swaps, see ``refine``.
 
     Attributes:
-        rounds: of swaps at most, each through all inputs; on real layers the first brings nine tenths of the gain.
+        rounds: maximum number of rounds through all inputs; on real layers, the first gives nine tenths of the gain.
     """
 
     method: Literal["wanda_swaps"] = "wanda_swaps"
@@ -26,37 +29,37 @@ class WandaSwaps:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rounds <= MOST_ROUNDS:
-            raise ValueError(
-                f"rounds is {self.rounds}; it must be at least 0, which is Wanda itself, and at most {MOST_ROUNDS}."
-            )
+            raise ValueError(f"rounds is {self.rounds}; it must be from 0 (plain Wanda) to {MOST_ROUNDS}.")
 
     def prepare(self, gram: Tensor, tokens: int) -> Tensor:
-        """The second moments as they are.
+        """Return the second moments unchanged.
 
         Args:
             gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``.
-            tokens: how many.
+            tokens: number of tokens.
 
         Raises:
-            ValueError: no token.
+            ValueError: ``tokens`` is 0.
         """
         if tokens < 1:
-            raise ValueError("swaps need second moments, but there was no token. Pass at least one window.")
+            raise ValueError(
+                f"swaps need second moments, but they come from {tokens} tokens. Pass at least one window."
+            )
         return gram
 
     def prune(self, weight: Tensor, prepared: Tensor, count: int, group: int | None = None) -> Tensor:
-        """The weight with ``count`` entries zero and all others as they were.
+        """Return the weight with ``count`` entries set to zero.
 
-        Every row loses the same number, the first ones one more where ``count`` is not a multiple of the rows.
+        Every row loses the same number of weights, the first rows one more if ``count`` is not a multiple of the rows.
 
         Args:
             weight: shape ``(out_features, in_features)``; left unchanged.
-            prepared: of the linear's inputs, see ``prepare``.
-            count: how many weights to remove.
-            group: M of an N:M pattern; None for none.
+            prepared: result of ``prepare`` for the linear's inputs.
+            count: number of weights to remove.
+            group: M of an N:M pattern; None without a pattern.
 
         Raises:
-            ValueError: a count that is out of range or does not fit the pattern; values that are not finite.
+            ValueError: the count is out of range or does not fit the pattern, or values are not finite.
         """
         norms = prepared.diagonal().sqrt()
 
@@ -68,45 +71,47 @@ class WandaSwaps:
         return weight.masked_fill(refine(weight, mask, prepared, self.rounds, group), 0)
 
 
-# Weights of the rows that are refined together: 4 MB each for the few copies that are swept for every input.
+# Weights in the rows that are refined at a time: 4 MB for each of the few copies that are read for every input.
 SWEPT_ENTRIES = 1 << 20
-# Swaps that gain less than this fraction of a row's error may be rounding, and could undo each other for ever.
+# Smallest gain, as a fraction of a row's error. Smaller gains may be rounding errors and undo each other endlessly.
 LEAST_GAIN = 1e-6
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, rounds: int, group: int | None = None) -> Tensor:
-    """Lower every row's error ``(w - w') gram (w - w')^T`` by swaps of one removed weight and one kept.
+    """Lower every row's error ``(w - w') gram (w - w')^T`` by swapping removed and kept weights (arXiv:2512.10922).
 
-    A round goes through the inputs in order. Where a row has removed the input's weight, that weight comes back if some
-    kept weight can go for it at a gain, and the one with the largest gain goes: gains are exact, with the
-    interaction of the two. SparseSwaps looks for the best of all pairs before each swap; here the same number of
-    evaluated pairs allows as many swaps as there are removed weights, and the end is the same: a row that a round
-    leaves alone cannot be improved by any swap.
+    A round visits the inputs in order. If a row's weight of this input is removed, and restoring it while removing a
+    kept weight lowers the error, the swap with the largest gain is made. Gains are exact, including the interaction of
+    the two weights. SparseSwaps searches for the best of all pairs before each swap. Here, the same number of evaluated
+    pairs allows as many swaps as there are removed weights. The end is the same: a row that a round does not change
+    cannot be improved by any swap.
 
-    Memory beside the result: some copies of ``SWEPT_ENTRIES`` weights (at least a row), none of pairs of inputs.
+    Memory in addition to the result: a few copies of ``SWEPT_ENTRIES`` weights (at least one row); nothing of the size
+    of all pairs of inputs.
 
     Args:
         weight: shape ``(out_features, in_features)``; left unchanged.
         mask: same shape, ``True`` means "remove"; left unchanged.
         gram: sum of ``x x^T`` over the calibration tokens, shape ``(in_features, in_features)``, symmetric.
-        rounds: at most so many; fewer if nothing can be improved any more.
-        group: M of an N:M pattern: a weight is swapped with one of the same M consecutive inputs only.
+        rounds: maximum number of rounds; refinement stops earlier if nothing can be improved.
+        group: M of an N:M pattern: swaps are within M consecutive inputs. None without a pattern.
 
     Returns:
-        New mask with as many marks in every row (and group) as ``mask``.
+        New mask with the same number of marks in every row (and group) as ``mask``.
 
     Raises:
-        ValueError: shapes that do not fit, inputs that cannot be split into the groups, negative rounds, or values that
-            are not finite.
+        ValueError: shapes do not match, the inputs cannot be split into groups, ``rounds`` is negative, or values are
+            not finite.
     """
     in_features = gram.shape[0]
     if weight.ndim != 2 or mask.shape != weight.shape or gram.shape != (weight.shape[1], in_features):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)}, a mask of {tuple(mask.shape)} and a Gram matrix of "
-            f"{tuple(gram.shape)} do not fit. Pass those of one linear, (out_features, in_features) and square."
+            f"{tuple(gram.shape)} do not match. Pass weight and mask (out_features, in_features) and the square Gram "
+            "matrix of one linear."
         )
     if rounds < 0:
-        raise ValueError(f"{rounds} rounds were asked for; pass 0 to leave the mask as it is, or more.")
+        raise ValueError(f"rounds is {rounds}; it must be 0 (no swaps) or more.")
     if group is not None and (group < 1 or in_features % group):
         raise ValueError(
             f"{in_features} inputs cannot be split into groups of {group}. "
@@ -114,7 +119,7 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, rounds: int, group: int |
         )
     if not (weight.isfinite().all() and gram.isfinite().all()):
         raise ValueError(
-            "the weight or its Gram matrix has entries that are not finite: swaps cannot be compared. "
+            "the weight or its Gram matrix contains NaN or infinity, so swaps cannot be compared. "
             "Compute in bfloat16 or float32."
         )
     gram = gram.float()
@@ -140,25 +145,25 @@ def _refine_rows(weight: Tensor, mask: Tensor, gram: Tensor, rounds: int, group:
 
 
 def _sweep(weight: Tensor, mask: Tensor, gram: Tensor, group: int) -> Tensor:
-    """One round. Bringing back ``i`` and removing ``j`` changes the error by the sum of
+    """Make one round of swaps.
 
-    ``w_i (2 w_i G_ii - h_i)`` and ``w_j (h_j - 2 w_i G_ij)``, with ``h = 2 (w * mask) G + w * diag(G)``.
+    Restoring ``i`` and removing ``j`` changes the error by ``w_i (2 w_i G_ii - h_i) + w_j (h_j - 2 w_i G_ij)``, with
+    ``h = 2 (w * mask) G + w * diag(G)``.
     """
     mask = mask.clone()
     errors = weight * mask
     products = errors @ gram
     least_gain = LEAST_GAIN * (products * errors).sum(dim=1)
     slopes = products.mul_(2).addcmul_(weight, gram.diagonal())
-    forbidden = torch.zeros_like(weight).masked_fill_(
-        mask, math.inf
-    )  # what is removed cannot be removed again
+    # Infinite for removed weights, which cannot be removed again.
+    forbidden = torch.zeros_like(weight).masked_fill_(mask, math.inf)
     costs = torch.empty_like(weight[:, :group])
     for index in range(weight.shape[1]):
         returning = weight[:, index]
         partners = slice(index // group * group, index // group * group + group)
         torch.addcmul(slopes[:, partners], returning[:, None], gram[index, partners], value=-2, out=costs)
         torch.addcmul(forbidden[:, partners], weight[:, partners], costs, out=costs)
-        # Least costs by amin: min, which finds the partner too, takes 17 times as long, and few rows need one.
+        # amin gives the lowest cost only. min, which also gives its index, takes 17 times as long, and few rows swap.
         gains = returning * (slopes[:, index] - 2 * returning * gram[index, index]) - costs.amin(dim=1)
         rows = (mask[:, index] & (gains > least_gain)).nonzero()[:, 0]
         if not len(rows):

@@ -1,8 +1,8 @@
-"""What ATP's theorems say (arXiv:2502.14770, section 3), beside what was measured on a model.
+"""Checks of ATP's theorems (arXiv:2502.14770, section 3) against measurements on a model.
 
-The paper takes a decoder layer for one matrix W, and its error for E = ||W X - V Y||^2 (squared Frobenius norm), where
-V is the pruned matrix, and X and Y are the inputs in the dense and in the pruned model. Here a layer is the whole
-decoder layer, residual stream, norms and attention included, and every error is measured.
+In the paper, a decoder layer is one matrix W, and its error is E = ||W X - V Y||^2 (squared Frobenius norm), where V is
+the pruned matrix, and X and Y are the inputs in the dense and in the pruned model. Here a layer is the whole decoder
+layer, including residual stream, norms and attention, and every error is measured.
 """
 
 import math
@@ -19,13 +19,13 @@ Measure = Literal["total", "last", "relative_total", "perplexity"]
 
 @dataclass(frozen=True)
 class Rise:
-    """Theorem 3.1: of two prunings of a layer with the same input, the sparser one has the larger error.
+    """Check of theorem 3.1: with the same input, a layer pruned to a higher sparsity has a larger error.
 
     Attributes:
-        layers: how many there are.
-        steps: from one sparsity to the next, over all layers.
-        falls: layer and step, from 0, of the steps with which its error does not rise.
-        largest_fall: the largest relative one, 1 - after / before; 0 if there is none.
+        layers: number of layers.
+        steps: number of steps from one sparsity to the next, summed over the layers.
+        falls: (layer, step), both from 0, of every step at which the layer's error does not rise.
+        largest_fall: largest relative decrease, 1 - after / before; 0 without a decrease.
     """
 
     layers: int
@@ -35,15 +35,15 @@ class Rise:
 
     @property
     def holds(self) -> bool:
-        """Whether every error rises with every step."""
+        """Return whether every error rises with every step."""
         return not self.falls
 
 
 def rise_of(errors: Sequence[Sequence[float]]) -> Rise:
-    """Whether the error of every layer of its own rises with every step of sparsity.
+    """Check whether the local error of every layer rises with every step of sparsity.
 
     Args:
-        errors: by rising sparsity, then by layer.
+        errors: local errors by rising sparsity, then by layer.
     """
     falls = {
         (layer, step): 1 - after[layer] / before[layer] if before[layer] else 0.0
@@ -57,16 +57,17 @@ def rise_of(errors: Sequence[Sequence[float]]) -> Rise:
 
 @dataclass(frozen=True)
 class LayerPropagation:
-    """What one layer makes of the error that arrives.
+    """Propagation of the arriving error through one layer. All errors are squared.
 
     Attributes:
-        factor: what the squared arriving error becomes, over itself.
-        relative_factor: the same with every error over the energy of the dense signal there: above 1, the error gains
-            on the signal.
-        cross: share of the error after the layer that is neither the layer's own nor the propagated one: twice the
-            inner product of the two, which the proof of theorem 3.2 leaves out.
-        exceeds: whether the error after the layer is larger than what the layer makes of the arriving one.
-        grows: whether it is larger than the arriving one.
+        layer: index of the layer.
+        factor: propagated error divided by arriving error.
+        relative_factor: the same ratio with every error divided by the energy of the dense signal at its place; above
+            1, the error grows faster than the signal.
+        cross: fraction of the accumulated error that is neither local nor propagated: twice the inner product of the
+            two, which the proof of theorem 3.2 omits.
+        exceeds: whether the accumulated error is larger than the propagated error.
+        grows: whether the accumulated error is larger than the arriving error.
     """
 
     layer: int
@@ -79,52 +80,53 @@ class LayerPropagation:
 
 @dataclass(frozen=True)
 class Propagation:
-    """Theorem 3.2: E_{i+1} > s^2 E_i, where s is the smallest singular value of layer i+1.
+    """Check of theorem 3.2: E_{i+1} > s^2 E_i, where s is the smallest singular value of layer i+1.
 
-    What can be measured of it is the step before the bound, E_{i+1} > what the layer makes of E_i, and that itself as a
-    factor. For s the theorem has no number: of a matrix with more columns than rows, as an MLP's last one, it is 0.
+    The step before this bound can be measured: E_{i+1} is larger than the propagated error of layer i+1. The factor
+    between arriving and propagated error is measured as well. The theorem gives no value of s; for a matrix with more
+    columns than rows, such as the last one of an MLP, it is 0.
 
     Attributes:
-        layers: from the second one on, as no error arrives at the first.
+        layers: all layers but the first, which has no arriving error.
     """
 
     layers: tuple[LayerPropagation, ...]
 
     @property
     def exceeding(self) -> int:
-        """In so many layers the error afterwards is larger than what the layer makes of the arriving one."""
+        """Return the number of layers whose accumulated error is larger than the propagated error."""
         return sum(layer.exceeds for layer in self.layers)
 
     @property
     def growing(self) -> int:
-        """In so many layers it is larger than the arriving one."""
+        """Return the number of layers whose accumulated error is larger than the arriving error."""
         return sum(layer.grows for layer in self.layers)
 
     @property
     def shrinking(self) -> tuple[int, ...]:
-        """Layers that shrink the error that arrives."""
+        """Return the layers whose propagated error is smaller than the arriving error."""
         return tuple(layer.layer for layer in self.layers if layer.factor < 1)
 
     @property
     def relatively_shrinking(self) -> tuple[int, ...]:
-        """Layers that shrink it in comparison with the signal."""
+        """Return the layers that shrink the error relative to the dense signal."""
         return tuple(layer.layer for layer in self.layers if layer.relative_factor < 1)
 
     @property
     def holds(self) -> bool:
-        """Whether the step before the bound holds in every layer."""
+        """Return whether the step before the bound holds in every layer."""
         return self.exceeding == len(self.layers)
 
     def median(self, name: Literal["factor", "relative_factor", "cross"]) -> float:
-        """Median over the layers."""
+        """Return the median of a field over the layers."""
         return median(getattr(layer, name) for layer in self.layers)
 
 
 def propagation_of(parts: Sequence[LocalErrors]) -> Propagation:
-    """What every layer makes of the error that arrives, if any does.
+    """Compute how every layer with an arriving error propagates it.
 
     Args:
-        parts: of one plan, by layer.
+        parts: local errors of one plan, by layer.
     """
     return Propagation(
         tuple(
@@ -144,14 +146,15 @@ def propagation_of(parts: Sequence[LocalErrors]) -> Propagation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a plan did.
+    """Errors and perplexity of one plan.
 
     Attributes:
-        total: sum of the layers' errors E_i: what theorem 3.5 is about.
+        order: order of the sparsities over the depth, see ``theorem_plans.TheoryPlan``.
+        total: sum of the layers' errors E_i, the quantity of theorem 3.5.
         last: error E_L after the last layer.
-        relative_total: sum of the errors, each over the energy of the layer's dense output.
-        perplexity: of the losses.
-        losses: by window, in nats.
+        relative_total: sum of the errors, each divided by the energy of the layer's dense output.
+        perplexity: perplexity of the losses.
+        losses: loss of every window, in nats.
     """
 
     order: str
@@ -165,12 +168,13 @@ class Outcome:
 def outcome_of(
     order: str, errors: Sequence[float], energies: Sequence[float], losses: Sequence[float]
 ) -> Outcome:
-    """Sum up one plan.
+    """Summarize one plan.
 
     Args:
+        order: order of the sparsities over the depth.
         errors: accumulated error of every layer.
-        energies: of every layer's dense output.
-        losses: by window, in nats.
+        energies: energy of every layer's dense output.
+        losses: loss of every window, in nats.
     """
     relative = math.fsum(error / energy for error, energy in zip(errors, energies, strict=True))
     return Outcome(order, math.fsum(errors), errors[-1], relative, perplexity(losses), tuple(losses))
@@ -178,10 +182,10 @@ def outcome_of(
 
 @dataclass(frozen=True)
 class Orders:
-    """Theorem 3.5: of all orders of the same sparsities the ascending one has the least total error.
+    """Check of theorem 3.5: among all orders of the same sparsities, the ascending order has the lowest total error.
 
     Attributes:
-        outcomes: of the orders, the ascending one first.
+        outcomes: outcome of every order, the ascending order first.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -189,41 +193,41 @@ class Orders:
     def __post_init__(self) -> None:
         if len(self.outcomes) < 2:
             raise ValueError(
-                f"{len(self.outcomes)} order is not enough for a comparison: give the ascending one and others."
+                f"the number of orders is {len(self.outcomes)}; it must be at least 2. Pass the ascending order and others."
             )
 
     @property
     def holds(self) -> bool:
-        """Whether the ascending order has the least total error of those that were tried."""
+        """Return whether the ascending order has the lowest total error of all tried orders."""
         return self.below("total") == len(self.outcomes) - 1
 
     def below(self, measure: Measure) -> int:
-        """How many of the other orders the ascending one is below."""
+        """Return the number of other orders with a higher value of ``measure`` than the ascending order."""
         ascending, *others = (getattr(outcome, measure) for outcome in self.outcomes)
         return sum(ascending < other for other in others)
 
     @property
     def runner_up(self) -> Outcome:
-        """The one with the lowest perplexity, of the other orders."""
+        """Return the order with the lowest perplexity, apart from the ascending order."""
         return min(self.outcomes[1:], key=lambda outcome: outcome.perplexity)
 
     @property
     def gain(self) -> PairedDifference:
-        """Of the ascending order's losses to those of the runner-up; negative if the ascending one is better."""
+        """Return the difference in loss to the runner-up; negative if the ascending order is better."""
         return paired_difference(self.outcomes[0].losses, self.runner_up.losses)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was found on one model.
+    """Results of all checks on one model.
 
     Attributes:
-        levels: sparsities of the uniform plans, rising.
-        target: the sparsity that theorems 3.2 and 3.5 are looked at with first.
-        rise: theorem 3.1.
-        propagations: theorem 3.2, by sparsity of the uniform plan.
-        orders: theorem 3.5.
-        uniform: the uniform plan at the orders' sparsity, beside them: the theorem says nothing of it.
+        levels: sparsities of the uniform plans, ascending.
+        target: sparsity of the orders, and the main sparsity for theorem 3.2.
+        rise: check of theorem 3.1.
+        propagations: checks of theorem 3.2, by sparsity of the uniform plan.
+        orders: check of theorem 3.5.
+        uniform: outcome of the uniform plan at ``target``, for comparison; theorem 3.5 does not cover it.
     """
 
     levels: tuple[float, ...]
@@ -235,5 +239,5 @@ class Findings:
 
     @property
     def propagation(self) -> Propagation:
-        """Theorem 3.2 at the target."""
+        """Return the check of theorem 3.2 at the target."""
         return self.propagations[self.target]

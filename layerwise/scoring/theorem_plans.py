@@ -1,7 +1,7 @@
-"""The plans by which ATP's theorems are looked at (arXiv:2502.14770, section 3).
+"""Plans that test ATP's theorems (arXiv:2502.14770, section 3).
 
-One sparsity for all layers, at several levels (theorems 3.1 and 3.2); and the numbers of one arithmetic progression in
-several orders (theorem 3.5, which says that of all orders the ascending one has the least error).
+Uniform plans at several sparsities test theorems 3.1 and 3.2. One arithmetic progression in several orders tests
+theorem 3.5, by which the ascending order has the lowest error.
 """
 
 import random
@@ -13,18 +13,19 @@ from layerwise.allocators.budget import fitted
 from layerwise.allocators.sparsity_plan import SparsityPlan
 
 LEVELS = tuple(tenths / 10 for tenths in range(1, 10))
-SEEDS = (0, 1, 2, 3)  # of the shuffled orders
-DEFAULT_SHARE = 1 / 6  # of the largest legal beta
+SEEDS = (0, 1, 2, 3)  # seeds of the shuffled orders
+DEFAULT_SHARE = 1 / 6  # default beta, as a fraction of the largest legal beta
 UNIFORM, ASCENDING, DESCENDING = "uniform", "ascending", "descending"
 
 
 @dataclass(frozen=True)
 class TheoryPlan:
-    """One plan that is tried.
+    """A plan and its place in the test of the theorems.
 
     Attributes:
-        order: "uniform", "ascending", "descending", or "shuffled 0", ...: how its sparsities lie over the depth.
-        target: overall sparsity, the parameter-weighted mean of its layers.
+        order: order of the sparsities over the depth: "uniform", "ascending", "descending", or "shuffled 0", ...
+        target: overall sparsity, the parameter-weighted mean of the layers.
+        plan: sparsity of every layer.
     """
 
     order: str
@@ -33,33 +34,34 @@ class TheoryPlan:
 
 
 def theory_plans(target: float, beta: float | None, layer_sizes: Sequence[int]) -> tuple[TheoryPlan, ...]:
-    """The uniform plans by rising sparsity, ``target`` among them; then the orders, the ascending one first.
+    """Return the uniform plans by ascending sparsity, including ``target``, then the orders, the ascending order first.
 
-    An order that is the same as one before it, as there are only few of two or three layers, is left out. Of layers of
-    different sizes each order is shifted by one common amount, so that all remove the same share.
+    Duplicate orders are omitted; two or three layers have only a few orders. If layers differ in size, each order is
+    shifted by a common amount, so that all orders have the same overall sparsity.
 
-    Without a beta it is a sixth of the largest legal one, near the best of a grid over that range: of SmolLM2-135M at
-    .6 that was .0046 of .0276. With half of it the uniform plan had the lowest perplexity (46.06; ascending: 52.81), so
-    that orders were compared which nobody would choose.
+    The default beta is a sixth of the largest legal beta, which is close to the best beta of a grid: for SmolLM2-135M
+    at .6 it is .0046, and the largest is .0276. With half of the largest beta, the uniform plan had the lowest
+    perplexity (46.06; ascending: 52.81), so the comparison was between plans that are all worse than uniform.
 
     Args:
         target: overall sparsity of the orders, between 0 and 1.
-        beta: common difference of the ascending order; None for ``DEFAULT_SHARE`` of the largest legal one.
+        beta: common difference of the ascending order; None for ``DEFAULT_SHARE`` of the largest legal beta.
         layer_sizes: number of prunable weights of every layer.
 
     Raises:
-        ValueError: a single layer, or a beta that is not positive or outside of the legal range.
+        ValueError: there is only one layer, or beta is not positive or outside the legal range.
     """
     if len(layer_sizes) < 2:
         raise ValueError(
-            f"the model has {len(layer_sizes)} decoder layer, and the theorems are about the order of several. "
-            "Take a model of two layers or more."
+            f"the model has {len(layer_sizes)} decoder layer, but the theorems compare orders of several layers. "
+            "Use a model with at least two layers."
         )
     if beta is None:
         beta = DEFAULT_SHARE * largest_beta(target, layer_sizes)
     if beta <= 0:
         raise ValueError(
-            f"beta is {beta:g}: with it all layers have the same sparsity, and there is no order. Give a positive one."
+            f"beta is {beta:g}; the ascending order needs a positive beta. Give a positive number, or leave beta out "
+            "for the default."
         )
     ascending = arithmetic(target, beta, layer_sizes).by_layer([[size] for size in layer_sizes])
     orders = {ASCENDING: ascending, DESCENDING: ascending[::-1]}

@@ -1,9 +1,9 @@
-"""What another beta costs: nine lanes together against one, on SmolLM2-135M, the weights read once.
+"""Cost of another beta: nine lanes compared with one, on SmolLM2-135M, with one read of the weights.
 
     .venv/bin/python tests/benchmarks/marginal_lane.py --store .layerwise
 
-Interleaved runs in one process, each on fresh keys (another overall sparsity); exits with 1 if nine lanes take
-more than six times the time of one, or read a layer's weights more than once.
+Interleaved runs in one process, each with new keys (another overall sparsity). Exits with 1 if nine lanes take more
+than six times as long as one, or read a layer's weights more than once.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     lane_inputs = LaneInputs(checkpoint, captured, calibration, selection)
     layers = sum(checkpoint.index.layer_bytes)
     ratios = []
-    salt = time.time() % 1e-3  # another target every time, so that no lane is in the store already
+    salt = time.time() % 1e-3  # a new target every time, so that the lanes are not in the store
     for index in range(ROUNDS):
         seconds = {}
         for count in (1, len(BETAS)):

@@ -65,7 +65,7 @@ def test_beta_zero_is_uniform():
     assert arithmetic(0.6, 0, [5, 10, 15]).layers == pytest.approx([0.6] * 3)
 
 
-def test_layers_of_unequal_size_turn_about_the_mean_depth_of_a_weight():
+def test_with_unequal_layers_the_target_is_at_the_mean_depth_of_a_weight():
     # The mean depth of sizes 1, 1, 2 is (0 + 1 + 4) / 4 = 1.25.
     plan = arithmetic(0.5, 0.1, [1, 1, 2])
     assert plan.layers == pytest.approx([0.375, 0.475, 0.575])
@@ -73,7 +73,7 @@ def test_layers_of_unequal_size_turn_about_the_mean_depth_of_a_weight():
     assert largest_beta(0.9, [1, 1, 2]) == pytest.approx(0.1 / 0.75)  # last layer to 1
 
 
-def test_the_weighted_mean_and_the_bounds_are_kept_whatever_the_sizes():
+def test_the_weighted_mean_and_the_bounds_are_kept_for_all_sizes():
     dice = random.Random(0)
     for _ in range(300):
         layer_sizes = [dice.randint(1, 10**9) for _ in range(dice.randint(2, 90))]
@@ -87,20 +87,18 @@ def test_the_weighted_mean_and_the_bounds_are_kept_whatever_the_sizes():
 
 
 @pytest.mark.parametrize("beta", [-1e-9, -0.01, 0.02001, 0.5, float("nan"), float("inf")])
-def test_a_beta_outside_of_the_legal_range_is_refused_with_the_range(beta):
-    with pytest.raises(
-        ValueError, match=r"outside of the legal range \[0, 0\.02000\] for sparsity 0\.7 and 31"
-    ):
+def test_a_beta_outside_the_legal_range_is_refused_with_the_range(beta):
+    with pytest.raises(ValueError, match=r"outside the legal range \[0, 0\.02000\] for sparsity 0\.7 and 31"):
         arithmetic(0.7, beta, equal_layers(31))
 
 
 @pytest.mark.parametrize("target", [-0.1, 1.0, 1.5, 70, float("nan")])
-def test_a_target_that_is_no_fraction_is_refused(target):
+def test_a_target_that_is_not_a_fraction_is_refused(target):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         arithmetic(target, 0, equal_layers(4))
 
 
-def test_a_single_layer_has_the_target_and_no_slope():
+def test_a_single_layer_gets_the_target():
     assert largest_beta(0.7, [10]) == 0
     assert arithmetic(0.7, 0, [10]).layers == (0.7,)
     assert beta_grid(0.7, [10]) == (0.0,)

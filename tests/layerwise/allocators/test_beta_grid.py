@@ -1,11 +1,11 @@
-"""Every beta of a grid is legal, uniform is among them, and the grid is that of the paper."""
+"""Beta grids contain uniform and only legal betas, and match the grid of the paper."""
 
 import pytest
 
 from layerwise.allocators.atp import arithmetic, largest_beta
 from layerwise.allocators.beta_grid import beta_grid, beta_spread
 
-# Number of grid points beside 0 for each depth, at S = .3, .4, ... .9, computed by hand from the bounds of ATP.
+# Number of grid points except 0 for each depth, at S = .3, .4, ... .9, computed by hand from the bounds of ATP.
 TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GRID_SIZES = {
     12: (27, 36, 45, 36, 27, 18, 9),
@@ -26,7 +26,7 @@ def equal_layers(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("num_layers", GRID_SIZES)
-def test_the_grid_is_that_of_the_paper(num_layers):
+def test_the_grid_is_the_one_of_the_paper(num_layers):
     for target, size in zip(TARGETS, GRID_SIZES[num_layers], strict=True):
         grid = beta_grid(target, equal_layers(num_layers))
         assert grid == pytest.approx([0.002 * k for k in range(size + 1)])
@@ -35,9 +35,7 @@ def test_the_grid_is_that_of_the_paper(num_layers):
 @pytest.mark.parametrize(
     "num_layers, target, points", [(26, 0.8, 8), (41, 0.8, 5), (21, 0.9, 5), (81, 0.92, 1)]
 )
-def test_a_bound_that_is_a_grid_point_belongs_to_the_grid_whatever_floating_point_makes_of_it(
-    num_layers, target, points
-):
+def test_an_upper_bound_on_the_grid_is_included_despite_rounding(num_layers, target, points):
     # 2 x .2 / 25 = .016, 2 x .2 / 40 = .01, 2 x .1 / 20 = .01, 2 x .08 / 80 = .002: all multiples of .002.
     grid = beta_grid(target, equal_layers(num_layers))
     assert grid == pytest.approx([0.002 * k for k in range(points + 1)])
@@ -53,7 +51,7 @@ def test_every_beta_of_a_grid_is_legal_and_uniform_comes_first(step):
             arithmetic(target, beta, equal_layers(num_layers))
 
 
-def test_a_step_that_divides_the_legal_range_gives_a_legal_grid_with_its_upper_end():
+def test_a_step_that_divides_the_legal_range_includes_its_upper_end():
     for num_layers, target in SHAPES:
         layer_sizes = equal_layers(num_layers)
         for parts in (1, 3, 7):
@@ -82,12 +80,12 @@ def test_a_spread_of_one_is_uniform_and_the_largest():
 
 
 @pytest.mark.parametrize("target, num_layers", [(0.7, 1), (0.0, 32)])
-def test_a_spread_over_an_empty_range_is_uniform_alone(target, num_layers):
+def test_a_spread_over_an_empty_range_contains_only_uniform(target, num_layers):
     assert beta_spread(target, equal_layers(num_layers), 6) == (0.0,)
 
 
-def test_steps_and_counts_that_make_no_grid_are_refused():
+def test_invalid_steps_and_counts_are_refused():
     with pytest.raises(ValueError, match="step of the beta grid is 0; it must be positive"):
         beta_grid(0.7, equal_layers(4), step=0)
-    with pytest.raises(ValueError, match="0 betas were asked for"):
+    with pytest.raises(ValueError, match="0 betas were requested"):
         beta_spread(0.7, equal_layers(4), 0)

@@ -1,4 +1,4 @@
-"""Sparsity plans: the target is kept, the bounds are kept, the budget is exact."""
+"""Sparsity plans: sparsities stay within the bounds, and the numbers of removed weights are exact."""
 
 import random
 
@@ -12,34 +12,34 @@ TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def random_layers(dice: random.Random) -> list[list[int]]:
-    """Sizes of the linears of some layers, of different numbers and sizes."""
+    """Return the sizes of the linears of some layers, with different numbers and sizes."""
     return [[dice.randint(1, 5000) for _ in range(dice.randint(1, 7))] for _ in range(dice.randint(2, 40))]
 
 
-def test_a_plan_with_a_layer_outside_of_the_bounds_cannot_be_made():
+def test_a_plan_with_a_layer_outside_the_bounds_is_refused():
     with pytest.raises(ValueError, match=r"layer 1 would get sparsity 1\.1000, outside \[0, 1\]"):
         SparsityPlan(0.3, (0.8, 1.1))
     with pytest.raises(ValueError, match="layer 0 would get sparsity -0"):
         SparsityPlan(0.3, (-0.1, 0.2))
 
 
-def test_the_budget_of_a_small_plan_by_hand():
-    # Ideals 1.2 2.4 | 2.4 1.2: floors leave 7 - 6 = 1 unit, which goes to the first of the largest remainders.
+def test_the_counts_of_a_small_plan_by_hand():
+    # Exact counts 1.2 2.4 | 2.4 1.2: rounding down leaves 7 - 6 = 1 weight, for the first of the largest remainders.
     plan = SparsityPlan(0.0, (0.6, 0.6))
     assert removed_per_linear(plan, 0.6, [[2, 4], [4, 2]]) == ((1, 3), (2, 1))
 
 
-def test_of_equal_remainders_the_earlier_linear_comes_first():
+def test_of_equal_remainders_the_earlier_linear_is_rounded_up():
     plan = SparsityPlan(0.0, (0.5, 0.5))
     assert removed_per_linear(plan, 0.5, [[3, 3], [3, 3]]) == ((2, 2), (1, 1))
 
 
-def test_whole_ideals_are_met_whatever_floating_point_makes_of_them():
+def test_integer_counts_are_met_despite_rounding():
     plan = SparsityPlan(0.0, (0.3, 0.7 - 0.4, 0.1 * 3))
     assert removed_per_linear(plan, 0.3, [[10, 1000], [10, 1000], [10, 1000]]) == ((3, 300),) * 3
 
 
-def test_the_budget_is_exact_and_every_linear_is_within_one_weight_of_its_ideal():
+def test_the_total_is_exact_and_every_linear_is_within_one_weight_of_the_plan():
     dice = random.Random(1)
     for _ in range(300):
         linear_sizes = random_layers(dice)
@@ -57,7 +57,7 @@ def test_the_budget_is_exact_and_every_linear_is_within_one_weight_of_its_ideal(
         assert removed == removed_per_linear(plan, target, linear_sizes)
 
 
-def test_realised_sparsity_of_a_real_model_is_the_target():
+def test_realized_sparsity_of_a_real_model_is_the_target():
     # LLaMA-3-8B: grouped keys and values, 32 layers.
     linear_sizes = [[4096 * 4096, 4096 * 1024, 4096 * 1024, 4096 * 4096] + [4096 * 14336] * 3] * 32
     total = sum(map(sum, linear_sizes))
@@ -68,7 +68,7 @@ def test_realised_sparsity_of_a_real_model_is_the_target():
             assert abs(sum(map(sum, removed)) / total - target) <= 1 / total
 
 
-def test_realised_sparsity_of_a_tiny_model_is_within_one_in_ten_thousand():
+def test_realized_sparsity_of_a_tiny_model_is_within_one_in_ten_thousand():
     linear_sizes = [[32 * 32] * 4 + [32 * 48] * 3] * 2
     total = sum(map(sum, linear_sizes))
     for target in TARGETS:

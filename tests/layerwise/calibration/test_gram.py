@@ -1,4 +1,4 @@
-"""Second moments of what goes into linears, and which linears share them."""
+"""Gram matrices of the inputs of linears, and the linears that share them."""
 
 from collections.abc import Callable, Iterator
 
@@ -43,7 +43,7 @@ def gram_of(*batches: Tensor) -> InputGram:
 
 @pytest.fixture
 def precision() -> Iterator[None]:
-    """Whatever a test does to the process-wide precision is undone."""
+    """Restore the process-wide precision after the test."""
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -70,7 +70,7 @@ def test_panels_of_any_width_give_the_whole_symmetric_matrix(monkeypatch, panel)
     torch.testing.assert_close(gram, gram.T)
 
 
-def test_bfloat16_inputs_lose_none_of_the_tail():
+def test_small_bfloat16_addends_are_not_lost():
     ones = torch.ones(1, 2, dtype=torch.bfloat16)
     assert gram_of(*[ones] * 1000, ones.expand(4001, 2)).gram.tolist() == [[5001, 5001], [5001, 5001]]
 
@@ -127,8 +127,8 @@ def test_equal_inputs_in_different_tensors_are_not_shared():
     assert sharing(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q",), ("k",))
 
 
-def test_tensors_that_come_and_go_within_a_pass_are_told_apart():
-    """A freed tensor's address, and its id, go to the next one."""
+def test_temporary_tensors_within_a_pass_are_distinguished():
+    """The address and the id of a freed tensor are reused by the next one."""
 
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         for scale, name in enumerate("qkvo", 1):
@@ -138,7 +138,7 @@ def test_tensors_that_come_and_go_within_a_pass_are_told_apart():
     assert [grams[name].gram[0, 0].item() for name in "qkvo"] == [3, 12, 27, 48]
 
 
-def test_an_input_that_is_changed_in_place_is_another_one():
+def test_an_input_changed_in_place_counts_as_another_input():
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states)
         layer.k(hidden_states.mul_(3))
@@ -147,8 +147,8 @@ def test_an_input_that_is_changed_in_place_is_another_one():
     assert (grams["q"].gram[0, 0], grams["k"].gram[0, 0]) == (1, 9)
 
 
-def test_linears_far_apart_share_an_input_too():
-    """As in parallel attention: the first linear of the MLP gets what q, k and v get."""
+def test_linears_that_are_not_adjacent_can_share_an_input():
+    """In parallel attention, the first linear of the MLP has the same input as q, k and v."""
 
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.o(layer.q(hidden_states))
@@ -194,7 +194,7 @@ def without_k(layer: Layer, hidden_states: Tensor) -> None:
     [(together, apart, r"k\+q in .* as k \| q"), (apart, together, r"k \| q in .* as k\+q")]
     + [(together, without_k, r"k\+q in .* as q in"), (without_k, together, r"q in .* as k\+q in")],
 )
-def test_linears_that_share_in_one_pass_and_not_in_another_are_refused(first, later, words):
+def test_passes_that_share_inputs_differently_are_refused(first, later, words):
     with pytest.raises(ValueError, match=f"shared their inputs as {words}.*mixed up"):
         watched(Layer(alternating(first, first, later)), *[torch.ones(1, 1, 2)] * 3)
 
@@ -216,7 +216,7 @@ def test_a_linear_that_runs_twice_in_a_pass_is_refused():
         watched(Layer(forward), torch.ones(1, 1, 2))
 
 
-def test_a_pass_that_fails_leaves_nothing_behind_for_the_next():
+def test_a_failed_pass_does_not_affect_the_next():
     def failing(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states)
         raise KeyError
@@ -229,7 +229,7 @@ def test_a_pass_that_fails_leaves_nothing_behind_for_the_next():
     assert sharing(grams) == (("q", "k"),)
 
 
-def test_only_the_linears_that_are_named_are_watched_and_only_if_they_run():
+def test_only_named_linears_that_run_are_watched():
     layer = Layer(together)
     with (
         torch.no_grad(),
@@ -239,7 +239,7 @@ def test_only_the_linears_that_are_named_are_watched_and_only_if_they_run():
     assert grams.keys() == {"k"}
 
 
-def test_nothing_is_watched_after_the_block_nor_after_an_error():
+def test_hooks_are_removed_after_the_block_and_after_an_error():
     layer = Layer(attention)
     watched(layer, torch.ones(1, 1, 2))
     with pytest.raises(KeyError), watching_grams(layer, linears_of(layer)) as grams:
@@ -258,7 +258,7 @@ def test_nothing_is_watched_after_the_block_nor_after_an_error():
         ("falcon", ["query_key_value+dense_h_to_4h", "dense", "dense_4h_to_h"]),  # parallel attention
     ],
 )
-def test_the_layers_of_real_families_share_what_they_should(tiny_model, family, expected):
+def test_the_layers_of_real_families_share_the_expected_inputs(tiny_model, family, expected):
     model = tiny_model(family)
     layer = model.reference.get_submodule(f"{model.layers_name}.0")
     linears = linears_of(layer)

@@ -1,4 +1,4 @@
-"""Wanda's masks improved by swaps: fewer errors, the same counts, untouched survivors."""
+"""Wanda's masks improved by swaps: lower errors, the same counts, unchanged remaining weights."""
 
 from itertools import product
 
@@ -14,7 +14,7 @@ from layerwise.pruners.wanda_swaps import WandaSwaps, refine
 
 @pytest.fixture
 def layer() -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and correlated inputs."""
+    """Return a weight and correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(32, 32, generator=generator)
     inputs = torch.randn(400, 32, generator=generator) @ mixing
@@ -44,7 +44,7 @@ def test_swaps_lower_the_error_of_wandas_mask_and_change_neither_counts_nor_surv
         assert set(kept.reshape(-1, group).sum(dim=1).tolist()) == {group // 2}
 
 
-def test_without_rounds_it_is_wanda(layer):
+def test_zero_rounds_give_wandas_mask(layer):
     weight, inputs = layer
     assert torch.equal(
         WandaSwaps(rounds=0).prune(weight, inputs.T @ inputs, 300), pruned_by_wanda(weight, inputs, 300)
@@ -77,19 +77,19 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def wanda(weight: Tensor, gram: Tensor, count: int, group: int | None = None) -> Tensor:
-    """Mask of the entries of least ``|w|`` times input norm, of each row."""
+    """Return the mask of the entries with the smallest ``|w|`` times input norm in each row."""
     norms = gram.diagonal().sqrt()
     return removal_levels(weight, lambda rows: rows.abs() * norms, [count], by_row=True, group=group) == 0
 
 
 def errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
-    """Of each row, if what the mask marks is removed and nothing else changed; shape ``(out_features,)``."""
+    """Return the error of each row when the marked weights are removed; shape ``(out_features,)``."""
     removed = (weight * mask).double()
     return torch.einsum("ri,ij,rj->r", removed, gram.double(), removed)
 
 
 def best_of_all_swaps(weight: Tensor, mask: Tensor, gram: Tensor, group: int) -> float:
-    """Error of one row after the best swap."""
+    """Return the error of one row after the best swap."""
     (removed,), (kept,) = mask.nonzero(as_tuple=True), (~mask).nonzero(as_tuple=True)
     found = []
     for returning, leaving in product(removed.tolist(), kept.tolist()):
@@ -101,7 +101,7 @@ def best_of_all_swaps(weight: Tensor, mask: Tensor, gram: Tensor, group: int) ->
 
 
 def test_two_weights_that_cancel_out_are_removed_together():
-    # The first two inputs are equal and their weights opposite: together they do nothing.
+    # The first two inputs are equal and their weights opposite, so together they have no effect.
     gram = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     mask = torch.tensor([[True, False, True]])
     assert refine(torch.tensor([[2.0, -2.0, 1.0]]), mask, gram, rounds=9).tolist() == [[True, True, False]]
@@ -114,7 +114,7 @@ def test_two_weights_that_add_up_are_not_removed_together():
     assert refine(torch.tensor([[2.0, 2.0, 3.0]]), mask, gram, rounds=9).tolist() == [[False, True, True]]
 
 
-def test_with_unrelated_inputs_the_smallest_contributions_of_each_row_are_removed_in_the_end():
+def test_with_uncorrelated_inputs_the_smallest_contributions_of_each_row_are_finally_removed():
     weight, gram = random_weight(6, 10), torch.arange(1.0, 11).diag()
     largest = wanda(1 / weight, gram.inverse(), 24)
     assert torch.equal(refine(weight, largest, gram, rounds=20), wanda(weight, gram, 24))
@@ -122,7 +122,7 @@ def test_with_unrelated_inputs_the_smallest_contributions_of_each_row_are_remove
 
 @pytest.mark.parametrize("rows, in_features, count", [(8, 4, 8), (8, 4, 16), (5, 12, 30), (5, 12, 41)])
 @pytest.mark.parametrize("seed", range(3))
-def test_in_the_end_no_swap_lowers_the_error_of_any_row(rows, in_features, count, seed):
+def test_finally_no_swap_lowers_the_error_of_any_row(rows, in_features, count, seed):
     weight, gram = random_weight(rows, in_features, seed), correlated_gram(in_features, seed)
     mask = refine(weight, wanda(weight, gram, count), gram, rounds=50)
     for row, marks in zip(weight, mask, strict=True):
@@ -131,7 +131,7 @@ def test_in_the_end_no_swap_lowers_the_error_of_any_row(rows, in_features, count
 
 
 @pytest.mark.parametrize("group, each", [(2, 1), (4, 1), (4, 2), (6, 4)])
-def test_with_a_pattern_in_the_end_no_swap_within_a_group_lowers_the_error(group, each):
+def test_with_a_pattern_finally_no_swap_within_a_group_lowers_the_error(group, each):
     weight, gram = random_weight(5, 12), correlated_gram(12)
     before = wanda(weight, gram, 60 // group * each, group)
     mask = refine(weight, before, gram, 50, group)
@@ -144,7 +144,7 @@ def test_with_a_pattern_in_the_end_no_swap_within_a_group_lowers_the_error(group
 
 @pytest.mark.parametrize("count", [0, 1, 7, 100, 301, 399, 400])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_round_lowers_the_error_or_leaves_it_and_keeps_the_number_of_every_row(count, seed):
+def test_no_round_raises_the_error_and_every_row_keeps_its_number(count, seed):
     weight, gram = random_weight(20, 20, seed), correlated_gram(20, seed)
     mask = wanda(weight, gram, count)
     before, in_rows = errors(weight, mask, gram), mask.sum(dim=1)
@@ -158,14 +158,14 @@ def test_every_round_lowers_the_error_or_leaves_it_and_keeps_the_number_of_every
 
 @pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
-def test_the_error_of_wanda_s_mask_falls_by_a_fifth_at_least(sparsity, group):
+def test_the_error_of_wandas_mask_falls_by_at_least_a_fifth(sparsity, group):
     weight, gram = random_weight(32, 64), correlated_gram(64)
     mask = wanda(weight, gram, round(sparsity * weight.numel()), group)
     refined = refine(weight, mask, gram, 3, group)
     assert errors(weight, refined, gram).sum() < 0.8 * errors(weight, mask, gram).sum()
 
 
-def test_rounds_go_on_where_the_last_ones_stopped():
+def test_rounds_can_be_split_between_two_calls():
     weight, gram = random_weight(16, 24), correlated_gram(24)
     mask = wanda(weight, gram, 200)
     twice = refine(weight, refine(weight, mask, gram, 1), gram, 1)
@@ -173,7 +173,7 @@ def test_rounds_go_on_where_the_last_ones_stopped():
     assert not torch.equal(refine(weight, mask, gram, 1), twice)
 
 
-def test_what_cannot_be_improved_stays_as_it_is():
+def test_an_optimal_mask_does_not_change():
     weight, gram = random_weight(16, 24), correlated_gram(24)
     done = refine(weight, wanda(weight, gram, 200), gram, 100)
     assert torch.equal(refine(weight, done, gram, 5), done)
@@ -189,7 +189,7 @@ def test_refining_in_pieces_changes_nothing(monkeypatch, entries, group):
     assert torch.equal(refine(weight, mask, gram, 3, group), whole)
 
 
-def test_no_round_and_no_row_leave_the_mask_as_it_is():
+def test_zero_rounds_and_zero_rows_leave_the_mask_unchanged():
     weight, gram = random_weight(4, 8), correlated_gram(8)
     mask = wanda(weight, gram, 13)
     assert torch.equal(refine(weight, mask, gram, 0), mask)
@@ -203,7 +203,7 @@ def test_the_scale_of_the_inputs_does_not_matter(scale):
     assert torch.equal(refine(weight, mask, gram * scale, 3), refine(weight, mask, gram, 3))
 
 
-def test_inputs_that_are_always_zero_are_no_reason_to_swap():
+def test_zero_inputs_cause_no_swaps():
     weight, gram = random_weight(4, 8), torch.zeros(8, 8)
     mask = wanda(weight, correlated_gram(8), 16)
     assert torch.equal(refine(weight, mask, gram, 3), mask)
@@ -226,22 +226,22 @@ def test_weight_mask_and_second_moments_are_left_unchanged():
 @pytest.mark.parametrize(
     "weight, mask, gram, message",
     [
-        ((2, 4), (2, 3), (4, 4), r"a mask of \(2, 3\) and a Gram matrix of \(4, 4\) do not fit"),
-        ((2, 4), (2, 4), (3, 3), "do not fit"),
-        ((2, 4), (2, 4), (4, 3), "do not fit"),
-        ((4,), (4,), (4, 4), "do not fit"),
+        ((2, 4), (2, 3), (4, 4), r"a mask of \(2, 3\) and a Gram matrix of \(4, 4\) do not match"),
+        ((2, 4), (2, 4), (3, 3), "do not match"),
+        ((2, 4), (2, 4), (4, 3), "do not match"),
+        ((4,), (4,), (4, 4), "do not match"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(weight, mask, gram, message):
+def test_shapes_that_do_not_match_are_refused(weight, mask, gram, message):
     with pytest.raises(ValueError, match=message):
         refine(torch.ones(weight), torch.ones(mask) > 0, torch.ones(gram), 1)
 
 
-def test_rounds_groups_and_values_that_make_no_sense_are_refused():
+def test_invalid_rounds_groups_and_values_are_refused():
     weight, mask, gram = torch.ones(2, 4), torch.ones(2, 4) > 0, torch.eye(4)
-    with pytest.raises(ValueError, match="-1 rounds were asked for"):
+    with pytest.raises(ValueError, match="rounds is -1"):
         refine(weight, mask, gram, -1)
     with pytest.raises(ValueError, match="4 inputs cannot be split into groups of 3"):
         refine(weight, mask, gram, 1, group=3)
-    with pytest.raises(ValueError, match="not finite: swaps cannot be compared"):
+    with pytest.raises(ValueError, match="so swaps cannot be compared"):
         refine(weight * float("nan"), mask, gram, 1)

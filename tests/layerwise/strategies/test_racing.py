@@ -1,4 +1,4 @@
-"""Racing: who is beaten, and after which windows it is decided."""
+"""Racing: beaten lanes, and the windows after which they are determined."""
 
 import random
 
@@ -9,14 +9,14 @@ from layerwise.strategies.racing import beaten, rounds
 
 
 def windows_of(*differences: float) -> list[float]:
-    """Losses that differ by this much from those of ``BASE``."""
+    """Return losses that differ by this much from those of ``BASE``."""
     return [base + difference for base, difference in zip(BASE, differences, strict=False)]
 
 
 BASE = [3.0, 2.5, 3.5, 2.0, 4.0, 3.25, 2.75, 3.0, 2.25, 3.75]
 
 
-def test_a_lane_whose_paired_t_is_above_four_is_beaten_however_much_windows_differ():
+def test_a_lane_with_a_paired_t_above_4_is_beaten_even_if_windows_differ():
     # Both are 1 worse on average; standard errors (1 / 3) ** .5 / 2 = .289 and (.04 / 3) ** .5 / 2 = .058.
     # That is a t of 3.46 and of 17.3.
     uneven = {"best": windows_of(0, 0, 0, 0), "second": windows_of(0.5, 1.5, 0.5, 1.5)}
@@ -33,7 +33,7 @@ def test_the_two_best_are_never_beaten():
     assert beaten({0: BASE}) == beaten({}) == set()
 
 
-def test_a_difference_without_any_spread_is_beyond_doubt_on_several_windows_and_open_on_one():
+def test_a_constant_difference_is_certain_on_several_windows_and_uncertain_on_one():
     assert beaten({0: [1.0, 2.0], 1: [1.5, 2.5]}, keep=1) == {1}
     assert beaten({0: [1.0], 1: [1.5]}, keep=1) == set()
 
@@ -47,7 +47,7 @@ def test_a_lane_that_diverged_on_one_window_is_beaten_although_its_t_is_small():
     assert beaten({"best": BASE, "diverged": diverged}, keep=1) == {"diverged"}
 
 
-def test_when_all_lanes_diverged_on_as_many_windows_the_others_decide():
+def test_if_all_lanes_diverged_on_equally_many_windows_the_others_decide():
     lanes = {0: [DIVERGED, 3.0, 3.0, 3.0], 1: [DIVERGED, 3.1, 3.3, 2.9], 2: [DIVERGED, DIVERGED, 3.0, 3.0]}
     assert beaten(lanes, keep=1) == {2}
 
@@ -77,10 +77,10 @@ def test_a_plan_that_is_much_worse_is_beaten_in_the_first_round():
         assert beaten(lanes) == {2, 3, 4}
 
 
-def test_lanes_that_saw_different_windows_are_refused():
-    with pytest.raises(ValueError, match=r"losses by lane: \{0: 2, 1: 1\}\. Cut them"):
+def test_lanes_with_different_numbers_of_windows_are_refused():
+    with pytest.raises(ValueError, match=r"losses are \{0: 2, 1: 1\}\. Cut them"):
         beaten({0: [1.0, 2.0], 1: [1.0]})
-    with pytest.raises(ValueError, match=r"losses by lane: \{0: 0\}"):
+    with pytest.raises(ValueError, match=r"losses are \{0: 0\}"):
         beaten({0: []})
     with pytest.raises(ValueError, match="keep is 0"):
         beaten({0: [1.0]}, keep=0)
@@ -98,12 +98,12 @@ def test_lanes_that_saw_different_windows_are_refused():
         (3, [3]),
     ],
 )
-def test_rounds_double_what_has_been_seen_and_the_last_one_takes_the_rest(windows, lengths):
+def test_rounds_double_the_windows_and_the_last_round_takes_the_rest(windows, lengths):
     assert [len(part) for part in rounds(windows)] == lengths
 
 
 @pytest.mark.parametrize("first", [1, 3, 8])
-def test_every_window_is_scored_once_in_order_and_every_round_is_worth_its_read(first):
+def test_every_window_is_scored_once_in_order_and_no_round_is_too_short(first):
     for windows in range(1, 200):
         parts = rounds(windows, first)
         assert [window for part in parts for window in part] == list(range(windows))
@@ -113,6 +113,6 @@ def test_every_window_is_scored_once_in_order_and_every_round_is_worth_its_read(
 
 
 @pytest.mark.parametrize("windows, first", [(0, 8), (-1, 8), (8, 0)])
-def test_rounds_of_nothing_are_refused(windows, first):
-    with pytest.raises(ValueError, match="cannot be scored in rounds"):
+def test_empty_rounds_are_refused(windows, first):
+    with pytest.raises(ValueError, match="cannot be split into rounds"):
         rounds(windows, first)
