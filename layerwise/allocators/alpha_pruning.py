@@ -40,34 +40,25 @@ class AlphaPruning:
         return alpha_pruning(scores, sizes, target, self.epsilon)
 
 
-def tail_exponent(weight: Tensor, tail: Literal["peak", "median"] = "peak") -> float:
+def tail_exponent(weight: Tensor) -> float:
     """Estimate the exponent alpha of the power law of the largest squared singular values (Hill's estimator).
 
-    For a tail of n eigenvalues, ``lambda_min`` and larger, it is ``1 + n / sum(ln(eigenvalue / lambda_min))``.
-
-    * "peak": the tail starts at an eigenvalue of at most 1.5 times the peak of the spectrum (the left edge of the
-      fullest of 100 bins of log10). Among these tails, the one with the smallest Kolmogorov-Smirnov distance to its
-      own power law is used. The official code intends to exclude starts below .95 times the peak as well, but
-      compares the eigenvalues with the logarithm of that bound, which excludes nothing for weights of usual size.
-      Nothing is excluded here.
-    * "median": the tail is the upper half of the spectrum.
+    For a tail of n eigenvalues, ``lambda_min`` and larger, it is ``1 + n / sum(ln(eigenvalue / lambda_min))``. The tail
+    starts at an eigenvalue of at most 1.5 times the peak of the spectrum (the left edge of the fullest of 100 bins of
+    log10). Among these tails, the one with the smallest Kolmogorov-Smirnov distance to its own power law is used. The
+    official code intends to exclude starts below .95 times the peak as well, but compares the eigenvalues with the
+    logarithm of that bound, which excludes nothing for weights of usual size. Nothing is excluded here.
 
     Eigenvalues are computed in float64, and those that are zero at this precision are ignored. Scaling the weight
     does not change the result. The cost is an eigendecomposition of the smaller side.
 
     Args:
         weight: shape ``(out_features, in_features)``; left unchanged.
-        tail: rule that selects the smallest eigenvalue of the tail.
 
     Raises:
-        ValueError: ``weight`` is not finite or has fewer than two different eigenvalues, or ``tail`` is unknown.
+        ValueError: ``weight`` is not finite, or has fewer than two different eigenvalues.
     """
-    eigenvalues = _spectrum(weight)
-    if tail == "median":
-        return _exponent(eigenvalues.log(), len(eigenvalues) // 2)
-    if tail == "peak":
-        return _exponent_of_best_tail(eigenvalues)
-    raise ValueError(f"AlphaPruning has no tail {tail!r}; use 'peak' or 'median'.")
+    return _exponent_of_best_tail(_spectrum(weight))
 
 
 def alpha_pruning(

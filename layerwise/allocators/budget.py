@@ -12,49 +12,39 @@ TOLERANCE = 1e-12
 BISECTIONS = 100
 
 
-def fitted(
-    sparsities: Sequence[float],
-    sizes: Sequence[int],
-    target: float,
-    lowest: float = 0.0,
-    highest: float = 1.0,
-) -> tuple[float, ...]:
-    """Shift all sparsities by a common amount and clip them to the bounds, so that their mean is the target.
+def fitted(sparsities: Sequence[float], sizes: Sequence[int], target: float) -> tuple[float, ...]:
+    """Shift all sparsities by a common amount and clip them to [0, 1], so that their mean is the target.
 
-    Among all sparsities within the bounds and with this mean, the result is the closest to ``sparsities`` in
+    Among all sparsities within [0, 1] and with this mean, the result is the closest to ``sparsities`` in
     size-weighted squares. Adding a constant to all sparsities does not change the result. Sparsities that already
-    satisfy the bounds and the mean are returned bit for bit. Equal sparsities become exactly ``target``.
+    have this mean and are within [0, 1] are returned bit for bit. Equal sparsities become exactly ``target``.
 
     Args:
-        sparsities: desired sparsities, without regard to bounds and target; any finite numbers.
+        sparsities: desired sparsities, without regard to [0, 1] and target; any finite numbers.
         sizes: number of weights of every entry.
         target: size-weighted mean of the result, met to 1e-12.
-        lowest: lower bound of every entry.
-        highest: upper bound of every entry.
 
     Raises:
         ValueError: there are no entries, the numbers of sparsities and sizes differ, a size is below 1, a sparsity is
-            not finite, the target is outside the bounds, or the sparsities are too far apart for the precision of
+            not finite, the target is outside [0, 1], or the sparsities are too far apart for the precision of
             floats.
     """
-    if not lowest <= target <= highest:
+    if not 0 <= target <= 1:
         raise ValueError(
-            f"sparsities within [{lowest:g}, {highest:g}] cannot have the mean {target:g}. Change the overall sparsity "
-            "or widen the bounds."
+            f"the overall sparsity is {target:g}; it must lie in [0, 1]. Give the fraction of weights to remove."
         )
     _check_finite(sparsities, "sparsity")
     mean = weighted_mean(sparsities, sizes)
     smallest, largest = min(sparsities), max(sparsities)
     if smallest == largest:
         return (float(target),) * len(sizes)
-    within = lowest <= smallest and largest <= highest
-    if within and abs(mean - target) <= TOLERANCE:
+    if smallest >= 0 and largest <= 1 and abs(mean - target) <= TOLERANCE:
         return tuple(sparsities)
 
     def clipped(shift: float) -> tuple[float, ...]:
-        return tuple(min(max(sparsity + shift, lowest), highest) for sparsity in sparsities)
+        return tuple(min(max(sparsity + shift, 0.0), 1.0) for sparsity in sparsities)
 
-    too_little, enough = lowest - largest, highest - smallest
+    too_little, enough = 0.0 - largest, 1.0 - smallest
     for _ in range(BISECTIONS):
         middle = (too_little + enough) / 2
         if weighted_mean(clipped(middle), sizes) < target:

@@ -38,11 +38,11 @@ class LSA:
         return lsa(scores, sizes, target, self.beta)
 
 
-def half_removed_error(weight: Tensor, gram: Tensor, group_size: int = GROUP_SIZE) -> float:
+def half_removed_error(weight: Tensor, gram: Tensor) -> float:
     """Return the error of the output when half of every row's weights are removed greedily (algorithm 1).
 
     With P the removed inputs of a row, the row's error is ``w_P gram_PP w_P``; errors are summed over the rows. The
-    columns are processed in groups. In every row, the weight that adds least to the error, given the weights already
+    columns are processed in groups of ``GROUP_SIZE``. In every row, the weight that adds least to the error, given the weights already
     removed, goes next: it adds ``w_k**2 gram_kk`` plus twice its interactions with the removed weights. This is
     repeated until half of the group's columns, rounded down, are removed. Of equal weights the first goes. As in the
     official code, the error is not divided by the number of weights.
@@ -51,28 +51,26 @@ def half_removed_error(weight: Tensor, gram: Tensor, group_size: int = GROUP_SIZ
         weight: shape ``(out_features, in_features)``; left unchanged.
         gram: sum of x x^T over the tokens, shape ``(in_features, in_features)``, symmetric. A factor, such as one over
             the number of tokens, scales the result; it must be the same for all layers.
-        group_size: number of columns in a group.
 
     Returns:
         Squared Frobenius norm of the change of the output, over the tokens of ``gram``.
 
     Raises:
-        ValueError: shapes do not match, the group size is below 1, or the error is not finite.
+        ValueError: the shapes do not match, or the error is not finite.
     """
     in_features = weight.shape[-1]
-    if weight.dim() != 2 or gram.shape != (in_features, in_features) or group_size < 1:
+    if weight.dim() != 2 or gram.shape != (in_features, in_features):
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} in groups of {group_size} does not match a Gram matrix of "
-            f"shape {tuple(gram.shape)}. Pass a weight (out_features, in_features), a positive group size, and the "
-            "Gram matrix of those inputs."
+            f"a weight of shape {tuple(weight.shape)} does not match a Gram matrix of shape {tuple(gram.shape)}. Pass a "
+            "weight (out_features, in_features) and the Gram matrix of its inputs."
         )
     dtype = torch.promote_types(gram.dtype, torch.float32)
     gram = gram.to(dtype)
     remaining = weight.to(dtype)
     removed = torch.zeros_like(remaining)
     error = 0.0
-    for first in range(0, in_features, group_size):
-        group = slice(first, min(first + group_size, in_features))
+    for first in range(0, in_features, GROUP_SIZE):
+        group = slice(first, min(first + GROUP_SIZE, in_features))
         interactions = removed[:, :first] @ gram[:first, group]
         removed[:, group], added = _half_removed(remaining[:, group], gram[group, group], interactions)
         error += added

@@ -134,7 +134,7 @@ def test_zero_layers_and_a_target_that_is_not_a_fraction_are_refused(method):
     with pytest.raises(ValueError, match="values do not match entries"):
         method.allocate([], [], 0.5)
     for target in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="cannot have the mean"):
+        with pytest.raises(ValueError, match="the overall sparsity is"):
             method.allocate([], [1, 1], target)
 
 
