@@ -49,68 +49,65 @@ class LaneLayer:
     parts: LocalErrors | None = None
 
 
-def run_lanes(
-    model: StreamedModel,
-    layers: Iterable[Mapping[str, Tensor]],
-    lanes: Sequence[Lane],
-    pruner: Pruner,
-    inputs_of: Callable[[int], LayerInputs] | None,
-    calibration_windows: int = 0,
-    first: int = 0,
-    group: int | None = None,
-    local_windows: int = 0,
-) -> Iterator[tuple[LaneLayer, ...]]:
-    """Advance all lanes in place, one layer per step.
+@dataclass(frozen=True)
+class LaneGroup:
+    """Lanes that advance through one model together.
 
-    Args:
+    Attributes:
         model: computes the layers.
-        layers: weights of layer ``first`` and the following layers, in the checkpoint's dtype; they are changed.
-        lanes: all lanes, the dense lane first, as the reference of the reconstruction errors.
+        lanes: all lanes, the dense lane first, as the reference of the reconstruction errors; advanced in place.
         pruner: selects the weights to remove.
         inputs_of: returns the dense model's calibration of a layer: input statistics, or Gram matrices for a pruner
             that corrects weights. None for sequential calibration: every lane calibrates on its own hidden states.
         calibration_windows: number of leading windows in every lane's hidden states that are for its own calibration.
-        first: index of the first layer.
         group: M of an N:M pattern; None without a pattern.
         local_windows: number of scored windows for ``LaneLayer.parts``; on these, every pruned layer also runs on the
             dense model's input.
 
-    Yields:
-        Result of the layer in every lane.
-
     Raises:
         ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
     """
-    if lanes[0].removed is not None:
-        raise ValueError(
-            "the first lane is not the dense model, which the reconstruction errors refer to. Put the dense lane first."
-        )
-    if inputs_of is None and not isinstance(pruner, MaskPruner):
-        raise ValueError(
-            f"{type(pruner).__name__} corrects weights by Gram matrices, which sequential calibration does not "
-            "collect. Use the dense model's calibration."
-        )
-    advance = _Advance(model, lanes, pruner, calibration_windows, group, local_windows)
-    for index, weights in enumerate(layers, first):
-        with model.loaded(index, weights) as layer:
-            if inputs_of is None:
-                yield advance.sequentially(index, layer, weights)
-            else:
-                yield advance.together(index, layer, weights, inputs_of(index))
-
-
-@dataclass(frozen=True)
-class _Advance:
-    """One step of all lanes through one layer."""
 
     model: StreamedModel
     lanes: Sequence[Lane]
     pruner: Pruner
-    calibration_windows: int
-    group: int | None
-    local_windows: int
+    inputs_of: Callable[[int], LayerInputs] | None
+    calibration_windows: int = 0
+    group: int | None = None
+    local_windows: int = 0
 
-    def together(
+    def __post_init__(self) -> None:
+        if self.lanes[0].removed is not None:
+            raise ValueError(
+                "the first lane is not the dense model, which the reconstruction errors refer to. Put the dense lane "
+                "first."
+            )
+        if self.inputs_of is None and not isinstance(self.pruner, MaskPruner):
+            raise ValueError(
+                f"{type(self.pruner).__name__} corrects weights by Gram matrices, which sequential calibration does "
+                "not collect. Use the dense model's calibration."
+            )
+
+    def advance(
+        self, layers: Iterable[Mapping[str, Tensor]], first: int = 0
+    ) -> Iterator[tuple[LaneLayer, ...]]:
+        """Advance all lanes in place, one layer per step.
+
+        Args:
+            layers: weights of layer ``first`` and the following layers, in the checkpoint's dtype; they are changed.
+            first: index of the first layer.
+
+        Yields:
+            Result of the layer in every lane.
+        """
+        for index, weights in enumerate(layers, first):
+            with self.model.loaded(index, weights) as layer:
+                if self.inputs_of is None:
+                    yield self._sequentially(index, layer, weights)
+                else:
+                    yield self._together(index, layer, weights, self.inputs_of(index))
+
+    def _together(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor], inputs: LayerInputs
     ) -> tuple[LaneLayer, ...]:
         """Prune all lanes by the dense model's calibration, in the order of rising sparsity."""
@@ -126,7 +123,7 @@ class _Advance:
             outcomes[lane] = self._run(lane, index, layer, dense_input)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
-    def sequentially(
+    def _sequentially(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor]
     ) -> tuple[LaneLayer, ...]:
         """Calibrate every lane on its own hidden states with the unpruned layer, then prune it by that calibration."""

@@ -6,7 +6,7 @@ import torch
 from layerwise.allocators.atp import arithmetic
 from layerwise.allocators.sparsity_plan import removed_per_linear
 from layerwise.calibration.capture import capture_layers, embed_windows
-from layerwise.lanes import Lane, run_lanes
+from layerwise.lanes import Lane, LaneGroup
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 
@@ -52,7 +52,8 @@ def advance(random_windows_of, statistics_of):
         lanes = [Lane(removed, hidden_states.clone()) for removed in (None, *plans)]
         statistics = statistics_of(tiny, dtype)
         how = pruner or Wanda(), statistics
-        outcomes = list(run_lanes(model, layers or tiny.layers(), lanes, *how, local_windows=local_windows))
+        group = LaneGroup(model, lanes, *how, local_windows=local_windows)
+        outcomes = list(group.advance(layers or tiny.layers()))
         return lanes, outcomes
 
     return run
@@ -287,7 +288,7 @@ def test_the_first_lane_must_be_the_dense_model(tiny_model, advance, removed_of)
     tiny = tiny_model()
     lane = Lane(removed_of(tiny, SPARSITIES), torch.zeros(1, 16, 32))
     with pytest.raises(ValueError, match="first lane is not the dense model"):
-        next(run_lanes(tiny.streamed(), tiny.layers(), [lane], Wanda(), None))
+        LaneGroup(tiny.streamed(), [lane], Wanda(), None)
 
 
 @pytest.mark.parametrize("first", [1, 3])
@@ -301,10 +302,11 @@ def test_resuming_in_the_middle_gives_the_bytes_of_an_uninterrupted_run(
     hidden_states = torch.empty(5, 16, 32)
     embed_windows(model, random_windows_of(5), hidden_states, 0)
     lanes = [Lane(removed, hidden_states.clone()) for removed in (None, *plans)]
-    interrupted = run_lanes(model, tiny.layers(), lanes, Wanda(), statistics)
+    interrupted = LaneGroup(model, lanes, Wanda(), statistics).advance(tiny.layers())
     before = [next(interrupted) for _ in range(first)]
     saved = [Lane(lane.removed, lane.hidden_states.clone()) for lane in lanes]
-    after = list(run_lanes(tiny.streamed(), tiny.layers(first), saved, Wanda(), statistics, first=first))
+    resumed = LaneGroup(tiny.streamed(), saved, Wanda(), statistics)
+    after = list(resumed.advance(tiny.layers(first), first))
     assert before + after == outcomes
     assert all(same(lane, other) for lane, other in zip(saved, undisturbed, strict=True))
 
@@ -315,4 +317,6 @@ def test_wanda_without_statistics_is_refused(tiny_model, random_windows_of):
     embed_windows(model, random_windows_of(1), hidden_states, 0)
     lanes = [Lane(removed, hidden_states.clone()) for removed in (None, plans_of_atp(tiny)[0])]
     with pytest.raises(ValueError, match="received 0 calibration tokens"):
-        next(run_lanes(model, tiny.layers(), lanes, Wanda(), None))  # sequential calibration on 0 windows
+        next(
+            LaneGroup(model, lanes, Wanda(), None).advance(tiny.layers())
+        )  # sequential calibration on 0 windows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerwise.calibration.capture import embed_windows
-from layerwise.lanes import Lane, run_lanes
+from layerwise.lanes import Lane, LaneGroup
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 
@@ -37,7 +37,8 @@ def advance(embedded):
 
     def run(tiny, plans, pruner=None, dtype=torch.float32):
         model, lanes = embedded(tiny, plans, dtype)
-        return lanes, list(run_lanes(model, tiny.layers(), lanes, pruner or Wanda(), None, CALIBRATION))
+        group = LaneGroup(model, lanes, pruner or Wanda(), None, CALIBRATION)
+        return lanes, list(group.advance(tiny.layers()))
 
     return run
 
@@ -146,10 +147,11 @@ def test_resuming_in_the_middle_gives_the_bytes_of_an_uninterrupted_run(tiny_mod
     plans = [removed_of(tiny, SPARSITIES), removed_of(tiny, SPARSITIES[::-1])]
     undisturbed, outcomes = advance(tiny, plans)
     model, lanes = embedded(tiny, plans)
-    interrupted = run_lanes(model, tiny.layers(), lanes, Wanda(), None, CALIBRATION)
+    interrupted = LaneGroup(model, lanes, Wanda(), None, CALIBRATION).advance(tiny.layers())
     before = [next(interrupted), next(interrupted)]
     saved = [Lane(lane.removed, lane.hidden_states.clone()) for lane in lanes]
-    after = list(run_lanes(tiny.streamed(), tiny.layers(2), saved, Wanda(), None, CALIBRATION, first=2))
+    resumed = LaneGroup(tiny.streamed(), saved, Wanda(), None, CALIBRATION)
+    after = list(resumed.advance(tiny.layers(2), 2))
     assert before + after == outcomes
     for lane, other in zip(saved, undisturbed, strict=True):
         assert torch.equal(lane.hidden_states, other.hidden_states)
