@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
@@ -128,7 +128,7 @@ class LaneGroup:
     ) -> tuple[LaneLayer, ...]:
         """Calibrate every lane on its own hidden states with the unpruned layer, then prune it by that calibration."""
         for lane in self.lanes[1:]:
-            with watching(layer, self.model.linears[index]) as statistics:
+            with collect_statistics(layer, self.model.linears[index]) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)

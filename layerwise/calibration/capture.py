@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerwise.calibration.gram import InputGram, watching_grams
-from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.calibration.gram import InputGram, collect_grams
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
 from layerwise.models.nan_check import is_finite
 from layerwise.models.streaming import StreamedModel
@@ -63,7 +63,7 @@ def capture_layers(
     """
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
-            with watching(layer, model.linears[index]) as statistics:
+            with collect_statistics(layer, model.linears[index]) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
                     _require_finite(model, index, weights, states)
@@ -87,7 +87,7 @@ def capture_grams(
     for index, weights in enumerate(layers, first):
         with (
             model.loaded(index, weights) as layer,
-            watching_grams(layer, model.linears[index]) as grams,
+            collect_grams(layer, model.linears[index]) as grams,
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))

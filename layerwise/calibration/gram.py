@@ -70,16 +70,16 @@ def require_full_float32() -> None:
 
 
 @contextmanager
-def watching_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
+def collect_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
     """Collect the Gram matrices of ``linears`` from every forward pass of ``layer`` within the block.
 
     Linears that receive the same tensor object within a pass (q, k and v; gate and up) share one ``InputGram``; see
-    ``sharing``. Entries are added by the first pass; a linear that the pass does not call has no entry.
+    ``linears_by_input``. Entries are added by the first pass; a linear that the pass does not call has no entry.
 
     Raises:
         ValueError: a linear runs twice in a pass, or a pass shares inputs differently from the first pass.
     """
-    watched = _Watched(layer)
+    watched = _GramHooks(layer)
     try:
         for linear in linears:
             watched.watch(linear.name)
@@ -88,7 +88,7 @@ def watching_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict
         watched.stop()
 
 
-def sharing(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
+def linears_by_input(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
     """Group the names of the linears that share an ``InputGram``, in the order of their first appearance."""
     groups: dict[InputGram, list[str]] = {}
     for name, gram in grams.items():
@@ -96,7 +96,7 @@ def sharing(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
-class _Watched:
+class _GramHooks:
     """Hooks on one layer, and the Gram matrices that they collect."""
 
     def __init__(self, layer: nn.Module) -> None:

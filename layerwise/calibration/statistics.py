@@ -43,7 +43,7 @@ class InputStatistics:
 
 
 @contextmanager
-def watching(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
+def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
     """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block."""
     statistics = {linear.name: InputStatistics.empty(linear.in_features) for linear in linears}
     # q, k and v (and gate and up) receive the same tensor object; its squares are summed once.

@@ -86,7 +86,7 @@ def paired_answers(first: Sequence[bool], second: Sequence[bool]) -> PairedAnswe
     return PairedAnswers(len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
 
 
-def together(tasks: Sequence[PairedAnswers]) -> PairedAnswers:
+def pooled(tasks: Sequence[PairedAnswers]) -> PairedAnswers:
     """Pool the documents of several tasks; under the null hypothesis the task of a document does not matter."""
     return PairedAnswers(
         sum(task.documents for task in tasks),

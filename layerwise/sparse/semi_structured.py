@@ -88,7 +88,7 @@ def pack(weight: Tensor) -> SemiStructuredWeight:
     if not is_semi_structured(weight):
         raise ValueError(
             f"a {weight.dtype} weight of shape {tuple(weight.shape)} is not 2:4 as torch's kernels require: at most "
-            f"two nonzero weights among every four consecutive inputs, outputs a multiple of {ROWS}, inputs a multiple "
+            f"two stored weights (nonzero or -0.0) among every four consecutive inputs, outputs a multiple of {ROWS}, inputs a multiple "
             f"of {COLUMNS}, float16 or bfloat16. Pack it as a bitmask."
         )
     rows, columns = weight.shape

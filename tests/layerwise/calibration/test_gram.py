@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.gram import InputGram, require_full_float32, sharing, watching_grams
+from layerwise.calibration.gram import InputGram, collect_grams, linears_by_input, require_full_float32
 from layerwise.models.skeleton import Linear, linears_of
 
 
@@ -28,7 +28,7 @@ def attention(layer: Layer, hidden_states: Tensor) -> Tensor:
 
 
 def watched(layer: nn.Module, *batches: Tensor) -> dict[str, InputGram]:
-    with torch.no_grad(), watching_grams(layer, linears_of(layer)) as grams:
+    with torch.no_grad(), collect_grams(layer, linears_of(layer)) as grams:
         for batch in batches:
             layer(batch)
     return grams
@@ -117,14 +117,14 @@ def test_linears_with_the_same_input_share_one_gram():
 
 
 def test_the_groups_are_listed_in_the_order_of_the_pass():
-    assert sharing(watched(Layer(attention), torch.ones(1, 1, 2))) == (("k", "v", "q"), ("o",))
+    assert linears_by_input(watched(Layer(attention), torch.ones(1, 1, 2))) == (("k", "v", "q"), ("o",))
 
 
 def test_equal_inputs_in_different_tensors_are_not_shared():
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states), layer.k(hidden_states.clone())
 
-    assert sharing(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q",), ("k",))
+    assert linears_by_input(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q",), ("k",))
 
 
 def test_temporary_tensors_within_a_pass_are_distinguished():
@@ -154,7 +154,7 @@ def test_linears_that_are_not_adjacent_can_share_an_input():
         layer.o(layer.q(hidden_states))
         layer.v(hidden_states)
 
-    assert sharing(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q", "v"), ("o",))
+    assert linears_by_input(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q", "v"), ("o",))
 
 
 def test_the_same_tensor_in_two_passes_counts_twice():
@@ -222,18 +222,18 @@ def test_a_failed_pass_does_not_affect_the_next():
         raise KeyError
 
     layer, batch = Layer(alternating(failing, together)), torch.ones(1, 1, 2)
-    with watching_grams(layer, linears_of(layer)) as grams:
+    with collect_grams(layer, linears_of(layer)) as grams:
         with pytest.raises(KeyError):
             layer(batch)
         layer(batch)
-    assert sharing(grams) == (("q", "k"),)
+    assert linears_by_input(grams) == (("q", "k"),)
 
 
 def test_only_named_linears_that_run_are_watched():
     layer = Layer(together)
     with (
         torch.no_grad(),
-        watching_grams(layer, [Linear("k", 2, 2, False), Linear("o", 2, 2, False)]) as grams,
+        collect_grams(layer, [Linear("k", 2, 2, False), Linear("o", 2, 2, False)]) as grams,
     ):
         layer(torch.ones(1, 1, 2))
     assert grams.keys() == {"k"}
@@ -242,7 +242,7 @@ def test_only_named_linears_that_run_are_watched():
 def test_hooks_are_removed_after_the_block_and_after_an_error():
     layer = Layer(attention)
     watched(layer, torch.ones(1, 1, 2))
-    with pytest.raises(KeyError), watching_grams(layer, linears_of(layer)) as grams:
+    with pytest.raises(KeyError), collect_grams(layer, linears_of(layer)) as grams:
         raise KeyError
     layer(torch.ones(1, 1, 2))
     assert not grams
@@ -262,9 +262,9 @@ def test_the_layers_of_real_families_share_the_expected_inputs(tiny_model, famil
     model = tiny_model(family)
     layer = model.reference.get_submodule(f"{model.layers_name}.0")
     linears = linears_of(layer)
-    with torch.no_grad(), watching_grams(layer, linears) as grams:
+    with torch.no_grad(), collect_grams(layer, linears) as grams:
         model.reference(torch.arange(10).reshape(2, 5))
-    groups = ["+".join(name.rpartition(".")[2] for name in names) for names in sharing(grams)]
+    groups = ["+".join(name.rpartition(".")[2] for name in names) for names in linears_by_input(grams)]
     assert sorted(groups) == sorted(expected)
     for linear in linears:
         assert grams[linear.name].gram.shape == (linear.in_features, linear.in_features)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.skeleton import Linear
 
 
@@ -29,7 +29,7 @@ LINEARS = tuple(
 
 def watched(*batches: Tensor, module: nn.Module | None = None) -> dict[str, InputStatistics]:
     layer = module or Attention()
-    with torch.no_grad(), watching(layer, LINEARS) as statistics:
+    with torch.no_grad(), collect_statistics(layer, LINEARS) as statistics:
         for batch in batches:
             layer(batch)
     return statistics
@@ -107,14 +107,14 @@ def test_hooks_are_removed_after_the_block():
 
 def test_hooks_are_removed_after_an_error():
     layer = Attention()
-    with pytest.raises(KeyError), watching(layer, LINEARS) as statistics:
+    with pytest.raises(KeyError), collect_statistics(layer, LINEARS) as statistics:
         raise KeyError
     layer(torch.ones(1, 1, 2))
     assert statistics["q"].tokens == 0
 
 
 def test_only_named_linears_are_watched():
-    with torch.no_grad(), watching(layer := Attention(), LINEARS[:1]) as statistics:
+    with torch.no_grad(), collect_statistics(layer := Attention(), LINEARS[:1]) as statistics:
         layer(torch.ones(1, 1, 2))
     assert statistics.keys() == {"q"}
 

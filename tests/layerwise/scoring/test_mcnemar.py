@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from layerwise.scoring.mcnemar import PairedAnswers, paired_answers, together
+from layerwise.scoring.mcnemar import PairedAnswers, paired_answers, pooled
 
 
 def test_only_documents_on_which_the_models_differ_count():
@@ -61,7 +61,7 @@ def test_standard_error_is_that_of_the_mean_of_the_differences():
 
 
 def test_documents_of_several_tasks_are_tested_together():
-    assert together([PairedAnswers(10, 3, 1), PairedAnswers(5, 0, 2)]) == PairedAnswers(15, 3, 3)
+    assert pooled([PairedAnswers(10, 3, 1), PairedAnswers(5, 0, 2)]) == PairedAnswers(15, 3, 3)
 
 
 def test_models_that_answered_different_numbers_of_documents_are_not_compared():
