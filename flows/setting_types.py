@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from layerwise.allocators.allocation import ATP
-from layerwise.allocators.allocators import Given
+from layerwise.allocators.allocator import Given
 from layerwise.allocators.alpha_pruning import AlphaPruning
+from layerwise.allocators.atp import ATP
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP
 from layerwise.allocators.dsa import DSA

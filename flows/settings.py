@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from layerwise.allocators.allocation import ATP, BETA_STEP
-from layerwise.allocators.allocators import parameter_name
+from layerwise.allocators.allocator import parameter_name
+from layerwise.allocators.atp import ATP
+from layerwise.allocators.beta_grid import BETA_STEP
 from layerwise.flows.setting_types import (
     AllocatorChoice,
     BareUrl,

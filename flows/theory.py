@@ -19,8 +19,8 @@ from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.scoring.perplexity import format_perplexity
-from layerwise.scoring.theory import Findings
-from layerwise.scoring.theory_plans import theory_plans
+from layerwise.scoring.theorem_checks import Findings
+from layerwise.scoring.theorem_plans import theory_plans
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.streamed import layer_sizes_of

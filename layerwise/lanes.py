@@ -1,4 +1,4 @@
-"""Lanes: several sparsity plans of one model that advance through it together, so that its weights are read once."""
+"""Lanes: several sparsity plans that advance through one model together, so that its weights are read once."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,24 +6,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
-from layerwise.pruners.layer_pruning import LayerInputs, LinearPruning, MaskPruner, Pruner, prunings_of_layer
+from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
 from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
 
 @dataclass
 class Lane:
-    """One plan on its way through the model, with the hidden states it has reached.
+    """One plan and the hidden states that it has reached.
 
     Attributes:
         removed: number of weights to remove from every linear of every layer; None for the dense model.
-        hidden_states: shape ``(windows, seqlen, hidden_size)``; its own calibration windows, if any, come
-        first.
-        statistics: what this lane's own calibration saw, by layer and linear; only with sequential
-        calibration.
+        hidden_states: shape ``(windows, seqlen, hidden_size)``; the lane's own calibration windows, if any, come
+            first.
+        statistics: input statistics from the lane's own calibration, by layer and linear; only with sequential
+            calibration.
     """
 
     removed: tuple[tuple[int, ...], ...] | None
@@ -33,15 +33,14 @@ class Lane:
 
 @dataclass(frozen=True)
 class LaneLayer:
-    """What one layer did in one lane.
+    """Result of one layer in one lane.
 
     Attributes:
-        error: squared Frobenius norm of the difference to the dense model's output of this layer, over all
-            scored windows, each lane fed with its own hidden states (ATP, section 3: accumulated
-            reconstruction error).
+        error: squared Frobenius norm of the difference to the dense model's output of this layer, over all scored
+            windows, where each lane uses its own hidden states (ATP, section 3: accumulated reconstruction error).
         energy: squared Frobenius norm of the dense model's output.
-        zeros: zero weights of every linear after pruning.
-        parts: how the error came about, if that was asked for; None for the dense lane.
+        zeros: number of zero weights of every linear after pruning.
+        parts: parts of the error, if they were measured; None for the dense lane.
     """
 
     error: float
@@ -50,66 +49,68 @@ class LaneLayer:
     parts: LocalErrors | None = None
 
 
-def run_lanes(
-    model: StreamedModel,
-    layers: Iterable[Mapping[str, Tensor]],
-    lanes: Sequence[Lane],
-    pruner: Pruner,
-    inputs_of: Callable[[int], LayerInputs] | None,
-    calibration_windows: int = 0,
-    first: int = 0,
-    group: int | None = None,
-    local_windows: int = 0,
-) -> Iterator[tuple[LaneLayer, ...]]:
-    """Advance all lanes in place, one layer per step; yields what the layer did in every lane.
-
-    Args:
-        model: computes the layers.
-        layers: weights of the layers from ``first`` on, in the checkpoint's dtype; they are changed.
-        lanes: the dense lane first, as the reference of the reconstruction errors.
-        pruner: chooses the weights that go.
-        inputs_of: what the dense model's calibration saw of a layer: statistics, or Gram matrices for a pruner that
-            corrects weights; None lets every lane calibrate itself on its own hidden states (sequential calibration).
-        calibration_windows: windows at the front of every lane's hidden states that serve its own
-        calibration.
-        first: layer to begin with.
-        group: M of an N:M pattern; None for none.
-        local_windows: on so many of the scored windows every pruned layer also runs on the dense model's input, for
-            ``LaneLayer.parts``.
-    """
-    if lanes[0].removed is not None:
-        raise ValueError(
-            "the first lane must be the dense model: the others' reconstruction errors refer to it."
-        )
-    if inputs_of is None and not isinstance(pruner, MaskPruner):
-        raise ValueError(
-            f"{type(pruner).__name__} corrects weights by Gram matrices, which lanes that calibrate themselves do not "
-            "collect. Use the dense model's calibration."
-        )
-    advance = _Advance(model, lanes, pruner, calibration_windows, group, local_windows)
-    for index, weights in enumerate(layers, first):
-        with model.loaded(index, weights) as layer:
-            if inputs_of is None:
-                yield advance.sequentially(index, layer, weights)
-            else:
-                yield advance.together(index, layer, weights, inputs_of(index))
-
-
 @dataclass(frozen=True)
-class _Advance:
-    """One step of all lanes through one layer."""
+class LaneGroup:
+    """Lanes that advance through one model together.
+
+    Attributes:
+        model: computes the layers.
+        lanes: all lanes, the dense lane first, as the reference of the reconstruction errors; advanced in place.
+        pruner: selects the weights to remove.
+        inputs_of: returns the dense model's calibration of a layer: input statistics, or Gram matrices for a pruner
+            that corrects weights. None for sequential calibration: every lane calibrates on its own hidden states.
+        calibration_windows: number of leading windows in every lane's hidden states that are for its own calibration.
+        group: M of an N:M pattern; None without a pattern.
+        local_windows: number of scored windows for ``LaneLayer.parts``; on these, every pruned layer also runs on the
+            dense model's input.
+
+    Raises:
+        ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
+    """
 
     model: StreamedModel
     lanes: Sequence[Lane]
     pruner: Pruner
-    calibration_windows: int
-    group: int | None
-    local_windows: int
+    inputs_of: Callable[[int], LayerInputs] | None
+    calibration_windows: int = 0
+    group: int | None = None
+    local_windows: int = 0
 
-    def together(
+    def __post_init__(self) -> None:
+        if self.lanes[0].removed is not None:
+            raise ValueError(
+                "the first lane is not the dense model, which the reconstruction errors refer to. Put the dense lane "
+                "first."
+            )
+        if self.inputs_of is None and not isinstance(self.pruner, MaskPruner):
+            raise ValueError(
+                f"{type(self.pruner).__name__} corrects weights by Gram matrices, which sequential calibration does "
+                "not collect. Use the dense model's calibration."
+            )
+
+    def advance(
+        self, layers: Iterable[Mapping[str, Tensor]], first: int = 0
+    ) -> Iterator[tuple[LaneLayer, ...]]:
+        """Advance all lanes in place, one layer per step.
+
+        Args:
+            layers: weights of layer ``first`` and the following layers, in the checkpoint's dtype; they are changed.
+            first: index of the first layer.
+
+        Yields:
+            Result of the layer in every lane.
+        """
+        for index, weights in enumerate(layers, first):
+            with self.model.loaded(index, weights) as layer:
+                if self.inputs_of is None:
+                    yield self._sequentially(index, layer, weights)
+                else:
+                    yield self._together(index, layer, weights, self.inputs_of(index))
+
+    def _together(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor], inputs: LayerInputs
     ) -> tuple[LaneLayer, ...]:
-        """All lanes prune by the same calibration, visited by rising sparsity."""
+        """Prune all lanes by the dense model's calibration, in the order of rising sparsity."""
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
@@ -122,12 +123,12 @@ class _Advance:
             outcomes[lane] = self._run(lane, index, layer, dense_input)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
-    def sequentially(
+    def _sequentially(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor]
     ) -> tuple[LaneLayer, ...]:
-        """Every lane first sees the layer unpruned with its own calibration windows, then prunes by what it saw."""
+        """Calibrate every lane on its own hidden states with the unpruned layer, then prune it by that calibration."""
         for lane in self.lanes[1:]:
-            with watching(layer, self.model.linears[index]) as statistics:
+            with collect_statistics(layer, self.model.linears[index]) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
@@ -156,9 +157,8 @@ class _Advance:
         counts = list(zip(*(self._removed(lane, index) for lane in order), strict=True)) or [()] * len(
             linears
         )
-        return prunings_of_layer(
-            self.pruner, index, linears, self._parameters(index, layer), weights, inputs, counts, self.group
-        )
+        layer_pruning = LayerPruning(self.pruner, self.group, index, linears, weights, inputs)
+        return layer_pruning.in_lanes(self._parameters(index, layer), counts)
 
     def _parameters(self, index: int, layer: nn.Module) -> list[Tensor]:
         return [linear.oriented(_weight_of(layer, linear)) for linear in self.model.linears[index]]
@@ -169,7 +169,7 @@ class _Advance:
         return removed[index]
 
     def _first_windows(self, lane: int) -> Tensor:
-        """Hidden states of the windows on which errors are taken apart; shape ``(windows, seqlen, hidden_size)``."""
+        """Return the hidden states of the windows with local errors, shape ``(windows, seqlen, hidden_size)``."""
         scored = self.lanes[lane].hidden_states[self.calibration_windows :]
         return scored[: self.local_windows]
 
@@ -177,7 +177,10 @@ class _Advance:
         """Advance one lane's hidden states in place and compare its scored windows with the dense lane's.
 
         Args:
-            dense_input: what the layer got in the dense lane, of the first windows; for a pruned lane.
+            lane: index of the lane.
+            index: index of the layer.
+            layer: the layer, pruned for this lane.
+            dense_input: the layer's input in the dense lane for the windows with local errors; None for the dense lane.
         """
         arriving = 0.0
         if dense_input is not None:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import ATP, SparsityPlan, beta_grid, beta_grid_size, beta_spread
-from layerwise.allocators.allocators import Allocator, Given, spread_out, strength_of
+from layerwise.allocators.allocator import Allocator, Given, spread_out, strength_of
+from layerwise.allocators.atp import ATP
 from layerwise.allocators.attention_offset import with_offset
+from layerwise.allocators.beta_grid import beta_grid, beta_grid_size, beta_spread
 from layerwise.allocators.budget import fitted
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.patterns import Pattern, on_levels
 from layerwise.storage.artifact import Artifact

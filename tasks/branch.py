@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import perplexity
 from layerwise.storage.artifact import Artifact

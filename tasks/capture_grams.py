@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from layerwise.calibration.capture import capture_grams as grams_of_layers
 from layerwise.calibration.capture import embed_windows
-from layerwise.calibration.gram import InputGram, sharing
+from layerwise.calibration.gram import InputGram, linears_by_input
 from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -66,7 +66,7 @@ def capture_grams(
         ):
             layers = grams_of_layers(model, checkpoint.layers(first), hidden_states, first)
             for index, of_layer in enumerate(layers, first):
-                grams = {BETWEEN.join(names): of_layer[names[0]].gram for names in sharing(of_layer)}
+                grams = {BETWEEN.join(names): of_layer[names[0]].gram for names in linears_by_input(of_layer)}
                 write_tensors(draft, _grams_file(index), grams)
                 show(index + 1)
                 reached(index + 1)

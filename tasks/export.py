@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
-from layerwise.pruners.layer_pruning import pruned_linears
+from layerwise.pruners.layer_pruning import LayerPruning
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.formats.canonical_json import digest
@@ -171,16 +171,9 @@ class _Export:
     def _prune(self, index: int, weights: dict[str, Tensor]) -> None:
         """Remove from one layer's ``weights`` what the plan says; note what became of every linear."""
         linears = self.linears[index]
-        pruned = pruned_linears(
-            self.settings.pruner,
-            index,
-            linears,
-            weights,
-            self.inputs.of_layer(self.store, index, self.settings),
-            self.removed[index],
-            self.settings.group,
-            self.execution.torch_device,
-        )
+        inputs = self.inputs.of_layer(self.store, index, self.settings)
+        pruning = LayerPruning(self.settings.pruner, self.settings.group, index, linears, weights, inputs)
+        pruned = pruning.pruned_weights(self.removed[index], self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
             weights[linear.weight_name] = weight
             if linear not in self.prunable[index]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from layerwise.allocators.allocators import Allocator
+from layerwise.allocators.allocator import Allocator
 from layerwise.allocators.alpha_pruning import AlphaPruning, tail_exponent
 from layerwise.allocators.dlp import DLP, typical_score
 from layerwise.allocators.dsa import DSA, log_variance

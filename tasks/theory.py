@@ -11,8 +11,8 @@ import pyarrow as pa
 from layerwise.models.skeleton import Linear
 from layerwise.scoring.local_errors import LocalErrors
 from layerwise.scoring.perplexity import perplexity
-from layerwise.scoring.theory import Findings, Orders, outcome_of, propagation_of, rise_of
-from layerwise.scoring.theory_plans import UNIFORM, TheoryPlan
+from layerwise.scoring.theorem_checks import Findings, Orders, outcome_of, propagation_of, rise_of
+from layerwise.scoring.theorem_plans import UNIFORM, TheoryPlan
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage

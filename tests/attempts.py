@@ -1,8 +1,8 @@
-"""An attempt: one search in a process of its own, as on a machine of its own, that can be killed at any moment.
+"""Attempt: one search in a separate process, as on a separate machine, that can be killed at any moment.
 
-Importing torch, transformers and Prefect takes seven seconds, several times what the small search takes. So one process
-imports them once and is then forked for each attempt, which imports our own code, has a Prefect home of its own, and
-says what it does, one line each: a line that was said is read even if the process is killed.
+Importing torch, transformers and Prefect takes seven seconds, several times as long as the small search. So one process
+imports them once and is then forked for each attempt. An attempt imports our own code, has its own Prefect home, and
+sends its log lines through a pipe, where they can be read even if the process is killed.
 """
 
 import json
@@ -27,7 +27,7 @@ IMPORTED_ONCE = [
     "transformers.models.llama.modeling_llama",
 ]
 READY, RESULT = "ready", "result "
-WORK_LIMIT = 1800.0  # seconds; the small search takes five
+WORK_LIMIT = 1800.0  # seconds; the small search takes 5
 LOGGED = {
     "layerwise.tasks": logging.DEBUG,
     "layerwise.storage": logging.DEBUG,
@@ -39,14 +39,14 @@ processes.set_forkserver_preload(IMPORTED_ONCE)
 
 
 class Attempt:
-    """A process that searches when it is told to.
+    """A process that runs one search on request.
 
     Args:
         folder: a new folder for its Prefect home, its log and its errors.
-        prefect_url: the Prefect server it reports to.
+        prefect_url: URL of the Prefect server.
 
     Attributes:
-        lines: what it has said since it began, with the seconds since then.
+        lines: log lines since the start of the search, each with its time in seconds since then.
     """
 
     def __init__(self, folder: Path, prefect_url: str) -> None:
@@ -57,15 +57,15 @@ class Attempt:
         self._pipe, theirs = processes.Pipe()
         self._process = processes.Process(target=_work, args=(theirs, {**os.environ, **own}, str(folder)))
         self._process.start()
-        theirs.close()  # or its death would not be noticed
+        theirs.close()  # otherwise the end of the process would not close the pipe
         self._began = time.monotonic()
 
     def begin(self, settings: dict, runtime: dict) -> None:
-        """Let it search, once it is ready.
+        """Wait until the process is ready, and start the search.
 
         Args:
-            settings: of the search, as plain JSON.
-            runtime: where and how it runs, as plain JSON.
+            settings: settings of the search, as plain JSON.
+            runtime: runtime options of the search, as plain JSON.
         """
         self.prepare()
         self.lines.clear()
@@ -73,45 +73,45 @@ class Attempt:
         self._pipe.send((settings, runtime))
 
     def prepare(self) -> None:
-        """Wait until it is ready.
+        """Wait until the process is ready.
 
         Raises:
-            RuntimeError: it has ended instead; with its last errors.
+            RuntimeError: the process has ended; the message contains its last errors.
         """
         said_before = any(line == READY for _, line in self.lines)
         if not said_before and not self.wait_for(lambda line: line == READY):
-            raise RuntimeError(f"a process did not get ready: {self.errors()}")
+            raise RuntimeError(f"a process ended before it was ready: {self.errors()}")
 
     def wait_for(self, wanted: Callable[[str], bool]) -> bool:
-        """Wait until it says a wanted line; False if it has ended instead.
+        """Wait for a wanted line; return False if the process ends first.
 
         Raises:
-            TimeoutError: it did neither in half an hour.
+            TimeoutError: neither happens within half an hour.
         """
         deadline = time.monotonic() + WORK_LIMIT
         while self._listen(deadline):
             if wanted(self.lines[-1][1]):
                 return True
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"not done after {WORK_LIMIT:.0f} s: {self.errors()}")
+            raise TimeoutError(f"the process did not end within {WORK_LIMIT:.0f} s: {self.errors()}")
         return False
 
     def run_for(self, seconds: float) -> bool:
-        """Wait for ``seconds``; False if it has ended before."""
+        """Wait for ``seconds``; return False if the process ends first."""
         deadline = time.monotonic() + seconds
         while self._listen(deadline):
             pass
         return time.monotonic() >= deadline
 
     def kill(self) -> bool:
-        """SIGKILL for it and everything it has started; False if it had ended before, or had only to leave."""
+        """Send SIGKILL to the process and its children; return False if the search had already ended."""
         if self._process.is_alive():
             assert self._process.pid is not None, "it was started"
             os.killpg(self._process.pid, signal.SIGKILL)
         return self.end() == -signal.SIGKILL and not self._results()
 
     def end(self) -> int:
-        """Wait until it has ended; its exit code. All it has said is in ``lines`` then."""
+        """Wait until the process has ended, and return its exit code. ``lines`` is then complete."""
         self.wait_for(lambda line: False)
         self._process.join()
         (self.folder / "log").write_text("".join(f"{at:8.3f} {line}\n" for at, line in self.lines))
@@ -119,10 +119,10 @@ class Attempt:
         return self._process.exitcode
 
     def result(self) -> dict:
-        """Wait until it has ended; what it found: roles that were built, the verdict, contents by role.
+        """Wait until the process has ended, and return its result: built roles, verdict, contents by role.
 
         Raises:
-            RuntimeError: it failed; with its last errors.
+            RuntimeError: the search failed; the message contains its last errors.
         """
         code = self.end()
         if code not in (0, -signal.SIGKILL) or not self._results():
@@ -132,15 +132,15 @@ class Attempt:
         return json.loads(self._results()[0])
 
     def errors(self) -> str:
-        """The end of its standard error."""
+        """Return the end of its standard error."""
         file = self.folder / "errors"
-        return file.read_text(errors="replace")[-4000:] if file.exists() else "it said nothing"
+        return file.read_text(errors="replace")[-4000:] if file.exists() else "(no output)"
 
     def _results(self) -> list[str]:
         return [line.removeprefix(RESULT) for _, line in self.lines if line.startswith(RESULT)]
 
     def _listen(self, deadline: float) -> bool:
-        """Take its next line; False if there is none before ``deadline``, or ever."""
+        """Receive the next line; return False if the deadline passes or the process ends."""
         if not self._pipe.poll(max(deadline - time.monotonic(), 0)):
             return False
         try:
@@ -152,7 +152,7 @@ class Attempt:
 
 
 class _Said(logging.Handler):
-    """Says what is logged."""
+    """Log handler that sends every record through the pipe."""
 
     def __init__(self, pipe: Connection) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ class _Said(logging.Handler):
 
 
 def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
-    """The process itself."""
-    os.setsid()  # a group of its own: whatever it starts is killed with it
+    """Run the process of an attempt."""
+    os.setsid()  # a process group of its own, so that its children are killed with it
     with open(f"{folder}/errors", "wb") as errors:
         for descriptor in (1, 2):
             os.dup2(errors.fileno(), descriptor)
@@ -179,7 +179,7 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
     from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 
-    assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not what is to be tested: {ROOT}"
+    assert Path(ours.__file__).is_relative_to(ROOT), f"{ours.__file__} is not in the tested checkout, {ROOT}"
     for name, level in LOGGED.items():
         logging.getLogger(name).addHandler(_Said(pipe))
         logging.getLogger(name).setLevel(level)

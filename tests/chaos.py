@@ -1,11 +1,11 @@
-"""Chaos: searches that are killed again and again, and what became of their artifacts and of their work.
+"""Chaos test: kill searches at random moments, and check their artifacts and the amount of repeated work.
 
     .venv/bin/python tests/chaos.py --model demo --kills 50 --stores /tmp/chaos,s3://bucket/chaos
 
-One search runs in every store, each in turn; a process is killed with SIGKILL (with all it has started) at a random
-moment, and the next one begins with an empty Prefect home. A search that ends is compared with one that nobody
-disturbed, and another begins in an empty store. Exits with 1 and the reasons if anything differs, or if more than one
-piece of work (a layer, say) was done again after a kill. A Prefect server is started for it; one for S3 is not.
+Every store has one search, and the searches take turns. A process and its children are killed with SIGKILL at a random
+moment, and the next process starts with an empty Prefect home. A finished search is compared with an undisturbed one,
+and a new search starts in an empty store. Exits with 1 and the reasons if anything differs, or if more than one piece
+of work (such as a layer) was repeated after a kill. Starts its own Prefect server, but needs an S3 server for S3 URLs.
 """
 
 import argparse
@@ -27,24 +27,24 @@ from tests.demo_search import DEMO
 from tests.small_search import small_search
 from tests.work_log import END, STAGES, START, Log, Run, mark_of
 
-# Kills come within the next third of a run: then they fall on all of it alike, not mostly on its end.
+# Kills come within the next third of a run, so that they are spread over the whole run and not mostly at its end.
 SHARE_AHEAD = 1 / 3
-SHARE_AT_START = 0.1  # of the kills comes before any work
+SHARE_AT_START = 0.1  # fraction of the kills before any work
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A search that nobody disturbed, in one kind of store."""
+    """An undisturbed search, in one kind of store."""
 
     contents: dict[str, str]
     log: Log
     seconds: float
 
     def moment(self, reached: Set[str], chance: random.Random) -> "Moment | None":
-        """A random moment of what is left of a run that has ``reached`` these marks; None: let it end.
+        """Return a random moment in the rest of a run that has ``reached`` these marks; None to let it end.
 
-        Every layer, shard or loss has the same chance, however long it takes. The moment is told by what is finished
-        before it, so that it does not depend on how fast this machine is just now.
+        Every layer, shard or loss has the same probability, however long it takes. A moment is defined by the work
+        finished before it, so it does not depend on the current speed of this machine.
         """
         times = self.log.marks
         left = [mark for mark in times if mark not in reached]
@@ -59,7 +59,7 @@ class Undisturbed:
             return Moment(
                 frozenset(left[ahead - 1 :]), chance.uniform(0, ends[position + 1] - ends[position])
             )
-        # In the first piece of work of the attempt: it comes after the stages that are found, and a preparation.
+        # In the first piece of work of the attempt, which follows the stages that are found, and a preparation.
         stage = left[0].partition(",")[0]
         before = STAGES[: STAGES.index(stage)][-1:]
         first = next(seconds for mark, seconds in times.items() if mark.partition(",")[0] == stage)
@@ -70,11 +70,11 @@ class Undisturbed:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill.
+    """Moment to kill a process.
 
     Attributes:
-        marks: the first of these must be waited for; none of them: the beginning.
-        delay: and how long after it, in seconds.
+        marks: wait for the first of these marks; empty for the start of the process.
+        delay: seconds to wait after it.
     """
 
     marks: frozenset[str]
@@ -83,14 +83,15 @@ class Moment:
 
 @dataclass
 class Report:
-    """What came of it.
+    """Result of a chaos test.
 
     Attributes:
-        kills: how many fell into which stage.
-        problems: sentences; none if all is well.
+        kills: number of kills by stage.
+        problems: sentences; empty if all checks passed.
+        searches: number of finished searches.
         pieces: layers, shards of the import and losses that the disturbed searches computed.
-        needed: how many undisturbed searches would have computed in their place.
-        seconds: wall time of everything.
+        needed: number of pieces that undisturbed searches would have computed.
+        seconds: total wall time.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -114,13 +115,14 @@ class Report:
 
 
 class Chaos:
-    """Searches that are disturbed.
+    """Runner of disturbed searches.
 
     Args:
-        settings: of the search, as plain JSON.
-        stores: folders or URLs below which every search gets a store of its own.
-        folder: for the processes' Prefect homes and logs.
-        prefect_url: the server they report to.
+        settings: settings of the search, as plain JSON.
+        stores: folders or URLs below which every search gets its own store.
+        folder: folder for Prefect homes and logs of the processes.
+        prefect_url: URL of the Prefect server.
+        seed: seed of the random moments.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Chaos:
         self.chance, self.attempts, self.report = random.Random(seed), 0, Report()
 
     def run(self, kills: int) -> Report:
-        """Disturb searches until ``kills`` processes were killed at work; let the last ones end."""
+        """Kill searches until ``kills`` processes were killed at work, then let the last searches finish."""
         began = time.monotonic()
         undisturbed = [self._undisturbed(place) for place in self.stores]
         if any(other.contents != undisturbed[0].contents for other in undisturbed):
@@ -151,7 +153,7 @@ class Chaos:
         return self.report
 
     def _killed(self, run: Run, undisturbed: Undisturbed) -> bool:
-        """Whether the next attempt of ``run`` was killed at work; if not, the run has ended."""
+        """Return whether the next attempt of ``run`` was killed at work; if not, the run has ended."""
         moment = undisturbed.moment(run.marks, self.chance)
         attempt = self._begin(run)
         killed = moment is not None and self._arrives(attempt, moment) and attempt.kill()
@@ -163,13 +165,13 @@ class Chaos:
         return killed
 
     def _arrives(self, attempt: Attempt, moment: Moment) -> bool:
-        """Wait for ``moment``; False if the attempt has ended before."""
+        """Wait for ``moment``; return False if the attempt ends first."""
         if moment.marks and not attempt.wait_for(lambda line: mark_of(line) in moment.marks):
             return False
         return attempt.run_for(moment.delay)
 
     def _compare(self, run: Run, undisturbed: Undisturbed) -> None:
-        """Compare a run that has ended with the undisturbed one; remove its store if all is well."""
+        """Compare a finished run with the undisturbed one; remove its store if there are no problems."""
         store = ArtifactStore(run.store)
         problems = list(run.repeated_work(undisturbed.log.work))
         found = contents_of(store)
@@ -204,7 +206,7 @@ class Chaos:
 
 
 def contents_of(store: ArtifactStore) -> dict[str, str]:
-    """The digest of every artifact's bytes, by its key; but for reports, which tell what took how long."""
+    """Return the content digest of every artifact by key, except reports, which contain run times."""
     return {
         artifact.key: artifact.content
         for artifact in store.artifacts()
@@ -221,12 +223,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="small", help="small: random weights; demo; or what a search takes"
+        "--model", default="small", help="small (random weights), or a model source that a search accepts"
     )
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument(
-        "--stores", help="folders and URLs, with commas between; a temporary folder if left out"
-    )
+    parser.add_argument("--stores", help="comma-separated folders and URLs; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))

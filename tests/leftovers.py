@@ -1,4 +1,4 @@
-"""Files that killed attempts leave in a store, and a garbage collection one day later."""
+"""Leftovers of killed attempts in a store, and garbage collection as of a day from now."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ OTHER = Stage("branch", 1, settings={"beta": 0.1}, inputs={"capture": STAGE.key}
 
 
 class Killed(BaseException):
-    """The process was killed and did not clean up."""
+    """End of a process without any cleanup."""
 
 
 def paths_in(store):
@@ -58,11 +58,11 @@ def die_in_attempt(store, stage=STAGE, resume_points=0):
 
 
 def make_old(folder):
-    """Set the modification time of everything in ``folder`` to 2001."""
+    """Set the modification times of everything in ``folder`` to 2001."""
     for path in Path(folder).rglob("*"):
         os.utime(path, (1e9, 1e9))
 
 
 def files_in(folder):
-    """Return the content of every file by its path."""
+    """Return the content of every file by path."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

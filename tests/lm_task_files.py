@@ -1,4 +1,4 @@
-"""Tasks of lm-eval of our own, in files; small models with a tokenizer that knows their words; their answers."""
+"""lm-eval tasks in files, tokenizers for their words, and answers of small models."""
 
 import json
 import random
@@ -23,7 +23,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def some_documents(count: int, seed: int = 0) -> list[dict]:
-    """Questions of 1 to 20 words, each with three choices of 1 to 4 words; every fourth with one-word choices."""
+    """Return questions of 1 to 20 words with three choices of 1 to 4 words; every fourth has one-word choices."""
     draw = random.Random(seed)
     return [
         {
@@ -38,7 +38,7 @@ def some_documents(count: int, seed: int = 0) -> list[dict]:
 
 
 def write_task(folder: Path, name: str, documents: Sequence[Mapping], **changes: object) -> str:
-    """Write a multiple-choice task with its documents; returns the path of its YAML file."""
+    """Write a multiple-choice task with its documents; return the path of its YAML file."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
     accuracy = {"aggregation": "mean", "higher_is_better": True}
@@ -63,10 +63,11 @@ def write_task(folder: Path, name: str, documents: Sequence[Mapping], **changes:
 
 
 def give_words(folder: Path, special: Mapping[str, str] | None = None) -> Path:
-    """Replace the tokenizer of a saved model by one that knows ``WORDS`` and begins every text with ``<s>``.
+    """Replace the tokenizer of a saved model by one with ``WORDS`` that starts every text with ``<s>``.
 
     Args:
-        special: its special tokens, by role.
+        folder: folder of the model.
+        special: special tokens by role.
     """
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -87,7 +88,7 @@ def answered(
     dtype: str = "float32",
     **execution,
 ) -> dict[str, Artifact]:
-    """The answers of the model in ``folder``, by task."""
+    """Return the answers of the model in ``folder``, by task."""
     checkpoint = import_checkpoint(store, str(folder))
     questions = load_questions(tasks, documents, seed)
     return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))

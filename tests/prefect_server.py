@@ -1,4 +1,4 @@
-"""A real Prefect server in a process of its own, which can be killed and started again."""
+"""Real Prefect server in a separate process, which can be killed and restarted."""
 
 import os
 import signal
@@ -14,24 +14,24 @@ import httpx
 from layerwise.flows.orchestration.embedded_server import PREFERENCES
 
 START_LIMIT = (
-    180.0  # seconds; on two cores six, and with an empty home, where it makes its database, ten more
+    180.0  # seconds; it takes 6 on two cores, and 10 more with an empty home, to create the database
 )
 
 
 def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
-    """The environment of a Prefect process that shares nothing with those of other homes.
+    """Return the environment of a Prefect process that shares nothing with processes of other homes.
 
     Args:
-        home: its folder.
-        changes: names that are to have another value.
+        home: Prefect home of the process.
+        changes: variables to change.
     """
     foreign = {name for name in os.environ if name.startswith("PREFECT_")}
     own = {name: value for name, value in os.environ.items() if name not in foreign}
     return own | PREFERENCES | {"PREFECT_HOME": str(home)} | changes
 
 
-# Services that write into the database all the time. With several workers SQLite then stands still for a minute now and
-# again: a task of the server waits for a lock that another one holds. What the tests look at needs none of them.
+# Disables services that write to the database continuously. With several workers, they sometimes block SQLite for a
+# minute: a task of the server waits for a lock held by another one. The tests do not need these services.
 FEW_WRITES = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "false",
@@ -40,15 +40,15 @@ FEW_WRITES = {
 
 
 class PrefectServer:
-    """A server with a database (SQLite) in ``home``.
+    """A server with an SQLite database in ``home``.
 
     Args:
-        home: its folder; what is in it stays for the next start.
-        changes: settings of Prefect by their environment variables.
+        home: Prefect home; its content is kept between starts.
+        changes: settings of Prefect by environment variable.
 
     Attributes:
-        port: the same after every start.
-        start_seconds: how long every start took.
+        port: port, the same after every start.
+        start_seconds: duration of every start.
     """
 
     def __init__(self, home: Path, **changes: str) -> None:
@@ -60,7 +60,7 @@ class PrefectServer:
 
     @property
     def url(self) -> str:
-        """For PREFECT_API_URL."""
+        """Return the value for PREFECT_API_URL."""
         return f"http://127.0.0.1:{self.port}/api"
 
     def __enter__(self) -> Self:
@@ -75,12 +75,12 @@ class PrefectServer:
         self.kill()
 
     def start(self) -> None:
-        """Return when it answers.
+        """Start the server and wait until it answers.
 
         Raises:
-            RuntimeError: it does not; with the end of its log.
+            RuntimeError: the server does not answer; the message contains the end of its log.
         """
-        assert self._process is None, "it runs"
+        assert self._process is None, "the server is already running"
         began = time.monotonic()
         command = [sys.executable, "-m", "prefect", "server", "start"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--analytics-off"]
@@ -102,20 +102,20 @@ class PrefectServer:
         self.start_seconds.append(time.monotonic() - began)
 
     def kill(self) -> None:
-        """SIGKILL for it and all its processes."""
+        """Send SIGKILL to the server and all its processes."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def restart(self) -> None:
-        """Start it again after ``kill``, or kill it before."""
+        """Kill the server if it is running, and start it again."""
         self.kill()
         self.start()
 
     @property
     def log(self) -> Path:
-        """What it has said, in all its lives."""
+        """Return the path of the log of all starts."""
         return self.home / "server.log"
 
     def _answers(self) -> bool:

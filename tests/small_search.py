@@ -1,4 +1,4 @@
-"""A search small enough to be run fifty times: a random LLaMA in a GGUF file, and a text in its alphabet."""
+"""Search that is small enough to run fifty times: a random LLaMA in a GGUF file, and a text in its alphabet."""
 
 import random
 from pathlib import Path
@@ -12,9 +12,9 @@ HIDDEN, FEED_FORWARD, HEADS, KEY_VALUE_HEADS = 256, 512, 4, 2
 
 
 def small_search(folder: Path, layers: int = 12, letters: int = 12000) -> dict[str, object]:
-    """Write a model and a text into ``folder``; return the settings of a search with them, as plain JSON.
+    """Write a model and a text to ``folder``; return the settings of a search with them, as plain JSON.
 
-    The model is a GGUF file because that is imported into the store, with a resume point after every layer.
+    The model is a GGUF file, because importing it into the store leaves a resume point after every layer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, text = folder / "small.gguf", folder / "text.txt"
@@ -65,7 +65,7 @@ def _write_model(path: Path, layers: int) -> None:
 
 
 def _shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by its name in the file."""
+    """Return the shape of every tensor by its name in the file."""
     narrow = HIDDEN * KEY_VALUE_HEADS // HEADS
     layer = {
         "attn_norm": (HIDDEN,),

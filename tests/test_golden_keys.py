@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.allocators.allocation import SparsityPlan
 from layerwise.allocators.owl import OWL
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.alps import ALPS
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
-from layerwise.scoring.theory_plans import TheoryPlan
+from layerwise.scoring.theorem_plans import TheoryPlan
 from layerwise.storage.artifact import Artifact, StoredFile
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry

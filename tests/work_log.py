@@ -1,4 +1,4 @@
-"""What the lines of attempts tell: which work was done, what was done twice, where an attempt died."""
+"""Analysis of the log lines of attempts: finished work, repeated work, and the stage of a kill."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +15,10 @@ STAGES = (
     "evaluate",
     "report",
 )
-START, END = "start", "end"  # where a kill falls that hits no stage
-STAGE_OF_TITLE = {"import": "import_checkpoint"}  # where the progress is not called like the task
+START, END = "start", "end"  # names for kills before and after all stages
+STAGE_OF_TITLE = {"import": "import_checkpoint"}  # titles of progress that differ from the task's name
 FINISHED = re.compile(r"INFO prefect\.task_runs (?P<stage>\w+) Finished in state Completed\(\)")
-# Said after every layer, shard of an import, or lane whose loss was taken, and before the resume point after it.
+# Logged after every layer, shard of an import, or loss of a lane, and before the following resume point.
 DONE = re.compile(
     r"DEBUG layerwise\.tasks\.running\.progress \S+ (?P<title>\w+): .*: (?P<unit>\w+) (?P<number>\d+) of \d+ done"
 )
@@ -26,12 +26,12 @@ DONE = re.compile(
 
 @dataclass(frozen=True)
 class Log:
-    """What the lines of one attempt tell.
+    """Work of one attempt, read from its log lines.
 
     Attributes:
-        work: numbers of the pieces of work that it did, by stage and unit ("capture, layer").
-        finished: stages whose result it had, whether it was found or made.
-        marks: all of that in the order of time, with the seconds since it began.
+        work: numbers of the pieces of work, by stage and unit ("capture, layer").
+        finished: stages whose result was built or found.
+        marks: marks of all of these in chronological order, with the seconds since the start.
     """
 
     work: dict[str, list[int]]
@@ -53,7 +53,7 @@ class Log:
 
 
 def mark_of(line: str) -> str | None:
-    """What a line says is done: "capture, layer 3", or "capture" for all of it; None if it says something else."""
+    """Return the work that a line reports as done: "capture, layer 3", "capture" for a whole stage, or None."""
     if (match := FINISHED.match(line)) and match["stage"] in STAGES:  # check_inputs leaves no artifact
         return match["stage"]
     if match := DONE.match(line):
@@ -63,46 +63,46 @@ def mark_of(line: str) -> str | None:
 
 @dataclass
 class Run:
-    """One search in one store, over all its attempts."""
+    """All attempts of one search in one store."""
 
     store: str
     logs: list[Log] = field(default_factory=list)
 
     @property
     def frontier(self) -> str:
-        """The stage whose result no attempt had so far."""
+        """Return the first unfinished stage."""
         done = {stage for log in self.logs for stage in log.finished}
         return next((stage for stage in STAGES if stage not in done), END)
 
     @property
     def marks(self) -> set[str]:
-        """Everything that was finished so far."""
+        """Return the marks of all finished work."""
         return {mark for log in self.logs for mark in log.marks}
 
     @property
     def pieces(self) -> int:
-        """Pieces of work done so far, those that were done twice counted twice."""
+        """Return the number of pieces of work, including repeated ones."""
         return sum(len(numbers) for log in self.logs for numbers in log.work.values())
 
     @property
     def stage_of_death(self) -> str:
-        """The stage that the last attempt was at when it died; ``START`` while it was finding what is there."""
+        """Return the stage of the last attempt when it was killed; ``START`` if it was looking up existing artifacts."""
         stages = [*STAGES, END]
         before = stages[: stages.index(self.frontier)]
         return self.frontier if self.logs[-1].finished.issuperset(before) else START
 
     def repeated_work(self, needed: Mapping[str, list[int]]) -> Iterator[str]:
-        """Where more than one piece of work was done again, one was left out, or a finished stage was begun again."""
+        """Yield descriptions of stages with more than one repeated piece of work, a missing piece, or a restart."""
         for kind, numbers in needed.items():
             reached, finished = 0, False
             for attempt, log in enumerate(self.logs):
                 if done := log.work.get(kind):
                     if finished:
-                        yield f"{kind}: attempt {attempt} did {done}, but an earlier one had finished the stage"
+                        yield f"{kind}: attempt {attempt} did {done}, but an earlier attempt had finished the stage"
                     again = reached + 1 - done[0]
                     if again not in (0, 1) or done != list(range(done[0], done[-1] + 1)):
-                        yield f"{kind}: attempt {attempt} did {done}, but {reached} was reached before"
+                        yield f"{kind}: attempt {attempt} did {done}, but {reached} had been reached before"
                     reached = max(reached, done[-1])
                 finished = finished or kind.partition(",")[0] in log.finished
             if reached != numbers[-1]:
-                yield f"{kind}: only {reached} of {numbers[-1]} were ever done"
+                yield f"{kind}: only {reached} of {numbers[-1]} were done"

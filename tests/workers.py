@@ -1,4 +1,4 @@
-"""Real process workers of a Prefect work pool, each as on a machine of its own, that can die in every way there is."""
+"""Real process workers of a Prefect work pool, each as on a separate machine, which can be killed."""
 
 import contextlib
 import re
@@ -20,19 +20,19 @@ from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH
 from tests.prefect_server import prefect_environment
 
 ROOT = Path(__file__).parents[1]
-# Seconds; about six on two idle cores, and a minute more each time that the server's SQLite stands still.
+# Seconds; it takes about 6 on two idle cores, and a minute more each time the server's SQLite is blocked.
 START_LIMIT = 400.0
 SAID = re.compile(r"(?P<at>\S+ \S+) (?P<pid>\d+) (?P<line>.*)")
 
 
 @dataclass(frozen=True)
 class Said:
-    """A line that a flow run of a worker logged, also if it was killed right after it.
+    """A line logged by a flow run of a worker, available even if the run was killed right after it.
 
     Attributes:
-        at: when, in seconds since 1970.
-        pid: of the flow run's process, the run's ``infrastructure_pid``.
-        line: as ``tests.work_log`` reads it.
+        at: time in seconds since 1970.
+        pid: process id of the flow run, its ``infrastructure_pid``.
+        line: text in the format that ``tests.work_log`` reads.
     """
 
     at: float
@@ -41,12 +41,12 @@ class Said:
 
 
 class Machine:
-    """What processes of one machine have in common: a folder that only they know of, and that they die together.
+    """Simulated machine: its processes share a private folder and are killed together.
 
     Args:
-        folder: a new folder, for Prefect's home and all logs.
-        prefect_url: the server they talk to.
-        changes: more environment variables.
+        folder: a new folder for the Prefect home and all logs.
+        prefect_url: URL of the Prefect server.
+        changes: additional environment variables.
     """
 
     def __init__(self, folder: Path, prefect_url: str, **changes: str) -> None:
@@ -63,7 +63,7 @@ class Machine:
         _log_work(self.home / "logging.yml", self.folder / "said")
 
     def run(self, *arguments: str) -> subprocess.Popen:
-        """Start Python with ``arguments`` in a session of its own; its output goes to ``output``."""
+        """Start Python with ``arguments`` in a new session, with its output in the file ``output``."""
         with self.output.open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, *arguments],
@@ -77,11 +77,11 @@ class Machine:
 
     @property
     def output(self) -> Path:
-        """What its processes have written to the terminal."""
+        """Return the path of the file with the output of its processes."""
         return self.folder / "output"
 
     def said(self) -> list[Said]:
-        """What was logged about the work so far, by all processes, in order."""
+        """Return the lines logged by all processes so far, in order."""
         file = self.folder / "said"
         lines = file.read_text().splitlines() if file.exists() else []
         matches = [match for line in lines if (match := SAID.match(line))]
@@ -91,10 +91,10 @@ class Machine:
         ]
 
     def wait_until_said(self, wanted: Callable[[str], bool], limit: float = 120.0) -> Said:
-        """Wait until a flow run has said a wanted line, and return that; one it has said before counts.
+        """Wait for a wanted line of a flow run and return it; earlier lines count.
 
         Raises:
-            TimeoutError: none has in ``limit`` seconds; with the end of the output.
+            TimeoutError: the line was not logged within ``limit`` seconds; the message contains the end of the output.
         """
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
@@ -102,22 +102,24 @@ class Machine:
                 if wanted(each.line):
                     return each
             time.sleep(0.02)
-        raise TimeoutError(f"not said in {limit:.0f} s. The end of the output:\n{self.last_output()}")
+        raise TimeoutError(
+            f"the line was not logged within {limit:.0f} s. The end of the output:\n{self.last_output()}"
+        )
 
     def last_output(self) -> str:
-        """The end of what its processes have written."""
-        return self.output.read_text(errors="replace")[-4000:] if self.output.exists() else "nothing"
+        """Return the end of the output of its processes."""
+        return self.output.read_text(errors="replace")[-4000:] if self.output.exists() else "(no output)"
 
     def processes(self) -> Iterator[psutil.Process]:
-        """All that run on it, in whatever session: they are known by their home."""
+        """Yield its running processes of all sessions, identified by their Prefect home."""
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):  # gone, a zombie, or somebody else's
+            with contextlib.suppress(psutil.Error):  # ended, a zombie, or of another user
                 if process.environ().get("PREFECT_HOME") == str(self.home):
                     yield process
 
     def kill(self) -> None:
-        """The machine dies: SIGKILL for all its processes at once, and no other is told."""
-        # The oldest first: a worker that outlived its flow runs would report them.
+        """Send SIGKILL to all its processes at once, as if the machine failed."""
+        # The oldest first, because a worker that outlives its flow runs would report them.
         while alive := sorted(self.processes(), key=lambda process: process.create_time()):
             _kill(alive)
 
@@ -126,10 +128,10 @@ class Worker(Machine):
     """A process worker for one flow run at a time.
 
     Args:
-        pool: the work pool it takes flow runs from.
-        folder: as for a machine.
-        prefect_url: as for a machine.
-        changes: more environment variables, which the flow runs have as well.
+        pool: work pool of the worker.
+        folder: a new folder for the Prefect home and all logs.
+        prefect_url: URL of the Prefect server.
+        changes: additional environment variables of the worker and its flow runs.
     """
 
     def __init__(self, pool: str, folder: Path, prefect_url: str, **changes: str) -> None:
@@ -137,11 +139,11 @@ class Worker(Machine):
         super().__init__(folder, prefect_url, **quick, **changes)
         self.pool, self.name = pool, folder.name
         self._worker: subprocess.Popen | None = None
-        self._output_before = 0  # bytes that earlier workers in this folder have written
+        self._output_before = 0  # bytes of output of earlier workers in this folder
 
     @property
     def alive(self) -> bool:
-        """Whether it was started, and neither stopped nor killed since."""
+        """Return whether the worker was started and not killed since."""
         return self._worker is not None
 
     def __enter__(self) -> Self:
@@ -152,20 +154,20 @@ class Worker(Machine):
         self.kill()
 
     def start(self) -> None:
-        """Start it, again if it was stopped or killed; ``wait_until_ready`` says when it takes flow runs."""
-        assert self._worker is None, f"worker {self.name} runs"
+        """Start the worker; it can be restarted after a kill. Use ``wait_until_ready`` to wait for it."""
+        assert self._worker is None, f"worker {self.name} is already running"
         self._output_before = len(self.output.read_bytes()) if self.output.exists() else 0
         options = ["--pool", self.pool, "--name", self.name, "--type", "process", "--limit", "1"]
         self._worker = self.run("-m", "prefect", "worker", "start", *options, "--install-policy", "never")
 
     def wait_until_ready(self) -> None:
-        """Return when it asks the server for flow runs.
+        """Wait until the worker asks the server for flow runs.
 
         Raises:
-            RuntimeError: it does not; with the end of its output.
+            RuntimeError: the worker did not start; the message contains the end of its output.
         """
         deadline = time.monotonic() + START_LIMIT
-        assert self._worker is not None, f"worker {self.name} was started"
+        assert self._worker is not None, f"worker {self.name} was not started"
         started = f"Worker '{self.name}' started!".encode()
         while started not in self.output.read_bytes()[self._output_before :]:
             if self._worker.poll() is not None or time.monotonic() > deadline:
@@ -173,7 +175,7 @@ class Worker(Machine):
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """The machine dies: SIGKILL for the worker and its flow runs."""
+        """Send SIGKILL to the worker and its flow runs, as if the machine failed."""
         super().kill()
         self._forget()
 
@@ -184,7 +186,7 @@ class Worker(Machine):
 
 
 def create_pool(client: SyncPrefectClient, name: str) -> None:
-    """A work pool for process workers."""
+    """Create a work pool for process workers."""
     client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
@@ -192,11 +194,11 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=10)  # those that are not ours to wait for become init's
+    psutil.wait_procs(processes, timeout=10)  # children of other processes are reaped by init
 
 
 def _log_work(settings: Path, said: Path) -> None:
-    """Let flow runs write what they do to a file at once: a line to the server may die with the process."""
+    """Let flow runs write log lines to a file immediately; lines sent to the server can be lost with the process."""
     config = yaml.safe_load(DEFAULT_LOGGING_SETTINGS_PATH.read_text())
     config["formatters"]["work"] = {
         "()": "logging.Formatter",

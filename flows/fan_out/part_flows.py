@@ -10,7 +10,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Crashed, State
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.orchestration.cancellation import cancelled
 from layerwise.flows.orchestration.parent_process import stop_with_parent
 from layerwise.flows.pipeline.build import build

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TypeVar
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
 from layerwise.flows.pipeline.search_strategy import LaneRequest, first_lanes, strategy_of
 from layerwise.flows.pipeline.size_estimate import SearchSizes

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.search_strategy import first_lanes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from layerwise.allocators.allocation import SparsityPlan
 from layerwise.allocators.budget import fitted
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import OVER_LAYERS, TRIALS, Search
 from layerwise.models.skeleton import Linear

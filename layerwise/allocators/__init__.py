@@ -1,1 +1,1 @@
-"""Allocators: target sparsity of every decoder layer."""
+"""Allocators: sparsity of every decoder layer or linear, for one overall sparsity."""

@@ -1,7 +1,7 @@
-"""Attention and MLP apart: the one loses more than its layer's share, the other less, and the budget stays.
+"""Attention offset: different sparsities for attention and MLP within a layer, at an unchanged overall sparsity.
 
-Attention and MLP differ in how much they bear (LSA finds a split that helps on LLaMA-3 and Qwen and hurts on
-LLaMA-2, so no split must stay a candidate).
+Attention and MLP tolerate different sparsities. LSA found an offset that helps on LLaMA-3 and Qwen and hurts on
+LLaMA-2, so offset 0 must remain a candidate.
 """
 
 import re
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from layerwise.allocators.budget import fitted
 
-# The module that holds a layer's attention: self_attn (LLaMA, OPT...), attn (GPT-2), attention (GPT-NeoX),
-# self_attention (BLOOM, Falcon).
+# Names of attention modules: self_attn (LLaMA, OPT...), attn (GPT-2), attention (GPT-NeoX), self_attention (BLOOM,
+# Falcon).
 ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
 
 
 def is_attention(linear: str) -> bool:
-    """Whether a linear belongs to its layer's attention, by its name relative to the layer."""
+    """Return whether a linear belongs to attention, judged by its name relative to the layer."""
     return ATTENTION.search(linear) is not None
 
 
@@ -26,19 +26,20 @@ def with_offset(
     linear_sizes: Sequence[Sequence[int]],
     target: float,
 ) -> tuple[tuple[float, ...], ...]:
-    """Sparsity of every linear: in each layer attention's is higher than the MLP's by ``offset``, the mean unchanged.
+    """Return the sparsity of every linear: in each layer, attention's exceeds the MLP's by ``offset``.
 
-    Where that would leave [0, 1], it is clipped, and all are shifted until the overall target is met again.
+    The mean sparsity of a layer stays the same. Values outside [0, 1] are clipped, and all values are then shifted
+    until the overall sparsity is ``target`` again.
 
     Args:
         layers: sparsity of every layer.
-        offset: attention's sparsity minus the MLP's; negative spares attention.
-        linear_names: of the prunable linears, by layer, relative to it.
-        linear_sizes: their numbers of weights.
+        offset: attention's sparsity minus the MLP's; a negative offset removes less from attention.
+        linear_names: names of the prunable linears, by layer, relative to the layer.
+        linear_sizes: number of weights of every prunable linear, by layer.
         target: overall sparsity, met exactly.
 
     Raises:
-        ValueError: no layer has linears of both kinds, so that nothing could be told apart.
+        ValueError: no layer has linears of both kinds.
     """
     shares: list[float] = []
     both = False
@@ -50,8 +51,9 @@ def with_offset(
         shares += [sparsity + offset * ((1 - part) if inner else -part) for inner in attention]
     if not both:
         raise ValueError(
-            f"no layer has linears of attention and others ({', '.join(linear_names[0]) if linear_names else 'none'}): "
-            "an offset would change nothing. Leave the offsets out."
+            "no layer has both attention linears and other linears "
+            f"({', '.join(linear_names[0]) if linear_names else 'none'}), so an offset would change nothing. "
+            "Remove the offsets."
         )
     every = iter(fitted(shares, [size for sizes in linear_sizes for size in sizes], target))
     return tuple(tuple(next(every) for _ in sizes) for sizes in linear_sizes)

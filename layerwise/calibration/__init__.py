@@ -1,1 +1,1 @@
-"""Statistics of the inputs of linears over the calibration windows."""
+"""Calibration: token windows, and statistics of the inputs of linears over them."""

@@ -1,46 +1,43 @@
-"""The dense model's pass over its calibration windows: what every linear of every layer is fed."""
+"""Capture of the inputs of every linear, in one pass of the dense model over the calibration windows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerwise.calibration.gram import InputGram, watching_grams
-from layerwise.calibration.statistics import InputStatistics, watching
-from layerwise.models.finite import is_finite
+from layerwise.calibration.gram import InputGram, collect_grams
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
+from layerwise.models.nan_check import is_finite
 from layerwise.models.streaming import StreamedModel
 
-OTHER_DTYPE = "Compute in another dtype: --dtype bfloat16 or float32."
+OTHER_DTYPE = "Use another dtype: --dtype bfloat16 or float32."
 
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """What was seen of one decoder layer."""
+    """Input statistics of one decoder layer, by linear."""
 
     index: int
-    statistics: Mapping[str, InputStatistics]  # by linear
+    statistics: Mapping[str, InputStatistics]
 
 
 def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor, first_part: int) -> None:
-    """Write the first hidden states of all windows; the model's embedding is released afterwards.
+    """Write the input of the first decoder layer for all windows, then release the model's embedding.
 
     Args:
         input_ids: shape ``(windows, seqlen)``.
-        hidden_states: shape ``(windows, seqlen, hidden_size)``; written to.
-        first_part: so many windows from the front go through the layers apart from the others, so that no
-            batch holds windows of both.
+        hidden_states: shape ``(windows, seqlen, hidden_size)``; overwritten.
+        first_part: number of leading windows that are batched separately from the others.
 
     Raises:
-        ValueError: the embedding gives NaN or infinity.
+        ValueError: the embedding returns NaN or infinity.
     """
     for part in (slice(0, first_part), slice(first_part, None)):
         for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
             some_states.copy_(model.embed(some_ids))
             if not is_finite(some_states):
-                raise ValueError(
-                    f"the embedding gives values that are not finite in {_name(model)}. {OTHER_DTYPE}"
-                )
+                raise ValueError(f"the embedding returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}")
     model.release_embedding()
 
 
@@ -55,18 +52,18 @@ def capture_layers(
 
     Args:
         model: computes the layers.
-        layers: weights of the layers from ``first`` on, by name relative to the layer.
-        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; holds a layer's
-            output when the layer is yielded.
-        calibration_windows: how many of the windows, from the front, count in the statistics.
-        first: layer to begin with.
+        layers: weights of layer ``first`` and the following layers, by name relative to the layer.
+        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; contains a layer's output
+            when the layer is yielded.
+        calibration_windows: number of leading windows that are included in the statistics.
+        first: index of the first layer.
 
     Raises:
-        ValueError: a layer gives NaN or infinity, from which every later one would.
+        ValueError: a layer returns NaN or infinity.
     """
     for index, weights in enumerate(layers, first):
         with model.loaded(index, weights) as layer:
-            with watching(layer, model.linears[index]) as statistics:
+            with collect_statistics(layer, model.linears[index]) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
                     _require_finite(model, index, weights, states)
@@ -85,12 +82,12 @@ def capture_grams(
         model, layers, hidden_states, first: as for ``capture_layers``.
 
     Yields:
-        Second moments of the layer's inputs, by linear; one object for linears that share their input.
+        Gram matrices of the layer's inputs, by linear; linears that share their input have the same object.
     """
     for index, weights in enumerate(layers, first):
         with (
             model.loaded(index, weights) as layer,
-            watching_grams(layer, model.linears[index]) as grams,
+            collect_grams(layer, model.linears[index]) as grams,
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))
@@ -102,11 +99,11 @@ def _require_finite(model: StreamedModel, index: int, weights: Mapping[str, Tens
         return
     if damaged := [name for name, weight in weights.items() if not is_finite(weight)]:
         raise ValueError(
-            f"layer {index} of the dense model gives hidden states that are not finite: its {', '.join(damaged)} hold "
-            "NaN or infinity. Save the checkpoint again from where it is whole."
+            f"layer {index} of the dense model returns NaN or infinity, because its {', '.join(damaged)} contain such "
+            "values. Replace the checkpoint by an undamaged copy."
         )
     raise ValueError(
-        f"layer {index} of the dense model gives hidden states that are not finite in {_name(model)}. {OTHER_DTYPE}"
+        f"layer {index} of the dense model returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a calibration pass remembers for pruners that need second moments: the Gram matrix of a linear's inputs."""
+"""Gram matrices of the inputs of linears: second moments for the pruners that correct weights or swap masks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from layerwise.models.skeleton import Linear
 
-# Columns that are multiplied at a time: only what lies on or right of the diagonal is computed, the rest mirrored.
+# Columns that are multiplied at a time: blocks on and right of the diagonal are computed, the others are mirrored.
 PANEL = 1024
 
 
-@dataclass(eq=False)  # one object per input: linears with the same object share their input
+@dataclass(eq=False)  # compared by identity: linears with the same object share their input
 class InputGram:
-    """Running sum of ``x x^T`` over the tokens ``x`` that go into one or several linears.
+    """Running sum of ``x x^T`` over the input tokens ``x`` of one or several linears.
 
-    Products and sums are float32 whatever the inputs are: squares of float16 activations overflow, sums of
-    bfloat16 stop growing. 4 bytes per entry, and one matrix per input: 67 MB for 4096 features, 3.3 GB for
-    28672.
+    Products and sums are in float32 for every input dtype, because squares of float16 activations overflow and sums in
+    bfloat16 stop growing. Memory: 4 bytes per entry, 67 MB for 4096 features, 3.3 GB for 28672.
     """
 
     gram: Tensor  # (in_features, in_features), float32
@@ -31,17 +30,17 @@ class InputGram:
         return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
 
     def add(self, inputs: Tensor) -> None:
-        """Count one batch of inputs, shape ``(..., in_features)``, any dtype.
+        """Add one batch of inputs, shape ``(..., in_features)``, any dtype.
 
         Raises:
-            ValueError: inputs of another width.
+            ValueError: the inputs have another width.
             RuntimeError: see ``require_full_float32``.
         """
         in_features = len(self.gram)
         if inputs.shape[-1] != in_features:
             raise ValueError(
                 f"inputs of shape {tuple(inputs.shape)} were added to the Gram matrix of {in_features} features. "
-                "Pass what goes into the linear, features last."
+                "Pass the inputs of the linear, features last."
             )
         require_full_float32()
         tokens = inputs.detach().reshape(-1, in_features).float()
@@ -53,13 +52,12 @@ class InputGram:
 
 
 def require_full_float32() -> None:
-    """Refuse to go on where float32 products may be computed in TF32 (CUDA) or bfloat16 (CPU): 10 bits and 7.
+    """Raise if float32 products may be computed in TF32 (CUDA, 10 bits) or bfloat16 (CPU, 7 bits).
 
-    This is the one place that sees to it. The switch is not turned here: it belongs to the whole process,
-    other threads included.
+    The setting is not changed here, because it applies to the whole process, including other threads.
 
     Raises:
-        RuntimeError: reduced precision is allowed, by a call or by the environment.
+        RuntimeError: reduced precision is allowed by a call or by the environment.
     """
     for backend in (torch.backends.cuda, torch.backends.mkldnn):
         precision = backend.matmul.fp32_precision  # type: ignore[attr-defined]
@@ -72,16 +70,16 @@ def require_full_float32() -> None:
 
 
 @contextmanager
-def watching_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
+def collect_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
     """Collect the Gram matrices of ``linears`` from every forward pass of ``layer`` within the block.
 
-    Linears that get the very same tensor within a pass (q, k and v; gate and up) share one ``InputGram``; see
-    ``sharing``. The entries appear with the first pass; a linear that it does not reach has none.
+    Linears that receive the same tensor object within a pass (q, k and v; gate and up) share one ``InputGram``; see
+    ``linears_by_input``. Entries are added by the first pass; a linear that the pass does not call has no entry.
 
     Raises:
-        ValueError: a pass in which a linear runs twice, or that shares the inputs in another way than the first one.
+        ValueError: a linear runs twice in a pass, or a pass shares inputs differently from the first pass.
     """
-    watched = _Watched(layer)
+    watched = _GramHooks(layer)
     try:
         for linear in linears:
             watched.watch(linear.name)
@@ -90,22 +88,22 @@ def watching_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict
         watched.stop()
 
 
-def sharing(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
-    """Names of the linears by input: those that share one ``InputGram`` stand together, first come first."""
+def linears_by_input(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], ...]:
+    """Group the names of the linears that share an ``InputGram``, in the order of their first appearance."""
     groups: dict[InputGram, list[str]] = {}
     for name, gram in grams.items():
         groups.setdefault(gram, []).append(name)
     return tuple(map(tuple, groups.values()))
 
 
-class _Watched:
-    """The hooks on one layer, and what they have seen."""
+class _GramHooks:
+    """Hooks on one layer, and the Gram matrices that they collect."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.grams: dict[str, InputGram] = {}
         self._layer = layer
-        # Inputs of the pass that is under way. They are held until it ends, so that no other tensor can take
-        # the identity of one; the version tells a tensor that was changed in place from what it was before.
+        # Inputs of the current pass. They are kept until it ends, so that the id of one cannot be reused. The version
+        # reveals a tensor that was changed in place.
         self._inputs: list[tuple[Tensor, int, list[str]]] = []
         self._groups: set[frozenset[str]] = set()
         self._hooks = [
@@ -127,8 +125,8 @@ class _Watched:
     def _count(self, name: str, inputs: Tensor) -> None:
         if any(name in names for _, _, names in self._inputs):
             raise ValueError(
-                f"{name} ran twice in one pass of its layer, so that it has no single input to share. "
-                "Leave it out of the linears to prune."
+                f"{name} ran twice in one pass of its layer, so it does not have a single input. "
+                "Exclude it from the linears to prune."
             )
         for tensor, version, names in self._inputs:
             if tensor is inputs and version == inputs._version:
@@ -147,7 +145,7 @@ class _Watched:
         if groups != self._groups:
             raise ValueError(
                 f"the linears shared their inputs as {_listed(self._groups)} in the first pass of the layer and as "
-                f"{_listed(groups)} in a later one, so that their Gram matrices are mixed up. "
+                f"{_listed(groups)} in a later pass, so their Gram matrices are mixed up. "
                 "Prune this model with a method that needs no Gram matrix, such as Wanda."
             )
 

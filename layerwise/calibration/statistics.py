@@ -1,4 +1,4 @@
-"""What a calibration pass remembers about the inputs of the linears of one decoder layer."""
+"""Input statistics of the linears of a decoder layer: the norm of every input channel over the calibration tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from layerwise.models.skeleton import Linear
 class InputStatistics:
     """Running sum of squares of every input channel of one linear.
 
-    A batch is summed in float32 and added in float64: in bfloat16 a total stops growing once it is 256 times
-    larger than one addend, so that long calibration sets would be cut short without a sign.
+    A batch is summed in float32, and batches are added in float64. A sum in bfloat16 stops growing once it is 256
+    times larger than one addend, which would silently ignore the rest of a long calibration text.
     """
 
     sum_of_squares: Tensor  # (in_features,), float64, on the CPU
@@ -27,21 +27,26 @@ class InputStatistics:
         return cls(torch.zeros(in_features, dtype=torch.float64))
 
     def add(self, sum_of_squares: Tensor, tokens: int) -> None:
-        """Count one batch: its sum of squares per channel, shape ``(in_features,)``, and its number of tokens."""
+        """Add one batch.
+
+        Args:
+            sum_of_squares: sum over the batch's tokens, per channel, shape ``(in_features,)``.
+            tokens: number of tokens in the batch.
+        """
         self.sum_of_squares += sum_of_squares.double().cpu()
         self.tokens += tokens
 
     @property
     def norms(self) -> Tensor:
-        """L2 norm of every input channel over all calibration tokens, shape ``(in_features,)``, float32."""
+        """Return the L2 norm of every input channel over all calibration tokens, shape ``(in_features,)``, float32."""
         return self.sum_of_squares.sqrt().float()
 
 
 @contextmanager
-def watching(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
+def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
     """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block."""
     statistics = {linear.name: InputStatistics.empty(linear.in_features) for linear in linears}
-    # q, k and v (and gate and up) get the very same tensor: its squares are summed once.
+    # q, k and v (and gate and up) receive the same tensor object; its squares are summed once.
     last_inputs: list[tuple[Tensor, Tensor]] = []
 
     def watch(linear: Linear) -> object:

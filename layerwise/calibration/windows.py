@@ -1,7 +1,7 @@
-"""Windows of token ids: consecutive ones for scoring, seeded random ones for calibration.
+"""Windows of token ids: consecutive windows for scoring, random windows for calibration.
 
-Scoring follows the perplexity convention of GPTQ (arXiv:2210.17323), SparseGPT and Wanda: the text is one
-stream of tokens, cut into windows of ``seqlen`` that do not overlap; what is left at the end is dropped.
+Scoring follows the perplexity convention of GPTQ (arXiv:2210.17323), SparseGPT and Wanda: the text is one stream of
+tokens, cut into windows of ``seqlen`` tokens that do not overlap. The remainder at the end is dropped.
 """
 
 import math
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def part_bounds(tokens: int, part: tuple[float, float]) -> tuple[int, int]:
-    """First position of a part of a stream, and the position after its last one.
+    """Return the start and end (exclusive) positions of a part of a token stream.
 
-    Parts that meet at the same fraction meet at the same position: no token is in both, and none is lost.
+    Two parts that meet at a fraction meet at the same position: a token is neither in both nor in neither.
 
     Args:
         tokens: length of the stream.
@@ -24,18 +24,18 @@ def part_bounds(tokens: int, part: tuple[float, float]) -> tuple[int, int]:
 
 
 def consecutive_windows(token_ids: Tensor, windows: int | None, seqlen: int) -> Tensor:
-    """The first ``windows`` windows of a stream, side by side; all that fit if ``windows`` is None.
+    """Return the first ``windows`` windows of a token stream; if ``windows`` is None, all windows that fit.
 
     Args:
-        token_ids: the stream, shape ``(tokens,)``.
-        windows: how many windows, at least 1.
-        seqlen: tokens in each window.
+        token_ids: token stream, shape ``(tokens,)``.
+        windows: number of windows, at least 1.
+        seqlen: number of tokens per window.
 
     Returns:
         Token ids, shape ``(windows, seqlen)``, in the order of the stream.
 
     Raises:
-        ValueError: the stream is too short; says how many tokens are needed.
+        ValueError: the stream is too short; the message gives the number of tokens needed.
     """
     require_tokens(len(token_ids), windows, seqlen)
     count = len(token_ids) // seqlen if windows is None else windows
@@ -43,23 +43,22 @@ def consecutive_windows(token_ids: Tensor, windows: int | None, seqlen: int) -> 
 
 
 def random_windows(token_ids: Tensor, windows: int, seqlen: int, seed: int) -> Tensor:
-    """``windows`` different windows from random places of a stream. No two of them overlap.
+    """Return ``windows`` windows at random positions of a token stream, without overlap.
 
-    The grid of windows starts at a random offset below ``seqlen`` and the windows are drawn from this grid
-    without replacement. The offset is never so large that too few windows are left, so ``windows * seqlen``
-    tokens are enough.
+    The stream is cut into consecutive windows, starting at a random offset below ``seqlen``, and windows are drawn
+    from these without replacement. The offset always leaves enough windows, so ``windows * seqlen`` tokens suffice.
 
     Args:
-        token_ids: the stream, shape ``(tokens,)``.
-        windows: how many windows, at least 1.
-        seqlen: tokens in each window.
-        seed: equal seeds give equal windows.
+        token_ids: token stream, shape ``(tokens,)``.
+        windows: number of windows, at least 1.
+        seqlen: number of tokens per window.
+        seed: seed of the random numbers; equal seeds give equal windows.
 
     Returns:
         Token ids, shape ``(windows, seqlen)``, in random order.
 
     Raises:
-        ValueError: the stream is too short; says how many tokens are needed.
+        ValueError: the stream is too short; the message gives the number of tokens needed.
     """
     require_tokens(len(token_ids), windows, seqlen)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -73,17 +72,17 @@ def random_windows(token_ids: Tensor, windows: int, seqlen: int, seed: int) -> T
 def require_tokens(
     tokens: int, windows: int | None, seqlen: int, source: str = "the text", least: int = 1
 ) -> None:
-    """Refuse a stream that is too short for ``windows`` windows (for ``least`` windows if ``windows`` is None).
+    """Raise if a stream is too short for ``windows`` windows (for ``least`` windows if ``windows`` is None).
 
     Args:
         tokens: length of the stream.
-        windows: how many windows are to be cut from it.
-        seqlen: tokens in each window.
-        source: what the stream is, for the message.
-        least: smallest number of windows that is of use.
+        windows: number of windows to cut from it.
+        seqlen: number of tokens per window.
+        source: name of the stream in the message.
+        least: smallest useful number of windows.
 
     Raises:
-        ValueError: names the source, the tokens there, the tokens needed and what to do.
+        ValueError: the stream is too short. The message gives the source, its tokens, the tokens needed and the remedy.
     """
     count = least if windows is None else windows
     if tokens < count * seqlen:

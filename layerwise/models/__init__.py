@@ -1,1 +1,1 @@
-"""Decoder layers of a model, run one at a time."""
+"""Models without their weights, and their decoder layers run one at a time."""

@@ -1,4 +1,4 @@
-"""The shape of a model without its weights: where its decoder layers are, and what can be pruned in them."""
+"""Skeleton of a model: its modules without their weights, its decoder layers, and the linears in them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:  # takes seconds: too long for a command that only validates s
 
 logger = logging.getLogger(__name__)
 
-# Number of experts under the names that transformers' configurations use for it.
+# Names of the number of experts in transformers' configurations.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 OTHER_TOWERS = (
     "vision",
     "audio",
     "speech",
     "vq_",
-)  # in the names of the configurations inside a configuration
-# Entries of a configuration that change what a forward pass returns, and the values that streaming needs.
+)  # parts of the names of configurations within a configuration
+# Entries of a configuration that change the output of a forward pass, with the values that streaming needs.
 PLAIN_FORWARD = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
 
 class UnsupportedModel(ValueError):
-    """The model cannot be streamed layer by layer; the message names it and says why."""
+    """The model cannot be streamed layer by layer; the message gives the model type and the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Linear:
         return f"{self.name}.weight"
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """A view of the stored ``weight`` as ``(out_features, in_features)``; its own inverse."""
+        """Return a view of the stored ``weight`` as ``(out_features, in_features)``; the function is its own inverse."""
         return weight.T if self.transposed else weight
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Refuse what cannot be pruned layer by layer before anything is built.
+    """Raise if a model cannot be pruned layer by layer, judged by its configuration.
 
     Raises:
-        UnsupportedModel: an encoder, an encoder-decoder, a multimodal model, a mixture of experts, or a model that
-            transformers has no causal language model for.
+        UnsupportedModel: the model is an encoder, an encoder-decoder, a multimodal model or a mixture of experts, or
+            transformers has no causal language model for it.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -71,33 +71,33 @@ def check_supported(config: PretrainedConfig) -> None:
     towers = [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
     if towers:
         raise UnsupportedModel(
-            f"{config.model_type} is a multimodal model ({', '.join(towers)}); layerwise prunes models of text alone. "
-            "Use a language model without other towers, or save the model's language model by itself first."
+            f"{config.model_type} is a multimodal model ({', '.join(towers)}); layerwise prunes text-only models. "
+            "Use a text-only language model, or save the language model of this one separately."
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
-            f"transformers has no causal language model for {config.model_type!r}. "
-            "Models that bring their own code are not run; use one that transformers knows."
+            f"transformers has no causal language model for {config.model_type!r}, and layerwise does not run code "
+            "that comes with a model. Use a model that transformers supports."
         )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         raise UnsupportedModel(
-            f"{config.model_type} is an encoder, whose tokens see those that follow them; layerwise prunes causal "
-            'language models. If this one was trained as a decoder, set "is_decoder": true in its config.json.'
+            f"{config.model_type} is an encoder (tokens attend to later tokens); layerwise prunes causal language "
+            'models. If this model was trained as a decoder, set "is_decoder": true in its config.json.'
         )
     text_config = config.get_text_config()
     for name in EXPERT_COUNTS:
         if (count := getattr(text_config, name, None)) and count > 1:
             raise UnsupportedModel(
-                f"{config.model_type} is a mixture of experts ({name} = {count}); experts that see few calibration "
-                "tokens need their own treatment, which layerwise does not have. Use a dense model."
+                f"{config.model_type} is a mixture of experts ({name} = {count}), which layerwise does not support, "
+                "because some experts may see few calibration tokens. Use a dense model."
             )
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` with every parameter on the meta device and every buffer computed for real.
+    """Build the model of ``config`` with every parameter on the meta device and every buffer computed.
 
     Raises:
-        UnsupportedModel: see ``check_supported``; also a model without one list of decoder layers.
+        UnsupportedModel: see ``check_supported`` and ``layer_prefix``.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -105,15 +105,15 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     check_supported(config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    layer_prefix(model)  # refuses a model without a list of decoder layers
+    layer_prefix(model)  # raises if the model has no list of decoder layers
     return model.eval()
 
 
 def build_outline(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` with everything on the meta device: names and shapes, no memory, whatever their size.
+    """Build the model of ``config`` with everything on the meta device: names and shapes, without memory for data.
 
     Raises:
-        UnsupportedModel: as ``build_skeleton``.
+        UnsupportedModel: as for ``build_skeleton``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +125,7 @@ def build_outline(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of ``config`` whose model returns logits by name and nothing besides, whatever the original asks for."""
+    """Return a copy of ``config`` whose model returns a named output without hidden states and attentions."""
     plain = deepcopy(config)
     for part in {id(each): each for each in (plain, plain.get_text_config())}.values():
         for name, value in PLAIN_FORWARD.items():
@@ -134,10 +134,10 @@ def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
-    """Name of the list of decoder layers, e.g. ``model.layers``.
+    """Return the name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
-        UnsupportedModel: not exactly one module list has ``num_hidden_layers`` entries of one class.
+        UnsupportedModel: the number of module lists with ``num_hidden_layers`` entries of one class is not one.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     found = [
@@ -151,19 +151,19 @@ def layer_prefix(model: PreTrainedModel) -> str:
     if len(outermost) != 1:
         raise UnsupportedModel(
             f"{model.config.model_type} has {len(outermost)} module lists of {num_layers} decoder layers "
-            f"({', '.join(outermost) or 'none'}); exactly one is needed to stream it layer by layer."
+            f"({', '.join(outermost) or 'none'}); streaming layer by layer needs exactly one. Use another model."
         )
     return outermost[0]
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """State-dict name and shape of every tensor that a checkpoint must hold; tied ones are left out."""
+    """Return state-dict name and shape of every tensor that a checkpoint must contain, without tied tensors."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
-    """The linears of one decoder layer, in the order of the module tree."""
+    """Return the linears of one decoder layer, in the order of the module tree."""
     from transformers.pytorch_utils import Conv1D
 
     found = []
@@ -176,36 +176,36 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
 
 
 def require_positions(model: PreTrainedModel, seqlen: int) -> None:
-    """Refuse windows longer than a model's table of learned positions (GPT-2, OPT); warn where rotary ones end.
+    """Raise if windows are longer than a model's table of positions (GPT-2, OPT); warn if rotary positions end earlier.
 
-    The warning is given once for each model type and length in a process.
+    The warning is logged once per process for each model type and length.
 
     Raises:
-        ValueError: ``seqlen`` tokens do not fit.
+        ValueError: the table has fewer than ``seqlen`` positions.
     """
     config = model.config.get_text_config()
     known = getattr(config, "max_position_embeddings", None)
-    has_table = known is None  # MPT computes its ALiBi for so many positions
+    has_table = known is None  # MPT computes its ALiBi for max_seq_len positions
     if known is None:
         known = getattr(config, "max_seq_len", None)
     if known is None or seqlen <= known:
         return
-    # A table may have a few rows more than positions: OPT's first two are for padding.
+    # A table may have a few more rows than positions: OPT's first two are for padding.
     learned = any(
         isinstance(module, nn.Embedding)
         and 0 <= module.num_embeddings - known <= 8
         and module is not model.get_input_embeddings()
         for module in model.modules()
     )
-    # GPT-J's table is computed, but ends at the same place.
+    # GPT-J's table is computed, but has a fixed length as well.
     if (
         learned
         or has_table
         or any(name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers())
     ):
         raise ValueError(
-            f"{model.config.model_type} has {'learned' if learned else 'a table of'} {known} positions, and a window "
-            f"has {seqlen} tokens. Set the window's length (--seqlen) to {known} or less."
+            f"a window has {seqlen} tokens, but {model.config.model_type} has {'learned' if learned else 'a table of'} "
+            f"{known} positions. Set the window length (--seqlen) to {known} or less."
         )
     longest = max(known, _scaled_positions(config, known))
     if seqlen > longest and _has_rotary_positions(model):
@@ -216,7 +216,7 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
 def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
     logger.warning(
         "a window has %d tokens, but this %s model was made for %d positions (max_position_embeddings in config.json): "
-        "perplexities beyond them say little. Set the window's length (--seqlen) to %d or less.",
+        "perplexities of longer windows are not meaningful. Set the window length (--seqlen) to %d or less.",
         seqlen,
         model_type,
         longest,
@@ -225,18 +225,18 @@ def _warn_beyond_positions(model_type: str, seqlen: int, longest: int) -> None:
 
 
 def _has_rotary_positions(model: PreTrainedModel) -> bool:
-    """Whether frequencies of rotary embeddings are among the buffers and used: Falcon has them with ALiBi, too."""
+    """Return whether the model has and uses rotary embeddings; Falcon has their buffers with ALiBi as well."""
     frequencies = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
     return frequencies and not getattr(model.config.get_text_config(), "alibi", False)
 
 
 def _scaled_positions(config: PretrainedConfig, known: int) -> int:
-    """How far a scaling of the rotary embeddings stretches the positions; 0 without one.
+    """Return the number of positions after scaling of the rotary embeddings; 0 without scaling.
 
-    ``max_position_embeddings`` may be the length before (linear, YaRN) or after (LLaMA 3) the scaling.
+    ``max_position_embeddings`` may be the number before (linear, YaRN) or after (LLaMA 3) scaling.
     """
     rope = getattr(config, "rope_parameters", None)
-    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []  # one, or one by type of layer
+    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []  # one, or one per layer type
     return max(
         (
             int(kind["factor"] * (kind.get("original_max_position_embeddings") or known))

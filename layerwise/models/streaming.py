@@ -1,27 +1,18 @@
-"""A model that runs one decoder layer at a time, with only that layer's weights in memory.
+"""Streaming: run a model one decoder layer at a time, with only that layer's weights in memory.
 
-No code per model family: the model's own forward pass runs with recording layers in place of its decoder
-layers, which yields the first hidden states and the exact arguments every layer gets; at the end it runs
-with one layer that injects the last hidden states, so that final norm and head are the model's own.
+There is no code per model family. The model's own forward pass runs with recording layers in place of its decoder
+layers; this gives the input of the first layer and the exact arguments of every layer. At the end, the forward pass
+runs with one layer that injects the last hidden states, so the final norm and the head are the model's own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from layerwise.models.recording_layers import (
-    ExtraOutputUsed,
-    Injector,
-    LastLayerReached,
-    LayerArguments,
-    OtherShape,
-    Recorder,
-    same_arguments,
-)
 from layerwise.models.skeleton import (
     UnsupportedModel,
     build_skeleton,
@@ -31,27 +22,105 @@ from layerwise.models.skeleton import (
     with_plain_forward,
 )
 
-# Positions whose logits are turned into float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
+# Positions whose logits are converted to float32 losses at a time: 256 x 128k vocabulary x 4 bytes = 134 MB.
 LOSS_POSITIONS = 256
-MOST_OUTPUTS = (
-    4  # entries of a tuple that a layer returns: hidden states, attention weights, cache, router logits
-)
+# Largest tuple that a layer returns: hidden states, attention weights, cache, router logits.
+MOST_OUTPUTS = 4
+
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class OtherShape(Exception):
+    """A layer received hidden states of another shape, because the model indexes the output of a layer."""
+
+
+class ExtraOutput:
+    """Placeholder for an output of a layer other than the hidden states."""
+
+
+class ExtraOutputUsed(Exception):
+    """A layer received an output of another layer other than the hidden states."""
+
+
+class LastLayerReached(Exception):
+    """All layers were called, so norm and head need not be computed."""
+
+
+class Recorder(nn.Module):
+    """Replacement for a decoder layer that records its arguments and returns the hidden states unchanged.
+
+    Args:
+        layer: the replaced layer.
+        shape: expected shape of the hidden states without the last dimension.
+        outputs: number of entries of the returned tuple; 0 returns the hidden states alone.
+        last: whether to end the forward pass here.
+    """
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], outputs: int, last: bool) -> None:
+        super().__init__()
+        self.layer = [layer]  # in a list, so that it is not registered as a submodule
+        self.shape, self.outputs, self.last = shape, outputs, last
+        self.hidden_states: Tensor | None = None
+        self.arguments: LayerArguments | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        if tuple(hidden_states.shape[:-1]) != self.shape:
+            raise OtherShape
+        if any(isinstance(argument, ExtraOutput) for argument in (*args, *kwargs.values())):
+            raise ExtraOutputUsed
+        self.hidden_states, self.arguments = hidden_states, (args, kwargs)
+        if self.last:
+            raise LastLayerReached
+        return as_output(hidden_states, self.outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer[0], name)  # e.g. attention_type, which selects the mask in some models
+
+
+class Injector(nn.Module):
+    """Replacement for all decoder layers that returns given hidden states."""
+
+    def __init__(self, hidden_states: Tensor, outputs: int) -> None:
+        super().__init__()
+        self.hidden_states, self.outputs = hidden_states, outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        return as_output(self.hidden_states, self.outputs)
+
+
+def as_output(hidden_states: Tensor, outputs: int) -> Tensor | tuple[Any, ...]:
+    """Return the hidden states in a tuple of ``outputs`` entries, or alone if ``outputs`` is 0."""
+    return (hidden_states, *(ExtraOutput() for _ in range(outputs - 1))) if outputs else hidden_states
+
+
+def same_arguments(known: Any, other: Any) -> bool:
+    """Return whether two recorded arguments are equal; values other than tensors, dicts and sequences count as equal."""
+    if isinstance(known, Tensor):
+        return isinstance(other, Tensor) and torch.equal(known, other)
+    if isinstance(known, dict):
+        return all(same_arguments(value, other.get(name)) for name, value in known.items())
+    if isinstance(known, list | tuple):
+        return all(map(same_arguments, known, other))
+    return True
 
 
 class StreamedModel:
-    """A causal language model of ``config`` whose decoder layers come and go; what lies outside of them is
-    loaded.
+    """A causal language model with all weights loaded except those of its decoder layers, which are loaded one by one.
 
-    The input embedding and the head of a large vocabulary outweigh a decoder layer. Unless they are tied,
-    the head is loaded when the first loss is taken, and the embedding can be released once all windows are
+    With a large vocabulary, the input embedding and the head are larger than a decoder layer. Unless they are tied,
+    the head is loaded when the first loss is computed, and the embedding can be released after all windows are
     embedded.
 
     Args:
         config: the model's configuration.
-        outer: weights outside of the decoder layers by state-dict name; tied ones may be missing. An entry
-            is looked up when it is needed, so that the mapping may read it from a file.
-        dtype: in which the model computes; weights are cast to it.
-        device: where it computes.
+        outer: weights outside the decoder layers, by state-dict name; tied ones may be missing. An entry is read when
+            it is needed, so the mapping may read it from a file.
+        dtype: dtype of the computation; weights are converted to it.
+        device: device of the computation.
     """
 
     def __init__(
@@ -73,10 +142,10 @@ class StreamedModel:
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
         self._check_outer_is_complete()
         self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
-        self._outputs = 0  # of a layer: entries of the tuple that it returns; 0: hidden states alone
+        self._outputs = 0  # number of entries of the tuple that a layer returns; 0: hidden states alone
 
     def _untied(self, module: nn.Module | None) -> str | None:
-        """State-dict name of the weight of ``module`` if it is a parameter of its own."""
+        """Return the state-dict name of the weight of ``module``, or None if the weight is tied."""
         weight = getattr(module, "weight", None)
         tied = self.model.all_tied_weights_keys
         names = [name for name, parameter in self.model.named_parameters() if parameter is weight]
@@ -101,20 +170,26 @@ class StreamedModel:
         if missing:
             raise ValueError(
                 f"{self.model.config.model_type}: no weights were given for {', '.join(missing)}. "
-                "Pass every tensor outside of the decoder layers."
+                "Pass every tensor outside the decoder layers."
             )
 
     def release_embedding(self) -> None:
-        """Free the input embedding, unless it is tied to the head; it is loaded again if windows are embedded again."""
+        """Free the input embedding, unless it is tied to the head. Embedding windows later loads it again."""
         if self._embedding is not None:
             _to_meta(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """First hidden states of ``input_ids``, shape ``(windows, seqlen)`` to ``(windows, seqlen, hidden_size)``.
+        """Return the input of the first decoder layer for ``input_ids``.
+
+        Args:
+            input_ids: shape ``(windows, seqlen)``.
+
+        Returns:
+            Hidden states, shape ``(windows, seqlen, hidden_size)``.
 
         Raises:
-            UnsupportedModel: the layers are not called in the way that streaming needs.
+            UnsupportedModel: the model does not call its layers as streaming requires.
         """
         self._require(self._embedding)
         recorders = self._record(input_ids)
@@ -125,7 +200,7 @@ class StreamedModel:
         if tuple(input_ids.shape) not in self._arguments:
             others = self._record((input_ids + 1) % self._vocabulary)
             if not same_arguments(arguments, [recorder.arguments for recorder in others]):
-                raise self._unsupported("gives its layers arguments that depend on the tokens")
+                raise self._unsupported("calls its layers with arguments that depend on the tokens")
             self._arguments[tuple(input_ids.shape)] = arguments
         return first
 
@@ -136,7 +211,7 @@ class StreamedModel:
 
     def _record(self, input_ids: Tensor) -> list[Recorder]:
         shape = tuple(input_ids.shape)
-        # Tuples are the older convention: the first entry is taken (Falcon, BLOOM, GPT-J, MPT), or all are (Bamba).
+        # Older models return tuples and use the first entry (Falcon, BLOOM, GPT-J, MPT) or all entries (Bamba).
         for outputs in (self._outputs, *range(1, MOST_OUTPUTS + 1)):
             last = self.layers[-1]
             recorders = [Recorder(layer, shape, outputs, layer is last) for layer in self.layers]
@@ -146,9 +221,9 @@ class StreamedModel:
             except OtherShape:
                 reason = "changes the shape of the windows between its layers"
             except ExtraOutputUsed:
-                raise self._unsupported("hands more from layer to layer than hidden states") from None
-            except (ValueError, IndexError) as error:  # another number of values than it unpacks
-                reason = f"takes more from its layers than hidden states ({error})"
+                raise self._unsupported("passes more than hidden states from layer to layer") from None
+            except (ValueError, IndexError) as error:  # the model unpacks another number of values
+                reason = f"uses more outputs of its layers than hidden states ({error})"
             else:
                 self._outputs = outputs
                 return recorders
@@ -156,11 +231,13 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with ``weights`` (names relative to the layer), for as long as the block
-        lasts.
+        """Load ``weights`` into decoder layer ``index`` for the duration of the block.
 
-        Weights that already have the right dtype and device are used as they are: a change to them is a
-        change to the layer.
+        Weights that already have the right dtype and device are not copied, so changing them changes the layer.
+
+        Args:
+            index: index of the layer.
+            weights: weights of the layer, by name relative to the layer.
 
         Raises:
             ValueError: a weight of the layer is missing.
@@ -171,7 +248,7 @@ class StreamedModel:
         try:
             if missing := sorted(set(layer.state_dict()) - set(weights)):
                 raise ValueError(
-                    f"layer {index} got no weights for {', '.join(missing)}; it got {', '.join(sorted(weights))}. "
+                    f"layer {index} has no weights for {', '.join(missing)}; it has {', '.join(sorted(weights)) or 'none'}. "
                     "Pass every parameter and stored buffer of the decoder layer."
                 )
             yield layer
@@ -181,18 +258,21 @@ class StreamedModel:
 
     @torch.no_grad()
     def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output of ``layer`` at position ``index`` for ``hidden_states``, shape ``(windows, seqlen, hidden_size)``."""
+        """Return the output of ``layer`` at position ``index`` for ``hidden_states``.
+
+        Input and output have the shape ``(windows, seqlen, hidden_size)``.
+        """
         args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
         output = layer(hidden_states.to(self.device), *args, **kwargs)
         if isinstance(output, Tensor):
             return output
-        self._outputs = self._outputs or len(output)  # a model of one layer has no second one to notice it by
+        self._outputs = self._outputs or len(output)  # recording cannot detect it in a model with one layer
         return output[0]
 
     def _arguments_for(self, shape: tuple[int, ...]) -> list[LayerArguments]:
         if shape not in self._arguments:
             released = self._is_released(self._embedding)
-            # Masks and positions depend on the shape alone: there is no padding, so any tokens will do.
+            # Masks and positions depend on the shape only, because there is no padding; the tokens do not matter.
             self.embed(torch.zeros(shape, dtype=torch.long))
             if released:
                 self.release_embedding()
@@ -200,22 +280,26 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """The model's own norm and head on the last layer's output, shape ``(windows, seqlen, vocab_size)``."""
+        """Apply the model's norm and head to the output of the last layer.
+
+        Returns:
+            Logits, shape ``(windows, seqlen, vocab_size)``.
+        """
         self._require(self._head)
         if not self._arguments:
-            self._arguments_for(tuple(hidden_states.shape[:2]))  # finds out what the model's layers return
+            self._arguments_for(tuple(hidden_states.shape[:2]))  # sets self._outputs
         states = hidden_states.to(self.device)
         with self._layers_replaced([Injector(states, self._outputs)]):
-            # Replaced by the injector, whatever their values; this way no embedding has to be loaded.
+            # The injector ignores these values; passing them avoids loading the embedding.
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
     def loss(self, hidden_states: Tensor, input_ids: Tensor) -> float:
-        """Mean cross-entropy in nats of one window's ``seqlen - 1`` next tokens, taken in float32.
+        """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
 
         Args:
-            hidden_states: the last layer's output, shape ``(1, seqlen, hidden_size)``.
-            input_ids: the window's tokens, shape ``(1, seqlen)``.
+            hidden_states: output of the last layer, shape ``(1, seqlen, hidden_size)``.
+            input_ids: tokens of the window, shape ``(1, seqlen)``.
         """
         logits = self.logits(hidden_states)[0, :-1]
         targets = input_ids[0, 1:].to(logits.device)
@@ -228,7 +312,7 @@ class StreamedModel:
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-        """Run with other modules in the place of the decoder layers."""
+        """Replace the decoder layers by other modules within the block."""
         owner, _, leaf = self.prefix.rpartition(".")
         parent = self.model.get_submodule(owner)
         setattr(parent, leaf, nn.ModuleList(stand_ins))
@@ -239,7 +323,7 @@ class StreamedModel:
 
 
 def _to_meta(module: nn.Module) -> None:
-    """Free the module's own parameters. Its buffers stay: some are computed once, when the module is built."""
+    """Free the module's own parameters. Buffers are kept, because some are computed only when the module is built."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,1 +1,1 @@
-"""Pruners: which weights of a linear are removed."""
+"""Pruners: selection of the weights to remove from a linear, and correction of the others."""

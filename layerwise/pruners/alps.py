@@ -1,4 +1,4 @@
-"""ALPS: find the weights to keep by ADMM, then fit them to what the dense weight computes (arXiv:2406.07831)."""
+"""ALPS: select the weights to keep by ADMM, then fit them to the dense outputs (arXiv:2406.07831)."""
 
 import math
 from dataclasses import dataclass
@@ -8,45 +8,48 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.gram import require_full_float32
-from layerwise.pruners.conjugate_gradient import refit
 from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, require_prunable
 
-# Up to so many inputs the inverse for every level of rho is kept: four take 1.1 GB at 8192 inputs. Beyond (13 GB at
-# 28672) each weight computes them again: about a quarter more time where inputs are three times the outputs.
+# Maximum number of inputs for which the inverses for all levels of rho are kept: four take 1.1 GB at 8192 inputs. With
+# more inputs (13 GB at 28672) they are recomputed for each weight, which takes about a quarter more time if there are
+# three times as many inputs as outputs.
 KEPT_INPUTS = 8192
-MOST_STEPS = 1000  # of every kind: a search with a typing error would not end
+MOST_STEPS = (
+    1000  # limit of every number of steps; guards against a mistyped number that would make a run endless
+)
 
 
 @dataclass(frozen=True, eq=False)
 class AlpsInput:
-    """What ``ALPS.prune`` has to know of the inputs of a linear, in units in which every input has mean square 1.
+    """Second moments of the inputs of a linear, prepared for ``ALPS.prune`` and scaled to mean square 1 per input.
 
-    An eigendecomposition, as in the paper, would give the inverse of ``hessian + rho`` for any ``rho``. For a few
-    values Cholesky inverses take the same time at 1536 inputs, little memory, and half the products of an iteration.
-    float32 is enough: ``rho`` bounds the condition number, and an inverse serves to find the support only. With
-    float64 the supports were no better, at up to 1536 inputs, some of them with nearly parallel ones.
+    An eigendecomposition, as in the paper, gives the inverse of ``hessian + rho`` for any ``rho``. For a few values of
+    ``rho``, Cholesky inverses take the same time at 1536 inputs, little memory, and half the products per iteration.
+    float32 is sufficient: ``rho`` bounds the condition number, and the inverses only select the weights to keep. In
+    float64 the selection was not better, in tests with up to 1536 inputs, including nearly parallel inputs.
     """
 
     scale: Tensor  # (in_features,), float32: root mean square of every input
     hessian: Tensor  # (in_features, in_features), float32: diagonal 1 + damping
-    inverses: tuple[Tensor, ...]  # of hessian + rho, by level; empty beyond KEPT_INPUTS
+    inverses: tuple[Tensor, ...]  # inverses of hessian + rho, by level; empty above KEPT_INPUTS inputs
 
 
 @dataclass(frozen=True)
 class ALPS:
-    """Compares all weights of a matrix, and corrects the ones that stay.
+    """Compare all weights of a matrix, and correct the remaining ones.
 
-    ADMM alternates between the weights that the inputs ask for and the nearest ones with enough zeros; ``rho`` ties the
-    two, and doubles from level to level. The paper lets it grow by up to 30 % every 3 iterations, at most 300 of them;
-    on real layers the defaults came within 3 % of the error of 100 such iterations (1 % on other text).
+    ADMM alternates between the weights that minimize the output error and the nearest weights with enough zeros.
+    ``rho`` penalizes the difference of the two and doubles from level to level. In the paper it grows by up to 30 %
+    every 3 iterations, for at most 300 iterations. On real layers, the error with the defaults was within 3 % of that
+    of 100 such iterations (1 % on other text).
 
     Attributes:
-        damping: added to the Hessian, in units of every input's mean square. With five to fifteen tokens per input
-            0.1 had 5 % less error on other text; from thirty on, anything from 2 % less to 8 % more.
-        rho: of the first level, in the same units.
-        levels: how many values ``rho`` takes.
-        iterations: of ADMM, at each level.
-        refit_steps: of conjugate gradients, for the weights that stay.
+        damping: added to the Hessian, in units of every input's mean square. With 5 to 15 tokens per input, 0.1 gave
+            5 % less error on other text; with 30 or more, between 2 % less and 8 % more.
+        rho: ``rho`` of the first level, in the same units.
+        levels: number of values of ``rho``.
+        iterations: number of ADMM iterations per level.
+        refit_steps: number of conjugate-gradient steps for the remaining weights.
     """
 
     method: Literal["alps"] = "alps"
@@ -59,40 +62,40 @@ class ALPS:
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:
             raise ValueError(
-                f"damping is {self.damping:g}; it is a fraction of the Hessian's diagonal, e.g. 0.01."
+                f"damping is {self.damping:g}; it must be 0 or more and finite. Give a fraction of the Hessian's "
+                "diagonal, e.g. 0.01."
             )
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho is {self.rho:g}; it must be positive and finite, e.g. 0.1.")
         for name, least in (("levels", 1), ("iterations", 1), ("refit_steps", 0)):
             if not least <= getattr(self, name) <= MOST_STEPS:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least {least}, and at most {MOST_STEPS}."
-                )
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to {MOST_STEPS}.")
 
     def prepare(self, gram: Tensor, tokens: int) -> AlpsInput:
-        """Scale the second moments, and invert them for every level of ``rho``.
+        """Scale the second moments and invert them for every level of ``rho``.
 
-        It depends on the inputs alone: one serves every sparsity of every linear that shares them. An input
-        that was always zero is unrelated to all others.
+        The result depends on the inputs alone and serves every sparsity of every linear that shares them. An input that
+        was always zero is treated as uncorrelated with all others.
 
-        Memory: ``1 + levels`` times the size of ``gram`` up to ``KEPT_INPUTS`` inputs. Beyond, once, and twice more
-        during ``prune``: 9.9 GB in all at 28672 inputs.
+        Memory: ``1 + levels`` times the size of ``gram`` up to ``KEPT_INPUTS`` inputs. With more inputs, the size of
+        ``gram``, and twice that size during ``prune``: 9.9 GB in total at 28672 inputs.
 
         Args:
             gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``, float32; left unchanged.
-            tokens: how many tokens.
+            tokens: number of tokens.
 
         Raises:
-            ValueError: no token, inputs that are not finite, or a matrix that is no sum of ``x x^T`` (which wide
-                inputs show in ``prune`` only).
+            ValueError: ``tokens`` is 0, the inputs are not finite, or the matrix is not a sum of ``x x^T`` (above
+                ``KEPT_INPUTS`` inputs, this is detected in ``prune``).
         """
         diagonal = gram.diagonal().double()
         if tokens < 1 or not diagonal.isfinite().all():
             raise ValueError(
                 f"ALPS needs second moments, but they come from {tokens} tokens and "
                 f"{int((~diagonal.isfinite()).sum())} of {len(gram)} inputs are not finite. "
-                "Pass at least one window, and compute in bfloat16 or float32. A linear whose weight the model uses "
-                "without calling it (Mamba's dt_proj) gets none: leave it dense (--exclude with its name)."
+                "Pass at least one window, and compute in bfloat16 or float32. A linear that the model does not call "
+                "(such as Mamba's dt_proj, whose weight is used without a call) receives no tokens; leave it dense "
+                "(--exclude with its name)."
             )
         inverse_norms = _reciprocal(diagonal.sqrt()).float()
         hessian = (gram.float() * inverse_norms).mul_(inverse_norms[:, None])
@@ -102,31 +105,31 @@ class ALPS:
         return AlpsInput((diagonal / tokens).sqrt().float(), hessian, inverses)
 
     def prune(self, weight: Tensor, prepared: AlpsInput, count: int, group: int | None = None) -> Tensor:
-        """The weight with ``count`` entries removed, and the others corrected for it.
+        """Remove ``count`` entries of a weight and correct the others.
 
-        The error ``||W X - W' X||^2``, before rounding to the dtype of ``weight``, is never larger than that of
-        removing the entries of least ``|w|`` times input norm and correcting the others by as many steps: on inputs
-        that are hardly correlated ADMM may find worse ones, which are then not used.
+        The error ``||W X - W' X||^2``, before rounding to the dtype of ``weight``, is at most that of removing the
+        entries with the smallest ``|w|`` times input norm and correcting the others with the same number of steps. On
+        almost uncorrelated inputs the selection by ADMM can be worse; it is then not used.
 
-        Weights of inputs that were always zero count as zeros, which go first; those that stay are left as they are.
-        Memory beside the result: about eight copies of the weight in float32.
+        Weights of inputs that were always zero count as zeros and are removed first; those that remain do not change.
+        Memory in addition to the result: about eight copies of the weight in float32.
 
         Args:
             weight: shape ``(out_features, in_features)``; left unchanged.
-            prepared: of the linear's inputs, see ``prepare``.
-            count: how many weights to remove, of the whole matrix; of equally important ones the first go first.
-            group: M of an N:M pattern: of M consecutive inputs every row loses the same number; None for none.
+            prepared: result of ``prepare`` for the linear's inputs.
+            count: number of weights to remove from the matrix; of equally important weights the first are removed.
+            group: M of an N:M pattern: every row loses the same number of M consecutive inputs. None without a pattern.
 
         Returns:
-            Same shape and dtype as ``weight``; computed in float32.
+            Pruned weight, same shape and dtype as ``weight``; computed in float32.
 
         Raises:
-            ValueError: a count that is out of range or does not fit the pattern; shapes that do not fit; a weight
-                that is not finite.
+            ValueError: the count is out of range or does not fit the pattern, the shapes do not match, or the weight is
+                not finite.
         """
         require_prunable(weight, len(prepared.scale), count)
         if group is not None:
-            removed_per_group(count, weight.shape, group)  # refuses what does not fit the pattern
+            removed_per_group(count, weight.shape, group)  # raises if the count does not fit the pattern
         require_full_float32()
         scaled = weight.detach().float() * prepared.scale
         removed = _smallest(scaled, count, group)
@@ -135,14 +138,14 @@ class ALPS:
         found = refit(found.sub_(scaled), prepared.hessian, other, self.refit_steps)
         if self._error(found, prepared) < self._error(change, prepared):
             removed, change = other, found
-        # Changes are added, so that what did not change keeps its very value.
+        # Add changes instead of taking new values, so that unchanged weights keep their exact value.
         pruned = change.mul_(_reciprocal(prepared.scale)).add_(weight.detach())
         return pruned.masked_fill_(removed, 0).to(weight.dtype)
 
     def _search(
         self, scaled: Tensor, prepared: AlpsInput, removed: Tensor, count: int, group: int | None
     ) -> tuple[Tensor, Tensor]:
-        """ADMM: mask of what to remove, and the sparse weight; ``removed`` is the mask to start from."""
+        """Run ADMM from the mask ``removed``; return the new mask and the sparse weight."""
         products = scaled @ prepared.hessian
         sparse = scaled.masked_fill(removed, 0)
         dual = scaled - sparse  # in units of rho
@@ -172,24 +175,59 @@ class ALPS:
         if info:
             raise ValueError(
                 f"the Hessian of {len(hessian)} inputs is not positive definite with damping {self.damping:g} and rho "
-                f"{self._rho(level):g}: its Gram matrix is no sum of x x^T, or rounding outweighs both. Raise rho, "
-                "e.g. tenfold, and look for inputs that are not finite."
+                f"{self._rho(level):g}: its Gram matrix is not a sum of x x^T, or rounding errors are too large. Raise "
+                "rho, e.g. tenfold, and look for inputs that are not finite."
             )
         return torch.cholesky_inverse(factor)
 
     def _error(self, change: Tensor, prepared: AlpsInput) -> float:
-        """Mean squared change of the outputs, summed over the outputs; without damping."""
+        """Return the mean squared change of the outputs, summed over the outputs, without damping."""
         damped = (change @ prepared.hessian).mul_(change).sum(dtype=torch.float64)
         return float(damped - self.damping * change.square().sum(dtype=torch.float64))
 
 
+def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tensor:
+    """Minimize ``trace(change hessian change^T)`` over the entries that are not removed, by conjugate gradients.
+
+    Each output row is an independent least-squares problem with its own step lengths; all rows take the same number of
+    steps. The quadratic form does not increase in any step, and reaches its minimum after as many steps as a row has
+    free entries. A preconditioner is not needed, because the Hessian has a constant diagonal.
+
+    Args:
+        change: sparse weight minus dense weight, shape ``(out_features, in_features)``, float32; left unchanged.
+        hessian: positive semidefinite, shape ``(in_features, in_features)``.
+        removed: mask, same shape as ``change``; marked entries do not change.
+        steps: number of products with the Hessian, in addition to the first.
+
+    Returns:
+        New change, same shape.
+    """
+    change = change.clone()
+    residual = (change @ hessian).neg_().masked_fill_(removed, 0)
+    direction = residual.clone()
+    squared_norm = residual.square().sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        product = (direction @ hessian).masked_fill_(removed, 0)
+        step = _quotient(squared_norm, (direction * product).sum(dim=1, keepdim=True))
+        change.addcmul_(direction, step)
+        residual.addcmul_(product, step, value=-1)
+        previous, squared_norm = squared_norm, residual.square().sum(dim=1, keepdim=True)
+        direction.mul_(_quotient(squared_norm, previous)).add_(residual)
+    return change
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the quotient, or zero where the denominator is not positive (such a row cannot be improved)."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
+
+
 def _reciprocal(values: Tensor) -> Tensor:
-    """Zero where the value is zero."""
+    """Return ``1 / values``, or zero where the value is zero."""
     return torch.where(values > 0, 1 / values, 0)
 
 
 def _smallest(values: Tensor, count: int, group: int | None) -> Tensor:
-    """Mask of the ``count`` entries of least magnitude, of equal ones the first."""
+    """Mark the ``count`` entries of smallest magnitude; of equal entries the first."""
     magnitudes = values.abs()
     if group is not None:
         return removal_levels(magnitudes, lambda rows: rows, [count], by_row=True, group=group) == 0

@@ -1,9 +1,9 @@
-"""Prune the linears of one decoder layer, for several lanes after each other or for one export.
+"""Pruning of the linears of one decoder layer, for several lanes one after another or for one export.
 
-There are two kinds of pruners. A ``MaskPruner`` (magnitude, Wanda) says which weights go; the masks of rising
-sparsities are nested, so that one ranking serves all lanes and the weights are zeroed in place. A ``WeightPruner``
-(SparseGPT, ALPS) corrects the weights that stay, by the second moments of their inputs: each lane gets weights of its
-own, but what depends on the inputs alone is computed once for all lanes and all linears that share them.
+There are two kinds of pruners. A ``MaskPruner`` (magnitude, Wanda) ranks the weights. The masks of rising sparsities
+are nested, so one ranking serves all lanes, and weights are zeroed in place. A ``WeightPruner`` (SparseGPT, ALPS)
+corrects the remaining weights by the second moments of their inputs. Each lane then has its own weights, but what
+depends on the inputs alone is computed once for all lanes and for all linears that share the inputs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from torch import Tensor
 from layerwise.calibration.gram import InputGram
 from layerwise.calibration.statistics import InputStatistics
 from layerwise.models.skeleton import Linear
-from layerwise.pruners.gradual_zeroing import GradualZeroing
 
 GramsByInput = Iterable[tuple[Sequence[str], InputGram]]
 LayerInputs = Mapping[str, InputStatistics] | GramsByInput
@@ -25,7 +24,7 @@ LayerInputs = Mapping[str, InputStatistics] | GramsByInput
 
 @runtime_checkable
 class MaskPruner(Protocol):
-    """Says in which order the weights of a linear go; see ``wanda.Wanda.removal_levels``."""
+    """Pruner that ranks the weights of a linear; see ``wanda.Wanda.removal_levels``."""
 
     @property
     def method(self) -> str: ...
@@ -37,7 +36,7 @@ class MaskPruner(Protocol):
 
 @runtime_checkable
 class WeightPruner(Protocol):
-    """Removes weights of a linear and corrects the others; see ``sparsegpt.SparseGPT``."""
+    """Pruner that removes weights of a linear and corrects the others; see ``sparsegpt.SparseGPT``."""
 
     @property
     def method(self) -> str: ...
@@ -51,162 +50,184 @@ Pruner = MaskPruner | WeightPruner
 
 
 class LinearPruning(Protocol):
-    """Brings one weight, in place, to what it is in one lane after the other."""
+    """Sets one weight, in place, to its pruned value in one lane after another."""
 
     def visit(self, lane: int) -> None: ...
 
 
-def prunings_of_layer(
-    pruner: Pruner,
-    index: int,
-    linears: Sequence[Linear],
-    parameters: Sequence[Tensor],
-    stored: Mapping[str, Tensor],
-    inputs: LayerInputs,
-    counts: Sequence[Sequence[int]],
-    group: int | None,
-) -> list[LinearPruning]:
-    """One for each linear; the lanes are to be visited by rising sparsity of the layer.
+@dataclass(frozen=True)
+class LayerPruning:
+    """Pruning of the linears of one decoder layer.
+
+    Attributes:
+        pruner: selects the weights to remove.
+        group: M of an N:M pattern; None without a pattern.
+        index: index of the layer, for messages.
+        linears: linears of the layer.
+        stored: weights by name, in the checkpoint's dtype. These are ranked and pruned, as in an export; converting
+            them first could make different weights equal.
+        inputs: calibration of the layer: input statistics by linear for a ``MaskPruner``, otherwise Gram matrices.
+    """
+
+    pruner: Pruner
+    group: int | None
+    index: int
+    linears: Sequence[Linear]
+    stored: Mapping[str, Tensor]
+    inputs: LayerInputs
+
+    def in_lanes(self, parameters: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> list[LinearPruning]:
+        """Create the pruning of every linear that loses weights in any lane.
+
+        Visit the lanes in the order of rising sparsity of the layer.
+
+        Args:
+            parameters: weight of every linear in the model, ``(out_features, in_features)``; changed by the visits.
+            counts: by linear, the number of weights to remove in each lane, in the order of the visits.
+
+        Raises:
+            ValueError: a linear cannot be pruned; the message names it.
+        """
+        touched = [number for number, wanted in enumerate(counts) if any(wanted)]
+        linears = [self.linears[number] for number in touched]
+        originals = [
+            linear.oriented(self.stored[linear.weight_name]).to(parameters[number].device)
+            for number, linear in zip(touched, linears, strict=True)
+        ]
+        if isinstance(self.pruner, MaskPruner):
+            assert isinstance(self.inputs, Mapping), "a MaskPruner needs input statistics"
+            return [
+                self._zeroing(linear, parameters[number], original, counts[number])
+                for number, linear, original in zip(touched, linears, originals, strict=True)
+            ]
+        device = parameters[touched[0]].device if touched else torch.device("cpu")
+        prepared = self._prepared({linear.name for linear in linears}, device)
+        return [
+            _Replacing(
+                self,
+                linear,
+                parameters[number],
+                _apart(original, parameters[number]),
+                prepared,
+                counts[number],
+            )
+            for number, linear, original in zip(touched, linears, originals, strict=True)
+        ]
+
+    def pruned_weights(self, counts: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+        """Yield the pruned weight of every linear, in the checkpoint's dtype and orientation, on the CPU.
+
+        Args:
+            counts: number of weights to remove from every linear.
+            device: device of the computation.
+
+        Raises:
+            ValueError: a linear cannot be pruned; the message names it.
+        """
+        touched = {linear.name for linear, count in zip(self.linears, counts, strict=True) if count}
+        prepared = {} if isinstance(self.inputs, Mapping) else self._prepared(touched, device)
+        for linear, count in zip(self.linears, counts, strict=True):
+            if not count:
+                yield self.stored[linear.weight_name]
+                continue
+            weight = linear.oriented(self.stored[linear.weight_name]).to(device)
+            if isinstance(self.pruner, MaskPruner):
+                pruned = weight.masked_fill(self.removal_levels(linear, weight, [count]) == 0, 0)
+            else:
+                pruned = self.corrected(linear, weight, prepared, count)
+            yield linear.oriented(pruned).contiguous().cpu()
+
+    def removal_levels(self, linear: Linear, weight: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rank the weights of a linear with a ``MaskPruner``; see ``masks.removal_levels``."""
+        assert isinstance(self.pruner, MaskPruner), "a WeightPruner does not rank weights"
+        assert isinstance(self.inputs, Mapping), "a MaskPruner needs input statistics"
+        with _naming(self.index, linear.name):
+            return self.pruner.removal_levels(weight, self.inputs[linear.name], counts, self.group)
+
+    def corrected(self, linear: Linear, weight: Tensor, prepared: Mapping[str, Any], count: int) -> Tensor:
+        """Prune the weight of a linear with a ``WeightPruner``."""
+        assert isinstance(self.pruner, WeightPruner), "a MaskPruner does not correct weights"
+        with _naming(self.index, linear.name):
+            return self.pruner.prune(weight, prepared[linear.name], count, self.group)
+
+    def _prepared(self, wanted: set[str], device: torch.device) -> dict[str, Any]:
+        """Prepare a ``WeightPruner`` for the inputs of every wanted linear, once for linears that share them."""
+        assert isinstance(self.pruner, WeightPruner), "a MaskPruner does not use Gram matrices"
+        assert not isinstance(self.inputs, Mapping), "a WeightPruner needs Gram matrices"
+        prepared: dict[str, Any] = {}
+        for names, gram in self.inputs:
+            if shared := [name for name in names if name in wanted]:
+                with _naming(self.index, ", ".join(shared)):
+                    prepared |= dict.fromkeys(shared, self.pruner.prepare(gram.gram.to(device), gram.tokens))
+        return prepared
+
+    def _zeroing(
+        self, linear: Linear, parameter: Tensor, original: Tensor, counts: Sequence[int]
+    ) -> "GradualZeroing":
+        distinct = sorted(set(counts))
+        levels = self.removal_levels(linear, original, distinct)
+        return GradualZeroing(parameter, levels, [distinct.index(count) for count in counts])
+
+
+class GradualZeroing:
+    """Pruning by masks: changes one weight in place from one lane's mask to the next.
+
+    Lanes are visited by rising sparsity of the layer, so weights are usually only removed. Because counts are rounded,
+    a single linear can lose fewer weights in a later lane; only the values that such a lane needs again are kept.
 
     Args:
-        index: of the layer, for messages.
-        parameters: weight of every linear as the model computes with it, ``(out_features, in_features)``.
-        stored: weights by name as the checkpoint has them: these are ranked and pruned, as they will be in an export;
-            casting could make ties of different ones.
-        inputs: what calibration saw; statistics by linear for a ``MaskPruner``, else Gram matrices.
-        counts: by linear: weights to remove in each visited lane. A linear that loses none in any is left alone.
-        group: M of an N:M pattern; None for none.
-
-    Raises:
-        ValueError: a linear that cannot be pruned in this way; says which.
+        weight: the weight; changed in place.
+        levels: result of ``masks.removal_levels``; same shape.
+        targets: for every lane in the order of the visits, the highest removed level; -1 removes nothing.
     """
-    touched = [number for number, wanted in enumerate(counts) if any(wanted)]
-    linears, parameters, counts = (
-        [linears[number] for number in touched],
-        [parameters[number] for number in touched],
-        [counts[number] for number in touched],
-    )
-    originals = [
-        linear.oriented(stored[linear.weight_name]).to(parameter.device)
-        for linear, parameter in zip(linears, parameters, strict=True)
-    ]
-    if isinstance(pruner, MaskPruner):
-        assert isinstance(inputs, Mapping), "masks are found by statistics"
-        return [
-            _zeroing(pruner, index, linear, parameter, original, inputs[linear.name], wanted, group)
-            for linear, parameter, original, wanted in zip(
-                linears, parameters, originals, counts, strict=True
-            )
-        ]
-    assert not isinstance(inputs, Mapping), "weights are corrected by Gram matrices"
-    device = parameters[0].device if parameters else torch.device("cpu")
-    prepared = _prepared(pruner, index, inputs, {linear.name for linear in linears}, device)
-    return [
-        _Replacing(
-            pruner,
-            index,
-            linear,
-            parameter,
-            _apart(original, parameter),
-            prepared[linear.name],
-            wanted,
-            group,
-        )
-        for linear, parameter, original, wanted in zip(linears, parameters, originals, counts, strict=True)
-    ]
 
+    def __init__(self, weight: Tensor, levels: Tensor, targets: Sequence[int]) -> None:
+        self._weight, self._levels, self._targets = weight, levels, list(targets)
+        self._reached = -1
+        self._taken: dict[int, Tensor] = {}
 
-def pruned_linears(
-    pruner: Pruner,
-    index: int,
-    linears: Sequence[Linear],
-    stored: Mapping[str, Tensor],
-    inputs: LayerInputs,
-    counts: Sequence[int],
-    group: int | None,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """The pruned weight of one linear after the other, in the checkpoint's dtype and orientation, on the CPU.
-
-    Args and errors: as for ``prunings_of_layer``.
-    """
-    touched = {linear.name for linear, count in zip(linears, counts, strict=True) if count}
-    prepared: Mapping[str, Any] = (
-        inputs if isinstance(inputs, Mapping) else _prepared(pruner, index, inputs, touched, device)
-    )
-    for linear, count in zip(linears, counts, strict=True):
-        if not count:
-            yield stored[linear.weight_name]
-            continue
-        weight = linear.oriented(stored[linear.weight_name]).to(device)
-        with _naming(index, linear.name):
-            if isinstance(pruner, MaskPruner):
-                levels = pruner.removal_levels(weight, prepared[linear.name], [count], group)
-                pruned = weight.masked_fill(levels == 0, 0)
-            else:
-                pruned = pruner.prune(weight, prepared[linear.name], count, group)
-        yield linear.oriented(pruned).contiguous().cpu()
-
-
-def _prepared(
-    pruner: Pruner, index: int, inputs: GramsByInput, wanted: set[str], device: torch.device
-) -> dict[str, Any]:
-    """What a ``WeightPruner`` has to know of every linear's inputs, once for those that share them."""
-    assert isinstance(pruner, WeightPruner), "masks need no Gram matrix"
-    prepared: dict[str, Any] = {}
-    for names, gram in inputs:
-        if shared := [name for name in names if name in wanted]:
-            with _naming(index, ", ".join(shared)):
-                prepared |= dict.fromkeys(shared, pruner.prepare(gram.gram.to(device), gram.tokens))
-    return prepared
-
-
-def _zeroing(
-    pruner: MaskPruner,
-    index: int,
-    linear: Linear,
-    parameter: Tensor,
-    original: Tensor,
-    inputs: InputStatistics,
-    counts: Sequence[int],
-    group: int | None,
-) -> GradualZeroing:
-    distinct = sorted(set(counts))
-    with _naming(index, linear.name):
-        levels = pruner.removal_levels(original, inputs, distinct, group)
-    return GradualZeroing(parameter, levels, [distinct.index(count) for count in counts])
+    def visit(self, lane: int) -> None:
+        """Apply the mask of the ``lane``-th visit to the weight."""
+        target, later = self._targets[lane], self._targets[lane + 1 :]
+        lowest_later = min(later, default=target)
+        while self._reached < target:
+            self._reached += 1
+            mask = self._levels == self._reached
+            if self._reached > lowest_later:
+                self._taken[self._reached] = self._weight[mask]
+            self._weight.masked_fill_(mask, 0)
+        while self._reached > target:
+            self._weight[self._levels == self._reached] = self._taken.pop(self._reached)
+            self._reached -= 1
 
 
 def _apart(original: Tensor, parameter: Tensor) -> Tensor:
-    """``original`` where no change to ``parameter`` reaches it."""
+    """Return ``original``, copied if it shares memory with ``parameter``."""
     return original.clone() if original.data_ptr() == parameter.data_ptr() else original
 
 
 @dataclass(frozen=True)
 class _Replacing:
-    """Gives a weight, in place, new values for every lane."""
+    """Pruning by correction: overwrites a weight with new values for every lane."""
 
-    pruner: WeightPruner
-    index: int
+    layer: LayerPruning
     linear: Linear
     parameter: Tensor
     original: Tensor
-    prepared: Any
+    prepared: Mapping[str, Any]
     counts: Sequence[int]
-    group: int | None
 
     def visit(self, lane: int) -> None:
         if lane and self.counts[lane] == self.counts[lane - 1]:
             return
-        with _naming(self.index, self.linear.name):
-            self.parameter.copy_(
-                self.pruner.prune(self.original, self.prepared, self.counts[lane], self.group)
-            )
+        self.parameter.copy_(
+            self.layer.corrected(self.linear, self.original, self.prepared, self.counts[lane])
+        )
 
 
 @contextmanager
 def _naming(index: int, name: str) -> Iterator[None]:
-    """Say in an error which linear of which layer it is about."""
+    """Add the layer and the linear to the message of a ValueError raised within the block."""
     try:
         yield
     except ValueError as error:

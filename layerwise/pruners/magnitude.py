@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a matrix go first."""
+"""Magnitude pruning: remove the smallest weights of a matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from layerwise.pruners.masks import removal_levels
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Compares all weights of one matrix; needs no calibration text."""
+    """Compare all weights of a matrix by magnitude. Needs no calibration text."""
 
     method: Literal["magnitude"] = "magnitude"
 
     def removal_levels(
         self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int], group: int | None = None
     ) -> Tensor:
-        """Order in which weights go; ``inputs`` is not looked at. See ``Wanda.removal_levels``."""
+        """Return the removal order; ``inputs`` is ignored. See ``Wanda.removal_levels``."""
         return removal_levels(weight, torch.abs, counts, by_row=False, group=group)

@@ -1,11 +1,11 @@
-"""Which weights of a matrix are removed first: one ranking serves every sparsity."""
+"""Masks from scores of weights: nested masks for several sparsities from one ranking."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# Entries that are scored and ranked at a time: 17 bytes each while they are sorted, so about 18 MB of them.
+# Entries that are scored and ranked at a time: 17 bytes each during sorting, about 18 MB in total.
 SORTED_ENTRIES = 1 << 20
 
 
@@ -16,25 +16,25 @@ def removal_levels(
     by_row: bool,
     group: int | None = None,
 ) -> Tensor:
-    """For every weight, the index of the first count at which it is removed.
+    """Return, for every weight, the index of the first count at which it is removed.
 
-    Exactly ``counts[j]`` entries get a level ``<= j``, whatever the ties: of equal scores the first ones go
-    first. The masks of increasing counts are nested, so ``levels <= j`` is the mask of ``counts[j]``.
+    Exactly ``counts[j]`` entries have a level ``<= j``; of equal scores the first are removed first. The masks of
+    increasing counts are nested, so ``levels <= j`` is the mask of ``counts[j]``.
 
     Args:
         weight: shape ``(out_features, in_features)``; left unchanged.
-        score: gives the importance of some rows' weights, shape ``(rows, in_features)`` for the same.
-        counts: numbers of weights to remove, ascending, each in ``[0, weight.numel()]``; at most 255 of them.
-        by_row: compare weights within their row, every row losing the same number (the first rows one more
-            where the count is not a multiple of the rows); otherwise compare all weights of the matrix.
-        group: M of an N:M pattern: compare only the weights of M consecutive inputs of a row, of which every such group
-            loses the same number; whatever ``by_row`` is.
+        score: maps rows of the weight to the importance of their entries, shape ``(rows, in_features)`` for both.
+        counts: numbers of weights to remove, ascending, each in ``[0, weight.numel()]``; at most 255 numbers.
+        by_row: whether to compare weights within their row and remove the same number from every row (one more from
+            the first rows if a count is not a multiple of the rows). Otherwise all weights are compared.
+        group: M of an N:M pattern: compare weights within M consecutive inputs of a row and remove the same number from
+            every such group; ``by_row`` is ignored. None without a pattern.
 
     Returns:
-        uint8, shape ``(out_features, in_features)``; ``len(counts)`` where a weight is never removed.
+        uint8, shape ``(out_features, in_features)``; ``len(counts)`` for a weight that is never removed.
 
     Raises:
-        ValueError: counts that are not ascending, out of range or too many, or that do not fit the pattern.
+        ValueError: the counts are not ascending, out of range, too many, or do not fit the pattern.
     """
     numel = weight.numel()
     if (
@@ -43,8 +43,8 @@ def removal_levels(
         or any(not 0 <= count <= numel for count in counts)
     ):
         raise ValueError(
-            f"cannot remove {list(counts)} of {numel} weights in turn: the counts must be ascending, "
-            "within the matrix, and at most 255. Sort them, and split larger groups."
+            f"the counts {list(counts)} of weights to remove are invalid for a matrix of {numel} weights. Pass at most "
+            "255 ascending counts from 0 to the size of the matrix."
         )
     if group is not None:
         each = [removed_per_group(count, weight.shape, group) for count in counts]
@@ -63,11 +63,11 @@ def removal_levels(
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` lowest of all scores, of equal ones the first; by selection, nine times as fast as by sorting.
+    """Mark the ``count`` lowest scores; of equal scores the first. Selection is nine times as fast as sorting.
 
     Args:
         scores: any shape.
-        count: in ``[0, scores.numel()]``.
+        count: number of entries to mark, in ``[0, scores.numel()]``.
 
     Returns:
         Boolean mask of the same shape.
@@ -83,39 +83,42 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def require_prunable(weight: Tensor, in_features: int, count: int) -> None:
-    """Refuse what a pruner by second moments cannot prune.
+    """Raise if a pruner that uses second moments cannot prune a weight.
 
     Args:
-        in_features: of the second moments that it was given.
-        count: weights to remove.
+        weight: shape ``(out_features, in_features)``.
+        in_features: number of inputs of the second moments.
+        count: number of weights to remove.
 
     Raises:
-        ValueError: shapes that do not fit, a count out of range, a weight that is not finite.
+        ValueError: the shapes do not match, the count is out of range, or the weight is not finite.
     """
     if weight.ndim != 2 or weight.shape[1] != in_features:
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} was given what was prepared of {in_features} inputs. "
+            f"a weight of shape {tuple(weight.shape)} does not match second moments of {in_features} inputs. "
             "Prepare the Gram matrix of this linear's inputs."
         )
     if not 0 <= count <= weight.numel():
         raise ValueError(
-            f"cannot remove {count} of {weight.numel()} weights. Choose a count within the matrix."
+            f"cannot remove {count} of {weight.numel()} weights. Choose a count from 0 to {weight.numel()}."
         )
     if not weight.isfinite().all():
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has entries that are not finite: they cannot be ranked. "
-            "Load the checkpoint in the dtype that it was trained in."
+            f"a weight of shape {tuple(weight.shape)} contains NaN or infinity and cannot be ranked. "
+            "Load the checkpoint in the dtype in which it was trained."
         )
 
 
 def removed_per_group(count: int, shape: Sequence[int], group: int) -> int:
-    """How many of every ``group`` consecutive inputs go if ``count`` weights of a matrix go.
+    """Return the number of weights to remove from every group if ``count`` weights are removed from a matrix.
 
     Args:
-        shape: of the weight, ``(out_features, in_features)``.
+        count: number of weights to remove from the matrix.
+        shape: shape of the weight, ``(out_features, in_features)``.
+        group: number of consecutive inputs in a group.
 
     Raises:
-        ValueError: the inputs cannot be split into such groups, or the count is no whole number for each.
+        ValueError: the inputs cannot be split into groups, or the number per group is not an integer.
     """
     out_features, in_features = shape
     if group < 1 or in_features % group:
@@ -126,17 +129,17 @@ def removed_per_group(count: int, shape: Sequence[int], group: int) -> int:
     each, rest = divmod(count * group, out_features * in_features)
     if rest:
         raise ValueError(
-            f"{count} of {out_features * in_features} weights are "
-            f"{count * group / (out_features * in_features):g} of every {group}, which is no whole number. "
+            f"removing {count} of {out_features * in_features} weights removes "
+            f"{count * group / (out_features * in_features):g} of every {group}, which is not an integer. "
             f"Remove a multiple of {out_features * in_features // group} weights."
         )
     return each
 
 
 def _levels_of_rows(scores: Tensor, per_row: Sequence[int], extra: Sequence[int]) -> Tensor:
-    """Levels within each row: count ``j`` removes ``per_row[j]`` of a row, one more in the first ``extra[j]`` rows."""
+    """Return levels within each row; count ``j`` removes ``per_row[j]`` per row, one more in the first ``extra[j]``."""
     order = scores.argsort(dim=1, stable=True)
-    rank_levels = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)  # level by rank
+    rank_levels = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)  # by rank
     for count, more in zip(per_row, extra, strict=True):
         rank_levels[:more, count + 1 :] += 1
         rank_levels[more:, count:] += 1

@@ -1,23 +1,23 @@
-"""N:M patterns: of M consecutive inputs of every output, N weights stay."""
+"""N:M patterns: N weights remain out of M consecutive inputs of every output."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan
 from layerwise.allocators.budget import weighted_mean
+from layerwise.allocators.sparsity_plan import SparsityPlan
 
 PATTERN = re.compile(r"^([1-9][0-9]?|N):([1-9][0-9]?)$")
-TOLERANCE = 1e-4  # of the overall sparsity, where levels of 1 / M cannot meet it exactly
+TOLERANCE = 1e-4  # allowed error of the overall sparsity, which multiples of 1 / M may not meet exactly
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """N of M.
+    """An N:M pattern.
 
     Attributes:
-        kept: N; None where every layer (or linear) has one of its own.
+        kept: N; None if every layer (or linear) has its own N.
         group: M.
     """
 
@@ -26,10 +26,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """From "2:4", or "N:8" for a N of every layer's own.
+        """Parse "2:4", or "N:8" for a separate N of every layer.
 
         Raises:
-            ValueError: another text, or a N that is not below M.
+            ValueError: ``text`` has another format, or N is not below M.
         """
         match = PATTERN.match(text)
         kept, group = (
@@ -37,8 +37,8 @@ class Pattern:
         )
         if match is None or group < 2 or (kept is not None and kept >= group):
             raise ValueError(
-                f"{text!r} is no N:M pattern: N of M consecutive weights stay. Give e.g. 2:4 or 4:8, or N:8 to let "
-                "every layer have a N of its own."
+                f"{text!r} is not an N:M pattern with N below M (N of M consecutive weights remain). Give e.g. 2:4 or "
+                "4:8, or N:8 for a separate N of every layer."
             )
         return cls(kept, group)
 
@@ -46,10 +46,10 @@ class Pattern:
 def removed_on_levels(
     plan: SparsityPlan, group: int, linear_sizes: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """How many weights of every linear are removed by a plan whose sparsities are multiples of ``1 / group``.
+    """Count the weights to remove from every linear for a plan whose sparsities are multiples of ``1 / group``.
 
     Args:
-        plan: see ``on_levels``.
+        plan: a plan with sparsities from ``on_levels``.
         group: M.
         linear_sizes: number of weights of every linear, by layer.
     """
@@ -62,18 +62,19 @@ def removed_on_levels(
 def on_levels(
     sparsities: Sequence[float], sizes: Sequence[int], target: float, group: int
 ) -> tuple[float, ...]:
-    """Every sparsity rounded to a multiple of ``1 / group``, so that their weighted mean is ``target``.
+    """Round every sparsity to a multiple of ``1 / group``, so that their weighted mean is ``target``.
 
-    All are rounded down; then those that lost most to that are rounded up, as far as the budget goes, the earlier of
-    equal ones first.
+    All sparsities are rounded down. Those with the largest remainders are then rounded up until the target is met;
+    of equal remainders the first.
 
     Args:
-        sparsities: of the entries, layers or linears; their weighted mean is ``target``.
+        sparsities: sparsity of every entry (a layer or a linear); their weighted mean is ``target``.
         sizes: number of weights of every entry.
+        target: overall sparsity.
         group: M.
 
     Raises:
-        ValueError: no such levels come within 1e-4 of the target.
+        ValueError: the rounded sparsities miss the target by more than 1e-4.
     """
     levels = [math.floor(sparsity * group + 1e-9) for sparsity in sparsities]
     left = target * sum(sizes) - sum(level * size for level, size in zip(levels, sizes, strict=True)) / group
@@ -86,7 +87,7 @@ def on_levels(
     mean = weighted_mean(rounded, sizes)
     if abs(mean - target) > TOLERANCE:
         raise ValueError(
-            f"levels of 1/{group} give {len(sizes)} layers an overall sparsity of {mean:.5f}, not of {target:g}. "
-            f"Ask for {mean:.5f}."
+            f"multiples of 1/{group} give {len(sizes)} layers an overall sparsity of {mean:.5f}, not {target:g}. "
+            f"Set the overall sparsity to {mean:.5f}."
         )
     return rounded

@@ -12,30 +12,29 @@ from layerwise.pruners.masks import removal_levels
 
 @dataclass(frozen=True)
 class Wanda:
-    """Compares the weights of one output row, whatever the other rows hold; the remaining weights stay as they are."""
+    """Compare the weights within each output row. The remaining weights do not change."""
 
     method: Literal["wanda"] = "wanda"
 
     def removal_levels(
         self, weight: Tensor, inputs: InputStatistics, counts: Sequence[int], group: int | None = None
     ) -> Tensor:
-        """Order in which weights go, for several numbers of removed weights at once (see
-        ``masks.removal_levels``).
+        """Return the removal order for several numbers of removed weights at once (see ``masks.removal_levels``).
 
         Args:
             weight: shape ``(out_features, in_features)``; left unchanged.
-            inputs: what calibration saw of the ``in_features`` inputs.
+            inputs: input statistics of the linear.
             counts: ascending numbers of weights to remove.
-            group: M of an N:M pattern; None for none.
+            group: M of an N:M pattern; None without a pattern.
 
         Raises:
-            ValueError: no calibration token reached this linear.
+            ValueError: ``inputs`` contains no tokens.
         """
         if inputs.tokens == 0:
             raise ValueError(
-                "Wanda needs input statistics, but no calibration token reached this linear. If there were calibration "
-                "windows, the model uses its weight without calling it, or never (Mamba's dt_proj): leave it dense "
-                "(--exclude with its name), or use Magnitude, which needs no calibration text."
+                "Wanda needs input statistics, but this linear received 0 calibration tokens. If there are calibration "
+                "windows, the model does not call this linear (such as Mamba's dt_proj, whose weight is used without a "
+                "call). Leave it dense (--exclude with its name), or use Magnitude, which needs no calibration text."
             )
         norms = inputs.norms.to(weight.device)
         return removal_levels(

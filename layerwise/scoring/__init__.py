@@ -1,1 +1,1 @@
-"""Perplexity, accuracy, reconstruction errors and the paper's theory."""
+"""Scoring of pruned models: perplexity, accuracy, reconstruction errors, and ATP's theorems."""

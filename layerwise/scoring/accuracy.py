@@ -1,4 +1,4 @@
-"""Accuracy: the share of right answers, and how sure it is; the unweighted average over several tasks."""
+"""Accuracy: fraction of correct answers with its standard error, and the unweighted average over tasks."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of right answers.
+    """Fraction of correct answers.
 
     Attributes:
-        value: in [0, 1].
-        standard_error: of a mean of independent documents, by their sample variance, as lm-eval has it; None for a
-            single document.
-        documents: how many were answered.
+        value: fraction, in [0, 1].
+        standard_error: standard error of the mean of independent documents, from their sample variance, as in lm-eval;
+            None for a single document.
+        documents: number of answered documents.
     """
 
     value: float
@@ -23,18 +23,22 @@ class Accuracy:
     def __post_init__(self) -> None:
         if not 0 <= self.value <= 1 or self.documents < 1:
             raise ValueError(
-                f"an accuracy of {self.value} on {self.documents} documents is none. It is a share of at least one."
+                f"an accuracy of {self.value} on {self.documents} documents is invalid. It must be a fraction in "
+                "[0, 1] of at least one document."
             )
 
 
 def accuracy(correct: Sequence[bool]) -> Accuracy:
-    """The accuracy of answers of which is known whether they are right.
+    """Compute the accuracy of a list of answers.
+
+    Args:
+        correct: for each document, whether its answer is correct.
 
     Raises:
         ValueError: there are no answers.
     """
     if not correct:
-        raise ValueError("no document was answered, so there is no accuracy. Ask at least one.")
+        raise ValueError("the accuracy of 0 documents is undefined. Answer at least one document.")
     documents = len(correct)
     value = sum(correct) / documents
     error = math.sqrt(value * (1 - value) / (documents - 1)) if documents > 1 else None
@@ -42,14 +46,14 @@ def accuracy(correct: Sequence[bool]) -> Accuracy:
 
 
 def average(tasks: Sequence[Accuracy]) -> Accuracy:
-    """The mean over tasks, each counting the same however many documents it has; its error is theirs combined."""
+    """Return the unweighted mean over tasks, with the combined standard error."""
     documents = sum(task.documents for task in tasks)
     value = math.fsum(task.value for task in tasks) / len(tasks)
     return Accuracy(value, combined_error([task.standard_error for task in tasks]), documents)
 
 
 def combined_error(errors: Sequence[float | None]) -> float | None:
-    """Standard error of the mean of independent numbers; None if that of one of them is not known."""
+    """Return the standard error of the mean of independent numbers; None if one of their errors is unknown."""
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         return None

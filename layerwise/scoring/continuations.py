@@ -1,7 +1,7 @@
-"""Log-probabilities of continuations after their contexts, for a model that runs one decoder layer at a time.
+"""Log-probabilities of continuations after their contexts, from a model that runs one decoder layer at a time.
 
-What zero-shot tasks ask of a model: how probable is each answer after the question. Sequences of similar length go
-through the layers together, padded on the right: attention is causal, so that no token ever sees the padding.
+Zero-shot tasks need the probability of each answer after its question. Sequences of similar length are batched and
+padded on the right; attention is causal, so the padding does not affect the other tokens.
 """
 
 from collections import defaultdict
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from layerwise.models.hidden_states import batches
 from layerwise.models.streaming import LOSS_POSITIONS, StreamedModel
 
-PADDING = 0  # any token will do
-SMALLEST_STEP = 8  # tokens; lengths are rounded up to multiples of this, longer ones to coarser steps
+PADDING = 0  # any token id
+SMALLEST_STEP = (
+    8  # tokens; lengths are rounded up to multiples of this, long ones to multiples of a larger step
+)
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens whose log-probability is asked for, and those before them.
+    """A continuation whose log-probability is needed, with its context.
 
     Attributes:
-        tokens: of the context and then of the continuation.
-        length: how many of them, from the end, are the continuation's.
+        tokens: tokens of the context, followed by those of the continuation.
+        length: number of tokens of the continuation.
     """
 
     tokens: tuple[int, ...]
@@ -39,7 +41,7 @@ class Continuation:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model is fed: the last token is only asked for."""
+        """Return the tokens that the model reads: all but the last one."""
         return self.tokens[:-1]
 
     @property
@@ -49,11 +51,11 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model says of one continuation.
+    """Score of one continuation.
 
     Attributes:
-        log_probability: in nats, summed over the continuation's tokens.
-        greedy: whether each of its tokens is the most probable one.
+        log_probability: in nats, summed over the tokens of the continuation.
+        greedy: whether every token of the continuation is the most probable one.
     """
 
     log_probability: float
@@ -62,12 +64,12 @@ class Score:
 
 @dataclass(frozen=True)
 class ContinuationBatch:
-    """Sequences that go through a layer in one forward pass.
+    """Sequences that share a forward pass through a layer.
 
     Attributes:
         input_ids: shape ``(sequences, seqlen)``, padded on the right.
-        asked: continuations by the row of their sequence, each with its number among all continuations. Those that
-            differ in their last token only share a row.
+        asked: for each row of ``input_ids``, its continuations and their indices among all continuations.
+            Continuations that differ only in their last token share a row.
     """
 
     input_ids: Tensor
@@ -75,11 +77,11 @@ class ContinuationBatch:
 
 
 def continuation_batches(continuations: Sequence[Continuation], longest: int) -> list[ContinuationBatch]:
-    """Put continuations into batches, the longest first; which ones share a batch depends on nothing else.
+    """Group continuations into batches, the longest first, independently of their order.
 
     Args:
-        continuations: in any order.
-        longest: no sequence is padded beyond so many tokens, for models that know no more positions.
+        continuations: continuations in any order.
+        longest: maximum number of tokens to pad a sequence to (the number of positions of the model).
     """
     rows: dict[tuple[int, ...], list[tuple[int, Continuation]]] = defaultdict(list)
     for number, continuation in enumerate(continuations):
@@ -101,20 +103,20 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
 
 
 def _rounded_up(length: int) -> int:
-    """The next length that is used: at most an eighth longer, and few different ones, as each has masks of its own."""
+    """Round a length up by at most an eighth, to one of few lengths, because each length needs masks of its own."""
     step = max(SMALLEST_STEP, 2 ** (length.bit_length() - 4))
     return -(-length // step) * step
 
 
 @torch.no_grad()
 def advance(model: StreamedModel, index: int, weights: Mapping[str, Tensor], parts: Sequence[Tensor]) -> None:
-    """Take hidden states through one decoder layer, in place.
+    """Run one decoder layer on hidden states, in place.
 
     Args:
         model: computes the layer.
-        index: of the layer.
-        weights: of the layer, by name relative to it.
-        parts: the batches' hidden states, each of shape ``(sequences, seqlen, hidden_size)``.
+        index: index of the layer.
+        weights: weights of the layer, by name relative to the layer.
+        parts: hidden states of each batch, shape ``(sequences, seqlen, hidden_size)``.
     """
     with model.loaded(index, weights) as layer:
         for hidden_states in parts:
@@ -122,12 +124,15 @@ def advance(model: StreamedModel, index: int, weights: Mapping[str, Tensor], par
 
 
 def score_batch(model: StreamedModel, hidden_states: Tensor, batch: ContinuationBatch) -> dict[int, Score]:
-    """Score a batch's continuations, by their number; the head computes the positions they need and no others.
+    """Score the continuations of a batch; the head is applied only to the positions that they need.
 
     Args:
         model: applies its norm and head.
-        hidden_states: the last layer's output, shape ``(sequences, seqlen, hidden_size)``.
-        batch: what is asked.
+        hidden_states: output of the last layer, shape ``(sequences, seqlen, hidden_size)``.
+        batch: the sequences and their continuations.
+
+    Returns:
+        Scores by index of the continuation.
     """
     longest = max(continuation.length for row in batch.asked for _, continuation in row)
     scores: dict[int, Score] = {}
@@ -144,7 +149,12 @@ def score_batch(model: StreamedModel, hidden_states: Tensor, batch: Continuation
 
 
 def _score(log_probabilities: Tensor, continuation: Continuation) -> Score:
-    """One continuation from the last positions of its row, shape ``(positions, vocab_size)``."""
+    """Score one continuation from the log-probabilities at the last positions of its row.
+
+    Args:
+        log_probabilities: shape ``(positions, vocab_size)``.
+        continuation: the continuation to score.
+    """
     ours = log_probabilities[-continuation.length :]
     targets = torch.tensor(continuation.targets, device=ours.device)
     loss = nn.functional.nll_loss(ours, targets, reduction="sum")

@@ -1,8 +1,8 @@
-"""Local errors: how much of a layer's reconstruction error is its own, and how much has been handed on to it.
+"""Local errors: the parts of a layer's reconstruction error that are its own and that come from earlier layers.
 
-The terms of ATP's section 3 (arXiv:2502.14770), measured: with the dense layer f, the pruned one g, the dense model's
-input X and the pruned model's input Y, the accumulated error g(Y) - f(X) is the layer's own one, g(X) - f(X), and what
-it makes of the error that arrives, g(Y) - g(X).
+Measures the terms of ATP's section 3 (arXiv:2502.14770). With the dense layer f, the pruned layer g, the dense model's
+input X and the pruned model's input Y, the accumulated error g(Y) - f(X) is the sum of the layer's own (local) error,
+g(X) - f(X), and the propagated error, g(Y) - g(X).
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from layerwise.models.hidden_states import batches
 
 @dataclass(frozen=True)
 class LocalErrors:
-    """The parts of one layer's error in one lane. All but ``windows`` are squared Frobenius norms.
+    """Parts of one layer's error in one lane. All fields but ``windows`` are squared Frobenius norms.
 
     Attributes:
-        windows: over so many of the scored windows, the first ones.
-        local: of g(X) - f(X); theorem 3.1: it grows with sparsity.
-        arriving: of Y - X.
-        propagated: of g(Y) - g(X).
-        accumulated: of g(Y) - f(X).
-        energy: of f(X).
+        windows: number of scored windows, counted from the first, over which the norms are taken.
+        local: norm of g(X) - f(X); by theorem 3.1 it grows with sparsity.
+        arriving: norm of Y - X.
+        propagated: norm of g(Y) - g(X).
+        accumulated: norm of g(Y) - f(X).
+        energy: norm of f(X).
     """
 
     windows: int
@@ -35,9 +35,9 @@ class LocalErrors:
 
     @property
     def factor(self) -> float | None:
-        """By how much the layer multiplies the error that arrives; None if none does.
+        """Return the ratio of propagated to arriving error; None if the arriving error is 0.
 
-        Theorem 3.2 bounds it from below by the square of the smallest singular value of a layer that is one matrix.
+        For a layer that is one matrix, theorem 3.2 bounds it from below by the square of the smallest singular value.
         """
         return self.propagated / self.arriving if self.arriving else None
 
@@ -49,12 +49,12 @@ def local_errors(
     output: Tensor,
     dense_output: Tensor,
 ) -> LocalErrors:
-    """Run the pruned layer on the dense model's input, and compare.
+    """Run the pruned layer on the dense model's input and measure the parts of its error.
 
     Args:
-        run: the pruned layer, on hidden states of shape ``(windows, seqlen, hidden_size)``.
-        dense_input: X, of the windows that are looked at.
-        arriving: squared Frobenius norm of Y - X, which the layer's output has overwritten.
+        run: applies the pruned layer to hidden states of shape ``(windows, seqlen, hidden_size)``.
+        dense_input: X, for the measured windows.
+        arriving: squared Frobenius norm of Y - X; passed as a number, because the output has overwritten Y.
         output: g(Y).
         dense_output: f(X).
     """
@@ -69,6 +69,6 @@ def local_errors(
 
 
 def squared_difference(one: Tensor, other: Tensor) -> float:
-    """Squared Frobenius norm of the difference, in float32, some windows at a time; of the same shape."""
+    """Return the squared Frobenius norm of the difference of two tensors of the same shape, in float32 by batches."""
     pairs = zip(batches(one), batches(other), strict=True)
     return sum((a.float() - b.float()).square().sum().item() for a, b in pairs)

@@ -1,24 +1,24 @@
-"""McNemar's test: whether two models that answered the same questions differ in how many they got right.
+"""McNemar's test: compare the numbers of correct answers of two models on the same documents.
 
-Only the questions that exactly one of the two got right count. If the models are equally good, each of those went
-to either with probability 1/2, so their split is binomial (McNemar, Psychometrika 12, 1947).
+Only documents that exactly one of the models answered correctly count. If the models are equally good, each of these
+belongs to either model with probability 1/2, so their split is binomial (McNemar, Psychometrika 12, 1947).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.05  # below it a difference is called significant
+LEVEL = 0.05  # significance level
 
 
 @dataclass(frozen=True)
 class PairedAnswers:
-    """How two models did on the same documents.
+    """Results of two models on the same documents.
 
     Attributes:
-        documents: how many both of them answered.
-        only_first: how many the first one alone got right.
-        only_second: how many the second one alone got right.
+        documents: number of documents that both models answered.
+        only_first: number of documents that only the first model answered correctly.
+        only_second: number of documents that only the second model answered correctly.
     """
 
     documents: int
@@ -29,18 +29,18 @@ class PairedAnswers:
         counts = self.only_first, self.only_second
         if self.documents < 1 or min(counts) < 0 or sum(counts) > self.documents:
             raise ValueError(
-                f"of {self.documents} documents {self.only_first} cannot be right with the first model alone and "
-                f"{self.only_second} with the second alone. Count each document once, and at least one."
+                f"{self.only_first} documents answered correctly by the first model alone and {self.only_second} by "
+                f"the second alone do not fit {self.documents} documents. Count each document once, and at least one."
             )
 
     @property
     def difference(self) -> float:
-        """Accuracy of the first model less that of the second, in [-1, 1]."""
+        """Return the accuracy of the first model minus that of the second, in [-1, 1]."""
         return (self.only_first - self.only_second) / self.documents
 
     @property
     def standard_error(self) -> float | None:
-        """Of the difference, from the spread of the documents' own differences; None for a single document."""
+        """Return the standard error of the difference, from the per-document differences; None for one document."""
         if self.documents < 2:
             return None
         squares = self.only_first + self.only_second  # each document's difference is -1, 0 or 1
@@ -49,23 +49,21 @@ class PairedAnswers:
 
     @property
     def p_value(self) -> float:
-        """Two-sided exact p-value: twice the smaller tail of the binomial, at most 1.
+        """Return the exact two-sided p-value: twice the smaller tail of the binomial distribution, at most 1.
 
-        Exact and not mid-p: what is called significant at 5 % is a false alarm in at most 5 % of all cases however
-        few documents differ, and with so few questions as a CPU answers that is worth the little power it costs.
+        The exact test is used instead of mid-p. Its rate of false positives at the 5 % level is at most 5 %, however
+        few documents differ. This matters more than its slightly lower power for the small samples that a CPU answers.
         """
         differing = self.only_first + self.only_second
-        ways = tail = (
-            1  # of choosing none of them; whole numbers, so that thousands of documents lose no digit
-        )
+        combinations = tail = 1  # number of ways to choose 0 documents; integers keep every digit
         for count in range(min(self.only_first, self.only_second)):
-            ways = ways * (differing - count) // (count + 1)
-            tail += ways
+            combinations = combinations * (differing - count) // (count + 1)
+            tail += combinations
         return min(1.0, 2 * tail / 2**differing)
 
     @property
     def significant(self) -> bool:
-        """Whether the p-value is below ``LEVEL``."""
+        """Return whether the p-value is below ``LEVEL``."""
         return self.p_value < LEVEL
 
 
@@ -73,7 +71,7 @@ def paired_answers(first: Sequence[bool], second: Sequence[bool]) -> PairedAnswe
     """Compare two models document by document.
 
     Args:
-        first: whether the first model got each document right.
+        first: for each document, whether the first model's answer is correct.
         second: the same for the second model, in the same order.
 
     Raises:
@@ -82,14 +80,14 @@ def paired_answers(first: Sequence[bool], second: Sequence[bool]) -> PairedAnswe
     if len(first) != len(second) or not first:
         raise ValueError(
             f"a paired comparison needs the same documents for both models; got {len(first)} and {len(second)} "
-            "answers. Ask both models the same questions."
+            "answers. Evaluate both models on the same documents."
         )
     pairs = list(zip(first, second, strict=True))
     return PairedAnswers(len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
 
 
-def together(tasks: Sequence[PairedAnswers]) -> PairedAnswers:
-    """All documents of several tasks as one: under its null hypothesis it does not matter which task one is from."""
+def pooled(tasks: Sequence[PairedAnswers]) -> PairedAnswers:
+    """Pool the documents of several tasks; under the null hypothesis the task of a document does not matter."""
     return PairedAnswers(
         sum(task.documents for task in tasks),
         sum(task.only_first for task in tasks),

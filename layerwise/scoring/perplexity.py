@@ -1,4 +1,4 @@
-"""Perplexity by the GPTQ/Wanda convention, and how sure a difference between two plans is."""
+"""Perplexity by the GPTQ/Wanda convention, and the significance of a difference between two plans."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # both take seconds: too long for a command that only shows a
 
     from layerwise.models.streaming import StreamedModel
 
-# Nats; counted for a window whose loss is not finite (a lane can overflow float16, or prune a layer to nothing).
-# Worse than any real loss, and its perplexity is still a number: such a lane loses, and the others are compared.
+# Loss, in nats, of a window whose loss is not finite (a lane can overflow float16, or remove all weights of a layer).
+# It is larger than any real loss, and its perplexity is still finite, so such a lane can be compared with others.
 DIVERGED = 700.0
 
-# Two-sided 5 % points of Student's t by degrees of freedom; between two, the stricter one.
+# Two-sided 5 % points of Student's t by degrees of freedom. For other degrees, the next lower entry applies.
 T_BOUNDS = {
     1: 12.71,
     2: 4.31,
@@ -34,10 +34,11 @@ T_BOUNDS = {
 
 
 def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor) -> list[float]:
-    """Mean cross-entropy of each window, in nats, from the last layer's output; ``DIVERGED`` where it is not finite.
+    """Return the mean cross-entropy of each window, in nats; ``DIVERGED`` where it is not finite.
 
     Args:
-        hidden_states: shape ``(windows, seqlen, hidden_size)``.
+        model: applies its norm and head.
+        hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
     """
     windows = zip(hidden_states.split(1), input_ids.split(1), strict=True)
@@ -45,17 +46,17 @@ def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor
 
 
 def finite_loss(loss: float) -> float:
-    """A loss in nats, at most ``DIVERGED``, which also stands for what is no number."""
+    """Return ``loss`` (in nats) limited to ``DIVERGED``, which also replaces NaN and infinity."""
     return min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED
 
 
 def mean_loss(losses: Sequence[float]) -> float:
-    """Mean over windows of equal length, in nats."""
+    """Return the mean over windows of equal length, in nats."""
     return math.fsum(losses) / len(losses)
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """``exp`` of the mean loss."""
+    """Return ``exp`` of the mean loss."""
     return math.exp(mean_loss(losses))
 
 
@@ -76,12 +77,12 @@ def has_diverged(perplexity: float) -> bool:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How the loss of one plan differs from another's on the same windows.
+    """Difference between the losses of two plans on the same windows.
 
     Attributes:
-        mean: mean over the windows of (loss - other's loss), in nats; negative if the first is better.
-        t: the mean over its standard error; None where it is undefined (one window, or no spread).
-        windows: how many were compared.
+        mean: mean over the windows of (first loss - second loss), in nats; negative if the first plan is better.
+        t: mean divided by its standard error; None if undefined (one window, or equal differences).
+        windows: number of compared windows.
     """
 
     mean: float
@@ -90,12 +91,12 @@ class PairedDifference:
 
     @property
     def significant(self) -> bool:
-        """Beyond the two-sided 5 % point of Student's t for so many windows."""
+        """Return whether t exceeds the two-sided 5 % point of Student's t distribution."""
         return self.t is not None and abs(self.t) > self._t_bound
 
     @property
     def half_interval(self) -> float | None:
-        """Half the width of the 95 % interval around the mean, in nats; None where it is undefined."""
+        """Return half the width of the 95 % interval around the mean, in nats; None if undefined."""
         return self._t_bound * abs(self.mean / self.t) if self.t else None
 
     @property
@@ -106,13 +107,17 @@ class PairedDifference:
 def paired_difference(losses: Sequence[float], others: Sequence[float]) -> PairedDifference:
     """Compare two plans window by window (paired t statistic).
 
+    Args:
+        losses: losses of the first plan, in nats.
+        others: losses of the second plan on the same windows.
+
     Raises:
-        ValueError: the plans were scored on different numbers of windows.
+        ValueError: the plans were scored on different numbers of windows, or on none.
     """
     if len(losses) != len(others) or not losses:
         raise ValueError(
             f"a paired comparison needs the same windows for both plans; got {len(losses)} and {len(others)} losses. "
-            "Score both on the same selection windows."
+            "Score both plans on the same selection windows."
         )
     differences = [loss - other for loss, other in zip(losses, others, strict=True)]
     mean = math.fsum(differences) / len(differences)

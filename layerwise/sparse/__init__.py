@@ -1,1 +1,1 @@
-"""Pruned models on CPUs, faster for their zeros: a small native kernel, linears that use it, and what they gain."""
+"""Sparse inference on CPUs: packed weights, a native kernel, linears that use it, and speed measurements."""

@@ -1,4 +1,4 @@
-"""Make a pruned model faster on the CPU: linears with many zeros keep their weights packed."""
+"""Acceleration of a pruned model on the CPU: replaces linears with many zeros by linears with packed weights."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ from layerwise.sparse.bitmask import PackedWeight, pack, unpack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import Level, kernel
 
-# From which sparsity on a linear is faster packed than as torch multiplies it, one token at a time. With instructions
-# for bfloat16 it is even without zeros, as torch's own product is slow; a fifth of them makes it smaller, too. The
-# portable loop is only for what is nearly empty.
+# Sparsity from which a packed linear is faster than torch's dense one, for one token at a time. With bfloat16
+# instructions it is faster even without zeros, because torch's product is slow; from 0.2 it is also smaller. The
+# portable loop is useful only for nearly empty matrices.
 LEAST_SPARSITY: dict[Level, float] = {"portable": 0.9, "avx2": 0.5, "avx512": 0.5, "avx512_bf16": 0.2}
-LEAST_WEIGHTS = 1 << 16  # a smaller matrix is multiplied faster than a call is prepared
+LEAST_WEIGHTS = 1 << 16  # for a smaller matrix, the overhead of a call exceeds the gain
 
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """A linear that runs packed.
+    """A linear that was replaced by a packed one.
 
     Attributes:
-        name: of the module within the model.
-        sparsity: share of its weights that are zero.
-        dense_bytes: of its weight before.
-        sparse_bytes: of its weight now.
+        name: name of the module within the model.
+        sparsity: fraction of its weights that are zero.
+        dense_bytes: size of its dense weight.
+        sparse_bytes: size of its packed weight.
     """
 
     name: str
@@ -39,12 +39,12 @@ class SparseLinear:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What ``accelerate`` did to a model.
+    """Result of ``accelerate``.
 
     Attributes:
-        level: instructions of the kernel; None where there is no kernel, and all stays dense.
-        sparse: the linears that run packed.
-        dense: name of every linear that stays dense, with the reason.
+        level: instruction set of the kernel; None without a kernel, in which case all linears stay dense.
+        sparse: linears that were replaced by packed ones.
+        dense: linears that stay dense: name and reason.
     """
 
     level: Level | None
@@ -66,25 +66,25 @@ class Acceleration:
 def accelerate(
     model: nn.Module, int8: bool = False, packed: Mapping[str, PackedWeight] | None = None
 ) -> Acceleration:
-    """Swap the linears of ``model`` that are sparse enough to gain by it, in place, for inference.
+    """Replace the sufficiently sparse linears of ``model`` in place by packed ones, for inference.
 
-    Everything else of the model stays as it is: ``generate``, its cache and batches work as before. Its parameters no
-    longer ask for gradients. With up to 16 tokens at a time (generating text) a swapped linear multiplies only with
-    the weights that are there; with more (reading a prompt) it takes about as long as a dense one.
+    The rest of the model does not change; ``generate``, the cache and batches work as before. The parameters no longer
+    require gradients. For up to 16 tokens at a time (generating text), a packed linear multiplies by the nonzero
+    weights only. For more tokens (reading a prompt), it takes about as long as a dense one.
 
     Args:
-        model: on the CPU, in bfloat16 or float32, its weights loaded.
-        int8: keep the weights that are there as whole numbers of 127ths of their row's largest one; smaller, and not
-            exactly the same model.
-        packed: weights that are packed already, by their names in the model (``...q_proj.weight``); what the model has
-            in their place is not looked at, and may be on the meta device.
+        model: a model on the CPU, in bfloat16 or float32, with its weights loaded.
+        int8: whether to round nonzero weights to multiples of 1/127 of the largest weight of their row. This needs less
+            memory, but changes the model slightly.
+        packed: weights that are already packed, by their names in the model (``...q_proj.weight``). The model's own
+            weights of these names are ignored and may be on the meta device.
 
     Returns:
-        What was swapped, and what was not and why.
+        Linears that were replaced, and the reasons for those that were not.
 
     Raises:
-        ValueError: a weight that is not on the CPU, or a packed one for which the model has no linear of that shape.
-        OSError: no memory for the packed weights.
+        ValueError: a weight is not on the CPU, or a packed weight does not match a linear of the model.
+        OSError: there is not enough memory for the packed weights.
     """
     packed = dict(packed or {})
     _require_weights(model, packed)
@@ -103,7 +103,7 @@ def accelerate(
             if given is not None:
                 module.weight = nn.Parameter(_stored(module, unpack(given)), requires_grad=False)
             continue
-        # Adding zero makes +0.0 of -0.0, whose bits would count as a weight to be stored.
+        # Adding zero turns -0.0 into +0.0; the bits of -0.0 would be stored as a weight.
         weight = given if given is not None else pack(_oriented(module).detach() + 0.0)
         swapped = BitmaskLinear(weight, module.bias, int8, transposed=isinstance(module, Conv1D))
         sparse.append(_facts(name, weight, swapped))
@@ -120,27 +120,31 @@ def _require_weights(model: nn.Module, packed: Mapping[str, PackedWeight]) -> No
     }
     for name, weight in packed.items():
         if name not in linears or _oriented(linears[name]).shape != weight.shape:
-            found = f"one of {tuple(_oriented(linears[name]).shape)}" if name in linears else "none"
+            found = (
+                f"shape {tuple(_oriented(linears[name]).shape)} for it"
+                if name in linears
+                else "no such linear"
+            )
             raise ValueError(
-                f"a packed weight of shape {weight.shape} is for the linear {name}, but the model has {found}. Pass "
-                "the weights of this model, under the names of its state dict."
+                f"the packed weight {name} has shape {weight.shape}, but the model has {found}. Pass "
+                "the weights of this model, under the names in its state dict."
             )
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" and name not in packed:
             raise ValueError(
                 f"{name} is on the device {parameter.device}; sparse linears run on the CPU. Load the model's weights "
-                "there, or leave it as it is."
+                "on the CPU, or use the dense model."
             )
 
 
 def _reason_to_stay_dense(
     module: nn.Linear | Conv1D, packed: PackedWeight | None, level: Level | None
 ) -> str | None:
-    """Why this linear is better off dense, or None."""
+    """Return the reason to keep a linear dense, or None."""
     if level is None:
         return "the sparse kernel was not built"
     if type(module) not in (nn.Linear, Conv1D):
-        return f"a {type(module).__name__} may do more than multiply"
+        return f"a {type(module).__name__} may compute more than a product"
     dtype = module.weight.dtype if packed is None else packed.values.dtype
     if dtype not in (torch.bfloat16, torch.float32):
         return f"its weights are {str(dtype).removeprefix('torch.')}, not bfloat16 or float32"
@@ -157,13 +161,13 @@ def _sparsity(module: nn.Linear | Conv1D, packed: PackedWeight | None) -> float:
 
 
 def _oriented(module: nn.Module) -> Tensor:
-    """The weight as ``(out_features, in_features)``."""
+    """Return the weight as ``(out_features, in_features)``."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight of ``(out_features, in_features)`` as the module keeps it."""
+    """Return a weight of shape ``(out_features, in_features)`` in the orientation of the module."""
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 
@@ -174,6 +178,6 @@ def _facts(name: str, weight: PackedWeight, swapped: BitmaskLinear) -> SparseLin
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the one that ``model`` knows by this name."""
+    """Replace the submodule ``name`` of ``model`` by ``module``."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)

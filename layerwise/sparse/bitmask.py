@@ -1,4 +1,4 @@
-"""Bitmask packing: a sparse weight as one bit per weight and the values of those that are stored."""
+"""Bitmask packing: a sparse weight as a mask with one bit per weight, and the values of the stored weights."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Integers of the same width: whether a weight is stored goes by its bits, so that -0.0 comes back as -0.0.
+# Integer dtypes of the same width: a weight is stored if any of its bits is set, which preserves -0.0.
 BITS_OF = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 BYTE_BITS = torch.tensor([byte.bit_count() for byte in range(256)])
-# Entries that are selected at a time: torch notes 16 bytes for each stored one, so at most 16 MB.
+# Entries that are selected at a time: torch needs 16 bytes for each stored one, so at most 16 MB.
 SELECTED_ENTRIES = 1 << 20
 
 
@@ -17,19 +17,18 @@ SELECTED_ENTRIES = 1 << 20
 class PackedWeight:
     """A weight matrix without its zeros.
 
-    Takes ``1 / 8`` byte per weight and an item per stored weight: at sparsity s of a 16-bit dtype, ``1 - s + 1 / 16``
-    of the dense size.
+    Needs one bit per weight and one element per stored weight: ``1 - s + 1 / 16`` of the dense size for a 16-bit dtype
+    at sparsity s.
 
     Attributes:
-        shape: of the dense weight, ``(out_features, in_features)``.
+        shape: shape of the dense weight, ``(out_features, in_features)``.
         mask: uint8, shape ``(out_features, ceil(in_features / 8))``. Bit ``k % 8`` (bit 0 is the lowest) of byte
-            ``k // 8`` of a row is 1 if weight ``k`` of that row is stored; the bits beyond ``in_features`` are 0.
-        values: the stored weights row by row, one-dimensional, in the dtype of the weight: float16, bfloat16 or
-            float32.
+            ``k // 8`` of a row is 1 if weight ``k`` of that row is stored. Bits beyond ``in_features`` are 0.
+        values: stored weights row by row, one-dimensional, in the dtype of the weight: float16, bfloat16 or float32.
 
     Raises:
-        ValueError: parts that do not belong together.
-        TypeError: mask or values of another dtype.
+        ValueError: the parts do not match.
+        TypeError: mask or values have another dtype.
     """
 
     shape: tuple[int, int]
@@ -40,42 +39,42 @@ class PackedWeight:
         require_packable(self.values)
         if self.mask.dtype != torch.uint8:
             raise TypeError(
-                f"the mask of a packed weight is uint8, not {self.mask.dtype}. Read it as it was written."
+                f"the mask of a packed weight is uint8, not {self.mask.dtype}. Read it in its stored dtype."
             )
         rows, columns = self.shape
         if tuple(self.mask.shape) != (rows, -(-columns // 8)) or self.values.ndim != 1:
             raise ValueError(
-                f"a weight of shape {self.shape} is packed into a mask of shape {(rows, -(-columns // 8))} and a "
-                f"row of values, but these have the shapes {tuple(self.mask.shape)} and "
-                f"{tuple(self.values.shape)}. They are of different weights, or damaged: read them again."
+                f"a packed weight of shape {self.shape} has a mask of shape {(rows, -(-columns // 8))} and "
+                f"one-dimensional values, but these have the shapes {tuple(self.mask.shape)} and "
+                f"{tuple(self.values.shape)}. They are damaged or belong to different weights. Read them again."
             )
         counts = self.mask.flatten().bincount(minlength=256)
         if (marked := int(counts @ BYTE_BITS.to(counts.device))) != self.values.numel():
             raise ValueError(
-                f"the mask marks {marked} weights as stored, but there are {self.values.numel()} values. They are of "
-                "different weights, or damaged: read them again."
+                f"the mask marks {marked} weights as stored, but there are {self.values.numel()} values. They are "
+                "damaged or belong to different weights. Read them again."
             )
         if columns % 8 and bool((self.mask[:, -1] >> columns % 8).any()):
             raise ValueError(
-                f"the mask marks weights beyond the {columns} inputs of a row. It is of another weight, or damaged: "
-                "read it again."
+                f"the mask marks weights beyond the {columns} inputs of a row. It is damaged or belongs to another "
+                "weight. Read it again."
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of mask and values."""
+        """Return the size of mask and values in bytes."""
         return self.mask.nbytes + self.values.nbytes
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """``weight`` without its zeros.
+    """Pack a weight without its zeros.
 
     Args:
         weight: float16, bfloat16 or float32, shape ``(out_features, in_features)``; left unchanged.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: no matrix.
+        TypeError: the weight has another dtype.
+        ValueError: the weight is not a matrix.
     """
     require_packable(weight)
     require_matrix(weight)
@@ -90,7 +89,7 @@ def pack(weight: Tensor) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """The weight that was packed, bit for bit; shape ``(out_features, in_features)``."""
+    """Restore the packed weight bit for bit, shape ``(out_features, in_features)``."""
     rows, columns = packed.shape
     places = torch.arange(8, dtype=torch.uint8, device=packed.mask.device)
     stored = (packed.mask[:, :, None] >> places).bitwise_and_(1).flatten(1)[:, :columns].bool()
@@ -98,46 +97,46 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def stored_weights(weight: Tensor) -> Tensor:
-    """Which weights have bits that are not all zero; bool, the shape of ``weight``."""
+    """Mark the weights that have any bit set; bool, same shape as ``weight``."""
     return weight.detach().view(BITS_OF[weight.dtype]) != 0
 
 
 def bits_to_number(bits: Tensor) -> Tensor:
-    """The number whose bits lie along the last dimension, at most 8 of them, each 0 or 1, the lowest first.
+    """Combine the bits along the last dimension into numbers, the lowest bit first.
 
     Args:
-        bits: uint8.
+        bits: uint8 zeros and ones, with at most 8 entries in the last dimension.
 
     Returns:
         uint8, without the last dimension.
     """
     number = bits[..., 0].clone()
-    for place in range(1, bits.shape[-1]):  # a sum along so short a dimension takes twice the time
+    for place in range(1, bits.shape[-1]):  # torch.sum over such a short dimension takes twice as long
         number |= bits[..., place] << place
     return number
 
 
 def require_packable(weight: Tensor) -> None:
-    """Refuse dtypes that weights are not pruned in.
+    """Raise if the dtype of a weight cannot be packed.
 
     Raises:
-        TypeError: names the dtype.
+        TypeError: the dtype is not supported.
     """
     if weight.dtype not in BITS_OF:
         raise TypeError(
-            f"a {weight.dtype} weight cannot be packed; {', '.join(map(str, BITS_OF))} can. Convert it, or keep it "
-            "dense."
+            f"a {weight.dtype} weight cannot be packed. Convert it to one of {', '.join(map(str, BITS_OF))}, or keep "
+            "it dense."
         )
 
 
 def require_matrix(weight: Tensor) -> None:
-    """Refuse what is no matrix.
+    """Raise if a weight is not a matrix.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: the weight does not have two dimensions.
     """
     if weight.ndim != 2:
         raise ValueError(
-            f"only a matrix can be packed, and this weight has the shape {tuple(weight.shape)}. Keep it dense, or "
+            f"a weight of shape {tuple(weight.shape)} cannot be packed, because it is not a matrix. Keep it dense, or "
             "reshape it to (out_features, in_features)."
         )

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: the kernel for a few tokens, dense blocks of the weight for many."""
+"""Linear with a packed weight: the kernel multiplies few tokens, dense blocks of the weight multiply many."""
 
 import threading
 from typing import Any
@@ -9,34 +9,34 @@ from torch.nn.functional import linear
 
 from layerwise.sparse.bitmask import PackedWeight
 from layerwise.sparse.native import Kernel, kernel
-from layerwise.sparse.panels import PanelWeight, panels_of
+from layerwise.sparse.panel_weight import PanelWeight, panels_of
 
-# Up to so many tokens the kernel is faster, which reads the weight once for every 8 of them.
+# Maximum number of tokens for which the kernel is faster; it reads the weight once for every 8 tokens.
 KERNEL_TOKENS = 16
-# Beyond, rows are unpacked into so much scratch at a time, which stays in the last-level cache.
+# Size of the buffer for unpacked rows, used for more tokens; it fits in the last-level cache.
 SCRATCH_BYTES = 8 << 20
 
-_scratch = threading.local()  # one for all linears that a thread runs
+_scratch = threading.local()  # one buffer per thread, shared by all linears
 
 
 class BitmaskLinear(nn.Module):
-    """``x @ weight.T + bias`` for inference on the CPU; the weight is kept as a bitmask and its stored values.
+    """``x @ weight.T + bias`` for inference on the CPU, with the weight stored as bitmask and values.
 
-    Sums are kept in float32. The state dict has the weight as an ordinary dense tensor, made for the occasion, so that
-    a model with such linears is saved as the checkpoint it came from; nothing can be loaded into one. Without the
-    compiled kernel it calculates with that dense tensor, which is slow: ``accelerate`` leaves linears dense then. The
-    packed parts are in huge pages; those of a copy (``deepcopy``, pickle) are not, which makes it a little slower.
+    Sums are in float32. The state dict contains the weight as a dense tensor, which is unpacked on request, so saving
+    the model gives an ordinary checkpoint. Loading a state dict is not supported. Without the compiled kernel the
+    linear computes with the dense tensor, which is slow; ``accelerate`` then keeps linears dense. The packed parts are
+    in huge pages. Those of a copy (``deepcopy``, pickle) are not, so a copy is slightly slower.
 
     Args:
         packed: weight of shape ``(out_features, in_features)``, bfloat16 or float32.
         bias: shape ``(out_features,)``, in the dtype of the weight.
-        int8: round the weight to 127 steps of a scale per row, to either side of zero.
-        transposed: the state dict has the weight as ``(in_features, out_features)``, as GPT-2's Conv1D.
+        int8: whether to round the weight to 127 steps of a scale per row on either side of zero.
+        transposed: whether the state dict has the weight as ``(in_features, out_features)``, like GPT-2's Conv1D.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: an empty weight, one that is not finite with ``int8``, or a bias that does not fit.
-        OSError: no memory for the packed parts.
+        TypeError: the weight has another dtype.
+        ValueError: the weight is empty, or not finite with ``int8``, or the bias does not match.
+        OSError: there is not enough memory for the packed parts.
     """
 
     def __init__(
@@ -47,30 +47,31 @@ class BitmaskLinear(nn.Module):
         self.dtype, self.transposed = packed.values.dtype, transposed
         if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != self.dtype):
             raise ValueError(
-                f"a {self.dtype} weight of shape {packed.shape} does not go with a {bias.dtype} bias of shape "
+                f"a {self.dtype} weight of shape {packed.shape} does not match a {bias.dtype} bias of shape "
                 f"{tuple(bias.shape)}. Pass one number per output, in the dtype of the weight."
             )
-        # No buffers: moving or converting the model must not tear the parts of a packed weight asunder.
+        # Not buffers, because moving or converting the model must not change single parts of a packed weight.
         self.panels: PanelWeight = panels_of(packed, int8)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
-        """A dense copy, as the state dict has it; int8 values as what they stand for."""
+        """Return a dense copy in the orientation of the state dict, with int8 values multiplied by their scale."""
         dense = self.panels.dense().to(self.dtype)
         return dense.T.contiguous() if self.transposed else dense
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shape ``(..., in_features)`` to ``(..., out_features)``, in the same dtype.
+        """Map hidden states of shape ``(..., in_features)`` to ``(..., out_features)``, in the same dtype.
 
         Raises:
-            RuntimeError: a gradient is wanted.
-            TypeError: inputs of another dtype than the weight.
-            ValueError: inputs of another width, or not on the CPU.
+            RuntimeError: a gradient is required.
+            TypeError: the inputs have another dtype than the weight.
+            ValueError: the inputs have another width, or are not on the CPU.
         """
         if hidden_states.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "a BitmaskLinear has no gradient, it is for inference. Use torch.no_grad(), or train the dense model."
+                "a BitmaskLinear has no gradient, because it is for inference only. Use torch.no_grad(), or train the "
+                "dense model."
             )
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
         native = kernel()
@@ -97,15 +98,15 @@ class BitmaskLinear(nn.Module):
         error_messages = args[-1]
         if any(name.startswith(prefix) for name in state_dict):
             error_messages.append(
-                f"{prefix.removesuffix('.')} is packed for inference and takes no weights. Load them into the dense "
-                "model and accelerate that."
+                f"{prefix.removesuffix('.')} is packed for inference and cannot load weights. Load them into the dense "
+                "model and accelerate that model."
             )
 
 
 def multiply_in_blocks(
     native: Kernel, weight: PanelWeight, inputs: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """``inputs @ weight.T + bias`` by dense products with some rows of ``weight`` at a time.
+    """Compute ``inputs @ weight.T + bias`` by dense products with a block of rows of ``weight`` at a time.
 
     Arguments, result and errors are those of ``Kernel.multiply``.
     """
@@ -128,7 +129,7 @@ def multiply_in_blocks(
 
 
 def _scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is already there: to have it from the system costs half as much again as filling it."""
+    """Return a view of the thread's buffer; allocating it anew would take half as long again as filling it."""
     wanted = rows * columns * dtype.itemsize
     if getattr(_scratch, "bytes", torch.empty(0)).numel() < wanted:
         _scratch.bytes = torch.empty(max(wanted, SCRATCH_BYTES), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Compile the kernel; run by the installation, and by hand as ``python -m layerwise.sparse.build``."""
+"""Build of the native kernel, run by the installation or with ``python -m layerwise.sparse.build``."""
 
 import os
 import shlex
@@ -11,36 +11,38 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("kernel.cpp")
 LIBRARY = Path(__file__).with_name("kernel.so")
 COMPILERS = ("c++", "g++", "clang++")
-SECONDS = 300  # that a compiler may take: it needs 5
+SECONDS = 300  # timeout of the compiler, which needs about 5 s
 
 
 class NoKernel(RuntimeError):
-    """The kernel could not be compiled here; the message says why. Everything else works without it."""
+    """The kernel could not be compiled; the message gives the reason. Everything else works without it."""
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: ``$CXX`` if that is set, else the first of the usual ones.
+    """Return the command of the C++ compiler: ``$CXX`` if it is set, otherwise the first of ``COMPILERS`` found.
 
     Raises:
-        NoKernel: there is none.
+        NoKernel: a compiler was not found.
     """
     wanted = shlex.split(os.environ.get("CXX", "")) or next(
         ([name] for name in COMPILERS if shutil.which(name)), []
     )
     if not wanted or not shutil.which(wanted[0]):
         tried = wanted[0] if wanted else ", ".join(COMPILERS)
-        raise NoKernel(f"there is no C++ compiler ({tried}); install one, or name it in CXX")
+        raise NoKernel(f"a C++ compiler was not found ({tried}). Install one, or set CXX to its command")
     return wanted
 
 
 def compile_kernel(library: Path, options: Sequence[str] = ("-O2",), source: Path = SOURCE) -> None:
-    """Make ``library`` from ``source``; it appears whole or not at all.
+    """Compile ``source`` to ``library``, atomically.
 
     Args:
-        options: for the compiler, beside those that make a library.
+        library: file to write.
+        options: additional compiler options.
+        source: C++ file.
 
     Raises:
-        NoKernel: no compiler, or it fails.
+        NoKernel: a compiler was not found, or it failed.
     """
     unfinished = library.with_name(f"{library.name}.{os.getpid()}")
     command = [
@@ -58,7 +60,7 @@ def compile_kernel(library: Path, options: Sequence[str] = ("-O2",), source: Pat
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise NoKernel(f"{shlex.join(command)} failed: {done.stderr.strip()[:2000]}")
-        os.replace(unfinished, library)  # a process that uses the old one keeps it
+        os.replace(unfinished, library)  # a process that uses the old library keeps it
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoKernel(f"{shlex.join(command)} could not be run: {error}") from error
     finally:

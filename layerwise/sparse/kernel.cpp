@@ -1,7 +1,7 @@
-// Products of a few tokens and a weight stored as a bitmask, for CPUs; called by native.py through ctypes.
+// Products of a few tokens and a weight stored as a bitmask, on CPUs; called by native.py through ctypes.
 //
-// Every level of instructions has its own `Lanes`: how many columns are expanded at a time, and how. All the rest is
-// written once. Functions carry their instruction set as an attribute, so that one plain build runs on every CPU.
+// Every level of instructions has its own `Simd` type, which expands and multiplies a number of columns at a time. The
+// rest is shared. Functions carry their instruction set as an attribute, so that one build runs on every CPU.
 
 #include <cmath>
 #include <cstdint>
@@ -25,15 +25,15 @@ struct Bfloat16 {
     uint16_t bits;
 };
 
-// As native.py passes it. The columns are cut into panels; each panel is stored like a weight of its own, after the one
-// before: masks of whole bytes per row, values row by row. `starts` has the index of the first value of every row of
-// every panel, and the number of all values at its end.
+// Layout as passed by native.py. The columns are split into panels, stored one after another. Each panel is stored like
+// a separate weight: masks of whole bytes per row, values row by row. `starts` contains the index of the first value of
+// every row of every panel, then the number of all values.
 struct SparseWeight {
     int64_t rows, columns, panel_columns;  // panel_columns: a multiple of 64, at most PANEL_LIMIT
     const uint8_t* mask;
     const void* values;
     const int64_t* starts;
-    const float* scales;  // of the rows; null unless the values are int8
+    const float* scales;  // one per row; null unless the values are int8
     int32_t kind;
 };
 
@@ -42,10 +42,10 @@ namespace {
 enum Level { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 enum Kind { BFLOAT16, FLOAT32, INT8 };
 constexpr int64_t PANEL_LIMIT = 8192;
-constexpr int64_t OVERREAD = 32;  // values behind the end of a row that a vector load may touch
-constexpr int64_t MOST_TOKENS = 8;  // at a time: as many sums as registers hold
+constexpr int64_t OVERREAD = 32;  // values after the end of a row that a vector load may read
+constexpr int64_t MOST_TOKENS = 8;  // tokens at a time: their sums fit in the registers
 constexpr int64_t ALIGNMENT = 64;
-constexpr int INT16_STEPS = 32767;  // of a token's largest input, to either side of zero
+constexpr int INT16_STEPS = 32767;  // steps from zero to a token's largest input
 
 float widen(float value) { return value; }
 float widen(int8_t value) { return value; }
@@ -67,16 +67,16 @@ int64_t ceiling(int64_t value, int64_t step) { return (value + step - 1) / step;
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read as little-endian words");
 
-// The mask of the next columns, of 64 unless there are less.
+// Mask of the next 64 columns, or of the remaining columns if there are fewer.
 inline uint64_t load_mask(const uint8_t* mask, int64_t bytes = 8) {
     uint64_t group = 0;
     memcpy(&group, mask, bytes);
     return group;
 }
 
-// Into the first-level cache the values that are read some hundred cycles later: what a CPU fetches by itself comes late
-// while it is busy. Two lines for 64 columns are all of them in bfloat16, and in float32 from 50 % zeros on. The address
-// is a number, as it may lie beyond the array.
+// Prefetches values into the first-level cache some hundred cycles before they are read, because the CPU's own
+// prefetching is late under load. Two cache lines per 64 columns hold all values in bfloat16, and in float32 from 50 %
+// zeros on. The address is an integer, because it may lie beyond the array.
 inline void fetch_ahead(const void* values) {
     const uintptr_t ahead = reinterpret_cast<uintptr_t>(values) + 2048;
     __builtin_prefetch(reinterpret_cast<const void*>(ahead));
@@ -109,7 +109,7 @@ struct Portable {
 
 #if defined(__x86_64__)
 
-// For every mask of 8 columns: where each column's value lies among the next 8 stored ones.
+// For every mask of 8 columns: the position of each column's value among the next 8 stored values.
 struct Tables {
     uint8_t words[256][32];  // byte shuffles that leave a bfloat16 in the upper half of a 32-bit lane, ...
     uint8_t bytes[256][32];  // an int8 in its highest byte, ...
@@ -129,10 +129,10 @@ struct Tables {
 };
 alignas(ALIGNMENT) constexpr Tables TABLES;
 
-// The loops over the columns of a row, in groups of 64; two groups at a time, so that the widest vectors, of which one
-// group has only two, have sums enough that do not wait for each other. A macro, as a template cannot take its
-// instruction set from an argument. They use of a level: `step` columns in a vector, Input, Dense, Sum, and how to
-// expand and multiply.
+// Loops over the columns of a row, in groups of 64. Two groups are processed at a time, so that there are enough
+// independent sums even with the widest vectors, two of which cover a group. This is a macro, because a template cannot
+// take its instruction set from an argument. The loops use the level's `step` (columns in a vector), Input, Dense, Sum,
+// and its functions that expand and multiply.
 #define LOOPS_OVER_COLUMNS(FOR_LEVEL)                                                                             \
     template <class Value>                                                                                        \
     FOR_LEVEL static inline auto block_of(uint64_t group, int block, const Value* values, Zero zero) {            \
@@ -249,8 +249,8 @@ struct Avx512 {
     using Dense = float;
     using Sum = __m512;
     using Zero = __m512i;
-    // Zen 4's expansion with zeroing waits for the last value of its destination. Into zeros that the compiler does not
-    // know to be zeros it takes half the time.
+    // On Zen 4, expansion with zeroing waits for the previous value of its destination. Expansion into zeros that the
+    // compiler does not recognize as zeros takes half the time.
     FOR_AVX512 static inline Zero opaque_zero() {
         Zero zero = _mm512_setzero_si512();
         asm("" : "+m"(zero));
@@ -282,7 +282,7 @@ struct Avx512 {
     LOOPS_OVER_COLUMNS(FOR_AVX512)
 };
 
-struct ThirtyTwoColumns {  // what the two levels below have in common
+struct ThirtyTwoColumns {  // common part of the two types below
     static constexpr int step = 32;
     using Place = uint32_t;  // the mask itself
     using Dense = Bfloat16;
@@ -291,7 +291,7 @@ struct ThirtyTwoColumns {  // what the two levels below have in common
     FOR_AVX512_BF16 static inline Place place(uint64_t group, int block) { return group >> 32 * block; }
 };
 
-struct Avx512Bf16 : ThirtyTwoColumns {  // for bfloat16 weights and inputs; the rest goes by Avx512 there too
+struct Avx512Bf16 : ThirtyTwoColumns {  // for bfloat16 weights and inputs; other types use Avx512 at this level
     using Input = Bfloat16;
     using Sum = __m512;
     FOR_AVX512_BF16 static inline Sum no_sum() { return _mm512_setzero_ps(); }
@@ -307,9 +307,9 @@ struct Avx512Bf16 : ThirtyTwoColumns {  // for bfloat16 weights and inputs; the 
     LOOPS_OVER_COLUMNS(FOR_AVX512_BF16)
 };
 
-// For int8 weights and bfloat16 inputs, which are rounded to 16-bit steps of their token's largest one: finer by far than
-// the weights. No sum can overflow: PANEL_LIMIT / 16 products of at most 127 * 32767 are less than 2**31. Rows are
-// unpacked without their scale, as bfloat16, which every int8 value is exactly.
+// For int8 weights and bfloat16 inputs. Inputs are rounded to 16-bit steps of their token's largest input, which is much
+// finer than the weights. Sums cannot overflow: PANEL_LIMIT / 16 products of at most 127 * 32767 are less than 2**31.
+// Rows are unpacked without their scale to bfloat16, which represents every int8 value exactly.
 struct Avx512Int8 : ThirtyTwoColumns {
     using Input = int16_t;
     using Sum = __m512i;
@@ -334,7 +334,7 @@ struct Avx512Int8 : ThirtyTwoColumns {
 
 #endif
 
-// The values of a row, or a copy of them where a vector load could go beyond the end of all values.
+// Values of a row, or a copy of them if a vector load could read beyond the end of all values.
 template <class Value>
 const Value* readable(const SparseWeight& weight, int64_t row_in_panels, Value* copy) {
     const Value* all = static_cast<const Value*>(weight.values);
@@ -376,14 +376,14 @@ void share_rows(int64_t rows, int threads, Work work) {
 
 float row_scale(const SparseWeight& weight, int64_t row) { return weight.scales ? weight.scales[row] : 1.0f; }
 
-// What one unit of a token's arranged inputs is worth: they are themselves, unless they are rounded to 16-bit steps.
+// Size of one unit of a token's arranged inputs: 1, unless they are rounded to 16-bit steps.
 template <class Input, class Element>
 float unit_of(const Element* inputs, int64_t columns) {
     if (!std::is_same<Input, int16_t>::value) return 1.0f;
     float largest = 0;
     for (int64_t column = 0; column < columns; ++column) {
         const float size = std::fabs(widen(inputs[column]));
-        if (!(size < INFINITY)) return NAN;  // which all outputs are then
+        if (!(size < INFINITY)) return NAN;  // makes all outputs NAN
         largest = size > largest ? size : largest;
     }
     return largest > 0 ? largest / INT16_STEPS : 1.0f;
@@ -400,8 +400,8 @@ void convert(Same from, float, Same& to) {
     to = from;
 }
 
-// Inputs as the loops read them: `step` columns of the first token, the same of the next, and so on; zeros up to whole
-// groups of 64 columns. `units` is what one of each token's is worth.
+// Arranges inputs in the order of the loops: `step` columns of the first token, the same columns of the next token, and so
+// on, padded with zeros to whole groups of 64 columns. Writes the size of one unit of each token to `units`.
 template <class Input, class Element>
 void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t step, Input* arranged, float* units) {
     for (int64_t token = 0; token < tokens; ++token) units[token] = unit_of<Input>(inputs + token * columns, columns);
@@ -415,18 +415,18 @@ void arrange(const Element* inputs, int64_t tokens, int64_t columns, int64_t ste
         }
 }
 
-template <class Lanes, class Value, int TOKENS, class Element>
+template <class Simd, class Value, int TOKENS, class Element>
 void multiply_some(const SparseWeight& weight, int threads, const Element* inputs, const Element* bias,
                    Element* outputs, void* workspace) {
-    auto* arranged = static_cast<typename Lanes::Input*>(workspace);
+    auto* arranged = static_cast<typename Simd::Input*>(workspace);
     float units[TOKENS];
-    arrange(inputs, TOKENS, weight.columns, Lanes::step, arranged, units);
+    arrange(inputs, TOKENS, weight.columns, Simd::step, arranged, units);
     float* sums = reinterpret_cast<float*>(arranged + ceiling(weight.columns, ALIGNMENT) * ALIGNMENT * TOKENS);
     share_rows(weight.rows, threads, [&](int64_t first, int64_t last) {
         memset(sums + first * TOKENS, 0, (last - first) * TOKENS * sizeof(float));
         visit_rows<Value>(weight, first, last,
                           [&](int64_t column, int64_t columns, int64_t row, const uint8_t* mask, const Value* values) {
-                              Lanes::template row<TOKENS>(mask, columns, values, arranged + column * TOKENS,
+                              Simd::template row<TOKENS>(mask, columns, values, arranged + column * TOKENS,
                                                           sums + row * TOKENS);
                           });
         for (int64_t row = first; row < last; ++row)
@@ -437,7 +437,7 @@ void multiply_some(const SparseWeight& weight, int threads, const Element* input
     });
 }
 
-template <class Lanes, class Value, class Element>
+template <class Simd, class Value, class Element>
 int multiply(const SparseWeight& weight, int threads, int64_t tokens, const Element* inputs, const Element* bias,
              Element* outputs) {
     const int64_t widest = tokens < MOST_TOKENS ? tokens : MOST_TOKENS;
@@ -446,23 +446,23 @@ int multiply(const SparseWeight& weight, int threads, int64_t tokens, const Elem
     if (!workspace) return 1;
     for (int64_t some; tokens > 0; tokens -= some, inputs += some * weight.columns, outputs += some * weight.rows) {
         some = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
-        const auto run = some == 8   ? multiply_some<Lanes, Value, 8, Element>
-                         : some == 4 ? multiply_some<Lanes, Value, 4, Element>
-                         : some == 2 ? multiply_some<Lanes, Value, 2, Element>
-                                     : multiply_some<Lanes, Value, 1, Element>;
+        const auto run = some == 8   ? multiply_some<Simd, Value, 8, Element>
+                         : some == 4 ? multiply_some<Simd, Value, 4, Element>
+                         : some == 2 ? multiply_some<Simd, Value, 2, Element>
+                                     : multiply_some<Simd, Value, 1, Element>;
         run(weight, threads, inputs, bias, outputs, workspace);
     }
     free(workspace);
     return 0;
 }
 
-template <class Lanes, class Value>
+template <class Simd, class Value>
 int unpack(const SparseWeight& weight, int threads, int64_t first_row, int64_t last_row, void* dense) {
-    auto* rows = static_cast<typename Lanes::Dense*>(dense);
+    auto* rows = static_cast<typename Simd::Dense*>(dense);
     share_rows(last_row - first_row, threads, [&](int64_t first, int64_t last) {
         visit_rows<Value>(weight, first_row + first, first_row + last,
                           [&](int64_t column, int64_t columns, int64_t row, const uint8_t* mask, const Value* values) {
-                              Lanes::unpack_row(mask, columns, values, row_scale(weight, row),
+                              Simd::unpack_row(mask, columns, values, row_scale(weight, row),
                                                 rows + (row - first_row) * weight.columns + column);
                           });
     });
@@ -482,10 +482,10 @@ int unpack(const SparseWeight& weight, int threads, int64_t first_row, int64_t l
 
 extern "C" {
 
-// Raised by hand, here and in native.py, when a function or SparseWeight changes.
+// Version of the interface. Raise it by hand, here and in native.py, when a function or SparseWeight changes.
 int layerwise_interface() { return 2; }
 
-// The highest Level that this CPU has.
+// Highest Level that this CPU supports.
 int layerwise_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -500,9 +500,9 @@ int layerwise_level() {
 #endif
 }
 
-// outputs (tokens, rows) = inputs (tokens, columns) times the weight's transpose, plus bias if it is not null. Inputs,
-// bias and outputs are bfloat16 or float32 by `element`, which is the weight's `kind` unless that is int8.
-// Returns 0, or 1 if there is no memory for the inputs' copy.
+// Computes outputs (tokens, rows) = inputs (tokens, columns) times the weight's transpose, plus bias if it is not null.
+// `element` is the type of inputs, bias and outputs (bfloat16 or float32): the weight's `kind`, unless that is int8.
+// Returns 0, or 1 if there is not enough memory for a copy of the inputs.
 int layerwise_multiply(const SparseWeight* weight, int level, int threads, int element, int64_t tokens,
                        const void* inputs, const void* bias, void* outputs) {
 #define ELEMENTS(Type) tokens, (const Type*)inputs, (const Type*)bias, (Type*)outputs
@@ -520,8 +520,8 @@ int layerwise_multiply(const SparseWeight* weight, int level, int threads, int e
     return AT_LEVEL(level, multiply, Bfloat16, *weight, threads, ELEMENTS(Bfloat16));
 }
 
-// Rows [first_row, last_row) as a dense matrix for inputs of `element`: bfloat16 if they are and the level is AVX512_BF16,
-// of int8 values without their scales; else float32.
+// Unpacks rows [first_row, last_row) to a dense matrix for inputs of type `element`. The matrix is bfloat16 if the inputs
+// are and the level is AVX512_BF16, in which case int8 values are not scaled; otherwise it is float32.
 int layerwise_unpack(const SparseWeight* weight, int level, int threads, int element, int64_t first_row,
                      int64_t last_row, void* dense) {
 #define ROWS *weight, threads, first_row, last_row, dense

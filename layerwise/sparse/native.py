@@ -1,4 +1,4 @@
-"""The compiled kernel: where it is, what this CPU can run of it, and how to call it."""
+"""Native kernel: loading the compiled library, the instruction sets of this CPU, and calls."""
 
 import ctypes
 import logging
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from layerwise.sparse.build import LIBRARY
-from layerwise.sparse.panels import PanelWeight, panel_width
+from layerwise.sparse.panel_weight import PanelWeight, panel_width
 
 Level = Literal["portable", "avx2", "avx512", "avx512_bf16"]
-LEVELS: tuple[Level, ...] = get_args(Level)  # in the order of kernel.cpp's Level
-KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # in the order of kernel.cpp's Kind
-INTERFACE = (
-    2  # of kernel.cpp, raised by hand in both: a library that was built from other sources is not called
-)
+LEVELS: tuple[Level, ...] = get_args(Level)  # same order as Level in kernel.cpp
+KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # same order as Kind in kernel.cpp
+# Version of the interface; raise it by hand here and in kernel.cpp. A library with another version is not used.
+INTERFACE = 2
 
 
 class _SparseWeight(ctypes.Structure):
@@ -36,11 +35,11 @@ class _SparseWeight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernel:
-    """The library, at one level of instructions.
+    """The compiled library, with one instruction set.
 
     Attributes:
-        library: as ``ctypes`` has it.
-        level: what it calculates with.
+        library: the loaded library.
+        level: instruction set to use.
     """
 
     library: ctypes.CDLL
@@ -49,23 +48,25 @@ class Kernel:
     def __post_init__(self) -> None:
         highest = LEVELS[self.library.layerwise_level()]
         if LEVELS.index(self.level) > LEVELS.index(highest):
-            raise ValueError(f"this CPU runs the sparse kernel up to {highest}, not {self.level}.")
+            raise ValueError(
+                f"this CPU supports the sparse kernel up to level {highest}, not {self.level}. Use a lower level."
+            )
 
     def multiply(self, weight: PanelWeight, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``inputs @ weight.T + bias`` without the zeros' work, summed in float32.
+        """Compute ``inputs @ weight.T + bias`` from the stored weights only, summed in float32.
 
         Args:
-            weight: on the CPU.
-            inputs: shape ``(tokens, in_features)``, in the dtype of the weight (int8: bfloat16 or float32).
+            weight: weight on the CPU.
+            inputs: shape ``(tokens, in_features)``, in the dtype of the weight (for int8: bfloat16 or float32).
             bias: shape ``(out_features,)``, in the dtype of the inputs.
 
         Returns:
-            Shape ``(tokens, out_features)``, in the dtype of the inputs.
+            Outputs, shape ``(tokens, out_features)``, in the dtype of the inputs.
 
         Raises:
-            TypeError: a dtype that does not fit.
-            ValueError: a shape that does not fit, or tensors on another device.
-            MemoryError: no room for the inputs' copy.
+            TypeError: the dtypes do not match.
+            ValueError: the shapes do not match, or a tensor is not on the CPU.
+            MemoryError: there is not enough memory for a copy of the inputs.
         """
         self.require_fit(weight, inputs, bias)
         inputs = inputs.contiguous()
@@ -81,30 +82,34 @@ class Kernel:
             outputs.data_ptr(),
         )
         if failed:
-            raise MemoryError(f"no memory for a copy of inputs of shape {tuple(inputs.shape)}.")
+            raise MemoryError(
+                f"there is not enough memory for a copy of inputs of shape {tuple(inputs.shape)}. Pass fewer tokens."
+            )
         return outputs
 
     def dense_dtype(self, inputs: torch.dtype) -> torch.dtype:
-        """What ``unpack_rows`` makes for inputs of this dtype: what this level's CPUs multiply fastest."""
+        """Return the dtype of unpacked rows for inputs of a dtype: the one that CPUs of this level multiply fastest."""
         fast_bfloat16 = self.level == "avx512_bf16" and inputs == torch.bfloat16
         return torch.bfloat16 if fast_bfloat16 else torch.float32
 
     def unpack_rows(self, weight: PanelWeight, first: int, rows: Tensor) -> None:
-        """Fill ``rows`` with those of ``weight`` from ``first`` on, zeros included.
+        """Fill ``rows`` with dense rows of ``weight``, starting at row ``first``.
 
-        Of int8 values bfloat16 rows have the steps, exactly, and not yet times their row's scale.
+        For int8 values, bfloat16 rows contain the exact integer steps, not multiplied by the scale of the row.
 
         Args:
-            rows: shape ``(count, in_features)``, contiguous, in ``dense_dtype`` of the inputs; ``first + count`` is at
-                most ``out_features``.
+            weight: weight to unpack.
+            first: index of the first row.
+            rows: shape ``(count, in_features)``, contiguous, in the ``dense_dtype`` of the inputs; ``first + count`` is
+                at most ``out_features``.
         """
-        assert rows.is_contiguous(), "rows of a scratch are contiguous"
-        assert rows.dtype == self.dense_dtype(rows.dtype), f"a scratch of {rows.dtype} was passed"
+        assert rows.is_contiguous(), "the buffer is not contiguous"
+        assert rows.dtype == self.dense_dtype(rows.dtype), f"the buffer has dtype {rows.dtype}"
         assert weight.values.dtype != torch.float32 or rows.dtype == torch.float32, (
-            "rows would lose bits of values"
+            "the buffer cannot hold float32 values"
         )
-        assert rows.shape[1] == weight.shape[1], f"a scratch for {rows.shape[1]} columns was passed"
-        assert 0 <= first <= first + len(rows) <= weight.shape[0], "there are no such rows"
+        assert rows.shape[1] == weight.shape[1], f"the buffer has {rows.shape[1]} columns"
+        assert 0 <= first <= first + len(rows) <= weight.shape[0], "the rows are out of range"
         self.library.layerwise_unpack(
             ctypes.byref(_pointers(weight)),
             LEVELS.index(self.level),
@@ -117,38 +122,38 @@ class Kernel:
 
     @staticmethod
     def require_fit(weight: PanelWeight, inputs: Tensor, bias: Tensor | None) -> None:
-        """Refuse what cannot be multiplied; arguments and errors are those of ``multiply``."""
+        """Raise if tensors cannot be multiplied; arguments and errors are those of ``multiply``."""
         rows, columns = weight.shape
         if not (inputs.is_cpu and weight.values.is_cpu and (bias is None or bias.is_cpu)):
             raise ValueError(
                 f"the sparse kernel runs on the CPU, but the inputs are on {inputs.device}, the weight on "
                 f"{weight.values.device}{'' if bias is None else f', the bias on {bias.device}'}. Move them to the "
-                "CPU, or use the dense model on the other device."
+                "CPU, or use the dense model."
             )
         dtype = weight.values.dtype
         fitting = (torch.bfloat16, torch.float32) if dtype == torch.int8 else (dtype,)
         if inputs.dtype not in fitting or (bias is not None and bias.dtype != inputs.dtype):
             raise TypeError(
-                f"a {dtype} weight was to be multiplied with {inputs.dtype} inputs"
-                f"{'' if bias is None else f' and a {bias.dtype} bias'}. Use {' or '.join(map(str, fitting))} for all."
+                f"a {dtype} weight cannot be multiplied by {inputs.dtype} inputs"
+                f"{'' if bias is None else f' with a {bias.dtype} bias'}. Use {' or '.join(map(str, fitting))} for all."
             )
         if inputs.ndim != 2 or inputs.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
             raise ValueError(
-                f"a weight of shape {weight.shape} does not go with inputs of shape {tuple(inputs.shape)}"
-                f"{'' if bias is None else f' and a bias of {tuple(bias.shape)}'}. Pass (tokens, {columns}) and "
-                f"({rows},)."
+                f"a weight of shape {weight.shape} does not match inputs of shape {tuple(inputs.shape)}"
+                f"{'' if bias is None else f' and a bias of shape {tuple(bias.shape)}'}. Pass inputs (tokens, {columns}) "
+                f"and a bias ({rows},)."
             )
 
 
 @cache
 def kernel() -> Kernel | None:
-    """The kernel at the highest level of this CPU; None, said once, where it was not built or cannot be loaded."""
+    """Return the kernel with the best instruction set of this CPU; None, with one warning, if it cannot be loaded."""
     try:
         library = load(LIBRARY)
     except OSError as error:
         logging.getLogger(__name__).warning(
-            "pruned models run as slowly as dense ones: %s. Where there is a C++ compiler, "
-            "`python -m layerwise.sparse.build` makes the sparse kernel.",
+            "pruned models run as slowly as dense ones, because the sparse kernel cannot be loaded: %s. Build it with "
+            "`python -m layerwise.sparse.build`, which needs a C++ compiler.",
             error,
         )
         return None
@@ -156,10 +161,10 @@ def kernel() -> Kernel | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Load a library built from ``kernel.cpp``; after torch, whose OpenMP threads it then shares.
+    """Load a library built from ``kernel.cpp``. Load it after torch, so that both share OpenMP threads.
 
     Raises:
-        OSError: no such file, one for another system, or one that was built from other sources.
+        OSError: the file does not exist, is for another system, or was built from other sources.
     """
     if not path.exists():
         raise OSError(f"{path} does not exist")

@@ -1,4 +1,4 @@
-"""A dense linear by OpenVINO: a baseline that multiplies one token faster than torch does."""
+"""Dense linear by OpenVINO: a baseline that multiplies one token faster than torch."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 
 def has_openvino() -> bool:
-    """Whether the package is installed; nothing else here needs it."""
+    """Return whether OpenVINO is installed. It is optional."""
     return find_spec("openvino") is not None
 
 
 @cache
 def _core() -> Any:
-    """One for the process: ``openvino.compile_model`` makes one per call, each with a signal stack of the main thread.
+    """Return the process's only OpenVINO core.
 
-    They are not taken down in the order of their making (2026.4.1), so that the next signal is delivered to freed
-    memory: a Ctrl-C after the measurement was a segmentation fault.
+    ``openvino.compile_model`` creates a core per call, each with a signal stack of the main thread. These are not freed
+    in the order of their creation (2026.4.1), so the next signal uses freed memory: Ctrl-C after a measurement caused
+    a segmentation fault.
     """
     import openvino
 
@@ -26,10 +27,10 @@ def _core() -> Any:
 
 
 class OpenVinoLinear(nn.Module):
-    """``x @ weight.T + bias`` by OpenVINO's CPU plugin, which keeps a copy of the weight of its own.
+    """``x @ weight.T + bias`` by OpenVINO's CPU plugin, which keeps its own copy of the weight.
 
     Args:
-        linear: its weight in bfloat16 or float32, on the CPU.
+        linear: linear to replace, on the CPU, in bfloat16 or float32.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -53,7 +54,7 @@ class OpenVinoLinear(nn.Module):
         self.out_features, self.weight_bytes, self.bias = linear.out_features, weight.nbytes, linear.bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shape ``(..., in_features)`` to ``(..., out_features)``, in the same dtype."""
+        """Map hidden states of shape ``(..., in_features)`` to ``(..., out_features)``, in the same dtype."""
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         self.request.set_input_tensor(self._shared(inputs))
         self.request.infer()

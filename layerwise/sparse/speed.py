@@ -1,4 +1,4 @@
-"""How fast a model reads and writes text on this machine, dense and with packed weights."""
+"""Speed of a model on this machine when it reads a prompt and generates text, dense and sparse."""
 
 import statistics
 import time
@@ -15,27 +15,27 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from layerwise.scoring.perplexity import finite_loss, perplexity
+from layerwise.sparse.engines import BFLOAT16, FLOAT32, engines_of, linears_run_by, weight_bytes
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name, in_turns, stream_bandwidth
-from layerwise.sparse.ways import BFLOAT16, FLOAT32, linears_run_by, ways_of, weight_bytes
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One way of running the model.
+    """Speed of one engine.
 
     Attributes:
-        way: "torch float32", "torch bfloat16", "OpenVINO", "sparse" or "sparse int8".
-        linears: how many of the model's linears it runs in its own manner (sparse: those with enough zeros).
-        weight_bytes: of all linears with the head: what is read for every new token.
-        prefill: tokens a second of the prompt; median over the rounds.
-        decode: new tokens a second; median over the rounds of their median token.
-        to_float32: how many times faster it decodes than torch in float32; median of the rounds' ratios. None where
-            that was not measured.
-        to_bfloat16: the same against torch in bfloat16; None likewise.
-        of_limit: share of what the memory allows: seconds to read ``weight_bytes`` once by seconds for a token.
-        perplexity: on the windows that were given; None without them.
+        way: name of the engine: "torch float32", "torch bfloat16", "OpenVINO", "sparse" or "sparse int8".
+        linears: number of linears that the engine runs itself (sparse: those with enough zeros).
+        weight_bytes: size of the weights of all linears, including the head: the memory read for every new token.
+        prefill: prompt tokens per second; median over the rounds.
+        decode: new tokens per second, from the median over the rounds of the median time per token.
+        to_float32: decoding speed divided by that of torch in float32; median of the ratios of the rounds. None if the
+            latter was not measured.
+        to_bfloat16: the same for torch in bfloat16.
+        of_limit: fraction of the memory-bound speed: time to read ``weight_bytes`` once, divided by time per token.
+        perplexity: perplexity on the given windows; None without windows.
     """
 
     way: str
@@ -51,15 +51,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """What was measured, and of what.
+    """Speeds of all engines, and the machine.
 
     Attributes:
-        cpu: what it calls itself.
-        level: instructions of the sparse kernel; None where it was not built.
-        threads: of torch and of the kernel.
-        bandwidth: bytes a second that these threads read from memory.
-        speeds: in the order of the table.
-        left_out: ways that were not measured, with the reason.
+        cpu: model name of the CPU.
+        level: instruction set of the sparse kernel; None if the kernel is not available.
+        threads: number of threads of torch and of the kernel.
+        bandwidth: memory bandwidth of these threads, in bytes per second.
+        speeds: speed of every measured engine, in the order of the table.
+        left_out: engines that were not measured: name and reason.
     """
 
     cpu: str
@@ -71,7 +71,7 @@ class SpeedTable:
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come: the first call is the prompt, before anything is computed."""
+    """Streamer that records the time of every token; its first call is the prompt, before the computation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -80,16 +80,16 @@ class _Clock(BaseStreamer):
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing; tokens are not buffered."""
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Of one text, in seconds.
+    """Times of one generation, in seconds.
 
     Attributes:
-        prompt: until the first new token.
-        token: from one new token to the next; the median.
+        prompt: time until the first new token.
+        token: median time between new tokens.
     """
 
     prompt: float
@@ -100,48 +100,52 @@ class _Times:
 def measure_speed(
     model: PreTrainedModel, settings: SpeedSettings, windows: Tensor | None = None
 ) -> SpeedTable:
-    """Run ``model`` by ``generate`` in every way that this machine has, batch of one, with the cache.
+    """Run ``generate`` with every engine available on this machine, with batch size 1 and with the cache.
 
     Args:
-        model: in the dtype that this CPU is fast in, on the CPU, with its zeros; its weights stay as they are, but ask
-            for no gradients any more. In bfloat16 torch's float32 is measured too, in float32 nothing in bfloat16.
-        windows: token ids, shape ``(windows, seqlen)``, for the perplexity of the ways in the model's own dtype.
+        model: pruned model on the CPU, in the dtype in which this CPU is fastest. Its weights do not change, but no
+            longer require gradients. For a bfloat16 model, torch in float32 is measured as well; for a float32 model,
+            nothing is measured in bfloat16.
+        settings: numbers of tokens and rounds.
+        windows: token ids, shape ``(windows, seqlen)``, for the perplexity of the engines in the model's own dtype.
 
     Raises:
-        ValueError: the model is in neither.
+        ValueError: the model is neither in bfloat16 nor in float32.
     """
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(
-            f"speed is measured in bfloat16 or float32, and the model is in {model.dtype}. Load it with "
-            "dtype=torch.bfloat16."
+            f"speed is measured in bfloat16 or float32, but the model is in {model.dtype}. Load it with "
+            "dtype=torch.bfloat16 or dtype=torch.float32."
         )
-    ways, left_out = ways_of(model.eval())
-    times = _times_of(ways, settings)
+    engines, left_out = engines_of(model.eval())
+    times = _times_of(engines, settings)
     bandwidth, native = stream_bandwidth(), kernel()
     speeds = []
-    for name, way in ways.items():
-        measured = None if windows is None or way.dtype != model.dtype else _perplexity(way, windows)
-        speeds.append(_speed(name, way, times, settings.prompt_tokens, bandwidth, measured))
+    for name, engine in engines.items():
+        measured = None if windows is None or engine.dtype != model.dtype else _perplexity(engine, windows)
+        speeds.append(_speed(name, engine, times, settings.prompt_tokens, bandwidth, measured))
     level = native.level if native else None
     return SpeedTable(cpu_name(), level, torch.get_num_threads(), bandwidth, tuple(speeds), left_out)
 
 
-def _times_of(ways: Mapping[str, PreTrainedModel], settings: SpeedSettings) -> dict[str, list[_Times]]:
-    """Of every way in every round, for the same random prompt."""
-    vocabulary = next(iter(ways.values())).config.get_text_config().vocab_size
+def _times_of(engines: Mapping[str, PreTrainedModel], settings: SpeedSettings) -> dict[str, list[_Times]]:
+    """Measure every engine in every round, with the same random prompt."""
+    vocabulary = next(iter(engines.values())).config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, settings.prompt_tokens), generator=generator)
-    calls = {name: partial(_generate, way, prompt, settings.new_tokens) for name, way in ways.items()}
+    calls = {
+        name: partial(_generate, engine, prompt, settings.new_tokens) for name, engine in engines.items()
+    }
     return in_turns(calls, settings.rounds)
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> _Times:
     clock = _Clock()
-    # The model's own settings may ask for sampling or stop early.
+    # The model's own settings may enable sampling or stop early.
     greedy = GenerationConfig(
         min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, use_cache=True
     )
-    generation: Any = model  # transformers' types take no streamer of one's own
+    generation: Any = model  # transformers' type hints do not accept a custom streamer
     mask = torch.ones_like(prompt)
     generation.generate(prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
     began, *tokens = clock.times
@@ -150,7 +154,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> _Times
 
 def _speed(
     name: str,
-    way: PreTrainedModel,
+    engine: PreTrainedModel,
     times: Mapping[str, Sequence[_Times]],
     prompt_tokens: int,
     bandwidth: float,
@@ -163,10 +167,10 @@ def _speed(
             return None
         return statistics.median(other.token / token for other, token in zip(times[base], own, strict=True))
 
-    bytes_read, seconds = weight_bytes(way), statistics.median(own)
+    bytes_read, seconds = weight_bytes(engine), statistics.median(own)
     return Speed(
         way=name,
-        linears=linears_run_by(way),
+        linears=linears_run_by(engine),
         weight_bytes=bytes_read,
         prefill=prompt_tokens / statistics.median(each.prompt for each in times[name]),
         decode=1 / seconds,
@@ -178,7 +182,7 @@ def _speed(
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    """By the GPTQ/Wanda convention."""
+    """Compute the perplexity by the GPTQ/Wanda convention."""
     losses = []
     for window in windows:
         logits = model(window[None], use_cache=False).logits[0, :-1].float()

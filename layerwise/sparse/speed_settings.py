@@ -1,18 +1,24 @@
-"""What a measurement of speed runs; without torch, as the command line asks for the defaults."""
+"""Settings of a speed measurement. Does not import torch, because the command line needs the defaults."""
 
 from dataclasses import dataclass
 
-# A measurement with more would not end within hours.
+# Larger values would make a measurement take hours.
 MOST = {"prompt_tokens": 131_072, "new_tokens": 16_384, "rounds": 1000}
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is run: every way reads a random prompt and writes after it, in turns.
+    """Work of a speed measurement: every engine reads a random prompt and generates tokens, in turns.
+
+    At least two new tokens are needed, because decoding is timed from the second token.
+
+    Attributes:
+        prompt_tokens: number of tokens in the prompt.
+        new_tokens: number of tokens to generate.
+        rounds: number of times to run every engine.
 
     Raises:
-        ValueError: a number below 1; fewer than two new tokens, of which only those after the first are decoded alone;
-            or a number with which it would not end.
+        ValueError: a number is too small or too large.
     """
 
     prompt_tokens: int = 64
@@ -22,8 +28,8 @@ class SpeedSettings:
     def __post_init__(self) -> None:
         if min(self.prompt_tokens, self.rounds) < 1 or self.new_tokens < 2:
             raise ValueError(
-                f"a prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones and {self.rounds} rounds measure "
-                "nothing. Use 1 or more; of new tokens 2 or more."
+                f"speed cannot be measured with {self.prompt_tokens} prompt tokens, {self.new_tokens} new tokens and "
+                f"{self.rounds} rounds. Use at least 1 prompt token, 2 new tokens and 1 round."
             )
         for name, most in MOST.items():
             if getattr(self, name) > most:

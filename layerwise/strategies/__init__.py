@@ -1,1 +1,1 @@
-"""Search strategies: which plan to try next."""
+"""Search strategies: choice of the next plans to try, given the trials so far."""

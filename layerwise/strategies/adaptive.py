@@ -1,7 +1,7 @@
-"""Adaptive search: the minimum of a U-shaped loss over one parameter, with about half a dozen trials.
+"""Adaptive search: find the minimum of a U-shaped loss over one parameter, with about six trials.
 
-Brackets the minimum and narrows it down by parabolas, with bisection where they do not help (R. P. Brent, Algorithms
-for Minimization without Derivatives, 1973, chapter 5), on a grid of candidates instead of the real line.
+Brackets the minimum and narrows the bracket by parabolas, or by bisection where a parabola does not help (R. P. Brent,
+Algorithms for Minimization without Derivatives, 1973, chapter 5), on a grid of candidates instead of the real line.
 """
 
 import math
@@ -13,13 +13,15 @@ from layerwise.strategies.trials import Point, Trial, losses_by_index
 
 @dataclass(frozen=True)
 class AdaptiveSearch:
-    """Tries few of many betas. Finished when both neighbours of the best one have been tried, which proves it the best
-    of all where the loss falls and then rises, or when the budget is spent.
+    """Search over betas that tries only a few of the candidates.
+
+    The search ends when both neighbors of the best beta have been tried, or when the budget is spent. If the loss falls
+    and then rises, tried neighbors prove that the beta is the best of all.
 
     Attributes:
-        candidates: ascending betas, the first one 0 (uniform): it is always tried, as a guard.
-        budget: at most so many trials, uniform included. On 7 to 15 candidates 5 are usual and 8 the most
-        that smooth curves took.
+        candidates: ascending betas, starting with 0 (uniform), which is always tried as a safeguard.
+        budget: maximum number of trials, including uniform. With 7 to 15 candidates, smooth curves usually took 5
+            trials, and at most 8.
     """
 
     candidates: tuple[float, ...]
@@ -30,43 +32,43 @@ class AdaptiveSearch:
         if self.candidates[0] != 0:
             raise ValueError(
                 f"the first candidate is {self.candidates[0]:g}; it must be 0, the uniform plan, which "
-                "is always tried. Put 0 in front."
+                "is always tried. Insert 0 as the first candidate."
             )
         check_budget(self.budget)
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """See ``trials.Strategy``; a point is ``(beta,)``."""
+        """Return the next points to try, each ``(beta,)``; see ``trials.Strategy``."""
         losses = losses_by_index(trials, [(candidate,) for candidate in self.candidates])
         left = max(self.budget - len(trials), 0)
         return tuple((self.candidates[index],) for index in next_indices(self.candidates, losses)[:left])
 
 
 def check_ascending(candidates: Sequence[float], what: str) -> None:
-    """Refuse candidates that are missing, not finite, or not strictly ascending."""
+    """Raise if candidates are missing, not finite, or not strictly ascending."""
     ascending = all(low < high for low, high in zip(candidates, candidates[1:], strict=False))
     if not candidates or not ascending or not all(map(math.isfinite, candidates)):
         raise ValueError(
-            f"the {what} are {tuple(candidates)}; they must be finite and ascending, each one once, and at least "
-            "one. Sort them."
+            f"the {what} are {tuple(candidates)}; they must be finite, strictly ascending, and at least one. Sort them "
+            "and remove duplicates."
         )
 
 
 def check_budget(budget: int) -> None:
-    """Refuse a search without a trial."""
+    """Raise if the budget does not allow a trial."""
     if budget < 1:
-        raise ValueError(f"the budget is {budget} trials; at least 1 is needed, the one of the uniform plan.")
+        raise ValueError(f"the budget is {budget} trials; it must be at least 1, for the uniform plan.")
 
 
 def next_indices(candidates: Sequence[float], losses: Mapping[int, float]) -> tuple[int, ...]:
-    """Indices of the candidates that are tried next, the most promising first; ``()`` if the best one is known.
+    """Return the indices of the next candidates to try, the most promising first; ``()`` if the best is known.
 
-    The first ones are 0, a quarter and half of the way: of the legal range of betas the second half is mostly far
-    beyond the minimum (perplexity 3662 instead of 42 at the end), and is entered only if the loss still falls.
-    Never further than half of what is left, for the same reason.
+    The first candidates are at 0, a quarter and half of the range. The second half of the legal range of betas is
+    usually far beyond the minimum (perplexity 3662 instead of 42 at the end), so it is tried only if the loss still
+    falls there. For the same reason, a step is at most half of the remaining range.
 
     Args:
-        candidates: ascending.
-        losses: of the candidates tried so far, by index. Of equal losses the one of the lower index is the best.
+        candidates: candidates in ascending order.
+        losses: losses of the candidates tried so far, by index. Of equal losses, the lowest index is the best.
     """
     last = len(candidates) - 1
     if not losses:
@@ -87,7 +89,7 @@ def next_indices(candidates: Sequence[float], losses: Mapping[int, float]) -> tu
         if by_distance[0] not in losses:
             return (by_distance[0],)
         if by_distance[0] == best:
-            # Both neighbours at once: most often they end the search, and one read of the model serves both.
+            # Try both neighbors at once: they usually end the search, and one read of the model serves both.
             return tuple(index for index in by_distance if abs(index - best) == 1 and index not in losses)
     if open_left or open_right:
         return (high if open_right else low,)
@@ -95,7 +97,7 @@ def next_indices(candidates: Sequence[float], losses: Mapping[int, float]) -> tu
 
 
 def _bottom(candidates: Sequence[float], losses: Mapping[int, float], triple: Sequence[int]) -> float | None:
-    """Where the parabola through three trials is lowest; None for fewer, or if it is not open upwards."""
+    """Return the minimum of the parabola through three trials; None for fewer trials, or if it opens downwards."""
     if len(triple) < 3:
         return None
     (low, low_loss), (middle, middle_loss), (high, high_loss) = ((candidates[i], losses[i]) for i in triple)

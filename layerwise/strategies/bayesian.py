@@ -1,6 +1,6 @@
-"""Bayesian search over the sparsities of all layers: the baseline of ATP's table of search methods (arXiv:2502.14770).
+"""Bayesian search over the sparsities of all layers: the baseline in ATP's table of search methods (arXiv:2502.14770).
 
-The paper names Optuna, whose sampler is the tree-structured Parzen estimator (Bergstra et al., NIPS 2011).
+As in the paper, it uses Optuna, whose sampler is the tree-structured Parzen estimator (Bergstra et al., NIPS 2011).
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from importlib.util import find_spec
 from layerwise.strategies.adaptive import check_budget
 from layerwise.strategies.trials import Point, Trial, comparable_losses, seed_of_proposal
 
-SLACK = 1e-9  # a start may leave the range by this much: S - d and the plan at the bound round differently
+SLACK = 1e-9  # tolerance for starts at the bounds, because S - d and the plan at the bound are rounded differently
 
 
 @dataclass(frozen=True)
 class BayesianSearch:
-    """Points are free vectors of one number per layer: the caller projects them onto the budget (``budget.fitted``).
+    """Search over unconstrained points with one number per layer, which the caller projects (``budget.fitted``).
 
-    Every proposal tells a new sampler all trials and asks it, so what it proposes depends on nothing else. Sampling
-    is multivariate, and those of one proposal are kept apart by the constant liar: Optuna's defaults (as of
-    version 5; up to 4 it sampled every coordinate by itself).
+    For every proposal, a new sampler is given all trials, so the proposal depends on nothing else. Sampling is
+    multivariate, and the constant liar keeps the points of one proposal apart. Both are Optuna's defaults as of version
+    5; up to version 4 it sampled every coordinate separately.
 
     Attributes:
         target: overall sparsity, the middle of the range of every layer.
-        starts: points that are tried first: uniform and ATP, for instance. One sparsity per layer.
-        deviation: a layer may be so far from the target, within [0, 1].
-        budget: at most so many trials, starts included; the paper's 33 hours are about 1000.
-        batch: points per proposal.
-        random_trials: points are random until so many trials, starts included, are known.
-        seed: of the sampler, together with the number of trials so far.
+        starts: points to try first, for instance uniform and ATP; one sparsity per layer.
+        deviation: largest difference between a layer's sparsity and the target; sparsities stay within [0, 1].
+        budget: maximum number of trials, including starts; the 33 hours of the paper are about 1000 trials.
+        batch: number of points per proposal.
+        random_trials: number of trials, including starts, before sampling uses the losses; until then it is random.
+        seed: seed of the sampler, combined with the number of trials so far.
     """
 
     target: float
@@ -43,29 +43,30 @@ class BayesianSearch:
         check_budget(self.budget)
         if not 0 <= self.target <= 1 or not self.deviation > 0 or min(self.batch, self.random_trials) < 1:
             raise ValueError(
-                f"a Bayesian search with target {self.target:g}, deviation {self.deviation:g}, batch {self.batch} and "
-                f"{self.random_trials} random trials is none. The target lies in [0, 1], all others are positive."
+                f"a Bayesian search cannot have target {self.target:g}, deviation {self.deviation:g}, batch "
+                f"{self.batch} and {self.random_trials} random trials. The target must lie in [0, 1], and the others "
+                "must be positive."
             )
         if not self.starts or len({len(start) for start in self.starts}) > 1 or not self.starts[0]:
             raise ValueError(
-                f"the starts have {[len(start) for start in self.starts]} layers. Give at least one, such as the "
-                "uniform plan, with one sparsity for every layer."
+                f"the starts have {[len(start) for start in self.starts]} layers. Give at least one start, such as the "
+                "uniform plan, and one sparsity for every layer in each."
             )
         low, high = self.bounds
         for index, start in enumerate(self.starts):
             if not all(low - SLACK <= sparsity <= high + SLACK for sparsity in start):
                 raise ValueError(
-                    f"start {index} has sparsities from {min(start):.4f} to {max(start):.4f}, outside of the range "
-                    f"[{low:.4f}, {high:.4f}] that is searched. Raise the deviation, or leave that start out."
+                    f"start {index} has sparsities from {min(start):.4f} to {max(start):.4f}, outside the searched "
+                    f"range [{low:.4f}, {high:.4f}]. Raise the deviation, or remove this start."
                 )
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest sparsity of a layer."""
+        """Return the lowest and the highest sparsity of a layer."""
         return max(0.0, self.target - self.deviation), min(1.0, self.target + self.deviation)
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """See ``trials.Strategy``; a point is a number for every layer, before its projection.
+        """Return the next points to try, each one number per layer before projection; see ``trials.Strategy``.
 
         Raises:
             ImportError: Optuna is not installed.
@@ -78,7 +79,7 @@ class BayesianSearch:
         return self._sampled(trials, min(self.batch, left))
 
     def _sampled(self, trials: Sequence[Trial], count: int) -> tuple[Point, ...]:
-        """Ask a new study that was told all trials."""
+        """Sample points from a new study that contains all trials."""
         require_optuna()
         import optuna
 
@@ -107,7 +108,7 @@ class BayesianSearch:
         study.add_trials(told)
         points: dict[Point, None] = {}
         known = {trial.point for trial in trials}
-        while len(points) < count:  # a range of floats is not used up: a point comes twice by accident only
+        while len(points) < count:  # ends, because duplicates are rare in a range of floats
             asked = study.ask(space).params
             point = tuple(asked[name] for name in names)
             if point not in known:
@@ -116,10 +117,10 @@ class BayesianSearch:
 
 
 def require_optuna() -> None:
-    """Refuse a search for which Optuna is missing.
+    """Raise if Optuna is not installed.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: Optuna is not installed.
     """
     if find_spec("optuna") is None:
         raise ImportError(

@@ -1,40 +1,40 @@
-"""Evolutionary search over the sparsities of all layers: mutate, keep the best (EvoPress, arXiv:2410.14649).
+"""Evolutionary search over the sparsities of all layers: mutate the best plans (EvoPress, arXiv:2410.14649).
 
-Like there, a mutation exchanges levels between layers, so every plan meets the budget to the weight and nothing has
-to be repaired. A level is a number of weights here, so layers of different sizes can exchange it.
+As in EvoPress, a mutation exchanges levels between layers, so every plan removes exactly the same number of weights and
+needs no repair. Here a level is a number of weights, so layers of different sizes can exchange levels.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocation import SparsityPlan, removed_per_linear
 from layerwise.allocators.budget import weighted_mean
+from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.strategies.adaptive import check_budget
 from layerwise.strategies.trials import Point, Trial, comparable_losses, seed_of_proposal
 
-MOST_MOVES = 3  # a mutation makes min(U{1..3}, U{1..3}) moves, as in EvoPress: mostly 1
-# Draws per proposal until the search gives up: so many in vain, and the neighbourhood of the survivors is exhausted.
+MOST_MOVES = 3  # a mutation makes min(U{1..3}, U{1..3}) moves, as in EvoPress: usually 1
+# Maximum number of draws per proposal; afterwards, the neighborhood of the survivors counts as exhausted.
 DRAWS = 1000
 
-Removed = tuple[int, ...]  # number of weights that every layer loses
+Removed = tuple[int, ...]  # number of removed weights of every layer
 
 
 @dataclass(frozen=True)
 class EvolutionarySearch:
-    """Every generation mutates the best plans of all generations before it, the parents included.
+    """Search whose generations mutate the best plans of all earlier generations, including the parents.
 
-    Finished when the budget is spent, or when no plan near the survivors is left.
+    The search ends when the budget is spent, or when all plans near the survivors have been tried.
 
     Attributes:
         layer_sizes: number of prunable weights of every layer.
-        parents: plans to start from, tried first: uniform and ATP, for instance. One sparsity per layer, all plans
-            with the same weighted mean.
-        budget: at most so many trials, parents included.
-        step: sparsity that a layer of mean size gains or loses by one move.
-        offspring: plans per generation.
-        survivors: from so many of the best plans, one is drawn for every offspring.
-        seed: of the draws, together with the number of trials so far.
+        parents: plans to try first, for instance uniform and ATP; one sparsity per layer, and the same weighted mean
+            for all plans.
+        budget: maximum number of trials, including parents.
+        step: change of sparsity per move, for a layer of mean size.
+        offspring: number of plans per generation.
+        survivors: number of best plans from which one is drawn for every offspring.
+        seed: seed of the draws, combined with the number of trials so far.
     """
 
     layer_sizes: tuple[int, ...]
@@ -49,15 +49,15 @@ class EvolutionarySearch:
         check_budget(self.budget)
         if not self.parents or min(self.offspring, self.survivors) < 1 or not 0 < self.step < 1:
             raise ValueError(
-                f"evolution from {len(self.parents)} parents, with {self.offspring} offspring, {self.survivors} "
-                f"survivors and a step of {self.step:g} is none. Give a parent (the uniform plan), numbers of at least "
-                "1 and a step within (0, 1)."
+                f"an evolutionary search cannot have {len(self.parents)} parents, {self.offspring} offspring, "
+                f"{self.survivors} survivors and a step of {self.step:g}. Give at least one parent (such as the uniform "
+                "plan), one offspring and one survivor, and a step within (0, 1)."
             )
         for parent in self.parents:
             self._removed(parent)
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """See ``trials.Strategy``; a point is the sparsity of every layer."""
+        """Return the next points to try, each the sparsities of all layers; see ``trials.Strategy``."""
         left = max(self.budget - len(trials), 0)
         known = {self._removed(trial.point) for trial in trials}
         parents: dict[Removed, Point] = {}
@@ -81,7 +81,7 @@ class EvolutionarySearch:
         return tuple(self._point(child) for child in born)
 
     def _mutated(self, removed: Removed, dice: random.Random) -> Removed:
-        """Move some weights' worth of sparsity between layers; the plan itself if there is no room to."""
+        """Move levels between layers; return the plan unchanged if that is not possible."""
         level = max(1, round(self.step * sum(self.layer_sizes) / len(self.layer_sizes)))
         child = list(removed)
         for _ in range(min(dice.randint(1, MOST_MOVES), dice.randint(1, MOST_MOVES))):
@@ -96,7 +96,10 @@ class EvolutionarySearch:
         return tuple(child)
 
     def _removed(self, point: Point) -> Removed:
-        """Weights removed by layer, of a parent rounded to the budget of all: the inverse of ``_point``."""
+        """Return the number of removed weights of every layer, with the same total for all points.
+
+        The inverse of ``_point``.
+        """
         target = weighted_mean(self.parents[0], self.layer_sizes)
         counts = removed_per_linear(SparsityPlan(0.0, point), target, [[size] for size in self.layer_sizes])
         return tuple(count for (count,) in counts)

@@ -1,8 +1,8 @@
-"""Search over the kinds of linears: beta first, then how much more or less each kind of projection loses.
+"""Projection search: beta first, then an offset for each kind of projection (query, key, value, output, gate, ...).
 
-Query, key, value, output, gate, up and down projections differ in how much they bear, and attention as a whole hides
-it: on SmolLM2 queries can lose more while keys and values have to lose less. EvoPress (arXiv:2410.14649) goes on to a
-sparsity for every linear; one number for each kind needs tens of trials, not thousands.
+The kinds tolerate different sparsities, also within attention: on SmolLM2, queries tolerate a higher sparsity, and keys
+and values need a lower one. EvoPress (arXiv:2410.14649) searches a sparsity for every linear. One number for each kind
+needs tens of trials instead of thousands.
 """
 
 import math
@@ -13,26 +13,27 @@ from itertools import takewhile
 from layerwise.strategies.adaptive import check_ascending, check_budget, next_indices
 from layerwise.strategies.trials import Point, Trial, comparable_losses
 
-BETA_TRIALS = 6  # of a first search along beta alone, as ``AdaptiveSearch`` has by default
-STEPS = (0.5, 1.0, 1.5, 2.5)  # how far the kind that moves furthest goes, in distances of the probes
-# Nats above the round's beginning: what a probe loses beyond that tells a side, and no slope (a lane that failed).
+BETA_TRIALS = 6  # maximum number of trials of the first search along beta, the default of ``AdaptiveSearch``
+STEPS = (0.5, 1.0, 1.5, 2.5)  # step lengths of the kind with the largest move, in units of ``probe``
+# Limit, in nats above the start of a round, of the losses that slopes are computed from. A larger loss (of a lane that
+# failed) gives the direction of the slope, but not its size.
 WORST = 1.0
 
 
 @dataclass(frozen=True)
 class ProjectionSearch:
-    """Goes down the slope that trials on both sides of the best point measure, as far as the best of some steps.
+    """Gradient descent over the offsets, with slopes measured by trials on both sides of the best point.
 
-    A round tries every kind's offset a little higher and a little lower, all in one group of lanes, and the betas
-    beside the best one if they are not known. Then it tries steps of several lengths down the slope. The next
-    round begins at the best of these points; when none is better than the round's beginning, or the budget has no room
-    for a whole round, it ends. All points of the search along beta alone stay candidates, uniform among them.
+    A round tries a slightly higher and a slightly lower offset for every kind, all in one lane group, and the betas
+    next to the best one if they are untried. Then it tries steps of several lengths down the slope. The next round
+    starts at the best of these points. The search ends when none is better than the start of the round, or when the
+    budget does not allow another whole round. All points of the search along beta remain candidates, including uniform.
 
     Attributes:
-        betas: ascending, the first one 0 (uniform), which is always tried.
-        shares: of every kind, its part of the prunable weights; they add up to 1.
-        budget: at most so many trials.
-        probe: how far offsets are moved to measure the slope; half of it from the second round on.
+        betas: ascending betas, starting with 0 (uniform), which is always tried.
+        shares: fraction of the prunable weights in every kind; they add up to 1.
+        budget: maximum number of trials.
+        probe: change of an offset to measure the slope; half as much in each later round.
     """
 
     betas: tuple[float, ...]
@@ -45,28 +46,28 @@ class ProjectionSearch:
         check_budget(self.budget)
         if self.betas[0] != 0:
             raise ValueError(
-                f"the first beta is {self.betas[0]:g}; it must be 0, the uniform plan, which is always tried. Put 0 in "
-                "front."
+                f"the first beta is {self.betas[0]:g}; it must be 0, the uniform plan, which is always tried. Insert 0 "
+                "as the first beta."
             )
         if len(self.shares) < 2 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-9:
             raise ValueError(
                 f"the kinds of linears have the shares {self.shares} of the weights; at least two are needed, all "
-                "positive, with the sum 1. Use the strategy adaptive for one kind of linear, or exclude fewer linears."
+                "positive, with the sum 1. Use the strategy adaptive for one kind, or exclude fewer linears."
             )
         if self.budget < self.least:
             raise ValueError(
-                f"the budget is {self.budget} trials. With {len(self.shares)} kinds of linears one round takes "
-                f"{self._round}, after those of {len(self.betas)} betas: give at least {self.least}, or use the "
-                "strategy adaptive, which tries betas only."
+                f"the budget is {self.budget} trials, but with {len(self.shares)} kinds of linears one round takes "
+                f"{self._round}, in addition to the search over {len(self.betas)} betas. Give at least {self.least}, "
+                "or use the strategy adaptive, which tries betas only."
             )
         if not 0 < self.probe < 0.5:
             raise ValueError(
-                f"offsets are probed at a distance of {self.probe:g}; it must lie in (0, 0.5), e.g. 0.05."
+                f"the probe distance of the offsets is {self.probe:g}; it must lie in (0, 0.5), e.g. 0.05."
             )
 
     @property
     def most_together(self) -> int:
-        """How many points are proposed at once at most: the probes of a round."""
+        """Return the maximum number of points in a proposal: the probes of a round."""
         return 2 * len(self.shares) + min(2, len(self.betas) - 1)
 
     @property
@@ -75,17 +76,18 @@ class ProjectionSearch:
 
     @property
     def least(self) -> int:
-        """How many trials the search along beta and one round may take."""
+        """Return the maximum number of trials of the search along beta and one round."""
         return min(BETA_TRIALS, len(self.betas)) + self._round
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """See ``trials.Strategy``; a point is ``(beta, *offsets)``, an offset for each kind.
+        """Return the next points to try, each ``(beta, *offsets)`` with an offset for each kind; see ``trials.Strategy``.
 
-        Offsets are relative: what all of them have in common is nothing to the caller, who meets the budget.
+        Offsets are relative: adding a constant to all of them does not change the plan, because the caller fits the
+        overall sparsity.
         """
         losses = dict(zip((trial.point for trial in trials), comparable_losses(trials), strict=True))
         zeros = (0.0,) * len(self.shares)
-        first = takewhile(lambda point: point[1:] == zeros, losses)  # a round begins with offsets
+        first = takewhile(lambda point: point[1:] == zeros, losses)  # the first nonzero offset starts a round
         along = {self.betas.index(point[0]): losses[point] for point in first}
         room = BETA_TRIALS - len(along)
         if room > 0 and (indices := next_indices(self.betas, along)[:room]):
@@ -94,7 +96,7 @@ class ProjectionSearch:
         return self._rounds((self.betas[best], *zeros), losses)
 
     def _rounds(self, start: Point, losses: Mapping[Point, float]) -> tuple[Point, ...]:
-        """Go through the rounds from ``start`` on; the first points that were not tried."""
+        """Replay the rounds from ``start``; return the first untried points."""
         probe = self.probe
         while True:
             probes = self._probes(start, probe)
@@ -116,10 +118,12 @@ class ProjectionSearch:
         return sides + [(beta, *start[1:]) for beta in beside]
 
     def _steps(self, start: Point, probe: float, losses: Mapping[Point, float]) -> list[Point]:
-        """From ``start``, or the better one of the betas beside it, down the slope; none where there is no slope.
+        """Return steps down the slope, with the best beta of the round; no steps if the slope is 0.
 
         Args:
-            losses: of the points of this round.
+            start: first point of the round.
+            probe: distance of the probes.
+            losses: losses of the points of this round.
         """
 
         def seen(kind: int, distance: float) -> float:
@@ -139,7 +143,7 @@ class ProjectionSearch:
 
 
 def _moved(point: Point, kind: int, distance: float) -> Point:
-    """The point with another offset of one kind."""
+    """Return the point with the offset of one kind changed by ``distance``."""
     offsets = list(point)
     offsets[1 + kind] += distance
     return tuple(offsets)

@@ -1,4 +1,4 @@
-"""Trials and strategies: how a search for the best parameters of an allocator goes on, given what has been tried."""
+"""Trials of a search, and the interface of the strategies that propose the next points to try."""
 
 import hashlib
 import math
@@ -13,10 +13,11 @@ Point = tuple[float, ...]  # parameters of an allocator, or one sparsity per lay
 
 @dataclass(frozen=True)
 class Trial:
-    """One point and how it scored.
+    """A point that was tried, and its losses.
 
     Attributes:
-        losses: of the first selection windows, in nats; fewer than those of other trials if it was beaten early.
+        point: parameters of an allocator, or one sparsity per layer.
+        losses: losses of the first selection windows, in nats; fewer than in other trials if racing stopped it early.
     """
 
     point: Point
@@ -25,36 +26,40 @@ class Trial:
     def __post_init__(self) -> None:
         if not self.losses or not all(map(math.isfinite, self.losses)):
             raise ValueError(
-                f"the trial of {self.point} has the losses {self.losses}; at least one is needed, all finite. Score it "
-                "on a selection window, and count a loss that is not finite as perplexity.DIVERGED."
+                f"the trial of {self.point} has the losses {self.losses}; it needs at least one, all finite. Score it "
+                "on a selection window, and replace a loss that is not finite by perplexity.DIVERGED."
             )
 
     @property
     def loss(self) -> float:
-        """Mean over its own windows, in nats; see ``comparable_losses`` for trials of different windows."""
+        """Return the mean loss over the trial's own windows, in nats.
+
+        Use ``comparable_losses`` to compare trials with different numbers of windows.
+        """
         return mean_loss(self.losses)
 
 
 class Strategy(Protocol):
-    """A deterministic function of the trials so far: a search that died is resumed by replaying its trials."""
+    """Search strategy. Proposals depend only on the trials so far, so a search is resumed by replaying its trials."""
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """The points that are tried next; ``()`` when the search is finished.
+        """Return the next points to try; ``()`` when the search is finished.
 
-        They advance as lanes of one group, a read of the model serving them all. No point is proposed twice.
+        The points advance as lanes of one lane group, which reads the model once. A point is proposed at most once.
 
         Args:
-            trials: one for every point that was proposed, in that order.
+            trials: trials of all points proposed so far, in the order of the proposals.
         """
         ...
 
 
 def comparable_losses(trials: Sequence[Trial]) -> list[float]:
-    """Losses of all trials on one scale, in nats, although some were scored on fewer windows.
+    """Return comparable losses of all trials, in nats, even if some were scored on fewer windows.
 
-    Windows differ more from each other than plans do, so a mean over the first few is no estimate of the mean over all.
-    The difference to another trial on the same windows is: it is added to the loss of the best of those trials
-    that have seen the most windows. Trials that have seen as many keep their own mean.
+    Windows differ more than plans do, so the mean over the first windows does not estimate the mean over all windows.
+    The difference to another trial on the same windows does. The reference is the best trial among those with the most
+    windows: a trial with fewer windows gets the reference's loss plus its mean difference to the reference on the
+    common windows. A trial with the most windows keeps its own mean.
     """
     if not trials:
         return []
@@ -71,16 +76,16 @@ def comparable_losses(trials: Sequence[Trial]) -> list[float]:
 
 
 def losses_by_index(trials: Sequence[Trial], points: Sequence[Point]) -> dict[int, float]:
-    """Comparable loss of every trial, by the index of its point among ``points``.
+    """Return the comparable loss of every trial, by the index of its point in ``points``.
 
     Raises:
-        ValueError: a trial of another point.
+        ValueError: the point of a trial is not in ``points``.
     """
     index = {point: position for position, point in enumerate(points)}
     for trial in trials:
         if trial.point not in index:
             raise ValueError(
-                f"the point {trial.point} was tried, but it is none of the {len(points)} candidates of this search. "
+                f"the point {trial.point} was tried, but it is not among the {len(points)} candidates of this search. "
                 "Replay only trials that were proposed with the same candidates."
             )
     losses = comparable_losses(trials)
@@ -88,6 +93,6 @@ def losses_by_index(trials: Sequence[Trial], points: Sequence[Point]) -> dict[in
 
 
 def seed_of_proposal(seed: int, trials: Sequence[Trial]) -> int:
-    """32 random bits that depend only on the seed of a search and on how many trials it has made."""
+    """Return a 32-bit seed that depends only on the seed of a search and on its number of trials."""
     digest = hashlib.sha256(f"{seed}/{len(trials)}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -1,4 +1,4 @@
-"""Two-parameter search: how steep the depth profile is, and how much more attention loses than the MLP (or less)."""
+"""Two-parameter search: spread of the sparsities over depth, and offset between attention and MLP."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ Cell = tuple[int, int]  # index of the spread, index of the offset
 
 @dataclass(frozen=True)
 class TwoParameterSearch:
-    """Searches along the spread without an offset, then along the offset at the best spread, then around the best.
+    """Search along the spread at offset 0, then along the offset at the best spread, then around the best point.
 
-    Any point of the one-parameter search stays a candidate, so the second parameter can only help: on some
-    models a split of attention and MLP makes things worse. Finished when none of the eight neighbours of the best
-    point is better, or when the budget is spent.
+    All points of the one-parameter search remain candidates, so the second parameter can only improve the result; on
+    some models an offset between attention and MLP is harmful. The search ends when none of the eight neighbors of the
+    best point is better, or when the budget is spent.
 
     Attributes:
-        spreads: ascending, the first one 0 (uniform), which is always tried; betas, for instance.
-        offsets: ascending, 0 among them.
-        budget: at most so many trials; the first search gets half of them (rounded up, at least 3).
+        spreads: ascending spreads (for instance betas), starting with 0 (uniform), which is always tried.
+        offsets: ascending offsets, including 0.
+        budget: maximum number of trials; half of them (rounded up, at least 3) are for the first search.
     """
 
     spreads: tuple[float, ...]
@@ -32,13 +32,13 @@ class TwoParameterSearch:
         check_ascending(self.offsets, "offsets")
         if self.spreads[0] != 0 or 0 not in self.offsets:
             raise ValueError(
-                f"the spreads begin with {self.spreads[0]:g} and the offsets are {self.offsets}; the uniform plan, "
-                "spread 0 and offset 0, must be among the points. Put 0 in front of the spreads and among the offsets."
+                f"the spreads begin with {self.spreads[0]:g} and the offsets are {self.offsets}; the uniform plan "
+                "(spread 0, offset 0) must be among the points. Insert 0 as the first spread and among the offsets."
             )
         check_budget(self.budget)
 
     def propose(self, trials: Sequence[Trial]) -> tuple[Point, ...]:
-        """See ``trials.Strategy``; a point is ``(spread, offset)``."""
+        """Return the next points to try, each ``(spread, offset)``; see ``trials.Strategy``."""
         points = [(spread, offset) for spread in self.spreads for offset in self.offsets]
         by_index = losses_by_index(trials, points)
         losses = {divmod(index, len(self.offsets)): loss for index, loss in by_index.items()}
@@ -46,7 +46,7 @@ class TwoParameterSearch:
         return tuple((self.spreads[row], self.offsets[column]) for row, column in self._cells(losses)[:left])
 
     def _cells(self, losses: Mapping[Cell, float]) -> Sequence[Cell]:
-        """What is tried next if the budget allows."""
+        """Return the next cells to try, regardless of the budget."""
         zero = self.offsets.index(0)
         along_spread = {row: loss for (row, column), loss in losses.items() if column == zero}
         left = max((self.budget + 1) // 2, 3) - len(along_spread)
@@ -59,7 +59,7 @@ class TwoParameterSearch:
         return self._around(min(losses, key=lambda cell: (losses[cell], cell)), losses)
 
     def _around(self, best: Cell, losses: Mapping[Cell, float]) -> Sequence[Cell]:
-        """Neighbours of the best cell that were not tried: those along an axis first, then the diagonal ones."""
+        """Return the untried neighbors of the best cell along an axis; if there are none, the diagonal ones."""
         for diagonal in (False, True):
             around = [
                 (best[0] + down, best[1] + right)

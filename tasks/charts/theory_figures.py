@@ -6,8 +6,8 @@ from typing import Any
 
 import altair
 
-from layerwise.scoring.theory import Findings
-from layerwise.scoring.theory_plans import ASCENDING, DESCENDING, UNIFORM
+from layerwise.scoring.theorem_checks import Findings
+from layerwise.scoring.theorem_plans import ASCENDING, DESCENDING, UNIFORM
 from layerwise.tasks.charts.axes import layer_axis, measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION
 from layerwise.tasks.charts.line_figure import line_figure

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft

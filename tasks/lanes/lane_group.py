@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layerwise.calibration.capture import embed_windows
-from layerwise.lanes import Lane, LaneLayer, run_lanes
+from layerwise.lanes import Lane, LaneGroup, LaneLayer
 from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.pruners.layer_pruning import LayerInputs
 from layerwise.scoring.local_errors import LocalErrors
@@ -164,17 +164,16 @@ class _Group:
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
         inputs_of = self._captured if self.settings.calibration_mode == "dense" else None
-        return run_lanes(
+        group = LaneGroup(
             self.model,
-            self.inputs.checkpoint.layers(first),
             self.lanes,
             self.settings.pruner,
             inputs_of,
             self.calibration_windows,
-            first,
             self.settings.group,
             self.local_windows,
         )
+        return group.advance(self.inputs.checkpoint.layers(first), first)
 
     def finish_layer(self, draft: Draft, index: int, outcome: tuple[LaneLayer, ...]) -> None:
         self.outcomes.append(outcome)

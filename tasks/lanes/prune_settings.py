@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from layerwise.allocators.allocation import SparsityPlan, removed_per_linear
+from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import Pruner, WeightPruner
 from layerwise.pruners.patterns import Pattern, removed_on_levels

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from layerwise.scoring.accuracy import Accuracy, average, combined_error
-from layerwise.scoring.mcnemar import paired_answers, together
+from layerwise.scoring.mcnemar import paired_answers, pooled
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.answers import TaskAnswers, read_answers
@@ -128,10 +128,10 @@ def _paired(best: Sequence[TaskAnswers], other: Sequence[TaskAnswers]) -> Paired
     """The mean of the tasks' differences."""
     tasks = [paired_answers(one.correct, two.correct) for one, two in zip(best, other, strict=True)]
     error = combined_error([task.standard_error for task in tasks])
-    pooled = together(tasks)
+    all_tasks = pooled(tasks)
     return PairedAccuracy(
         100 * fmean(task.difference for task in tasks),
         None if error is None else 100 * error,
-        pooled.p_value,
-        pooled.significant,
+        all_tasks.p_value,
+        all_tasks.significant,
     )

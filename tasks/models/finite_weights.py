@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from layerwise.models.finite import is_finite
+from layerwise.models.nan_check import is_finite
 
 
 def require_finite(weight: Tensor, name: str, place: str) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from layerwise.scoring.theory import Findings, Outcome
-from layerwise.scoring.theory_plans import UNIFORM
+from layerwise.scoring.theorem_checks import Findings, Outcome
+from layerwise.scoring.theorem_plans import UNIFORM
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages import theory_text

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from layerwise.scoring.perplexity import format_perplexity
-from layerwise.scoring.theory import Findings
-from layerwise.scoring.theory_plans import ASCENDING
+from layerwise.scoring.theorem_checks import Findings
+from layerwise.scoring.theorem_plans import ASCENDING
 
 SUBJECTS = {
     "3.1": "more sparsity, more error of the layer's own",

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.sources.sources import HUB_ID
 
 if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings

@@ -1,10 +1,10 @@
-"""Does a search start as fast in a store with 100,000 objects as in an empty one?
+"""Start of a search in a store with 100,000 objects, compared with an empty store.
 
     .venv/bin/python tests/benchmarks/big_store.py --store /tmp/big_store
     .venv/bin/python tests/benchmarks/big_store.py --store s3://bucket/big_store
 
-Measures, in turns in both stores, what the beginning of a search asks of its store: look up stages that are there and
-ones that are not, build one, announce itself. Exits with 1 if the full store takes more than 1.5 times as long.
+Measures the store operations at the start of a search, in turns in both stores: lookups of existing and missing stages,
+the build of one stage, and a sign of life. Exits with 1 if the full store takes more than 1.5 times as long.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def fill(store: ArtifactStore, objects: int) -> None:
-    """Artifacts of earlier runs: a manifest and nine files each, all in the folder of one stage."""
+    """Write artifacts of earlier runs to the folder of one stage: a manifest and nine files each."""
     per_artifact = 10
 
     def write(number: int) -> None:
@@ -69,7 +69,7 @@ def fill(store: ArtifactStore, objects: int) -> None:
 
 
 def start(store: ArtifactStore, round_number: int) -> None:
-    """What a search asks of its store before it computes anything."""
+    """Do the store operations of a search before it computes anything."""
     with announced(store, "benchmark"):
         for number in range(LOOKUPS):
             store.find(Stage("lane", 1, number))

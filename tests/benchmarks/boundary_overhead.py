@@ -1,10 +1,10 @@
-"""What safety costs: the share of a search's wall time that goes into checksums, resume points and fsync.
+"""Cost of safety: the share of a search's wall time for checksums, resume points and fsync.
 
     .venv/bin/python tests/benchmarks/boundary_overhead.py --store /tmp/boundary_overhead
 
-Runs the demo into an empty store; exits with 1 if checksums and resume points take more than 5 % of the wall time. The
-search leaves a resume point every five minutes unless --boundary-minutes or --boundary-layers say otherwise, which on
-the demo is only one after every shard of the import: with --boundary-layers 1 one sees the cost of a single one.
+Runs the demo with an empty store. Exits with 1 if checksums and resume points take more than 5 % of the wall time. The
+search writes a resume point every five minutes unless --boundary-minutes or --boundary-layers is given. In the demo
+this gives only one after every shard of the import; use --boundary-layers 1 to measure the cost of a resume point.
 """
 
 import argparse
@@ -43,20 +43,20 @@ OF_RESUME_POINTS = (
 
 
 class Stopwatch:
-    """Seconds by what was done and by whether the work waited for it.
+    """Seconds by operation, separately for the main thread and for background threads.
 
-    A checksum or an fsync within a resume point counts as the former; so no second is counted twice.
+    A checksum or an fsync within a resume point counts as checksum or fsync only, so that time is not counted twice.
     """
 
     def __init__(self) -> None:
         self.seconds: Counter[tuple[str, bool]] = Counter()
         self.calls: Counter[str] = Counter()
-        self.in_resume_points = 0.0  # of fsync
+        self.in_resume_points = 0.0  # seconds of fsync within resume points
         self._here = threading.local()
 
     @property
     def safety(self) -> float:
-        """Seconds that the work waited for checksums and resume points."""
+        """Return the seconds of the main thread in checksums and resume points."""
         waited = self.seconds[CHECKSUMS, False] + self.seconds[RESUME_POINTS, False]
         return waited + self.in_resume_points
 
@@ -64,7 +64,7 @@ class Stopwatch:
     def measuring(self, what: str) -> Iterator[None]:
         outer = getattr(self._here, "inside", None)
         self._here.inside, began, before = what, time.perf_counter(), getattr(self._here, "within", 0.0)
-        self._here.within = 0.0  # seconds of what is measured inside of this
+        self._here.within = 0.0  # seconds of nested measurements
         try:
             yield
         finally:
@@ -84,7 +84,7 @@ class Stopwatch:
         return timing
 
     def hasher(self, kind: Callable[..., Any]) -> Callable[..., Any]:
-        """A class like xxh3_128 whose updates are timed."""
+        """Return a class like xxh3_128 with timed updates."""
         watch = self
 
         class Hasher:
@@ -103,7 +103,7 @@ class Stopwatch:
         return Hasher
 
     def install(self) -> None:
-        """Measure from now on."""
+        """Start measuring."""
         os.fsync = self.timed(os.fsync, FSYNC)
         for name in OF_RESUME_POINTS:
             setattr(Draft, name, self.timed(getattr(Draft, name), RESUME_POINTS))
@@ -118,24 +118,22 @@ class Stopwatch:
 
 
 def modules_of(package: ModuleType) -> list[ModuleType]:
-    return [
-        import_module(f"{package.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(package.__path__)
-    ]
+    modules = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [import_module(module.name) for module in modules]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--store", required=True, help="a folder or URL where nothing is yet")
+    parser.add_argument("--store", required=True, help="folder or URL that does not exist yet")
     parser.add_argument("--boundary-minutes", type=float)
     parser.add_argument("--boundary-layers", type=int)
     arguments = parser.parse_args()
     fs, root = open_filesystem(arguments.store)
     if fs.exists(root):
         sys.exit(
-            f"{arguments.store} exists; what counts is a search that computes everything. Name a new one."
+            f"{arguments.store} exists, but the search must compute everything. Give a new folder or URL."
         )
     server = ServerStart()
     server.wait()
@@ -151,15 +149,15 @@ def main() -> None:
 
 
 def report(watch: Stopwatch, total: float) -> str:
-    lines = [f"{total:.1f} s in all"]
+    lines = [f"{total:.1f} s in total"]
     for what in (CHECKSUMS, RESUME_POINTS, FSYNC):
         waited, beside = watch.seconds[what, False], watch.seconds[what, True]
         lines.append(
             f"{what}: {watch.calls[what]} times, {waited:.2f} s = {100 * waited / total:.2f} %, and {beside:.2f} s "
-            f"({100 * beside / total:.2f} %) in the background, beside the computation"
+            f"({100 * beside / total:.2f} %) in the background, in parallel with the computation"
         )
     lines.append(
-        f"checksums and resume points with the {watch.in_resume_points:.2f} s of fsync in them: "
+        f"checksums and resume points, including {watch.in_resume_points:.2f} s of fsync: "
         f"{100 * watch.safety / total:.2f} % (at most {100 * LIMIT:.0f})"
     )
     return "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
-// A dense product of a bfloat16 matrix and one vector that does nothing but read the matrix once: the baseline of
-// sparse_kernel.py that no sparse kernel may shine against for want of a good one.
+// Dense product of a bfloat16 matrix and one vector that reads the matrix exactly once: a strong dense baseline for
+// sparse_kernel.py.
 
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,7 @@ FOR_AVX2 static float row_avx2(const uint16_t* row, const uint16_t* inputs, int6
     return total;
 }
 
-// outputs (rows) = weight (rows, columns) times inputs (columns); columns is a multiple of 128.
+// Computes outputs (rows) = weight (rows, columns) times inputs (columns); columns is a multiple of 128.
 extern "C" void dense_multiply(const uint16_t* weight, const uint16_t* inputs, float* outputs, int64_t rows,
                                int64_t columns, int threads) {
     const bool avx512 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");

@@ -1,12 +1,12 @@
-"""How much faster is a search on two and four workers, where waiting for the store is what takes the time?
+"""Speed-up of a search on two and four workers that mostly wait for the store.
 
     AWS_ENDPOINT_URL=http://... .venv/bin/python tests/benchmarks/fan_out_scaling.py --folder /tmp/scaling \\
         --store s3://bucket/scaling
 
-Eight betas in four groups, on 1, 2 and 4 real process workers. Between them and the S3 server a proxy answers every
-request later by a fixed time, so that each group waits for much longer than its process needs to start on two cores.
-Prints the speed-up against one worker, and what of a group's time is orchestration; exits with 1 if the speed-up is
-below 0.8 of the number of workers.
+Eight betas in four lane groups, on 1, 2 and 4 real process workers. A proxy in front of the S3 server delays every
+response by a fixed time, so that each lane group waits much longer than its process needs to start on two cores. Prints
+the speed-up relative to one worker, and the share of orchestration in the time of a lane group. Exits with 1 if the
+speed-up is below 0.8 of the number of workers.
 """
 
 import argparse
@@ -41,20 +41,21 @@ from tests.small_search import small_search
 from tests.workers import Worker, create_pool
 
 WORKERS = (1, 2, 4)
-GROUPS, LAYERS, BETAS = 4, 12, [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]  # and the uniform one
-LATENCY = 0.2  # seconds; a group takes some eighty then
+GROUPS, LAYERS, BETAS = 4, 12, [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]  # and beta 0
+LATENCY = 0.2  # seconds; a lane group then takes about 80
 LEAST_EFFICIENCY = 0.8
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one number of workers took, in seconds.
+    """Times with one number of workers, in seconds.
 
     Attributes:
-        total: from the search's beginning to its end.
-        starts: by group, from the moment when a worker was free for it until its process began to work.
-        notices: by group, from its process's end until the parent had seen it.
-        works: by group, between these two.
+        workers: number of workers.
+        total: time of the whole search.
+        starts: for every lane group, the time from a free worker to the start of the work in its process.
+        notices: for every lane group, the time from the end of its process until the parent notices it.
+        works: for every lane group, the time between these two.
     """
 
     workers: int
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=lambda name: Path(name).resolve(), required=True, help="a new folder"
     )
-    parser.add_argument("--store", required=True, help="an S3 URL where nothing is")
+    parser.add_argument("--store", required=True, help="an S3 URL that does not exist yet")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     settings = small_search(folder / "small", LAYERS) | {"betas": BETAS, "retain": "none"}
@@ -95,8 +96,8 @@ def main() -> None:
 
 
 def report(timings: list[Timing]) -> int:
-    """Print the table; 1 if more workers bring too little."""
-    print(f"{GROUPS} groups, {LATENCY:g} s more for every request")
+    """Print the table; return 1 if the speed-up is too low."""
+    print(f"{GROUPS} lane groups, every request delayed by {LATENCY:g} s")
     print("workers  total s  speed-up  of ideal  work s/group  start s/group  notice s/group")
     efficiencies = []
     for timing in timings:
@@ -126,7 +127,7 @@ def measure(
     prefect_url: str,
     s3_url: str,
 ) -> Timing:
-    """Let ``count`` workers, of a pool of their own, do the groups."""
+    """Run the lane groups on ``count`` workers of a new pool."""
     pool = f"lanes-{count}"
     create_pool(client, pool)
     for each in (part_flows.capture, part_flows.branch, part_flows.evaluate):
@@ -172,10 +173,10 @@ def flow_runs(client: SyncPrefectClient, flow: str) -> list[FlowRun]:
 
 
 def noticed_at(client: SyncPrefectClient, store: ArtifactStore) -> list[float]:
-    """When the parent said that a group is done, in order."""
+    """Return the times at which the parent logged the end of a lane group, in order."""
     parents = [r.id for r in flow_runs(client, "search") if r.parameters["runtime"]["store"] == store.url]
     which = LogFilter(flow_run_id=LogFilterFlowRunId(any_=parents))
-    deadline = time.monotonic() + 60  # a run's log comes in batches
+    deadline = time.monotonic() + 60  # the log of a run is sent in batches
     while True:
         logs = client.read_logs(which, limit=200)
         done = [log.timestamp.timestamp() for log in logs if log.message.endswith(": done")]

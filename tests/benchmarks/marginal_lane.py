@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.orchestration.embedded_server import ServerStart
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Captured, capture_steps

@@ -1,10 +1,10 @@
-"""Peak memory does not grow with depth: a 4-layer and a 16-layer random model of LLaMA-7B width, bf16, from disk.
+"""Peak memory by depth: random models with 4 and 16 layers of LLaMA-7B width, in bfloat16, read from disk.
 
     .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth
 
-Needs 9 GB of disk and about fifteen minutes. Each depth runs import, capture, branch and export in a process of its
-own, after a tiny model that loads all code; its peak is what that process had at most, less what it had before.
-Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states.
+Needs 9 GB of disk and about 15 minutes. For each depth, a separate process runs import, capture, branch and export,
+first on a tiny model that loads all code. The peak is the largest memory of the process minus its memory before the
+large model. Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, depth: int, **sizes: int) -> None:
-    """A random LLaMA, of 7B width by default; every layer has the same values, on which nothing here depends."""
+    """Write a random LLaMA, of 7B width by default. All layers have the same values, which do not matter here."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def measure(folder: Path, depth: int) -> dict[str, int]:
-    """Bytes: the peak above the start, a layer's weights, all hidden states."""
+    """Return sizes in bytes: peak above the start, weights of a layer, all hidden states."""
     write_model(folder / "model-small", 2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
     run_stages(
         ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small")
@@ -113,7 +113,7 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
 
 
 def run_stages(store: ArtifactStore, model: str) -> Checkpoint:
-    """Import, capture, branch and export."""
+    """Run import, capture, branch and export."""
     checkpoint = import_checkpoint(store, model)
     linears = linears_by_layer(checkpoint.index, SEQLEN)
     calibration, selection = (
@@ -130,7 +130,7 @@ def run_stages(store: ArtifactStore, model: str) -> Checkpoint:
 
 
 def tokens(store: ArtifactStore, role: str, vocabulary: int) -> Artifact:
-    """Random windows in the form that sample_tokens writes."""
+    """Build random windows in the format of sample_tokens."""
     windows = torch.randint(vocabulary, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(len(role)))
     return store.get_or_build(
         Stage("random_tokens", 1, role),
@@ -139,9 +139,9 @@ def tokens(store: ArtifactStore, role: str, vocabulary: int) -> Artifact:
 
 
 def memory(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"Linux reports {field}"
+    assert found, f"/proc/self/status has {field}"
     return 1024 * int(found[1])
 
 

@@ -1,10 +1,10 @@
-"""The U-shape: perplexity of SmolLM2-135M by beta on WikiText-2, against the figures in the design.
+"""U-shape: perplexity of SmolLM2-135M by beta on WikiText-2, compared with reference figures.
 
     .venv/bin/python tests/benchmarks/perplexity_curve.py
 
-Wanda; 32 calibration windows of WikiText-2 validation, 32 windows of test, 512 tokens each. About ten minutes on two
-cores. Exits with 1 if a figure is off. WikiText-2 comes from the hub; where there is none, from --data, a folder whose
-offline_datasets.py writes it into a datasets cache.
+Wanda, with 32 calibration windows of WikiText-2 validation and 32 windows of test, of 512 tokens each. Takes about ten
+minutes on two cores. Exits with 1 if a figure differs. WikiText-2 is read from the hub or, without network access, from
+--data, a folder whose offline_datasets.py writes it to a datasets cache.
 """
 
 import argparse
@@ -16,22 +16,14 @@ from pathlib import Path
 
 DENSE = 28.82
 HALF = {0: 59.18, 0.002: 57.65, 0.004: 56.66, 0.006: 56.96, 0.008: 58.07, 0.012: 63.29, 0.016: 73.58}
-SEVENTY = (
-    0.0,
-    0.002,
-    0.004,
-    0.006,
-    0.008,
-    0.01,
-    0.012,
-    0.014,
-)  # of the paper's grid, up to beyond the minimum
+# Betas of the paper's grid, from 0 to beyond the minimum.
+SEVENTY = (0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--data", type=Path, help="folder with offline_datasets.py; for a machine without a hub"
+        "--data", type=Path, help="folder with offline_datasets.py, for a machine without network access"
     )
     parser.add_argument("--store", type=Path, default=Path(".layerwise/benchmarks"))
     arguments = parser.parse_args()
@@ -57,7 +49,7 @@ def main() -> None:
     for beta, expected in HALF.items():
         off = perplexities[beta] / expected - 1
         checks[
-            f"S=.5, beta {beta:g}: {perplexities[beta]:.2f}, {100 * off:+.1f} % off {expected}: within 3 %"
+            f"S=.5, beta {beta:g}: {perplexities[beta]:.2f}, {100 * off:+.1f} % from {expected}: within 3 %"
         ] = abs(off) <= 0.03
     high = {row["beta"]: row["perplexity"] for row in seventy["rows"]}
     factor = high[0] / min(high.values())
@@ -68,7 +60,7 @@ def main() -> None:
 
 
 def offline_wikitext(data: Path, cache: Path) -> dict[str, str]:
-    """Variables with which ``hf:Salesforce/wikitext`` is read from files, as after one run online."""
+    """Return environment variables with which ``hf:Salesforce/wikitext`` is read from a local cache."""
     subprocess.run(
         [sys.executable, data / "offline_datasets.py", cache], check=True, stdout=subprocess.DEVNULL
     )
@@ -76,9 +68,9 @@ def offline_wikitext(data: Path, cache: Path) -> dict[str, str]:
 
 
 def search(store: Path, sparsity: float, betas: tuple[float, ...], environment: dict[str, str]) -> dict:
-    """Score ``betas`` on the first 32 windows of the test split; returns the table of ``select``.
+    """Score ``betas`` on the first 32 windows of the test split; return the table of ``select``.
 
-    This is the one place where the test split takes the selection's role: the figures were measured so.
+    Only this benchmark uses the test split as selection text, because the reference figures were measured this way.
     """
     options = {
         "model": "demo",
@@ -97,7 +89,7 @@ def search(store: Path, sparsity: float, betas: tuple[float, ...], environment: 
     subprocess.run([sys.executable, "-m", "layerwise", "search", *flags], check=True, env=environment)
     newest = max((store / "select").glob("*/*/selection.json"), key=lambda path: path.stat().st_mtime)
     found = json.loads(newest.read_text())
-    assert tuple(row["beta"] for row in found["rows"]) == betas, "the newest selection is this search's"
+    assert tuple(row["beta"] for row in found["rows"]) == betas, "the newest selection is of another search"
     return found
 
 

@@ -1,8 +1,9 @@
-"""How much of a search is Prefect's own work: the flow's time less the time inside its tasks' functions.
+"""Prefect's share of a search: the time of the flow minus the time inside the functions of its tasks.
 
     .venv/bin/python tests/benchmarks/prefect_share.py --store /tmp/prefect_share
 
-Runs the demo into an empty store; exits with 1 above 5 % of the wall time. The embedded server's start is shown apart.
+Runs the demo with an empty store. Exits with 1 if the share is above 5 %. The start of the embedded server is shown
+separately.
 """
 
 import argparse
@@ -39,9 +40,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     store = parser.parse_args().store
     if store.exists():
-        sys.exit(
-            f"{store} exists; the share is that of a search that computes everything. Name a new folder."
-        )
+        sys.exit(f"{store} exists, but the search must compute everything. Give a new folder.")
     server = ServerStart()
     server.wait()
     inside: list[float] = []
@@ -53,9 +52,9 @@ def main() -> None:
     total = time.monotonic() - began
     share = 1 - sum(inside) / total
     print(
-        f"{total:.1f} s, {sum(inside):.1f} s of it inside the tasks: Prefect's share {100 * share:.1f} % (at most 5)"
+        f"{total:.1f} s, of which {sum(inside):.1f} s in tasks; Prefect's share is {100 * share:.1f} % (at most 5)"
     )
-    print(f"the embedded server's start took {server.seconds:.1f} s more")
+    print(f"the start of the embedded server took another {server.seconds:.1f} s")
     sys.exit(share > 0.05)
 
 

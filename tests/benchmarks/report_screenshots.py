@@ -1,10 +1,10 @@
-"""A report as a browser shows it: light and dark, on a desk, on a phone, on paper; PNG files for a person to look at.
+"""Screenshots of a report page for visual inspection: light and dark, on a desktop, on a phone, and in print.
 
     pip install playwright; apt-get install chromium poppler-utils
     .venv/bin/python tests/benchmarks/report_screenshots.py --page report.html --folder /tmp/pages
 
-Exits with 1 if the page asks for anything outside of itself, logs an error, scrolls sideways, or has a figure whose
-marks say nothing under the pointer.
+Exits with 1 if the page requests external resources, logs an error, scrolls horizontally, or has a figure whose marks
+show no text under the pointer.
 """
 
 import argparse
@@ -20,12 +20,14 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 FLAGS += "--disable-component-update --disable-sync"
 MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
 MARK += ":not([aria-roledescription='legend'])"
-FIGURES = "figures => figures.map(figure => figure.closest('section').id)"  # the sections that have one
+FIGURES = (
+    "figures => figures.map(figure => figure.closest('section').id)"  # ids of the sections with a figure
+)
 
 
 @dataclass(frozen=True)
 class View:
-    """How somebody looks at the page; sizes in pixels."""
+    """Window size in pixels and color scheme."""
 
     name: str
     width: int
@@ -52,12 +54,12 @@ def main() -> None:
     if shutil.which("pdftoppm"):
         pdf = arguments.folder / "print.pdf"
         subprocess.run(["pdftoppm", "-r", "70", "-png", pdf, pdf.with_suffix("")], check=True)
-    print("\n".join(problems) or f"{len(VIEWS)} views and a PDF in {arguments.folder}: look at them")
+    print("\n".join(problems) or f"wrote {len(VIEWS)} views and a PDF to {arguments.folder}; inspect them")
     sys.exit(bool(problems))
 
 
 def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
-    """Write every view into a PNG file, and the print into a PDF; what is wrong with them."""
+    """Write every view to a PNG file and the print version to a PDF; return the problems found."""
     from playwright.sync_api import sync_playwright
 
     problems: list[str] = []
@@ -68,7 +70,7 @@ def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
         tab = browser.pages[0]
         tab.on(
             "request",
-            lambda request: request.url == page.as_uri() or problems.append(f"asks for {request.url}"),
+            lambda request: request.url == page.as_uri() or problems.append(f"requests {request.url}"),
         )
         tab.on("console", lambda message: problems.append(f"console: {message.text}"))
         for view in VIEWS:
@@ -79,21 +81,21 @@ def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
             if (width := tab.evaluate("document.documentElement.scrollWidth")) > view.width:
                 problems.append(f"{view.name}: {width} pixels wide")
             problems += [f"{view.name}: {each}" for each in silent_figures(tab)]
-        tab.emulate_media(color_scheme="dark", media="print")  # paper is white whatever the screen is
+        tab.emulate_media(color_scheme="dark", media="print")  # print is always light
         tab.pdf(path=folder / "print.pdf", format="A4", print_background=False)
         browser.close()
     return problems
 
 
 def silent_figures(tab: Any) -> list[str]:
-    """Figures whose first mark says nothing under the pointer."""
+    """Return the figures whose first mark shows no text under the pointer."""
     silent = []
     for figure in tab.eval_on_selector_all("figure", FIGURES):
         mark = tab.locator(MARK.format(figure=figure)).first
         mark.hover(force=True)
         said = tab.locator("#pointed")
         if not said.is_visible() or said.inner_text() != mark.get_attribute("aria-label"):
-            silent.append(f"the first mark of {figure} says nothing")
+            silent.append(f"the first mark of {figure} shows no text")
     return silent
 
 

@@ -1,10 +1,10 @@
-"""Generating text with packed weights: a real transformers LLaMA with 7B shapes and random weights, 70 % pruned.
+"""Text generation with packed weights: a transformers LLaMA with 7B shapes and random weights, pruned to 70 %.
 
     .venv/bin/python tests/benchmarks/sparse_decoding.py [--layers 16]
 
-Five minutes, 13 GB (16 layers). Sparsity rises from layer to layer as an ATP plan has it. Exits with 1 if the packed
-model generates less than 3.5 times as fast as torch in bfloat16 (a CPU with bfloat16 instructions; else 1.5 times), or
-its pruned linears take more than .37 of their dense bytes.
+Takes five minutes and 13 GB with 16 layers. Sparsity rises from layer to layer by an ATP plan. Exits with 1 if the
+packed model is less than 3.5 times as fast as torch in bfloat16 (1.5 times on a CPU without bfloat16 instructions), or
+if its pruned linears need more than .37 of their dense size.
 """
 
 import argparse
@@ -13,16 +13,16 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layerwise.allocators.allocation import arithmetic
+from layerwise.allocators.atp import arithmetic
 from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_speed
 from layerwise.models.skeleton import linears_of
+from layerwise.sparse.engines import BFLOAT16, SPARSE
 from layerwise.sparse.native import LEVELS
 from layerwise.sparse.speed import measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
-from layerwise.sparse.ways import BFLOAT16, SPARSE
 
-SPARSITY, LOWEST = 0.7, 0.55  # of all layers, of the first one
+SPARSITY, LOWEST = 0.7, 0.55  # overall sparsity, and sparsity of the first layer
 FASTER = {"avx512_bf16": 3.5}
 LEAST_FASTER, MOST_BYTES = 1.5, 0.37
 
@@ -40,17 +40,17 @@ def main() -> None:
     head = 2 * config.vocab_size * config.hidden_size
     share = (speeds[SPARSE].weight_bytes - head) / (speeds[BFLOAT16].weight_bytes - head)
     floor = FASTER.get(table.level or LEVELS[0], LEAST_FASTER)
-    print(f"pruned linears: {share:.3f} of their dense bytes (at most {MOST_BYTES})")
+    print(f"pruned linears: {share:.3f} of their dense size (at most {MOST_BYTES})")
     print(f"{speeds[SPARSE].to_bfloat16:.2f} times torch bfloat16 (at least {floor})")
     sys.exit(share > MOST_BYTES or speeds[SPARSE].to_bfloat16 < floor)
 
 
 def pruned_llama(layers: int) -> LlamaForCausalLM:
-    """Random weights in bfloat16, one draw for all layers; each layer has as many zeros as its plan says."""
+    """Build a model with random bfloat16 weights, the same for all layers, pruned to the sparsities of the plan."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    model.model.rotary_emb.__init__(model.config)  # its frequencies are no weights
+    model.model.rotary_emb.__init__(model.config)  # its frequencies are buffers
     sizes = [
         sum(linear.numel for linear in linears_of(layer))
         for layer in (model.model.layers[index] for index in range(layers))

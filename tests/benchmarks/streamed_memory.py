@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/benchmarks/streamed_memory.py --folder /tmp/streamed_memory
 
-Needs 1.5 GB of disk and a few minutes. Each way answers in a process of its own, after a tiny model that loads all
-code; its peak is what that process had at most, less what it had before. Exits with 1 if the streamed way needs as much
-as the other one. (That both give the same numbers is tested in float32: ``tests/tasks/test_zero_shot.py``.)
+Needs 1.5 GB of disk and a few minutes. Each measurement runs in a separate process, after a tiny model that loads all
+code. The peak is the largest memory of the process minus its memory before the measured model. Exits with 1 if
+streaming does not need less memory. (``tests/tasks/test_zero_shot.py`` tests that both give the same numbers.)
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tests.lm_task_files import answered, give_words, some_documents, write_task
 
 DOCUMENTS = 40
 WAYS = ("memory", "streamed")
-# As OPT-350m is, but with all its width in the embedding: 24 layers of 25 MB, and 103 MB that are always there.
+# Like OPT-350m, but with a full-width embedding: 24 layers of 25 MB, and 103 MB outside the layers.
 OPT_SHAPE = {
     "hidden_size": 1024,
     "word_embed_proj_dim": 1024,
@@ -70,7 +70,7 @@ def _in_a_process(folder: Path, model: str, way: str) -> int:
 
 
 def write_opt(folder: Path, **shape: int) -> Path:
-    """A random OPT in bfloat16, with a tokenizer that knows the words of the tasks."""
+    """Write a random OPT in bfloat16, with a tokenizer for the words of the tasks."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         config = OPTConfig(**({"num_attention_heads": 4} | shape))
@@ -80,7 +80,7 @@ def write_opt(folder: Path, **shape: int) -> Path:
 
 
 def measure(folder: Path, model: str, way: str) -> int:
-    """The peak above the start, in bytes."""
+    """Return the peak memory above the start, in bytes."""
     tasks = [
         write_task(folder, name, some_documents(DOCUMENTS, seed)) for seed, name in enumerate(("one", "two"))
     ]

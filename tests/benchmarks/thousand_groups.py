@@ -1,12 +1,12 @@
-"""Does the parent's work per group stay the same from 250 groups to 1,000, and its memory flat?
+"""Work and memory of the parent process with 250 to 1,000 lane groups.
 
     .venv/bin/python tests/benchmarks/thousand_groups.py --folder /tmp/thousand \\
         --database postgresql+asyncpg://prefect:PASSWORD@localhost/prefect
 
-A real Prefect server (on SQLite it stands still for up to a minute when so many write at once); the parent's real
-code, which begins and watches the groups; workers that are as real as the server can tell, but compute nothing: each
-group takes a second, in which it gives signs of life. Exits with 1 if the time per group is more than 1.5 times that
-of the smallest number, or the parent's memory grows by more than 50 MB.
+Uses a real Prefect server (with SQLite, many concurrent writes can block it for up to a minute) and the real code of
+the parent, which starts and watches the lane groups. The workers are simulated: each lane group takes one second, in
+which it writes signs of life. Exits with 1 if the time per lane group is more than 1.5 times that of the smallest
+number, or if the parent's memory grows by more than 50 MB.
 """
 
 import argparse
@@ -53,12 +53,12 @@ SLOWER_LIMIT, GROWTH_LIMIT = 1.5, 50.0  # ratio; MB
 
 @dataclass
 class Cost:
-    """What one number of groups took."""
+    """Cost of one number of lane groups."""
 
     groups: int
     total: float = 0.0  # seconds of wall time
-    processor: float = 0.0  # seconds of the parent's
-    peak: float = 0.0  # MB of the parent's memory
+    processor: float = 0.0  # seconds of the parent's CPU time
+    peak: float = 0.0  # peak memory of the parent in MB
     spent: dict[str, list[float]] = field(default_factory=lambda: {"begin": [], "poll": []})
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def report(costs: list[Cost]) -> int:
-    """Compare the last with the first; 1 if something grows."""
+    """Compare the last cost with the first; return 1 if something grows too much."""
     first, last = costs[0], costs[-1]
     ratios = {
         "total": last.total * first.groups / (first.total * last.groups),
@@ -134,7 +134,7 @@ def report(costs: list[Cost]) -> int:
 
 
 def measure(count: int, folder: Path) -> Cost:
-    """Have ``count`` groups done in an empty store."""
+    """Run ``count`` lane groups with an empty store."""
     cost, process, store = Cost(count), psutil.Process(), ArtifactStore(str(folder))
     settings = Search(model="demo", sparsity=0.5)
     runtime = FanOutRuntime(store=str(folder), fan_out=f"pool:{POOL}", groups=count)
@@ -159,7 +159,7 @@ def measure(count: int, folder: Path) -> Cost:
     after = process.cpu_times()
     cost.total = time.monotonic() - began
     cost.processor = after.user + after.system - before.user - before.system
-    assert sum(1 for _ in store.artifacts()) == count, "every group was done"
+    assert sum(1 for _ in store.artifacts()) == count, "a lane group was not run"
     return cost
 
 
@@ -197,9 +197,9 @@ def peak_memory(process: psutil.Process, cost: Cost) -> Iterator[None]:
 
 
 async def work() -> None:
-    """All workers: take what the pool has, as Prefect's own do, and do nothing for each but tell that one is alive."""
+    """Simulate all workers: take flow runs from the pool, as Prefect's workers do, and write only signs of life."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS))
-    # One request at a time: with many writers at once a server on SQLite stands still for up to a minute.
+    # One request at a time, because many concurrent writes can block a server with SQLite for up to a minute.
     turn = asyncio.Lock()
     tasks: set[asyncio.Task] = set()
     async with get_client() as client:

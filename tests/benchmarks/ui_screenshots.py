@@ -1,10 +1,10 @@
-"""Prefect's own pages of a small search, as a browser shows them: PNG files for a person to look at.
+"""Screenshots of Prefect's pages of a small search, for visual inspection.
 
     pip install playwright; apt-get install chromium
     PREFECT_API_URL=http://127.0.0.1:4200/api .venv/bin/python tests/benchmarks/ui_screenshots.py --folder /tmp/pages
 
-Needs a running server (`prefect server start`). Searches twice, so that the second run finds everything in the store;
-makes a deployment for the form. Exits with 1 if a page does not show what it should, figures included.
+Needs a running server (`prefect server start`). Runs the search twice, so that the second run reuses all artifacts, and
+creates a deployment for the form. Exits with 1 if a page lacks an expected text or figure.
 """
 
 import argparse
@@ -28,17 +28,18 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 FLAGS += "--disable-component-update --disable-sync"
 WIDTH, HEIGHT, TALLEST = 1400, 1100, 6000  # pixels
 DRAWN_FIGURES = "[...document.images].filter(i => i.src.startsWith('data:') && i.naturalWidth).length"
-SETTLED = 3000  # milliseconds after which a page has loaded its data and drawn its graph
+SETTLED = 3000  # milliseconds to wait until a page has loaded its data and drawn its graph
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of Prefect's.
+    """A page of Prefect's UI.
 
     Args:
-        path: below the server's address.
-        shows: text that must be on it.
-        figures: how many pictures must be drawn on it.
+        name: name of the PNG file.
+        path: path below the server's address.
+        shows: text that must be on the page.
+        figures: number of pictures that must be on the page.
     """
 
     name: str
@@ -57,12 +58,12 @@ def main() -> None:
         sys.exit("PREFECT_API_URL is not set. Start `prefect server start` and set it to its URL.")
     pages = pages_of_search(arguments.folder)
     missing = missing_on(pages, server, arguments.folder, arguments.chromium)
-    print("\n".join(missing) or f"{len(pages)} pages in {arguments.folder}: look at them")
+    print("\n".join(missing) or f"wrote {len(pages)} pages to {arguments.folder}; inspect them")
     sys.exit(bool(missing))
 
 
 def pages_of_search(folder: Path) -> list[Page]:
-    """Search twice and deploy the search; the pages that show it."""
+    """Run a search twice and deploy it; return the pages that show it."""
     settings = Search.model_validate(
         small_search(folder / "model") | {"betas": [0.01, 0.02, 0.03, 0.05, 0.07]}
     )
@@ -89,7 +90,7 @@ def pages_of_search(folder: Path) -> list[Page]:
 
 
 def missing_on(pages: list[Page], server: str, folder: Path, chromium: str) -> list[str]:
-    """Write every page into a PNG file; what should be on them and is not."""
+    """Write every page to a PNG file; return the missing texts and figures."""
     from playwright.sync_api import sync_playwright
 
     problems = []
@@ -113,7 +114,7 @@ def missing_on(pages: list[Page], server: str, folder: Path, chromium: str) -> l
 
 
 def unfold(tab: Any) -> None:
-    """Make the window as high as what scrolls inside of the page."""
+    """Make the window as high as the scrollable content."""
     height = tab.evaluate("Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))")
     tab.set_viewport_size({"width": WIDTH, "height": min(max(height, HEIGHT), TALLEST)})
     tab.wait_for_timeout(SETTLED // 3)

@@ -12,9 +12,9 @@ from layerwise.flows.compress import Compress, compress
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.sparse import accelerate
+from layerwise.sparse.engines import BFLOAT16, SPARSE
 from layerwise.sparse.native import kernel
 from layerwise.sparse.speed_settings import SpeedSettings
-from layerwise.sparse.ways import BFLOAT16, SPARSE
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.garbage import keys_of_results
 

@@ -165,7 +165,7 @@ def test_a_model_with_another_name_for_its_width_can_be_planned(workshop, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"betas": [0.6]}, "outside of the legal range"),
+        ({"betas": [0.6]}, "outside the legal range"),
         ({"model": "experts"}, "mixture of experts"),
         ({"selection_windows": 32}, "500 tokens, but 32 x 16 = 512 are needed"),
     ],

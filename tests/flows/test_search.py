@@ -234,10 +234,10 @@ def test_the_result_records_the_texts_of_its_perplexities(finished, workshop):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"betas": [0.6]}, r"beta 0.6 is outside of the legal range \[0, 0.50000\]"),
+        ({"betas": [0.6]}, r"beta 0.6 is outside the legal range \[0, 0.50000\]"),
         ({"betas": None, "beta_step": 0.001}, "at most 255"),
         ({"model": "experts"}, "mixtral is a mixture of experts"),
-        ({"model": "short"}, "gpt2 has learned 8 positions, and a window has 16 tokens"),
+        ({"model": "short"}, "a window has 16 tokens, but gpt2 has learned 8 positions"),
         (
             {"model": "narrow"},
             "token ids up to 96 of the text .*text.txt, but the model's embedding has 50 rows",

@@ -145,7 +145,7 @@ def test_the_command_refuses_a_beta_that_the_model_does_not_allow_in_one_line(
 ):
     done = layerwise_theory(workshop, prefect_backend, tmp_path / "store", "--beta=0.51")
     assert done.returncode == 1
-    assert "layerwise: beta 0.51 is outside of the legal range" in done.stderr
+    assert "layerwise: beta 0.51 is outside the legal range" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -175,7 +175,7 @@ def test_a_beta_that_the_model_does_not_allow_is_refused_before_any_work(worksho
     """With three layers at sparsity 0.5, the largest legal beta is 0.5."""
     store = tmp_path / "store"
     state = theory(Theory(search=small(workshop), beta=0.51), Runtime(store=str(store)), return_state=True)
-    with pytest.raises(ValueError, match="beta 0.51 is outside of the legal range"):
+    with pytest.raises(ValueError, match="beta 0.51 is outside the legal range"):
         state.result()
     assert [*ArtifactStore(str(store)).artifacts()] == []
 

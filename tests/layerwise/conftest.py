@@ -1,4 +1,4 @@
-"""Random models of every family, small enough for a laptop, and what transformers itself computes with them."""
+"""Small random models of every family, and reference results computed by transformers."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -41,7 +41,7 @@ OPT = TOKENS | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_a
 GPT2 = TOKENS | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 FALCON = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 
-# Configuration, and the name of the list of decoder layers, as written down in the family's own model file.
+# Configuration, and the name of the list of decoder layers, taken from the model file of the family.
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
     "llama": (LlamaConfig, MODERN, "model.layers"),
     "llama-tied": (LlamaConfig, MODERN | {"tie_word_embeddings": True}, "model.layers"),
@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
         MODERN | {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
         "model.layers",
     ),
-    "gemma4": (  # a trained buffer in every layer; the last one attends to everything, with wider heads
+    "gemma4": (  # a trained buffer in every layer; the last layer has full attention and wider heads
         Gemma4TextConfig,
         MODERN
         | {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16, "sliding_window": 5},
@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model of transformers with random weights, and the same weights as a checkpoint holds them."""
+    """A transformers model with random weights, and the same weights as in a checkpoint."""
 
     reference: PreTrainedModel
     layers_name: str
@@ -107,7 +107,7 @@ class TinyModel:
         return len(self.reference.get_submodule(self.layers_name))
 
     def outer(self) -> dict[str, Tensor]:
-        """Weights outside of the decoder layers, by name."""
+        """Weights outside the decoder layers, by name."""
         return {
             name: weight.clone()
             for name, weight in self.checkpoint.items()
@@ -115,7 +115,7 @@ class TinyModel:
         }
 
     def layers(self, first: int = 0) -> list[dict[str, Tensor]]:
-        """Fresh copies of the weights of the layers from ``first`` on, by name within the layer."""
+        """Yield copies of the weights of layer ``first`` and the following layers, by name within the layer."""
         prefixes = [f"{self.layers_name}.{index}." for index in range(first, self.num_layers)]
         return [
             {
@@ -131,7 +131,7 @@ class TinyModel:
         return StreamedModel(config, self.outer(), dtype, torch.device("cpu"))
 
     def cast(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The reference with its parameters in ``dtype``, its buffers as they are: what from_pretrained gives."""
+        """Return the reference with parameters in ``dtype`` and unchanged buffers, like ``from_pretrained``."""
         model = deepcopy(self.reference)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -148,12 +148,12 @@ def tiny_model() -> Callable[..., TinyModel]:
         generator = torch.Generator().manual_seed(0)
         reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         for parameter in reference.parameters():
-            # Far from the initial values: every weight, norm and bias has to matter.
+            # Far from the initial values, so that every weight, norm and bias affects the result.
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         state = {name: tensor for name, tensor in reference.state_dict().items() if name not in tied}
         for name in state.keys() - dict(reference.named_parameters()).keys():
-            state[name].mul_(0.75)  # trained buffers matter too
+            state[name].mul_(0.75)  # trained buffers as well
         checkpoint = {name: tensor.clone() for name, tensor in state.items()}
         return TinyModel(reference, layers_name, checkpoint)
 
@@ -162,7 +162,7 @@ def tiny_model() -> Callable[..., TinyModel]:
 
 @pytest.fixture
 def random_windows_of() -> Callable[..., Tensor]:
-    """Random token ids, shape ``(windows, seqlen)``."""
+    """Return random token ids, shape ``(windows, seqlen)``."""
 
     def draw(windows: int, seqlen: int = 16, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -173,13 +173,13 @@ def random_windows_of() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def published_wanda_mask() -> Callable[[Tensor, list[Tensor], float], Tensor]:
-    """Wanda's mask by its definition in arXiv:2306.11695, written independently of ``layerwise``."""
+    """Return Wanda's mask by its definition in arXiv:2306.11695, written independently of ``layerwise``."""
 
     def mask_of(weight: Tensor, sequences: list[Tensor], sparsity: float) -> Tensor:
-        """Mask of ``weight`` (out_features, in_features), given the inputs of every sequence (tokens, in_features).
+        """Return the mask of ``weight`` (out_features, in_features) for inputs of sequences (tokens, in_features).
 
-        The squared norm of each input channel is averaged over the sequences as they come, in the way of the
-        official implementation, and the lowest scores of every row go.
+        As in the official implementation, the squared norm of each input channel is averaged over the sequences one by
+        one, and the lowest scores of every row are removed.
         """
         mean = torch.zeros(weight.shape[1])
         for number, tokens in enumerate(sequences):
@@ -196,7 +196,7 @@ def published_wanda_mask() -> Callable[[Tensor, list[Tensor], float], Tensor]:
 
 @pytest.fixture
 def linear_inputs() -> Callable[[PreTrainedModel, str, Tensor], dict[str, list[Tensor]]]:
-    """What the linears of one layer of a model of transformers are fed, by name: one tensor per sequence."""
+    """Return the inputs of the linears of one layer of a transformers model, by name: one tensor per sequence."""
 
     def run(model: PreTrainedModel, layer_name: str, input_ids: Tensor) -> dict[str, list[Tensor]]:
         layer, inputs, hooks = model.get_submodule(layer_name), {}, []
@@ -223,13 +223,13 @@ def _remembering(kept: list[Tensor]) -> Callable:
 
 @pytest.fixture
 def two_windows_at_a_time(monkeypatch) -> None:
-    """Batches of two windows of 16 tokens, so that five windows leave a remainder."""
+    """Set batches to two windows of 16 tokens, so that five windows leave a remainder."""
     monkeypatch.setattr("layerwise.models.hidden_states.TOKENS_PER_FORWARD", 32)
 
 
 @pytest.fixture
 def layer_outputs() -> Callable[[PreTrainedModel, str, Tensor], list[Tensor]]:
-    """What the decoder layers of a model of transformers put out, one tensor per layer."""
+    """Return the outputs of the decoder layers of a transformers model, one tensor per layer."""
 
     def run(model: PreTrainedModel, layers_name: str, input_ids: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []

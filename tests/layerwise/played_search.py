@@ -1,4 +1,4 @@
-"""A search played to its end on a loss that is a function of the point."""
+"""Run of a search strategy to its end, with a loss that is a function of the point."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from layerwise.strategies.trials import Point, Strategy, Trial
 
 
 def proposals(search: Strategy, loss: Callable[[Point], float]) -> list[tuple[Point, ...]]:
-    """What it proposes, batch by batch."""
+    """Return all proposals of a strategy."""
     trials: list[Trial] = []
     batches = []
     while points := search.propose(trials):
@@ -16,5 +16,5 @@ def proposals(search: Strategy, loss: Callable[[Point], float]) -> list[tuple[Po
 
 
 def tried(search: Strategy, loss: Callable[[Point], float]) -> list[Point]:
-    """All points, in their order."""
+    """Return all proposed points in order."""
     return [point for batch in proposals(search, loss) for point in batch]

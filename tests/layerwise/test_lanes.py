@@ -1,22 +1,23 @@
-"""Lanes that share one reading of the weights do what each of them would do alone."""
+"""Lanes that share one read of the weights give the same result as each lane alone."""
 
 import pytest
 import torch
 
-from layerwise.allocators.allocation import arithmetic, removed_per_linear
+from layerwise.allocators.atp import arithmetic
+from layerwise.allocators.sparsity_plan import removed_per_linear
 from layerwise.calibration.capture import capture_layers, embed_windows
-from layerwise.lanes import Lane, run_lanes
+from layerwise.lanes import Lane, LaneGroup
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 
 pytestmark = pytest.mark.usefixtures("two_windows_at_a_time")
 
-SPARSITIES = (0.25, 0.5, 0.625, 0.75)  # whole numbers of all inputs of the small models
+SPARSITIES = (0.25, 0.5, 0.625, 0.75)  # gives integer counts for all inputs of the small models
 
 
 @pytest.fixture
 def removed_of(tiny_model):
-    """Numbers of removed weights, from one sparsity per layer."""
+    """Return the numbers of removed weights for one sparsity per layer."""
 
     def count(tiny, sparsities) -> tuple[tuple[int, ...], ...]:
         layers = zip(sparsities, tiny.streamed().linears, strict=True)
@@ -29,7 +30,7 @@ def removed_of(tiny_model):
 
 @pytest.fixture
 def statistics_of(random_windows_of):
-    """The dense model's statistics, by layer."""
+    """Return the input statistics of the dense model, by layer."""
 
     def capture(tiny, dtype=torch.float32):
         model, input_ids = tiny.streamed(dtype), random_windows_of(4, seed=7)
@@ -42,7 +43,7 @@ def statistics_of(random_windows_of):
 
 @pytest.fixture
 def advance(random_windows_of, statistics_of):
-    """Take lanes through a whole model with dense calibration; gives the lanes and what each layer did."""
+    """Advance lanes through a whole model with dense calibration; return the lanes and the results of each layer."""
 
     def run(tiny, plans, pruner=None, dtype=torch.float32, layers=None, local_windows=0):
         model, input_ids = tiny.streamed(dtype), random_windows_of(5)
@@ -51,7 +52,8 @@ def advance(random_windows_of, statistics_of):
         lanes = [Lane(removed, hidden_states.clone()) for removed in (None, *plans)]
         statistics = statistics_of(tiny, dtype)
         how = pruner or Wanda(), statistics
-        outcomes = list(run_lanes(model, layers or tiny.layers(), lanes, *how, local_windows=local_windows))
+        group = LaneGroup(model, lanes, *how, local_windows=local_windows)
+        outcomes = list(group.advance(layers or tiny.layers()))
         return lanes, outcomes
 
     return run
@@ -68,7 +70,7 @@ def same(lane, other) -> bool:
 
 
 def prune_reference(tiny, removed, masks_of) -> None:
-    """Zero weights of the reference, layer by layer; ``masks_of`` gives a mask by layer, linear and weight."""
+    """Zero weights of the reference layer by layer; ``masks_of`` returns the mask for a layer, linear and weight."""
     for index, (counts, linears) in enumerate(zip(removed, tiny.streamed().linears, strict=True)):
         for linear, count in zip(linears, counts, strict=True):
             module = tiny.reference.get_submodule(f"{tiny.layers_name}.{index}.{linear.name}")
@@ -99,7 +101,7 @@ def test_a_lane_with_nothing_removed_is_the_dense_lane(tiny_model, removed_of, a
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gemma4", "recurrent-gemma"])
-def test_wandas_lane_is_the_model_pruned_by_the_published_definition(
+def test_a_wanda_lane_is_the_model_pruned_by_the_published_definition(
     tiny_model,
     random_windows_of,
     layer_outputs,
@@ -109,10 +111,7 @@ def test_wandas_lane_is_the_model_pruned_by_the_published_definition(
     advance,
     family,
 ):
-    """For GPT-2 this means: per output feature, which is a column of the stored weight.
-
-    In Gemma-4 and RecurrentGemma not all layers have the same linears.
-    """
+    """GPT-2 stores output features as columns; in Gemma-4 and RecurrentGemma the layers have different linears."""
     tiny = tiny_model(family)
     removed = removed_of(tiny, SPARSITIES)
     lanes, outcomes = advance(tiny, [removed])
@@ -128,7 +127,7 @@ def test_wandas_lane_is_the_model_pruned_by_the_published_definition(
     assert [outcome[1].zeros for outcome in outcomes] == list(removed)
 
 
-def test_magnitudes_lane_is_the_model_without_its_smallest_weights(
+def test_a_magnitude_lane_is_the_model_without_its_smallest_weights(
     tiny_model, random_windows_of, layer_outputs, removed_of, advance
 ):
     tiny = tiny_model("gpt2")
@@ -143,7 +142,7 @@ def test_magnitudes_lane_is_the_model_without_its_smallest_weights(
     torch.testing.assert_close(lanes[1].hidden_states, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_errors_are_those_of_each_lanes_own_states_against_the_dense_ones(
+def test_errors_compare_each_lanes_own_states_with_the_dense_ones(
     tiny_model, random_windows_of, layer_outputs, removed_of, advance
 ):
     tiny = tiny_model()
@@ -163,8 +162,8 @@ def test_errors_are_those_of_each_lanes_own_states_against_the_dense_ones(
         assert outcome[1].energy == pytest.approx(float(dense[index].double().square().sum()), rel=1e-4)
 
 
-def test_errors_are_taken_apart_without_touching_the_lanes(tiny_model, advance):
-    """What arrives at a layer is what has accumulated at the one before; nothing arrives at the first."""
+def test_measuring_local_errors_does_not_change_the_lanes(tiny_model, advance):
+    """The error that arrives at a layer is the accumulated error of the layer before; the first layer has none."""
     tiny = tiny_model("llama")
     plans = plans_of_atp(tiny)
     plain, undisturbed = advance(tiny, plans)
@@ -182,7 +181,7 @@ def test_errors_are_taken_apart_without_touching_the_lanes(tiny_model, advance):
         assert {part.windows for part in parts} == {3}
 
 
-def test_on_all_windows_the_accumulated_part_is_the_error(tiny_model, advance):
+def test_over_all_windows_the_accumulated_local_error_is_the_error(tiny_model, advance):
     tiny = tiny_model("llama")
     _, outcomes = advance(tiny, plans_of_atp(tiny), local_windows=5)
     for layers in outcomes:
@@ -191,7 +190,7 @@ def test_on_all_windows_the_accumulated_part_is_the_error(tiny_model, advance):
             assert layer.parts.energy == pytest.approx(layer.energy, rel=1e-6)
 
 
-def test_a_layers_own_error_grows_with_its_sparsity(tiny_model, advance, removed_of):
+def test_the_local_error_of_a_layer_grows_with_its_sparsity(tiny_model, advance, removed_of):
     """ATP, theorem 3.1, on nested masks."""
     tiny = tiny_model("llama")
     depth = len(tiny.streamed().linears)
@@ -205,7 +204,7 @@ def test_a_layers_own_error_grows_with_its_sparsity(tiny_model, advance, removed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pruner", [Wanda(), Magnitude()])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_group_gives_the_bytes_of_every_lane_alone(tiny_model, advance, family, pruner, dtype):
+def test_a_lane_group_gives_the_same_bytes_as_each_lane_alone(tiny_model, advance, family, pruner, dtype):
     tiny = tiny_model(family)
     plans = plans_of_atp(tiny)
     lanes, outcomes = advance(tiny, plans, pruner, dtype)
@@ -227,15 +226,15 @@ def test_the_order_of_the_lanes_does_not_matter(tiny_model, advance):
         assert [o[place] for o in shuffled_outcomes] == [o[number + 1] for o in outcomes]
 
 
-def test_two_lanes_of_the_same_plan_are_the_same(tiny_model, advance):
+def test_two_lanes_with_the_same_plan_are_equal(tiny_model, advance):
     tiny = tiny_model()
     plan = plans_of_atp(tiny)[1]
     lanes, _ = advance(tiny, [plan, plan])
     assert same(lanes[1], lanes[2])
 
 
-def test_lanes_of_one_layer_sparsity_may_want_its_weights_in_opposite_order(tiny_model, advance):
-    """What rounding does to two lanes by one weight, here by a hundred: as many of every layer, of other linears."""
+def test_lanes_of_equal_layer_sparsity_may_remove_weights_in_opposite_order(tiny_model, advance):
+    """Rounding can move one weight between linears of two lanes; here it is a hundred, at the same layer sparsity."""
     tiny = tiny_model()
     sizes = [linear.numel for linear in tiny.streamed().linears[0]]
     shifts = [100, -100, 100, -100, 100, -100, 0]
@@ -250,7 +249,7 @@ def test_lanes_of_one_layer_sparsity_may_want_its_weights_in_opposite_order(tiny
         assert [outcome[1] for outcome in outcomes_alone] == [outcome[number] for outcome in outcomes]
 
 
-def test_zeros_are_exactly_what_the_plan_removes(tiny_model, advance):
+def test_the_number_of_zeros_is_exactly_that_of_the_plan(tiny_model, advance):
     tiny = tiny_model("opt")
     plans = plans_of_atp(tiny)
     _, outcomes = advance(tiny, plans)
@@ -261,10 +260,10 @@ def test_zeros_are_exactly_what_the_plan_removes(tiny_model, advance):
     assert all(sum(outcome[0].zeros) == 0 for outcome in outcomes)
 
 
-def test_weights_are_ranked_as_the_checkpoint_stores_them_not_as_they_are_computed_with(
+def test_weights_are_ranked_in_the_dtype_of_the_checkpoint_and_not_of_the_computation(
     tiny_model, random_windows_of, layer_outputs, removed_of, advance
 ):
-    """In bfloat16 many different weights are equal; the export prunes the checkpoint's own values."""
+    """In bfloat16 many different weights are equal; an export prunes the values of the checkpoint."""
     tiny = tiny_model()
     removed = removed_of(tiny, SPARSITIES)
     lanes, _ = advance(tiny, [removed], Magnitude(), torch.bfloat16)
@@ -278,7 +277,7 @@ def test_weights_are_ranked_as_the_checkpoint_stores_them_not_as_they_are_comput
 
     blurred: list[bool] = []
     prune_reference(tiny, removed, smallest)
-    assert any(blurred)  # ties that only bfloat16 makes lie across the threshold
+    assert any(blurred)  # there are ties at the threshold, but only in bfloat16
     pruned = tiny.cast(torch.bfloat16)
     expected = layer_outputs(pruned, tiny.layers_name, random_windows_of(5))[-1]
     torch.testing.assert_close(lanes[1].hidden_states, expected, rtol=0, atol=0.05)
@@ -288,12 +287,12 @@ def test_weights_are_ranked_as_the_checkpoint_stores_them_not_as_they_are_comput
 def test_the_first_lane_must_be_the_dense_model(tiny_model, advance, removed_of):
     tiny = tiny_model()
     lane = Lane(removed_of(tiny, SPARSITIES), torch.zeros(1, 16, 32))
-    with pytest.raises(ValueError, match="first lane must be the dense model"):
-        next(run_lanes(tiny.streamed(), tiny.layers(), [lane], Wanda(), None))
+    with pytest.raises(ValueError, match="first lane is not the dense model"):
+        LaneGroup(tiny.streamed(), [lane], Wanda(), None)
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_going_on_from_the_middle_gives_the_bytes_of_an_undisturbed_run(
+def test_resuming_in_the_middle_gives_the_bytes_of_an_uninterrupted_run(
     tiny_model, random_windows_of, statistics_of, advance, first
 ):
     tiny = tiny_model("gemma2-window")
@@ -303,18 +302,21 @@ def test_going_on_from_the_middle_gives_the_bytes_of_an_undisturbed_run(
     hidden_states = torch.empty(5, 16, 32)
     embed_windows(model, random_windows_of(5), hidden_states, 0)
     lanes = [Lane(removed, hidden_states.clone()) for removed in (None, *plans)]
-    interrupted = run_lanes(model, tiny.layers(), lanes, Wanda(), statistics)
+    interrupted = LaneGroup(model, lanes, Wanda(), statistics).advance(tiny.layers())
     before = [next(interrupted) for _ in range(first)]
     saved = [Lane(lane.removed, lane.hidden_states.clone()) for lane in lanes]
-    after = list(run_lanes(tiny.streamed(), tiny.layers(first), saved, Wanda(), statistics, first=first))
+    resumed = LaneGroup(tiny.streamed(), saved, Wanda(), statistics)
+    after = list(resumed.advance(tiny.layers(first), first))
     assert before + after == outcomes
     assert all(same(lane, other) for lane, other in zip(saved, undisturbed, strict=True))
 
 
-def test_wanda_without_statistics_says_so(tiny_model, random_windows_of):
+def test_wanda_without_statistics_is_refused(tiny_model, random_windows_of):
     tiny, model = tiny_model(), tiny_model().streamed()
     hidden_states = torch.empty(1, 16, 32)
     embed_windows(model, random_windows_of(1), hidden_states, 0)
     lanes = [Lane(removed, hidden_states.clone()) for removed in (None, plans_of_atp(tiny)[0])]
-    with pytest.raises(ValueError, match="no calibration token reached"):
-        next(run_lanes(model, tiny.layers(), lanes, Wanda(), None))  # calibrates itself, on no window
+    with pytest.raises(ValueError, match="received 0 calibration tokens"):
+        next(
+            LaneGroup(model, lanes, Wanda(), None).advance(tiny.layers())
+        )  # sequential calibration on 0 windows

@@ -1,17 +1,17 @@
-"""Lanes that calibrate themselves on their own hidden states, as the official Wanda code does."""
+"""Sequential calibration: lanes calibrate on their own hidden states, as in the official Wanda code."""
 
 import pytest
 import torch
 
 from layerwise.calibration.capture import embed_windows
-from layerwise.lanes import Lane, run_lanes
+from layerwise.lanes import Lane, LaneGroup
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 
 pytestmark = pytest.mark.usefixtures("two_windows_at_a_time")
 
-SPARSITIES = (0.25, 0.5, 0.625, 0.75)  # whole numbers of all inputs of the small models
-CALIBRATION = 3  # windows, before 5 scored ones
+SPARSITIES = (0.25, 0.5, 0.625, 0.75)  # gives integer counts for all inputs of the small models
+CALIBRATION = 3  # windows, followed by 5 scored windows
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def windows(random_windows_of) -> torch.Tensor:
 
 @pytest.fixture
 def embedded(windows):
-    """A streamed model, and lanes that wait in front of its first layer."""
+    """Return a streamed model and lanes with the input of its first layer."""
 
     def embed(tiny, plans, dtype=torch.float32):
         model, hidden_states = tiny.streamed(dtype), torch.empty(8, 16, 32, dtype=dtype)
@@ -33,11 +33,12 @@ def embedded(windows):
 
 @pytest.fixture
 def advance(embedded):
-    """Take lanes through a whole model; gives the lanes and what each layer did."""
+    """Advance lanes through a whole model; return the lanes and the results of each layer."""
 
     def run(tiny, plans, pruner=None, dtype=torch.float32):
         model, lanes = embedded(tiny, plans, dtype)
-        return lanes, list(run_lanes(model, tiny.layers(), lanes, pruner or Wanda(), None, CALIBRATION))
+        group = LaneGroup(model, lanes, pruner or Wanda(), None, CALIBRATION)
+        return lanes, list(group.advance(tiny.layers()))
 
     return run
 
@@ -48,7 +49,7 @@ def removed_of(tiny, sparsities) -> tuple[tuple[int, ...], ...]:
 
 
 def sequential_wanda(tiny, calibration, sparsities, linear_inputs, published_wanda_mask):
-    """Prune the reference in place: for every layer, look at its inputs behind the pruned layers, then prune it."""
+    """Prune the reference in place: calibrate each layer on its inputs after the pruned layers, then prune it."""
     masks = []
     for index, sparsity in enumerate(sparsities):
         layer_name = f"{tiny.layers_name}.{index}"
@@ -88,7 +89,7 @@ def test_masks_are_those_of_the_published_sequential_wanda(
     torch.testing.assert_close(lanes[2].hidden_states, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_calibrating_on_the_lanes_own_states_is_not_calibrating_on_the_dense_ones(tiny_model, advance):
+def test_calibrating_on_a_lanes_own_states_differs_from_calibrating_on_the_dense_ones(tiny_model, advance):
     tiny = tiny_model()
     plan = removed_of(tiny, SPARSITIES)
     lanes, _ = advance(tiny, [plan, removed_of(tiny, [0.0] * 4)])
@@ -99,7 +100,7 @@ def test_calibrating_on_the_lanes_own_states_is_not_calibrating_on_the_dense_one
     )
 
 
-def test_statistics_count_the_calibration_windows_alone(tiny_model, advance):
+def test_statistics_include_only_the_calibration_windows(tiny_model, advance):
     tiny = tiny_model()
     lanes, _ = advance(tiny, [removed_of(tiny, SPARSITIES)])
     assert lanes[0].statistics == []
@@ -107,7 +108,7 @@ def test_statistics_count_the_calibration_windows_alone(tiny_model, advance):
     assert {s.tokens for layer in lanes[1].statistics for s in layer.values()} == {CALIBRATION * 16}
 
 
-def test_errors_count_the_scored_windows_alone(tiny_model, windows, layer_outputs, advance):
+def test_errors_include_only_the_scored_windows(tiny_model, windows, layer_outputs, advance):
     tiny = tiny_model()
     removed = removed_of(tiny, SPARSITIES)
     _, outcomes = advance(tiny, [removed], Magnitude())
@@ -125,7 +126,7 @@ def test_errors_count_the_scored_windows_alone(tiny_model, windows, layer_output
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_lane_leaves_its_pruning_in_another(tiny_model, advance, family, dtype):
+def test_the_pruning_of_a_lane_does_not_affect_the_others(tiny_model, advance, family, dtype):
     tiny = tiny_model(family)
     plans = [
         removed_of(tiny, sparsities) for sparsities in ([0.75] * 4, SPARSITIES, [0.0] * 4, SPARSITIES[::-1])
@@ -141,15 +142,16 @@ def test_no_lane_leaves_its_pruning_in_another(tiny_model, advance, family, dtyp
             assert all(torch.equal(layer[n].sum_of_squares, layer_alone[n].sum_of_squares) for n in layer)
 
 
-def test_going_on_from_the_middle_gives_the_bytes_of_an_undisturbed_run(tiny_model, embedded, advance):
+def test_resuming_in_the_middle_gives_the_bytes_of_an_uninterrupted_run(tiny_model, embedded, advance):
     tiny = tiny_model("mistral-window")
     plans = [removed_of(tiny, SPARSITIES), removed_of(tiny, SPARSITIES[::-1])]
     undisturbed, outcomes = advance(tiny, plans)
     model, lanes = embedded(tiny, plans)
-    interrupted = run_lanes(model, tiny.layers(), lanes, Wanda(), None, CALIBRATION)
+    interrupted = LaneGroup(model, lanes, Wanda(), None, CALIBRATION).advance(tiny.layers())
     before = [next(interrupted), next(interrupted)]
     saved = [Lane(lane.removed, lane.hidden_states.clone()) for lane in lanes]
-    after = list(run_lanes(tiny.streamed(), tiny.layers(2), saved, Wanda(), None, CALIBRATION, first=2))
+    resumed = LaneGroup(tiny.streamed(), saved, Wanda(), None, CALIBRATION)
+    after = list(resumed.advance(tiny.layers(2), 2))
     assert before + after == outcomes
     for lane, other in zip(saved, undisturbed, strict=True):
         assert torch.equal(lane.hidden_states, other.hidden_states)

@@ -31,7 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from layerwise.allocators.allocation import SparsityPlan, arithmetic
+from layerwise.allocators.atp import arithmetic
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.wanda import Wanda

@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.allocators.allocators import Given
+from layerwise.allocators.allocator import Given
 from layerwise.allocators.depth_schedules import Erf
 from layerwise.allocators.owl import OWL
 from layerwise.models.skeleton import Linear
@@ -67,7 +67,7 @@ def test_the_betas_are_given_in_exactly_one_way(given, named):
 
 @pytest.mark.parametrize("beta", [-0.1, 0.4])
 def test_a_beta_that_no_model_of_this_depth_can_have_is_refused_and_leaves_nothing(local_store, beta):
-    with pytest.raises(ValueError, match=r"outside of the legal range \[0, 0.33333\]"):
+    with pytest.raises(ValueError, match=r"outside the legal range \[0, 0.33333\]"):
         allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(beta,)), None)
     assert list(local_store.artifacts()) == []
 

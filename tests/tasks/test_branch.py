@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import branch, lane_stage

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.branch import LaneScore

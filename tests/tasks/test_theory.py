@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layerwise.pruners.magnitude import Magnitude
-from layerwise.scoring.theory_plans import theory_plans
+from layerwise.scoring.theorem_plans import theory_plans
 from layerwise.storage.tables import read_table
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.theory_page import theory_page

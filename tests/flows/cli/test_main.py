@@ -279,7 +279,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("wrong number", "--sparsity: Input should be less than 1, got '2'"),
         ("two wrong options", "--pruner: .*'wanda', 'magnitude'.*; --betas: .*valid number.*, got '0.1,x'"),
         ("contradiction", "the betas are given by betas and step; give exactly one"),
-        ("illegal beta", r"beta 0.6 is outside of the legal range \[0, 0.50000\]"),
+        ("illegal beta", r"beta 0.6 is outside the legal range \[0, 0.50000\]"),
         ("no model", "'nowhere' is neither a file or folder on this machine nor a hub id"),
         ("no text", "there is no corpus at nowhere.txt"),
         ("experts", "mixtral is a mixture of experts"),

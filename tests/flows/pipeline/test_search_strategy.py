@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.allocators.allocation import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.search_strategy import LaneRequest, SearchStrategy
 from layerwise.models.skeleton import Linear
 from layerwise.tasks.allocate import AllocateSettings

@@ -1,4 +1,4 @@
-"""Budgets: the mean is exact, the bounds hold, and nothing else is changed."""
+"""Fitting to the target: the mean is exact, the bounds hold, and everything else is preserved."""
 
 import itertools
 import math
@@ -23,19 +23,18 @@ def test_the_mean_of_the_weights_is_the_target_and_the_bounds_hold():
     dice = random.Random(0)
     for _ in range(300):
         sparsities, sizes = random_entries(dice)
-        lowest, highest = dice.choice([(0.0, 1.0), (0.02, 0.98), (0.3, 0.31)])
-        target = dice.choice([lowest, highest, dice.uniform(lowest, highest)])
-        result = fitted(sparsities, sizes, target, lowest, highest)
+        target = dice.choice([0.0, 1.0, dice.uniform(0, 1)])
+        result = fitted(sparsities, sizes, target)
         assert weighted_mean(result, sizes) == pytest.approx(target, abs=1e-12)
-        assert lowest <= min(result) <= max(result) <= highest
+        assert 0 <= min(result) <= max(result) <= 1
 
 
-def test_what_is_exact_and_within_the_bounds_comes_back_bit_for_bit():
+def test_sparsities_that_already_fit_are_returned_bit_for_bit():
     sparsities = (0.1 + 0.2, 0.7 - 0.4, 0.3)
     assert fitted(sparsities, [5, 6, 7], 0.3) == sparsities
 
 
-def test_fitting_twice_is_fitting_once():
+def test_fitting_twice_equals_fitting_once():
     dice = random.Random(1)
     for _ in range(100):
         sparsities, sizes = random_entries(dice)
@@ -43,13 +42,13 @@ def test_fitting_twice_is_fitting_once():
         assert fitted(once, sizes, 0.6) == once
 
 
-def test_all_entries_are_shifted_alike_where_no_bound_is_met():
+def test_without_clipping_all_entries_are_shifted_by_the_same_amount():
     # The mean of .2 and .5 with sizes 1 and 2 is .4.
     assert fitted([0.2, 0.5], [1, 2], 0.6) == pytest.approx([0.4, 0.7])
 
 
-def test_what_a_bound_cuts_off_is_made_up_for_by_the_others():
-    # 1.3 is cut to 1; the other two share what is missing to 3 x .7 = 2.1.
+def test_clipping_one_entry_shifts_the_others():
+    # 1.3 is clipped to 1; the other two share the amount missing to 3 x .7 = 2.1.
     assert fitted([0.3, 0.5, 1.3], [10, 10, 10], 0.7) == pytest.approx([0.45, 0.65, 1.0])
 
 
@@ -58,7 +57,7 @@ def test_a_constant_added_to_all_entries_changes_nothing():
     assert fitted([100.1, 100.9, 101.4], [3, 2, 1], 0.5) == pytest.approx(plain)
 
 
-def test_no_other_sparsities_with_this_budget_are_closer():
+def test_the_result_is_the_closest_one_with_this_mean():
     sparsities, sizes, target = [-0.3, 0.2, 0.9, 1.2], [1, 2, 2, 3], 0.5
     result = fitted(sparsities, sizes, target)
     steps = [step / 20 for step in range(21)]
@@ -77,7 +76,7 @@ def test_equal_entries_get_exactly_the_target():
     assert fitted([5.0], [9], 0.1) == (0.1,)
 
 
-def test_a_target_at_a_bound_puts_all_entries_there():
+def test_a_target_at_a_bound_sets_all_entries_to_the_bound():
     assert fitted([0.2, 0.8], [1, 3], 1.0) == pytest.approx([1, 1])
     assert fitted([0.2, 0.8], [1, 3], 0.0) == pytest.approx([0, 0])
 
@@ -91,22 +90,22 @@ def test_the_order_of_the_entries_is_kept():
         assert [sparsity for _, sparsity in pairs] == sorted(result)
 
 
-@pytest.mark.parametrize("target", [-0.01, 0.981, float("nan")])
-def test_a_target_outside_of_the_bounds_is_refused(target):
-    with pytest.raises(ValueError, match=r"cannot be met by sparsities within \[0.02, 0.98\]"):
-        fitted([0.5, 0.6], [1, 1], target, 0.02, 0.98)
+@pytest.mark.parametrize("target", [-0.01, 1.01, float("nan")])
+def test_a_target_outside_the_bounds_is_refused(target):
+    with pytest.raises(ValueError, match=r"the overall sparsity is .*; it must lie in \[0, 1\]"):
+        fitted([0.5, 0.6], [1, 1], target)
 
 
 @pytest.mark.parametrize(
     "sparsities, sizes", [([], []), ([0.5], [1, 2]), ([0.5, 0.5], [1]), ([0.5, 0.4], [1, 0])]
 )
 def test_entries_without_a_value_or_without_weights_are_refused(sparsities, sizes):
-    with pytest.raises(ValueError, match="values do not go with entries of sizes"):
+    with pytest.raises(ValueError, match="values do not match entries of sizes"):
         fitted(sparsities, sizes, 0.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_refused_with_their_place(value):
+def test_numbers_that_are_not_finite_are_refused_with_their_index(value):
     with pytest.raises(ValueError, match="the sparsity of entry 1 is"):
         fitted([0.5, value], [1, 1], 0.5)
     with pytest.raises(ValueError, match="the score of entry 1 is"):
@@ -114,8 +113,8 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(value):
 
 
 def test_sparsities_that_floats_cannot_shift_to_the_target_are_refused():
-    with pytest.raises(ValueError, match="too far apart to be shifted to a mean of 0.3 .*Lower the spread"):
-        fitted([-1e300, 0.5e300, 1e300], [1, 1, 1], 0.3, -1e300, 1e300)
+    with pytest.raises(ValueError, match="too far apart to be shifted to a mean of 0.3 .*Reduce the spread"):
+        fitted([-1e300, 0.5e300, 1e300], [1, 1, 1], 0.3)
 
 
 def test_scores_are_scaled_to_zero_and_one():
@@ -127,12 +126,12 @@ def test_equal_scores_all_become_zero():
     assert min_max([]) == ()
 
 
-def test_the_more_important_an_entry_the_less_it_loses():
+def test_a_more_important_entry_gets_a_lower_sparsity():
     # Scaled: 0, .5, 1; their mean is .5; the range is 2 x .1 around .6.
     assert by_importance([1.0, 2.0, 3.0], [4, 4, 4], 0.6, 0.1) == pytest.approx([0.7, 0.6, 0.5])
 
 
-def test_importance_has_no_scale_and_no_origin():
+def test_scale_and_origin_of_importances_do_not_matter():
     plain = by_importance([1.0, 2.0, 4.0], [4, 5, 6], 0.6, 0.1)
     assert by_importance([-70.0, -50.0, -10.0], [4, 5, 6], 0.6, 0.1) == pytest.approx(plain)
 
@@ -147,6 +146,6 @@ def test_splitting_an_entry_into_parts_of_the_same_importance_changes_no_sparsit
     assert parts == pytest.approx([whole[0], *whole])
 
 
-def test_a_number_of_importances_other_than_the_entries_is_refused():
-    with pytest.raises(ValueError, match=r"2 values do not go with entries of sizes \[1, 1, 1\]"):
+def test_a_wrong_number_of_importances_is_refused():
+    with pytest.raises(ValueError, match=r"2 values do not match entries of sizes \[1, 1, 1\]"):
         by_importance([1.0, 2.0], [1, 1, 1], 0.5, 0.1)

@@ -1,4 +1,4 @@
-"""Schedules over depth: published values, exact budgets, legal at every sparsity."""
+"""Depth schedules: published values, exact means, legal at every sparsity."""
 
 import math
 import random
@@ -8,7 +8,7 @@ import pytest
 from layerwise.allocators.budget import weighted_mean
 from layerwise.allocators.depth_schedules import Erf, Power, erf_schedule, power_schedule
 
-# Relative depths of the table of values: blocks 1, 9, 17, 25 and 32 of 32.
+# Relative depths in the table of values: layers 1, 9, 17, 25 and 32 of 32.
 BLOCKS = (0, 8, 16, 24, 31)
 
 
@@ -17,7 +17,7 @@ def equal_layers(count: int) -> list[int]:
 
 
 def local_error(sparsity: float) -> float:
-    """Share of the energy of Gaussian weights that the smallest ones hold: s - 2 t phi(t), by bisection for t."""
+    """Return the energy fraction of the smallest Gaussian weights, s - 2 t phi(t), with t found by bisection."""
     low, high = 0.0, 40.0
     for _ in range(200):
         middle = (low + high) / 2
@@ -33,12 +33,12 @@ def local_error(sparsity: float) -> float:
         (0.09, (0.400, 0.547, 0.718, 0.877, 0.966)),
     ],
 )
-def test_the_erf_schedule_has_the_values_of_the_derivation(log_amplification, values):
+def test_the_erf_schedule_has_the_derived_values(log_amplification, values):
     layers = erf_schedule(0.7, log_amplification, equal_layers(32))
     assert [layers[block] for block in BLOCKS] == pytest.approx(values, abs=6e-4)
 
 
-def test_the_erf_schedule_leaves_the_least_error_at_the_last_layer():
+def test_the_erf_schedule_minimizes_the_error_at_the_last_layer():
     amplification = 1.3
     layers = erf_schedule(0.6, math.log(amplification), [1] * 4)
 
@@ -56,18 +56,18 @@ def test_the_erf_schedule_leaves_the_least_error_at_the_last_layer():
 
 
 def test_the_erf_schedule_is_close_to_atps_line_at_70_percent():
-    # METHODS 1.4: ln c = .043 goes with .01 per layer.
+    # ln c = .043 corresponds to .01 per layer.
     line = [0.7 + 0.01 * (index - 15.5) for index in range(32)]
     assert erf_schedule(0.7, 0.043, equal_layers(32)) == pytest.approx(line, abs=0.006)
 
 
-def test_no_amplification_and_no_spread_are_exactly_uniform():
+def test_amplification_0_and_spread_0_are_exactly_uniform():
     for target in (0.1, 0.3, 0.7):
         assert erf_schedule(target, 0.0, [3, 4, 5]) == (target,) * 3
         assert power_schedule(target, 0.0, 0.8, [3, 4, 5]) == (target,) * 3
 
 
-def test_every_schedule_meets_the_target_within_the_bounds_whatever_the_sizes():
+def test_every_schedule_meets_the_target_within_the_bounds_for_all_sizes():
     dice = random.Random(1)
     for _ in range(150):
         sizes = [dice.randint(1, 10**9) for _ in range(dice.randint(1, 80))]
@@ -92,12 +92,12 @@ def test_positive_values_rise_with_depth_and_negative_ones_fall(target):
         assert falling[-1] < target < falling[0]
 
 
-def test_a_falling_erf_schedule_is_the_rising_one_backwards():
+def test_a_falling_erf_schedule_is_the_reversed_rising_one():
     assert erf_schedule(0.6, -0.2, [1, 2, 3])[::-1] == pytest.approx(erf_schedule(0.6, 0.2, [3, 2, 1]))
 
 
 @pytest.mark.parametrize("log_amplification", [-300.0, -20.0, 20.0, 300.0])
-def test_the_steepest_erf_schedules_empty_whole_layers(log_amplification):
+def test_the_steepest_erf_schedules_remove_whole_layers(log_amplification):
     layers = erf_schedule(0.5, log_amplification, [1] * 10)
     ends = layers if log_amplification > 0 else layers[::-1]
     assert ends == pytest.approx([0.0] * 5 + [1.0] * 5, abs=1e-2)
@@ -110,17 +110,17 @@ def test_a_power_schedule_by_hand():
     assert squares == pytest.approx([0.6 + 0.16 * (x - 0.375) for x in (0, 0.0625, 0.25, 0.5625, 1)])
 
 
-def test_a_power_of_one_is_atps_line():
+def test_exponent_1_is_atps_line():
     assert power_schedule(0.7, 0.31, 1.0, [1] * 32) == pytest.approx([0.545 + 0.01 * i for i in range(32)])
 
 
-def test_a_power_schedule_turns_about_the_weighted_mean():
+def test_a_power_schedule_uses_the_weighted_mean():
     # The mean of 0 and 1 with sizes 1 and 3 is .75.
     assert power_schedule(0.5, 0.4, 1.0, [1, 3]) == pytest.approx([0.2, 0.6])
 
 
 def test_a_power_schedule_that_leaves_the_bounds_is_clipped_and_still_exact():
-    # The line runs from .4 to 1.2; clipped at 1, the first two layers take what is missing.
+    # The line runs from .4 to 1.2. It is clipped at 1, and the first two layers get the missing amount.
     assert power_schedule(0.8, 0.8, 1.0, [1] * 3) == pytest.approx([0.5, 0.9, 1.0])
 
 
@@ -130,21 +130,21 @@ def test_a_single_layer_gets_the_target():
 
 
 @pytest.mark.parametrize("method", [Erf(0.05), Power(0.2, 0.8)])
-def test_no_layers_and_a_target_that_is_no_fraction_are_refused(method):
-    with pytest.raises(ValueError, match="values do not go with entries"):
+def test_zero_layers_and_a_target_that_is_not_a_fraction_are_refused(method):
+    with pytest.raises(ValueError, match="values do not match entries"):
         method.allocate([], [], 0.5)
     for target in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="cannot be met"):
+        with pytest.raises(ValueError, match="the overall sparsity is"):
             method.allocate([], [1, 1], target)
 
 
-def test_the_methods_are_their_schedules():
+def test_the_allocators_return_their_schedules():
     sizes = [4, 5, 6]
     assert Erf(log_amplification=0.04).allocate([], sizes, 0.6) == erf_schedule(0.6, 0.04, sizes)
     assert Power(spread=0.3, exponent=0.8).allocate([], sizes, 0.6) == power_schedule(0.6, 0.3, 0.8, sizes)
 
 
-def test_parameters_that_make_no_schedule_are_refused():
+def test_invalid_schedule_parameters_are_refused():
     with pytest.raises(ValueError, match="log_amplification is nan"):
         Erf(math.nan)
     with pytest.raises(ValueError, match="spread is inf"):

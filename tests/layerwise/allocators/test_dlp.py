@@ -1,4 +1,4 @@
-"""DLP: exact medians without a sort, and layers with larger scores pruned more."""
+"""DLP: exact medians without sorting, and higher sparsity for larger scores."""
 
 import pytest
 import torch
@@ -16,19 +16,19 @@ def test_the_median_is_that_of_all_linears_together():
     assert typical_score(scores) == 3
 
 
-def test_of_an_even_number_the_lower_of_the_middle_two_is_the_median():
+def test_the_median_of_an_even_number_is_the_lower_middle_one():
     assert typical_score([torch.tensor([4.0, 1.0, 3.0, 2.0])]) == 2
     assert typical_score([torch.tensor([5.0])]) == 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 101, 1000])
 @pytest.mark.parametrize("kind", ["spread", "close", "ties", "tiny"])
-def test_the_median_is_the_one_of_sorting(monkeypatch, count, kind):
+def test_the_median_equals_that_of_sorting(monkeypatch, count, kind):
     generator = torch.Generator().manual_seed(count)
     uniform = torch.rand(count, generator=generator)
     values = {
         "spread": torch.exp(40 * uniform - 20),
-        "close": 1 + uniform * 2**-8,  # the upper halves of the bits are all the same
+        "close": 1 + uniform * 2**-8,  # all upper halves of the bits are equal
         "ties": (uniform * 3).floor(),
         "tiny": uniform * 1e-42,  # subnormal numbers
     }[kind]
@@ -42,13 +42,13 @@ def test_the_median_of_zeros_of_either_sign_is_zero():
     assert typical_score([torch.tensor([-0.0, 0.0, -0.0, 1.0])]) == 0
 
 
-def test_narrow_scores_count_as_they_are():
+def test_scores_in_narrow_dtypes_keep_their_value():
     scores = torch.tensor([0.5, 3.0, 1.5], dtype=torch.bfloat16)
     assert typical_score([scores]) == 1.5
     assert typical_score([scores], "mean") == pytest.approx(5 / 3)
 
 
-def test_the_mean_is_not_lost_in_float32():
+def test_the_mean_is_not_rounded_to_float32():
     scores = torch.full((3000,), 1.0)
     scores[0] = 2.0**26
     assert typical_score([scores], "mean") == (2**26 + 2999) / 3000
@@ -56,12 +56,12 @@ def test_the_mean_is_not_lost_in_float32():
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("statistic", ["median", "mean"])
-def test_scores_that_no_wanda_gives_are_refused(statistic, bad):
+def test_scores_that_wanda_cannot_give_are_refused(statistic, bad):
     with pytest.raises(ValueError, match="negative, infinite or NaN"):
         typical_score([torch.tensor([1.0, 2.0, bad])], statistic)
 
 
-def test_no_scores_and_another_statistic_are_refused():
+def test_zero_scores_and_an_unknown_statistic_are_refused():
     with pytest.raises(ValueError, match="no scores for a layer"):
         typical_score([torch.empty(0)])
     with pytest.raises(ValueError, match="no statistic 'mode'"):
@@ -77,7 +77,7 @@ def test_sparsities_are_those_of_the_published_formula():
     assert dlp(scores, [8] * 4, target, alpha) == pytest.approx(expected)
 
 
-def test_the_larger_the_typical_score_the_more_is_removed():
+def test_a_larger_typical_score_gives_a_higher_sparsity():
     layers = DLP().allocate([0.1, 0.4, 0.2], [1, 1, 1], 0.7)
     assert layers[0] < layers[2] < layers[1]
     assert layers[1] - layers[0] == pytest.approx(0.3)
@@ -91,6 +91,6 @@ def test_the_weighted_mean_is_the_target_and_nothing_exceeds_1():
 
 
 @pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
-def test_an_alpha_outside_of_zero_and_one_is_refused(alpha):
+def test_an_alpha_outside_0_and_1_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha of DLP"):
         DLP(alpha=alpha)

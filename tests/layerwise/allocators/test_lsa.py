@@ -1,4 +1,4 @@
-"""LSA: the greedy choice step by step, and its error against the output itself."""
+"""LSA: the greedy choice step by step, and its error compared with the outputs."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from layerwise.allocators.lsa import LSA, half_removed_error, lsa
 
 
 def random_layer(out_features: int, in_features: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weights and correlated inputs, float64."""
+    """Return weights and correlated inputs, float64."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
     inputs = torch.randn(40, in_features, generator=generator, dtype=torch.float64) @ mixing
@@ -20,14 +20,14 @@ def random_layer(out_features: int, in_features: int, seed: int) -> tuple[Tensor
 
 
 def output_error(row: Tensor, inputs: Tensor, removed: list[int]) -> float:
-    """What removing these inputs' weights does to the output, from the outputs themselves."""
+    """Return the change of the outputs when the weights of these inputs are removed."""
     kept = row.clone()
     kept[removed] = 0
     return (inputs @ row - inputs @ kept).square().sum().item()
 
 
 def greedily_removed(row: Tensor, inputs: Tensor, group_size: int) -> list[int]:
-    """Remove, one by one, the weight of the current group whose removal leaves the least error."""
+    """Remove, one by one, the weight of the current group whose removal gives the lowest error."""
     removed: list[int] = []
     for first in range(0, len(row), group_size):
         group = list(range(first, min(first + group_size, len(row))))
@@ -37,7 +37,7 @@ def greedily_removed(row: Tensor, inputs: Tensor, group_size: int) -> list[int]:
     return removed
 
 
-def test_the_error_of_a_row_of_six_is_that_of_removing_one_weight_after_the_other():
+def test_the_error_of_a_row_equals_that_of_removing_weights_one_by_one():
     for seed in range(20):
         weight, inputs = random_layer(1, 6, seed)
         expected = output_error(weight[0], inputs, greedily_removed(weight[0], inputs, 6))
@@ -45,13 +45,14 @@ def test_the_error_of_a_row_of_six_is_that_of_removing_one_weight_after_the_othe
 
 
 @pytest.mark.parametrize("in_features, group_size", [(12, 4), (13, 4), (11, 3), (10, 128), (5, 1)])
-def test_groups_know_what_earlier_groups_removed_and_rows_do_not_mix(in_features, group_size):
+def test_groups_account_for_earlier_groups_and_rows_are_independent(monkeypatch, in_features, group_size):
+    monkeypatch.setattr("layerwise.allocators.lsa.GROUP_SIZE", group_size)
     weight, inputs = random_layer(5, in_features, in_features)
     expected = sum(output_error(row, inputs, greedily_removed(row, inputs, group_size)) for row in weight)
-    assert half_removed_error(weight, inputs.T @ inputs, group_size) == pytest.approx(expected)
+    assert half_removed_error(weight, inputs.T @ inputs) == pytest.approx(expected)
 
 
-def test_the_greedy_choice_is_near_the_best_of_all_halves():
+def test_the_greedy_choice_is_close_to_the_best_choice():
     for seed in range(20):
         weight, inputs = random_layer(1, 6, seed)
         halves = itertools.combinations(range(6), 3)
@@ -59,7 +60,7 @@ def test_the_greedy_choice_is_near_the_best_of_all_halves():
         assert best * (1 - 1e-9) <= half_removed_error(weight, inputs.T @ inputs)
 
 
-def test_weights_that_cancel_each_other_go_together():
+def test_weights_that_cancel_each_other_are_removed_together():
     # Their inputs are the same: removing 2 costs 4, removing -2 then gives it back.
     weight = torch.tensor([[2.0, -2.0, 1.0, 3.0]])
     gram = torch.tensor(
@@ -68,15 +69,15 @@ def test_weights_that_cancel_each_other_go_together():
     assert half_removed_error(weight, gram) == 0
 
 
-def test_with_uncorrelated_inputs_the_smallest_products_go():
+def test_with_uncorrelated_inputs_the_smallest_products_are_removed():
     # Squares times input energies: 1 x 4, 9 x 1, 4 x 1, 25 x 0: the two smallest are 0 and 4.
     weight = torch.tensor([[1.0, 3.0, -2.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
     gram = torch.tensor([4.0, 1.0, 1.0, 0.0]).diag()
-    # The second row has 4, 1, 1, 0 and loses 0 and 1.
+    # The second row has the products 4, 1, 1, 0; those of 0 and 1 are removed.
     assert half_removed_error(weight, gram) == 4 + 1
 
 
-def test_a_factor_of_the_gram_matrix_is_a_factor_of_the_error():
+def test_scaling_the_gram_matrix_scales_the_error():
     weight, inputs = random_layer(3, 8, 0)
     gram = inputs.T @ inputs
     assert half_removed_error(weight, gram / 64) == pytest.approx(half_removed_error(weight, gram) / 64)
@@ -102,10 +103,10 @@ def test_a_single_column_loses_nothing():
     assert half_removed_error(torch.ones(3, 1), torch.eye(1)) == 0
 
 
-@pytest.mark.parametrize("weight, size, group", [((2, 4), 3, 128), ((4,), 4, 128), ((2, 4), 4, 0)])
-def test_shapes_that_do_not_match_are_refused(weight, size, group):
-    with pytest.raises(ValueError, match="does not go with a Gram matrix of shape"):
-        half_removed_error(torch.ones(weight), torch.eye(size), group)
+@pytest.mark.parametrize("weight, size", [((2, 4), 3), ((4,), 4)])
+def test_shapes_that_do_not_match_are_refused(weight, size):
+    with pytest.raises(ValueError, match="does not match a Gram matrix of shape"):
+        half_removed_error(torch.ones(weight), torch.eye(size))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -123,7 +124,7 @@ def test_sparsities_are_those_of_the_published_formula():
     assert lsa(errors, [8] * 4, target, beta) == pytest.approx(expected)
 
 
-def test_the_larger_the_error_the_more_is_removed():
+def test_a_larger_error_gives_a_higher_sparsity():
     layers = LSA().allocate([1.0, 4.0, 2.0], [1, 1, 1], 0.7)
     assert layers[0] < layers[2] < layers[1]
     assert layers[1] - layers[0] == pytest.approx(0.3)
@@ -137,6 +138,6 @@ def test_linears_of_unequal_size_keep_the_weighted_mean():
 
 
 @pytest.mark.parametrize("beta", [-0.01, 1.01, math.nan])
-def test_a_beta_outside_of_zero_and_one_is_refused(beta):
+def test_a_beta_outside_0_and_1_is_refused(beta):
     with pytest.raises(ValueError, match="beta of LSA"):
         LSA(beta=beta)

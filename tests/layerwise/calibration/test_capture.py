@@ -1,4 +1,4 @@
-"""The dense pass: hidden states are the model's own, and the calibration windows alone are remembered."""
+"""Capture: hidden states are the model's own, and statistics include only the calibration windows."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_statistics_are_those_of_the_inputs_of_the_calibration_windows(
             assert statistics.tokens == 3 * 16
 
 
-def test_other_windows_leave_no_trace_in_the_statistics(tiny_model, random_windows_of):
+def test_other_windows_do_not_affect_the_statistics(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(5)
     seen = []
     for windows in (input_ids[:3], input_ids):
@@ -67,7 +67,7 @@ def test_other_windows_leave_no_trace_in_the_statistics(tiny_model, random_windo
             assert torch.equal(alone[name].sum_of_squares, beside_others[name].sum_of_squares)
 
 
-def test_going_on_from_the_middle_gives_the_bytes_of_an_undisturbed_pass(tiny_model, random_windows_of):
+def test_resuming_in_the_middle_gives_the_bytes_of_an_uninterrupted_pass(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(5)
     model = tiny.streamed()
     hidden_states = embedded(model, input_ids, 3)
@@ -85,7 +85,7 @@ def test_going_on_from_the_middle_gives_the_bytes_of_an_undisturbed_pass(tiny_mo
             assert torch.equal(inputs.sum_of_squares, undisturbed[index][name].sum_of_squares)
 
 
-def test_all_windows_are_embedded_and_the_embedding_is_let_go(tiny_model, random_windows_of):
+def test_all_windows_are_embedded_and_the_embedding_is_released(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(5)
     model = tiny.streamed()
     hidden_states = embedded(model, input_ids, 3)

@@ -1,4 +1,4 @@
-"""Second moments of what goes into linears, and which linears share them."""
+"""Gram matrices of the inputs of linears, and the linears that share them."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.gram import InputGram, require_full_float32, sharing, watching_grams
+from layerwise.calibration.gram import InputGram, collect_grams, linears_by_input, require_full_float32
 from layerwise.models.skeleton import Linear, linears_of
 
 
@@ -28,7 +28,7 @@ def attention(layer: Layer, hidden_states: Tensor) -> Tensor:
 
 
 def watched(layer: nn.Module, *batches: Tensor) -> dict[str, InputGram]:
-    with torch.no_grad(), watching_grams(layer, linears_of(layer)) as grams:
+    with torch.no_grad(), collect_grams(layer, linears_of(layer)) as grams:
         for batch in batches:
             layer(batch)
     return grams
@@ -43,7 +43,7 @@ def gram_of(*batches: Tensor) -> InputGram:
 
 @pytest.fixture
 def precision() -> Iterator[None]:
-    """Whatever a test does to the process-wide precision is undone."""
+    """Restore the process-wide precision after the test."""
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -70,7 +70,7 @@ def test_panels_of_any_width_give_the_whole_symmetric_matrix(monkeypatch, panel)
     torch.testing.assert_close(gram, gram.T)
 
 
-def test_bfloat16_inputs_lose_none_of_the_tail():
+def test_small_bfloat16_addends_are_not_lost():
     ones = torch.ones(1, 2, dtype=torch.bfloat16)
     assert gram_of(*[ones] * 1000, ones.expand(4001, 2)).gram.tolist() == [[5001, 5001], [5001, 5001]]
 
@@ -117,18 +117,18 @@ def test_linears_with_the_same_input_share_one_gram():
 
 
 def test_the_groups_are_listed_in_the_order_of_the_pass():
-    assert sharing(watched(Layer(attention), torch.ones(1, 1, 2))) == (("k", "v", "q"), ("o",))
+    assert linears_by_input(watched(Layer(attention), torch.ones(1, 1, 2))) == (("k", "v", "q"), ("o",))
 
 
 def test_equal_inputs_in_different_tensors_are_not_shared():
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states), layer.k(hidden_states.clone())
 
-    assert sharing(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q",), ("k",))
+    assert linears_by_input(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q",), ("k",))
 
 
-def test_tensors_that_come_and_go_within_a_pass_are_told_apart():
-    """A freed tensor's address, and its id, go to the next one."""
+def test_temporary_tensors_within_a_pass_are_distinguished():
+    """The address and the id of a freed tensor are reused by the next one."""
 
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         for scale, name in enumerate("qkvo", 1):
@@ -138,7 +138,7 @@ def test_tensors_that_come_and_go_within_a_pass_are_told_apart():
     assert [grams[name].gram[0, 0].item() for name in "qkvo"] == [3, 12, 27, 48]
 
 
-def test_an_input_that_is_changed_in_place_is_another_one():
+def test_an_input_changed_in_place_counts_as_another_input():
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states)
         layer.k(hidden_states.mul_(3))
@@ -147,14 +147,14 @@ def test_an_input_that_is_changed_in_place_is_another_one():
     assert (grams["q"].gram[0, 0], grams["k"].gram[0, 0]) == (1, 9)
 
 
-def test_linears_far_apart_share_an_input_too():
-    """As in parallel attention: the first linear of the MLP gets what q, k and v get."""
+def test_linears_that_are_not_adjacent_can_share_an_input():
+    """In parallel attention, the first linear of the MLP has the same input as q, k and v."""
 
     def forward(layer: Layer, hidden_states: Tensor) -> None:
         layer.o(layer.q(hidden_states))
         layer.v(hidden_states)
 
-    assert sharing(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q", "v"), ("o",))
+    assert linears_by_input(watched(Layer(forward), torch.ones(1, 1, 2))) == (("q", "v"), ("o",))
 
 
 def test_the_same_tensor_in_two_passes_counts_twice():
@@ -194,7 +194,7 @@ def without_k(layer: Layer, hidden_states: Tensor) -> None:
     [(together, apart, r"k\+q in .* as k \| q"), (apart, together, r"k \| q in .* as k\+q")]
     + [(together, without_k, r"k\+q in .* as q in"), (without_k, together, r"q in .* as k\+q in")],
 )
-def test_linears_that_share_in_one_pass_and_not_in_another_are_refused(first, later, words):
+def test_passes_that_share_inputs_differently_are_refused(first, later, words):
     with pytest.raises(ValueError, match=f"shared their inputs as {words}.*mixed up"):
         watched(Layer(alternating(first, first, later)), *[torch.ones(1, 1, 2)] * 3)
 
@@ -216,33 +216,33 @@ def test_a_linear_that_runs_twice_in_a_pass_is_refused():
         watched(Layer(forward), torch.ones(1, 1, 2))
 
 
-def test_a_pass_that_fails_leaves_nothing_behind_for_the_next():
+def test_a_failed_pass_does_not_affect_the_next():
     def failing(layer: Layer, hidden_states: Tensor) -> None:
         layer.q(hidden_states)
         raise KeyError
 
     layer, batch = Layer(alternating(failing, together)), torch.ones(1, 1, 2)
-    with watching_grams(layer, linears_of(layer)) as grams:
+    with collect_grams(layer, linears_of(layer)) as grams:
         with pytest.raises(KeyError):
             layer(batch)
         layer(batch)
-    assert sharing(grams) == (("q", "k"),)
+    assert linears_by_input(grams) == (("q", "k"),)
 
 
-def test_only_the_linears_that_are_named_are_watched_and_only_if_they_run():
+def test_only_named_linears_that_run_are_watched():
     layer = Layer(together)
     with (
         torch.no_grad(),
-        watching_grams(layer, [Linear("k", 2, 2, False), Linear("o", 2, 2, False)]) as grams,
+        collect_grams(layer, [Linear("k", 2, 2, False), Linear("o", 2, 2, False)]) as grams,
     ):
         layer(torch.ones(1, 1, 2))
     assert grams.keys() == {"k"}
 
 
-def test_nothing_is_watched_after_the_block_nor_after_an_error():
+def test_hooks_are_removed_after_the_block_and_after_an_error():
     layer = Layer(attention)
     watched(layer, torch.ones(1, 1, 2))
-    with pytest.raises(KeyError), watching_grams(layer, linears_of(layer)) as grams:
+    with pytest.raises(KeyError), collect_grams(layer, linears_of(layer)) as grams:
         raise KeyError
     layer(torch.ones(1, 1, 2))
     assert not grams
@@ -258,13 +258,13 @@ def test_nothing_is_watched_after_the_block_nor_after_an_error():
         ("falcon", ["query_key_value+dense_h_to_4h", "dense", "dense_4h_to_h"]),  # parallel attention
     ],
 )
-def test_the_layers_of_real_families_share_what_they_should(tiny_model, family, expected):
+def test_the_layers_of_real_families_share_the_expected_inputs(tiny_model, family, expected):
     model = tiny_model(family)
     layer = model.reference.get_submodule(f"{model.layers_name}.0")
     linears = linears_of(layer)
-    with torch.no_grad(), watching_grams(layer, linears) as grams:
+    with torch.no_grad(), collect_grams(layer, linears) as grams:
         model.reference(torch.arange(10).reshape(2, 5))
-    groups = ["+".join(name.rpartition(".")[2] for name in names) for names in sharing(grams)]
+    groups = ["+".join(name.rpartition(".")[2] for name in names) for names in linears_by_input(grams)]
     assert sorted(groups) == sorted(expected)
     for linear in linears:
         assert grams[linear.name].gram.shape == (linear.in_features, linear.in_features)

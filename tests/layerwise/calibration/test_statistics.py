@@ -1,10 +1,10 @@
-"""What calibration remembers."""
+"""Input statistics of linears."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibration.statistics import InputStatistics, watching
+from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.skeleton import Linear
 
 
@@ -29,7 +29,7 @@ LINEARS = tuple(
 
 def watched(*batches: Tensor, module: nn.Module | None = None) -> dict[str, InputStatistics]:
     layer = module or Attention()
-    with torch.no_grad(), watching(layer, LINEARS) as statistics:
+    with torch.no_grad(), collect_statistics(layer, LINEARS) as statistics:
         for batch in batches:
             layer(batch)
     return statistics
@@ -53,7 +53,7 @@ def test_the_same_tensor_twice_counts_twice():
     assert watched(batch, batch, batch)["v"].sum_of_squares.tolist() == [27, 48]
 
 
-def test_a_linear_behind_another_sees_the_outputs_of_that_one():
+def test_a_linear_after_another_sees_its_outputs():
     layer = Attention()
     nn.init.eye_(layer.q.weight)
     assert watched(torch.tensor([[[3.0, 4.0]]]), module=layer)["o"].norms.tolist() == [3, 4, 0, 0]
@@ -69,20 +69,20 @@ def test_statistics_do_not_depend_on_how_tokens_are_batched():
         assert statistics.tokens == 192
 
 
-def test_many_small_bfloat16_batches_lose_none_of_the_tail():
+def test_many_small_bfloat16_batches_are_summed_without_loss():
     layer = Attention().bfloat16()
     ones = torch.ones(1, 1, 2, dtype=torch.bfloat16)
     assert watched(*[ones] * 1000, module=layer)["q"].sum_of_squares.tolist() == [1000, 1000]
 
 
-def test_a_long_bfloat16_batch_loses_none_of_the_tail():
+def test_a_long_bfloat16_batch_is_summed_without_loss():
     layer = Attention().bfloat16()
     assert watched(torch.ones(1, 5001, 2, dtype=torch.bfloat16), module=layer)[
         "q"
     ].sum_of_squares.tolist() == [5001, 5001]
 
 
-def test_a_total_beyond_what_float32_can_count_still_grows():
+def test_a_total_beyond_the_precision_of_float32_still_grows():
     statistics = InputStatistics.empty(1)
     statistics.add(torch.tensor([2.0**24]), tokens=1)
     for _ in range(3):
@@ -98,23 +98,23 @@ def test_large_float16_inputs_do_not_overflow():
     ]
 
 
-def test_nothing_is_watched_after_the_block():
+def test_hooks_are_removed_after_the_block():
     layer = Attention()
     statistics = watched(torch.ones(1, 1, 2), module=layer)
     layer(torch.ones(1, 1, 2))
     assert statistics["q"].tokens == 1
 
 
-def test_nothing_is_watched_after_an_error_either():
+def test_hooks_are_removed_after_an_error():
     layer = Attention()
-    with pytest.raises(KeyError), watching(layer, LINEARS) as statistics:
+    with pytest.raises(KeyError), collect_statistics(layer, LINEARS) as statistics:
         raise KeyError
     layer(torch.ones(1, 1, 2))
     assert statistics["q"].tokens == 0
 
 
-def test_only_the_linears_that_are_named_are_watched():
-    with torch.no_grad(), watching(layer := Attention(), LINEARS[:1]) as statistics:
+def test_only_named_linears_are_watched():
+    with torch.no_grad(), collect_statistics(layer := Attention(), LINEARS[:1]) as statistics:
         layer(torch.ones(1, 1, 2))
     assert statistics.keys() == {"q"}
 

@@ -6,7 +6,7 @@ import torch
 from layerwise.calibration.windows import consecutive_windows, part_bounds, random_windows, require_tokens
 
 
-def test_consecutive_windows_lie_side_by_side_and_the_tail_is_dropped():
+def test_consecutive_windows_are_adjacent_and_the_remainder_is_dropped():
     assert consecutive_windows(torch.arange(8), None, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -14,7 +14,7 @@ def test_fewer_consecutive_windows_are_the_first_ones():
     assert consecutive_windows(torch.arange(8), 1, 3).tolist() == [[0, 1, 2]]
 
 
-def test_random_windows_are_pieces_of_the_stream_that_never_overlap():
+def test_random_windows_are_parts_of_the_stream_and_never_overlap():
     for seed in range(50):
         windows = random_windows(torch.arange(1000), windows=30, seqlen=32, seed=seed)
         assert windows.shape == (30, 32)
@@ -27,7 +27,7 @@ def test_random_windows_start_anywhere_not_only_at_multiples_of_their_length():
     assert starts == set(range(91))
 
 
-def test_exactly_enough_tokens_are_enough_for_random_windows():
+def test_the_minimum_number_of_tokens_suffices_for_random_windows():
     for seed in range(50):
         assert random_windows(torch.arange(40), 4, 10, seed).sort(dim=0).values.flatten().tolist() == list(
             range(40)
@@ -55,7 +55,7 @@ def test_windows_do_not_share_memory_with_the_stream():
     assert stream.tolist() == list(range(8))
 
 
-def test_too_short_a_stream_is_an_error_with_the_count_needed():
+def test_a_stream_that_is_too_short_is_refused_with_the_tokens_needed():
     with pytest.raises(ValueError, match="has 39 tokens, but 4 x 10 = 40 are needed.*3 of 10 tokens fit"):
         random_windows(torch.arange(39), 4, 10, seed=0)
     with pytest.raises(ValueError, match="has 39 tokens, but 4 x 10 = 40 are needed"):
@@ -66,7 +66,7 @@ def test_too_short_a_stream_is_an_error_with_the_count_needed():
         consecutive_windows(torch.arange(9), None, 10)
 
 
-def test_a_stream_that_gives_fewer_windows_than_are_of_use_is_refused_without_the_advice_to_use_fewer():
+def test_the_advice_to_use_fewer_windows_is_given_only_if_it_helps():
     require_tokens(20, None, 10, least=2)
     with pytest.raises(
         ValueError, match="19 tokens, but 2 x 10 = 20 are needed. Use a longer text or shorter windows:"
@@ -75,7 +75,7 @@ def test_a_stream_that_gives_fewer_windows_than_are_of_use_is_refused_without_th
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 100, 304_986])
-def test_parts_that_meet_leave_out_no_token_and_share_none(tokens):
+def test_adjacent_parts_neither_omit_nor_share_a_token(tokens):
     edges = [0.0, 1 / 3, 0.5, 2 / 3, 1.0]
     bounds = [part_bounds(tokens, (start, end)) for start, end in zip(edges, edges[1:], strict=False)]
     assert [position for start, end in bounds for position in range(start, end)] == list(range(tokens))

@@ -1,4 +1,4 @@
-"""What is known of a model before any of its weights is read."""
+"""Properties of a model that are known without its weights."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ FAMILIES = ["llama", "llama-tied", "gemma2-window", "phi3", "opt-projected", "gp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_skeleton_has_no_weights_but_true_buffers(tiny_model, family):
+def test_a_skeleton_has_computed_buffers_but_no_weights(tiny_model, family):
     tiny = tiny_model(family)
     skeleton = build_skeleton(tiny.reference.config)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
@@ -54,13 +54,13 @@ def test_a_skeleton_takes_no_memory_for_a_model_of_70_billion_weights():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoder_layers_are_found_where_the_family_keeps_them(tiny_model, family):
+def test_the_decoder_layers_of_every_family_are_found(tiny_model, family):
     tiny = tiny_model(family)
     assert layer_prefix(build_skeleton(tiny.reference.config)) == tiny.layers_name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_expected_tensors_are_those_of_a_checkpoint(tiny_model, family):
+def test_expected_tensors_are_the_tensors_of_a_checkpoint(tiny_model, family):
     tiny = tiny_model(family)
     expected = expected_tensors(build_skeleton(tiny.reference.config))
     assert expected == {name: tuple(weight.shape) for name, weight in tiny.checkpoint.items()}
@@ -104,7 +104,7 @@ def test_a_linear_knows_its_size_and_the_name_of_its_weight():
     assert (linear.numel, linear.weight_name) == (1536, "mlp.up_proj.weight")
 
 
-def test_linears_in_lists_within_a_layer_are_found_under_their_full_names():
+def test_linears_in_lists_within_a_layer_are_found_with_their_full_names():
     layer = nn.ModuleDict(
         {"experts": nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)]), "norm": nn.LayerNorm(2)}
     )
@@ -129,7 +129,7 @@ def test_a_model_without_one_list_of_decoder_layers_is_refused_by_name():
         build_skeleton(small)
 
 
-def test_a_model_that_is_no_language_model_is_refused_by_name():
+def test_a_model_that_is_not_a_language_model_is_refused_by_name():
     with pytest.raises(UnsupportedModel, match="no causal language model for 'vit'"):
         build_skeleton(ViTConfig())
 
@@ -140,7 +140,7 @@ def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, famil
     positions = skeleton.config.max_position_embeddings
     require_positions(skeleton, positions)
     with pytest.raises(
-        ValueError, match=f"learned {positions} positions, and a window has {positions + 1} tokens"
+        ValueError, match=f"a window has {positions + 1} tokens, but .* learned {positions} positions"
     ):
         require_positions(skeleton, positions + 1)
 
@@ -155,7 +155,7 @@ def test_windows_longer_than_the_learned_positions_are_refused(tiny_model, famil
 )
 def test_windows_longer_than_a_computed_table_of_positions_are_refused(config):
     require_positions(build_outline(config), 16)
-    with pytest.raises(ValueError, match="16 positions, and a window has 17 tokens"):
+    with pytest.raises(ValueError, match="a window has 17 tokens, but .* 16 positions"):
         require_positions(build_outline(config), 17)
 
 
@@ -186,7 +186,7 @@ def rope(**settings) -> dict:
     ],
     ids=["within", "beyond", "yarn within", "yarn beyond", "linear beyond", "linear within", "llama3 beyond"],
 )
-def test_windows_beyond_rotary_positions_are_warned_of_once(caplog, seqlen, settings, warned):
+def test_windows_beyond_rotary_positions_cause_one_warning(caplog, seqlen, settings, warned):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     config = LlamaConfig(**small, max_position_embeddings=256, **settings)
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_windows_beyond_rotary_positions_are_warned_of_once(caplog, seqlen, sett
     )
 
 
-def test_alibi_has_no_end(caplog):
+def test_alibi_has_no_limit(caplog):
     config = FalconConfig(
         hidden_size=32, num_attention_heads=4, num_hidden_layers=2, alibi=True, max_position_embeddings=16
     )
@@ -216,7 +216,7 @@ def test_a_multimodal_model_is_refused_by_name(config_class):
         build_skeleton(config_class())
 
 
-def test_an_encoder_is_refused_unless_it_was_made_a_decoder():
+def test_an_encoder_is_refused_unless_it_is_configured_as_a_decoder():
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     with pytest.raises(UnsupportedModel, match="bert is an encoder"):
         build_skeleton(BertConfig(**small))

@@ -1,4 +1,4 @@
-"""The streamed model computes what the model of transformers computes."""
+"""The streamed model computes the same as the transformers model."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ FAMILIES = [
 
 
 def through_all_layers(model: StreamedModel, layers, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits, one layer at a time."""
+    """Return the logits, computed one layer at a time."""
     hidden_states = model.embed(input_ids)
     for index, weights in enumerate(layers):
         with model.loaded(index, weights) as layer:
@@ -49,11 +49,11 @@ def test_logits_are_those_of_the_whole_model(tiny_model, random_windows_of, fami
     tiny, input_ids = tiny_model(family), random_windows_of(3)
     expected = reference_logits(tiny.reference, input_ids)
     logits = through_all_layers(tiny.streamed(), tiny.layers(), input_ids)
-    assert expected.std() > 0.3  # or a small difference would show nothing
+    assert expected.std() > 0.3  # otherwise a small difference would prove nothing
     assert (logits - expected).abs().max() <= 1e-4
 
 
-def test_a_configuration_that_asks_for_other_outputs_changes_nothing(tiny_model, random_windows_of):
+def test_a_configuration_that_requests_other_outputs_changes_nothing(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(3)
     expected = reference_logits(tiny.reference, input_ids)
     asked = {"return_dict": False, "output_hidden_states": True, "use_cache": True}
@@ -85,9 +85,7 @@ def test_a_model_of_a_single_layer_is_streamed_like_any_other(tiny_model, random
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2-window", "opt", "gpt2"])
-def test_weights_are_cast_to_the_dtype_that_the_model_computes_in(
-    tiny_model, random_windows_of, family, dtype
-):
+def test_weights_are_converted_to_the_dtype_of_the_computation(tiny_model, random_windows_of, family, dtype):
     tiny, input_ids = tiny_model(family), random_windows_of(2)
     logits = through_all_layers(tiny.streamed(dtype), tiny.layers(), input_ids)
     expected = reference_logits(tiny.cast(dtype), input_ids)
@@ -138,7 +136,7 @@ def test_hidden_states_need_not_have_been_embedded_by_the_same_process(
     "family",
     ["llama", "gpt-neox", "falcon", "bloom"],
 )
-def test_norm_and_head_need_no_layer_to_have_run_in_the_same_process(
+def test_norm_and_head_work_in_a_process_that_ran_no_layer(
     tiny_model, random_windows_of, layer_outputs, family
 ):
     tiny, input_ids = tiny_model(family), random_windows_of(3)
@@ -148,7 +146,7 @@ def test_norm_and_head_need_no_layer_to_have_run_in_the_same_process(
     assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
-def test_what_was_embedded_last_does_not_change_what_a_layer_does(tiny_model, random_windows_of):
+def test_the_output_of_a_layer_does_not_depend_on_the_last_embedding(tiny_model, random_windows_of):
     tiny = tiny_model("gemma2-window")
     model, weights = tiny.streamed(), tiny.layers()[0]
     states = model.embed(random_windows_of(2, seed=0))
@@ -168,7 +166,7 @@ def test_windows_of_another_length_get_their_own_masks_and_positions(tiny_model,
         assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
-def test_a_layers_weights_are_let_go_after_the_block(tiny_model):
+def test_the_weights_of_a_layer_are_released_after_the_block(tiny_model):
     tiny = tiny_model()
     model, weights = tiny.streamed(), tiny.layers()[1]
     with model.loaded(1, weights) as layer:
@@ -176,7 +174,7 @@ def test_a_layers_weights_are_let_go_after_the_block(tiny_model):
     assert all(parameter.is_meta for parameter in model.layers.parameters())
 
 
-def test_a_layers_weights_are_let_go_after_an_error_too(tiny_model):
+def test_the_weights_of_a_layer_are_released_after_an_error(tiny_model):
     tiny = tiny_model()
     model = tiny.streamed()
     with pytest.raises(KeyError), model.loaded(0, tiny.layers()[0]):
@@ -186,7 +184,7 @@ def test_a_layers_weights_are_let_go_after_an_error_too(tiny_model):
 
 @pytest.mark.parametrize("family", ["gpt-neo", "llama", "bloom"])
 def test_buffers_outlive_the_weights(tiny_model, random_windows_of, family):
-    """GPT-Neo computes its local mask once, in the layer's buffer, when the layer is built."""
+    """GPT-Neo computes its local mask in a buffer of the layer when the layer is built."""
     tiny, input_ids = tiny_model(family), random_windows_of(2)
     model = tiny.streamed()
     through_all_layers(model, tiny.layers(), input_ids)
@@ -205,7 +203,7 @@ def test_a_change_to_the_given_weights_changes_the_layer(tiny_model, random_wind
         assert torch.equal(model.run_layer(0, layer, states), states)  # only the residual stream is left
 
 
-def test_the_embedding_can_be_let_go_and_comes_back_when_it_is_needed(tiny_model, random_windows_of):
+def test_the_embedding_can_be_released_and_is_loaded_again_when_needed(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(2)
     model = tiny.streamed()
     before = model.embed(input_ids)
@@ -227,7 +225,7 @@ def test_layers_run_and_losses_are_taken_without_the_embedding(tiny_model, rando
     assert model.model.get_input_embeddings().weight.is_meta
 
 
-def test_a_tied_embedding_is_not_let_go_because_it_is_the_head(tiny_model, random_windows_of):
+def test_a_tied_embedding_is_not_released_because_it_is_the_head(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model("llama-tied"), random_windows_of(2)
     model = tiny.streamed()
     model.embed(input_ids)
@@ -236,7 +234,7 @@ def test_a_tied_embedding_is_not_let_go_because_it_is_the_head(tiny_model, rando
     assert (logits - reference_logits(tiny.reference, input_ids)).abs().max() <= 1e-4
 
 
-def test_missing_weights_outside_of_the_layers_are_named(tiny_model):
+def test_missing_weights_outside_the_layers_are_named(tiny_model):
     tiny = tiny_model()
     outer = tiny.outer()
     del outer["model.norm.weight"], outer["lm_head.weight"]
@@ -250,7 +248,7 @@ def test_missing_weights_of_a_layer_are_named_and_the_model_stays_usable(tiny_mo
     incomplete = tiny.layers()[2]
     del incomplete["mlp.up_proj.weight"]
     with (
-        pytest.raises(ValueError, match=r"layer 2 got no weights for mlp\.up_proj\.weight"),
+        pytest.raises(ValueError, match=r"layer 2 has no weights for mlp\.up_proj\.weight"),
         model.loaded(2, incomplete),
     ):
         pytest.fail("the layer was handed out")
@@ -263,30 +261,30 @@ def test_a_missing_trained_buffer_of_a_layer_is_named(tiny_model):
     incomplete = tiny.layers()[2]
     del incomplete["layer_scalar"]
     with (
-        pytest.raises(ValueError, match="layer 2 got no weights for layer_scalar"),
+        pytest.raises(ValueError, match="layer 2 has no weights for layer_scalar"),
         tiny.streamed().loaded(2, incomplete),
     ):
         pass
 
 
-def test_a_layer_does_not_keep_what_an_earlier_layer_had(tiny_model):
+def test_a_layer_does_not_keep_the_weights_of_an_earlier_layer(tiny_model):
     tiny = tiny_model()
     model = tiny.streamed()
     with model.loaded(0, tiny.layers()[0]):
         pass
-    with pytest.raises(ValueError, match="layer 0 got no weights for .*self_attn"), model.loaded(0, {}):
+    with pytest.raises(ValueError, match="layer 0 has no weights for .*self_attn"), model.loaded(0, {}):
         pytest.fail("the layer was handed out")
 
 
-def test_a_model_whose_layers_look_at_the_tokens_is_refused_by_name(tiny_model, random_windows_of):
-    """Gemma-4's small models feed every layer an embedding of the tokens of its own."""
+def test_a_model_whose_layers_depend_on_the_tokens_is_refused_by_name(tiny_model, random_windows_of):
+    """In Gemma-4's small models every layer has its own embedding of the tokens."""
     tiny = tiny_model("gemma4", hidden_size_per_layer_input=8, vocab_size_per_layer_input=61)
     with pytest.raises(UnsupportedModel, match="gemma4_text"):
         tiny.streamed().embed(random_windows_of(2))
 
 
-def test_a_model_whose_layers_do_not_keep_the_shape_of_the_windows_is_refused_by_name(random_windows_of):
-    """CPM-Ant puts prompt tokens of its own in front of every window."""
+def test_a_model_whose_layers_change_the_shape_of_the_windows_is_refused_by_name(random_windows_of):
+    """CPM-Ant inserts its own prompt tokens before every window."""
     config = CpmAntConfig(
         hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=4, vocab_size=61
     )
@@ -296,17 +294,17 @@ def test_a_model_whose_layers_do_not_keep_the_shape_of_the_windows_is_refused_by
         StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(2))
 
 
-def test_a_model_that_hands_more_than_hidden_states_from_layer_to_layer_is_refused_by_name(random_windows_of):
-    """RWKV passes a state on."""
+def test_a_model_that_passes_more_than_hidden_states_between_layers_is_refused_by_name(random_windows_of):
+    """RWKV passes a state from layer to layer."""
     config = RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61)
     reference = AutoModelForCausalLM.from_config(config)
     outer = {name: weight for name, weight in reference.state_dict().items() if ".blocks." not in name}
-    with pytest.raises(UnsupportedModel, match="rwkv hands more from layer to layer"):
+    with pytest.raises(UnsupportedModel, match="rwkv passes more than hidden states"):
         StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(3))
 
 
-def test_a_new_shape_does_not_bring_the_embedding_back(tiny_model, random_windows_of, layer_outputs):
-    """A run that goes on from the middle embeds nothing; a large vocabulary's embedding takes gigabytes."""
+def test_a_new_shape_does_not_load_the_embedding_permanently(tiny_model, random_windows_of, layer_outputs):
+    """A resumed run does not embed windows, and the embedding of a large vocabulary needs gigabytes."""
     tiny, model = tiny_model(), tiny_model().streamed()
     model.release_embedding()
     states = layer_outputs(tiny.reference, tiny.layers_name, random_windows_of(2))[0]

@@ -1,4 +1,4 @@
-"""ALPS, by eye, against all supports of tiny weights, and against least squares."""
+"""ALPS, by hand, compared with all supports of tiny weights, and compared with least squares."""
 
 from itertools import combinations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.pruners.alps import ALPS
-from layerwise.pruners.conjugate_gradient import refit
+from layerwise.pruners.alps import ALPS, refit
 from layerwise.pruners.masks import removal_levels
 from layerwise.pruners.sparsegpt import SparseGPT
 
@@ -15,7 +14,7 @@ EXACT = ALPS(damping=0, refit_steps=32)
 
 
 def correlated(tokens: int, in_features: int, seed: int = 0) -> Tensor:
-    """Inputs of very different size that have a lot in common, shape ``(tokens, in_features)``."""
+    """Return strongly correlated inputs of very different size, shape ``(tokens, in_features)``."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(tokens, in_features, generator=generator) @ torch.randn(
         in_features, in_features, generator=generator
@@ -34,13 +33,13 @@ def pruned(
 
 
 def error(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
-    """Squared change of the outputs, as a fraction of the squared outputs."""
+    """Return the squared change of the outputs, as a fraction of the squared outputs."""
     outputs, change = inputs.double() @ weight.double().T, inputs.double() @ (weight - sparse).double().T
     return float(change.square().sum() / outputs.square().sum())
 
 
 def least_squares(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
-    """The best weight with zeros outside of ``kept``, row by row."""
+    """Return the best weight with zeros outside ``kept``, row by row."""
     best = torch.zeros_like(weight, dtype=torch.float64)
     for row, kept_in_row, dense in zip(best, kept, weight.double(), strict=True):
         row[kept_in_row] = torch.linalg.lstsq(
@@ -50,11 +49,11 @@ def least_squares(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, inputs: Tensor, count: int, by_row: bool) -> Tensor:
-    """Mask of the entries of least ``|w|`` times input norm."""
+    """Return the mask of the entries with the smallest ``|w|`` times input norm."""
     return removal_levels(weight, lambda rows: rows.abs() * inputs.norm(dim=0), [count], by_row=by_row) == 0
 
 
-def test_the_weight_of_an_equal_input_takes_over_what_was_removed():
+def test_the_weight_of_an_equal_input_replaces_a_removed_weight():
     # Both inputs are the same: w' = (0, 2) would be exact. Damping 1 / 100 stops the second one at 1 + 1 / 1.01.
     inputs = torch.tensor([[3.0, 3.0], [4.0, 4.0]])
     assert pruned(torch.tensor([[1.0, 1.0]]), inputs, 1).tolist() == [[0, pytest.approx(2)]]
@@ -62,15 +61,15 @@ def test_the_weight_of_an_equal_input_takes_over_what_was_removed():
     assert damped.tolist() == [[0, pytest.approx(1 + 1 / 1.01)]]
 
 
-def test_removing_costs_nothing_if_the_other_weights_can_stand_in():
-    # The third input is the sum of the first two, which are unrelated: 3 x3 = 3 x1 + 3 x2.
+def test_removal_costs_nothing_if_the_other_weights_can_replace_it():
+    # The third input is the sum of the first two, which are uncorrelated: 3 x3 = 3 x1 + 3 x2.
     inputs = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]] * 2)
     sparse = pruned(torch.tensor([[1.0, 2.0, 3.0]]), inputs, 1)
     assert error(torch.tensor([[1.0, 2.0, 3.0]]), sparse, inputs) < 1e-10
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 16, 31, 32])
-def test_with_unrelated_inputs_the_smallest_contributions_go_and_the_others_keep_their_value(count):
+def test_with_uncorrelated_inputs_the_smallest_contributions_are_removed_and_the_others_do_not_change(count):
     weight = random_weight(4, 8)
     norms = torch.arange(1, 9).float()
     sparse = ALPS().prune(weight, ALPS().prepare(norms.square().diag(), tokens=5), count)
@@ -87,14 +86,14 @@ def test_rows_that_matter_less_lose_more():
     assert sparse.tolist() == [[10, 20], [0, 0]]
 
 
-def test_of_equal_weights_the_first_ones_go():
+def test_of_equal_weights_the_first_are_removed():
     prepared = ALPS().prepare(torch.eye(4), tokens=1)
     assert ALPS().prune(torch.ones(2, 4), prepared, 5).tolist() == [[0] * 4, [0, 1, 1, 1]]
     assert ALPS().prune(torch.ones(2, 4), prepared, 4, group=2).tolist() == [[0, 1, 0, 1]] * 2
 
 
 @pytest.mark.parametrize("rows, count", [(1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (2, 5)])
-def test_on_tiny_weights_the_error_is_near_that_of_the_best_of_all_supports(rows, count):
+def test_on_tiny_weights_the_error_is_close_to_that_of_the_best_support(rows, count):
     ratios = []
     for seed in range(10):
         weight, inputs = random_weight(rows, 4, seed), correlated(30, 4, seed)
@@ -104,17 +103,19 @@ def test_on_tiny_weights_the_error_is_near_that_of_the_best_of_all_supports(rows
             kept[list(removed)] = False
             supports.append(error(weight, least_squares(weight, inputs, kept.reshape(rows, 4)), inputs))
         ratios.append(error(weight, pruned(weight, inputs, count), inputs) / min(supports))
-    assert sorted(ratios)[7] == pytest.approx(1, abs=1e-3)  # eight of ten are the best there is
+    assert sorted(ratios)[7] == pytest.approx(
+        1, abs=1e-3
+    )  # in eight of ten cases the support is the best one
     assert max(ratios) < 3
 
 
-def test_the_weights_that_stay_are_the_solution_of_least_squares():
+def test_the_remaining_weights_solve_the_least_squares_problem():
     weight, inputs = random_weight(1, 12), correlated(100, 12)
     sparse = pruned(weight, inputs, 7)
     assert torch.allclose(sparse.double(), least_squares(weight, inputs, sparse != 0), rtol=1e-3, atol=1e-4)
 
 
-def test_every_step_of_the_fit_lowers_the_error_or_leaves_it_and_moves_only_what_is_kept():
+def test_no_step_of_the_fit_raises_the_error_and_only_kept_weights_change():
     change, inputs = random_weight(6, 12), correlated(100, 12)
     before, gram, removed = change.clone(), inputs.T @ inputs, random_weight(6, 12, seed=1) < 0
     gram = gram / gram.diagonal().sqrt() / gram.diagonal().sqrt()[:, None]
@@ -128,7 +129,7 @@ def test_every_step_of_the_fit_lowers_the_error_or_leaves_it_and_moves_only_what
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_the_error_is_clearly_less_than_that_of_wanda_and_of_sparsegpt(sparsity):
+def test_the_error_is_clearly_lower_than_that_of_wanda_and_of_sparsegpt(sparsity):
     weight, inputs = random_weight(48, 64), correlated(1000, 64)
     count = round(sparsity * weight.numel())
     found = error(weight, pruned(weight, inputs, count, pruner=ALPS()), inputs)
@@ -140,7 +141,7 @@ def test_the_error_is_clearly_less_than_that_of_wanda_and_of_sparsegpt(sparsity)
 
 @pytest.mark.parametrize("count", [1, 150, 301, 450, 590])
 @pytest.mark.parametrize("kind", ["unrelated", "correlated", "few tokens", "common mean"])
-def test_the_error_is_never_more_than_that_of_wanda_s_mask_with_the_others_fitted(kind, count):
+def test_the_error_never_exceeds_that_of_wandas_mask_with_the_others_fitted(kind, count):
     noise = torch.randn(400, 30, generator=torch.Generator().manual_seed(2))
     inputs = {
         "unrelated": noise,
@@ -155,7 +156,7 @@ def test_the_error_is_never_more_than_that_of_wanda_s_mask_with_the_others_fitte
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 17, 100, 101, 159, 160])
-def test_exactly_as_many_weights_go_as_were_asked_for(count):
+def test_exactly_the_requested_number_of_weights_is_removed(count):
     sparse = pruned(random_weight(10, 16), correlated(50, 16), count)
     assert int((sparse == 0).sum()) == count
 
@@ -167,7 +168,7 @@ def test_with_a_pattern_every_group_of_every_row_loses_the_same_number(group, ea
     assert ((sparse == 0).reshape(-1, group).sum(dim=1) == each).all()
 
 
-def test_with_a_pattern_the_error_is_less_than_that_of_sparsegpt():
+def test_with_a_pattern_the_error_is_lower_than_that_of_sparsegpt():
     weight, inputs = random_weight(48, 64), correlated(1000, 64)
     sparse, rival = (pruned(weight, inputs, 48 * 32, 4, pruner) for pruner in (ALPS(), SparseGPT()))
     assert error(weight, sparse, inputs) < 0.8 * error(weight, rival, inputs)
@@ -190,7 +191,7 @@ def test_the_scale_of_the_inputs_does_not_matter(scale):
     assert torch.allclose(sparse, other, rtol=1e-3, atol=1e-4)
 
 
-def test_an_input_that_is_always_zero_loses_its_weights_first_and_has_no_bearing_on_the_others():
+def test_the_weights_of_a_zero_input_are_removed_first_and_do_not_affect_the_others():
     weight, inputs = random_weight(5, 9), correlated(50, 9)
     inputs[:, 3] = 0
     others = [index for index in range(9) if index != 3]
@@ -201,7 +202,7 @@ def test_an_input_that_is_always_zero_loses_its_weights_first_and_has_no_bearing
     assert torch.allclose(sparse[:, others], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_of_an_input_that_is_always_zero_stay_as_they_are_if_they_stay():
+def test_the_remaining_weights_of_a_zero_input_do_not_change():
     weight, inputs = random_weight(5, 9), correlated(50, 9)
     inputs[:, 3] = 0
     expected = weight.clone()
@@ -219,7 +220,7 @@ def test_a_weight_of_low_precision_is_rounded_once_at_the_end(dtype):
 
 
 @pytest.mark.parametrize("group", [None, 4])
-def test_inverses_that_are_not_kept_give_the_same_weights(monkeypatch, group):
+def test_recomputed_inverses_give_the_same_weights(monkeypatch, group):
     weight, inputs = random_weight(10, 16), correlated(50, 16)
     kept = pruned(weight, inputs, 80, group)
     monkeypatch.setattr("layerwise.pruners.alps.KEPT_INPUTS", 15)
@@ -227,7 +228,7 @@ def test_inverses_that_are_not_kept_give_the_same_weights(monkeypatch, group):
     assert torch.equal(pruned(weight, inputs, 80, group), kept)
 
 
-def test_one_preparation_serves_any_order_of_sparsities_and_nothing_is_changed():
+def test_one_preparation_serves_all_sparsities_and_inputs_are_left_unchanged():
     weight, inputs = random_weight(10, 16), correlated(50, 16)
     gram = inputs.T @ inputs
     before = weight.clone(), gram.clone()
@@ -242,28 +243,28 @@ def test_one_preparation_serves_any_order_of_sparsities_and_nothing_is_changed()
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"damping": -0.1}, "damping is -0.1; it is a fraction"),
+        ({"damping": -0.1}, "damping is -0.1; it must be 0 or more"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"rho": 0.0}, "rho is 0; it must be positive"),
         ({"rho": float("inf")}, "rho is inf"),
-        ({"levels": 0}, "levels is 0; it must be at least 1"),
-        ({"iterations": 0}, "iterations is 0; it must be at least 1"),
-        ({"refit_steps": -1}, "refit_steps is -1; it must be at least 0"),
+        ({"levels": 0}, "levels is 0; it must be from 1"),
+        ({"iterations": 0}, "iterations is 0; it must be from 1"),
+        ({"refit_steps": -1}, "refit_steps is -1; it must be from 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ALPS(**settings)
 
 
-def test_second_moments_that_are_none_are_refused():
+def test_invalid_second_moments_are_refused():
     with pytest.raises(ValueError, match="from 0 tokens and 0 of 2 inputs are not finite. Pass at least one"):
         ALPS().prepare(torch.zeros(2, 2), tokens=0)
     with pytest.raises(ValueError, match="1 of 2 inputs are not finite.*compute in bfloat16"):
         ALPS().prepare(torch.tensor([[float("inf"), 0.0], [0.0, 1.0]]), tokens=3)
 
 
-def test_a_matrix_that_is_no_sum_of_squares_is_refused(monkeypatch):
+def test_a_matrix_that_is_not_a_sum_of_squares_is_refused(monkeypatch):
     impossible = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     with pytest.raises(ValueError, match="2 inputs is not positive definite with damping 0.01 and rho 0.1"):
         ALPS().prepare(impossible, tokens=3)
@@ -275,18 +276,18 @@ def test_a_matrix_that_is_no_sum_of_squares_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "shape, count, group, message",
     [
-        ((2, 3), 1, None, r"shape \(2, 3\) was given what was prepared of 4 inputs"),
+        ((2, 3), 1, None, r"shape \(2, 3\) does not match second moments of 4 inputs"),
         ((2, 4), -1, None, "cannot remove -1 of 8 weights"),
         ((2, 4), 9, None, "cannot remove 9 of 8 weights"),
         ((2, 4), 3, 3, "4 inputs cannot be split into groups of 3"),
-        ((2, 4), 3, 4, "3 of 8 weights are 1.5 of every 4"),
+        ((2, 4), 3, 4, "removes 1.5 of every 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, count, group, message):
+def test_weights_and_counts_that_do_not_match_are_refused(shape, count, group, message):
     with pytest.raises(ValueError, match=message):
         ALPS().prune(torch.ones(shape), ALPS().prepare(torch.eye(4), tokens=1), count, group)
 
 
 def test_weights_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="entries that are not finite"):
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
         ALPS().prune(torch.tensor([[1.0, float("nan")]]), ALPS().prepare(torch.eye(2), tokens=1), 1)

@@ -1,4 +1,4 @@
-"""Magnitude pruning looks at the whole matrix and at nothing else."""
+"""Magnitude pruning compares all weights of the matrix and ignores the inputs."""
 
 import torch
 
@@ -6,13 +6,13 @@ from layerwise.calibration.statistics import InputStatistics
 from layerwise.pruners.magnitude import Magnitude
 
 
-def test_the_smallest_weights_of_the_whole_matrix_go_first_whatever_their_sign():
+def test_the_smallest_weights_of_the_matrix_are_removed_first_regardless_of_sign():
     weight = torch.tensor([[0.1, -0.2, 0.3], [-4.0, 5.0, -6.0]])
     levels = Magnitude().removal_levels(weight, InputStatistics.empty(3), [2, 4])
     assert levels.tolist() == [[0, 0, 1], [1, 2, 2]]
 
 
-def test_inputs_are_not_looked_at():
+def test_inputs_are_ignored():
     weight = torch.tensor([[1.0, 0.1]])
     inputs = InputStatistics.empty(2)
     inputs.add(torch.tensor([1.0, 1e8]), tokens=1)
@@ -27,7 +27,7 @@ def test_counts_are_exact_in_bfloat16_where_many_weights_are_equal():
     assert [int((levels <= index).sum()) for index in range(5)] == counts
 
 
-def test_no_weight_that_is_kept_is_smaller_than_one_that_goes():
+def test_every_kept_weight_is_at_least_as_large_as_every_removed_one():
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     removed = Magnitude().removal_levels(weight, InputStatistics.empty(32), [300]) == 0
     assert weight[removed].abs().max() < weight[~removed].abs().min()

@@ -1,4 +1,4 @@
-"""Exact counts, whatever the scores."""
+"""Masks have exact counts for any scores."""
 
 import random
 
@@ -10,7 +10,7 @@ from layerwise.pruners.masks import lowest, removal_levels
 
 
 def levels_of(scores: Tensor, counts: list[int], by_row: bool) -> Tensor:
-    """The levels of weights that are their own scores."""
+    """Return the levels of weights that are their own scores."""
     return removal_levels(scores, lambda weights: weights, counts, by_row)
 
 
@@ -22,7 +22,7 @@ def random_scores(rows: int, columns: int, ties: bool = False) -> Tensor:
 
 
 def removed_one_by_one(row: list[float], count: int) -> list[bool]:
-    """Take the smallest entry, the first one of equal ones, ``count`` times."""
+    """Remove the smallest entry (of equal ones the first) ``count`` times."""
     left = list(enumerate(row))
     for _ in range(count):
         left.remove(min(left, key=lambda entry: (entry[1], entry[0])))
@@ -30,23 +30,23 @@ def removed_one_by_one(row: list[float], count: int) -> list[bool]:
     return [index not in kept for index in range(len(row))]
 
 
-def test_the_lowest_scores_of_each_row_go_first():
+def test_the_lowest_scores_of_each_row_are_removed_first():
     scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [10.0, 40.0, 20.0, 30.0]])
     assert levels_of(scores, [2, 4, 8], by_row=True).tolist() == [[2, 0, 2, 1], [0, 2, 1, 2]]
 
 
-def test_the_lowest_scores_of_the_matrix_go_first_whatever_their_row():
+def test_the_lowest_scores_of_the_matrix_are_removed_first_regardless_of_row():
     scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [10.0, 40.0, 20.0, 30.0]])
     assert levels_of(scores, [3, 5], by_row=False).tolist() == [[1, 0, 0, 0], [1, 2, 2, 2]]
 
 
-def test_of_equal_scores_the_first_ones_go_first():
+def test_of_equal_scores_the_first_are_removed_first():
     equal = torch.ones(2, 4)
     assert (levels_of(equal, [4], by_row=True) == 0).tolist() == [[True, True, False, False]] * 2
     assert (levels_of(equal, [3], by_row=False) == 0).tolist() == [[True, True, True, False], [False] * 4]
 
 
-def test_what_is_left_over_by_the_rows_goes_from_the_first_rows():
+def test_the_remainder_is_removed_from_the_first_rows():
     equal = torch.ones(3, 4)
     assert (levels_of(equal, [5], by_row=True) == 0).sum(dim=1).tolist() == [2, 2, 1]
 
@@ -72,7 +72,7 @@ def test_rows_differ_by_at_most_one_weight(ties):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_masks_are_those_of_removing_one_weight_after_the_other(by_row, ties):
+def test_masks_are_those_of_removing_weights_one_by_one(by_row, ties):
     rows, columns = 5, 6
     scores = random_scores(rows, columns, ties)
     for count in range(rows * columns + 1):
@@ -88,7 +88,7 @@ def test_masks_are_those_of_removing_one_weight_after_the_other(by_row, ties):
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_several_counts_at_once_are_the_counts_one_by_one(by_row):
+def test_several_counts_at_once_give_the_masks_of_each_count_alone(by_row):
     scores, dice = random_scores(8, 16, ties=True), random.Random(0)
     for _ in range(20):
         counts = sorted(dice.choices(range(129), k=6))
@@ -101,13 +101,13 @@ def test_equal_counts_share_the_first_level():
     assert levels_of(torch.tensor([[2.0, 1.0]]), [0, 1, 1, 2, 2], by_row=True).tolist() == [[3, 1]]
 
 
-def test_no_count_removes_nothing():
+def test_zero_counts_remove_nothing():
     assert levels_of(torch.ones(2, 2), [], by_row=True).tolist() == [[0, 0], [0, 0]]
     assert levels_of(torch.ones(2, 2), [0], by_row=False).tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_as_many_as_255_counts_fit_into_a_byte(by_row):
+def test_255_counts_fit_into_a_byte(by_row):
     scores = random_scores(16, 32)
     levels = levels_of(scores, list(range(1, 511, 2)), by_row)
     assert int((levels <= 254).sum()) == 509
@@ -139,7 +139,7 @@ def test_rows_without_columns_have_nothing_to_remove(rows):
     assert levels_of(torch.empty(rows, 0), [0, 0], by_row=True).shape == (rows, 0)
 
 
-def test_no_rows_have_nothing_to_remove():
+def test_zero_rows_have_nothing_to_remove():
     assert levels_of(torch.empty(0, 4), [0, 0], by_row=True).shape == (0, 4)
 
 
@@ -151,8 +151,8 @@ def test_a_single_row_or_column_is_a_matrix_too(by_row):
 
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("counts", [[-1], [5], [3, 2], [-1, 2], [0, 5], [1] * 256])
-def test_counts_that_make_no_sense_are_refused(counts, by_row):
-    with pytest.raises(ValueError, match="of 4 weights in turn: the counts must be ascending, within"):
+def test_invalid_counts_are_refused(counts, by_row):
+    with pytest.raises(ValueError, match="are invalid for a matrix of 4 weights. Pass at most 255 ascending"):
         levels_of(torch.ones(2, 2), counts, by_row)
 
 
@@ -164,7 +164,7 @@ def test_weights_are_left_unchanged():
     assert torch.equal(scores, before)
 
 
-def test_the_lowest_are_marked_and_of_equal_ones_the_first():
+def test_the_lowest_scores_are_marked_and_of_equal_ones_the_first():
     scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 1.0]])
     assert lowest(scores, 0).sum() == 0
     assert lowest(scores, 2).tolist() == [[False, True, False], [True, False, False]]
@@ -180,7 +180,7 @@ def test_in_groups_every_group_loses_the_same_number():
 
 @pytest.mark.parametrize(
     ("count", "group", "named"),
-    [(4, 3, "4 inputs cannot be split into groups of 3"), (3, 2, "no whole number")],
+    [(4, 3, "4 inputs cannot be split into groups of 3"), (3, 2, "not an integer")],
 )
 def test_counts_and_inputs_that_do_not_fit_the_groups_are_refused(count, group, named):
     with pytest.raises(ValueError, match=named):

@@ -1,4 +1,4 @@
-"""SparseGPT against least squares, against its definition column by column, and with exact counts."""
+"""SparseGPT compared with least squares and with its definition column by column, and exact counts."""
 
 import math
 from fractions import Fraction
@@ -15,7 +15,7 @@ TOKENS = 200
 def random_case(
     out_features: int, in_features: int, tokens: int = TOKENS, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A weight, and correlated inputs, one token per row."""
+    """Return a weight, and correlated inputs with one token per row."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(in_features, in_features, generator=generator) + torch.eye(in_features)
     inputs = torch.randn(tokens, in_features, generator=generator) @ mixing
@@ -39,10 +39,10 @@ def damped_hessian(inputs: Tensor, damping: float) -> Tensor:
 def one_column_at_a_time(
     weight: Tensor, inputs: Tensor, removed: Tensor | None, in_group: tuple[int, int] = (0, 1)
 ) -> Tensor:
-    """Optimal brain surgeon from left to right: without a factorisation, blocks or delayed corrections.
+    """Run optimal brain surgeon from left to right, without a factorization, blocks or delayed corrections.
 
-    What is left of a row after column ``k`` is corrected with the inverse of the Hessian of the columns from ``k``
-    on. Without a mask, N of every M weights go (``in_group``), chosen where their group begins.
+    The columns after ``k`` are corrected with the inverse of the Hessian of the columns from ``k``. Without a mask, N
+    of every M weights are removed (``in_group``), selected at the start of their group.
     """
     weight, hessian = weight.double().clone(), damped_hessian(inputs, 0.01)
     inverses = [torch.linalg.inv(hessian[column:, column:]) for column in range(len(hessian))]
@@ -60,7 +60,7 @@ def one_column_at_a_time(
     return weight
 
 
-def test_the_others_make_up_for_a_removed_weight_by_hand():
+def test_the_correction_of_a_removed_weight_by_hand():
     # The inputs are x and x + y: with w = (1, 3), the output is 4 x + 3 y. Without the first weight, v (x + y) comes
     # closest with v = 3.5, x and y being orthogonal and of one length.
     inputs = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
@@ -71,8 +71,8 @@ def test_the_others_make_up_for_a_removed_weight_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("removed", [1, 2])
-def test_what_is_left_behind_the_removed_columns_is_the_least_squares_optimum(seed, removed):
-    """Corrections only go to the right, so the optimum is reached where nothing left of a removed weight stays."""
+def test_the_columns_after_the_removed_ones_are_the_least_squares_optimum(seed, removed):
+    """Corrections only affect columns to the right, so the optimum needs all columns to the left to be removed."""
     weight, inputs = random_case(1, 3, seed=seed)
     weight[0, :removed] *= 0.01
     result = pruned(weight, inputs, removed, damping=1e-7)
@@ -86,7 +86,7 @@ def test_what_is_left_behind_the_removed_columns_is_the_least_squares_optimum(se
     assert all(output_error(weight, result + nudge, inputs) > best for nudge in nudges)
 
 
-def test_columns_to_the_left_of_a_removed_one_stay_as_they_are():
+def test_columns_to_the_left_of_a_removed_one_do_not_change():
     weight, inputs = random_case(6, 5)
     weight[:, 3] *= 1e-4
     result = pruned(weight, inputs, 6)
@@ -95,18 +95,18 @@ def test_columns_to_the_left_of_a_removed_one_stay_as_they_are():
     assert not torch.equal(result[:, 4], weight[:, 4])
 
 
-def test_what_goes_first_is_what_the_columns_to_the_right_make_up_for_most_cheaply():
-    # Both weights are 1. The first input is 3 x, of which the second, 3 x + y, brings back most: it costs .9 of the
-    # 9 that its size would suggest. The last one has no column to its right: it costs 10.
+def test_weights_that_columns_to_the_right_can_replace_are_removed_first():
+    # Both weights are 1. The first input, 3 x, can mostly be replaced by the second, 3 x + y: removing it costs .9
+    # instead of the 9 that its size suggests. The last one has no column to its right: removing it costs 10.
     inputs = torch.tensor([[3.0, 3.0], [0.0, 1.0]])
     assert pruned(torch.tensor([[1.0, 1.0]]), inputs, 1, damping=1e-6)[0, 0] == 0
-    # 10 x .25 < 9 x .9: now the last one is cheaper than its input's size suggests, too.
+    # 10 x .25 < 9 x .9: now the last weight is removed first.
     result = pruned(torch.tensor([[3.0, 0.5]]), inputs, 1, damping=1e-6)
     assert result.tolist() == [[3, 0]]
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 46, 90, 91])
-def test_within_one_block_the_lowest_scores_of_the_definition_go(count):
+def test_within_one_block_the_lowest_scores_of_the_definition_are_removed(count):
     weight, inputs = random_case(7, 13)
     hessian = damped_hessian(inputs, 0.01)
     costs = [float(torch.linalg.inv(hessian[column:, column:])[0, 0]) for column in range(13)]
@@ -130,7 +130,7 @@ def test_blocks_and_delayed_corrections_are_exact(block_size, sparsity):
 
 @pytest.mark.parametrize("few, group", [(2, 4), (1, 4), (4, 8), (1, 2), (3, 3), (0, 4), (5, 12)])
 @pytest.mark.parametrize("block_size", [1, 5, 8, 24, 128])
-def test_a_pattern_is_chosen_from_the_corrected_weights_whatever_the_blocks(few, group, block_size):
+def test_a_pattern_is_chosen_from_the_corrected_weights_for_all_block_sizes(few, group, block_size):
     weight, inputs = random_case(10, 24, seed=2)
     result = pruned(weight, inputs, 240 * few // group, group, block_size=block_size)
     assert ((result == 0).reshape(10, -1, group).sum(dim=2) == few).all()
@@ -139,7 +139,7 @@ def test_a_pattern_is_chosen_from_the_corrected_weights_whatever_the_blocks(few,
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 13, 128])
-def test_counts_are_exact_and_dealt_evenly_to_the_blocks(block_size):
+def test_counts_are_exact_and_distributed_evenly_to_the_blocks(block_size):
     weight, inputs = random_case(7, 13)
     pruner = SparseGPT(block_size=block_size)
     prepared = pruner.prepare(inputs.T @ inputs, TOKENS)
@@ -152,7 +152,7 @@ def test_counts_are_exact_and_dealt_evenly_to_the_blocks(block_size):
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("group", [None, 10])
-def test_correcting_beats_the_same_mask_without_it(sparsity, group):
+def test_correction_lowers_the_error_of_the_same_mask(sparsity, group):
     weight, inputs = random_case(48, 60)
     result = pruned(weight, inputs, round(48 * 60 * sparsity), group, block_size=16)
     masked = weight * (result != 0)
@@ -190,7 +190,7 @@ def test_a_transposed_weight_is_pruned_like_a_copy_of_it_and_stays_transposed():
     assert expected.is_contiguous()
 
 
-def test_of_equal_scores_those_of_the_first_columns_go():
+def test_of_equal_scores_those_of_the_first_columns_are_removed():
     result = pruned(torch.ones(2, 3), torch.eye(3), 3)
     assert result.tolist() == [[0, 0, 1], [0, 1, 1]]
     assert pruned(torch.ones(2, 4), torch.eye(4), 4, group=2).tolist() == [[0, 1, 0, 1]] * 2
@@ -232,7 +232,7 @@ def test_the_unit_of_the_inputs_does_not_matter(scale):
     )
 
 
-def test_weights_of_an_input_that_never_fires_go_first_and_cost_nothing():
+def test_the_weights_of_a_zero_input_are_removed_first_and_cost_nothing():
     weight, inputs = random_case(4, 6)
     weight[:, 2] = 100
     inputs[:, 2] = 0
@@ -241,7 +241,7 @@ def test_weights_of_an_input_that_never_fires_go_first_and_cost_nothing():
     assert output_error(weight, result, inputs) == 0
 
 
-def test_weights_of_an_input_that_never_fires_stay_as_they_are_if_they_stay():
+def test_the_remaining_weights_of_a_zero_input_keep_their_value():
     weight, inputs = random_case(4, 6)
     inputs[:, 2] = 0
     result = pruned(weight, inputs, 3)
@@ -249,7 +249,7 @@ def test_weights_of_an_input_that_never_fires_stay_as_they_are_if_they_stay():
     assert result[3, 2] == weight[3, 2]
 
 
-def test_an_input_that_never_fires_has_no_bearing_on_the_others():
+def test_a_zero_input_does_not_affect_the_others():
     weight, inputs = random_case(4, 6)
     live = [0, 2, 3, 4, 5, 6]
     more_weight, more_inputs = torch.full((4, 7), 9.0), torch.zeros(TOKENS, 7)
@@ -265,7 +265,7 @@ def test_inputs_that_are_all_zero_can_be_pruned_and_correct_nothing():
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 15])
-def test_fewer_tokens_than_inputs_are_enough_thanks_to_the_damping(tokens):
+def test_fewer_tokens_than_inputs_suffice_with_damping(tokens):
     weight, inputs = random_case(8, 16, tokens)
     result = pruned(weight, inputs, 64)
     assert int((result == 0).sum()) == 64
@@ -275,7 +275,7 @@ def test_fewer_tokens_than_inputs_are_enough_thanks_to_the_damping(tokens):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("tokens", [1, 5, 15])
-def test_without_damping_a_singular_hessian_is_refused_even_where_rounding_hides_it(tokens, seed):
+def test_without_damping_a_singular_hessian_is_refused_even_if_rounding_hides_it(tokens, seed):
     _, inputs = random_case(1, 16, tokens, seed)
     with pytest.raises(
         NotPositiveDefinite, match=rf"16 inputs .* damping 0 after {tokens} .* e\.g\. to 0\.01"
@@ -283,7 +283,7 @@ def test_without_damping_a_singular_hessian_is_refused_even_where_rounding_hides
         SparseGPT(damping=0).prepare(inputs.T @ inputs, tokens)
 
 
-def test_two_inputs_that_are_the_same_need_damping():
+def test_two_equal_inputs_need_damping():
     weight, inputs = random_case(4, 6)
     inputs[:, 5] = inputs[:, 1]
     with pytest.raises(NotPositiveDefinite):
@@ -291,7 +291,7 @@ def test_two_inputs_that_are_the_same_need_damping():
     assert pruned(weight, inputs, 12).isfinite().all()
 
 
-def test_a_matrix_that_is_no_gram_matrix_is_refused():
+def test_a_matrix_that_is_not_a_gram_matrix_is_refused():
     with pytest.raises(NotPositiveDefinite, match=r"Raise the damping, e\.g\. to 0\.1, or calibrate on more"):
         SparseGPT().prepare(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 10)
 
@@ -301,7 +301,7 @@ def test_independent_inputs_need_no_damping():
     assert int((pruned(weight, inputs, 12, damping=0) == 0).sum()) == 12
 
 
-def test_without_a_calibration_token_or_with_infinite_ones_sparsegpt_says_so():
+def test_zero_tokens_and_infinite_inputs_are_refused():
     with pytest.raises(ValueError, match="come from 0 tokens .* Pass at least one window"):
         SparseGPT().prepare(torch.zeros(2, 2), 0)
     with pytest.raises(ValueError, match="1 of 2 inputs are not finite"):
@@ -315,7 +315,7 @@ def test_without_a_calibration_token_or_with_infinite_ones_sparsegpt_says_so():
         (25, None, "cannot remove 25 of 24 weights"),
         (12, 4, "6 inputs cannot be split into groups of 4"),
         (12, 0, "groups of 0"),
-        (13, 2, "1.08333 of every 2, which is no whole number. Remove a multiple of 12 weights"),
+        (13, 2, "1.08333 of every 2, which is not an integer. Remove a multiple of 12 weights"),
     ],
 )
 def test_counts_that_cannot_be_met_are_refused(count, group, words):
@@ -324,17 +324,17 @@ def test_counts_that_cannot_be_met_are_refused(count, group, words):
         pruned(weight, inputs, count, group)
 
 
-def test_a_factor_of_another_linear_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(4, 6\) was given what was prepared of 5 inputs"):
+def test_the_factor_of_another_linear_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) does not match second moments of 5 inputs"):
         SparseGPT().prune(torch.ones(4, 6), torch.eye(5), 12)
 
 
 def test_a_weight_that_is_not_a_number_is_refused():
-    with pytest.raises(ValueError, match="not finite: they cannot be ranked"):
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
         SparseGPT().prune(torch.tensor([[1.0, math.nan]]), torch.eye(2), 1)
 
 
 @pytest.mark.parametrize("settings", [{"block_size": 0}, {"damping": -0.1}, {"damping": math.nan}])
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
         SparseGPT(**settings)

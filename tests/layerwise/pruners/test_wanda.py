@@ -1,4 +1,4 @@
-"""Wanda, by eye and against its published definition."""
+"""Wanda, by hand and compared with its published definition."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from layerwise.pruners.wanda import Wanda
 
 
 def seen(*tokens: list[float]) -> InputStatistics:
-    """Statistics of these tokens."""
+    """Return the input statistics of tokens."""
     inputs = InputStatistics.empty(len(tokens[0]))
     inputs.add(torch.tensor(tokens).square().sum(dim=0), tokens=len(tokens))
     return inputs
@@ -24,7 +24,7 @@ def test_with_equal_inputs_the_smallest_magnitude_goes():
     assert Wanda().removal_levels(weight, seen([2.0, 2.0]), [1]).tolist() == [[1, 0]]
 
 
-def test_the_norm_of_an_input_counts_and_not_its_square():
+def test_the_norm_of_an_input_is_used_and_not_its_square():
     # Norms 5 and 1. 2 x 5 < 13 x 1, but 2 x 25 > 13 x 1.
     assert Wanda().removal_levels(
         torch.tensor([[2.0, 13.0]]), seen([3.0, 1.0], [4.0, 0.0]), [1]
@@ -36,13 +36,13 @@ def test_rows_are_compared_with_themselves_only():
     assert Wanda().removal_levels(weight, seen([1.0, 1.0]), [2]).tolist() == [[0, 1], [1, 0]]
 
 
-def test_an_input_that_never_fires_takes_its_weights_with_it():
+def test_the_weights_of_a_zero_input_are_removed():
     weight = torch.tensor([[50.0, 1.0, 2.0], [50.0, 2.0, 1.0]])
     assert Wanda().removal_levels(weight, seen([0.0, 1.0, 1.0]), [2]).tolist() == [[0, 1, 1], [0, 1, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.625, 0.75])  # whole numbers of the 64 inputs
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.625, 0.75])  # gives integer counts for 64 inputs
 def test_masks_are_those_of_the_published_definition(published_wanda_mask, sparsity, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=generator).to(dtype)
@@ -66,7 +66,7 @@ def test_several_counts_at_once_are_the_published_masks_of_each(published_wanda_
         assert torch.equal(levels <= level, published_wanda_mask(weight, [tokens], sparsity))
 
 
-def test_how_much_text_was_seen_does_not_matter_only_how_it_is_spread():
+def test_the_scale_of_the_norms_does_not_matter():
     weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     once, often = seen([1.0, 2.0, 3.0, 4.0]), seen(*[[1.0, 2.0, 3.0, 4.0]] * 64)
     assert torch.equal(
@@ -74,8 +74,8 @@ def test_how_much_text_was_seen_does_not_matter_only_how_it_is_spread():
     )
 
 
-def test_without_a_calibration_token_wanda_says_what_to_do():
-    with pytest.raises(ValueError, match="no calibration token reached this linear.*or use Magnitude"):
+def test_without_a_calibration_token_the_error_gives_a_remedy():
+    with pytest.raises(ValueError, match="received 0 calibration tokens.*or use Magnitude"):
         Wanda().removal_levels(torch.ones(2, 2), InputStatistics.empty(2), [1])
 
 

@@ -1,4 +1,4 @@
-"""Accuracy: a share with its standard error, and the average over tasks."""
+"""Accuracy with its standard error, and the average over tasks."""
 
 import statistics
 
@@ -17,7 +17,7 @@ def test_one_document_has_no_standard_error():
     assert accuracy([True]) == Accuracy(1.0, None, 1)
 
 
-def test_every_task_counts_the_same_in_the_average():
+def test_every_task_has_the_same_weight_in_the_average():
     found = average([Accuracy(0.5, 0.03, 100), Accuracy(0.8, 0.04, 20)])
     assert found.value == pytest.approx(0.65)
     assert found.standard_error == pytest.approx(0.05 / 2)
@@ -29,8 +29,8 @@ def test_the_average_has_no_standard_error_if_a_task_has_none():
     assert combined_error([3.0, 4.0]) == pytest.approx(2.5)
 
 
-def test_what_is_no_accuracy_is_refused():
-    with pytest.raises(ValueError, match="no document was answered"):
+def test_an_invalid_accuracy_is_refused():
+    with pytest.raises(ValueError, match="accuracy of 0 documents is undefined"):
         accuracy([])
     with pytest.raises(ValueError, match="an accuracy of 1.5"):
         Accuracy(1.5, None, 3)

@@ -1,4 +1,4 @@
-"""Continuations scored layer by layer have the log-probabilities that the whole model gives each by itself."""
+"""Continuations scored layer by layer have the log-probabilities that the whole model gives each one alone."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ POSITIONS = 64
 
 @pytest.fixture
 def continuations() -> list[Continuation]:
-    """Contexts of 1 to 40 tokens, continuations of 1 to 12; the last two differ in their last token only."""
+    """Return contexts of 1 to 40 tokens with continuations of 1 to 12; the last two differ only in their last token."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, 1), (1, 12), (3, 2), (9, 1), (9, 7), (20, 3), (40, 5), (17, 1)]
     sequences = [torch.randint(3, 61, (sum(size),), generator=generator).tolist() for size in sizes]
@@ -42,7 +42,7 @@ def scores_of(model: StreamedModel, layers, continuations):
 
 
 def by_itself(model, continuation: Continuation) -> tuple[float, bool]:
-    """The definition: the whole model on one sequence without padding."""
+    """Score one sequence without padding with the whole model, by definition."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([continuation.inputs]), use_cache=False).logits[0]
     log_probabilities = logits.double().log_softmax(-1)[-continuation.length :]
@@ -91,7 +91,9 @@ def test_every_sequence_is_in_one_batch_and_padded_by_less_than_an_eighth_or_to_
         assert row[:length] == list(range(length))
         assert len(row) < length + max(8, length / 8)
         assert len(row) <= 590
-    assert len({batch.input_ids.shape[1] for batch in batches}) <= 40  # each has masks of its own
+    assert (
+        len({batch.input_ids.shape[1] for batch in batches}) <= 40
+    )  # few lengths, because each needs its own masks
 
 
 def test_batches_have_no_more_tokens_than_one_forward_pass(two_windows_at_a_time):
@@ -109,7 +111,7 @@ def test_the_head_is_applied_to_a_few_rows_at_a_time(tiny_model, continuations, 
     )
 
 
-def test_the_head_sees_only_the_positions_that_are_asked_for(tiny_model, monkeypatch):
+def test_the_head_is_applied_only_to_the_positions_needed(tiny_model, monkeypatch):
     tiny, seen = tiny_model(), []
     logits = StreamedModel.logits
 

@@ -1,4 +1,4 @@
-"""Local errors: on a layer of one matrix, where every part can be computed by hand."""
+"""Local errors on a layer of one matrix, where every part can be computed by hand."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_di
 
 
 def states(*values):
-    """One window of one token."""
+    """Return hidden states of one window with one token."""
     return torch.tensor(values, dtype=torch.float32).reshape(1, 1, -1)
 
 
@@ -25,12 +25,12 @@ def test_the_parts_of_an_error_on_a_layer_of_two_weights():
     assert parts.factor == pytest.approx(0.8)
 
 
-def test_where_no_error_arrives_there_is_no_factor():
+def test_without_an_arriving_error_the_factor_is_undefined():
     parts = local_errors(lambda x: 0 * x, states(1, 1), 0.0, states(0, 0), states(1, 1))
     assert (parts.local, parts.accumulated, parts.factor) == (2, 2, None)
 
 
-def test_differences_are_taken_in_float32():
-    """In bfloat16 the square of 1/256 would vanish beside that of 1."""
+def test_differences_are_computed_in_float32():
+    """In bfloat16 the square of 1/256 would vanish when added to 1."""
     one = torch.tensor([[[1.0, 2**-8]]], dtype=torch.bfloat16)
     assert squared_difference(one, torch.zeros_like(one)) == 1 + 2**-16

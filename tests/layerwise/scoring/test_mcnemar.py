@@ -1,10 +1,10 @@
-"""McNemar's exact test, by hand and against the definition."""
+"""McNemar's exact test, by hand and compared with the definition."""
 
 import itertools
 
 import pytest
 
-from layerwise.scoring.mcnemar import PairedAnswers, paired_answers, together
+from layerwise.scoring.mcnemar import PairedAnswers, paired_answers, pooled
 
 
 def test_only_documents_on_which_the_models_differ_count():
@@ -20,12 +20,12 @@ def test_only_documents_on_which_the_models_differ_count():
         (0, 5, 2 / 32),
         (6, 0, 2 / 64),
         (1, 4, 2 * (1 + 5) / 32),
-        (3, 3, 1.0),  # twice the half with the middle in it is more than 1
+        (3, 3, 1.0),  # twice the half including the middle exceeds 1
         (0, 0, 1.0),
         (0, 1, 1.0),
     ],
 )
-def test_p_value_is_that_of_so_many_throws_of_a_coin(only_first, only_second, p_value):
+def test_p_value_is_that_of_coin_tosses(only_first, only_second, p_value):
     assert PairedAnswers(100, only_first, only_second).p_value == pytest.approx(p_value)
 
 
@@ -41,12 +41,12 @@ def test_p_value_counts_all_outcomes_that_are_at_least_as_uneven(differing):
 
 def test_p_value_of_thousands_of_documents_is_still_exact():
     assert PairedAnswers(10_000, 2500, 2500).p_value == 1.0
-    assert PairedAnswers(10_000, 0, 5000).p_value == 0.0  # 2 / 2**5000 is no float
+    assert PairedAnswers(10_000, 0, 5000).p_value == 0.0  # 2 / 2**5000 underflows as a float
     # The normal approximation with continuity correction: z = (140 - 1) / sqrt(5000).
     assert PairedAnswers(10_000, 2570, 2430).p_value == pytest.approx(0.04933, abs=1e-4)
 
 
-def test_six_to_nothing_is_significant_and_five_to_nothing_is_not():
+def test_6_to_0_is_significant_and_5_to_0_is_not():
     assert PairedAnswers(20, 6, 0).significant
     assert not PairedAnswers(20, 5, 0).significant
 
@@ -61,7 +61,7 @@ def test_standard_error_is_that_of_the_mean_of_the_differences():
 
 
 def test_documents_of_several_tasks_are_tested_together():
-    assert together([PairedAnswers(10, 3, 1), PairedAnswers(5, 0, 2)]) == PairedAnswers(15, 3, 3)
+    assert pooled([PairedAnswers(10, 3, 1), PairedAnswers(5, 0, 2)]) == PairedAnswers(15, 3, 3)
 
 
 def test_models_that_answered_different_numbers_of_documents_are_not_compared():
@@ -69,5 +69,5 @@ def test_models_that_answered_different_numbers_of_documents_are_not_compared():
         paired_answers([True, False], [True])
     with pytest.raises(ValueError, match="got 0 and 0 answers"):
         paired_answers([], [])
-    with pytest.raises(ValueError, match="of 3 documents 2 cannot"):
+    with pytest.raises(ValueError, match="do not fit 3 documents"):
         PairedAnswers(3, 2, 2)

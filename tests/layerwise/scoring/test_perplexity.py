@@ -19,7 +19,7 @@ def last_hidden_states(tiny, input_ids, dtype=torch.float32):
 
 
 def reference_losses(reference, input_ids) -> list[float]:
-    """One window at a time, every position by itself."""
+    """Compute losses one window at a time, every position separately."""
     losses = []
     for window in input_ids:
         logits = reference(input_ids=window[None], use_cache=False).logits[0].double()
@@ -37,7 +37,7 @@ def test_losses_are_the_cross_entropy_of_the_models_own_logits(tiny_model, rando
 
 
 @pytest.mark.parametrize("positions", [1, 4, 5, 15, 16])
-def test_losses_do_not_depend_on_how_many_positions_are_taken_at_a_time(
+def test_losses_do_not_depend_on_the_number_of_positions_at_a_time(
     tiny_model, random_windows_of, monkeypatch, positions
 ):
     tiny, input_ids = tiny_model(), random_windows_of(2)
@@ -46,14 +46,14 @@ def test_losses_do_not_depend_on_how_many_positions_are_taken_at_a_time(
     assert losses == pytest.approx(reference_losses(tiny.reference, input_ids), abs=1e-5)
 
 
-def test_losses_of_a_bfloat16_model_are_taken_in_float32(tiny_model, random_windows_of):
+def test_losses_of_a_bfloat16_model_are_computed_in_float32(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(3)
     losses = window_losses(*last_hidden_states(tiny, input_ids, torch.bfloat16), input_ids)
     assert losses == pytest.approx(reference_losses(tiny.cast(torch.bfloat16), input_ids), abs=1e-5)
     assert losses != [float(torch.tensor(loss).bfloat16()) for loss in losses]
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny_model, random_windows_of):
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_size(tiny_model, random_windows_of):
     tiny, input_ids = tiny_model(), random_windows_of(2)
     tiny.checkpoint["lm_head.weight"].zero_()
     losses = window_losses(*last_hidden_states(tiny, input_ids), input_ids)
@@ -80,7 +80,7 @@ def test_the_better_plan_has_a_negative_difference():
     assert paired_difference([2.0, 5.0], [1.0, 2.0]).mean == 2
 
 
-def test_what_all_windows_have_in_common_does_not_blur_the_comparison():
+def test_differences_between_windows_do_not_affect_the_comparison():
     difficulty = [0.0, 10.0, -10.0, 100.0]
     gaps = [1.0, 2.0, 1.0, 2.0]
     plain = paired_difference(gaps, [0.0] * 4)
@@ -88,12 +88,12 @@ def test_what_all_windows_have_in_common_does_not_blur_the_comparison():
     assert shifted.t == pytest.approx(plain.t)
 
 
-def test_one_window_says_nothing_about_the_spread():
+def test_the_t_of_one_window_is_undefined():
     assert paired_difference([2.0], [1.5]) == PairedDifference(0.5, None, 1)
     assert not paired_difference([2.0], [1.5]).significant
 
 
-def test_equal_plans_differ_by_nothing_and_not_significantly():
+def test_equal_plans_do_not_differ():
     same = paired_difference([2.0, 3.0], [2.0, 3.0])
     assert same == PairedDifference(0, None, 2)
     assert not same.significant

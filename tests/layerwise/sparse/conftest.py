@@ -1,4 +1,4 @@
-"""The kernel as its source is now: at every level that this CPU has, and with AVX-512 emulated."""
+"""Fixtures with the kernel compiled from the current source: at every level of this CPU, and with emulated AVX-512."""
 
 from pathlib import Path
 
@@ -30,17 +30,17 @@ def emulating_path(library_path) -> Path:
 
 @pytest.fixture(params=[*LEVELS, "avx512 emulated", "avx512_bf16 emulated"])
 def kernel(request, library_path) -> Kernel:
-    """At every level; what this CPU does not have is skipped, and run with emulated instructions beside it."""
+    """Return the kernel at every level. Levels that this CPU lacks are skipped; AVX-512 is also run with emulation."""
     level, _, emulated = request.param.partition(" ")
     library = load(request.getfixturevalue("emulating_path") if emulated else library_path)
     if LEVELS.index(level) > library.layerwise_level():
-        pytest.skip(f"this CPU has no {level}, only up to {LEVELS[library.layerwise_level()]}")
+        pytest.skip(f"this CPU supports levels up to {LEVELS[library.layerwise_level()]}, not {level}")
     return Kernel(library, level)
 
 
 @pytest.fixture
 def best_kernel(library_path, monkeypatch) -> Kernel:
-    """What linears and ``accelerate`` use in this test: the highest level of this CPU."""
+    """Make linears and ``accelerate`` use the kernel at the highest level of this CPU."""
     monkeypatch.setattr(native, "LIBRARY", library_path)
     native.kernel.cache_clear()
     found = native.kernel()
@@ -51,7 +51,7 @@ def best_kernel(library_path, monkeypatch) -> Kernel:
 
 @pytest.fixture
 def no_kernel(tmp_path, monkeypatch) -> None:
-    """As on a machine without a compiler."""
+    """Make the kernel unavailable, as on a machine without a compiler."""
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernel.so")
     native.kernel.cache_clear()
     yield

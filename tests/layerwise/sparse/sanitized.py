@@ -1,4 +1,4 @@
-"""Run the kernel on all weights in a process whose memory is watched: ``python -m ... LIBRARY LEVEL...``."""
+"""Script that runs the kernel on all weights under AddressSanitizer: ``python -m ... LIBRARY LEVEL...``."""
 
 import sys
 from itertools import product

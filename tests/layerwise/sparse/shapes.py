@@ -1,4 +1,4 @@
-"""Weights on which the kernel is compared with dense products, and the comparison."""
+"""Weights for comparing the kernel with dense products, and the comparison."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,10 @@ from torch import Tensor
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import multiply_in_blocks
 from layerwise.sparse.native import LEVELS, Kernel
-from layerwise.sparse.panels import PANEL_COLUMNS, PanelWeight, panels_of
+from layerwise.sparse.panel_weight import PANEL_COLUMNS, PanelWeight, panels_of
 
-# Single numbers, odd sizes, exact multiples of every step (8, 16, 32, 64), two groups of 64 and a rest, two and three
-# panels.
+# Single numbers, odd sizes, exact multiples of every step (8, 16, 32, 64), two groups of 64 and a remainder, two and
+# three panels.
 SHAPES = (
     (1, 1),
     (3, 7),
@@ -25,12 +25,12 @@ SHAPES = (
     (5, 13000),
 )
 SPARSITIES = (0.0, 0.5, 0.9, 1.0)
-TOKENS = (0, 1, 2, 3, 7, 8, 16, 17)  # every number that the kernel takes at a time, and sums of them
+TOKENS = (0, 1, 2, 3, 7, 8, 16, 17)  # all numbers that the kernel processes at a time, and sums of them
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 def sparse_weight(shape: tuple[int, int], sparsity: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers of which a random ``sparsity`` is zero; the first and the last row are empty if it is above 0."""
+    """Return random weights of which about ``sparsity`` are zero; if it is above 0, the first and last row are empty."""
     generator = torch.Generator().manual_seed(shape[0] * shape[1])
     weight = torch.randn(shape, generator=generator)
     weight[torch.rand(shape, generator=generator) < sparsity] = 0
@@ -40,7 +40,7 @@ def sparse_weight(shape: tuple[int, int], sparsity: float, dtype: torch.dtype = 
 
 
 def every_weight(dtype: torch.dtype) -> Iterator[tuple[PanelWeight, Tensor]]:
-    """Weights of all shapes and sparsities, with float and int8 values, and what they are with their zeros."""
+    """Yield weights of all shapes and sparsities, with float and int8 values, and their dense form."""
     for shape in SHAPES:
         for sparsity in SPARSITIES:
             weight = sparse_weight(shape, sparsity, dtype)
@@ -50,12 +50,12 @@ def every_weight(dtype: torch.dtype) -> Iterator[tuple[PanelWeight, Tensor]]:
 
 
 def check_products(kernel: Kernel, weight: PanelWeight, dense: Tensor, dtype: torch.dtype) -> None:
-    """The kernel and the dense blocks give what numbers of 64 bits give, for every number of tokens."""
+    """Compare the kernel and the dense blocks with float64, for every number of tokens."""
     for tokens in TOKENS:
         generator = torch.Generator().manual_seed(tokens)
         inputs = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
         bias = torch.randn(weight.shape[0], generator=generator).to(dtype)
-        # The kernel's own products with int8 may round inputs to 32767 steps of a token's largest, to either side.
+        # With int8, the kernel may round inputs to 32767 steps on either side of zero of a token's largest input.
         in_steps = kernel.level == LEVELS[-1] and weight.scales is not None and dtype == torch.bfloat16
         largest = inputs.double().abs().amax(dim=1, keepdim=True)
         rounding = largest / 32767 / 2 if in_steps else torch.zeros_like(largest)
@@ -73,18 +73,18 @@ def require_product(
     rounded_by: Tensor | float = 0.0,
     twice: bool = False,
 ) -> None:
-    """``outputs`` are the product as far as their dtype can tell, and sums of float32.
+    """Require that ``outputs`` equal the product up to the rounding of float32 sums and of their dtype.
 
-    A sum of n float32 numbers is wrong by at most n roundings (2**-24) of the sum of their sizes.
+    The error of a sum of n float32 numbers is at most n roundings (2**-24) of the sum of their magnitudes.
 
     Args:
-        rounded_by: how far every input may be from what was multiplied, shape ``(tokens, 1)``.
-        twice: the product may have been rounded once more, before its scale and bias.
+        rounded_by: allowed error of every input, shape ``(tokens, 1)``.
+        twice: whether the product may have been rounded once more, before scale and bias.
     """
     offset = 0 if bias is None else bias.double()
     exact = inputs.double() @ dense.double().T + offset
     sizes = inputs.double().abs() @ dense.double().abs().T + abs(offset)
-    terms = min(inputs.shape[1], 1000) + 4  # beyond, roundings cancel each other
+    terms = min(inputs.shape[1], 1000) + 4  # with more terms, rounding errors cancel
     rounding = 2.0**-8 if outputs.dtype == torch.bfloat16 else 2.0**-24
     allowed = sizes * terms * 2.0**-24 + exact.abs() * rounding * 1.01
     allowed += (exact - offset).abs() * rounding * 1.01 * twice

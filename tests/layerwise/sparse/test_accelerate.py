@@ -1,4 +1,4 @@
-"""Models whose sparse linears run packed."""
+"""Acceleration of models by packed linears."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ IN_A_LAYER = {"llama": 7, "qwen2": 7, "gpt2": 4}
 
 
 def pruned_model(family: str, dtype: torch.dtype = torch.float32, sparsity: float = 0.7) -> PreTrainedModel:
-    """A random model that has lost ``sparsity`` of every decoder layer's linears by a product, which leaves -0.0."""
+    """Return a random model whose linears were pruned by multiplication with a mask, which leaves -0.0."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype).eval()
     with torch.no_grad():
@@ -35,7 +35,7 @@ def pruned_model(family: str, dtype: torch.dtype = torch.float32, sparsity: floa
 @pytest.mark.usefixtures("best_kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_model_computes_what_it_did(family, dtype):
+def test_an_accelerated_model_computes_the_same(family, dtype):
     model, accelerated = pruned_model(family, dtype), pruned_model(family, dtype)
     done = accelerate(accelerated)
     assert len(done.sparse) == 2 * IN_A_LAYER[family]
@@ -50,7 +50,7 @@ def test_a_model_computes_what_it_did(family, dtype):
 
 @pytest.mark.usefixtures("best_kernel")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_it_generates_the_same_text_in_batches_with_padding_and_a_cache(family):
+def test_an_accelerated_model_generates_the_same_text_in_batches_with_padding_and_a_cache(family):
     model, accelerated = pruned_model(family), pruned_model(family)
     accelerate(accelerated)
     prompts = torch.randint(3, 61, (3, 9))
@@ -78,7 +78,7 @@ def test_a_saved_model_is_the_checkpoint_it_came_from(tmp_path):
 
 
 @pytest.mark.usefixtures("best_kernel")
-def test_what_stays_dense_is_said_with_the_reason(best_kernel):
+def test_linears_that_stay_dense_are_reported_with_the_reason(best_kernel):
     least = LEAST_SPARSITY[best_kernel.level]
     linears = {
         "sparse": nn.Linear(512, 512),
@@ -102,7 +102,7 @@ def test_what_stays_dense_is_said_with_the_reason(best_kernel):
         "dense": f"sparsity below {least:g}",
         "small": "fewer than 65536 weights",
         "in_half": "its weights are float16, not bfloat16 or float32",
-        "special": "a Special may do more than multiply",
+        "special": "a Special may compute more than a product",
         "tied": "another module uses the same weight",
         "tied_too": "another module uses the same weight",
     }
@@ -121,7 +121,7 @@ def test_zeros_with_a_sign_are_not_stored():
 
 
 @pytest.mark.usefixtures("best_kernel")
-def test_int8_takes_less_and_stays_close():
+def test_int8_is_smaller_and_almost_as_accurate():
     model, accelerated, in_steps = (pruned_model("llama", torch.bfloat16) for _ in range(3))
     bytes_of = [
         sum(each.sparse_bytes for each in accelerate(m, int8).sparse)
@@ -135,7 +135,7 @@ def test_int8_takes_less_and_stays_close():
 
 @pytest.mark.usefixtures("best_kernel")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_packed_weights_take_the_place_of_those_on_the_meta_device(family):
+def test_packed_weights_replace_those_on_the_meta_device(family):
     model, skeleton = pruned_model(family, torch.bfloat16), pruned_model(family, torch.bfloat16)
     packed = {}
     for name, module in model.named_modules():
@@ -151,7 +151,7 @@ def test_packed_weights_take_the_place_of_those_on_the_meta_device(family):
 
 @pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_without_a_kernel_all_stays_dense_and_packed_weights_are_unpacked(family):
+def test_without_a_kernel_all_linears_stay_dense_and_packed_weights_are_unpacked(family):
     model, other = pruned_model(family), pruned_model(family)
     packed = {}
     for name, module in other.named_modules():
@@ -167,7 +167,7 @@ def test_without_a_kernel_all_stays_dense_and_packed_weights_are_unpacked(family
 
 
 @pytest.mark.usefixtures("best_kernel")
-def test_a_model_that_is_not_on_the_cpu_is_left_as_it_was():
+def test_a_model_that_is_not_on_the_cpu_is_refused_and_left_unchanged():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(512, 512))
     with pytest.raises(ValueError, match="0.weight is on the device meta"):
@@ -178,7 +178,7 @@ def test_a_model_that_is_not_on_the_cpu_is_left_as_it_was():
 @pytest.mark.usefixtures("best_kernel")
 def test_packed_weights_of_another_model_are_refused():
     model = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="for the linear 1.weight, but the model has none"):
+    with pytest.raises(ValueError, match="1.weight has shape .* but the model has no such linear"):
         accelerate(model, packed={"1.weight": pack(torch.eye(2))})
-    with pytest.raises(ValueError, match=r"shape \(2, 2\) .* has one of \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), but the model has shape \(2, 3\) for it"):
         accelerate(model, packed={"0.weight": pack(torch.eye(2))})

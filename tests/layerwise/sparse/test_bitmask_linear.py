@@ -1,4 +1,4 @@
-"""The linear that keeps its weight packed."""
+"""Linears with a packed weight."""
 
 import copy
 import threading
@@ -35,14 +35,14 @@ def test_inputs_may_be_a_view():
     require_product(linear(some), some, weight)
 
 
-def test_a_weight_larger_than_the_scratch_goes_through_it_in_blocks():
+def test_a_weight_larger_than_the_buffer_is_multiplied_in_blocks():
     columns = 64
     weight = sparse_weight((SCRATCH_BYTES // columns // 4 + 3, columns), 0.7)
     inputs = torch.randn(KERNEL_TOKENS + 1, columns)
     require_product(BitmaskLinear(pack(weight))(inputs), inputs, weight)
 
 
-def test_threads_that_run_the_same_linear_do_not_share_a_scratch():
+def test_threads_that_run_the_same_linear_do_not_share_a_buffer():
     weight = sparse_weight((300, 400), 0.7)
     linear, outputs = BitmaskLinear(pack(weight)), {}
     inputs = {name: torch.randn(64, 400) for name in range(4)}
@@ -61,7 +61,7 @@ def test_threads_that_run_the_same_linear_do_not_share_a_scratch():
     )
 
 
-def test_int8_values_give_the_product_with_what_they_stand_for():
+def test_int8_values_give_the_product_with_the_scaled_values():
     weight = sparse_weight((24, 70), 0.6, torch.bfloat16)
     linear = BitmaskLinear(pack(weight), int8=True)
     for tokens in (3, 30):
@@ -72,17 +72,17 @@ def test_int8_values_give_the_product_with_what_they_stand_for():
 
 
 @pytest.mark.parametrize("bias", [None, torch.ones(4)])
-def test_it_is_saved_as_an_ordinary_linear_and_loads_nothing(bias):
+def test_a_packed_linear_is_saved_as_an_ordinary_linear_and_cannot_load_weights(bias):
     weight = sparse_weight((4, 9), 0.5)
     linear = BitmaskLinear(pack(weight), bias)
     ordinary = nn.Linear(9, 4, bias=bias is not None)
     ordinary.load_state_dict(linear.state_dict())
     assert torch.equal(ordinary.weight, weight)
-    with pytest.raises(RuntimeError, match="takes no weights"):
+    with pytest.raises(RuntimeError, match="cannot load weights"):
         linear.load_state_dict(ordinary.state_dict())
 
 
-def test_a_copy_has_parts_of_its_own():
+def test_a_copy_does_not_share_its_parts():
     linear = BitmaskLinear(pack(sparse_weight((4, 9), 0.5)))
     other, inputs = copy.deepcopy(linear), torch.randn(2, 9)
     before = linear(inputs)
@@ -91,7 +91,7 @@ def test_a_copy_has_parts_of_its_own():
     assert not other(inputs).any()
 
 
-def test_a_gradient_is_refused_and_inputs_that_want_none_are_not():
+def test_only_inputs_that_require_a_gradient_are_refused():
     linear = BitmaskLinear(pack(torch.eye(3)))
     assert linear(torch.ones(1, 3)).tolist() == [[1, 1, 1]]
     with torch.no_grad():
@@ -107,12 +107,12 @@ def test_mixtures_of_dtypes_are_refused_as_by_a_dense_linear():
             linear(torch.ones(tokens, 3).bfloat16())
     with pytest.raises(TypeError, match="a torch.bfloat16 bias"):
         linear.bfloat16()(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="does not go with a torch.float32 bias"):
+    with pytest.raises(ValueError, match="does not match a torch.float32 bias"):
         BitmaskLinear(pack(torch.eye(3).bfloat16()), torch.zeros(3))
 
 
 @pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_a_kernel_it_multiplies_with_the_dense_weight(dtype):
+def test_without_a_kernel_the_dense_weight_is_used(dtype):
     weight, inputs = sparse_weight((24, 70), 0.6, dtype), torch.randn(3, 70).to(dtype)
     require_product(BitmaskLinear(pack(weight))(inputs), inputs, weight)

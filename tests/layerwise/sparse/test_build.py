@@ -1,4 +1,4 @@
-"""The kernel is compiled where it can be, and nothing breaks where it cannot."""
+"""Build of the kernel, and errors without a working compiler."""
 
 import subprocess
 import sys
@@ -9,26 +9,26 @@ from layerwise.sparse.build import NoKernel, compile_kernel, compiler
 from layerwise.sparse.native import INTERFACE, load
 
 
-def test_the_library_appears_whole(library_path):
+def test_the_library_appears_atomically(library_path):
     assert load(library_path).layerwise_interface() == INTERFACE
     assert [file.name for file in library_path.parent.glob("kernel*")] == ["kernel.so"]
 
 
-def test_a_compiler_named_by_the_user_is_the_one(monkeypatch):
+def test_a_compiler_named_by_the_user_is_used(monkeypatch):
     monkeypatch.setenv("CXX", "env g++ -g0")
     assert compiler() == ["env", "g++", "-g0"]
 
 
 @pytest.mark.parametrize("variables", [{"CXX": "/nonexistent"}, {"CXX": "", "PATH": "/nonexistent"}])
-def test_without_a_compiler_the_reason_is_said(tmp_path, monkeypatch, variables):
+def test_without_a_compiler_the_reason_is_given(tmp_path, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(NoKernel, match="there is no C\\+\\+ compiler"):
+    with pytest.raises(NoKernel, match="C\\+\\+ compiler was not found"):
         compile_kernel(tmp_path / "kernel.so")
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_compiler_that_fails_leaves_the_old_library_and_nothing_else(tmp_path, library_path):
+def test_a_compiler_that_fails_leaves_only_the_old_library(tmp_path, library_path):
     old = tmp_path / "kernel.so"
     old.write_bytes(b"old")
     broken = tmp_path / "broken.cpp"
@@ -39,11 +39,11 @@ def test_a_compiler_that_fails_leaves_the_old_library_and_nothing_else(tmp_path,
     assert {file.name for file in tmp_path.iterdir()} == {"kernel.so", "broken.cpp"}
 
 
-def test_the_command_says_in_one_line_why_there_is_no_kernel(pytestconfig):
+def test_the_command_reports_a_failed_build_in_one_line(pytestconfig):
     command = [sys.executable, "-m", "layerwise.sparse.build"]
     done = subprocess.run(
         command, cwd=pytestconfig.rootpath, env={"CXX": "/nonexistent"}, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("no sparse kernel: there is no C++ compiler (/nonexistent)")
+    assert done.stderr.startswith("no sparse kernel: a C++ compiler was not found (/nonexistent)")
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The kernel touches no byte that is not its own: AddressSanitizer watches all its loads and stores, at every level."""
+"""Memory safety of the kernel: AddressSanitizer checks all its loads and stores, at every level."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def watched_library(folder: Path, source: Path = SOURCE, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(pytestconfig) -> Run:
-    """Call a library at some levels, on all weights, in a process of its own."""
+    """Call a library at some levels, on all weights, in a separate process."""
 
     def run_watched(library: Path, *levels: str) -> subprocess.CompletedProcess[str]:
         asked = [[*compiler(), f"-print-file-name={name}"] for name in RUNTIMES]
@@ -37,7 +37,7 @@ def run(pytestconfig) -> Run:
             subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in asked
         ]
         watching = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}  # Python leaves many
-        threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # the cores are other tests' too
+        threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # other tests need the cores, too
         return subprocess.run(
             [sys.executable, "-m", "tests.layerwise.sparse.sanitized", str(library), *levels],
             cwd=pytestconfig.rootpath,
@@ -50,13 +50,13 @@ def run(pytestconfig) -> Run:
     return run_watched
 
 
-def test_no_load_or_store_of_this_cpu_s_levels_is_beyond_an_array(tmp_path, run, library_path):
+def test_the_levels_of_this_cpu_access_only_their_arrays(tmp_path, run, library_path):
     levels = LEVELS[: load(library_path).layerwise_level() + 1]
     done = run(watched_library(tmp_path), *levels)
     assert done.stdout == "all done\n", done.stderr[-2000:]
 
 
-def test_no_load_or_store_of_emulated_avx512_is_beyond_an_array(tmp_path, run):
+def test_emulated_avx512_accesses_only_its_arrays(tmp_path, run):
     done = run(watched_library(tmp_path, SOURCE, "-include", str(EMULATION)), "avx512", "avx512_bf16")
     assert done.stdout == "all done\n", done.stderr[-2000:]
 

@@ -1,4 +1,4 @@
-"""2:4 weights: the layout is the one that torch's own sparse tensors read, on the CPU at least."""
+"""2:4 weights: the layout is that of torch's sparse tensors, as read on the CPU."""
 
 from itertools import product
 
@@ -38,9 +38,9 @@ def test_torch_reads_the_weight_that_was_packed(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_what_torch_itself_would_make_of_the_weight(shape):
+def test_the_result_equals_torchs_own_conversion(shape):
     weight = two_of_four(*shape)
-    weight[torch.rand(shape) < 0.3] = 0  # fours of which fewer than two are stored
+    weight[torch.rand(shape) < 0.3] = 0  # groups of four with fewer than two stored weights
     values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
     packed = pack(weight)
     assert torch.equal(packed.values, values)
@@ -48,14 +48,14 @@ def test_it_is_what_torch_itself_would_make_of_the_weight(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_packed_comes_back_bit_for_bit(shape):
+def test_a_packed_weight_is_restored_bit_for_bit(shape):
     weight = two_of_four(*shape)
     weight[weight > 1.3] = -0.0
     for result in (unpack(pack(weight)), as_torch_reads(pack(weight))):
         assert torch.equal(bits(result), bits(weight))
 
 
-def test_every_way_to_store_at_most_two_of_four_comes_back():
+def test_all_selections_of_at_most_two_of_four_are_restored():
     ways = [way for way in product((0.0, 1.0), repeat=4) if sum(way) <= 2]
     weight = torch.tensor(ways + [(0.0,) * 4] * 5).view(1, 64).repeat(32, 1).half()
     assert is_semi_structured(weight)
@@ -71,12 +71,12 @@ def test_the_first_row_of_a_small_weight_by_hand():
     assert packed.metadata.shape == (32, 4)
 
 
-def test_it_takes_nine_sixteenths_of_the_dense_size():
+def test_the_size_is_nine_sixteenths_of_the_dense_size():
     weight = two_of_four(64, 128)
     assert pack(weight).nbytes == 9 * weight.nbytes // 16
 
 
-def test_a_weight_that_keeps_three_of_four_once_is_not_two_of_four():
+def test_a_weight_with_three_of_four_in_one_place_is_not_2_4():
     weight = two_of_four(32, 64)
     weight[5, 8:12] = torch.tensor([0.0, 1.0, -0.0, 2.0])
     assert not is_semi_structured(weight), "-0.0 is stored, too"
@@ -85,23 +85,23 @@ def test_a_weight_that_keeps_three_of_four_once_is_not_two_of_four():
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (32, 32), (64,), (2, 32, 64)])
-def test_shapes_that_torch_s_kernels_do_not_take_are_refused(shape):
+def test_shapes_that_torchs_kernels_do_not_support_are_refused(shape):
     assert not is_semi_structured(torch.zeros(shape).half())
     with pytest.raises(ValueError):
         pack(torch.zeros(shape).half())
 
 
 def test_float32_is_refused():
-    """The tensor cores want one of two float32 weights, not two of four."""
+    """For float32, the tensor cores need 1:2 instead of 2:4."""
     assert not is_semi_structured(two_of_four(32, 64, torch.float32))
 
 
-def test_a_transposed_view_is_packed_as_it_is_seen():
+def test_a_transposed_view_is_packed_in_its_own_shape():
     weight = two_of_four(64, 64)
     assert torch.equal(unpack(pack(weight.T.contiguous().T)), weight)
 
 
-def test_parts_that_do_not_belong_together_are_refused():
+def test_parts_that_do_not_match_are_refused():
     packed = pack(two_of_four(32, 64))
     with pytest.raises(ValueError, match=r"metadata of shape \(32, 3\)"):
         SemiStructuredWeight(packed.values, packed.metadata[:, :3])

@@ -19,7 +19,7 @@ def grid(count: int) -> tuple[float, ...]:
 
 
 def proposals(search: AdaptiveSearch, losses) -> list[list[int]]:
-    """Indices of the candidates that are tried on this curve, by proposal."""
+    """Return the indices of the candidates tried on this curve, by proposal."""
     trials, rounds = [], []
     while points := search.propose(trials):
         rounds.append([search.candidates.index(beta) for (beta,) in points])
@@ -32,7 +32,7 @@ def tried(search: AdaptiveSearch, losses) -> list[int]:
 
 
 def falling_then_rising(count: int):
-    """All orders of ``count`` different losses that fall and then rise: each rank goes to the left or to the right."""
+    """Yield all orders of ``count`` different losses that fall and then rise; each rank is on the left or the right."""
     for sides in itertools.product((False, True), repeat=count - 1):
         left = [rank for rank, side in enumerate(sides, 1) if side]
         right = [rank for rank, side in enumerate(sides, 1) if not side]
@@ -52,14 +52,14 @@ def test_the_minimum_of_every_curve_that_falls_and_then_rises_is_found(count, he
         assert len(set(indices)) == len(indices)
 
 
-def test_it_ends_when_both_neighbours_of_the_best_are_tried():
+def test_the_search_ends_when_both_neighbors_of_the_best_are_tried():
     for ranks in falling_then_rising(9):
         indices, best = tried(AdaptiveSearch(grid(9), budget=9), ranks), ranks.index(0)
         assert {best - 1, best, best + 1} & set(range(9)) <= set(indices)
 
 
 @pytest.mark.parametrize("budget", range(1, 8))
-def test_the_budget_is_kept_uniform_is_tried_and_nothing_is_tried_twice_whatever_the_losses(budget):
+def test_the_budget_is_kept_uniform_is_tried_and_nothing_is_tried_twice_for_all_losses(budget):
     for losses in itertools.product((1.0, 2.0, 700.0), repeat=7):
         indices = tried(AdaptiveSearch(grid(7), budget), losses)
         assert len(set(indices)) == len(indices) <= budget
@@ -97,7 +97,7 @@ def test_the_far_end_is_found_when_the_loss_falls_all_the_way():
     assert len(indices) == 6
 
 
-def test_a_parabola_is_met_at_its_bottom_and_confirmed_in_one_more_proposal():
+def test_the_minimum_of_a_parabola_is_found_and_confirmed_in_one_more_proposal():
     losses = [(index - 5) ** 2 for index in range(13)]
     assert [sorted(indices) for indices in proposals(AdaptiveSearch(grid(13)), losses)] == [
         [0, 3, 6],
@@ -106,7 +106,7 @@ def test_a_parabola_is_met_at_its_bottom_and_confirmed_in_one_more_proposal():
     ]
 
 
-def test_a_bottom_at_the_best_trial_is_confirmed_on_both_sides_at_once():
+def test_a_minimum_at_the_best_trial_is_confirmed_on_both_sides_at_once():
     losses = [(index - 3) ** 2 for index in range(13)]
     assert [sorted(indices) for indices in proposals(AdaptiveSearch(grid(13)), losses)] == [[0, 3, 6], [2, 4]]
 
@@ -124,11 +124,11 @@ def test_a_flat_curve_ends_with_uniform_as_the_best():
     assert len(indices) < 12
 
 
-def test_uniform_alone_is_a_search_too():
+def test_uniform_as_the_only_candidate_is_a_valid_search():
     assert tried(AdaptiveSearch((0.0,)), [1.0]) == [0]
 
 
-def test_a_search_that_died_goes_on_with_what_it_would_have_tried():
+def test_a_resumed_search_proposes_the_same_points():
     losses = [math.log(perplexity) for perplexity in AT_70.values()]
     search, trials = AdaptiveSearch(tuple(AT_70)), []
     for indices in [*proposals(search, losses), []]:
@@ -138,8 +138,8 @@ def test_a_search_that_died_goes_on_with_what_it_would_have_tried():
 
 
 @pytest.mark.parametrize("candidates", [(), (0.0, 0.0), (0.0, 0.2, 0.1), (0.0, math.nan), (0.0, math.inf)])
-def test_candidates_that_do_not_ascend_are_refused(candidates):
-    with pytest.raises(ValueError, match="candidates are .* must be finite and ascending"):
+def test_candidates_that_are_not_ascending_are_refused(candidates):
+    with pytest.raises(ValueError, match="candidates are .* must be finite, strictly ascending"):
         AdaptiveSearch(candidates)
 
 

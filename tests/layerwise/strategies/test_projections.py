@@ -1,4 +1,4 @@
-"""Projection search: beta alone, then rounds of probes and steps over the offsets of all kinds."""
+"""Projection search: first beta, then rounds of probes and steps over the offsets of all kinds."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ NOWHERE = (0.0,) * 7
 
 
 def bowl(beta: float, ideal=IDEAL, twist: float = 0.0):
-    """A loss with its minimum at this beta and these offsets; with ``twist`` neighbouring kinds act together."""
+    """Return a loss with its minimum at this beta and these offsets; ``twist`` couples neighboring kinds."""
 
     def loss(point):
         apart = [offset - wanted for offset, wanted in zip(point[1:], ideal, strict=True)]
@@ -31,7 +31,7 @@ def bowl(beta: float, ideal=IDEAL, twist: float = 0.0):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("twist", [0.0, 0.8, -0.8])
-def test_it_goes_most_of_the_way_from_the_best_beta_to_the_bottom(beta, twist):
+def test_most_of_the_distance_from_the_best_beta_to_the_minimum_is_covered(beta, twist):
     loss = bowl(beta, twist=twist)
     points = tried(ProjectionSearch(BETAS, SHARES, 200), loss)
     assert len(points) == len(set(points)) <= 200
@@ -60,8 +60,8 @@ def test_a_flat_loss_ends_with_the_probes():
     assert all(abs(offset) in (0, 0.05) for batch in batches for point in batch for offset in point[1:])
 
 
-def test_a_better_beta_beside_the_best_one_is_gone_on_with():
-    """With offsets another beta may be the best one."""
+def test_a_better_neighboring_beta_is_used():
+    """With offsets, another beta can be the best."""
     wanted = bowl(0.008, (0.1, -0.1, -0.1, 0.0, 0.0, 0.0, 0.0))
 
     def loss(point):
@@ -73,13 +73,13 @@ def test_a_better_beta_beside_the_best_one_is_gone_on_with():
 
 @pytest.mark.parametrize("kinds", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(40))
-def test_on_any_losses_nothing_is_tried_twice_and_the_budget_holds(kinds, seed):
+def test_for_all_losses_nothing_is_tried_twice_and_the_budget_is_kept(kinds, seed):
     dice, shares = random.Random(seed), (1 / kinds,) * kinds
     search = ProjectionSearch(BETAS, shares, dice.randint(24, 200))
     losses: dict[Point, float] = {}
 
     def loss(point):
-        rough = dice.choice([1.0, 0.01]) * dice.random()  # every point gets its own once
+        rough = dice.choice([1.0, 0.01]) * dice.random()  # every point gets a fixed random loss
         return losses.setdefault(point, 3 + 10 * sum(abs(each - 0.1) for each in point) + rough)
 
     batches = proposals(search, loss)
@@ -89,7 +89,7 @@ def test_on_any_losses_nothing_is_tried_twice_and_the_budget_holds(kinds, seed):
     assert any(any(point[1:]) for point in points), "there was room for a round"
 
 
-def test_a_probe_that_failed_tells_a_side_and_leaves_the_others_their_slopes():
+def test_a_failed_probe_gives_a_direction_and_does_not_hide_the_other_slopes():
     whole = bowl(0.006)
 
     def loss(point):
@@ -100,7 +100,7 @@ def test_a_probe_that_failed_tells_a_side_and_leaves_the_others_their_slopes():
     assert step[3] < step[5] - 0.2 * step[1], "the third kind still bears less than the fifth"
 
 
-def test_it_is_a_function_of_its_trials():
+def test_proposals_depend_only_on_the_trials():
     search, loss, trials = ProjectionSearch(BETAS, SHARES, 60), bowl(0.006), []
     for batch in [*proposals(search, loss), ()]:
         assert ProjectionSearch(BETAS, SHARES, 60).propose(tuple(trials)) == batch
@@ -111,14 +111,14 @@ def test_it_is_a_function_of_its_trials():
     ("changes", "message"),
     [
         ({"betas": (0.002, 0.004)}, "it must be 0, the uniform plan"),
-        ({"betas": (0.0, 0.004, 0.002)}, "must be finite and ascending"),
+        ({"betas": (0.0, 0.004, 0.002)}, "must be finite, strictly ascending"),
         ({"shares": (1.0,)}, "at least two are needed"),
         ({"shares": (0.5, 0.6)}, "with the sum 1"),
         ({"budget": 0}, "the budget is 0 trials"),
-        ({"budget": 25}, r"With 7 kinds .* round takes 20, after those of 8 betas: give at least 26"),
-        ({"probe": 0.5}, "probed at a distance of 0.5"),
+        ({"budget": 25}, r"with 7 kinds .* round takes 20, .* 8 betas. Give at least 26"),
+        ({"probe": 0.5}, "probe distance of the offsets is 0.5"),
     ],
 )
-def test_what_is_no_search_is_refused(changes, message):
+def test_invalid_search_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ProjectionSearch(**({"betas": BETAS, "shares": SHARES, "budget": 30} | changes))

@@ -1,14 +1,14 @@
-"""One weight goes through the masks of several lanes, whatever their order."""
+"""Gradual zeroing: one weight gets the masks of several lanes, in any order."""
 
 from itertools import product
 
 import pytest
 import torch
 
-from layerwise.pruners.gradual_zeroing import GradualZeroing
+from layerwise.pruners.layer_pruning import GradualZeroing
 
 
-def test_weights_go_level_by_level():
+def test_weights_are_removed_level_by_level():
     weight = torch.tensor([[1.0, 2.0, 3.0]])
     zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [0, 1])
     zeroing.visit(0)
@@ -17,7 +17,7 @@ def test_weights_go_level_by_level():
     assert weight.tolist() == [[0, 0, 3]]
 
 
-def test_weights_that_a_later_lane_keeps_come_back():
+def test_weights_that_a_later_lane_keeps_are_restored():
     weight = torch.tensor([[1.0, 2.0, 3.0]])
     zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [1, 0, -1])
     zeroing.visit(0)
@@ -41,7 +41,7 @@ def test_every_order_of_lanes_gives_every_lane_its_own_mask(transposed):
             assert torch.equal(weight, torch.where(levels.int() <= target, 0.0, original))
 
 
-def test_a_weight_that_was_zero_from_the_start_stays_zero_when_it_comes_back():
+def test_a_weight_that_was_zero_from_the_start_is_restored_as_zero():
     weight = torch.tensor([[0.0, 2.0]])
     zeroing = GradualZeroing(weight, torch.tensor([[0, 1]], dtype=torch.uint8), [1, -1])
     zeroing.visit(0)

@@ -1,10 +1,10 @@
-"""All allocators as one family: uniform at strength 0, in the budget at every other, their own strength by default."""
+"""All allocators through one interface: strength 0 is uniform, and every strength meets the target."""
 
 import pytest
 
-from layerwise.allocators.allocation import ATP
-from layerwise.allocators.allocators import Given, spread_out, strength_of
+from layerwise.allocators.allocator import Given, spread_out, strength_of
 from layerwise.allocators.alpha_pruning import AlphaPruning
+from layerwise.allocators.atp import ATP
 from layerwise.allocators.budget import weighted_mean
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP
@@ -33,25 +33,25 @@ def test_the_target_is_met_at_every_strength_and_entries_differ_more_at_a_higher
 @pytest.mark.parametrize(
     ("allocator", "strength"), [(ATP(), None), (OWL(spread=0.12), 0.12), (AlphaPruning(epsilon=0.2), 0.2)]
 )
-def test_an_allocators_own_strength(allocator, strength):
+def test_the_strength_of_every_allocator_is_known(allocator, strength):
     assert strength_of(allocator) == strength
 
 
 @pytest.mark.parametrize("allocator", ALL[1:], ids=lambda allocator: allocator.method)
-def test_the_own_strength_gives_what_the_allocator_itself_gives(allocator):
+def test_the_own_strength_gives_the_result_of_the_allocator_itself(allocator):
     own = strength_of(allocator)
     assert spread_out(allocator, own, SCORES, SIZES, 0.6) == allocator.allocate(SCORES, SIZES, 0.6)
 
 
-def test_given_sparsities_are_taken_as_they_are():
+def test_given_sparsities_are_used_unchanged():
     assert spread_out(Given((0.5, 0.75)), 1.0, [], [100, 100], 0.625) == (0.5, 0.75)
 
 
 def test_given_sparsities_that_miss_the_target_are_refused_with_their_mean():
-    with pytest.raises(ValueError, match=r"weighted mean 0\.625000, and the overall sparsity is 0\.6"):
+    with pytest.raises(ValueError, match=r"weighted mean 0\.625000, but the overall sparsity is 0\.6"):
         spread_out(Given((0.5, 0.75)), 1.0, [], [100, 100], 0.6)
 
 
 def test_given_sparsities_for_another_depth_are_refused():
-    with pytest.raises(ValueError, match="2 sparsities are given, and the model has 3 decoder layers"):
+    with pytest.raises(ValueError, match="2 sparsities were given, but the model has 3 decoder layers"):
         spread_out(Given((0.5, 0.75)), 1.0, [], [100, 100, 100], 0.6)

@@ -1,4 +1,4 @@
-"""A model in every way that this machine can run it: by torch, by OpenVINO, packed."""
+"""Engines that can run a model on this machine: torch, OpenVINO, and sparse linears."""
 
 from copy import deepcopy
 
@@ -13,7 +13,7 @@ from layerwise.sparse.accelerate import accelerate, replace_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino
 
-WAYS = FLOAT32, BFLOAT16, OPENVINO, SPARSE, INT8 = (
+ENGINES = FLOAT32, BFLOAT16, OPENVINO, SPARSE, INT8 = (
     "torch float32",
     "torch bfloat16",
     "OpenVINO",
@@ -22,39 +22,43 @@ WAYS = FLOAT32, BFLOAT16, OPENVINO, SPARSE, INT8 = (
 )
 
 
-def ways_of(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
-    """The model in every way, and the ways that are not to be had here, with the reason."""
+def engines_of(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
+    """Prepare the model for every engine.
+
+    Returns:
+        The model for each available engine, and the reason for each unavailable one.
+    """
     own = BFLOAT16 if model.dtype == torch.bfloat16 else FLOAT32
-    ways, left_out = {own: model}, {}
+    engines, left_out = {own: model}, {}
     for name, int8 in ((SPARSE, False), (INT8, True)):
         packed = _sharing(model)
         done = accelerate(packed, int8)
         if done.sparse:
-            ways[name] = packed
+            engines[name] = packed
         else:
             left_out[name] = f"no linear runs sparse: {', '.join(sorted(set(done.dense.values())))}"
     bytes_of = sum(parameter.nbytes for parameter in model.parameters())
     if not has_openvino():
-        left_out[OPENVINO] = "not installed (pip install openvino): a good dense engine to compare with"
+        left_out[OPENVINO] = "not installed (pip install openvino); it is a fast dense engine for comparison"
     elif (reason := _no_room(bytes_of)) is not None:
         left_out[OPENVINO] = reason
     else:
-        ways[OPENVINO] = _by_openvino(model)
+        engines[OPENVINO] = _by_openvino(model)
     if own == FLOAT32:
-        left_out[BFLOAT16] = "this CPU has no fast instructions for it"
+        left_out[BFLOAT16] = "this CPU has no fast bfloat16 instructions"
     elif (reason := _no_room(2 * bytes_of)) is not None:
         left_out[FLOAT32] = reason
     else:
-        ways[FLOAT32] = deepcopy(model).float()
-    return {name: ways[name] for name in WAYS if name in ways}, left_out
+        engines[FLOAT32] = deepcopy(model).float()
+    return {name: engines[name] for name in ENGINES if name in engines}, left_out
 
 
 def _no_room(needed: int) -> str | None:
-    """Why a copy of so many bytes is not made, or None; it is to leave a tenth of itself and a GB free."""
+    """Return the reason not to copy ``needed`` bytes, or None; 10 % of them and 1 GB must remain free."""
     free = psutil.virtual_memory().available
     if 1.1 * needed + 1e9 < free:
         return None
-    return f"would need {size_in('GB', needed, 1)} of the {size_in('GB', free, 1)} that are free"
+    return f"needs {size_in('GB', needed, 1)}, but only {size_in('GB', free, 1)} are free"
 
 
 def _by_openvino(model: PreTrainedModel) -> PreTrainedModel:
@@ -66,7 +70,7 @@ def _by_openvino(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with modules of its own and the same parameters."""
+    """Return a copy of the model that shares its parameters."""
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -78,15 +82,15 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def linears_run_by(way: nn.Module) -> int:
-    """How many linears are multiplied in the way's own manner: those that were swapped, or all of a model by torch."""
-    linears = _linears(way).values()
+def linears_run_by(engine: nn.Module) -> int:
+    """Return the number of linears that the engine runs itself: the replaced ones, or all for torch."""
+    linears = _linears(engine).values()
     swapped = [module for module in linears if isinstance(module, BitmaskLinear | OpenVinoLinear)]
     return len(swapped or linears)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of all linears: what is read for every new token."""
+    """Return the size of the weights of all linears in bytes: the memory read for every new token."""
     return sum(_bytes_of(module) for module in _linears(model).values())
 
 

@@ -1,11 +1,11 @@
-"""The theory's plans: the same share everywhere, the same numbers in every order."""
+"""Plans for the theorems: uniform plans, and orders of the same sparsities."""
 
 from itertools import pairwise
 
 import pytest
 
 from layerwise.allocators.budget import weighted_mean
-from layerwise.scoring.theory_plans import theory_plans
+from layerwise.scoring.theorem_plans import theory_plans
 
 EQUAL = [1000] * 8
 
@@ -14,7 +14,7 @@ def by_order(plans, target=0.6):
     return {each.order: each.plan.layers for each in plans if each.target == target}
 
 
-def test_the_uniform_plans_rise_in_tenths_and_the_target_is_one_of_them():
+def test_the_uniform_plans_rise_in_tenths_and_include_the_target():
     uniform = [each for each in theory_plans(0.55, None, EQUAL) if each.order == "uniform"]
     assert [each.target for each in uniform] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9]
     assert all(set(each.plan.layers) == {each.target} for each in uniform)
@@ -24,7 +24,7 @@ def test_a_target_among_the_tenths_is_tried_once():
     assert sum(each.order == "uniform" for each in theory_plans(0.6, None, EQUAL)) == 9
 
 
-def test_all_orders_are_of_the_same_numbers_and_the_first_one_ascends():
+def test_all_orders_have_the_same_sparsities_and_the_first_one_ascends():
     orders = by_order(theory_plans(0.6, 0.05, EQUAL))
     del orders["uniform"]
     assert [*orders] == ["ascending", "descending", "shuffled 0", "shuffled 1", "shuffled 2", "shuffled 3"]
@@ -35,20 +35,20 @@ def test_all_orders_are_of_the_same_numbers_and_the_first_one_ascends():
     assert len(set(orders.values())) == 6
 
 
-def test_beta_is_a_sixth_of_the_largest_legal_one_if_none_is_given():
+def test_the_default_beta_is_a_sixth_of_the_largest_legal_one():
     """The last of 8 layers may not rise above 1: beta <= (1 - .6) / 3.5."""
     ascending = next(each for each in theory_plans(0.6, None, EQUAL) if each.order == "ascending")
     assert ascending.plan.beta == pytest.approx(0.4 / 3.5 / 6)
     assert ascending.plan.layers[-1] == pytest.approx(0.6 + 0.2 / 3)
 
 
-def test_layers_of_different_sizes_lose_the_same_share_in_every_order():
+def test_with_layers_of_different_sizes_all_orders_have_the_same_overall_sparsity():
     sizes = [100, 900, 500, 3000]
     for layers in by_order(theory_plans(0.6, None, sizes)).values():
         assert weighted_mean(layers, sizes) == pytest.approx(0.6, abs=1e-12)
 
 
-def test_of_two_layers_there_are_two_orders():
+def test_two_layers_have_two_orders():
     assert [*by_order(theory_plans(0.6, None, [10, 10]))] == ["uniform", "ascending", "descending"]
 
 
@@ -60,11 +60,11 @@ def test_the_same_arguments_give_the_same_plans():
     "beta, sizes, problem",
     [
         (None, [10], "1 decoder layer"),
-        (0.0, EQUAL, "there is no order"),
-        (-0.01, EQUAL, "there is no order"),
-        (0.2, EQUAL, "outside of the legal range"),
+        (0.0, EQUAL, "needs a positive beta"),
+        (-0.01, EQUAL, "needs a positive beta"),
+        (0.2, EQUAL, "outside the legal range"),
     ],
 )
-def test_what_has_no_orders_is_refused(beta, sizes, problem):
+def test_models_and_betas_without_orders_are_refused(beta, sizes, problem):
     with pytest.raises(ValueError, match=problem):
         theory_plans(0.6, beta, sizes)

@@ -1,4 +1,4 @@
-"""A sparse weight as the kernel reads it: cut into panels of columns, each one packed as a bitmask."""
+"""Panel layout of a sparse weight for the kernel: panels of columns, each packed as a bitmask."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from layerwise.sparse.bitmask import BYTE_BITS, PackedWeight, pack, unpack
-from layerwise.sparse.pages import in_huge_pages
+from layerwise.sparse.huge_pages import in_huge_pages
 
-# The inputs of a panel stay in the first-level cache (32 kB) while its weights stream by: 24 kB in float32.
+# The inputs of a panel (24 kB in float32) stay in the first-level cache (32 kB) while its weights are read.
 PANEL_COLUMNS = 6144
-PANEL_STEP = 64  # columns; a multiple of what any level of instructions expands at a time
-INT8_STEPS = 127  # of a row's scale, to either side of zero
+PANEL_STEP = 64  # panel widths are multiples of this number of columns, as every instruction set requires
+INT8_STEPS = 127  # steps on either side of zero
 
 
 @dataclass(frozen=True)
 class PanelWeight:
-    """A weight matrix as masks and values, panel by panel, and within a panel row by row.
+    """A weight matrix as masks and values, panel by panel, and row by row within a panel.
 
     Attributes:
-        shape: of the dense weight, ``(out_features, in_features)``.
-        mask: uint8, one-dimensional: for every panel what ``PackedWeight.mask`` has for its columns.
-        values: the stored weights, one-dimensional; bfloat16, float32, or int8 in steps of the row's scale.
+        shape: shape of the dense weight, ``(out_features, in_features)``.
+        mask: uint8, one-dimensional: the ``PackedWeight.mask`` of every panel.
+        values: stored weights, one-dimensional; bfloat16, float32, or int8 in steps of the row's scale.
         starts: int64, shape ``(panels * out_features + 1,)``: index of the first value of every row of every panel,
-            and the number of values.
-        scales: float32, shape ``(out_features,)``: what one step of an int8 value is worth; None for other dtypes.
+            then the number of values.
+        scales: float32, shape ``(out_features,)``: size of one int8 step; None for other dtypes.
     """
 
     shape: tuple[int, int]
@@ -39,24 +39,24 @@ class PanelWeight:
         panels = panel_bounds(columns)
         mask_bytes = sum(rows * -(-(last - first) // 8) for first, last in panels)
         parts = [part for part in (self.mask, self.values, self.starts, self.scales) if part is not None]
-        assert all(part.is_contiguous() for part in parts), "the kernel reads whole arrays"
+        assert all(part.is_contiguous() for part in parts), "the kernel needs contiguous arrays"
         sizes = (self.mask.numel(), self.starts.numel(), self.values.numel())
         wanted = (mask_bytes, len(panels) * rows + 1, int(self.starts[-1]))
         if sizes != wanted or (self.scales is None) == (self.values.dtype == torch.int8):
             raise ValueError(
-                f"a weight of shape {self.shape} with {self.values.dtype} values, "
-                f"{'no' if self.scales is None else self.scales.numel()} scales and (mask bytes, starts, values) of "
-                f"{sizes} was given, where {wanted} belong together. Make it with panels_of."
+                f"a weight of shape {self.shape} with {self.values.dtype} values and "
+                f"{'no' if self.scales is None else self.scales.numel()} scales has {sizes} mask bytes, starts and "
+                f"values; {wanted} were expected. Create it with panels_of."
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
+        """Return the size of all parts in bytes."""
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.mask.nbytes + self.values.nbytes + self.starts.nbytes + scales
 
     def dense(self) -> Tensor:
-        """The weight with its zeros, shape ``(out_features, in_features)``; float32 if its values are int8."""
+        """Return the dense weight, shape ``(out_features, in_features)``; float32 if the values are int8."""
         rows, columns = self.shape
         values = self.values if self.scales is None else self.values.float()
         parts, byte = [], 0
@@ -71,37 +71,38 @@ class PanelWeight:
 
 
 def panel_width(columns: int) -> int:
-    """Columns of every panel but the last: as equal as steps allow, and at most ``PANEL_COLUMNS``."""
+    """Return the number of columns of every panel but the last, at most ``PANEL_COLUMNS``; panels are nearly equal."""
     panels = max(1, -(-columns // PANEL_COLUMNS))
     return -(-columns // (panels * PANEL_STEP)) * PANEL_STEP
 
 
 def panel_bounds(columns: int) -> list[tuple[int, int]]:
-    """First column of every panel and the one after its last."""
+    """Return the start and end (exclusive) columns of every panel."""
     width = panel_width(columns)
     return [*pairwise([*range(0, columns, width), columns])]
 
 
 def panels_of(packed: PackedWeight, int8: bool = False) -> PanelWeight:
-    """The same weight in panels.
+    """Convert a packed weight to panels.
 
-    Mask and values are copies, in huge pages; a weight of more than one panel is unpacked on the way.
+    Mask and values are copied into huge pages. A weight of more than one panel is unpacked during the conversion.
 
     Args:
-        packed: its values in bfloat16 or float32.
-        int8: round the values to 127 steps either side of zero of a scale per row, its largest value / 127.
+        packed: weight with values in bfloat16 or float32.
+        int8: whether to round the values to 127 steps on either side of zero; the step is the largest value of the
+            row divided by 127.
 
     Raises:
-        TypeError: values of another dtype.
-        ValueError: no rows or no columns; with ``int8``, values that are not finite.
-        OSError: no memory.
+        TypeError: the values have another dtype.
+        ValueError: the weight is empty or, with ``int8``, not finite.
+        OSError: there is not enough memory.
     """
     if packed.values.dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(
             f"the sparse kernel multiplies bfloat16 and float32 weights, not {packed.values.dtype}. Convert the weight."
         )
     if 0 in packed.shape:
-        raise ValueError(f"a weight of shape {packed.shape} has nothing to multiply. Keep it dense.")
+        raise ValueError(f"a weight of shape {packed.shape} is empty. Keep it dense.")
     rows, columns = packed.shape
     bounds = panel_bounds(columns)
     dense = unpack(packed) if len(bounds) > 1 else None
@@ -117,9 +118,11 @@ def panels_of(packed: PackedWeight, int8: bool = False) -> PanelWeight:
 
 
 def _int8(values: Tensor, row_of_value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Values in steps of their row's scale, and the scales."""
+    """Return the values in steps of their row's scale, and the scales."""
     if not values.isfinite().all():
-        raise ValueError("a weight with values that are not finite has no int8 form. Check the checkpoint.")
+        raise ValueError(
+            "a weight with NaN or infinity cannot be converted to int8. Replace the checkpoint by an undamaged copy."
+        )
     largest = torch.zeros(rows).scatter_reduce_(0, row_of_value, values.float().abs(), "amax")
     scales = torch.where(largest > 0, largest / INT8_STEPS, 1.0)
     return (values.float() / scales[row_of_value]).round_().to(torch.int8), scales

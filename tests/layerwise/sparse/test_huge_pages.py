@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.sparse.bitmask import pack
 from layerwise.sparse.bitmask_linear import BitmaskLinear
-from layerwise.sparse.pages import HUGE_PAGE, in_huge_pages
+from layerwise.sparse.huge_pages import HUGE_PAGE, in_huge_pages
 from tests.layerwise.sparse.shapes import require_product, sparse_weight
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -23,7 +23,7 @@ gives_huge_pages = pytest.mark.skipif(
 
 
 def bytes_in_huge_pages(tensor: Tensor) -> int:
-    """Of the mapping that has the tensor's first number, as Linux counts them."""
+    """Return the number of bytes in huge pages of the mapping with the tensor's first element, as reported by Linux."""
     address, found = tensor.data_ptr(), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -35,7 +35,7 @@ def bytes_in_huge_pages(tensor: Tensor) -> int:
 
 @gives_huge_pages
 @pytest.mark.parametrize("pages", [1, 1.2, 2.9])
-def test_an_array_fills_as_many_huge_pages_as_it_can(pages):
+def test_an_array_is_in_as_many_huge_pages_as_possible(pages):
     array = in_huge_pages(torch.ones(int(pages * HUGE_PAGE), dtype=torch.uint8))
     assert array.data_ptr() % HUGE_PAGE == 0
     assert bytes_in_huge_pages(array) >= int(pages) * HUGE_PAGE
@@ -54,7 +54,7 @@ def test_a_copy_has_the_same_numbers_in_the_same_shape(dtype):
 @gives_huge_pages
 @pytest.mark.usefixtures("best_kernel")
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_packed_weight_of_some_size_is_there_and_multiplies(int8):
+def test_a_large_packed_weight_is_in_huge_pages_and_multiplies_correctly(int8):
     weight = sparse_weight((2100, 8200), 0.8, torch.bfloat16)
     linear = BitmaskLinear(pack(weight), int8=int8)
     for part in (linear.panels.mask, linear.panels.values):
@@ -71,14 +71,14 @@ def test_a_packed_weight_of_some_size_is_there_and_multiplies(int8):
     assert torch.equal(values, before)
 
 
-def test_a_small_array_stays_where_it_is():
+def test_a_small_array_is_not_copied():
     small = torch.zeros(HUGE_PAGE - 1, dtype=torch.uint8)
     assert in_huge_pages(small) is small
 
 
-def test_systems_without_huge_pages_keep_their_arrays(monkeypatch):
+def test_without_huge_pages_arrays_are_not_copied(monkeypatch):
     large = torch.zeros(HUGE_PAGE, dtype=torch.uint8)
-    # Which no Linux knows, and answers with EINVAL, as one without huge pages does.
+    # An unknown value, for which Linux returns EINVAL, as it does without huge pages.
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999, raising=False)
     assert in_huge_pages(large) is large
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
