@@ -21,7 +21,7 @@ from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.pruners.wanda_swaps import WandaSwaps
-from layerwise.tasks.sources.sources import holds_credentials
+from layerwise.tasks.sources.url_credentials import holds_credentials
 
 
 def _method(value: Any) -> Any:

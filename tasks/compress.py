@@ -15,13 +15,14 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compressed.file_format import (
     DESCRIPTION_FILE,
     FORMAT,
+    LAYOUT_FILE,
+    LAYOUT_TEXT,
     Description,
     Layout,
     SparseTensor,
     compressed,
     parts_of,
 )
-from layerwise.tasks.compressed.readme import LAYOUT_FILE, LAYOUT_TEXT
 from layerwise.tasks.export import CARD_FILE, SPARSITY_FILE
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.pages.model_card import ModelCard, model_card

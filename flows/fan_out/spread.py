@@ -27,7 +27,7 @@ from layerwise.storage.keys import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import plans_title, windows_title
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.sources import HubSource, find_source
+from layerwise.tasks.sources.model_source import HubSource, find_source
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from layerwise.allocators.allocation import SparsityPlan
 from layerwise.tasks.models.checkpoint import Checkpoint
-from layerwise.tasks.sources.sources import HUB_ID
+from layerwise.tasks.sources.model_source import HUB_ID
 
 NAMED = 3  # more do not fit into a line of Prefect's pages
 

@@ -80,5 +80,5 @@ def test_what_is_neither_a_model_nor_a_store_with_a_search_is_refused(done, tmp_
 def test_a_folder_is_checked_as_a_search_checks_it(workshop, tmp_path):
     folder = shutil.copytree(workshop.model, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickle files and their like can run code"):
+    with pytest.raises(ValueError, match="pickle files and similar formats can run code"):
         bench(str(folder), None, QUICK)

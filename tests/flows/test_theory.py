@@ -20,7 +20,7 @@ from layerwise.flows.theory import Theory, theory
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tables import read_table
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.pages.theory_section import sentences
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
 
@@ -64,7 +64,7 @@ def test_the_searchs_report_has_the_theory_as_a_section_with_all_numbers_beside_
     store, report = report_of(runtime, 0.5)
     html = unescape(store.read(report, "report.html").decode())
     section = html[html.index('<section id="theory">') : html.index('<section id="stages">')]
-    assert "What the paper's theorems say" in section
+    assert "Theorems of the paper" in section
     for sentence in sentences(result.findings).values():
         assert sentence in section
     assert section.count("<svg") == 3

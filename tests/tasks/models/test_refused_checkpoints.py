@@ -244,7 +244,7 @@ def test_a_config_that_is_nested_too_deeply_is_refused(local_store, save_model, 
     folder = save_model()
     text = (folder / "config.json").read_text().rstrip().removesuffix("}")
     (folder / "config.json").write_text(f'{text}, "deep": {"[" * depth}{"]" * depth}}}')
-    with pytest.raises(ValueError, match=r"config\.json of .* cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"config\.json of .* is not valid JSON"):
         import_checkpoint(local_store, str(folder))
 
 

@@ -1,10 +1,10 @@
-"""Files that Git LFS has left as pointers are refused at once, by name."""
+"""Git LFS pointers in place of files are refused immediately, and named."""
 
 import pytest
 
 from layerwise.storage.files.reading import open_filesystem
 from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
-from layerwise.tasks.sources.sources import find_source
+from layerwise.tasks.sources.model_source import find_source
 from layerwise.tasks.texts.corpora import open_corpus
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"

@@ -1,4 +1,4 @@
-"""Where the time went, for artifacts whose times can be checked by eye."""
+"""Times of stages, for artifacts whose times can be checked by eye."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.lanes.grouping import GROUP
-from layerwise.tasks.pages.stage_times import stages_table
 from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.results.stage_times import stages_table
 from layerwise.tasks.select import ScoreRow, Selection
 
 
 def made(name, at, seconds, inputs=None, **more) -> Artifact:
-    """An artifact that was committed at this time of a day, after so many seconds of work."""
+    """Return an artifact that was committed at this time of day, after this many seconds of work."""
     recipe = {"name": name.partition("/")[0], "inputs": inputs or {}}
     how = {"at": f"2026-01-02T{at}+00:00", "seconds": seconds, **more}
     return Artifact(name, {}, recipe=recipe, made=how)
