@@ -129,11 +129,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.is_mount():
         raise ValueError(f"{out} is a mount point. Give a new folder in it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.parent / f".{out.name}.{token_hex(4)}"
-    beside.mkdir()
+    unfinished = out.parent / f".{out.name}.{token_hex(4)}"
+    unfinished.mkdir()
     try:
-        yield beside
-        beside.rename(out)  # replaces an empty folder; fails if files have been added to it
+        yield unfinished
+        unfinished.rename(out)  # replaces an empty folder; fails if files have been added to it
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise

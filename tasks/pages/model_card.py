@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
-LOAD_COMPRESSED = """The zeros are not stored. The package layerwise (`pip install layerwise-pruning`) loads the files:
+LOAD_COMPRESSED = """The zeros are not stored. The package layerwise loads the files:
 
 ```python
 from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint

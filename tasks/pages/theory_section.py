@@ -60,7 +60,7 @@ class TheorySection:
 
     @property
     def verdicts(self) -> Mapping[str, bool]:
-        """Whether each theorem held everywhere."""
+        """Verdict on each theorem: True if it held everywhere."""
         return verdicts(self.found)
 
     @property
@@ -124,7 +124,7 @@ def headlines(found: Findings) -> dict[str, str]:
     held = rise.steps - len(rise.falls)
     return {
         "3.1": f"grows in {_of(held, rise.steps)} steps",
-        "3.2": f"exceeds it in {_of(propagation.exceeding, len(propagation.layers))} layers",
+        "3.2": f"holds in {_of(propagation.exceeding, len(propagation.layers))} layers",
         "3.5": f"below {_of(orders.below('total'), len(orders.outcomes) - 1)} other orders",
     }
 
@@ -182,7 +182,9 @@ def _on_propagation(found: Findings) -> str:
 def _below(layers: tuple[int, ...]) -> str:
     if not layers:
         return "it is not below 1 in any layer"
-    return f"it is below 1 in {len(layers)} layer{'s' if len(layers) > 1 else ''} ({ranges(layers)})"
+    if len(layers) == 1:
+        return f"it is below 1 in layer {layers[0]}"
+    return f"it is below 1 in {len(layers)} layers ({ranges(layers)})"
 
 
 def _on_orders(found: Findings) -> str:

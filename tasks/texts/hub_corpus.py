@@ -168,11 +168,12 @@ def choose_split(role: Role, splits: Sequence[str], asked: str | None, label: st
         ValueError: there is no such split, or the choice is ambiguous.
     """
     wanted = (asked,) if asked else SPLITS[role]
-    for split in wanted:
+    usual, *others = wanted
+    if usual in splits:
+        return usual, ""
+    for split in others:
         if split in splits:
-            return split, "" if split == wanted[
-                0
-            ] else f"for {role}: {split!r}, because there is no {wanted[0]!r}"
+            return split, f"for {role}: {split!r}, because there is no {usual!r}"
     if asked is None and len(splits) == 1:
         return splits[0], f"for {role}: {splits[0]!r}, the only split"
     raise ValueError(
