@@ -12,13 +12,12 @@ from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.compressed.checkpoint import load
-from layerwise.tasks.compressed.file_format import DESCRIPTION_FILE
 from layerwise.tasks.models.dtype_speed import fast_dtype
 from layerwise.tasks.models.model_in_folder import model_in_folder
 from layerwise.tasks.models.streamed import DTYPES
 from layerwise.tasks.results.search_result import read_search
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sources.checkpoint_files import CONFIG
+from layerwise.tasks.sources.checkpoint_files import CONFIG, DESCRIPTION_FILE
 from layerwise.tasks.sources.folder import list_folder
 from layerwise.tasks.speed import read_speed, speed
 

@@ -16,8 +16,8 @@ from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lm_eval_tasks.comparison_table import TABLE_FILE, TABLE_STAGE
-from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
+from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, TABLE_STAGE
+from layerwise.tasks.pages.report_data import CheckpointSizes, Extras, ZeroShotAccuracies
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.speed import SPEED_STAGE, read_speed
@@ -131,15 +131,15 @@ def _newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -
     return max(found, key=lambda each: each.committed, default=None)
 
 
-def _sizes(compressed: Artifact) -> Sizes:
+def _sizes(compressed: Artifact) -> CheckpointSizes:
     # The pruned checkpoint stores its zeros, so it is as large as the dense one.
     dense, smaller = (int(str(compressed.facts[name])) for name in ("dense bytes", "compressed bytes"))
-    return Sizes(dense, dense, smaller)
+    return CheckpointSizes(dense, dense, smaller)
 
 
-def _zero_shot_rows(table: dict) -> tuple[ZeroShotRow, ...]:
+def _zero_shot_rows(table: dict) -> tuple[ZeroShotAccuracies, ...]:
     return tuple(
-        ZeroShotRow(
+        ZeroShotAccuracies(
             row["task"],
             row["dense"]["value"],
             (row["uniform"] or row["best"])["value"],

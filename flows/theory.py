@@ -26,7 +26,7 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
-from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.pages.theory_section import sentences
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.theory import findings_of, measure_theory, read_tables

@@ -14,8 +14,12 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lm_eval_tasks.comparison import ZeroShotComparison, compare_zero_shot
-from layerwise.tasks.lm_eval_tasks.comparison_table import store_table, table_rows
+from layerwise.tasks.lm_eval_tasks.comparison import (
+    ZeroShotComparison,
+    compare_zero_shot,
+    comparison_rows,
+    store_comparison,
+)
 from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.running.execution import Execution
@@ -100,9 +104,9 @@ def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Executi
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()
     }
     comparison = compare_zero_shot(store, answers["dense"], answers.get("uniform"), answers["best"])
-    table = store_table(store, finished.search.artifact, answers, comparison)
+    table = store_comparison(store, finished.search.artifact, answers, comparison)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
         title = f"{plain(finished.settings.title)}: zero-shot accuracy in per cent"
-        create_table_artifact(table_rows(comparison), key="zero-shot", description=title)
+        create_table_artifact(comparison_rows(comparison), key="zero-shot", description=title)
     return comparison

@@ -13,15 +13,15 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensors, write_tensors
 from layerwise.tasks.compressed.file_format import (
-    DESCRIPTION_FILE,
     FORMAT,
+    LAYOUT_FILE,
+    LAYOUT_TEXT,
     Description,
     Layout,
     SparseTensor,
     compressed,
     parts_of,
 )
-from layerwise.tasks.compressed.readme import LAYOUT_FILE, LAYOUT_TEXT
 from layerwise.tasks.export import CARD_FILE, SPARSITY_FILE
 from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.pages.model_card import ModelCard, model_card
@@ -29,7 +29,7 @@ from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.checkpoint_files import copied_files
+from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, copied_files
 
 
 def compress_stage(exported_key: str, card: ModelCard) -> Stage:

@@ -8,8 +8,8 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.sample_tokens import tokenise
-from layerwise.tasks.texts.corpora import Corpus, read_text
-from layerwise.tasks.texts.documents import TEXT_LIMIT
+from layerwise.tasks.texts.corpora import read_text
+from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,8 +23,7 @@ from layerwise.tasks.models.folder_index import (
 )
 from layerwise.tasks.sources.checkpoint_files import copied_files
 from layerwise.tasks.sources.folder import Folder
-from layerwise.tasks.sources.source_license import License, license_of_folder
-from layerwise.tasks.sources.sources import (
+from layerwise.tasks.sources.model_source import (
     DemoSource,
     FolderSource,
     GgufSource,
@@ -32,6 +31,7 @@ from layerwise.tasks.sources.sources import (
     Source,
     find_source,
 )
+from layerwise.tasks.sources.source_license import License, license_of_folder
 
 
 def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:

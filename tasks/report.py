@@ -11,8 +11,7 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import write_table
-from layerwise.tasks.charts.drawing import svg_inside
-from layerwise.tasks.charts.figure_files import write_figures
+from layerwise.tasks.charts.drawing import svg_inside, write_figures
 from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta
 from layerwise.tasks.charts.search_figures import (
     error_by_layer,
@@ -22,8 +21,7 @@ from layerwise.tasks.charts.search_figures import (
 )
 from layerwise.tasks.charts.theory_figures import TITLES as THEORY_TITLES
 from layerwise.tasks.charts.theory_figures import figures_of_theory
-from layerwise.tasks.pages.report_data import ReportData, report_data
-from layerwise.tasks.pages.report_extras import Extras
+from layerwise.tasks.pages.report_data import Extras, ReportData, report_data
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.results.search_result import read_search
 from layerwise.tasks.running.stage_task import stage_task
@@ -106,5 +104,5 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
         "errors": error_by_layer(tables["errors"]),
         "linears": sparsity_by_linear(tables["linears"]),
         "stages": time_by_stage(tables["stages"]),
-        **({} if data.theory is None else figures_of_theory(data.theory)),
+        **({} if data.theory is None else figures_of_theory(data.theory.layers, data.theory.found)),
     }

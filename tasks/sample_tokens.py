@@ -13,8 +13,8 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensors, write_tensors
-from layerwise.tasks.texts.corpora import SHARES, Corpus, read_text
-from layerwise.tasks.texts.documents import TEXT_LIMIT, Role
+from layerwise.tasks.texts.corpora import SHARES, read_text
+from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

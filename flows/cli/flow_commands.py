@@ -76,14 +76,14 @@ def run_zero_shot(arguments: Namespace, began: float) -> None:
     from layerwise.flows.runtime import Runtime
     from layerwise.flows.zero_shot import ZeroShot, zero_shot
     from layerwise.storage.existing_store import existing_store
-    from layerwise.tasks.lm_eval_tasks.comparison_table import table_rows
+    from layerwise.tasks.lm_eval_tasks.comparison import comparison_rows
 
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
     existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
     comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
     console = open_console()
-    show_rows(console, table_rows(comparison), left=("task",))
+    show_rows(console, comparison_rows(comparison), left=("task",))
     console.print(seconds)
 
 

@@ -10,8 +10,7 @@ from layerwise.flows.cli.tables import show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.storage.existing_store import existing_store
 from layerwise.tasks.evaluate import read_test
-from layerwise.tasks.pages.report_text import on_what
-from layerwise.tasks.results.measured_on import MeasuredOn
+from layerwise.tasks.results.measured_on import MeasuredOn, summary_of
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
 from layerwise.tasks.select import read_selection
 
@@ -44,7 +43,7 @@ def show_key(store_url: str, key: str | None) -> None:
         show_test(console, read_test(store, store.get(stages["evaluate"])))
         show_stop(console, document["settings"].get("stop_after"), selection)
         for text, what in document.get("measured on", {}).items():  # missing in old results
-            console.print(f"  {text}: {on_what(MeasuredOn(**what))}", style="dim", soft_wrap=True)
+            console.print(f"  {text}: {summary_of(MeasuredOn(**what))}", style="dim", soft_wrap=True)
         if "export" in stages:
             exported = store.location(store.get(stages["export"]))
             console.print()

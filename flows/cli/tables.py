@@ -16,7 +16,7 @@ from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.pages.theory_section import sentences
 from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.select import Selection
 

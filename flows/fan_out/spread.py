@@ -21,7 +21,7 @@ from layerwise.flows.settings import Search
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.sources import HubSource, find_source
+from layerwise.tasks.sources.model_source import HubSource, find_source
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.charts.figure_files import figure_file
+from layerwise.tasks.charts.drawing import figure_file
 from layerwise.tasks.pages.markdown import code, fenced, plain
 from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.progress import going_on_without_prefect

@@ -8,8 +8,8 @@ from layerwise.flows.settings import AUTO_WINDOWS, Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.count_tokens import TokenCount, count_tokens, find_count, keep_count
 from layerwise.tasks.sample_tokens import LEAST_WINDOWS, TokenRequest, fitting_windows, require_windows
-from layerwise.tasks.texts.corpora import Corpus, assign_parts, open_corpus, require_apart
-from layerwise.tasks.texts.documents import Role
+from layerwise.tasks.texts.corpora import assign_parts, open_corpus, require_apart
+from layerwise.tasks.texts.documents import Corpus, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,1 @@
-"""Figures of the report and of the theory page."""
+"""Figures of the report and the theory page."""

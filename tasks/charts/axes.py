@@ -1,4 +1,4 @@
-"""The vertical axis of a figure: linear, or by orders of magnitude where the values span some."""
+"""Axes of figures: linear or logarithmic vertical axes, and the horizontal axis of the decoder layers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,15 +6,16 @@ from typing import Any
 
 import altair
 
-# Highest value over the lowest, from which on orders of magnitude are drawn.
+# Ratio of the highest to the lowest value above which the axis is logarithmic.
 WIDE_RANGE = 5.0
-# From here on only the powers of ten are named: there is no room for twos and fives.
+# Ratio above which only the powers of ten are labelled, because there is no room for 2 and 5 times these.
 MANY_DECADES = 3000.0
-FEW_LAYERS, MANY_LAYERS = 12, 80  # there is room for the numbers of so many, and for a fifth of so many
+# Up to FEW_LAYERS, every layer is labelled; up to MANY_LAYERS, every fifth one; above that, every tenth one.
+FEW_LAYERS, MANY_LAYERS = 12, 80
 
 
 def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """The vertical axis of a quantity whose zero says nothing; by orders of magnitude if its values span some."""
+    """Return the vertical axis of a quantity; logarithmic if its values are positive and span a wide range."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = min(positive), max(positive)
     if high > WIDE_RANGE * low and len(positive) == len(values):
@@ -25,7 +26,7 @@ def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
 
 
 def linear_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """A vertical axis from a little below the lowest value to a little above the highest."""
+    """Return a linear vertical axis with a margin around the values."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     domain = [low - margin, high + margin]
@@ -34,16 +35,16 @@ def linear_axis(values: Sequence[float], title: str) -> dict[str, Any]:
 
 
 def layer_axis(layers: Iterable[int]) -> dict[str, Any]:
-    """The horizontal axis of the decoder layers, whose ticks are layers: all of a few, else every fifth, or tenth."""
+    """Return the horizontal axis of the decoder layers, with ticks at whole layers."""
     there = sorted(set(layers))
     step = 1 if len(there) <= FEW_LAYERS else 5 if len(there) <= MANY_LAYERS else 10
     ticks = [layer for layer in there if layer % step == 0]
-    title = "decoder layer (0 is nearest to the input)"
+    title = "decoder layer (0 is next to the input)"
     return {"title": title, "axis": altair.Axis(values=ticks, format="d", labelAngle=0)}
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between two numbers; powers alone if they are far apart."""
+    """Return 1, 2 and 5 times the powers of ten between two numbers; only the powers for a large range."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < MANY_DECADES * low else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]

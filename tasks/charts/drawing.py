@@ -1,4 +1,8 @@
-"""Charts as files: SVG that takes the colour of its page, and PNG; by Vega in this process, no browser, no network."""
+"""Draw charts as SVG and PNG: Altair describes them, and Vega renders them in this process, without browser or network.
+
+The ``description`` of a mark becomes its label in the SVG. Screen readers read it, and the page shows it under the
+pointer.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,35 +11,37 @@ from typing import Any, cast
 import altair
 import vl_convert
 
+from layerwise.storage.draft import Draft
 from layerwise.tasks.running.printable import printable
 
-# Okabe and Ito's, two of them darker: the colour-blind tell them apart, and all stand out on white and on near-black.
+# Colours of Okabe and Ito, two of them darker. Colour-blind people can distinguish them, and all have enough contrast
+# on white and on near-black.
 BLUE, VERMILION, GREEN, YELLOW, PURPLE, SKY = "#1F7FC1", "#D55E00", "#009E73", "#B88A00", "#B5588F", "#35A0D6"
 GREY = "#808080"
-# With the widths that Vega reckons with: in a wider font labels would be cut off.
+# Vega computes text widths for these fonts. A wider font would be cut off.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
-INK = "currentColor"  # of the text of the page around it; black in a file of its own
-WIDTH, HEIGHT = 400, 270  # small, so that text is readable where the figure is as wide as a phone
-PIXELS = 2.0  # of the PNG for each unit of a figure
+INK = "currentColor"  # text colour of the surrounding page; black in a separate file
+WIDTH, HEIGHT = 400, 270  # small, so that text is readable at the width of a phone
+PIXELS = 2.0  # pixels of the PNG per unit
 IDENTIFIER = re.compile(r'\bid="([^"]+)"')
 REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def figure_of(*layers: altair.Chart, height: int = HEIGHT) -> altair.LayerChart:
-    """The layers, one upon the other, as all figures look."""
+    """Combine layers into a figure with the common style."""
     return _styled(cast(altair.LayerChart, altair.layer(*layers).properties(width=WIDTH, height=height)))
 
 
 def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
-    """A chart of these rows, which go into it as they are."""
+    """Return a chart with these rows as inline data."""
     return altair.Chart(altair.InlineData(list(rows)))
 
 
 def line_colors(marks: Mapping[str, tuple[str, float]]) -> altair.Color:
-    """Colours of the field ``line``, with a legend.
+    """Return the colour encoding of the field ``line``, with a legend.
 
     Args:
-        marks: colour and width of each line by its name.
+        marks: colour and width of each line, by its name.
     """
     return altair.Color(
         "line:N",
@@ -46,30 +52,55 @@ def line_colors(marks: Mapping[str, tuple[str, float]]) -> altair.Color:
 
 
 def svg_inside(chart: altair.LayerChart, name: str) -> str:
-    """The figure as SVG for the inside of a page, whose text colour it takes.
+    """Render a figure as inline SVG, in the text colour of the page.
 
     Args:
-        name: identifiers in it begin with this, as several figures may be on one page.
+        name: prefix of the identifiers in the SVG, which must be unique on the page.
     """
     return _with_own_identifiers(_svg(chart.to_dict()), name)
 
 
 def svg_file(chart: altair.LayerChart, name: str, title: Sequence[str]) -> str:
-    """The figure as a picture of its own, on white: whoever shows it may have a dark page.
+    """Render a figure as a separate SVG file, on white in case that it is shown on a dark page.
 
     Args:
-        name: as for ``svg_inside``.
-        title: lines above it.
+        name: see ``svg_inside``.
+        title: lines above the figure.
     """
     return _with_own_identifiers(_svg(_picture(chart, title)), name)
 
 
 def png_file(chart: altair.LayerChart, title: Sequence[str]) -> bytes:
-    """The same as PNG."""
+    """Render a figure as PNG, on white.
+
+    Args:
+        title: lines above the figure.
+    """
     png: bytes = vl_convert.vegalite_to_png(
         _printable(_picture(chart, title)), scale=PIXELS, allowed_base_urls=[]
     )
     return png
+
+
+def write_figures(
+    draft: Draft, charts: Mapping[str, altair.LayerChart], titles: Mapping[str, str], subject: str
+) -> None:
+    """Write every figure as SVG and PNG into the folder ``figures``.
+
+    Args:
+        charts: figures by name.
+        titles: titles of the figures, by the same names.
+        subject: second line of all titles.
+    """
+    for name, chart in charts.items():
+        title = [titles[name], subject]
+        draft.write(figure_file(name), svg_file(chart, name, title).encode())
+        draft.write(f"figures/{name}.png", png_file(chart, title))
+
+
+def figure_file(name: str) -> str:
+    """Return the name of a figure's SVG file in the artifact."""
+    return f"figures/{name}.svg"
 
 
 def _picture(chart: altair.LayerChart, title: Sequence[str]) -> dict[str, Any]:
@@ -83,7 +114,7 @@ def _svg(spec: dict[str, Any]) -> str:
 
 
 def _printable(part: Any) -> Any:
-    """The part of a specification with all its texts printable: names come from outside, and XML forbids some."""
+    """Make all texts in a part of a specification printable: XML forbids some characters that names may contain."""
     if isinstance(part, str):
         return printable(part)
     if isinstance(part, Mapping):
@@ -94,14 +125,14 @@ def _printable(part: Any) -> Any:
 
 
 def _with_own_identifiers(svg: str, name: str) -> str:
-    """Number what Vega has numbered on from one figure of a process to the next: the same figure, the same bytes."""
+    """Renumber the identifiers. Vega counts them over all figures of a process; equal figures must have equal bytes."""
     numbers = {old: f"{name}-{new}" for new, old in enumerate(dict.fromkeys(IDENTIFIER.findall(svg)))}
     svg = IDENTIFIER.sub(lambda match: f'id="{numbers[match[1]]}"', svg)
     return REFERENCE.sub(lambda match: f"url(#{numbers.get(match[1], match[1])})", svg)
 
 
 def _styled(chart: altair.LayerChart) -> altair.LayerChart:
-    """``chart`` as all figures look: no frame, faint grid, text in the colour of the page."""
+    """Apply the common style: no frame, faint grid, text in the colour of the page."""
     text: dict[str, Any] = {
         "labelColor": INK,
         "titleColor": INK,

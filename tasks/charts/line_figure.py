@@ -1,4 +1,4 @@
-"""A figure of lines, some of them more important than the others: by layer, or by sparsity."""
+"""A figure of lines over layers or sparsities, in which wide lines are important and thin ones are not."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ import altair
 
 from layerwise.tasks.charts.drawing import chart_of, figure_of, line_colors
 
-FEW = 40  # places; of more the points of a line are drawn small, they would touch
-THIN = 1.5  # up to this width a line has no points
+FEW = 40  # positions; with more of them, points are drawn small so that they do not touch
+THIN = 1.5  # lines up to this width have no points
 
 
 def line_figure(
@@ -17,12 +17,12 @@ def line_figure(
     x_axis: Mapping[str, Any],
     y_axis: Mapping[str, Any],
 ) -> altair.LayerChart:
-    """Lines with points that say what they are.
+    """Draw lines with labelled points.
 
     Args:
-        rows: a point each: ``x``, ``y``, the name of its ``line``, what it is about in ``detail`` where several lines
-            have one name, and ``said`` when it is pointed at.
-        marks: colour and width of each line by its name, the important ones first: they are on top.
+        rows: one row per point: ``x``, ``y``, the name of its ``line``, ``detail`` to separate lines of the same name,
+            and the ``label`` of the point.
+        marks: colour and width of each line, by name. The first ones are drawn on top.
     """
     look = line_colors(marks)
     x = altair.X("x:Q", **x_axis, scale=altair.Scale(nice=False, zero=False, padding=8))
@@ -36,4 +36,4 @@ def line_figure(
     strong = [row for row in rows if marks[row["line"]][1] > THIN]
     few = len({row["x"] for row in rows}) <= FEW
     dots = chart_of(strong).mark_circle(size=34 if few else 16, opacity=1)
-    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="said:N"))
+    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="label:N"))

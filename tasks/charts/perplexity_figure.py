@@ -7,46 +7,39 @@ import altair
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.tasks.charts.axes import measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
-from layerwise.tasks.pages.report_tables import BEST, UNIFORM, Row
+from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row
 from layerwise.tasks.select import TRIAL
 
 
 def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:
-    """Perplexity on the selection text: one point per plan, the dense model as a line.
+    """Draw the perplexities on the selection text: one point per plan, the dense model as a line.
 
-    A bar is the 95 % interval of the paired difference to the best plan, drawn around the plan's own perplexity. A
-    hollow point is not significantly worse than the best. Crosses at the upper edge are plans that failed.
+    A bar is the 95 % interval of the paired difference to the best plan, drawn around the plan's perplexity. A hollow
+    point is not significantly worse than the best plan. Crosses at the upper edge are plans that failed.
 
     Args:
-        betas: as of ``betas_table``. Of those with an offset only the best one is drawn.
-        dense: the dense model's perplexity.
+        betas: rows of ``betas_table``. A plan with an offset is drawn only if it is the best one.
+        dense: perplexity of the dense model.
+        parameter: name of beta for the allocator of the search.
     """
     curve = [
-        {**row, "looks": _looks(row), "said": _said(row)}
+        {**row, "category": _category(row), "label": _label(row)}
         for row in betas
         if not row["offset"] or row["kind"] == BEST
     ]
     shown = [row for row in curve if not row["failed"]]
     perplexities = [dense, *(row["perplexity"] for row in shown)]
-    # Of bars that leave the others far behind only a part is seen.
+    # Very long bars are clipped, so that they do not flatten the others.
     ends = [max(row["low"], min(perplexities) / 2) for row in shown]
     ends += [min(row["high"], 2 * max(perplexities)) for row in shown]
     axis = measure_axis(perplexities + ends, "perplexity")
     y = altair.Y("perplexity:Q", **axis)
-    meaning = " (each layer's sparsity above that of the one before)" if parameter == "beta" else ""
+    meaning = " (increase in sparsity from one layer to the next)" if parameter == "beta" else ""
     scale_of_x = altair.Scale(padding=14, nice=False, zero=False)
     x = altair.X("beta:Q", title=f"{parameter}{meaning}", scale=scale_of_x, axis=altair.Axis(tickCount=6))
-    look = _looking(
-        {row["looks"]: _mark(row) for row in curve}
-        | {f"dense: {format_perplexity(dense)}": (GREY, "stroke", GREY)}
-    )
-    level = [
-        {
-            "perplexity": dense,
-            "looks": f"dense: {format_perplexity(dense)}",
-            "said": f"dense: {format_perplexity(dense)}",
-        }
-    ]
+    named = f"dense: {format_perplexity(dense)}"
+    look = _encoding({row["category"]: _mark(row) for row in curve} | {named: (GREY, "stroke", GREY)})
+    level = [{"perplexity": dense, "category": named, "label": named}]
     of_shown, of_failed = chart_of(shown), chart_of([row for row in curve if row["failed"]])
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
     joined = [] if parameter == TRIAL else shown
@@ -57,38 +50,40 @@ def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "bet
         bars.mark_rule(color=BLUE, strokeWidth=1.5, clip=True, aria=False).encode(
             x=x, y=altair.Y("low:Q", **axis), y2="high:Q"
         ),
-        of_shown.mark_point(size=95, strokeWidth=2, opacity=1).encode(x=x, y=y, description="said:N", **look),
+        of_shown.mark_point(size=95, strokeWidth=2, opacity=1).encode(
+            x=x, y=y, description="label:N", **look
+        ),
         of_failed.mark_point(size=95, strokeWidth=2, opacity=1).encode(
-            x=x, y=altair.value(8), description="said:N", **look
+            x=x, y=altair.value(8), description="label:N", **look
         ),
     )
 
 
-def _looking(marks: Mapping[str, tuple[str, str, str]]) -> dict[str, object]:
-    """Colour, shape and filling of points by what ``looks`` says, with one legend."""
+def _encoding(marks: Mapping[str, tuple[str, str, str]]) -> dict[str, object]:
+    """Return the encodings of colour, shape and fill by the field ``category``, with a common legend."""
     names, columns = list(marks), list(zip(*marks.values(), strict=True))
     scales = [altair.Scale(domain=names, range=list(column)) for column in columns]
     legend = altair.Legend(columns=2)
     return {
-        "stroke": altair.Stroke("looks:N", title=None, scale=scales[0], legend=legend),
-        "shape": altair.Shape("looks:N", title=None, scale=scales[1], legend=legend),
-        "fill": altair.Fill("looks:N", title=None, scale=scales[2], legend=legend),
+        "stroke": altair.Stroke("category:N", title=None, scale=scales[0], legend=legend),
+        "shape": altair.Shape("category:N", title=None, scale=scales[1], legend=legend),
+        "fill": altair.Fill("category:N", title=None, scale=scales[2], legend=legend),
     }
 
 
-def _looks(row: Row) -> str:
-    """The entry of the legend that a plan belongs to."""
+def _category(row: Row) -> str:
+    """Return the legend entry of a plan."""
     if row["failed"]:
         return "failed"
     if row["kind"] == BEST:
         return f"best, {row['plan']}: {format_perplexity(row['perplexity'])}"
     if row["kind"] == UNIFORM:
         return f"uniform: {format_perplexity(row['perplexity'])}"
-    return "worse" if row["worse"] else "not surely worse"
+    return "worse" if row["worse"] else "not significantly worse"
 
 
 def _mark(row: Row) -> tuple[str, str, str]:
-    """Colour, shape and filling of a plan's point."""
+    """Return colour, shape and fill of a plan's point."""
     if row["failed"]:
         return GREY, "cross", "transparent"
     if row["kind"] == BEST:
@@ -98,11 +93,11 @@ def _mark(row: Row) -> tuple[str, str, str]:
     return BLUE, "circle", BLUE if row["worse"] else "transparent"
 
 
-def _said(row: Row) -> str:
+def _label(row: Row) -> str:
     if row["failed"]:
         return f"{row['plan']}: failed, perplexity {format_perplexity(row['perplexity'])}"
     bar = (
-        f", 95 % from {format_perplexity(row['low'])} to {format_perplexity(row['high'])}"
+        f", 95 % interval {format_perplexity(row['low'])} to {format_perplexity(row['high'])}"
         if row["low"] < row["high"]
         else ""
     )

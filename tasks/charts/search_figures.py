@@ -1,8 +1,4 @@
-"""The figures of a search, from the rows of its report.
-
-What a mark says when it is pointed at is its ``description``: it ends up in the SVG as the mark's label, which screen
-readers read, too. Altair draws them: one grammar for all figures, rendered in this process without a browser.
-"""
+"""Figures of a search by layer, by linear and by stage, drawn from the tables of its report."""
 
 import math
 from collections.abc import Sequence
@@ -22,16 +18,16 @@ from layerwise.tasks.charts.drawing import (
     figure_of,
 )
 from layerwise.tasks.charts.line_figure import line_figure
-from layerwise.tasks.pages.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
+from layerwise.tasks.results.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
-LINES = (BLUE, PURPLE, SKY, YELLOW)  # beside those of uniform and best
+LINES = (BLUE, PURPLE, SKY, YELLOW)  # colours of lines other than uniform and best
 
 
 def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
-    """Realised sparsity of every decoder layer, by plan.
+    """Draw the realised sparsity of every decoder layer, by plan.
 
     Args:
-        sparsities: as of ``sparsities_table``.
+        sparsities: rows of ``sparsities_table``.
     """
     plans = {row["plan"]: row["kind"] for row in sparsities}
     names = {plan: _plan_label(plan, kind) for plan, kind in plans.items()}
@@ -46,22 +42,22 @@ def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
             "detail": row["plan"],
             "x": row["layer"],
             "y": row["sparsity"],
-            "said": f"{row['plan']}, layer {row['layer']}: sparsity {row['sparsity']:.4f}",
+            "label": f"{row['plan']}, layer {row['layer']}: sparsity {row['sparsity']:.4f}",
         }
         for row in sparsities
     ]
-    # Linear, as ATP's plans are straight lines.
+    # A linear axis, because ATP's plans are straight lines.
     axis = linear_axis([row["y"] for row in rows], "sparsity (fraction of weights removed)")
     return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
 
 
 def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
-    """Reconstruction error of every layer's output over the energy of the dense one's, for uniform and best.
+    """Draw the reconstruction error of every layer's output relative to the dense energy, for uniform and best.
 
-    Where the rows tell an error of the layer itself (``relative_local_error``), it is drawn thin.
+    The error that the layer itself adds (``relative_local_error``) is drawn as a thin line if the rows have it.
 
     Args:
-        errors: as of ``errors_table``.
+        errors: rows of ``errors_table``.
     """
     rows, marks = [], {}
     colors = {UNIFORM: VERMILION, BEST: GREEN}
@@ -71,22 +67,24 @@ def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
             if row.get(column) is not None:
                 name = f"{row['model']}{part}"
                 marks[name] = (colors[row["model"]], 1.1 if part else 2.2)
-                said = f"{name}, layer {row['layer']}: {row[column]:.4g} of the dense output's energy"
-                rows.append({"line": name, "detail": name, "x": row["layer"], "y": row[column], "said": said})
-    axis = measure_axis([row["y"] for row in rows], "squared error over dense energy")
+                label = f"{name}, layer {row['layer']}: {row[column]:.4g} of the dense output's energy"
+                rows.append(
+                    {"line": name, "detail": name, "x": row["layer"], "y": row[column], "label": label}
+                )
+    axis = measure_axis([row["y"] for row in rows], "squared error / dense energy")
     return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
 
 
 def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
-    """Realised sparsity of every linear of the best plan, as a map of layers and linears.
+    """Draw the realised sparsity of every linear of the best plan, as a map of layers and linears.
 
     Args:
-        linears: as of ``linears_table``.
+        linears: rows of ``linears_table``.
     """
     rows = [
         {
             **row,
-            "said": f"layer {row['layer']}, {row['linear']}: {row['sparsity']:.4f}, "
+            "label": f"layer {row['layer']}, {row['linear']}: {row['sparsity']:.4f}, "
             f"{row['zeros']:,} of {row['weights']:,} weights",
         }
         for row in linears
@@ -105,17 +103,17 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
             x=altair.X("layer:O", **layer_axis(row["layer"] for row in rows)),
             y=altair.Y("linear:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
             color=color,
-            description="said:N",
+            description="label:N",
         )
     )
     return figure_of(map_of_all, height=max(26 * len(names), 80))
 
 
 def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
-    """When which stage was at work; pauses are left out.
+    """Draw the running times of the stages, without pauses.
 
     Args:
-        stages: as of ``stages_table``.
+        stages: rows of ``stages_table``.
     """
     unit, divisor = ("hours", 3600) if max(row["end"] for row in stages) > 3 * 3600 else ("seconds", 1)
     if unit == "seconds" and max(row["end"] for row in stages) > 600:
@@ -126,7 +124,7 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
             "key": row["key"],
             "start": row["start"] / divisor,
             "end": row["end"] / divisor,
-            "said": f"{row['stage']}: {row['seconds']:.1f} s",
+            "label": f"{row['stage']}: {row['seconds']:.1f} s",
         }
         for row in stages
     ]
@@ -137,16 +135,16 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
         .encode(
             x=altair.X(
                 "start:Q",
-                title=f"{unit} at work since the beginning, pauses left out",
+                title=f"{unit} since the start, without pauses",
                 scale=altair.Scale(zero=True),
             ),
             x2="end:Q",
             y=altair.Y("stage:N", title=None, sort=names, axis=altair.Axis(labelLimit=150)),
-            description="said:N",
+            description="label:N",
         )
     )
     return figure_of(bars, height=24 * len(names))
 
 
 def _plan_label(plan: str, kind: str) -> str:
-    return {BEST: f"best, {plan}", TRIED: "others that were tried"}.get(kind, plan)
+    return {BEST: f"best, {plan}", TRIED: "other plans"}.get(kind, plan)

@@ -1,4 +1,4 @@
-"""The figures of the theory, from the rows of what was measured; drawn as those of a report."""
+"""Figures on the theorems of ATP, drawn from the measurements."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -11,33 +11,32 @@ from layerwise.scoring.theorem_plans import ASCENDING, DESCENDING, UNIFORM
 from layerwise.tasks.charts.axes import layer_axis, measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION
 from layerwise.tasks.charts.line_figure import line_figure
-from layerwise.tasks.pages.theory_section import TheorySection
 
 SHUFFLED = "shuffled"
 TITLES = {
-    "rise": "Error of every layer's own, by sparsity",
-    "factor": "Factor of the arriving error",
+    "rise": "Error that every layer adds, by sparsity",
+    "factor": "Factor of the arriving error, by layer",
     "orders": "Error after every layer, by order",
 }
 
 Row = Mapping[str, Any]
 
 
-def figures_of_theory(theory: TheorySection) -> dict[str, altair.LayerChart]:
-    """The figures by name."""
+def figures_of_theory(layers: Sequence[Row], found: Findings) -> dict[str, altair.LayerChart]:
+    """Draw the figures, by name.
+
+    Args:
+        layers: one row for each plan and layer, see ``layerwise.tasks.theory.read_tables``.
+    """
     return {
-        "rise": local_error_by_sparsity(theory.layers),
-        "factor": factor_by_layer(theory.found),
-        "orders": error_by_order(theory.layers),
+        "rise": local_error_by_sparsity(layers),
+        "factor": factor_by_layer(found),
+        "orders": error_by_order(layers),
     }
 
 
 def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
-    """A layer's own error over the energy of its dense output, by sparsity: one thin line per layer, and the median.
-
-    Args:
-        layers: by plan and layer, as of ``layerwise.tasks.theory.read_tables``.
-    """
+    """Draw the error that a layer adds relative to its dense energy, by sparsity: a thin line per layer, and the median."""
     uniform = [row for row in layers if row["order"] == UNIFORM]
     last = max(row["layer"] for row in uniform)
     names = {0: "first layer", last: "last layer"}
@@ -61,30 +60,30 @@ def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
         "other layers": (GREY, 0.7),
     }
     x = {"title": "sparsity (fraction of weights removed)"}
-    return line_figure(rows, marks, x, _measure_axis(rows, "own error over dense energy"))
+    return line_figure(rows, marks, x, _measure_axis(rows, "added error / dense energy"))
 
 
 def factor_by_layer(found: Findings) -> altair.LayerChart:
-    """What every layer multiplies the arriving error by, as it is and relative to the signal, at the target."""
-    names = {"factor": "squared error", "relative_factor": "squared error over energy of the signal"}
+    """Draw the factor by which every layer changes the arriving error, absolute and relative to the signal."""
+    names = {"factor": "squared error", "relative_factor": "squared error / energy of the signal"}
     rows = [
         _row(name, name, each.layer, getattr(each, field), f"layer {each.layer}, {name}")
         for field, name in names.items()
         for each in found.propagation.layers
     ]
     ends = [rows[0]["x"], rows[-1]["x"]]
-    rows += [_row("1: neither more nor less", "one", x, 1.0, "1") for x in ends]
+    rows += [_row("1: unchanged", "one", x, 1.0, "1") for x in ends]
     marks = {
         names["factor"]: (BLUE, 2.4),
         names["relative_factor"]: (PURPLE, 2.4),
-        "1: neither more nor less": (GREY, 1.0),
+        "1: unchanged": (GREY, 1.0),
     }
     depth = layer_axis(row["x"] for row in rows)
     return line_figure(rows, marks, depth, _measure_axis(rows, "factor of the arriving error"))
 
 
 def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
-    """Accumulated error after every layer over the energy of its dense output, by order of the same sparsities."""
+    """Draw the accumulated error after every layer relative to its dense energy, by order of the same sparsities."""
     target = next(row["target"] for row in layers if row["order"] != UNIFORM)
     rows = [
         _row(
@@ -106,11 +105,11 @@ def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
     there = {row["line"] for row in rows}
     marks = {name: look for name, look in marks.items() if name in there}
     depth = layer_axis(row["x"] for row in rows)
-    return line_figure(rows, marks, depth, _measure_axis(rows, "error over dense energy"))
+    return line_figure(rows, marks, depth, _measure_axis(rows, "error / dense energy"))
 
 
-def _row(line: str, detail: str, x: float, y: float, said: str) -> dict[str, Any]:
-    return {"line": line, "detail": detail, "x": x, "y": y, "said": f"{said}: {y:.4g}"}
+def _row(line: str, detail: str, x: float, y: float, subject: str) -> dict[str, Any]:
+    return {"line": line, "detail": detail, "x": x, "y": y, "label": f"{subject}: {y:.4g}"}
 
 
 def _measure_axis(rows: Sequence[Row], title: str) -> dict[str, Any]:

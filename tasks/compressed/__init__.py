@@ -1,1 +1,1 @@
-"""Compressed checkpoints: file format, writing, reading."""
+"""Compressed checkpoints: their file format, and how they are read."""

@@ -1,4 +1,4 @@
-"""Read a compressed checkpoint: as a transformers model, dense or packed, or written out again with its zeros."""
+"""Read a compressed checkpoint: load it as a transformers model, dense or packed, or unpack it with its zeros."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from layerwise.sparse.accelerate import Acceleration, accelerate
 from layerwise.sparse.bitmask import PackedWeight, pack, unpack
-from layerwise.tasks.compressed.folder import CompressedFolder
+from layerwise.tasks.compressed.compressed_folder import CompressedFolder
 from layerwise.tasks.models.model_in_folder import with_generation_config
 from layerwise.tasks.sources.checkpoint_files import INDEX
 
 
 def load(folder: str | PathLike) -> PreTrainedModel:
-    """The model in ``folder``, in the dtype it is stored in, with its zeros, on the CPU.
+    """Load the model in ``folder`` with its zeros, in the stored dtype, on the CPU.
 
     Raises:
-        ValueError: not a compressed checkpoint, or parts of it are missing or do not belong together.
+        ValueError: the folder is not a compressed checkpoint, or its files are incomplete or do not belong together.
     """
     compressed = CompressedFolder(folder)
     weights = {name: weight for _, tensors in _dense_files(compressed) for name, weight in tensors.items()}
@@ -37,18 +37,18 @@ def load(folder: str | PathLike) -> PreTrainedModel:
 
 
 def load_packed(folder: str | PathLike, int8: bool = False) -> tuple[PreTrainedModel, Acceleration]:
-    """The model in ``folder`` with its sparse linears packed as they are stored: for generating text on a CPU.
+    """Load the model in ``folder`` with its sparse linears packed as they are stored, for generating text on a CPU.
 
-    What ``layerwise.sparse.accelerate.accelerate`` would leave dense is unpacked; nothing else ever is.
+    Only the weights that ``layerwise.sparse.accelerate.accelerate`` leaves dense are unpacked.
 
     Args:
         int8: see ``accelerate``.
 
     Returns:
-        The model, and which of its linears run packed.
+        The model, and the linears that run packed.
 
     Raises:
-        ValueError: not a compressed checkpoint, or parts of it are missing or do not belong together.
+        ValueError: the folder is not a compressed checkpoint, or its files are incomplete or do not belong together.
     """
     compressed = CompressedFolder(folder)
     model = compressed.model
@@ -58,7 +58,7 @@ def load_packed(folder: str | PathLike, int8: bool = False) -> tuple[PreTrainedM
         for stored, weight in tensors.items():
             name = compressed.model_names.get(stored)
             if name is None:
-                continue  # the model has no use for it
+                continue  # the model does not use this tensor
             if isinstance(weight, Tensor):
                 dense[name] = weight
             elif isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):  # stored transposed
@@ -74,15 +74,15 @@ def load_packed(folder: str | PathLike, int8: bool = False) -> tuple[PreTrainedM
 def unpack_checkpoint(folder: str | PathLike, out: str | PathLike) -> None:
     """Write the checkpoint in ``folder`` into a new folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    One file after the other: never more than one decoder layer is in memory. The weights are those that were
-    compressed, bit for bit. Without the model card, which tells how to load the compressed files.
+    The weights are bit for bit those that were compressed. Files are converted one at a time, so at most one decoder
+    layer is in memory. The model card is not copied, because it explains how to load the compressed files.
 
     Args:
-        out: a folder that does not exist or is empty. It is there complete, or as it was before.
+        out: new or empty folder. It is written completely, or left as it was.
 
     Raises:
-        ValueError: not a compressed checkpoint, parts of it are missing or do not belong together, or ``out`` is not
-            empty.
+        ValueError: ``folder`` is not a compressed checkpoint, its files are incomplete or do not belong together, or
+            ``out`` is not empty.
     """
     compressed = CompressedFolder(folder)
     with _new_folder(Path(out)) as written:
@@ -95,14 +95,16 @@ def unpack_checkpoint(folder: str | PathLike, out: str | PathLike) -> None:
             size += sum(weight.nbytes for weight in tensors.values())
         for name in compressed.copied:
             (written / name).parent.mkdir(exist_ok=True)
-            with (written / name).open("xb") as copy:  # two names may be one where case does not count
+            with (written / name).open(
+                "xb"
+            ) as copy:  # "x": on a case-insensitive disk, two names may be one file
                 copy.write(compressed.folder.read(name))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         (written / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _dense_files(compressed: CompressedFolder) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The files with tensors, each with its weights as they were before they were compressed."""
+    """Yield every file with tensors, with its weights unpacked."""
     for file, tensors in compressed.files():
         yield (
             file,
@@ -115,23 +117,23 @@ def _dense_files(compressed: CompressedFolder) -> Iterator[tuple[str, dict[str, 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place at the end, and is removed if that is not reached.
+    """Create a folder next to ``out``; rename it to ``out`` at the end, or remove it after an error.
 
     Raises:
-        ValueError: ``out`` is something else than a new or empty folder.
+        ValueError: ``out`` is not a new or empty folder.
     """
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        found = "not empty, and files of two checkpoints must not mix" if out.is_dir() else "a file"
+        found = "not empty, and files of two checkpoints must not be mixed" if out.is_dir() else "a file"
         raise ValueError(f"{out} is {found}. Give a new folder.")
     if out.is_mount():
-        raise ValueError(f"{out} is where a file system is mounted. Give a new folder in it.")
+        raise ValueError(f"{out} is a mount point. Give a new folder in it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.parent / f".{out.name}.{token_hex(4)}"
-    beside.mkdir()
+    unfinished = out.parent / f".{out.name}.{token_hex(4)}"
+    unfinished.mkdir()
     try:
-        yield beside
-        beside.rename(out)  # replaces an empty folder, and fails if something was put there meanwhile
+        yield unfinished
+        unfinished.rename(out)  # replaces an empty folder; fails if files have been added to it
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise

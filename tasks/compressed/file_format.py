@@ -1,4 +1,4 @@
-"""The files of a compressed checkpoint: what stands in them for a sparse weight, and how they describe themselves."""
+"""The format of compressed checkpoints: how sparse weights are stored, and the files that describe them."""
 
 import json
 import re
@@ -10,14 +10,14 @@ from typing import Literal
 from torch import Tensor
 
 from layerwise.sparse import bitmask, semi_structured
+from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE
 
-DESCRIPTION_FILE = "compressed.json"
 FORMAT, VERSION = "layerwise-compressed", 1
-# The only names that files with tensors have. A folder may come from anybody: a name with a path in it would read and
+# Valid names of files with tensors. The folder may come from anybody, and a name that contains a path would read and
 # write files elsewhere.
 TENSOR_FILE = re.compile(r"compressed-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
-# The 2:4 layout stores two of four whatever they are; a weight that happens to be zero must not cost it its place,
-# but a weight that is far sparser (1:4) is smaller as a bitmask.
+# The 2:4 layout always stores two of four values. It is used up to this size relative to the bitmask: a few further
+# zeros must not rule it out, but a far sparser weight (1:4) is smaller as a bitmask.
 TOLERATED_EXCESS = 1.01
 
 SHORT = Repr()
@@ -33,15 +33,15 @@ DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in bitmask.BITS_OF)
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """A weight for which two tensors stand: one with ``.mask`` or ``.metadata`` after its name, one with ``.values``.
+    """A weight that is stored as two tensors: ``<name>.mask`` or ``<name>.metadata``, and ``<name>.values``.
 
     Attributes:
-        file: that both are in.
-        shape: of the dense weight.
-        dtype: of the dense weight and of its values, e.g. "bfloat16".
+        file: file that contains both.
+        shape: shape of the dense weight.
+        dtype: dtype of the dense weight and of its values, e.g. "bfloat16".
 
     Raises:
-        ValueError: a value that no compressed weight has.
+        ValueError: a value is not valid.
     """
 
     file: str
@@ -52,12 +52,12 @@ class SparseTensor:
     def __post_init__(self) -> None:
         if not isinstance(self.layout, str) or self.layout not in PARTS:
             raise ValueError(
-                f"a weight in {shortened(self.file)} has the layout {shortened(self.layout)}, and known are "
+                f"a weight in {shortened(self.file)} has the layout {shortened(self.layout)}, which is not one of "
                 f"{sorted(PARTS)}. Use the version of layerwise that wrote it."
             )
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(
-                f"a weight in {shortened(self.file)} has the dtype {shortened(self.dtype)}, and known are {DTYPES}"
+                f"a weight in {shortened(self.file)} has the dtype {shortened(self.dtype)}, which is not one of {DTYPES}"
             )
         if not (
             isinstance(self.shape, tuple)
@@ -65,22 +65,22 @@ class SparseTensor:
             and all(type(size) is int and size > 0 for size in self.shape)
         ):
             raise ValueError(
-                f"a weight in {shortened(self.file)} has the shape {shortened(self.shape)}, which is not two whole "
-                "numbers above zero"
+                f"a weight in {shortened(self.file)} has the shape {shortened(self.shape)}, which is not two positive "
+                "whole numbers"
             )
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ``compressed.json`` says.
+    """The content of ``compressed.json``.
 
     Attributes:
         files: all files with tensors, in order.
-        tensors: the weights that are not stored as they are, by name.
-        sizes: bytes with and without zeros, for people.
+        tensors: the weights that are stored without zeros, by name.
+        sizes: bytes with and without zeros.
 
     Raises:
-        ValueError: files that no compressed checkpoint has, a file that is named twice, or a weight in none of them.
+        ValueError: a file name is not valid, a file is listed twice, or the file of a weight is not listed.
     """
 
     files: tuple[str, ...]
@@ -91,27 +91,27 @@ class Description:
         for file in self.files:
             if not isinstance(file, str) or not TENSOR_FILE.fullmatch(file):
                 raise ValueError(
-                    f"{shortened(file)} is not the name of a file with tensors: these are called "
-                    "compressed-00001-of-00002.safetensors, and lie in the folder itself"
+                    f"{shortened(file)} is not a valid name of a file with tensors, such as "
+                    "compressed-00001-of-00002.safetensors"
                 )
         if not self.files or len(set(self.files)) < len(self.files):
-            raise ValueError(f"the files {shortened(self.files)} are not one or more different ones")
+            raise ValueError(f"the list of files {shortened(self.files)} is empty or has duplicates")
         for name, sparse in self.tensors.items():
             if sparse.file not in self.files:
                 raise ValueError(
-                    f"{shortened(name)} is in {shortened(sparse.file)}, which is not one of the files"
+                    f"{shortened(name)} is in {shortened(sparse.file)}, which is not in the list of files"
                 )
 
     def to_json(self) -> bytes:
-        """The file; ``read_description`` reads it back."""
+        """Return the content of the file; ``description_of`` parses it."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1).encode()
 
 
 def description_of(content: bytes) -> Description:
-    """What the content of a ``compressed.json`` says; every value in it is checked.
+    """Parse the content of a ``compressed.json``, and check every value.
 
     Raises:
-        ValueError: it is of a format that this version does not know, or says what cannot be.
+        ValueError: the format is unknown to this version, or a value is not valid.
     """
     try:
         document = json.loads(content, object_pairs_hook=_without_repeats)
@@ -121,8 +121,8 @@ def description_of(content: bytes) -> Description:
     known = document["format"], document["version"]
     if known != (FORMAT, VERSION):
         raise ValueError(
-            f"it has format {shortened(known[0])}, version {shortened(known[1])}, and this one reads {FORMAT!r}, "
-            f"version {VERSION}"
+            f"it has format {shortened(known[0])}, version {shortened(known[1])}, but this version of layerwise reads "
+            f"{FORMAT!r}, version {VERSION}"
         )
     tensors = {}
     for name, row in _object(document["tensors"], "tensors").items():
@@ -138,7 +138,7 @@ def description_of(content: bytes) -> Description:
 def _without_repeats(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("it has a name twice")
+        raise ValueError("it has a duplicate name")
     return found
 
 
@@ -155,17 +155,17 @@ def _require_keys(document: object, keys: Sequence[str], name: str) -> None:
 
 
 def shortened(value: object) -> str:
-    """A foreign value as errors show it: on one line, and not longer than that."""
+    """Return a value from outside in a form that is short enough for a message."""
     return SHORT.repr(value)
 
 
 def parts_of(name: str, layout: Layout) -> list[str]:
-    """Names of the two tensors that stand for the weight ``name``."""
+    """Return the names of the two tensors that store the weight ``name``."""
     return [f"{name}.{part}" for part in PARTS[layout]]
 
 
 def compressed(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What is stored for a weight: two tensors, or itself if they would not be smaller."""
+    """Compress a weight into two tensors; return the weight itself if they would not be smaller."""
     if weight.ndim != 2 or weight.dtype not in bitmask.BITS_OF:
         return {name: weight}
     packed = bitmask.pack(weight)
@@ -179,14 +179,14 @@ def compressed(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def restored(sparse: SparseTensor, first: Tensor, values: Tensor) -> Tensor:
-    """The dense weight.
+    """Restore the dense weight.
 
     Args:
         first: the mask or the metadata.
 
     Raises:
-        ValueError: the parts do not belong together, or are not of the weight that ``sparse`` describes.
-        TypeError: they have other dtypes.
+        ValueError: the two tensors do not belong together, or do not match ``sparse``.
+        TypeError: a tensor has a wrong dtype.
     """
     if sparse.layout == "bitmask":
         return bitmask.unpack(packed_weight(sparse, first, values))
@@ -197,7 +197,7 @@ def restored(sparse: SparseTensor, first: Tensor, values: Tensor) -> Tensor:
 
 
 def packed_weight(sparse: SparseTensor, mask: Tensor, values: Tensor) -> bitmask.PackedWeight:
-    """The weight as it is stored; ``sparse`` has the layout "bitmask". Errors are those of ``restored``."""
+    """Return a weight of the layout "bitmask" packed as it is stored. Raises the errors of ``restored``."""
     packed = bitmask.PackedWeight(sparse.shape, mask, values)
     _require_described(sparse, packed.shape, values)
     return packed
@@ -206,7 +206,69 @@ def packed_weight(sparse: SparseTensor, mask: Tensor, values: Tensor) -> bitmask
 def _require_described(sparse: SparseTensor, shape: tuple[int, int], values: Tensor) -> None:
     if shape != sparse.shape or str(values.dtype) != f"torch.{sparse.dtype}":
         raise ValueError(
-            f"the parts in {sparse.file} make a {values.dtype} weight of shape {shape}, but "
-            f"{DESCRIPTION_FILE} says {sparse.dtype} of shape {sparse.shape}. The files are of different folders: copy "
-            "all of them again from one place."
+            f"the tensors in {sparse.file} are a {values.dtype} weight of shape {shape}, but {DESCRIPTION_FILE} says "
+            f"{sparse.dtype} of shape {sparse.shape}. The files are from different folders. Copy all of them again "
+            "from one place."
         )
+
+
+# COMPRESSED.md: the format, for people who find the folder without having this package.
+LAYOUT_FILE = "COMPRESSED.md"
+
+LAYOUT_TEXT = """# A checkpoint without its zeros
+
+This folder was written by layerwise, in format `layerwise-compressed`, version 1. `config.json` and the tokenizer files
+are those of the model. The tensors are in the files `compressed-*.safetensors`, which `compressed.json` lists under
+`files`. Most tensors are stored unchanged. A pruned weight `X` that is smaller without its zeros is stored as two
+tensors. For each such weight, `compressed.json` has an entry under `tensors` with the `shape` (rows, columns), the
+`dtype`, the `file` that contains both tensors, and the `layout`.
+
+Layout `bitmask`:
+
+- `X.mask`, uint8, shape (rows, ceil(columns / 8)): bit `k % 8` (bit 0 is the lowest) of byte `k // 8` of a row is 1 if
+  weight `k` of that row is stored. The bits beyond the last column are 0.
+- `X.values`, dtype of X, one-dimensional: the stored weights, row by row.
+
+Layout `semi_structured`, for float16 and bfloat16 weights with at most two stored weights in every group of four in a
+row ("2:4"):
+
+- `X.values`, dtype of X, shape (rows, columns / 2): the two stored weights of every four.
+- `X.metadata`, int16, shape (rows, columns / 16): the positions of the two weights, four bits for every four weights, in
+  the order that the kernels of CUTLASS read.
+
+These two tensors are the `packed` and `meta` of torch's tensors for 2:4 sparsity. On a GPU with such kernels in torch,
+`SparseSemiStructuredTensorCUTLASS(shape, values, metadata, None, None, None)` can replace the weight.
+
+A weight is stored unless all its bits are zero. -0.0 is therefore stored, and all weights are restored bit for bit.
+
+This code reads all weights, with their zeros, as a state dict:
+
+```python
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+
+
+def read_weights(folder):
+    description = json.loads((Path(folder) / "compressed.json").read_text())
+    weights = {}
+    for file in description["files"]:
+        if not re.fullmatch(r"compressed-[0-9]+-of-[0-9]+\\.safetensors", file):
+            raise ValueError(f"{file!r} is not a file of this folder")
+        weights |= load_file(Path(folder) / file)
+    for name, sparse in description["tensors"].items():
+        shape, values = torch.Size(sparse["shape"]), weights.pop(f"{name}.values")
+        if sparse["layout"] == "bitmask":
+            bits = weights.pop(f"{name}.mask")[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+            stored = bits.flatten(1)[:, : shape[1]].bool()
+            weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(stored, values)
+        else:
+            parts = values, weights.pop(f"{name}.metadata"), None, None, None
+            weights[name] = SparseSemiStructuredTensorCUTLASS(shape, *parts).to_dense()
+    return weights
+```
+"""

@@ -1,1 +1,1 @@
-"""Zero-shot tasks of lm-eval: loading, scoring, comparing."""
+"""Zero-shot tasks of lm-eval: load them, score the requests, compare the accuracy."""

@@ -1,4 +1,4 @@
-"""What a model answered to the questions of one task: a table by document, and the metrics."""
+"""Answers of a model to the questions of one task: a table by document, and the metrics."""
 
 import json
 import math
@@ -30,15 +30,16 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """How a model did on one task.
+    """Metrics of a model on one task.
 
     Attributes:
-        version: the task's own.
-        questions: identity of what was asked.
-        available: how many documents the task has.
-        not_finite: requests whose log-probability is not a number: the model overflows, and they count as impossible.
+        version: version of the task.
+        questions: identity of the questions.
+        available: number of documents that the task has.
+        not_finite: number of requests with a log-probability that is not finite, because the model overflows. Their
+            answers count as impossible.
         acc: share of documents whose most probable choice is right.
-        acc_norm: the same with log-probabilities per character; None if the task has it not.
+        acc_norm: the same with log-probabilities per character; None if the task does not have this metric.
     """
 
     task: str
@@ -52,21 +53,25 @@ class TaskMetrics:
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """The metrics of one task, and by document, in the order of the data set, whether the answer was right."""
+    """The metrics of one task.
+
+    Attributes:
+        correct: whether the answer was right, by document, in the order of the data set.
+    """
 
     metrics: TaskMetrics
     correct: tuple[bool, ...]
 
 
 def write_answers(draft: Draft, questions: Questions, scores: Sequence[Score], folder: str = "") -> None:
-    """Grade the answers to all requests of a task; write its table and its metrics.
+    """Grade the answers to all requests of a task, and write the table and the metrics.
 
     Args:
-        scores: in the order of the requests.
-        folder: before the files' names, with a "/" at its end.
+        scores: scores in the order of the requests.
+        folder: prefix of the file names, with a "/" at its end.
 
     Raises:
-        ValueError: the task also knows answers that are right in part.
+        ValueError: the task has answers that are partly right.
     """
     finite = [math.isfinite(score.log_probability) for score in scores]
     counted = [
@@ -101,7 +106,7 @@ def write_answers(draft: Draft, questions: Questions, scores: Sequence[Score], f
 
 
 def read_answers(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TaskAnswers:
-    """What ``write_answers`` wrote into ``folder`` of an artifact."""
+    """Read what ``write_answers`` wrote into ``folder`` of an artifact."""
     correct = read_table(store, artifact, f"{folder}{DOCUMENTS_FILE}", ["acc"])["acc"].to_pylist()
     document = json.loads(store.read(artifact, f"{folder}{METRICS_FILE}"))
     normalised = document["acc_norm"] and Accuracy(**document["acc_norm"])

@@ -1,26 +1,30 @@
-"""Compare zero-shot answers: accuracy of the dense, the uniform and the best model, document by document."""
+"""Compare the zero-shot accuracy of the dense, the uniform and the best model, document by document."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from layerwise.scoring.accuracy import Accuracy, average, combined_error
 from layerwise.scoring.mcnemar import paired_answers, pooled
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.draft import Draft
+from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.answers import TaskAnswers, read_answers
 
+TABLE_STAGE, TABLE_FILE = "zero_shot_table", "table.json"
 AVERAGE = "average"
 
 
 @dataclass(frozen=True)
 class PairedAccuracy:
-    """How the best model's accuracy differs from another's on the same documents.
+    """Difference in accuracy between the best model and another one, on the same documents.
 
     Attributes:
-        difference: best less other, in percentage points.
-        standard_error: of the difference, in percentage points; None for a single document.
-        p_value: of McNemar's exact test; of the average, on all documents of all tasks together.
+        difference: best minus other, in percentage points.
+        standard_error: standard error of the difference, in percentage points; None for a single document.
+        p_value: p-value of McNemar's exact test. In the average, all documents of all tasks are tested together.
         significant: whether the p-value is below 5 %.
     """
 
@@ -32,13 +36,13 @@ class PairedAccuracy:
 
 @dataclass(frozen=True)
 class ZeroShotRow:
-    """One task's line in the table, or the average's.
+    """Row of one task, or of the average, in the table.
 
     Attributes:
-        documents: how many were asked; of the average those of all tasks.
-        uniform: None if the uniform model is the best one, or was not asked.
-        to_dense: what pruning costs.
-        to_uniform: what pruning layer by layer gains.
+        documents: number of documents; in the average, those of all tasks.
+        uniform: None if the uniform model is the best one, or was not tested.
+        to_dense: cost of pruning.
+        to_uniform: gain over the uniform plan.
     """
 
     task: str
@@ -52,7 +56,7 @@ class ZeroShotRow:
 
 @dataclass(frozen=True)
 class ZeroShotComparison:
-    """The table: one row per task, and the average with every task counting the same."""
+    """The table: one row per task, and the average, in which all tasks have the same weight."""
 
     rows: tuple[ZeroShotRow, ...]
     average: ZeroShotRow
@@ -64,12 +68,12 @@ def compare_zero_shot(
     uniform: Mapping[str, Artifact] | None,
     best: Mapping[str, Artifact],
 ) -> ZeroShotComparison:
-    """Put the artifacts of ``zero_shot`` side by side, by ``acc``.
+    """Compare the artifacts of ``zero_shot`` by ``acc``.
 
     Args:
-        dense: of the dense model, by task.
-        uniform: of the uniform model; None if it is the best one, or was not exported.
-        best: of the chosen model.
+        dense: artifacts of the dense model, by task.
+        uniform: those of the uniform model; None if it is the best one, or was not exported.
+        best: those of the chosen model.
 
     Raises:
         ValueError: the models were not asked the same questions.
@@ -85,6 +89,48 @@ def compare_zero_shot(
     return ZeroShotComparison(rows, _row(AVERAGE, in_order))
 
 
+def store_comparison(
+    store: ArtifactStore,
+    search: Artifact,
+    answers: Mapping[str, Mapping[str, Artifact]],
+    comparison: ZeroShotComparison,
+) -> Artifact:
+    """Commit the table.
+
+    Args:
+        search: search whose models were tested.
+        answers: artifacts of ``zero_shot`` by model and task that ``comparison`` was made from.
+    """
+    by_role = {
+        f"{model} {task}": artifact.key
+        for model, of_model in answers.items()
+        for task, artifact in of_model.items()
+    }
+
+    def build(draft: Draft) -> None:
+        draft.write(TABLE_FILE, json.dumps(asdict(comparison), indent=1).encode())
+
+    return store.get_or_build(Stage(TABLE_STAGE, 1, None, {"search": search.key, **by_role}), build)
+
+
+def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | float]]:
+    """Return the table as rows for people: accuracies in per cent, differences, and p-values of McNemar's test."""
+    rows: list[dict[str, str | float]] = []
+    for row in (*comparison.rows, comparison.average):
+        error = row.best.standard_error
+        cells: dict[str, str | float] = {
+            "task": row.task,
+            "documents": row.documents,
+            "dense": round(100 * row.dense.value, 2),
+            "uniform": "" if row.uniform is None else round(100 * row.uniform.value, 2),
+            "best": round(100 * row.best.value, 2),
+            "standard error": "" if error is None else round(100 * error, 2),
+            **_shown("to dense", row.to_dense),
+        }
+        rows.append(cells | ({} if row.to_uniform is None else _shown("to uniform", row.to_uniform)))
+    return rows
+
+
 def _answers(store: ArtifactStore, artifacts: Mapping[str, Artifact]) -> dict[str, TaskAnswers]:
     return {task: read_answers(store, artifact) for task, artifact in artifacts.items()}
 
@@ -94,7 +140,7 @@ def _check_same_questions(
 ) -> None:
     if expected.keys() != found.keys() or not found:
         raise ValueError(
-            f"the best model answered {', '.join(expected) or 'nothing'}, the {name} model "
+            f"the best model answered {', '.join(expected) or 'nothing'}, but the {name} model "
             f"{', '.join(found) or 'nothing'}. Run the same tasks, at least one, with both."
         )
     for task, answers in expected.items():
@@ -102,13 +148,17 @@ def _check_same_questions(
         if ours.questions != theirs.questions:
             raise ValueError(
                 f"{task}: the best model was asked the questions {ours.questions} ({ours.acc.documents} documents, "
-                f"version {ours.version}), the {name} model {theirs.questions} ({theirs.acc.documents}, version "
-                f"{theirs.version}). Run both with the same number of documents, seed, data and version of lm-eval."
+                f"version {ours.version}), but the {name} model {theirs.questions} ({theirs.acc.documents} documents, "
+                f"version {theirs.version}). Run both with the same documents, seed, data and version of lm-eval."
             )
 
 
 def _row(title: str, answers: Mapping[str, Sequence[TaskAnswers]]) -> ZeroShotRow:
-    """One line about the tasks in ``answers``, by model and in the same order."""
+    """Make the row for some tasks.
+
+    Args:
+        answers: answers by model, with the tasks in the same order.
+    """
     accuracies = {
         name: average([of_task.metrics.acc for of_task in tasks]) for name, tasks in answers.items()
     }
@@ -125,7 +175,7 @@ def _row(title: str, answers: Mapping[str, Sequence[TaskAnswers]]) -> ZeroShotRo
 
 
 def _paired(best: Sequence[TaskAnswers], other: Sequence[TaskAnswers]) -> PairedAccuracy:
-    """The mean of the tasks' differences."""
+    """Average the differences of the tasks."""
     tasks = [paired_answers(one.correct, two.correct) for one, two in zip(best, other, strict=True)]
     error = combined_error([task.standard_error for task in tasks])
     all_tasks = pooled(tasks)
@@ -135,3 +185,7 @@ def _paired(best: Sequence[TaskAnswers], other: Sequence[TaskAnswers]) -> Paired
         all_tasks.p_value,
         all_tasks.significant,
     )
+
+
+def _shown(name: str, difference: PairedAccuracy) -> dict[str, str | float]:
+    return {name: f"{difference.difference:+.2f}", f"p {name}": f"{difference.p_value:.2g}"}

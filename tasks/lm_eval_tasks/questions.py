@@ -1,4 +1,4 @@
-"""Questions: documents of a task of lm-eval, what a model is asked about each, and which answers are right."""
+"""Questions of a task of lm-eval: its documents, the requests about each, and the grading of the answers."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 class Questions:
-    """Some documents of one task. Nothing in it is ever changed.
+    """Some documents of one task. Immutable.
 
-    No dataclass: Prefect would look into every document of a task's arguments, a millisecond for each.
+    This is not a dataclass, because Prefect would visit every document in it: about a millisecond each.
 
     Args:
-        rules: the task itself, which says what answer is right.
-        document_ids: of the documents that are asked, rising: their places among all.
-        documents: as the task's data set has them.
-        requests: by document, its pairs of context and continuation, one for each choice.
-        available: how many documents there are.
+        rules: the task, which grades the answers.
+        document_ids: positions of the chosen documents in the data set, in rising order.
+        documents: documents of the data set.
+        requests: pairs of context and continuation by document, one pair for each choice.
+        available: number of documents in the data set.
 
     Attributes:
-        task: its name.
-        version: the task's own, which its authors raise when they change it.
+        task: name of the task.
+        version: version of the task, which its authors raise when they change it.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class Questions:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of everything that is asked, word for word, and of the documents with their answers.
+        """Digest of the full text of all requests, and of the documents with their answers.
 
-        Data that changes under its name, another seed or number of documents, or another wording in a newer version of
-        lm-eval give another identity; the same questions chosen in another way have the same.
+        It changes with the data, the seed, the number of documents, and the wording in another version of lm-eval.
+        The same questions have the same identity, however they were chosen.
         """
         return digest([self.version, self.document_ids, self.documents, self.requests])
 
     def graded(self, scores: Sequence[Score]) -> list[dict[str, bool]]:
-        """By the task's own rules, whether each document was answered right: ``acc``, and ``acc_norm`` if it has that.
+        """Grade the answer to each document by the rules of the task: ``acc``, and ``acc_norm`` if the task has it.
 
         Args:
-            scores: of all requests, document by document.
+            scores: scores of all requests, document by document.
 
         Raises:
-            ValueError: the task also knows answers that are right in part.
+            ValueError: the task has answers that are partly right.
         """
         found, start = [], 0
         for document, requests in zip(self.documents, self.requests, strict=True):
@@ -80,14 +80,14 @@ class Questions:
     def _right(self, grade: float) -> bool:
         if grade not in (0, 1):
             raise ValueError(
-                f"the task {self.task} gives an answer the accuracy {grade}. Only answers that are right or wrong can "
-                "be compared. Choose another task."
+                f"the task {self.task} gives an answer the accuracy {grade}, but only tasks with right and wrong "
+                "answers can be compared. Choose another task."
             )
         return bool(grade)
 
 
 def instances_of(questions: Sequence[Questions]) -> "list[Instance]":
-    """All requests of some tasks, task by task and document by document, as lm-eval's language models take them."""
+    """Return all requests of some tasks as instances of lm-eval, task by task and document by document."""
     from lm_eval.api.instance import Instance
 
     return [

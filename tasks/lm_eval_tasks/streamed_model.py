@@ -1,4 +1,4 @@
-"""lm-eval's model of transformers, with decoder layers that come and go."""
+"""lm-eval's transformers model for a model that is streamed, one decoder layer at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,16 +9,16 @@ from transformers import PreTrainedTokenizerBase
 from layerwise.models.streaming import StreamedModel
 from layerwise.scoring.continuations import Continuation, Score
 
-TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # its text, context, continuation
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # text, context, continuation
 
 
 class StreamedLM(HFLM):
-    """Everything but the forward pass is inherited, so that text becomes tokens exactly as it does in memory.
+    """HFLM with another forward pass. The rest is inherited, so text is tokenised exactly as for a model in memory.
 
     Args:
-        model: whose layers are streamed.
-        tokenizer: that came with it.
-        score: takes all continuations through the model at once.
+        model: model whose layers are streamed.
+        tokenizer: tokenizer of the model.
+        score: function that scores all continuations together.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class StreamedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of every continuation, and whether greedy decoding gives it."""
-        # What is too long loses tokens on the left, as in memory; the last token is no input.
+        """Return the log-probability of every continuation, and whether greedy decoding yields it."""
+        # Long sequences are cut on the left, as HFLM does; the last token is not an input.
         kept = self.max_length + 1
         continuations = [
             Continuation((*context, *continuation)[-kept:], len(continuation))

@@ -1,4 +1,4 @@
-"""Answer all questions of all tasks with a model that is read one decoder layer at a time."""
+"""Score all requests of all tasks with a model that is streamed, one decoder layer at a time."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,8 @@ from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import showing
 
-# Tokens whose hidden states wait for the next layer together: 2 GiB in 16 bits at the width of a 7B model. Fewer would
-# have a GPU wait for the weights, which are read once for so many.
+# Tokens that go through the model in one pass over the weights. Their hidden states take 2 GiB in 16 bits at the width
+# of a 7B model. With fewer tokens, a GPU would wait for the weights.
 TOKENS_PER_PASS = 1 << 18
 
 STATES_FILE = "hidden_states.safetensors"
@@ -44,14 +44,13 @@ def streamed_scores(
     dtype: str,
     execution: Execution,
 ) -> list[Score]:
-    """Scores of all requests, in the order of ``instances_of``; leaves resume points and goes on from one.
+    """Score all requests, in the order of ``instances_of``. Commits resume points, and resumes from one.
 
-    The weights are read once for every ``TOKENS_PER_PASS`` tokens, whichever tasks they are from. No forward pass holds
-    sequences of two tasks: a task's scores do not depend on what else is asked.
+    The weights are read once for every ``TOKENS_PER_PASS`` tokens, across tasks. A batch never mixes the sequences of
+    two tasks, so the scores of a task do not depend on the other tasks.
     """
-    from layerwise.tasks.lm_eval_tasks.streamed_model import (
-        StreamedLM,  # lm-eval takes its time, and may not be installed
-    )
+    # lm-eval is slow to import, and may not be installed.
+    from layerwise.tasks.lm_eval_tasks.streamed_model import StreamedLM
 
     model = streamed_model(checkpoint, dtype, execution)
 
@@ -71,10 +70,10 @@ def streamed_scores(
 
 
 class _Passes:
-    """Batches on their way through the model, as many at a time as ``TOKENS_PER_PASS`` allows.
+    """Passes of batches through the model, each with at most ``TOKENS_PER_PASS`` tokens.
 
     Args:
-        batches: each with the number of the request that its own numbers count from.
+        batches: batches, each with the number of the request that its request numbers are relative to.
     """
 
     def __init__(
@@ -87,8 +86,8 @@ class _Passes:
     ) -> None:
         self.store, self.checkpoint, self.model, self.execution = store, checkpoint, model, execution
         self.passes = list(_passes(batches))
-        self.scores: dict[int, Score] = {}  # by number of the request, of all passes that are done
-        self.hidden_states: list[Tensor] = []  # by batch of the present pass
+        self.scores: dict[int, Score] = {}  # by number of the request, from all completed passes
+        self.hidden_states: list[Tensor] = []  # by batch of the current pass
 
     def run(self, draft: Draft) -> dict[int, Score]:
         layers = self.model.num_layers
@@ -115,7 +114,7 @@ class _Passes:
         return self.scores
 
     def begin(self, number: int, draft: Draft, start: int) -> None:
-        """Make the hidden states of a pass those that go into layer ``start``."""
+        """Prepare the hidden states of a pass as inputs of layer ``start``."""
         room = HiddenStatesRoom(self.execution.hidden_states_bytes, self.execution.scratch)
         hidden_size = self.checkpoint.config.get_text_config().hidden_size
         for _, batch in self.passes[number]:
@@ -123,14 +122,14 @@ class _Passes:
             self.hidden_states.append(states.copy_(self.model.embed(batch.input_ids)))
         self.model.release_embedding()
         if start:
-            assert draft.resumed is not None, "only a resume point lies between two layers"
+            assert draft.resumed is not None, "only a resume point can start in the middle of a pass"
             for position, states in enumerate(self.hidden_states):
                 read_tensor_into(
                     self.store, draft.resumed.state, STATES_FILE, _batch_tensor(position), states
                 )
 
     def finish(self, number: int) -> None:
-        """Score what has come through the last layer."""
+        """Score the requests of a pass after the last layer."""
         for (offset, batch), states in zip(self.passes[number], self.hidden_states, strict=True):
             scores = score_batch(self.model, states, batch)
             self.scores |= {offset + request: score for request, score in scores.items()}
@@ -147,7 +146,7 @@ class _Passes:
 def _passes(
     batches: Sequence[tuple[int, ContinuationBatch]],
 ) -> Iterator[list[tuple[int, ContinuationBatch]]]:
-    """Consecutive batches of at most ``TOKENS_PER_PASS`` tokens together."""
+    """Group consecutive batches into passes of at most ``TOKENS_PER_PASS`` tokens."""
     together: list[tuple[int, ContinuationBatch]] = []
     tokens = 0
     for offset, batch in batches:

@@ -1,8 +1,8 @@
-"""Read a file that describes a task of lm-eval, without running anything that it asks for.
+"""Read a YAML file with a task of lm-eval without running code that the file names.
 
-lm-eval takes such a file for code: ``!function`` imports a Python module beside it, a metric that it does not know is a
-script that it looks for. Files of lm-eval's own are read by lm-eval; a user's file is checked here first, with all that
-it includes, and lm-eval is given what was checked.
+lm-eval runs code from such a file: ``!function`` imports a Python module next to it, and an unknown metric is loaded as a
+script. lm-eval's own files are read by lm-eval. A user's file and all files that it includes are checked here first, and
+only the checked content is passed to lm-eval.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,62 +11,52 @@ from typing import Any
 
 import yaml
 
-LONGEST = 1 << 20  # bytes of a file
-MOST_VALUES = 100_000  # in a file, counting what an alias stands for as often as it is named
-DEEPEST = 50  # levels of nesting
+LONGEST = 1 << 20  # maximum size of a file in bytes
+MOST_VALUES = 100_000  # maximum number of values in a file, with all aliases expanded
+DEEPEST = 50  # maximum number of nested levels
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "merge", "value")
 }
-# What a task's data set may be: formats that hold data alone. Others of the package datasets open pickles or databases.
+# Formats of data sets that contain only data. Other loaders of the package datasets open pickles or databases.
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
 DATASET_OPTIONS = {
-    *(
-        "cache_dir",
-        "column_names",
-        "data_dir",
-        "data_files",
-        "delimiter",
-        "encoding",
-        "field",
-        "header",
-        "quotechar",
-    ),
-    *("quoting", "revision", "sep", "skiprows", "split", "verification_mode"),
+    *("cache_dir", "column_names", "data_dir", "data_files", "delimiter", "encoding", "field", "header"),
+    *("quotechar", "quoting", "revision", "sep", "skiprows", "split", "verification_mode"),
 }
 PROTOCOLS = ("abfs", "az", "file", "gcs", "gs", "hf", "http", "https", "s3")
-# Entries of a task that name code, and what else they would be good for.
+# Entries of a task that name code, with their meaning.
 CODE = {
     "class": "a Python class",
     "custom_dataset": "a Python function",
-    "unsafe_code": "running what a model writes",
+    "unsafe_code": "running code that a model writes",
     "use_prompt": "prompts from another package or file",
 }
 TRUST = "If you trust the file, pass --trust-task-code."
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """What the file describes, merged with the files that it includes.
+    """Read a task file, merged with the files that it includes.
 
     Raises:
-        ValueError: it asks to run code, or is not one task. The message says where.
+        ValueError: the file names code to run, or is not one task; names the position.
     """
     task = _merged(path, ())
     if not isinstance(task.get("task"), str) or {"group", "task_list"} & task.keys():
         raise ValueError(
-            f"the task {path} cannot be loaded (it has not one name). Check that its file describes one task, not a "
-            "group: a name under task, and neither group nor task_list."
+            f"the task {path} cannot be loaded, because it does not have exactly one name. Check that the file "
+            "describes one task, not a group: a name under task, and neither group nor task_list."
         )
     for name, meaning in CODE.items():
         if task.get(name):
-            raise ValueError(f"the task {path} has {name!r}, {meaning}. {TRUST}")
+            raise ValueError(f"the task {path} has {name!r} ({meaning}), which is not allowed. {TRUST}")
     _check_metrics(path, task.get("metric_list"))
     _check_data(path, task)
     return task
 
 
 def _merged(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """The content of a file over that of the files that it includes, in the way of lm-eval."""
+    """Return the content of a file merged over the files that it includes, as lm-eval does."""
     path = path.expanduser().resolve()
     if path in including:
         raise ValueError(f"the task file {path} includes itself. Remove the include.")
@@ -88,7 +78,7 @@ def _merged(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 def _content(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LONGEST:
         raise ValueError(
-            f"the task file {path} has more than {LONGEST} bytes. Keep the documents in a file of data."
+            f"the task file {path} has more than {LONGEST} bytes. Put the documents into a separate data file."
         )
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
@@ -100,23 +90,21 @@ def _content(path: Path) -> dict[str, Any]:
         document = loader.construct_document(node) if node else None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the task file {path} is not YAML that can be read ({reason}). Correct it."
-        ) from error
+        raise ValueError(f"the task file {path} is not valid YAML ({reason}). Correct it.") from error
     if not isinstance(document, dict):
         raise ValueError(
-            f"the task file {path} holds a {type(document).__name__}, not the entries of a task."
+            f"the task file {path} holds a {type(document).__name__}, not a mapping. Write the entries of one task."
         )
     return document
 
 
 def _tags(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
-    """Line and tag of every node.
+    """Yield line and tag of every node.
 
     Raises:
-        yaml.YAMLError: there are too many, too deep in each other, or some that contain themselves.
+        yaml.YAMLError: there are too many values or nested levels, or a node contains itself.
     """
-    measured: dict[int, tuple[int, int]] = {}  # by node: values in it, levels below it
+    measured: dict[int, tuple[int, int]] = {}  # number of values and nested levels by node
 
     def visit(node: yaml.Node, depth: int) -> Iterator[tuple[int, str]]:
         yield node.start_mark.line + 1, node.tag
@@ -135,7 +123,7 @@ def _tags(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
             size, height = size + more, max(height, levels + 1)
             if size > MOST_VALUES or depth + height > DEEPEST:
                 raise yaml.YAMLError(
-                    f"it has more than {MOST_VALUES} values or {DEEPEST} levels, counting those of its aliases"
+                    f"it has more than {MOST_VALUES} values or {DEEPEST} levels, with aliases expanded"
                 )
         measured[id(node)] = size, height
 
@@ -144,8 +132,8 @@ def _tags(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
 
 
 def _check_metrics(path: Path, metrics: object) -> None:
-    """Refuse metrics that lm-eval would look for as scripts, on the hub or beside the file."""
-    import lm_eval.api.metrics  # noqa: F401 - registers them
+    """Refuse metrics that lm-eval would load as scripts, from the hub or next to the file."""
+    import lm_eval.api.metrics  # noqa: F401 - registers the metrics
     from lm_eval.api.registry import METRIC_REGISTRY
 
     if metrics is not None and not isinstance(metrics, list):
@@ -155,25 +143,25 @@ def _check_metrics(path: Path, metrics: object) -> None:
         own = isinstance(metric, Mapping) and isinstance(name, str) and name in METRIC_REGISTRY
         if not own or metric.get("hf_evaluate"):
             raise ValueError(
-                f"the task {path} has the metric {name!r}, which is not one of lm-eval's own: it would be looked for "
-                f"as a script. Use acc and acc_norm. {TRUST}"
+                f"the task {path} has the metric {name!r}, which is not one of lm-eval's own and would be loaded as a "
+                f"script. Use acc and acc_norm. {TRUST}"
             )
 
 
 def _check_data(path: Path, task: Mapping[str, Any]) -> None:
-    """Refuse data sets that may be more than data."""
+    """Refuse data sets that may run code."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     source, options = task.get("dataset_path"), task.get("dataset_kwargs") or {}
     if not isinstance(source, str) or not isinstance(options, Mapping):
         raise ValueError(
-            f"the task {path} has the dataset_path {source!r} with the dataset_kwargs {options!r}. Give a name or a "
-            "path, and options by name."
+            f"the task {path} has the dataset_path {source!r} and the dataset_kwargs {options!r}. Give a name or path "
+            "as dataset_path, and a mapping as dataset_kwargs."
         )
     if source.endswith(".py") or (source in _PACKAGED_DATASETS_MODULES and source not in FORMATS):
         raise ValueError(
             f"the task {path} has the dataset_path {source!r}, which may run code. Use one of {', '.join(FORMATS)} "
-            f"with data_files, a folder or a data set of the hub. {TRUST}"
+            f"with data_files, a folder, or a data set of the hub. {TRUST}"
         )
     unknown = [
         name
@@ -182,14 +170,14 @@ def _check_data(path: Path, task: Mapping[str, Any]) -> None:
     ]
     if unknown:
         raise ValueError(
-            f"the task {path} has {unknown[0]!r} among its dataset_kwargs, which may do more than name data. Use "
+            f"the task {path} has {unknown[0]!r} in its dataset_kwargs, which may run code. Allowed are "
             f"{', '.join(sorted(DATASET_OPTIONS))}. {TRUST}"
         )
     for place in (source, *_strings(dict(options))):
         protocol, found, _ = place.partition("://")
         if "::" in place or (found and protocol not in PROTOCOLS):
             raise ValueError(
-                f"the task {path} has data at {place!r}. Without --trust-task-code data are files, or URLs of "
+                f"the task {path} has data at {place!r}. Without --trust-task-code, data must be files or URLs of "
                 f"{', '.join(PROTOCOLS)}."
             )
 

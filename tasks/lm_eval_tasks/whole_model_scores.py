@@ -1,4 +1,4 @@
-"""Answer all questions of all tasks with a whole model in memory: lm-eval's own computation."""
+"""Score all requests of all tasks with the whole model in memory, by lm-eval's own computation."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,9 @@ from layerwise.tasks.running.progress import showing
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-# Sequences per forward pass. A constant and no setting: the batch's shape decides the last bits of every result.
+# Sequences per forward pass. This is not a setting, because the last bits of every result depend on the batch's shape.
 BATCH_SIZE = 8
-REQUESTS_PER_PART = 256  # lm-eval sorts so many by length; a resume point may follow
+REQUESTS_PER_PART = 256  # requests that lm-eval sorts by length together; a resume point may follow each part
 
 SCORES_FILE = "scores.json"
 
@@ -36,8 +36,8 @@ def whole_scores(
     dtype: str,
     execution: Execution,
 ) -> list[Score]:
-    """Scores of all requests, in the order of ``instances_of``; leaves resume points and goes on from one."""
-    from lm_eval.models.huggingface import HFLM  # takes its time, and may not be installed
+    """Score all requests, in the order of ``instances_of``. Commits resume points, and resumes from one."""
+    from lm_eval.models.huggingface import HFLM  # slow to import, and may not be installed
 
     scores: list[Score] = []
     parts, first = list(_parts(questions)), 0
@@ -49,7 +49,7 @@ def whole_scores(
         state.write(SCORES_FILE, json.dumps([astuple(score) for score in scores]).encode())
 
     model = whole_model(checkpoint, dtype, execution)
-    # In the model's 16 bits log-probabilities would come in steps so large that choices tie, and the first one wins.
+    # In the model's 16 bits, log-probabilities would be so coarse that choices tie and the first one wins.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype="float32")
     title = "zero-shot: whole model"
     with (
@@ -64,7 +64,7 @@ def whole_scores(
 
 
 def _parts(questions: Sequence[Questions]) -> "Iterator[list[Instance]]":
-    """The requests in parts, none of which has requests of two tasks."""
+    """Yield the requests in parts. A part never has requests of two tasks."""
     for of_task in questions:
         instances = instances_of([of_task])
         for start in range(0, len(instances), REQUESTS_PER_PART):

@@ -14,7 +14,7 @@ from layerwise.storage.formats.canonical_json import digest
 from layerwise.tasks.models.tokenizer import open_tokenizer
 from layerwise.tasks.sources.checkpoint_files import CONFIG, GENERATION_CONFIG, copied_files
 from layerwise.tasks.sources.folder import Folder
-from layerwise.tasks.sources.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
+from layerwise.tasks.sources.model_source import DemoSource, FolderSource, GgufSource, HubSource, find_source
 
 # Entries of config.json by which transformers chooses the class of a tokenizer.
 CHOOSE_THE_CLASS = ("model_type", "tokenizer_class")

@@ -1,1 +1,1 @@
-"""Report pages and model cards: data, tables, templates."""
+"""Text for people: the report page, the theory page and the model card, with their templates."""

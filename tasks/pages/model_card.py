@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: README.md in the form that the Hugging Face Hub reads."""
+"""The model card of an exported or compressed checkpoint: README.md in the format of the Hugging Face Hub."""
 
 import re
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import yaml
 
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
-from layerwise.tasks.pages.markdown import code, one_line, plain
+from layerwise.tasks.pages.markdown import code, displayable, plain
 from layerwise.tasks.sources.source_license import License
 from layerwise.tasks.speed import speed_rows, speed_sentence
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 
-LOAD_DENSE = """The zeros are stored as zeros, so that the files are as large as those of the dense model.
+LOAD_DENSE = """The zeros are stored, so the files are as large as those of the dense model.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
-LOAD_COMPRESSED = """The zeros are not stored. With the package layerwise:
+LOAD_COMPRESSED = """The zeros are not stored. The package layerwise loads the files:
 
 ```python
 from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint
@@ -33,7 +33,7 @@ model = load("path/to/this/folder")                             # a transformers
 unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary checkpoint, with its zeros
 ```
 
-`COMPRESSED.md` describes the files and has a loader of a few lines that needs nothing but torch and safetensors."""
+`COMPRESSED.md` describes the files, and has a short loader that needs only torch and safetensors."""
 CITATION = """```bibtex
 @inproceedings{huang2025determining,
   title     = {Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective},
@@ -47,33 +47,39 @@ CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table of results."""
+    """One row of the table of results.
 
-    model: str  # "dense", "uniform" or "this model"
-    text: str  # what it was measured on, e.g. "selection text"
+    Attributes:
+        model: "dense", "uniform" or "this model".
+        text: text that was used, e.g. "selection text".
+        seqlen: tokens per window.
+    """
+
+    model: str
+    text: str
     windows: int
-    seqlen: int  # tokens of a window
+    seqlen: int
     perplexity: float
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
-        base_model: hub id (``owner/name[@revision]``) of the dense model, or whatever it is called.
-        license: of the base model; None if its files do not tell.
+        base_model: hub id (``owner/name[@revision]``) of the dense model, or another name.
+        license: licence of the base model; None if its files do not state one.
         pruner: method that chose the weights, e.g. "wanda".
-        pattern: N:M, such as "2:4"; None for none.
-        allocator: method that gave every layer its sparsity, e.g. "atp"; None where it is not known: then the card
-            gives the numbers alone.
-        layers: share of zeros among the pruned linears' weights of every decoder layer, first layer first.
-        realised: the same of all layers together.
-        results: in the order of the table; empty for a card without it.
-        speed: on some machine's CPU; None if it was not measured before the card was written.
+        pattern: N:M pattern, such as "2:4"; None if the weights have none.
+        allocator: method that set the sparsity of every layer, e.g. "atp"; None if it is not known, and the card does
+            not name it.
+        layers: share of zeros in the pruned linears of every decoder layer, first layer first.
+        realised: share of zeros in the pruned linears of all layers.
+        results: rows of the table of results; the card has no table if empty.
+        speed: speed on the CPU of one machine; None if it was not measured before the card was written.
 
     Raises:
-        ValueError: no layers, or a share outside of [0, 1].
+        ValueError: there are no layers, or a share is outside of [0, 1].
     """
 
     base_model: str
@@ -89,29 +95,29 @@ class ModelCard:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError(
-                f"the model card of {self.base_model} has no layers. Give one sparsity for each."
+                f"the model card of {self.base_model} has no layers. Give the sparsity of each layer."
             )
         if outside := [share for share in (*self.layers, self.realised) if not 0 <= share <= 1]:
             raise ValueError(
-                f"the model card of {self.base_model} would say sparsities of {outside}, outside [0, 1]. "
+                f"the model card of {self.base_model} has the sparsities {outside}, which are outside of [0, 1]. "
                 "Give shares of zeros."
             )
 
     @property
     def hub_id(self) -> str | None:
-        """The base model on the hub, without a revision; None if it came from elsewhere."""
+        """Hub id of the base model, without a revision; None if it is not from the hub."""
         match = HUB_MODEL.fullmatch(self.base_model)
         return match[1] if match else None
 
 
 def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
-    """The text of README.md. Names of models and licences are those of whoever made them: each is text, and no more.
+    """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
     Args:
-        form: of the folder that the card lies in: with the zeros, as transformers loads it, or without.
+        form: form of the checkpoint next to the card: "dense" (with zeros, for transformers) or "compressed".
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
-    by = "" if card.allocator is None else f", given by the allocator {card.allocator}"
+    by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
     return f"""---
 {_front_matter(card, form)}
@@ -119,13 +125,13 @@ def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
 
 # {plain(card.base_model)}, {100 * card.realised:.1f} % sparse
 
-Made from {code(card.base_model)} by layerwise: one-shot pruning with {card.pruner}{pattern}. Of the weights of the
-pruned linears {100 * card.realised:.2f} % are zero. Embeddings, norms and head are those of the base model.
+This model was made from {code(card.base_model)} with layerwise, by one-shot pruning with {card.pruner}{pattern}.
+{100 * card.realised:.2f} % of the weights in the pruned linears are zero. Embeddings, norms and head are unchanged.
 
 ## Plan
 
-Every decoder layer has a sparsity of its own{by}: from {low:.1f} % to {high:.1f} %. `sparsity.json` has that of every
-linear.
+Every decoder layer has its own sparsity{by}, from {low:.1f} % to {high:.1f} %. `sparsity.json` has the sparsity of
+every linear.
 
 {_layer_table(card.layers)}
 
@@ -139,22 +145,22 @@ linear.
 
 ## How to cite
 
-layerwise is built around this paper:
+layerwise implements this paper:
 
 {CITATION}
 """
 
 
 def _front_matter(card: ModelCard, form: str) -> str:
-    """YAML that means the same, whatever is in a name."""
-    # Of a library the hub shows how to load the folder.
+    """Return the YAML of the card. Names from outside are quoted."""
+    # For a known library, the hub shows how to load the folder; transformers cannot load a compressed one.
     entries: dict[str, object] = {"library_name": "transformers"} if form == "dense" else {}
     if card.hub_id is not None:
         entries["base_model"] = card.hub_id
     if card.license is not None:
         named = {"license": "identifier", "license_name": "name", "license_link": "link"}
         facts = card.license.facts
-        entries |= {key: one_line(facts[field]) for key, field in named.items() if field in facts}
+        entries |= {key: displayable(facts[field]) for key, field in named.items() if field in facts}
     methods = [method for method in (card.allocator, card.pruner) if method is not None]
     entries["pipeline_tag"] = "text-generation"
     entries["tags"] = ["pruning", "sparsity", "layerwise", *methods]
@@ -179,7 +185,7 @@ def _results(results: Sequence[Result]) -> str:
 
 {table}
 
-The plan was chosen on the selection text, which flatters this model a little there.
+The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic.
 
 """
 
@@ -194,9 +200,9 @@ def _speed(table: SpeedTable | None) -> str:
 
 
 def _licence(card: ModelCard) -> str:
-    applies = f"That of {code(card.base_model)} applies"
+    applies = f"The licence of {code(card.base_model)} applies"
     if card.license is None:
-        return f"{applies}; the files that it was read from do not tell which one it is."
-    # Encoded, as a space or a bracket would end the link.
+        return f"{applies}. Its files do not state which one it is."
+    # Encoded, because a space or a bracket would end the link.
     link = "" if card.license.link is None else f" (<{quote(card.license.link, safe=':/?&=#%+,;@~')}>)"
     return f"{applies}: {plain(card.license.title)}{link}."

@@ -1,4 +1,4 @@
-"""What a model card says of the lane that a search has chosen."""
+"""The content of a model card, read from the artifacts of a search."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, Result
 from layerwise.tasks.sample_tokens import TOKENS_FILE
+from layerwise.tasks.sources.model_source import HUB_ID, DemoSource
 from layerwise.tasks.sources.source_license import License
-from layerwise.tasks.sources.sources import HUB_ID, DemoSource
 
 
 def card_of_lane(
@@ -24,10 +24,12 @@ def card_of_lane(
     settings: PruneSettings,
     rows: Sequence[Mapping[str, int]],
 ) -> ModelCard:
-    """A card with the results on the selection text; without the allocator, which is no part of what a lane is.
+    """Make the card of the chosen lane, with the results on the selection text.
+
+    The card does not name the allocator, because a lane does not depend on how its plan was made.
 
     Args:
-        inputs: what the lanes were scored on.
+        inputs: inputs of the lanes.
         rows: zeros and weights of every pruned linear: the ``linears`` of ``sparsity.json``.
     """
     checkpoint, perplexities = inputs.checkpoint, (perplexity(uniform.losses), perplexity(chosen.losses))
@@ -47,16 +49,16 @@ def card_of_lane(
 
 
 def results_on_test(test: TestResult, windows: Artifact) -> tuple[Result, ...]:
-    """The rows of the test, which comes after the export: for the card of what is made later.
+    """Return the rows of the test for a card that is written after it. The export comes before the test.
 
     Args:
-        windows: the test windows.
+        windows: test windows.
     """
     return _results("test text", windows, test.dense, test.uniform, test.best)
 
 
 def source_name(checkpoint: Checkpoint) -> str:
-    """What the model card calls the dense model: of a place on somebody's disk or bucket the last part only."""
+    """Return the name of the dense model for the card: its hub id, or the last part of its path."""
     source = str(checkpoint.artifact.facts["source"])
     if source == DemoSource.label:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,13 +67,13 @@ def source_name(checkpoint: Checkpoint) -> str:
 
 
 def source_license(checkpoint: Checkpoint) -> License | None:
-    """The licence of the dense model; None if its files do not tell, or were imported before anybody asked."""
+    """Return the licence of the dense model; None if its files state none, or an earlier version imported it."""
     facts = checkpoint.artifact.facts.get("license")
     return License(**facts) if isinstance(facts, dict) else None
 
 
 def dense_perplexity(capture: Artifact) -> float:
-    """That of the dense model on the selection text."""
+    """Return the perplexity of the dense model on the selection text."""
     return float(str(capture.facts[DENSE_PERPLEXITY]))
 
 

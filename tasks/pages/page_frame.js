@@ -1,4 +1,4 @@
-// Shows what a mark of a figure says under the pointer, or the finger; the page is whole without it.
+// Shows the label of the mark under the pointer or finger. The page is complete without this script.
 const pointed = document.getElementById("pointed");
 document.addEventListener("pointerover", show);
 document.addEventListener("pointerdown", show);

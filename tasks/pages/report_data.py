@@ -1,12 +1,14 @@
-"""All that a report says, as plain values: what the page, the figures and the Parquet files are made of."""
+"""The content of a report as plain values, from which the page, the figures and the Parquet files are made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.pages.report_extras import Extras
-from layerwise.tasks.pages.report_tables import (
+from layerwise.tasks.pages.theory_section import TheorySection, read_section
+from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
+from layerwise.tasks.results.report_tables import (
     Rows,
     betas_table,
     errors_table,
@@ -14,30 +16,75 @@ from layerwise.tasks.pages.report_tables import (
     models_table,
     sparsities_table,
 )
-from layerwise.tasks.pages.stage_times import stages_table
-from layerwise.tasks.pages.theory_section import TheorySection, read_section
-from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.search_result import VERSIONS, FinishedSearch
+from layerwise.tasks.results.stage_times import stages_table
 
 TEXTS = ("calibration", "selection", "test")
-OF_A_TEXT = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
+TEXT_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
+
+
+@dataclass(frozen=True)
+class ZeroShotAccuracies:
+    """Accuracies on one zero-shot task, as fractions.
+
+    Attributes:
+        stderr: standard error of the best plan's accuracy.
+        difference: accuracy of the best plan minus that of the uniform one, on the same questions.
+        p: p-value of McNemar's test of that difference; None if all answers are equal.
+    """
+
+    task: str
+    dense: float
+    uniform: float
+    best: float
+    stderr: float
+    difference: float
+    p: float | None
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Bytes of all files of a checkpoint.
+
+    Attributes:
+        exported: the pruned checkpoint with its zeros; None if it was not exported.
+        compressed: the pruned checkpoint without its zeros; None if it was not compressed.
+    """
+
+    dense: int
+    exported: int | None = None
+    compressed: int | None = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Results that were measured after the search. The report omits those that are missing.
+
+    Attributes:
+        theory: key of the artifact of ``layerwise.tasks.theory.measure_theory``; empty if there is none.
+    """
+
+    zero_shot: tuple[ZeroShotAccuracies, ...] = ()
+    sizes: CheckpointSizes | None = None
+    speed: SpeedTable | None = None
+    theory: str = ""
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report says.
+    """The content of a report.
 
     Attributes:
         search: key of the search's artifact.
-        settings: of the search, by name.
-        parameter: what beta is called with this allocator.
-        measured: what the perplexities of a text were measured on, by text.
-        tables: rows by the name of their table; every number of the page and of a figure is in one of them.
-        checkpoint: what the import noted of the model.
-        versions: of the packages of the process that finished the search, by name; empty if they were not noted.
-        command: that makes the same search; empty if it is not known.
-        theory: what was found of the paper's theorems; None if nobody has looked.
+        settings: settings of the search, by name.
+        parameter: name of beta for the allocator of the search.
+        measured: conditions of the perplexities, by text.
+        tables: rows by table name. Every number on the page and in a figure is in one of them.
+        checkpoint: facts that the import recorded about the model.
+        versions: versions of the packages that finished the search, by name; empty if they were not recorded.
+        command: command that runs the same search; empty if it is not known.
+        theory: findings on the theorems of the paper; None if they were not measured.
     """
 
     search: str
@@ -63,14 +110,14 @@ def report_data(
     command: str,
     extras: Extras,
 ) -> ReportData:
-    """Read what a report says from the artifacts of a search.
+    """Read the content of a report from the artifacts of a search.
 
     Args:
-        compared: other searches of a comparison, by what they are called.
-        command: that makes the same search, for people.
+        compared: other searches of a comparison, by their names in the report.
+        command: command that runs the same search.
     """
     versions = search.artifact.facts.get(VERSIONS, {})
-    assert isinstance(versions, dict), "versions are noted by package"
+    assert isinstance(versions, dict), "versions are recorded by package"
     gain = search.test.gain
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
     return ReportData(
@@ -112,7 +159,7 @@ def _artifacts(search: FinishedSearch) -> Rows:
 
 def _texts(search: FinishedSearch) -> Rows:
     facts = {role: search.stages[role].facts for role in TEXTS}
-    return [{"text": role, **{name: facts[role].get(name) for name in OF_A_TEXT}} for role in TEXTS]
+    return [{"text": role, **{name: facts[role].get(name) for name in TEXT_FACTS}} for role in TEXTS]
 
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:

@@ -1,43 +1,40 @@
-"""The report's page: one HTML file that needs nothing else, made from plain values.
+"""The HTML page of a report: its sentences, and its tables by layer."""
 
-The figures are SVG inside of the page: they are there without a script and in print, and take the colours of light and
-dark pages. A short script shows the value of a mark under the pointer or finger; every value is in a table, too.
-"""
-
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from layerwise.display.byte_size import size
-from layerwise.scoring.perplexity import format_perplexity, has_diverged
-from layerwise.tasks.pages import report_text
+from layerwise.scoring.perplexity import DIVERGED
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
-from layerwise.tasks.pages.report_tables import BEST, Rows
+from layerwise.tasks.results.findings import sentence_on_stop
+from layerwise.tasks.results.measured_on import summary_of
+from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows
+from layerwise.tasks.select import TRIAL
 from layerwise.tasks.speed import speed_rows, speed_sentence
 
 
 def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
-    """The page. Everything but the figures is escaped: names of models and texts are the user's.
+    """Render the page. Everything except the figures is escaped, because names of models and texts come from users.
 
     Args:
-        figures: SVG by name, as of ``layerwise.tasks.report.figures_of``.
+        figures: SVG by name, see ``layerwise.tasks.report.figures_of``.
     """
     tables = data.tables
     text = {
-        "done": report_text.what_was_done(data),
-        "on_test": report_text.on_test(data),
-        "shape": report_text.shape_of_curve(tables["betas"], data.parameter),
-        "kinds": report_text.on_kinds(tables["linears"]),
-        "failed": report_text.failed(tables["betas"]),
-        "errors": report_text.on_errors(tables["errors"]),
+        "method": method_sentence(data),
+        "test": gain_sentence(data),
+        "curve": curve_sentence(tables["betas"], data.parameter),
+        "linears": linears_sentence(tables["linears"]),
+        "failed": failed_sentence(tables["betas"]),
+        "errors": errors_sentence(tables["errors"]),
         "speed": "" if data.extras.speed is None else speed_sentence(data.extras.speed),
-        "measured": {name: report_text.on_what(each) for name, each in data.measured.items()},
+        "measured": {name: summary_of(each) for name, each in data.measured.items()},
     }
     return render(
         "report_page.html",
-        FILTERS,
         data=data,
         text=text,
         models=tables["models"],
@@ -57,8 +54,116 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
     )
 
 
+def method_sentence(data: ReportData) -> str:
+    """Describe the search: how the model was pruned, and how the plan was chosen and tested."""
+    settings, tables = data.settings, data.tables
+    best, betas, linears = tables["models"][-1], tables["betas"], tables["linears"]
+    layers = len({row["layer"] for row in linears})
+    windows = max(row["windows"] for row in betas)
+    tested = next(row for row in tables["texts"] if row["text"] == "test")["windows"]
+    pattern = f" in the pattern {settings['pattern']}" if settings.get("pattern") else ""
+    plans = "1 plan was" if len(betas) == 1 else f"{len(betas)} plans were"
+    return (
+        f"{settings['pruner']['method']} removed {best['zeros']:,} of {best['weights']:,} weights{pattern} "
+        f"({100 * best['zeros'] / best['weights']:.2f} %) from {len(linears)} linears in {layers} decoder layers of "
+        f"{data.source}. The sparsity of each layer was set by {_allocation(data)}. {plans} scored on "
+        f"{windows} windows of {settings['seqlen']} tokens of the selection text. The best plan was tested on "
+        f"{'all' if tested is None else tested} windows of the test text, which had no part in the choice. "
+        f"{sentence_on_stop(settings.get('stop_after'), len(betas))}"
+    ).strip()
+
+
+def _allocation(data: ReportData) -> str:
+    method = data.settings["allocator"]["method"]
+    return (
+        f"{method} with the strategy {data.settings['strategy']}" if data.parameter == TRIAL else f"{method}"
+    )
+
+
+def linears_sentence(linears: Rows) -> str:
+    """State the sparsity of every kind of linear; empty if all kinds have the same."""
+    weights, zeros = Counter[str](), Counter[str]()
+    for row in linears:
+        weights[row["linear"]] += row["weights"]
+        zeros[row["linear"]] += row["zeros"]
+    shares = {kind: zeros[kind] / weights[kind] for kind in weights}
+    if max(shares.values()) - min(shares.values()) < 0.005:
+        return ""
+    return "By kind: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items()) + "."
+
+
+def gain_sentence(data: ReportData) -> str:
+    """State the gain of the best plan over the uniform one on the test text, and its significance."""
+    _, uniform, best = data.tables["models"]
+    if data.gain is None:
+        return "The uniform plan is the best one, so there is no gain to test."
+    t = "undefined" if data.gain["t"] is None else f"{data.gain['t']:.1f}"
+    change = 100 * (best["test_perplexity"] / uniform["test_perplexity"] - 1)
+    direction = "below" if change < 0 else "above"
+    return (
+        f"On the test text, the best plan's perplexity is {abs(change):.1f} % {direction} that of the uniform plan "
+        f"(paired t = {t}, {data.gain['windows']} windows)."
+    )
+
+
+def curve_sentence(betas: Sequence[Row], parameter: str) -> str:
+    """State whether the curve has the U shape of the paper, and what to do if its minimum is at an end."""
+    if parameter == TRIAL:
+        return (
+            "Trials are numbered in the order of the search. The strategy chose each one by the results before it, so "
+            "the points do not form a curve."
+        )
+    curve = sorted((row for row in betas if not row["offset"]), key=lambda row: row["beta"])
+    losses = [row["loss"] for row in curve]
+    lowest = losses.index(min(losses))
+    if len(curve) < 3:
+        return f"{'One point does' if len(curve) == 1 else 'Two points do'} not show the shape of the curve."
+    if lowest == len(curve) - 1:
+        return (
+            f"The curve still falls at the largest {parameter} that was tried, so the minimum may lie beyond it. "
+            "Try larger values."
+        )
+    if lowest == 0:
+        return f"No {parameter} above 0 is better than the uniform plan here."
+    falls = all(left > right for left, right in zip(losses[:lowest], losses[1 : lowest + 1], strict=True))
+    rises = all(left < right for left, right in zip(losses[lowest:-1], losses[lowest + 1 :], strict=True))
+    if falls and rises:
+        return (
+            f"The curve has the U shape of the paper (arXiv:2502.14770): it falls to {curve[lowest]['plan']} and "
+            "rises after it."
+        )
+    return f"The curve is not a clear U. Its minimum is at {curve[lowest]['plan']}."
+
+
+def errors_sentence(errors: Rows) -> str:
+    """Compare the errors of the best plan with those of the uniform one."""
+    by_model = {
+        model: {row["layer"]: row["relative_error"] for row in errors if row["model"] == model}
+        for model in (UNIFORM, BEST)
+    }
+    uniform, best = by_model[UNIFORM], by_model[BEST]
+    both = [layer for layer in uniform if None not in (uniform[layer], best.get(layer))]
+    if not both:
+        return "There is only one plan."
+    below, last = sum(best[layer] < uniform[layer] for layer in both), both[-1]
+    return (
+        f"The best plan's error is below that of the uniform plan in {below} of {len(both)} layers. After the last "
+        f"layer it is {best[last]:.3g}, and that of the uniform plan {uniform[last]:.3g}."
+    )
+
+
+def failed_sentence(betas: Sequence[Row]) -> str:
+    """Name the plans that failed; empty if none did."""
+    names = [row["plan"] for row in betas if row["failed"]]
+    diverged = [row["plan"] for row in betas if row["loss"] >= DIVERGED]
+    if not names:
+        return ""
+    how = f" ({', '.join(diverged)}: the loss is not finite)" if diverged else ""
+    return f"Failed plans, marked by crosses: {', '.join(names)}{how}."
+
+
 def _by_layer(rows: Rows, column: str, value: str) -> Mapping[str, Any]:
-    """One line per layer, one column per plan, model or linear; None where there is no value."""
+    """Arrange rows as a table: one line per layer, one column per plan, model or linear; None for missing values."""
     names = list(dict.fromkeys(row[column] for row in rows))
     values = {(row["layer"], row[column]): row[value] for row in rows}
     layers = sorted({row["layer"] for row in rows})
@@ -66,57 +171,3 @@ def _by_layer(rows: Rows, column: str, value: str) -> Mapping[str, Any]:
         "columns": names,
         "lines": [(layer, [values.get((layer, name)) for name in names]) for layer in layers],
     }
-
-
-def _perplexity(value: float) -> str:
-    """Of a model that failed its loss says nothing but that."""
-    return "diverged" if has_diverged(value) else format_perplexity(value)
-
-
-def _size(count: int | None) -> str:
-    return "not noted" if count is None else size(count) or "0 B"
-
-
-def _setting(value: object) -> str:
-    """A setting for people: a method by its name if that is all of it."""
-    if isinstance(value, dict) and list(value) == ["method"]:
-        return str(value["method"])
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_setting(each)}" for name, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_setting(each) for each in value) or "none"
-    if value is None:
-        return "not given"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _digits(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
-
-
-def _fixed(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _signed(value: float, digits: int = 4) -> str:
-    return f"{value:+.{digits}f}"
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-FILTERS: dict[str, Callable[..., str]] = {
-    "perplexity": _perplexity,
-    "size": _size,
-    "setting": _setting,
-    "digits": _digits,
-    "fixed": _fixed,
-    "signed": _signed,
-    "percent": _percent,
-    "count": _count,
-}

@@ -1,4 +1,4 @@
-"""The page on the theory: one HTML file that needs nothing else, in the style of the report, with three figures."""
+"""The theory page: a self-contained HTML file in the style of the report, with three figures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,9 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.charts.drawing import svg_inside
-from layerwise.tasks.charts.figure_files import write_figures
+from layerwise.tasks.charts.drawing import svg_inside, write_figures
 from layerwise.tasks.charts.theory_figures import TITLES, figures_of_theory
 from layerwise.tasks.pages.page_template import render
-from layerwise.tasks.pages.report_page import FILTERS
 from layerwise.tasks.pages.theory_section import read_section
 from layerwise.tasks.running.stage_task import stage_task
 
@@ -21,7 +19,7 @@ PAGE_FILE = "theory.html"
 
 
 def page_stage(measured: Artifact, title: str, settings: Mapping[str, Any]) -> Stage:
-    """The stage of a page: what it shows beside the numbers are settings of its own."""
+    """Return the stage of a page. The title and settings that it shows are settings of the stage."""
     return Stage("theory_page", 2, {"title": title, "settings": settings}, {"theory": measured.key})
 
 
@@ -29,21 +27,19 @@ def page_stage(measured: Artifact, title: str, settings: Mapping[str, Any]) -> S
 def theory_page(
     store: ArtifactStore, measured: Artifact, title: str, settings: Mapping[str, Any]
 ) -> Artifact:
-    """The page on what was measured: ``theory.html``, ``figures/*.svg``, ``figures/*.png``.
+    """Write the page of a measurement: ``theory.html``, ``figures/*.svg``, ``figures/*.png``.
 
     Args:
-        measured: the artifact of ``layerwise.tasks.theory.measure_theory``.
-        title: what was looked at, e.g. "demo at sparsity 0.6, wanda".
-        settings: by name, for people.
+        measured: artifact of ``layerwise.tasks.theory.measure_theory``.
+        title: subject of the measurement, e.g. "demo at sparsity 0.6, wanda".
+        settings: settings to show, by name.
     """
 
     def build(draft: Draft) -> None:
         theory = read_section(store, measured)
-        charts = figures_of_theory(theory)
+        charts = figures_of_theory(theory.layers, theory.found)
         figures = {name: Markup(svg_inside(chart, name)) for name, chart in charts.items()}
-        page = render(
-            "theory_page.html", FILTERS, title=title, settings=settings, theory=theory, figures=figures
-        )
+        page = render("theory_page.html", title=title, settings=settings, theory=theory, figures=figures)
         draft.write(PAGE_FILE, page.encode())
         write_figures(draft, charts, TITLES, title)
         draft.facts |= {"title": title}

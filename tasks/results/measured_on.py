@@ -55,6 +55,18 @@ def measured_on(stages: Mapping[str, Artifact]) -> dict[str, MeasuredOn]:
     return {role: _of_text(stages[role].facts, dtype) for role in SCORED}
 
 
+def summary_of(measured: MeasuredOn) -> str:
+    """Summarise what perplexities were measured on, in one line."""
+    first, end = measured.part_tokens
+    part = "" if end - first == measured.text_tokens else f"tokens {first:,} to {end:,} of "
+    bos = "BOS" if measured.text_starts_with_bos else "no BOS"
+    return (
+        f"{measured.corpus}: {measured.windows} windows of {measured.seqlen} tokens from {part}"
+        f"{measured.text_tokens:,} ({bos} before the first), SHA-256 {measured.text_sha256[:12]}…; model in "
+        f"{measured.dtype}, losses in {measured.loss_dtype}"
+    )
+
+
 def _of_text(facts: Mapping[str, Any], dtype: str) -> MeasuredOn:
     first, end = facts["part_tokens"]
     return MeasuredOn(

@@ -1,1 +1,1 @@
-"""Sources of models: folders, URLs, the Hugging Face Hub, GGUF files."""
+"""Sources of models: folders, URLs, the Hugging Face Hub, GGUF files, the demo model."""

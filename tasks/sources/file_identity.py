@@ -1,4 +1,4 @@
-"""Identity of a file that is read in place: its name, size, content, and the version that the storage tells."""
+"""Identity of a file that is read in place: its size, its content, and the version that the file system reports."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -16,34 +16,34 @@ from layerwise.storage.content_sample import sample_contents
 from layerwise.storage.files.errors import reaching
 from layerwise.storage.files.filesystem import is_local
 
-# What changes when a file's bytes do, under the names that file systems use for it; the surest first.
+# Fields of a file system's entry that change with the content of a file, the most reliable ones first.
 VERSION_FIELDS = (
     *("ETag", "etag", "md5Hash", "blob_id", "content_md5"),
     *("mtime", "LastModified", "Last-Modified", "last_modified", "modified", "updated", "created"),
 )
-# Digests of the whole content that the server itself computes (the Hugging Face Hub; Google). Not Azure's
-# content_md5, which is what a client says; not an ETag, which on S3 depends on the parts of the upload and behind
-# HTTP is often size and time.
+# Digests of the whole content that the server computes (Hugging Face Hub, Google). Azure's content_md5 is set by the
+# client. An ETag depends on the parts of the upload on S3, and is often size and time behind HTTP.
 CHECKSUM_FIELDS = ("blob_id", "md5Hash")
 
 
 class SourceChanged(OSError):
-    """A file that a run reads is not the one that the run began with."""
+    """A file of the source has changed since the run began."""
 
 
 class BrokenLink(OSError):
-    """A symbolic link in a source leads to nothing."""
+    """A symbolic link in a source has no target."""
 
 
 @dataclass(frozen=True)
 class FileState:
-    """Size in bytes of a file, and what changes with its content.
+    """Size and version of a file.
 
     Attributes:
-        version: an ETag, blob id or modification time.
-        checksum: of the whole content, if the storage tells one.
-        changed: of a file on a local disk, the time of its last change of any kind (ctime), in ns. Nobody can set
-            it back, but a new hard link or other permissions are such a change, too.
+        size: in bytes.
+        version: ETag, blob id or modification time.
+        checksum: digest of the whole content; None if the file system does not report one.
+        changed: ctime of a local file, in ns; None for other file systems. It cannot be set back, but new hard
+            links and changed permissions update it as well.
     """
 
     size: int
@@ -53,34 +53,34 @@ class FileState:
 
 
 def file_state(fs: AbstractFileSystem, path: str) -> FileState:
-    """The state of the file at ``path``; a link means the file that it leads to.
+    """Return the state of the file at ``path``. Links are followed.
 
     Raises:
-        BrokenLink: if it is a link that leads to nothing.
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file system tells nothing that changes with the content.
+        BrokenLink: the path is a link without a target.
+        FileNotFoundError: there is no such file.
+        ValueError: the file system reports nothing that changes with the content.
     """
     if is_local(fs):
         require_target(fs, path)
         status = os.stat(fs._strip_protocol(path))
         return FileState(status.st_size, str(status.st_mtime_ns), changed=status.st_ctime_ns)
-    fs.invalidate_cache(fs._parent(path))  # a listing that is remembered would hide a changed file
+    fs.invalidate_cache(fs._parent(path))  # a cached listing would hide a changed file
     with reaching(fs, path):
         return state_of_entry(fs, fs.info(path))
 
 
 def state_of_entry(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> FileState:
-    """The state of a file by what ``fs.info`` or ``fs.ls`` tells about it.
+    """Return the state of a file from its entry in ``fs.info`` or ``fs.ls``.
 
     Raises:
-        ValueError: if the file system tells no size, or nothing that changes with the content.
+        ValueError: the entry has no size, or nothing that changes with the content.
     """
     if is_local(fs):
         return file_state(fs, entry["name"])
     name = entry["name"].rsplit("/", 1)[-1]
     if entry["size"] is None:
         raise ValueError(
-            f"{type(fs).__name__} does not tell the size of {name}, so it cannot be read by ranges. Copy it to a "
+            f"{type(fs).__name__} does not report the size of {name}, so parts of it cannot be read. Copy it to a "
             "local folder or a bucket."
         )
     checksum = next((str(entry[field]) for field in CHECKSUM_FIELDS if entry.get(field)), None)
@@ -89,55 +89,56 @@ def state_of_entry(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> FileStat
             text = str(version.timestamp() if isinstance(version, datetime) else version)
             return FileState(int(entry["size"]), text.strip('"'), checksum)
     raise ValueError(
-        f"{type(fs).__name__} tells neither an ETag nor a modification time for {name}, only {sorted(entry)}, so a "
-        "changed file could not be told from the one that was read before. Copy it to a local folder or a bucket."
+        f"{type(fs).__name__} reports neither an ETag nor a modification time for {name}, only {sorted(entry)}, so a "
+        "change of the file could not be noticed. Copy it to a local folder or a bucket."
     )
 
 
 def require_unchanged(
     fs: AbstractFileSystem, path: str, listed: FileState, bytes_are_checked: bool = False
 ) -> None:
-    """Look whether the file at ``path`` is still the one that was ``listed``.
+    """Check that the file at ``path`` has not changed since it was ``listed``.
 
     Args:
-        bytes_are_checked: whether what is read of it is compared with digests: then a changed ctime alone, as a new
-            hard link gives it, does not matter.
+        bytes_are_checked: set this if the bytes are compared with digests when they are read. A changed ctime alone
+            (a new hard link) is then accepted.
 
     Raises:
-        SourceChanged: it has another size, ETag or time of change, or is gone.
+        SourceChanged: the file has another size, ETag or time of change, or no longer exists.
     """
     try:
         found = file_state(fs, path)
     except (FileNotFoundError, BrokenLink) as error:
         raise SourceChanged(
-            f"{path} is gone since this run began. Put it back and run again, or name the place where it is now."
+            f"{path} has been removed since this run began. Restore it and run again, or give its new location."
         ) from error
     expected = replace(listed, changed=found.changed) if bytes_are_checked else listed
     if found != expected:
         raise SourceChanged(
-            f"{path} has changed since this run began: {listed.size} bytes, version {_version(listed)}, became "
-            f"{found.size} bytes, version {_version(found)}. Put the original back, or run again: the changed "
-            "checkpoint is imported anew, and a run never mixes the two."
+            f"{path} has changed since this run began: from {listed.size} bytes, version {_version(listed)}, to "
+            f"{found.size} bytes, version {_version(found)}. Restore the original, or run again to import the changed "
+            "checkpoint. A run never mixes the two."
         )
 
 
 def fingerprints(
     fs: AbstractFileSystem, states: Mapping[str, FileState], whole: Collection[str] = ()
 ) -> dict[str, str]:
-    """Fingerprints of files by their content: two files with equal ones have equal bytes.
+    """Return fingerprints of the contents of files, by path. Files with equal fingerprints have equal bytes.
 
-    A digest of all bytes where the storage tells one, for small files and for those named in ``whole``: it is the
-    same wherever and whenever the file was written. For others the digest of a sample (``sample_contents``) and the
-    storage's version of the file, as nobody knows whether the bytes that were not read are equal elsewhere. What
-    lies behind an HTTP server that gives no parts of files is read to its end.
+    - If the file system reports a digest of the content, the fingerprint is that digest.
+    - For small files and those in ``whole``, it is a digest of all bytes. It does not depend on place or time.
+    - For other files, it is the digest of a sample (``sample_contents``) together with the file's version, because
+      the bytes outside of the sample may differ elsewhere.
+    - Files behind an HTTP server without range requests are read completely.
 
     Args:
-        states: by path.
-        whole: paths of files to read whole.
+        states: sizes and versions by path.
+        whole: paths of the files to read completely.
 
     Raises:
-        Corrupt: if a file is shorter than was listed.
-        OSError: if a file cannot be read.
+        Corrupt: a file is shorter than listed.
+        OSError: a file cannot be read.
     """
     unknown = {path: state.size for path, state in states.items() if state.checksum is None}
     found = {path: state.checksum for path, state in states.items() if state.checksum is not None}
@@ -153,15 +154,15 @@ def fingerprints(
 
 
 def fingerprint(fs: AbstractFileSystem, path: str, state: FileState) -> str:
-    """Fingerprint of one file, see ``fingerprints``."""
+    """Return the fingerprint of one file, see ``fingerprints``."""
     return fingerprints(fs, {path: state})[path]
 
 
 def resolve_link(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a listed entry leads to, if it is a link; otherwise the entry itself.
+    """Return the entry of a link's target under the name of the link, or ``entry`` itself if it is not a link.
 
     Raises:
-        BrokenLink: if it leads to nothing.
+        BrokenLink: the link has no target.
     """
     if not entry.get("islink") and entry["type"] in ("file", "directory"):
         return entry
@@ -175,10 +176,10 @@ def resolve_link(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> Mapping[st
 
 
 def require_target(fs: AbstractFileSystem, path: str) -> None:
-    """Look whether a local link leads to something.
+    """Check that ``path`` is not a local link without a target.
 
     Raises:
-        BrokenLink: if it does not; names the link.
+        BrokenLink: names the link.
     """
     path = fs._strip_protocol(path)
     if is_local(fs) and os.path.islink(path) and not os.path.exists(path):
@@ -186,7 +187,7 @@ def require_target(fs: AbstractFileSystem, path: str) -> None:
 
 
 def _serves_ranges(fs: HTTPFileSystem, url: str) -> bool:
-    """Whether a server gives a part of a file; python -m http.server, for one, always gives all of it."""
+    """Return whether a server supports range requests. ``python -m http.server``, for example, does not."""
 
     async def answers_with_a_part() -> bool:
         session = await fs.set_session()
@@ -211,6 +212,6 @@ def _version(state: FileState) -> str:
 
 def _broken(name: str, target: str) -> str:
     return (
-        f"{name} is a symbolic link{target} that leads to no file. Restore what it leads to; when copying a folder of "
-        "links, as the hub's cache is, copy the files themselves: cp -rL."
+        f"{name} is a symbolic link{target}, but its target does not exist. Restore the target. If you copied a folder "
+        "of links, such as the hub's cache, copy the files themselves with cp -rL."
     )

@@ -19,47 +19,54 @@ from layerwise.tasks.sources.file_identity import (
 
 @dataclass(frozen=True)
 class Folder:
-    """The files directly inside one folder, and in those of its sub-folders that matter."""
+    """The files directly inside one folder, and in the sub-folders that were asked for.
+
+    Attributes:
+        name: name for messages; never contains credentials.
+        files: by name; those of sub-folders as ``subfolder/file``.
+        pinned: the files cannot change, such as those of one commit of a repository.
+        broken: links without a target, by name.
+    """
 
     fs: AbstractFileSystem
     root: str
-    name: str  # for people: never holds credentials
+    name: str
     files: Mapping[str, FileState]
-    pinned: bool = False  # one commit of a repository: its files cannot change
-    broken: Mapping[str, BrokenLink] = field(default_factory=dict)  # links that lead to nothing
+    pinned: bool = False
+    broken: Mapping[str, BrokenLink] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
-        """Path of a file on ``fs``.
+        """Return the path of a file on ``fs``.
 
         Raises:
-            FileNotFoundError: the folder has no such file; a name with a path in it is none.
-            BrokenLink: it is a link that leads to nothing.
+            FileNotFoundError: the folder has no such file. Names such as ``../x`` are never found.
+            BrokenLink: the file is a link without a target.
         """
         if name in self.broken:
             raise self.broken[name]
         if name not in self.files:
             raise FileNotFoundError(
-                f"{self.name} has no file {name!r}. Put it back, or run again with the place where it is."
+                f"{self.name} has no file {name!r}. Restore it, or run again with the folder that has it."
             )
         return f"{self.root}/{name}"
 
     def require_unchanged(self, name: str, bytes_are_checked: bool = False) -> None:
-        """Look whether a file is still the one that was listed.
+        """Check that a file has not changed since the folder was listed.
 
         Args:
-            bytes_are_checked: whether what is read of it is compared with digests.
+            bytes_are_checked: set this if the bytes are compared with digests when they are read.
 
         Raises:
-            SourceChanged: it has another size, ETag or time of change, or is gone.
+            SourceChanged: the file has another size, ETag or time of change, or no longer exists.
         """
         if not self.pinned:
             require_unchanged(self.fs, self.path(name), self.files[name], bytes_are_checked)
 
     def read(self, name: str) -> bytes:
-        """All bytes of a small file.
+        """Return all bytes of a small file.
 
         Raises:
-            SourceChanged: as ``require_unchanged``.
+            SourceChanged: see ``require_unchanged``.
         """
         content = bytearray(self.files[name].size)
         read_exactly(self.fs, self.path(name), 0, memoryview(content))
@@ -70,19 +77,20 @@ class Folder:
 def list_folder(
     fs: AbstractFileSystem, root: str, name: str, pinned: bool = False, subfolders: Sequence[str] = ()
 ) -> Folder:
-    """List ``root``; ``name`` is what errors call it. Links are followed.
+    """List the folder ``root``. Links are followed.
 
     Args:
-        pinned: its files cannot change.
-        subfolders: names of folders in it whose files are listed, too, as ``subfolder/file``.
+        name: name of the folder for messages.
+        pinned: the files cannot change.
+        subfolders: names of sub-folders whose files are listed too, as ``subfolder/file``.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing in it.
-        BrokenLink: if the folder itself is a link that leads to nothing.
+        FileNotFoundError: there is no such folder, or it is empty.
+        BrokenLink: the folder itself is a link without a target.
     """
     root = root.rstrip("/")
     require_target(fs, root)
-    fs.invalidate_cache(root)  # a listing that is remembered would hide a changed file
+    fs.invalidate_cache(root)  # a cached listing would hide a changed file
     files: dict[str, FileState] = {}
     broken: dict[str, BrokenLink] = {}
     todo = [""]
@@ -102,7 +110,7 @@ def list_folder(
                 broken[file] = error
     if not files and not broken:
         raise FileNotFoundError(
-            f"{name} is not a folder with files in it, so it holds no model. Give a folder with config.json "
+            f"{name} is not a folder, or it is empty. Give a folder with config.json "
             "and *.safetensors, a hub id such as HuggingFaceTB/SmolLM2-135M, a .gguf file, or demo."
         )
     return Folder(fs, root, name, files, pinned, broken)

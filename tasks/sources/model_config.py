@@ -1,8 +1,8 @@
-"""The configuration of a model, read without running any code that comes with it.
+"""The configuration of a model, read without running code that comes with the model.
 
-``config.json`` comes from anywhere, and transformers believes what is in it: a billion layers would be built. Its
-values are compared with the headers of the tensor files first, and whatever goes wrong in transformers because of them
-becomes one line that names the file.
+``config.json`` may come from anywhere, and transformers does not check it: it would build a billion layers. Therefore
+the values are first compared with the headers of the tensor files. Any exception that they cause in transformers is
+replaced by one line that names the file.
 """
 
 import json
@@ -20,7 +20,7 @@ from layerwise.tasks.sources.warn_once import warn_once
 T = TypeVar("T")
 
 NUM_LAYERS = "num_hidden_layers"
-# Entries that count something the model has at least one of; None where the model type allows it to be left out.
+# Entries that must be positive if they are given.
 SIZES = (
     NUM_LAYERS,
     "hidden_size",
@@ -31,57 +31,60 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-SEARCH_SECONDS = 0.5  # for finding out which value it is that cannot be used
-MOST_NESTED = 50  # levels; real ones have four
-LABELS = "num_labels"  # of classifiers; transformers makes a table of their names for every model
+SEARCH_SECONDS = 0.5  # time limit of the search for the invalid value
+MOST_NESTED = 50  # levels; real configurations have four
+LABELS = "num_labels"  # classes of a classifier; transformers builds a table of their names for every model
 MOST_LABELS = 10**6
-LARGEST_SIZE = 2**31 - 1  # no model comes near; torch computes with numbers of 64 bits
-# How transformers 5 writes the floats that JSON has no name for: {"__float__": "Infinity"}.
+LARGEST_SIZE = (
+    2**31 - 1
+)  # far above every model, and products of two sizes still fit into the 64 bits of torch
+# transformers 5 writes the floats that JSON does not have as {"__float__": "Infinity"}.
 FLOAT_TAG = "__float__"
 FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def read_config_document(folder: Folder) -> dict[str, Any]:
-    """``config.json`` of a folder, as plain values.
+    """Read ``config.json`` of a folder as plain values.
 
     Raises:
-        ValueError: if it is missing, or not a JSON object.
+        ValueError: the file is missing, or it is not a JSON object.
     """
     if CONFIG not in folder.files:
         raise ValueError(
             f"{folder.name} has no {CONFIG}, so the shape of the model is unknown (it has "
-            f"{', '.join(sorted(folder.files)[:6])}). Copy the file there from where the model comes from."
+            f"{', '.join(sorted(folder.files)[:6])}). Copy the file from the original model."
         )
     try:
         document = json.loads(folder.read(CONFIG))
         _check_nesting(document)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{CONFIG} of {folder.name} cannot be read as JSON ({error}). Copy the file again."
+            f"{CONFIG} of {folder.name} is not valid JSON ({error}). Copy the file again."
         ) from error
     if not isinstance(document, dict):
         raise ValueError(
-            f"{CONFIG} of {folder.name} is a {type(document).__name__}, not an object. Copy it again."
+            f"{CONFIG} of {folder.name} is a {type(document).__name__}, not an object. Copy the file again."
         )
     return document
 
 
 def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedConfig:
-    """The configuration object for the content of a ``config.json``.
+    """Build the configuration object from the content of a ``config.json``.
 
     Args:
-        name: what errors call the model.
+        name: name of the model for messages.
 
     Raises:
-        ValueError: if transformers does not know the model type or cannot use a value, or the weights are quantized.
+        ValueError: transformers does not know the model type or cannot use a value, or the weights are quantized.
     """
     model_type = str(document.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        own_code = " and brings its own code (auto_map), which is never run" if "auto_map" in document else ""
+        own_code = (
+            ". It comes with its own code (auto_map), which is never run" if "auto_map" in document else ""
+        )
         raise ValueError(
             f"{name} has the model type {_shown(model_type)}, which this version of transformers does not "
-            f"know{own_code}. Use a model that transformers knows, or a version of transformers that knows "
-            "this one."
+            f"know{own_code}. Use another model, or a version of transformers that knows this one."
         )
     if quantization := document.get("quantization_config"):
         method = (
@@ -90,37 +93,39 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             else quantization
         )
         raise ValueError(
-            f"{name} is quantized with {method}; weights must be float16, bfloat16 or float32 to be pruned. "
-            "Give the original model; a pruned one can be quantized afterwards."
+            f"{name} is quantized with {method}, but only float16, bfloat16 and float32 weights can be pruned. "
+            "Give the original model. The pruned model can be quantized afterwards."
         )
     return built(_config, document, f"{CONFIG} of {name}")
 
 
 def outline_from_document(document: Mapping[str, Any], name: str) -> PreTrainedModel:
-    """The model for the content of a ``config.json``, names and shapes alone.
+    """Build the model from the content of a ``config.json``: names and shapes only, without weights.
 
-    Args and errors: as for ``config_from_document``.
+    Args:
+        name: name of the model for messages.
 
     Raises:
-        UnsupportedModel: a model that cannot be streamed layer by layer.
+        ValueError: see ``config_from_document``.
+        UnsupportedModel: the model cannot be streamed layer by layer.
     """
-    config_from_document(document, name)  # which refuses model types and quantization
+    config_from_document(document, name)  # refuses unknown model types and quantized weights
     return built(outline, document, f"{CONFIG} of {name}")
 
 
 def check_values(document: Mapping[str, Any], place: str, layers_stored: int) -> None:
-    """Compare what a configuration counts with what the tensor files hold, before anything is built from it.
+    """Check the sizes in a configuration against the tensor files, before anything is built from it.
 
     Args:
-        place: where the values come from, e.g. "config.json of gpt2".
-        layers_stored: length of the longest numbered list of modules that the tensors' names tell of.
+        place: origin of the values, e.g. "config.json of gpt2".
+        layers_stored: length of the longest numbered list of modules in the names of the tensors.
 
     Raises:
-        ValueError: a size that is not a positive number, or more layers than are stored.
+        ValueError: a size is not a positive whole number, or there are more layers than stored ones.
     """
     model_type = str(document.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        return  # refused by config_from_document
+        return  # config_from_document refuses it
     own_names: Mapping[str, str] = CONFIG_MAPPING[model_type].attribute_map
     for entries in (document, document.get("text_config")):
         if not isinstance(entries, dict):
@@ -132,28 +137,29 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
         labels = entries.get(LABELS)
         if _is_number(labels) and labels > MOST_LABELS:
             raise ValueError(
-                f"{place} has {labels} for {LABELS}, which a language model does not need. Remove the entry."
+                f"{place} has {labels} for {LABELS}, more than {MOST_LABELS}. A language model does not need this "
+                "entry. Remove it."
             )
         num_layers = entries.get(NUM_LAYERS, entries.get(own_names.get(NUM_LAYERS, NUM_LAYERS)))
         if _is_number(num_layers) and num_layers > layers_stored:
             raise ValueError(
-                f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but its files hold tensors of "
-                f"{layers_stored}. The two are from different models, or files are missing: copy all of "
+                f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but the files hold tensors of "
+                f"{layers_stored}. The two are from different models, or files are missing. Copy all of "
                 "them again."
             )
 
 
 def notice_own_code(document: Mapping[str, Any], name: str) -> None:
-    """Say that code which comes with a model is not run, where transformers has a class of its own for it."""
+    """Warn that code which comes with a model is not run, and that transformers' own class is used instead."""
     if "auto_map" in document:
         warn_once(
-            f"{name} brings its own code (auto_map in {CONFIG}), which is never run: transformers' own class for the "
-            f"model type {document.get('model_type')!r} is used. Where that code differs from it, results differ, too."
+            f"{name} comes with its own code (auto_map in {CONFIG}), which is never run. transformers' own class for "
+            f"the model type {document.get('model_type')!r} is used. If the two differ, the results differ too."
         )
 
 
 def outline(document: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a configuration whose values are believed; see ``built``."""
+    """Build the model of a configuration whose values have been checked; see ``built``."""
     return build_outline(_config(document))
 
 
@@ -165,15 +171,15 @@ def _config(document: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], place: str) -> T:
-    """What ``build`` makes of a configuration; whatever transformers raises meanwhile becomes one line.
+    """Call ``build`` with a configuration, and replace every exception by one line.
 
-    Every error means here that a value does not fit, and transformers has many kinds of exceptions for that.
+    Here every exception means that a value is not valid, and transformers raises many kinds of them for that.
 
     Args:
-        place: where the values come from, e.g. "config.json of gpt2".
+        place: origin of the values, e.g. "config.json of gpt2".
 
     Raises:
-        ValueError: always in the place of another exception, apart from a lack of memory and ``UnsupportedModel``.
+        ValueError: in place of every exception except ``MemoryError`` and ``UnsupportedModel``.
     """
     try:
         return build(document)
@@ -182,12 +188,12 @@ def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], 
     except Exception as error:
         raise ValueError(
             f"{place} cannot be used{_culprit(build, document)}: {short_reason(error)}. Correct the value, or "
-            "copy the file again from where the model comes from."
+            "copy the file again from the original model."
         ) from error
 
 
 def _culprit(build: Callable[[Mapping[str, Any]], object], document: Mapping[str, Any]) -> str:
-    """The entry without which ``build`` succeeds, as a part of a message: many exceptions do not name it."""
+    """Name the entry without which ``build`` succeeds, as a part of a message; many exceptions do not name it."""
     end = monotonic() + SEARCH_SECONDS
     for key, value in document.items():
         if key == "model_type":
@@ -203,7 +209,7 @@ def _culprit(build: Callable[[Mapping[str, Any]], object], document: Mapping[str
 
 
 def decoded_floats(value: Any) -> Any:
-    """``value`` of a JSON document with its infinities, as transformers 5 writes them, as floats."""
+    """Replace the infinities and NaNs that transformers 5 writes into JSON (``FLOAT_TAG``) by floats."""
     if isinstance(value, dict):
         if value.keys() == {FLOAT_TAG} and str(value[FLOAT_TAG]) in FLOATS:
             return FLOATS[str(value[FLOAT_TAG])]
@@ -212,7 +218,7 @@ def decoded_floats(value: Any) -> Any:
 
 
 def short_reason(error: BaseException, most: int = 300) -> str:
-    """The reason that an exception gives, on one line, with its kind where the text alone says little."""
+    """Return the message of an exception on one line; with the exception's class if the message alone says little."""
     text = " ".join(str(error).split()).rstrip(".")
     text = text if len(text) <= most else f"{text[:most]} ..."
     says_enough = isinstance(error, ValueError) or type(error) is Exception
@@ -234,15 +240,15 @@ def _check_nesting(value: object) -> None:
 
 
 def _check_size(size: str, key: str, value: object, place: str) -> None:
-    """Refuse what is not a positive whole number."""
+    """Refuse a value that is not a positive whole number, or a list of them if sizes may differ by layer."""
     per_layer = isinstance(value, list) and size not in (NUM_LAYERS, "vocab_size")
     values = value if isinstance(value, list) and per_layer else [value]
     for number in values:
         if number is None or (_is_number(number) and 0 < number <= LARGEST_SIZE):
             continue
         raise ValueError(
-            f"{place} has {_shown(value)} for {key}, which must be a whole number from 1 on. Correct it, "
-            "or copy the file again from where the model comes from."
+            f"{place} has {_shown(value)} for {key}, which must be a whole number from 1 to {LARGEST_SIZE}. Correct "
+            "it, or copy the file again from the original model."
         )
 
 

@@ -1,4 +1,4 @@
-"""Files that are fetched once per machine, in the user's cache folder."""
+"""The user's cache folder: files that are downloaded once per machine."""
 
 import os
 import shutil
@@ -10,19 +10,19 @@ from xxhash import xxh3_128
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/layerwise``, by default ``~/.cache/layerwise``."""
+    """Return ``$XDG_CACHE_HOME/layerwise``; by default ``~/.cache/layerwise``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerwise"
 
 
 def fetch_once(target: Path, is_right: Callable[[Path], bool], fetch: Callable[[Path], Path]) -> Path:
-    """``target``, fetched first unless the right file is there already. It appears whole or not at all.
+    """Return ``target``; fetch it first unless the right file exists. The file appears complete or not at all.
 
     Args:
-        is_right: whether the content of a file is the wanted one.
-        fetch: puts the file into the empty folder it is given and returns its path.
+        is_right: returns whether a file has the expected content.
+        fetch: writes the file into the empty folder it is given, and returns its path.
 
     Raises:
-        OSError: if what was fetched is not right.
+        OSError: the fetched file does not have the expected content.
     """
     if target.exists() and is_right(target):
         return target
@@ -33,9 +33,8 @@ def fetch_once(target: Path, is_right: Callable[[Path], bool], fetch: Callable[[
         fetched = fetch(folder)
         if not is_right(fetched):
             raise OSError(
-                f"{target.name} was fetched with {fetched.stat().st_size} bytes, and they are not the "
-                "expected ones. Run again; if it stays, the source has changed or something on the way "
-                "alters downloads."
+                f"{target.name} was downloaded ({fetched.stat().st_size} bytes), but its content is not the expected "
+                "one. Run again. If the error persists, the source has changed or a proxy alters downloads."
             )
         os.replace(fetched, target)
     finally:
@@ -44,15 +43,15 @@ def fetch_once(target: Path, is_right: Callable[[Path], bool], fetch: Callable[[
 
 
 def fetch_with_checksum(target: Path, fetch: Callable[[Path], Path]) -> Path:
-    """``target``, fetched first unless it is there with the content that it was fetched with.
+    """Return ``target``; fetch it first unless it exists with the content that was fetched.
 
-    Its checksum lies in a file next to it, and is compared at every call.
+    A checksum file next to it is compared at every call.
 
     Args:
-        fetch: as for ``fetch_once``; has checked what it returns.
+        fetch: see ``fetch_once``. It must check the file that it returns.
 
     Raises:
-        OSError: if what was fetched cannot be read back.
+        OSError: the fetched file cannot be read back.
     """
     record = target.with_name(f"{target.name}.xxh3_128")
 

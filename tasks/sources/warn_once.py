@@ -1,4 +1,4 @@
-"""Warnings about a source: a search looks at it several times, and says each of them once."""
+"""Warnings about a source. A search reads the source several times and logs each warning once."""
 
 import logging
 from functools import cache
@@ -8,5 +8,5 @@ logger = logging.getLogger(__name__)
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged the very same one already."""
+    """Log a warning, unless this process has already logged the same one."""
     logger.warning("%s", message)

@@ -1,1 +1,1 @@
-"""Texts for calibration, selection and test."""
+"""Texts for calibration, selection and test: the corpora they are read from, and the part for each role."""

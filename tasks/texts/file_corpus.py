@@ -1,4 +1,4 @@
-"""A corpus in one file, on any storage that fsspec knows: plain text, JSON lines, a JSON array or Parquet."""
+"""A corpus in one file, at any fsspec URL: plain text, JSON lines, a JSON array or Parquet."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,60 +20,54 @@ from layerwise.storage.files.errors import Corrupt, reaching
 from layerwise.storage.files.filesystem import is_local, open_filesystem
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
 from layerwise.tasks.sources.file_identity import fingerprints, require_target, state_of_entry
-from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_FIELD, TEXT_LIMIT, missing_field, text_of
+from layerwise.tasks.texts.documents import TEXT_FIELD, TEXT_LIMIT, Corpus, missing_field, text_of
 
 FileFormat = Literal["text", "json lines", "json", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {
     ".txt": "text",
     ".raw": "text",
     ".jsonl": "json lines",
-    ".json": "json",  # lines, as C4 has them, or one array
+    ".json": "json",  # JSON lines (as C4) or one array
     ".parquet": "parquet",
 }
-# An array of documents is parsed as a whole: several times its size in memory. In characters.
+# Maximum length of an array, in characters: it is parsed as a whole, which takes several times its size in memory.
 ARRAY_LIMIT = 256 * 2**20
-# Local texts up to so many bytes are known by all of them: a sample misses a changed word, and two files whose owner
-# was changed in one go have equal times.
+# Local texts up to this many bytes are fingerprinted completely. A sample would miss a changed word, and times do not
+# help: two files whose owner was changed by one command have equal times.
 WHOLE_TEXT = 64 << 20
 ZSTANDARD = ".zst"
-# What the readers of compressed files raise for bytes that are not theirs.
+# Exceptions of the decompressors for damaged data.
 DAMAGED = (EOFError, BadGzipFile, BadZipFile, LZMAError, ZlibError)
 
 
 @dataclass(frozen=True)
-class FileCorpus:
-    """One file of text. It is known by name, size and fingerprint; where it lies is not part of what it
-    is."""
+class FileCorpus(Corpus):
+    """One file of text. Its identity is its name, size and fingerprint, but not its location.
+
+    Attributes:
+        size: in bytes.
+        url: path or URL that opens the file; may contain credentials.
+    """
 
     name: str
     size: int
     fingerprint: str
     file_format: FileFormat = field(compare=False)
-    url: str = field(compare=False, repr=False)  # may hold credentials
-
-    joint = BLANK_LINE
+    url: str = field(compare=False, repr=False)
 
     @property
     def label(self) -> str:
-        """The place of the file, for people: without user, password and query."""
         return without_credentials(self.url)
 
     @property
     def identity(self) -> dict[str, object]:
-        """What a key may depend on."""
         return {"file": self.name, "size": self.size, "fingerprint": self.fingerprint}
 
-    @property
-    def facts(self) -> dict[str, object]:
-        """What a report says about the corpus."""
-        return {"corpus": self.label, **self.identity}
-
     def documents(self) -> Iterator[str]:
-        """The documents in order, read as they are asked for. A plain text is one document, the file as it
-        is.
+        """Yield the documents in order. A plain text is one document: the unchanged file.
 
         Raises:
-            ValueError: not UTF-8, not JSON, or rows without text; names file and row.
+            ValueError: the file is not UTF-8 or not JSON, or a row has no text; names file and row.
             OSError: compressed data are cut off, or the storage fails.
         """
         filesystem, path = open_filesystem(self.url)
@@ -88,13 +82,11 @@ class FileCorpus:
                         yield from self._parquet_rows(filesystem, path)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.label} is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason}). "
+                f"{self.label} is not valid UTF-8: byte {error.object[error.start]:#04x} ({error.reason}). "
                 "Convert it, for example with iconv -f LATIN1 -t UTF-8."
             ) from None
 
     def require_unchanged(self) -> None:
-        """Refuse to use what was read if the file was replaced meanwhile: it would be stored under a stale
-        key."""
         now = open_file(self.url)
         if now != self:
             raise OSError(
@@ -107,18 +99,18 @@ class FileCorpus:
         try:
             yield
         except Exception as error:
-            # bz2 raises a bare OSError, and Zstandard's package is imported only where it is needed.
+            # bz2 raises a plain OSError. The package for Zstandard is imported only if it is needed.
             of_bz2, of_zstandard = str(error) == "Invalid data stream", type(error).__name__ == "ZstdError"
             if not (isinstance(error, DAMAGED) or of_bz2 or of_zstandard):
                 raise
             raise Corrupt(
-                f"{self.label} is cut off, damaged or not compressed as its name says: {error}. Copy it again."
+                f"{self.label} is cut off, damaged, or not compressed as its name says: {error}. Copy it again."
             ) from error
 
     def _open_text(self, filesystem: AbstractFileSystem, path: str) -> IO[str]:
-        # newline="\n": line ends stay as they are. In text mode a CRLF file would become another text.
+        # newline="\n" keeps line ends. By default, CRLF would be changed.
         if path.lower().endswith(ZSTANDARD):
-            # Not by fsspec: with some packages it stops after the first frame, or takes a cut file for a whole one.
+            # Without fsspec: with some packages it stops after the first frame, or accepts a file that is cut off.
             zstd = require_zstandard(self.label)
             long_windows = {zstd.DecompressionParameter.window_log_max: 31}
             raw = filesystem.open(path, "rb")
@@ -128,7 +120,7 @@ class FileCorpus:
 
     def _plain_text(self, filesystem: AbstractFileSystem, path: str) -> str:
         with self._open_text(filesystem, path) as file:
-            return file.read(TEXT_LIMIT + 1)  # one more, so that a cut is noticed
+            return file.read(TEXT_LIMIT + 1)  # the extra character shows that the text is truncated
 
     def _json_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
         with self._open_text(filesystem, path) as file:
@@ -142,23 +134,23 @@ class FileCorpus:
                     row = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(
-                        f"{self.label}, row {number} is not JSON: {error}. Write one object on each line"
+                        f"{self.label}, row {number} is not valid JSON: {error}. Write one object on each line"
                         f"{', or one array of objects' if self.file_format == 'json' else ''}."
                     ) from None
                 yield self._text_of(row, number)
 
     def _array(self, content: str) -> Iterator[str]:
-        """The documents of a file that is one array."""
+        """Yield the documents of a file that is one array."""
         if len(content) > ARRAY_LIMIT:
             raise ValueError(
-                f"{self.label} is one array of more than {ARRAY_LIMIT} characters, which has to be read as a whole. "
+                f"{self.label} is one array of more than {ARRAY_LIMIT} characters, too large to be parsed as a whole. "
                 f"Write one object on each line (jq -c '.[]' {self.name} > documents.jsonl)."
             )
         try:
             rows = json.loads(content)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
-                f"{self.label} is not JSON: {error}. Write one array of objects, or one object on each line."
+                f"{self.label} is not valid JSON: {error}. Write one array of objects, or one object on each line."
             ) from None
         for number, row in enumerate(rows, start=1):
             yield self._text_of(row, number)
@@ -167,7 +159,7 @@ class FileCorpus:
         if not isinstance(row, dict):
             raise ValueError(
                 f"{self.label}, row {number} holds {type(row).__name__}, not an object. "
-                f'Write each document as {{"{TEXT_FIELD}": "..."}} on a line of its own.'
+                f'Write each document as {{"{TEXT_FIELD}": "..."}} on its own line.'
             )
         return text_of(row, number, self.label)
 
@@ -187,7 +179,7 @@ class FileCorpus:
                         yield text_of(row, number, self.label)
         except ArrowInvalid as error:
             raise ValueError(
-                f"{self.label} can't be read as Parquet: {error} Write it again, or give it its real suffix."
+                f"{self.label} cannot be read as Parquet: {error} Write it again, or correct its suffix."
             ) from error
 
 
@@ -195,18 +187,19 @@ def open_file(url: str) -> FileCorpus:
     """Find a file and its fingerprint, see ``listed_files``.
 
     Args:
-        url: local path or fsspec URL that ends in one of ``SUFFIXES``; all but Parquet may be compressed (``.gz``,
-            ``.bz2``, ``.xz``, ``.zst`` ...).
+        url: local path or fsspec URL that ends in one of ``SUFFIXES``. All formats except Parquet may be compressed
+            (``.gz``, ``.bz2``, ``.xz``, ``.zst`` ...).
 
     Raises:
-        ValueError: unknown format, not a file, a Git LFS pointer, or a storage that tells neither checksum nor time.
+        ValueError: the format is unknown, the path is not a file, the file is a Git LFS pointer, or the storage reports
+            neither a checksum nor a time.
         FileNotFoundError: there is no such file.
-        ImportError: a compression that needs a package that is not installed.
+        ImportError: the compression needs a package that is not installed.
     """
-    format_of(url)  # a name that means nothing is no missing file
+    format_of(url)  # refuse an unknown format before a missing file
     label = without_credentials(url)
     filesystem, path = open_filesystem(url)
-    filesystem.invalidate_cache(path)  # a bucket may answer from an earlier listing, even for a replaced file
+    filesystem.invalidate_cache(path)  # a cached listing would hide a replaced file
     try:
         require_target(filesystem, path)
         with reaching(filesystem, path):
@@ -214,22 +207,24 @@ def open_file(url: str) -> FileCorpus:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
     if information["type"] != "file":
-        raise ValueError(f"{label} is a {information['type']}, not a file. Name one file of it.")
+        raise ValueError(f"{label} is a {information['type']}, not a file. Give one of its files.")
     return listed_files(filesystem, {path: (url, information)})[0]
 
 
 def listed_files(
     filesystem: AbstractFileSystem, listed: Mapping[str, tuple[str, Mapping[str, Any]]]
 ) -> tuple[FileCorpus, ...]:
-    """Files that were listed, with their fingerprints; local ones that are small together are read to their end, of
-    others a few MiB.
+    """Fingerprint the files of a listing.
+
+    Local files of up to ``WHOLE_TEXT`` bytes in total are read completely; of other files a few MiB are read.
 
     Args:
-        listed: by path, the URL that opens the file, and what the file system tells of it.
+        listed: by path, the URL that opens the file, and the file system's entry of it.
 
     Raises:
-        ValueError: unknown format, a Git LFS pointer, or a storage that tells neither checksum nor time.
-        ImportError: a compression that needs a package that is not installed.
+        ValueError: a format is unknown, a file is a Git LFS pointer, or the storage reports neither a checksum nor a
+            time.
+        ImportError: a compression needs a package that is not installed.
     """
     formats = {path: format_of(url) for path, (url, _) in listed.items()}
     labels = {path: without_credentials(url) for path, (url, _) in listed.items()}
@@ -247,15 +242,15 @@ def listed_files(
 
 
 def format_of(url: str) -> FileFormat:
-    """The format that a file's name tells.
+    """Return the format that belongs to the suffix of a file.
 
     Raises:
-        ValueError: a name that tells none; lists the formats.
+        ValueError: the suffix is unknown; lists the formats.
     """
     file_format = known_format(url)
     if file_format is None:
         raise ValueError(
-            f"{without_credentials(url)!r} is no corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
+            f"{without_credentials(url)!r} is not a corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
             "'wikitext2', 'c4', 'ptb', a path or URL that ends in one of "
             f"{sorted(SUFFIXES)} (or in .txt.gz, .jsonl.gz, .json.gz, ...), a folder of such files, or a pattern such "
             "as 'data/*.jsonl.gz'."
@@ -264,7 +259,7 @@ def format_of(url: str) -> FileFormat:
 
 
 def known_format(url: str) -> FileFormat | None:
-    """The format that a file's name tells; None if it tells none."""
+    """Return the format that belongs to the suffix of a file; None if the suffix is unknown."""
     for segment in url.split("::"):  # simplecache::s3://bucket/a.txt and zip://a.txt::s3://bucket/b.zip
         path = (segment.split("?")[0] if "://" in segment else segment).lower()
         compressed = infer_compression(path) is not None or path.endswith(ZSTANDARD)
@@ -276,10 +271,10 @@ def known_format(url: str) -> FileFormat | None:
 
 
 def require_zstandard(label: str) -> Any:
-    """The module for Zstandard: Python's own from 3.14 on, before that the same as a package.
+    """Import the module for Zstandard: Python's own from 3.14 on, its backport before that.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the backport is not installed.
     """
     for module in ("compression.zstd", "backports.zstd"):
         try:
@@ -287,5 +282,6 @@ def require_zstandard(label: str) -> Any:
         except ImportError:
             continue
     raise ImportError(
-        f"{label} is compressed with Zstandard, and the package for it is missing. Run pip install backports.zstd."
+        f"{label} is compressed with Zstandard, which needs a package that is not installed. "
+        "Run pip install backports.zstd."
     )

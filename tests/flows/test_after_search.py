@@ -101,7 +101,7 @@ def test_the_compressed_checkpoint_is_the_pruned_model(done):
     assert all(torch.equal(pruned[name], restored[name]) for name in pruned)
     card = store.read(folder, "README.md").decode()
     assert "test text" in card
-    assert "given by the allocator atp" in card
+    assert "set by the allocator atp" in card
     page = store.read(newest(done[1], "report"), PAGE_FILE).decode()
     assert "compressed" in page
 

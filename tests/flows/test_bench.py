@@ -80,5 +80,5 @@ def test_a_folder_without_model_and_search_is_refused(done, tmp_path):
 def test_a_model_that_a_search_would_refuse_is_refused(workshop, tmp_path):
     folder = shutil.copytree(workshop.model, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickle files and their like can run code"):
+    with pytest.raises(ValueError, match="pickle files and similar formats can run code"):
         bench(str(folder), None, QUICK)

@@ -16,8 +16,13 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.charts.drawing import svg_inside
-from layerwise.tasks.pages.report_data import ReportData, report_data
-from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
+from layerwise.tasks.pages.report_data import (
+    CheckpointSizes,
+    Extras,
+    ReportData,
+    ZeroShotAccuracies,
+    report_data,
+)
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.report import figures_of, report
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
@@ -25,8 +30,8 @@ from layerwise.tasks.results.search_result import FinishedSearch, read_search
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
 EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements without an end tag
 EXTRAS = Extras(
-    zero_shot=(ZeroShotRow("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
-    sizes=Sizes(273_000_000, 272_000_000, 141_000_000),
+    zero_shot=(ZeroShotAccuracies("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
+    sizes=CheckpointSizes(273_000_000, 272_000_000, 141_000_000),
 )
 
 
@@ -241,7 +246,7 @@ def test_measurements_made_after_the_search_are_on_the_page(store, found):
     made = report.fn(store, found.artifact, extras=EXTRAS, compared={"owl": found.artifact})
     page = Page(store.read(made, "report.html").decode())
     assert ["arc_easy", "61.0 %", "32.0 %", "40.0 %", "1.5 %", "+8.0", "0.0021"] in page.tables["models"][1]
-    assert ["compressed, zeros left out", "", "", "141 MB"] in page.tables["models"][0]
+    assert ["compressed, without zeros", "", "", "141 MB"] in page.tables["models"][0]
     best = found.selection.name(found.selection.best)
     assert f"owl, {best}" in page.tables["sparsity"][0][0]
     assert {"data/sizes.parquet", "data/zero_shot.parquet"} <= set(made.files)

@@ -147,9 +147,9 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
     assert len(rows) == 2 + 14 + 4
     assert projections.selection.best_row.loss < min(rows[0].loss, rows[1].loss)
     page = ArtifactStore(grid[1].store).fs.cat_file(projections.report).decode()
-    assert "by atp and the strategy projections" in page
+    assert "by atp with the strategy projections" in page
     assert re.search(r"By kind: self_attn.q_proj \d+\.\d %, ", page)
-    assert "is a U" not in page
+    assert "U shape" not in page
     assert len({row.realised_sparsity for row in rows}) == 1
     assert (
         look_up(

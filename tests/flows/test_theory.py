@@ -20,7 +20,7 @@ from layerwise.flows.theory import Theory, theory
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
-from layerwise.tasks.pages.theory_text import sentences
+from layerwise.tasks.pages.theory_section import sentences
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
 
@@ -68,7 +68,7 @@ def test_the_report_of_the_search_has_a_section_on_the_theory_and_its_data(measu
     store, report = report_of(runtime, 0.5)
     html = unescape(store.read(report, "report.html").decode())
     section = html[html.index('<section id="theory">') : html.index('<section id="stages">')]
-    assert "What the paper's theorems say" in section
+    assert "Theorems of the paper" in section
     for sentence in sentences(result.findings).values():
         assert sentence in section
     assert section.count("<svg") == 3

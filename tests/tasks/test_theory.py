@@ -13,7 +13,7 @@ from layerwise.scoring.theorem_plans import theory_plans
 from layerwise.storage.tables import read_table
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.theory_page import theory_page
-from layerwise.tasks.pages.theory_text import ranges, sentences
+from layerwise.tasks.pages.theory_section import ranges, sentences
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.theory import findings_of, measure_theory, read_tables, verdicts
 
@@ -157,5 +157,5 @@ def test_a_page_is_made_once_and_is_the_same_bytes_every_time(small_run, another
     assert theory_page.fn(other.store, measured(other), "model", {}).content == first.content
 
 
-def test_layers_are_named_by_their_ranges():
+def test_consecutive_layers_are_shown_as_ranges():
     assert ranges([0, 1, 2, 3, 7, 8, 11]) == "0 to 3, 7, 8, 11"

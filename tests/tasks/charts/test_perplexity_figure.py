@@ -1,4 +1,4 @@
-"""The curve of perplexity against beta: what it says, and that it is drawn for whatever a search can find."""
+"""The curve of perplexity against beta: its labels, and that every possible result can be drawn."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.tasks.charts.drawing import png_file, svg_file, svg_inside
 from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta
 from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.pages.report_tables import betas_table, perplexity_interval
+from layerwise.tasks.results.report_tables import betas_table, perplexity_interval
 from layerwise.tasks.results.search_result import FinishedSearch
 from layerwise.tasks.select import ScoreRow, Selection
 
@@ -28,14 +28,14 @@ def selection(*rows, best=1, dense=4.0):
 
 
 def chart_of(found: Selection):
-    """The curve of a search that has found this."""
+    """Return the curve of a search with this selection."""
     test = TestResult(3, 4.0, 5.0, 5.0, None)
     search = FinishedSearch(Artifact("search/0", {}), {}, "demo", found, test, {})
     return perplexity_by_beta(betas_table(search), found.dense_perplexity)
 
 
 def words(svg: str) -> list[str]:
-    """All text of a figure, in the order it is drawn."""
+    """Return all texts of a figure, in the order of drawing."""
     texts = ElementTree.fromstring(svg).iter(f"{SVG}text")
     return [line for text in texts for line in text.itertext()]  # a title has several
 
@@ -53,18 +53,18 @@ def test_the_curve_names_dense_uniform_and_best_with_their_perplexities():
     assert {"dense: 4.00", "uniform: 12.18", "best, beta 0.02: 7.39", "perplexity"} <= set(said)
 
 
-def test_every_mark_says_its_plan_its_perplexity_and_how_sure_it_is():
+def test_the_label_of_a_point_has_the_plan_its_perplexity_and_the_interval():
     svg = ElementTree.fromstring(svg_inside(chart_of(selection(UNIFORM, BEST, NEAR)), "curve"))
     labels = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path")]
     # One standard error of the difference is .1 nats: 4.31 of them for two degrees of freedom.
     low, high = math.exp(2.1 - 0.431), math.exp(2.1 + 0.431)
-    assert f"beta 0.03: perplexity 8.17, 95 % from {low:.2f} to {high:.2f}" in labels
+    assert f"beta 0.03: perplexity 8.17, 95 % interval {low:.2f} to {high:.2f}" in labels
     assert "beta 0.02: perplexity 7.39" in labels
 
 
-def test_what_is_not_surely_worse_than_the_best_is_told_from_what_is():
-    assert "not surely worse" in said_by(selection(UNIFORM, BEST, NEAR))
-    assert "not surely worse" not in said_by(selection(UNIFORM, BEST))
+def test_plans_that_are_not_significantly_worse_are_distinguished():
+    assert "not significantly worse" in said_by(selection(UNIFORM, BEST, NEAR))
+    assert "not significantly worse" not in said_by(selection(UNIFORM, BEST))
 
 
 def test_a_bar_is_the_interval_of_the_paired_difference():
@@ -78,13 +78,13 @@ def test_there_is_no_bar_without_a_standard_error(without):
     assert perplexity_interval(without) == (without.perplexity, without.perplexity)
 
 
-def test_a_wide_range_is_drawn_by_orders_of_magnitude():
+def test_a_wide_range_has_a_logarithmic_axis():
     ticks = {"5", "10", "50", "100", "500"}
     assert ticks <= set(said_by(selection(UNIFORM, BEST, FAR)))
     assert not ticks <= set(said_by(selection(UNIFORM, BEST, NEAR)))
 
 
-def test_a_beta_that_failed_is_marked_and_does_not_flatten_the_others():
+def test_a_failed_plan_is_marked_and_does_not_flatten_the_others():
     diverged = row(0.05, DIVERGED, DIVERGED - 2.0, 50.0)
     said = said_by(selection(UNIFORM, BEST, diverged))
     assert "failed" in said
@@ -96,20 +96,20 @@ def test_a_beta_that_failed_is_marked_and_does_not_flatten_the_others():
     [
         selection(row(0.0, 2.0), best=0),
         selection(row(0.0, DIVERGED), row(0.02, DIVERGED, 0.0, None), best=0),
-        # One window of three diverged for each, but not the same one: the error is larger than any perplexity.
+        # One of three windows diverged for each plan, but not the same one: the error exceeds every perplexity.
         selection(row(0.0, 236.0, 2.0, 0.005), row(0.02, 234.0)),
         selection(row(0.0, DIVERGED, DIVERGED - 2.0, 50.0), BEST),
     ],
     ids=["one beta", "all diverged", "an error beyond all numbers", "uniform diverged"],
 )
-def test_whatever_was_found_can_be_drawn(found):
+def test_every_result_can_be_drawn(found):
     assert "perplexity" in said_by(found)
 
 
-def test_the_same_search_gives_the_same_bytes_and_nothing_is_fetched_from_elsewhere():
+def test_the_same_search_gives_the_same_bytes_without_references_to_other_files():
     chart = chart_of(selection(UNIFORM, BEST, FAR))
     svg = svg_inside(chart, "curve")
-    assert svg_inside(chart, "curve") == svg  # Vega counts the clips of a process
+    assert svg_inside(chart, "curve") == svg  # Vega counts clips over all figures of a process
     assert png_file(chart, ["demo"]) == png_file(chart, ["demo"])
     assert not re.search(r'(href|src)="(?!#)', svg)
 
@@ -122,6 +122,6 @@ def test_identifiers_of_two_figures_on_one_page_differ():
     assert set(re.findall(r"url\(#(.*?)\)", svg_inside(chart, "one"))) <= first
 
 
-def test_a_title_of_any_characters_is_text():
+def test_markup_in_a_title_is_escaped():
     chart = chart_of(selection(UNIFORM, BEST))
     assert "a $x$ <b> & _c^" in words(svg_file(chart, "curve", ["Perplexity", "a $x$ <b> & _c^"]))

@@ -1,4 +1,4 @@
-"""The figures by layer, by linear and by stage: what they say, for rows that can be checked by eye."""
+"""The figures by layer, by linear and by stage: their labels, for rows that can be checked by eye."""
 
 from xml.etree import ElementTree
 
@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parts(chart) -> tuple[set[str], list[str]]:
-    """The words of a figure, and what its marks say under the pointer."""
+    """Return the texts of a figure, and the labels of its marks."""
     svg = ElementTree.fromstring(svg_inside(chart, "figure"))
     words = {"".join(text.itertext()) for text in svg.iter(f"{SVG}text")}
     marks = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path") if mark.get("aria-label")]
@@ -28,7 +28,7 @@ def sparsity(plan, kind, layer, share):
     return {"plan": plan, "kind": kind, "layer": layer, "sparsity": share}
 
 
-def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_them():
+def test_all_plans_are_drawn_and_the_best_and_the_compared_ones_are_named():
     rows = [
         sparsity("uniform", "uniform", 0, 0.5),
         sparsity("uniform", "uniform", 1, 0.5),
@@ -40,7 +40,7 @@ def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_
         sparsity("owl, alpha 1", "compared", 1, 0.6),
     ]
     words, marks = parts(sparsity_by_layer(rows))
-    assert {"uniform", "best, beta 0.02", "others that were tried", "owl, alpha 1"} <= words
+    assert {"uniform", "best, beta 0.02", "other plans", "owl, alpha 1"} <= words
     assert "beta 0.02, layer 1: sparsity 0.5100" in marks
     assert "owl, alpha 1, layer 0: sparsity 0.4000" in marks
 
@@ -55,28 +55,28 @@ def test_the_plans_are_drawn_side_by_side_and_the_others_that_were_tried_beside_
         (126, [*range(0, 126, 10)]),
     ],
 )
-def test_the_axis_of_layers_names_whole_layers(layers, named):
+def test_the_axis_of_layers_labels_whole_layers(layers, named):
     rows = [sparsity("uniform", "best", layer, 0.5) for layer in range(layers)]
     words, _ = parts(sparsity_by_layer(rows))
     assert {word for word in words if word.isdigit()} == {str(layer) for layer in named}
 
 
-def test_lines_are_as_wide_as_they_are_important():
-    """As a scale of widths Vega would interpolate between them."""
-    rows = [{"line": line, "detail": line, "x": x, "y": x, "said": line} for line in "abcd" for x in (0, 1)]
+def test_lines_have_the_given_widths():
+    """With a scale of widths, Vega would interpolate between them."""
+    rows = [{"line": line, "detail": line, "x": x, "y": x, "label": line} for line in "abcd" for x in (0, 1)]
     marks = {"a": ("#111111", 2.6), "b": ("#222222", 1.8), "c": ("#333333", 1.8), "d": ("#444444", 0.7)}
     svg = svg_inside(line_figure(rows, marks, {"title": "x"}, {"title": "y"}), "figure")
     for color, width in marks.values():
         assert f'stroke="{color}" stroke-width="{width}"' in svg
 
 
-def test_one_plan_alone_is_the_uniform_one_and_the_best_one():
+def test_a_single_plan_is_both_uniform_and_best():
     words, marks = parts(sparsity_by_layer([sparsity("uniform", "best", 0, 0.5)]))
     assert "best, uniform" in words
     assert marks == ["uniform, layer 0: sparsity 0.5000"]
 
 
-def test_errors_are_drawn_over_the_dense_output_s_energy():
+def test_errors_are_relative_to_the_energy_of_the_dense_output():
     rows = [
         {"model": model, "layer": layer, "relative_error": error}
         for model, errors in (("uniform", (0.1, 0.4)), ("best", (0.05, 0.2)))
@@ -114,13 +114,13 @@ def stage(name, start, end):
 
 def test_stages_are_drawn_in_a_unit_that_fits():
     words, marks = parts(time_by_stage([stage("capture", 0.0, 9.0), stage("select", 9.0, 9.01)]))
-    assert {"capture", "select", "seconds at work since the beginning, pauses left out"} <= words
+    assert {"capture", "select", "seconds since the start, without pauses"} <= words
     assert marks == ["capture: 9.0 s", "select: 0.0 s"]
     words, _ = parts(time_by_stage([stage("capture", 0.0, 40000.0)]))
-    assert "hours at work since the beginning, pauses left out" in words
+    assert "hours since the start, without pauses" in words
 
 
-def test_a_name_with_characters_that_xml_forbids_is_drawn_with_its_escapes():
+def test_characters_that_xml_forbids_are_drawn_as_escapes():
     name = "beta \x1b[2J \uffff \udcff [old] & <b>"
     rows = [sparsity(name, "best", layer, 0.5) for layer in range(2)]
     words, marks = parts(sparsity_by_layer(rows))

@@ -1,4 +1,4 @@
-"""Folders that are not a compressed checkpoint, a damaged one, or one made to reach files elsewhere, are refused."""
+"""Folders are refused that are not a compressed checkpoint, are damaged, or try to access files elsewhere."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def written(request, tmp_path, tmp_path_factory):
 
 @pytest.fixture
 def folder(written, tmp_path):
-    """A copy of it, to be damaged."""
+    """Copy of the checkpoint, to be damaged by a test."""
     return shutil.copytree(written, tmp_path / "copy")
 
 
@@ -58,7 +58,7 @@ def document_of(folder):
 
 
 def refused(folder, tmp_path, match):
-    """All that open the folder refuse it by one line, and leave nothing behind."""
+    """Check that every reader refuses the folder with a one-line message and leaves no files."""
     before = sorted(tmp_path.rglob("*"))
     for refuse in (load, load_packed, lambda place: unpack_checkpoint(place, tmp_path / "unpacked")):
         with pytest.raises(ValueError, match=match) as error:
@@ -74,7 +74,9 @@ def test_an_ordinary_checkpoint_is_refused(save_model, tmp_path):
 
 def test_a_newer_version_is_refused(folder, tmp_path):
     describe(folder, version=2)
-    refused(folder, tmp_path, "version 2, and this one reads 'layerwise-compressed', version 1")
+    refused(
+        folder, tmp_path, "version 2, but this version of layerwise reads 'layerwise-compressed', version 1"
+    )
 
 
 def test_another_format_is_refused(folder, tmp_path):
@@ -101,7 +103,7 @@ def test_a_damaged_description_is_refused(folder, tmp_path, content):
     refused(folder, tmp_path, "compressed.json cannot be used")
 
 
-def test_a_layout_that_is_not_known_is_refused(folder, tmp_path):
+def test_an_unknown_layout_is_refused(folder, tmp_path):
     text = (folder / "compressed.json").read_text().replace('"bitmask"', '"csr"')
     (folder / "compressed.json").write_text(text)
     refused(folder, tmp_path, "layout 'csr'")
@@ -127,7 +129,7 @@ def test_values_of_another_weight_are_refused(folder, tmp_path):
 def test_weights_of_another_dtype_are_refused(folder, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight.values"
     change(folder, LAYER, lambda tensors: tensors.update({name: tensors[name].half()}))
-    refused(folder, tmp_path, "says float32")
+    refused(folder, tmp_path, "is float32 of shape")
 
 
 NAMES = [
@@ -154,22 +156,22 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=[ascii(name)[:30] for name in NAMES])
-def test_a_file_with_another_name_than_those_that_are_written_is_refused(folder, tmp_path, name):
+def test_an_invalid_file_name_in_the_description_is_refused(folder, tmp_path, name):
     secret = torch.ones(3, dtype=torch.int16)
-    save_file({"secret": secret}, tmp_path / "secret.safetensors")  # where the first name leads to
+    save_file({"secret": secret}, tmp_path / "secret.safetensors")  # the first name refers to this file
     document = document_of(folder)
     document["files"][3] = name
     for row in document["tensors"].values():
         row["file"] = name if row["file"] == LAYER else row["file"]
     describe(folder, **document)
-    refused(folder, tmp_path, "is not the name of a file with tensors")
+    refused(folder, tmp_path, "is not a valid name of a file with tensors")
     describe(folder, files=[*document_of(folder)["files"][:3], LAYER])
-    refused(folder, tmp_path, "which is not one of the files|has the name")
+    refused(folder, tmp_path, "which is not in the list of files|has the name")
 
 
-def test_a_file_that_is_named_twice_is_refused(folder, tmp_path):
+def test_a_duplicate_in_the_list_of_files_is_refused(folder, tmp_path):
     describe(folder, files=[*document_of(folder)["files"], LAYER])
-    refused(folder, tmp_path, "not one or more different ones")
+    refused(folder, tmp_path, "is empty or has duplicates")
 
 
 @pytest.mark.parametrize("name", [LAYER, "compressed.json", "config.json", "tokenizer.json", "sparsity.json"])
@@ -203,9 +205,9 @@ def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links_to_blobs(folder,
     refused(snapshot, tmp_path, "is a link to .*outside of the folder")
 
 
-def test_what_is_not_a_file_is_missing(folder, tmp_path):
+def test_a_path_that_is_not_a_regular_file_counts_as_missing(folder, tmp_path):
     (folder / LAYER).unlink()
-    os.mkfifo(folder / LAYER)  # reading it would never end
+    os.mkfifo(folder / LAYER)  # reading a FIFO would block
     refused(folder, tmp_path, f"lacks {LAYER}")
 
 
@@ -219,13 +221,13 @@ def test_a_missing_small_file_is_named(folder, tmp_path, name):
     "changes, message",
     [
         ({"shape": [1 << 60, 1 << 60]}, "float32 of shape .*but its parts"),
-        ({"shape": [-64, 32]}, "not two whole numbers above zero"),
-        ({"shape": [0, 0]}, "not two whole numbers above zero"),
-        ({"shape": ["64", 32]}, "not two whole numbers above zero"),
-        ({"shape": [64.0, 32]}, "not two whole numbers above zero"),
-        ({"shape": [True, 32]}, "not two whole numbers above zero"),
-        ({"shape": [64]}, "not two whole numbers above zero"),
-        ({"shape": {}}, "not two whole numbers above zero"),
+        ({"shape": [-64, 32]}, "not two positive whole numbers"),
+        ({"shape": [0, 0]}, "not two positive whole numbers"),
+        ({"shape": ["64", 32]}, "not two positive whole numbers"),
+        ({"shape": [64.0, 32]}, "not two positive whole numbers"),
+        ({"shape": [True, 32]}, "not two positive whole numbers"),
+        ({"shape": [64]}, "not two positive whole numbers"),
+        ({"shape": {}}, "not two positive whole numbers"),
         ({"dtype": "float64"}, "has the dtype 'float64'"),
         ({"dtype": "__class__"}, "has the dtype '__class__'"),
         ({"dtype": ["float32"]}, "has the dtype"),
@@ -235,7 +237,7 @@ def test_a_missing_small_file_is_named(folder, tmp_path, name):
         ({"offset": 0}, r"not file, shape, dtype, layout"),
     ],
 )
-def test_a_value_that_no_weight_has_is_refused(folder, tmp_path, changes, message):
+def test_an_invalid_value_for_a_weight_is_refused(folder, tmp_path, changes, message):
     document = document_of(folder)
     document["tensors"]["model.layers.0.mlp.up_proj.weight"] |= changes
     describe(folder, **document)
@@ -272,8 +274,8 @@ def test_a_truncated_file_is_refused(folder, tmp_path):
     refused(folder, tmp_path, f"{LAYER}.*truncated, damaged")
 
 
-def test_a_mask_that_marks_other_weights_than_are_stored_leaves_nothing_half_unpacked(folder, tmp_path):
-    last = document_of(folder)["files"][-1]  # all others are unpacked before it
+def test_a_wrong_mask_in_the_last_file_leaves_no_partly_unpacked_folder(folder, tmp_path):
+    last = document_of(folder)["files"][-1]  # all other files are unpacked before it
 
     def more(tensors):
         name = next(name for name in tensors if name.endswith(".mask"))
@@ -286,8 +288,8 @@ def test_a_mask_that_marks_other_weights_than_are_stored_leaves_nothing_half_unp
 VALUES = [None, True, -1, 0, 1 << 60, 1e308, "", "../x", "\x00", [], {}, [[[]]], "x" * 10_000, float("nan")]
 
 
-def test_no_value_of_the_description_gives_anything_but_a_refusal(folder, tmp_path):
-    """Every place in it is given every one of some values, or taken away, or given to another place."""
+def test_every_changed_or_removed_value_of_the_description_is_refused(folder, tmp_path):
+    """Replace every value by several others, and remove it."""
     original = document_of(folder)
     original["tensors"] = dict(list(original["tensors"].items())[:2])
     original["files"] = original["files"][:2]
@@ -316,7 +318,7 @@ def places(document, path=()):
             yield from places(value, (*path, key))
 
 
-def test_weights_that_are_missing_altogether_are_not_made_up(folder, tmp_path):
+def test_completely_missing_weights_are_refused(folder, tmp_path):
     norm = "model.layers.0.input_layernorm.weight"
     change(folder, LAYER, lambda tensors: tensors.pop(norm))
     refused(folder, tmp_path, "tensors were added or are missing")
@@ -335,14 +337,14 @@ def test_weights_that_are_missing_altogether_are_not_made_up(folder, tmp_path):
         ({"hidden_act": "os.system"}, r"cannot be used with 'os\.system' for hidden_act"),
     ],
 )
-def test_nothing_is_built_from_a_configuration_that_does_not_fit_the_weights(
+def test_a_configuration_that_does_not_match_the_weights_is_refused(
     folder, tmp_path, edit_config, changes, message
 ):
     edit_config(folder, **changes)
     refused(folder, tmp_path, match=message)
 
 
-def test_two_checkpoints_never_mix(folder, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_as_output(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
@@ -350,7 +352,7 @@ def test_two_checkpoints_never_mix(folder, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_a_new_folder_is_made_with_those_above_it_and_an_empty_one_is_filled(folder, tmp_path):
+def test_a_new_folder_is_created_with_its_parents_and_an_empty_folder_is_used(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     usual = (tmp_path / "empty").stat().st_mode
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
@@ -360,14 +362,14 @@ def test_a_new_folder_is_made_with_those_above_it_and_an_empty_one_is_filled(fol
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "empty", "new"]
 
 
-def test_a_file_in_the_place_of_the_new_folder_is_left_alone(folder, tmp_path):
+def test_a_file_at_the_output_path_is_not_overwritten(folder, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         unpack_checkpoint(folder, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_the_loader_in_the_folders_own_description_reads_no_file_elsewhere(folder, tmp_path):
+def test_the_loader_in_compressed_md_reads_no_file_outside_of_the_folder(folder, tmp_path):
     code = (folder / "COMPRESSED.md").read_text().split("```python\n")[1].split("```")[0]
     exec(code, loader := {})
     assert loader["read_weights"](folder).keys() == load(folder).state_dict().keys()

@@ -37,7 +37,7 @@ def folder(request, llama, small_run) -> str:
 
 @pytest.fixture
 def any_size_gains(monkeypatch) -> None:
-    """Linears of this test's size are packed as large ones are."""
+    """Pack linears of the small sizes of this test too."""
     if kernel() is None:
         pytest.skip("the sparse kernel was not built")
     monkeypatch.setattr(accelerate_module, "LEAST_WEIGHTS", 1)
@@ -60,14 +60,14 @@ def test_the_packed_model_is_the_dense_one(folder):
 
 
 @pytest.mark.usefixtures("any_size_gains")
-def test_with_int8_it_is_close(folder):
+def test_int8_is_close_to_the_dense_model(folder):
     model, (packed, _) = load(folder), load_packed(folder, int8=True)
     tokens = torch.randint(97, (1, 7))
     expected, found = model(tokens).logits.float(), packed(tokens).logits.float()
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_what_would_not_gain_is_dense_with_the_same_weights(folder):
+def test_linears_that_would_not_become_faster_stay_dense_with_the_same_weights(folder):
     model, (packed, done) = load(folder), load_packed(folder)
     assert not done.sparse
     weights = packed.state_dict()

@@ -1,4 +1,4 @@
-"""The table of zero-shot accuracies: paired by document, the same questions or none."""
+"""The table of zero-shot accuracies: paired by document, and only for the same questions."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def questions(tmp_path):
 
 @pytest.fixture
 def answer(local_store):
-    """The artifacts of a model that gets the documents with these numbers right, by task."""
+    """Return a function that commits artifacts, by task, of a model that is right on the given documents only."""
 
     def make(questions, right: dict[str, set[int]]):
         artifacts = {}
@@ -42,7 +42,7 @@ def answer(local_store):
     return make
 
 
-def test_differences_are_by_document_and_in_points(local_store, questions, answer):
+def test_differences_are_paired_by_document_and_in_percentage_points(local_store, questions, answer):
     dense = answer(questions, {"one": {0, 1, 2, 3, 4, 5}, "two": set(range(8))})
     uniform = answer(questions, {"one": {0}, "two": {0, 1}})
     best = answer(questions, {"one": {0, 1, 2, 7}, "two": {1, 2}})
@@ -54,17 +54,17 @@ def test_differences_are_by_document_and_in_points(local_store, questions, answe
         0.125,
         0.5,
     )
-    # Of one, the best alone got 7 right, the dense alone 3, 4 and 5: 2 * (1 + 4) / 16.
+    # In "one", only the best model got 7 right, and only the dense model 3, 4 and 5: 2 * (1 + 4) / 16.
     assert (one.to_dense.difference, one.to_dense.p_value) == (-25, pytest.approx(0.625))
-    # The best alone got 1, 2 and 7 right: 2 / 8.
+    # Only the best model got 1, 2 and 7 right: 2 / 8.
     assert (one.to_uniform.difference, one.to_uniform.p_value) == (37.5, pytest.approx(0.25))
-    # Of two, the dense alone got six: 2 / 64.
+    # In "two", only the dense model got six documents right: 2 / 64.
     assert (two.to_dense.difference, two.to_dense.p_value) == (-75, pytest.approx(0.03125))
     assert two.to_dense.significant
     assert not two.to_uniform.significant
 
 
-def test_the_average_counts_tasks_and_its_test_all_documents(local_store, questions, answer):
+def test_the_average_weights_tasks_equally_and_tests_all_documents_together(local_store, questions, answer):
     dense = answer(questions, {"one": set(range(8)), "two": set(range(4))})
     best = answer(questions, {"one": set(range(2)), "two": {7}})
     average = compare_zero_shot(local_store, dense, None, best).average
@@ -75,19 +75,21 @@ def test_the_average_counts_tasks_and_its_test_all_documents(local_store, questi
     assert (average.uniform, average.to_uniform) == (None, None)
 
 
-def test_other_documents_are_not_compared(local_store, tmp_path, questions, answer):
+def test_answers_to_different_documents_are_not_compared(local_store, tmp_path, questions, answer):
     dense = answer(questions, {"one": {0}, "two": {0}})
     others = load_questions(
         [write_task(tmp_path, name, some_documents(8, seed=9)) for name in ("one", "two")]
     )
     best = answer(others, {"one": {0}, "two": {0}})
-    with pytest.raises(ValueError, match="one: the best model was asked the questions .* the dense model"):
+    with pytest.raises(
+        ValueError, match="one: the best model was asked the questions .* but the dense model"
+    ):
         compare_zero_shot(local_store, dense, None, best)
 
 
-def test_other_tasks_are_not_compared(local_store, questions, answer):
+def test_answers_to_different_tasks_are_not_compared(local_store, questions, answer):
     right = {"one": {0}, "two": {0}}
-    with pytest.raises(ValueError, match="the best model answered one, the dense model one, two"):
+    with pytest.raises(ValueError, match="the best model answered one, but the dense model one, two"):
         compare_zero_shot(local_store, answer(questions, right), None, answer(questions[:1], right))
 
 

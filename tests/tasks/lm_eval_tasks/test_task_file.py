@@ -1,4 +1,4 @@
-"""A file with a task, from anybody: what it asks to run is refused unless it is trusted, and plain tasks work."""
+"""A task file from anybody: code that it names is refused unless the file is trusted, and plain tasks work."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from tests.lm_task_files import some_documents, write_task
 
 @pytest.fixture
 def mark(tmp_path):
-    """What is there if something of the file was run."""
+    """File that exists if code of the task was run."""
     return tmp_path / "it ran"
 
 
 @pytest.fixture
 def task(tmp_path):
-    """A harmless task; beside it lies code that leaves the mark when it is imported."""
+    """A harmless task, next to a module that creates the mark when it is imported."""
     code = f"from pathlib import Path\nPath({str(tmp_path / 'it ran')!r}).touch()\n"
     (tmp_path / "code.py").write_text(f"{code}def process(documents):\n    return documents\n")
     return Path(write_task(tmp_path, "colours", some_documents(4)))
@@ -33,7 +33,7 @@ def refused(task, mark, match):
 
 
 def add(task, text):
-    """The task as YAML with another entry."""
+    """Write the task as YAML with one more entry."""
     entries = [f"{name}: {json.dumps(value)}" for name, value in json.loads(task.read_text()).items()]
     task.write_text("\n".join([*entries, text, ""]))
 
@@ -49,21 +49,21 @@ CODE = [
 
 
 @pytest.mark.parametrize("text", CODE)
-def test_code_is_refused_and_run_only_if_it_is_trusted(task, mark, text):
+def test_code_is_refused_unless_the_file_is_trusted(task, mark, text):
     add(task, text)
     refused(
         task, mark, r"line 1\d of the task file .*'!function', which runs Python code.* --trust-task-code"
     )
 
 
-def test_a_task_that_is_trusted_runs_its_code(task, mark):
+def test_a_trusted_task_runs_its_code(task, mark):
     plain = load_questions([str(task)])[0].identity
     add(task, CODE[0])
     assert load_questions([str(task)], trust_task_code=True)[0].identity == plain
     assert mark.exists()
 
 
-def test_code_in_a_file_that_is_included_is_refused(task, mark, tmp_path):
+def test_code_in_an_included_file_is_refused(task, mark, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "base.yaml").write_text("include: ../more.yaml\n")
     (tmp_path / "more.yaml").write_text("\n\nprocess_docs: !function code.process\n")
@@ -73,7 +73,7 @@ def test_code_in_a_file_that_is_included_is_refused(task, mark, tmp_path):
         task.write_text(Path(write_task(tmp_path, "colours", some_documents(4))).read_text())
 
 
-def test_a_file_that_includes_another_is_that_one_with_changes(task, tmp_path):
+def test_a_file_overrides_entries_of_the_file_that_it_includes(task, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(f"include: {task.name}\ntask: others\ndoc_to_text: 'Q: {{{{question}}}}'\n")
     plain, changed = load_questions([str(task), str(other)])
@@ -81,7 +81,7 @@ def test_a_file_that_includes_another_is_that_one_with_changes(task, tmp_path):
     assert changed.requests[0][0][0] == f"Q: {plain.requests[0][0][0]}"
 
 
-def test_lm_evals_own_code_is_not_run_on_documents_of_others(task, mark):
+def test_an_included_file_of_lm_eval_may_not_run_code_either(task, mark):
     import lm_eval.tasks
 
     own = Path(next(iter(lm_eval.tasks.__path__)), "hellaswag", "hellaswag.yaml")
@@ -106,7 +106,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("field", ["doc_to_text", "doc_to_choice", "doc_to_target", "description"])
 @pytest.mark.parametrize("template", ESCAPES)
-def test_templates_do_not_reach_python(task, mark, template, field):
+def test_templates_cannot_access_python(task, mark, template, field):
     template = template.replace("MARK", repr(str(mark)))
     document = json.loads(task.read_text())
     task.write_text(json.dumps(document | {field: template}))
@@ -117,7 +117,7 @@ def test_templates_do_not_reach_python(task, mark, template, field):
     assert not mark.exists()
 
 
-def test_a_template_could_leave_the_mark_without_the_sandbox(mark):
+def test_a_template_could_create_the_mark_without_the_sandbox(mark):
     jinja2.Environment().from_string(ESCAPES[6].replace("MARK", repr(str(mark)))).render()
     assert mark.exists()
 
@@ -136,10 +136,10 @@ def test_plain_templates_work(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"class": "code.Task"}, "'class', a Python class"),
-        ({"custom_dataset": "code.process"}, "'custom_dataset', a Python function"),
-        ({"unsafe_code": True}, "'unsafe_code', running what a model writes"),
-        ({"use_prompt": "prompts.yaml:one"}, "'use_prompt', prompts from another"),
+        ({"class": "code.Task"}, r"'class' \(a Python class\)"),
+        ({"custom_dataset": "code.process"}, r"'custom_dataset' \(a Python function\)"),
+        ({"unsafe_code": True}, r"'unsafe_code' \(running code that a model writes\)"),
+        ({"use_prompt": "prompts.yaml:one"}, r"'use_prompt' \(prompts from another"),
         ({"metric_list": [{"metric": "./code.py"}]}, "metric './code.py', which is not one of lm-eval's"),
         ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "metric 'acc', which is not one of"),
         ({"metric_list": [{"metric": ["acc"]}]}, r"metric \['acc'\], which is not one of"),
@@ -149,8 +149,8 @@ def test_plain_templates_work(tmp_path):
         ({"dataset_path": "webdataset"}, "'webdataset', which may run code"),
         ({"dataset_path": ["json"]}, r"dataset_path \['json'\]"),
         ({"dataset_path": None}, "dataset_path None"),
-        ({"dataset_kwargs": {"trust_remote_code": True}}, "'trust_remote_code' among its dataset_kwargs"),
-        ({"dataset_kwargs": {"storage_options": {"fo": "x"}}}, "'storage_options' among its dataset_kwargs"),
+        ({"dataset_kwargs": {"trust_remote_code": True}}, "'trust_remote_code' in its dataset_kwargs"),
+        ({"dataset_kwargs": {"storage_options": {"fo": "x"}}}, "'storage_options' in its dataset_kwargs"),
         ({"dataset_kwargs": {"data_files": {"validation": ["reference://x"]}}}, "data at 'reference://x'"),
         ({"dataset_kwargs": {"data_files": "zip://a::file://x"}}, "data at 'zip://a::file://x'"),
         ({"dataset_kwargs": ["data_files"]}, r"dataset_kwargs \['data_files'\]"),
@@ -159,7 +159,7 @@ def test_plain_templates_work(tmp_path):
         ({"group": "g"}, "one task, not a group"),
     ],
 )
-def test_other_ways_to_code_are_refused(task, mark, changes, message):
+def test_other_entries_that_may_run_code_are_refused(task, mark, changes, message):
     task.write_text(json.dumps(json.loads(task.read_text()) | changes))
     refused(task, mark, message)
 
@@ -175,15 +175,15 @@ MERGES = "\n".join(
     [
         (BOMB, "more than 100000 values"),
         (MERGES, "more than 100000 values"),
-        ("[" * 5_000, "is not YAML that can be read"),
+        ("[" * 5_000, "is not valid YAML"),
         ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
         ("a: &a [*a]", "contains itself"),
         ("a: !!python/object/apply:os.system [x]", "is not plain data"),
-        ("a: [", "is not YAML that can be read"),
-        ("a: 1\n---\nb: 1", "is not YAML that can be read"),
+        ("a: [", "is not valid YAML"),
+        ("a: 1\n---\nb: 1", "is not valid YAML"),
         ("- a", "holds a list"),
         ("", "holds a NoneType"),
-        ("\x00", "is not YAML that can be read"),
+        ("\x00", "is not valid YAML"),
         ("include: colours.yaml", "includes itself"),
         ("include: missing.yaml", "includes 'missing.yaml', which is not a file"),
         ("include: /dev/zero", "includes '/dev/zero', which is not a file"),
@@ -192,6 +192,6 @@ MERGES = "\n".join(
     ],
     ids=range(16),
 )
-def test_what_is_no_description_of_a_task_is_refused_at_once(task, mark, text, message):
+def test_a_file_that_does_not_describe_a_task_is_refused(task, mark, text, message):
     task.write_text(text)
     refused(task, mark, message)

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: found by name without its index, documents drawn by seed, known by every word of theirs."""
+"""Tasks of lm-eval: found without its index, documents drawn by seed, identified by their full text."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_a_task_is_asked_document_by_document_and_choice_by_choice(task):
     ]
 
 
-def test_documents_are_drawn_by_seed_and_are_not_the_head_of_the_file(task):
+def test_documents_are_drawn_by_seed_and_not_from_the_start_of_the_file(task):
     drawn = [loaded([task], 10, seed) for seed in (0, 0, 1)]
     assert drawn[0].document_ids == drawn[1].document_ids != drawn[2].document_ids
     assert drawn[0].document_ids != tuple(range(10))
@@ -44,7 +44,7 @@ def test_documents_are_drawn_by_seed_and_are_not_the_head_of_the_file(task):
     assert len(drawn[0].document_ids) == 10
 
 
-def test_every_drawn_document_is_the_one_its_number_says(task):
+def test_document_ids_are_positions_in_the_data_set(task):
     questions, documents = loaded([task], 10, seed=3), some_documents(40)
     assert list(questions.documents) == [documents[number] for number in questions.document_ids]
     assert [requests[0][0] for requests in questions.requests] == [
@@ -52,17 +52,17 @@ def test_every_drawn_document_is_the_one_its_number_says(task):
     ]
 
 
-def test_more_documents_of_the_same_seed_have_the_fewer_ones_among_them(task):
+def test_with_the_same_seed_more_documents_include_the_fewer_ones(task):
     few, more = loaded([task], 5, seed=2), loaded([task], 20, seed=2)
     assert set(few.document_ids) < set(more.document_ids)
 
 
-def test_a_task_with_fewer_documents_than_asked_for_gives_all_whatever_the_seed(task):
+def test_a_task_with_fewer_documents_than_requested_gives_all_for_every_seed(task):
     every = [loaded([task], documents, seed) for documents, seed in ((None, 0), (40, 1), (1000, 2))]
     assert {questions.identity for questions in every} == {every[0].identity}
 
 
-def test_other_data_under_the_same_name_are_other_questions(tmp_path, task):
+def test_changed_data_under_the_same_name_change_the_identity(tmp_path, task):
     before = loaded([task]).identity
     documents = some_documents(40)
     documents[7]["answer"] = (documents[7]["answer"] + 1) % 3
@@ -70,7 +70,7 @@ def test_other_data_under_the_same_name_are_other_questions(tmp_path, task):
     assert loaded([write_task(tmp_path, "colours", some_documents(40))]).identity == before
 
 
-def test_other_wording_and_another_version_are_other_questions(tmp_path):
+def test_changed_wording_and_another_version_change_the_identity(tmp_path):
     changes = [{"doc_to_text": "Q: {{question}}"}, {"metadata": {"version": 2.0}}]
     changed = [loaded([write_task(tmp_path, "colours", some_documents(40), **one)]) for one in changes]
     before = loaded([write_task(tmp_path, "colours", some_documents(40))])
@@ -78,7 +78,7 @@ def test_other_wording_and_another_version_are_other_questions(tmp_path):
     assert changed[0].requests[0][0][0] == f"Q: {before.requests[0][0][0]}"
 
 
-def test_there_are_no_examples_even_if_the_task_wants_some(tmp_path):
+def test_no_examples_are_given_even_if_the_task_sets_num_fewshot(tmp_path):
     task = write_task(tmp_path, "colours", some_documents(4), num_fewshot=2)
     assert loaded([task]).requests[0][0][0] == some_documents(4)[0]["question"]
 
@@ -91,39 +91,39 @@ def test_answers_are_graded_by_the_tasks_own_rules(tmp_path):
     assert questions.graded(scores) == [{"acc": True, "acc_norm": False}]
 
 
-def test_a_name_that_lm_eval_does_not_know_is_refused_with_similar_ones():
+def test_an_unknown_task_is_refused_with_similar_names():
     with pytest.raises(ValueError, match=r"no task 'arc_esay' .* Did you mean arc_easy or "):
         load_questions(["arc_esay"])
 
 
 def test_a_group_of_tasks_is_refused_by_name_and_in_a_file(tmp_path, task):
-    with pytest.raises(ValueError, match="no task 'ai2_arc' .*groups of tasks are not taken"):
+    with pytest.raises(ValueError, match="no task 'ai2_arc' .*groups of tasks are not supported"):
         load_questions(["ai2_arc"])
     group = tmp_path / "two.yaml"
     other = write_task(tmp_path, "others", some_documents(4))
     members = [json.loads(Path(path).read_text()) for path in (task, other)]
     group.write_text(json.dumps({"group": "two", "task": members}))
-    with pytest.raises(ValueError, match=r"two\.yaml cannot be loaded .* one task, not a group"):
+    with pytest.raises(ValueError, match=r"two\.yaml cannot be loaded.* one task, not a group"):
         load_questions([str(group)])
 
 
-def test_a_task_that_is_not_decided_by_log_probabilities_is_refused(tmp_path):
+def test_a_task_that_is_not_scored_by_log_probabilities_is_refused(tmp_path):
     metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     changes = {"output_type": "generate_until", "metric_list": metric, "doc_to_target": "question"}
     task = write_task(tmp_path, "writing", some_documents(4), **changes)
     with pytest.raises(
-        ValueError, match=r"writing\.yaml is of the kind generate_until with the metrics exact_match"
+        ValueError, match=r"writing\.yaml has the output type generate_until and the metrics exact_match"
     ):
         load_questions([task])
 
 
-def test_data_that_cannot_be_loaded_are_named_with_what_to_do(tmp_path, task):
+def test_the_error_about_missing_data_says_what_to_do(tmp_path, task):
     (tmp_path / "colours.jsonl").unlink()
     with pytest.raises(OSError, match=r"colours\.yaml cannot be loaded .* HF_DATASETS_CACHE"):
         load_questions([task])
 
 
-def test_data_of_another_format_than_the_task_says_are_named_as_the_reason(tmp_path):
+def test_the_error_about_data_of_a_wrong_format_gives_the_reason(tmp_path):
     (tmp_path / "notes.jsonl").write_text("no JSON\n")
     path = write_task(
         tmp_path, "words", some_documents(3), dataset_kwargs={"data_files": f"{tmp_path}/notes.jsonl"}
@@ -141,11 +141,11 @@ def test_a_template_that_includes_another_is_refused_as_a_template(tmp_path):
 def test_two_files_with_the_same_task_are_refused(tmp_path, task):
     copy = tmp_path / "copy.yaml"
     copy.write_text(Path(task).read_text())
-    with pytest.raises(ValueError, match="are the tasks colours, colours: some have the same name"):
+    with pytest.raises(ValueError, match="are the tasks colours, colours, and some have the same name"):
         load_questions([task, str(copy)])
 
 
-def test_without_lm_eval_it_is_said_how_to_get_it(monkeypatch):
+def test_the_error_without_lm_eval_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install layerwise-pruning\[zeroshot\]"):
         load_questions(["piqa"])
@@ -155,11 +155,11 @@ def test_without_lm_eval_it_is_said_how_to_get_it(monkeypatch):
     "names, documents, message",
     [
         ([], None, "the tasks are none"),
-        (["piqa", "piqa"], None, "each of them once"),
-        (["piqa"], 0, "0 documents"),
-        (["no/such/file.yaml"], None, "there is no file no/such/file.yaml"),
+        (["piqa", "piqa"], None, "each task only once"),
+        (["piqa"], 0, "the number of documents is 0"),
+        (["no/such/file.yaml"], None, "there is no task file no/such/file.yaml"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(names, documents, message):
+def test_invalid_arguments_are_refused(names, documents, message):
     with pytest.raises(ValueError, match=message):
         load_questions(names, documents)

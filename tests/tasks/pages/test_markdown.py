@@ -1,11 +1,11 @@
-"""Foreign text in Markdown, as a parser of CommonMark and of GitHub's tables sees it."""
+"""Text from outside in Markdown, as parsers of CommonMark and of GitHub's tables read it."""
 
 import pytest
 from markdown_it import MarkdownIt
 
 from layerwise.flows.pipeline.comparison_tables import markdown_of
 from layerwise.flows.pipeline.prefect_artifacts import how_to_load, where_the_report_is
-from layerwise.tasks.pages.markdown import code, fenced, one_line, plain
+from layerwise.tasks.pages.markdown import code, displayable, fenced, plain
 
 NASTY = [
     'x"><script>alert(1)</script>',
@@ -39,21 +39,21 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def leaves(text):
-    """Kind and content of everything that is in a Markdown text, but for its paragraphs and headings."""
+    """Return kind and content of all elements of a Markdown text, except its paragraphs and headings."""
     inline = [each for token in MARKDOWN.parse(text) for each in (token.children or [token])]
     kept = [each for each in inline if each.content or each.type == "hr"]
     return [(each.type, each.content) for each in kept]
 
 
 def shown(text):
-    """The same where all is text: the text."""
+    """Return the text, and check that there is nothing else."""
     found = leaves(text)
     assert {kind for kind, _ in found} <= {"text", "text_special"}
     return "".join(content for _, content in found)
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_plain_text_is_shown_as_it_is_wherever_it_stands(text):
+def test_plain_text_is_shown_unchanged_at_any_position(text):
     expected = " ".join(text.split())
     assert shown(plain(text)) == expected
     assert shown(f"# {plain(text)}, 50 % sparse") == f"{expected}, 50 % sparse"
@@ -67,7 +67,7 @@ def test_plain_text_is_shown_as_it_is_wherever_it_stands(text):
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_code_holds_the_text(text):
+def test_code_shows_the_text(text):
     assert leaves(f"Made from {code(text)} by us") == [
         ("text", "Made from "),
         ("code_inline", " ".join(text.split())),
@@ -77,7 +77,7 @@ def test_code_holds_the_text(text):
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_pages_of_prefect_hold_places_as_code(text):
+def test_pages_of_prefect_show_locations_as_code(text):
     kinds = [kind for kind, _ in leaves(how_to_load(text))]
     assert kinds == ["fence", "fence"]
     assert leaves(how_to_load(text))[0][1] == f"{text}\n"
@@ -93,12 +93,12 @@ def test_a_table_has_one_cell_for_each_value():
     assert "| 0.95 | 24.5 |" in markdown_of(rows)
 
 
-def test_what_cannot_be_shown_is_replaced():
-    assert one_line("a\tb\r\nc\x1b[2J\u202e\x00\udcff") == "a b c�[2J���"
+def test_characters_that_cannot_be_printed_are_replaced():
+    assert displayable("a\tb\r\nc\x1b[2J\u202e\x00\udcff") == "a b c�[2J���"
     fenced("\udcff").encode()
 
 
-def test_ordinary_names_are_left_as_they_are():
+def test_ordinary_names_stay_unchanged():
     for name in (
         "owner/name@0123abc",
         "SmolLM2-135M_v1.0",

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads in it, and what people do."""
+"""The model card: its metadata for the hub, and its text for people."""
 
 from dataclasses import replace
 
@@ -34,14 +34,14 @@ def test_the_hub_reads_base_model_licence_and_tags():
     assert data.tags == ["pruning", "sparsity", "layerwise", "atp", "wanda"]
 
 
-def test_a_licence_of_its_own_has_a_name_and_a_link():
+def test_a_licence_without_an_identifier_has_a_name_and_a_link():
     card = replace(CARD, license=License("other", 'the "new" one: 3', "https://example.org/text"))
     data = HubCard(model_card(card, "dense")).data
     assert (data.license, data.license_name) == ("other", 'the "new" one: 3')
     assert data.license_link == "https://example.org/text"
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_facts_are_omitted():
     card = replace(CARD, base_model="model", license=None, allocator=None, results=())
     text = model_card(card, "dense")
     data = HubCard(text).data
@@ -49,21 +49,21 @@ def test_what_is_not_known_is_not_made_up():
     assert data.license is None
     assert "atp" not in data.tags
     assert "## Results" not in text
-    assert "do not tell which one" in text
+    assert "do not state which one" in text
 
 
-def test_a_folder_that_transformers_cannot_load_is_not_said_to_be_for_it():
+def test_the_card_of_a_compressed_folder_does_not_name_transformers():
     text = model_card(CARD, "compressed")
     assert HubCard(text).data.library_name is None
     assert "from_pretrained" not in text
     assert 'load("path/to/this/folder")' in text
 
 
-def test_people_read_the_plan_the_results_and_how_to_cite():
+def test_the_text_has_the_plan_the_results_and_the_citation():
     text = model_card(replace(CARD, pattern="2:4"), "dense")
     assert "# owner/name@0123abc, 50.0 % sparse" in text
     assert "one-shot pruning with wanda in the pattern 2:4" in text
-    assert "given by the allocator atp: from 40.0 % to 60.0 %" in text
+    assert "set by the allocator atp, from 40.0 % to 60.0 %" in text
     assert "| 0 | 40.00 |\n| 1 | 50.00 |\n| 2 | 60.00 |\n" in text
     assert (
         "| dense | test text | 40 x 2048 | 5.47 |\n| **this model** | test text | 40 x 2048 | 7.12 |\n"
@@ -76,13 +76,13 @@ def test_people_read_the_plan_the_results_and_how_to_cite():
     )
 
 
-def test_a_perplexity_of_a_model_that_failed_is_a_number_for_people():
+def test_a_huge_perplexity_is_shown_in_scientific_notation():
     card = replace(CARD, results=(Result("uniform", "test text", 40, 2048, 1e304),))
     assert "| uniform | test text | 40 x 2048 | 1.0e+304 |" in model_card(card, "dense")
 
 
 @pytest.mark.parametrize("changes", [{"layers": ()}, {"layers": (1.5,)}, {"realised": -0.1}])
-def test_sparsities_that_cannot_be_are_refused(changes):
+def test_invalid_sparsities_are_refused(changes):
     with pytest.raises(ValueError, match="the model card of owner/name@0123abc"):
         replace(CARD, **changes)
 
@@ -98,8 +98,8 @@ NASTY = [
 
 @pytest.mark.parametrize("form", ["dense", "compressed"])
 @pytest.mark.parametrize("name", NASTY, ids=ascii)
-def test_names_and_licences_are_text_whatever_is_in_them(name, form):
-    """The front matter has the entries of a card with plain names, and the text the same elements."""
+def test_markup_in_names_and_licences_is_escaped(name, form):
+    """The front matter has the same entries as with plain names, and the text has the same elements."""
     license = License(f"other {name}", f"name {name}", f"https://example.org/{name}")
     nasty = model_card(replace(CARD, base_model=name, license=license), form)
     tame = model_card(replace(CARD, base_model="model", license=License("other", "name", "https://a")), form)
@@ -123,6 +123,6 @@ def test_names_and_licences_are_text_whatever_is_in_them(name, form):
     ]
 
 
-def test_a_licence_in_other_scripts_is_read_back():
+def test_a_licence_name_in_another_script_is_preserved():
     card = replace(CARD, license=License("other", "许可 🙂", None))
     assert HubCard(model_card(card, "dense")).data.license_name == "许可 🙂"

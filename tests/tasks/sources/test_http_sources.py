@@ -1,4 +1,4 @@
-"""Sources behind HTTP servers: with and without an answer to requests for parts of files, known by content."""
+"""Sources behind HTTP servers with and without range requests are identified by their content."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.tasks.sources.sources import find_source
+from layerwise.tasks.sources.model_source import find_source
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Sends whole files, whatever part is asked for."""
+    """Sends the whole file even if a range is requested."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -23,11 +23,11 @@ class Quiet(SimpleHTTPRequestHandler):
         try:
             super().copyfile(source, outputfile)
         except ConnectionError:
-            """The client has seen enough."""
+            """The client has closed the connection early."""
 
 
 class WithParts(Quiet):
-    """Sends the part of a file that is asked for."""
+    """Sends the requested range of a file."""
 
     def do_GET(self) -> None:
         if not (wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
@@ -41,7 +41,7 @@ class WithParts(Quiet):
 
 @pytest.fixture(params=[Quiet, WithParts])
 def served(request, tmp_path) -> Iterator[tuple[str, Path]]:
-    """A server's URL and its folder."""
+    """URL of a server, and the folder that it serves."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(request.param, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", tmp_path
@@ -49,7 +49,7 @@ def served(request, tmp_path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.parametrize("size", [1000, 6 << 20])
-def test_gguf_files_of_equal_names_sizes_and_times_are_told_apart_by_their_content(
+def test_gguf_files_with_equal_names_sizes_and_times_are_distinguished_by_their_content(
     served, monkeypatch, tmp_path, size
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -60,6 +60,6 @@ def test_gguf_files_of_equal_names_sizes_and_times_are_told_apart_by_their_conte
         (folder / place / "model.gguf").write_bytes(b"GGUF" + place.encode() * size)
         os.utime(folder / place / "model.gguf", (1e9, 1e9))
         source = find_source(f"{url}/{place}/model.gguf")
-        digests.add(source.identity["gguf"][2].split()[0])  # apart from the time
+        digests.add(source.identity["gguf"][2].split()[0])  # without the time
         assert source.local_gguf().read_bytes() == b"GGUF" + place.encode() * size
     assert len(digests) == 2

@@ -1,4 +1,4 @@
-"""Sources that are symbolic links, as in the hub's cache: followed as transformers does, or named if broken."""
+"""Sources that are symbolic links, as in the hub's cache: links are followed, and broken ones are named."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.sources.file_identity import BrokenLink, SourceChanged
-from layerwise.tasks.sources.sources import find_source
+from layerwise.tasks.sources.model_source import find_source
 from layerwise.tasks.texts.corpora import open_corpus, read_text
 
 
@@ -20,7 +20,7 @@ def plain(save_model) -> Path:
 
 @pytest.fixture
 def snapshot(plain, tmp_path) -> Path:
-    """The folder ``plain`` as the hub's cache has it: every file a link to a blob."""
+    """The folder ``plain`` in the form of the hub's cache: every file is a link to a blob."""
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "0123abcd", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -55,7 +55,7 @@ def test_a_linked_tokenizer_config_counts(local_store, plain, tmp_path):
     assert after.tokenizer().model_max_length == 7
 
 
-def test_a_target_that_changes_under_a_run_stops_it(local_store, snapshot):
+def test_a_link_target_that_changes_during_a_run_stops_the_run(local_store, snapshot):
     checkpoint = import_checkpoint(local_store, str(snapshot))
     file = checkpoint.layer_tensors(1)["mlp.up_proj.weight"].file
     os.utime((snapshot / file).resolve(), ns=(1, 1))
@@ -67,19 +67,21 @@ def test_a_target_that_changes_under_a_run_stops_it(local_store, snapshot):
     "name", ["config.json", "tokenizer_config.json", "model-00002-of-00004.safetensors", "vocab.txt"]
 )
 @pytest.mark.parametrize("target", ["nowhere", "itself"])
-def test_a_link_that_leads_to_nothing_is_named(plain, name, target):
+def test_a_link_without_a_target_is_named(plain, name, target):
     (plain / name).unlink(missing_ok=True)
     (plain / name).symlink_to(name if target == "itself" else "../blobs/nowhere")
-    with pytest.raises(BrokenLink, match=rf"{name} is a symbolic link to .* that leads to no file.*cp -rL"):
+    with pytest.raises(
+        BrokenLink, match=rf"{name} is a symbolic link to .*, but its target does not exist.*cp -rL"
+    ):
         find_source(str(plain))
 
 
-def test_a_broken_link_that_no_import_needs_is_left_alone(local_store, plain):
+def test_a_broken_link_that_the_import_does_not_need_is_ignored(local_store, plain):
     (plain / "README.md").symlink_to("nowhere")
     assert import_checkpoint(local_store, str(plain)).num_layers == 2
 
 
-def test_a_link_to_a_folder_is_no_file(plain, tmp_path):
+def test_a_link_to_a_folder_is_not_a_file(plain, tmp_path):
     (tmp_path / "folder").mkdir()
     (plain / "tokenizer.model").symlink_to(tmp_path / "folder")
     assert "tokenizer.model" not in find_source(str(plain)).folder.files

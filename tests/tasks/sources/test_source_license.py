@@ -1,4 +1,4 @@
-"""The licence of the dense model: what its card tells, and nothing that it does not."""
+"""The licence of the dense model is what its model card states."""
 
 import pytest
 
@@ -27,7 +27,7 @@ license: mit
         (
             "---\nlicense: other\nlicense_link: LICENSE.md\n---\n",
             License("other"),
-        ),  # a file that is not passed on
+        ),  # the file is not copied
         ("---\nlicense:\n- mit\n- apache-2.0\n---\n", None),
         ("---\nlicense: [mit, apache-2.0]\n---\n", None),
         ("---\nbase:\n  license: mit\n---\n", None),
@@ -37,21 +37,21 @@ license: mit
         ("", None),
     ],
 )
-def test_it_is_what_the_first_lines_of_the_card_say(card, expected):
+def test_the_licence_is_read_from_the_yaml_of_the_card(card, expected):
     assert license_of_card(card) == expected
 
 
-def test_an_import_notes_it(local_store, save_model):
+def test_an_import_records_the_licence(local_store, save_model):
     folder = save_model()
     (folder / "README.md").write_text(LLAMA)
     facts = import_checkpoint(local_store, str(folder)).artifact.facts
     assert License(**facts["license"]) == License("other", "Llama 3 Community", "https://example.org/LICENSE")
 
 
-def test_a_model_from_the_hub_brings_it_along(local_store, hub):
+def test_an_import_from_the_hub_records_the_licence(local_store, hub):
     (hub.folder / "README.md").write_text("---\nlicense: mit\n---\n")
     assert import_checkpoint(local_store, "tiny/llama").artifact.facts["license"] == {"identifier": "mit"}
 
 
-def test_an_import_without_one_says_nothing(local_store, save_model):
+def test_an_import_of_a_model_without_a_card_records_no_licence(local_store, save_model):
     assert "license" not in import_checkpoint(local_store, str(save_model())).artifact.facts

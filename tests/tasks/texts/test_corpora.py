@@ -1,4 +1,4 @@
-"""Corpora by name: built in and in files on any storage; who gets which part of them."""
+"""Corpora by name: the built-in one, and files on any storage; the part of a corpus that each role gets."""
 
 import bz2
 import gzip
@@ -31,7 +31,7 @@ def as_json_lines(rows):
 
 @pytest.fixture
 def place(store):
-    """Writes a file beside the store and gives its URL: corpora may lie wherever artifacts may."""
+    """Write a file next to the store and return its URL. Corpora work on every storage that works for stores."""
 
     def put(name, data):
         path = f"{store.root}/corpora/{name}"
@@ -42,7 +42,7 @@ def place(store):
     return put
 
 
-def test_a_plain_text_is_one_document_with_its_line_ends_as_they_are(place):
+def test_a_plain_text_is_one_document_with_unchanged_line_ends(place):
     assert read_text(open_corpus(place("a.txt", JOINED.encode()), "test")).content == JOINED
 
 
@@ -96,7 +96,9 @@ def test_a_copy_in_another_folder_has_the_same_identity_if_name_and_contents_are
     assert str(tmp_path) not in json.dumps(identities)
 
 
-def test_large_texts_of_equal_names_sizes_and_times_are_told_apart_behind_their_first_megabytes(tmp_path):
+def test_large_texts_with_equal_names_sizes_and_times_are_distinguished_beyond_their_first_megabytes(
+    tmp_path,
+):
     fingerprints = []
     for folder, last in (("one", "a"), ("two", "b")):
         (tmp_path / folder).mkdir()
@@ -112,7 +114,7 @@ def test_reading_stops_at_the_limit_and_says_so(tmp_path):
     file.write_bytes(as_json_lines([{"text": "abc"}, {"text": "def"}]) + b"this line is never read")
     corpus = open_corpus(str(file), "test")
     assert (read_text(corpus, limit=7).content, read_text(corpus, limit=7).truncated) == ("abc\n\nde", True)
-    with pytest.raises(ValueError, match="row 3 is not JSON"):
+    with pytest.raises(ValueError, match="row 3 is not valid JSON"):
         read_text(corpus, limit=8)
 
 
@@ -130,22 +132,26 @@ def test_a_text_as_long_as_the_limit_is_not_truncated(tmp_path):
         ("a.parquet", as_parquet([{"body": "x"}]), r"schema: there is no field 'text', only \['body'\]"),
         ("a.jsonl", as_json_lines([{"text": "x"}, {"text": None}]), "row 2: field 'text' holds NoneType"),
         ("a.parquet", as_parquet([{"text": 1}]), "row 1: field 'text' holds int"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y"', "row 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"', "row 2 is not valid JSON"),
         ("a.jsonl", b'["x"]', "row 1 holds list, not an object"),
         ("a.json", b'["x"]', "row 1 holds str, not an object"),
-        ("a.json", b'[{"text": "x"}', "is not JSON"),
-        ("a.json", b"[" * 100_000, "is not JSON"),
-        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "row 1 is not JSON"),
-        ("a.json", b'{\n"text": "x"}', "row 1 is not JSON.*one object on each line, or one array of objects"),
+        ("a.json", b'[{"text": "x"}', "is not valid JSON"),
+        ("a.json", b"[" * 100_000, "is not valid JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "row 1 is not valid JSON"),
+        (
+            "a.json",
+            b'{\n"text": "x"}',
+            "row 1 is not valid JSON.*one object on each line, or one array of objects",
+        ),
         ("chat.jsonl", b'{"messages": []}', "a conversation in 'messages'.*apply_chat_template"),
         ("chat.parquet", as_parquet([{"conversations": "x"}]), "a conversation in 'conversations'"),
-        ("a.parquet", b"PAR1 but no more", "can't be read as Parquet"),
-        ("a.txt", "ä".encode("latin-1"), "is not UTF-8: byte 0xe4"),
-        ("a.txt", b" \n", "holds no text"),
+        ("a.parquet", b"PAR1 but no more", "cannot be read as Parquet"),
+        ("a.txt", "ä".encode("latin-1"), "is not valid UTF-8: byte 0xe4"),
+        ("a.txt", b" \n", "contains no text"),
         ("a.jsonl", rb'{"text": "a\ud800"}', "half a surrogate pair, '.ud800', at character 1"),
     ],
 )
-def test_what_is_not_text_is_refused_with_its_place(tmp_path, name, data, message):
+def test_data_that_are_not_text_are_refused_with_their_position(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
         read_text(open_corpus(str(tmp_path / name), "test"))
@@ -159,19 +165,19 @@ def test_compressed_text_that_is_damaged_is_refused_on_any_storage(place, suffix
     """On a bucket, too, it is the file that is wrong, and not the connection."""
     whole = compress(as_json_lines([{"text": "x"}]))
     for name, data in (("cut", whole[:-9]), ("never", b"not compressed")):
-        with pytest.raises(OSError, match=f"{name}.jsonl.{suffix} is cut off, damaged or not compressed"):
+        with pytest.raises(OSError, match=f"{name}.jsonl.{suffix} is cut off, damaged, or not compressed"):
             read_text(open_corpus(place(f"{name}.jsonl.{suffix}", data), "test"))
 
 
 @pytest.mark.parametrize("name", ["wikitext-2", "PTB", "corpus.csv", "a.parquet.gz"])
-def test_a_name_that_means_nothing_is_refused_with_what_there_is(name):
-    with pytest.raises(ValueError, match="is no corpus. Use 'builtin', 'hf:owner/name.*'ptb', .*jsonl"):
+def test_an_unknown_corpus_name_is_refused_with_the_valid_forms(name):
+    with pytest.raises(ValueError, match="is not a corpus. Use 'builtin', 'hf:owner/name.*'ptb', .*jsonl"):
         open_corpus(name, "test")
 
 
 @pytest.fixture
 def place_shards(place):
-    """Writes files into a folder beside the store; gives the folder's URL."""
+    """Write files into a folder next to the store, and return the URL of the folder."""
 
     def put(files):
         urls = [place(f"shards/{name}", data) for name, data in files.items()]
@@ -196,7 +202,7 @@ def test_a_folder_and_a_pattern_are_one_text_in_the_order_of_the_file_names(plac
     assert corpora[0] == corpora[1] == corpora[2]
 
 
-def test_shards_are_known_by_the_contents_of_each_and_by_their_number(place_shards):
+def test_the_identity_of_shards_depends_on_their_contents_and_number(place_shards):
     url = place_shards({"a.txt": b"one", "b.txt": b"two"})
     before = open_corpus(url, "test")
     place_shards({"b.txt": b"TWO"})
@@ -206,10 +212,10 @@ def test_shards_are_known_by_the_contents_of_each_and_by_their_number(place_shar
     place_shards({"c.txt": b"three"})
     identities = [before.identity, replaced.identity, open_corpus(url, "test").identity]
     assert len({json.dumps(identity) for identity in identities}) == 3
-    assert "corpora" not in json.dumps(identities)  # where they lie is no part of what they are
+    assert "corpora" not in json.dumps(identities)  # the location is not part of the identity
 
 
-def test_a_local_text_is_known_by_every_byte_and_by_no_time(tmp_path):
+def test_the_identity_of_a_local_text_depends_on_every_byte_and_not_on_times(tmp_path):
     content = bytearray(b"a text of some words " * 400_000)
     first, same, other = (tmp_path / folder / "a.txt" for folder in ("first", "same", "other"))
     for file, changed in ((first, 0), (same, 0), (other, 1)):
@@ -227,12 +233,12 @@ def test_reading_shards_stops_at_the_limit_and_later_ones_are_never_opened(tmp_p
     (tmp_path / "b.jsonl").write_text("never read")
     corpus = open_corpus(str(tmp_path), "test")
     assert (read_text(corpus, limit=7).content, read_text(corpus, limit=7).truncated) == ("abc\n\nde", True)
-    with pytest.raises(ValueError, match="b.jsonl, row 1 is not JSON"):
+    with pytest.raises(ValueError, match="b.jsonl, row 1 is not valid JSON"):
         read_text(corpus)
 
 
-def test_shards_beyond_those_that_a_text_can_need_have_no_part_in_it(tmp_path, monkeypatch, caplog):
-    """Their fingerprints would take a request for each; so a thousand of them cost no more than the first ones."""
+def test_shards_beyond_those_that_a_text_can_need_are_ignored(tmp_path, monkeypatch, caplog):
+    """Each fingerprint takes a request, so a corpus of a thousand shards must not cost more than the first ones."""
     monkeypatch.setattr("layerwise.tasks.texts.sharded_corpus.SHARD_BYTES", 10)
     for name, text in {"a.txt": "four", "b.txt": "sixsix", "c.txt": "more"}.items():
         (tmp_path / name).write_text(text)
@@ -248,14 +254,14 @@ def test_shards_beyond_those_that_a_text_can_need_have_no_part_in_it(tmp_path, m
     ("files", "pattern", "message"),
     [
         (["a.txt", "b.jsonl"], "", r"files of 2 formats: a.txt, b.jsonl. Give a pattern"),
-        (["notes.md", "deeper/a.txt"], "", r"holds no file of text \(deeper/, notes.md\)"),
-        ([], "", r"holds no file of text \(it is empty\)"),
+        (["notes.md", "deeper/a.txt"], "", r"contains no text file \(deeper/, notes.md\)"),
+        ([], "", r"contains no text file \(it is empty\)"),
         (["data-0.arrow", "dataset_info.json"], "", "written by datasets.save_to_disk.*to_parquet"),
-        (["a.jsonl", "b.csv"], "*", "matches b.csv, which no corpus can be read from"),
+        (["a.jsonl", "b.csv"], "*", "matches b.csv, which are not text files"),
         (["a.txt"], "*.jsonl", r"no file matches .*\*.jsonl"),
     ],
 )
-def test_shards_that_make_no_corpus_are_named(tmp_path, files, pattern, message):
+def test_files_that_are_not_a_corpus_are_named(tmp_path, files, pattern, message):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
@@ -269,19 +275,19 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
     assert read_text(open_corpus(str(tmp_path / "a[0].txt"), "test")).content == "brackets"
 
 
-def test_a_file_inside_of_a_folder_with_brackets_is_found(tmp_path):
+def test_a_file_in_a_folder_with_brackets_in_its_name_is_found(tmp_path):
     (tmp_path / "texts [old]").mkdir()
     (tmp_path / "texts [old]" / "a.txt").write_text("old")
     assert read_text(open_corpus(str(tmp_path / "texts [old]"), "test")).content == "old"
     assert read_text(open_corpus(str(tmp_path / "texts [old]" / "a.txt"), "test")).content == "old"
 
 
-def test_shards_on_a_web_server_are_refused_as_it_has_no_folders():
-    with pytest.raises(ValueError, match="is no corpus"):
+def test_shards_on_a_web_server_are_refused_because_http_has_no_folders():
+    with pytest.raises(ValueError, match="is not a corpus"):
         open_corpus("https://host.invalid/folder", "test")
 
 
-def test_zstandard_needs_a_package_and_says_which(tmp_path, monkeypatch):
+def test_the_missing_package_for_zstandard_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
     for module in ("compression.zstd", "backports.zstd"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -292,7 +298,7 @@ def test_zstandard_needs_a_package_and_says_which(tmp_path, monkeypatch):
             open_corpus(str(tmp_path / name), "test")
 
 
-def test_zstandard_is_read_over_all_frames_and_refused_if_it_is_cut_off(tmp_path):
+def test_all_frames_of_a_zstandard_file_are_read_and_a_truncated_file_is_refused(tmp_path):
     zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
     lines = [as_json_lines([{"text": text}]) for text in ("one", "two")]
     frames = b"".join(map(zstd.compress, lines))
@@ -303,8 +309,8 @@ def test_zstandard_is_read_over_all_frames_and_refused_if_it_is_cut_off(tmp_path
         read_text(open_corpus(str(tmp_path / "cut.jsonl.zst"), "test"))
 
 
-def test_a_signed_url_shows_its_signature_neither_in_errors_nor_in_the_corpus():
-    with pytest.raises(ValueError, match="is no corpus") as error:
+def test_the_signature_of_a_url_appears_neither_in_errors_nor_in_the_corpus():
+    with pytest.raises(ValueError, match="is not a corpus") as error:
         open_corpus("https://host/folder?X-Amz-Signature=secret", "test")
     assert "secret" not in str(error.value)
     corpus = open_corpus_of_memory("signed.txt")
@@ -318,7 +324,7 @@ def open_corpus_of_memory(name):
     return open_corpus(f"memory://{name}", "test")
 
 
-def test_the_builtin_corpus_is_known_by_its_text_and_needs_neither_network_nor_files():
+def test_the_builtin_corpus_is_identified_by_its_text_and_needs_neither_network_nor_files():
     corpus = open_corpus("builtin", "calibration")
     text = read_text(corpus)
     assert corpus.identity == {"builtin": text.sha256}
@@ -330,7 +336,7 @@ def hub(split, commit="c"):
     return HubCorpus("owner/name", "config", split, commit)
 
 
-def test_roles_with_corpora_of_their_own_get_all_of_them():
+def test_roles_with_different_corpora_get_all_of_them():
     corpora = {"calibration": hub("train"), "selection": hub("validation"), "test": hub("test")}
     assert set(assign_parts(corpora).values()) == {(0.0, 1.0)}
 
@@ -344,13 +350,13 @@ def test_roles_that_share_a_corpus_get_consecutive_parts_by_their_shares():
     }
 
 
-def test_files_that_two_roles_have_in_common_in_part_are_refused_with_the_name_of_one(place_shards):
+def test_different_corpora_of_two_roles_with_a_common_file_are_refused(place_shards):
     url = place_shards({"a.txt": b"one", "b.txt": b"two"})
     both, again, pattern, file = (
         open_corpus(name, "test") for name in (url, f"{url}/*.txt", f"{url}/[b].txt", f"{url}/b.txt")
     )
     for selection, test in ((both, file), (file, both), (pattern, file), (both, pattern)):
-        with pytest.raises(ValueError, match=r"selection .* and test .* both hold b\.txt"):
+        with pytest.raises(ValueError, match=r"selection .* and test .* both contain b\.txt"):
             require_apart({"calibration": hub("train"), "selection": selection, "test": test})
     require_apart({"calibration": both, "selection": again, "test": open_corpus("builtin", "test")})
     require_apart({"calibration": file, "selection": open_corpus(f"{url}/a.txt", "test")})
@@ -361,7 +367,7 @@ def test_shares_are_renormalised_over_the_roles_that_share():
     assert parts == {"calibration": (0.0, 2 / 3), "selection": (2 / 3, 1.0), "test": (0.0, 1.0)}
 
 
-def test_a_split_that_stands_in_for_another_is_shared_with_the_role_it_belongs_to():
+def test_a_replacement_split_is_shared_with_the_role_it_belongs_to():
     own, stand_in = (
         hub("validation"),
         HubCorpus("owner/name", "config", "validation", "c", note="no test split"),

@@ -13,7 +13,7 @@ from layerwise.tasks.texts.corpora import open_corpus
 from layerwise.tasks.texts.hub_corpus import choose_split
 
 REPOSITORY = Path(__file__).parents[3]
-# Rows as Salesforce/wikitext has them: a line each, with its leading space and its end; "" where it is blank.
+# Rows as in Salesforce/wikitext: one line each, with its leading space and line end; "" for a blank line.
 WIKITEXT = {
     "train": ["", " = A train = \n", "", " It left . \n"],
     "validation": ["", " = A choice = \n", " It was made . \n"],
@@ -34,19 +34,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("selection", ["test", "train", "validation"], "validation"),
         ("test", ["test", "train", "validation"], "test"),
         ("test", ["train", "validation"], "validation"),  # allenai/c4
-        ("selection", ["test", "train"], "train"),  # never the test split while there is another
+        ("selection", ["test", "train"], "train"),  # the test split is only used if it is the only one
         ("calibration", ["test", "validation"], "validation"),
         ("selection", ["test"], "test"),
         ("test", ["corpus"], "corpus"),
     ],
 )
-def test_each_role_takes_its_own_split_or_a_documented_one_in_its_stead(role, splits, chosen):
+def test_each_role_takes_its_own_split_or_a_documented_replacement(role, splits, chosen):
     split, note = choose_split(role, splits, None, "hf:owner/name")
     assert split == chosen
     assert bool(note) == (split != {"calibration": "train", "selection": "validation", "test": "test"}[role])
 
 
-def test_a_split_that_is_not_there_or_not_certain_is_refused_with_those_there_are():
+def test_a_missing_or_ambiguous_split_is_refused_with_the_existing_ones():
     with pytest.raises(ValueError, match=r"no split 'dev' for test, only \['test', 'train'\]"):
         choose_split("test", ["train", "test"], "dev", "hf:owner/name")
     with pytest.raises(ValueError, match=r"for test, only \['clean', 'other'\]. Name one of them"):
@@ -54,7 +54,7 @@ def test_a_split_that_is_not_there_or_not_certain_is_refused_with_those_there_ar
 
 
 @pytest.mark.parametrize("name", ["hf:wikitext", "hf:", "hf:a/b/c/d", "hf:a/b:c:d", "hf:a/b@main"])
-def test_a_hub_name_that_cannot_be_read_is_refused_with_the_form(name):
+def test_an_invalid_hub_name_is_refused_with_the_valid_form(name):
     with pytest.raises(ValueError, match="Write hf:owner/name"):
         open_corpus(name, "test")
 
@@ -90,7 +90,7 @@ json.dump(answers, sys.stdout)
 
 
 def cache_data_set(cache: Path, repo: str, config: str, splits: dict[str, dict[str, list]]) -> None:
-    """Write a data set where an online run of datasets leaves it: Arrow files in a folder named after the commit."""
+    """Write a data set as an online run of datasets caches it: Arrow files in a folder named after the commit."""
     owner, name = repo.split("/")
     folder = cache / f"{owner}___{name}" / config / "0.0.0" / COMMIT
     folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def cache_data_set(cache: Path, repo: str, config: str, splits: dict[str, dict[s
 
 @pytest.fixture(scope="module")
 def offline_answers(tmp_path_factory):
-    """What a process without network gets out of a datasets cache, as one online run leaves it."""
+    """Results of a process without network that reads a datasets cache written by an online run."""
     folder = tmp_path_factory.mktemp("hub")
     wikitext = {split: {"text": rows} for split, rows in WIKITEXT.items()}
     cache_data_set(folder / "cache", "Salesforce/wikitext", "wikitext-2-raw-v1", wikitext)
@@ -135,7 +135,7 @@ def offline_answers(tmp_path_factory):
     return json.loads(asked.stdout)
 
 
-def test_wikitext_by_its_official_name_is_its_rows_joined_by_a_blank_line(offline_answers):
+def test_wikitext_is_the_rows_of_its_data_set_joined_by_blank_lines(offline_answers):
     identity, label, content = offline_answers["hf:Salesforce/wikitext"]
     assert content == (
         "\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English actor . \n\n\n He acts . \n"
@@ -158,28 +158,28 @@ def test_wikitext_by_its_official_name_is_its_rows_joined_by_a_blank_line(offlin
         ("ptb test", "hf:ptb-text-only/ptb_text_only/default:test", " ".join(PTB["test"])),
     ],
 )
-def test_a_papers_name_is_the_hub_data_set_it_stands_for_and_has_its_key(
-    offline_answers, name, label, content
-):
+def test_a_paper_name_has_the_key_of_the_hub_data_set_that_it_means(offline_answers, name, label, content):
     key, opened, text = offline_answers[name]
     assert opened == label
     assert offline_answers[f"{name} by its label"] == key
     assert content is None or text == content
 
 
-def test_the_sentences_of_ptb_are_joined_by_a_space_which_is_part_of_what_it_is(offline_answers):
+def test_the_sentences_of_ptb_are_joined_by_a_space_which_is_part_of_the_identity(offline_answers):
     facts = offline_answers["ptb by owner"]
     assert (facts["field"], facts["joint"], facts["commit"]) == ("sentence", " ", COMMIT)
 
 
-def test_a_hub_split_follows_the_role_and_a_stand_in_is_told(offline_answers):
+def test_a_hub_split_follows_the_role_and_a_replacement_is_noted(offline_answers):
     assert offline_answers["selection"] == "validation"
     assert offline_answers["stand-in"]["split"] == "validation"
-    assert offline_answers["stand-in"]["split_note"] == "for test: 'validation', as there is no 'test'"
+    assert offline_answers["stand-in"]["split_note"] == "for test: 'validation', because there is no 'test'"
 
 
-def test_what_a_hub_data_set_does_not_have_is_named_with_what_it_has(offline_answers):
+def test_a_missing_configuration_or_split_is_named_with_the_existing_ones(offline_answers):
     assert "wikitext-2-raw-v1" in offline_answers["hf:Salesforce/wikitext/nope"]
     assert "['test', 'train', 'validation']" in offline_answers["hf:Salesforce/wikitext:nope"]
-    assert offline_answers["hf:nobody/nothing"].startswith("ConnectionError: hf:nobody/nothing can't be read")
+    assert offline_answers["hf:nobody/nothing"].startswith(
+        "ConnectionError: hf:nobody/nothing cannot be read"
+    )
     assert "there is no field 'text', only ['idx', 'label', 'sentence1'" in offline_answers["no text"]

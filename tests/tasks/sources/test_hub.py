@@ -1,4 +1,4 @@
-"""Importing from the Hugging Face Hub, against a small HTTP server that speaks its interface."""
+"""Import from the Hugging Face Hub, tested with a small HTTP server that implements its interface."""
 
 import logging
 import socket
@@ -51,7 +51,7 @@ def test_an_imported_model_is_not_downloaded_again(local_store, hub):
 
 
 @pytest.mark.usefixtures("quick_retries")
-def test_an_interrupted_download_goes_on_where_it_stopped(local_store, hub):
+def test_an_interrupted_download_resumes_where_it_stopped(local_store, hub):
     root = Path(local_store.root)
     hub.out_of_order = lambda: any(root.rglob("layer-00000.safetensors"))
     with pytest.raises(OSError, match="HTTP status 418"):
@@ -64,7 +64,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(local_store, hub):
     assert_same_model(checkpoint, hub.folder)
 
 
-def test_only_headers_are_read_to_inspect(hub):
+def test_inspecting_a_model_reads_only_headers(hub):
     assert inspect_source("tiny/llama").layer_bytes == (30976, 30976)
 
 

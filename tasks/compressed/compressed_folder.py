@@ -1,7 +1,7 @@
-"""Open the folder of a compressed checkpoint: nothing in it is believed before it is checked.
+"""Open the folder of a compressed checkpoint, and check everything in it before it is used.
 
-Such a folder is passed on from hand to hand, like any checkpoint on a hub. What it says of itself may be damaged,
-incomplete, or made to read and write files elsewhere.
+The folder may come from anybody, like any checkpoint on a hub. Its description may be damaged, incomplete, or written to
+make the reader access files elsewhere.
 """
 
 import json
@@ -23,7 +23,6 @@ from layerwise.storage.formats.safetensors_header import read_header
 from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry
 from layerwise.storage.tensors import read_entries
 from layerwise.tasks.compressed.file_format import (
-    DESCRIPTION_FILE,
     PARTS,
     TENSOR_FILE,
     Description,
@@ -36,7 +35,13 @@ from layerwise.tasks.compressed.file_format import (
 )
 from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
-from layerwise.tasks.sources.checkpoint_files import CONFIG, SUBFOLDERS, StoredTensor, copied_files
+from layerwise.tasks.sources.checkpoint_files import (
+    CONFIG,
+    DESCRIPTION_FILE,
+    SUBFOLDERS,
+    StoredTensor,
+    copied_files,
+)
 from layerwise.tasks.sources.file_identity import FileState
 from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_config import (
@@ -47,28 +52,29 @@ from layerwise.tasks.sources.model_config import (
 )
 
 TORCH_NAMES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-LONGEST_DESCRIPTION = 100_000_000  # bytes; as the header of a safetensors file
-LARGEST_SIZE = 1 << 48  # of a tensor's dimension: what is larger torch cannot count
+LONGEST_DESCRIPTION = 100_000_000  # bytes, as for the header of a safetensors file
+LARGEST_SIZE = 1 << 48  # limit of a tensor's dimension, so that torch's 64-bit sizes do not overflow
 COPY_AGAIN = "Copy all files of the folder again from one place."
 
 
 class CompressedFolder:
-    """A compressed checkpoint on a local disk that is complete, by its description and the headers of its files.
+    """A compressed checkpoint on a local disk that is complete according to its description and its file headers.
 
-    The weights fit ``config.json`` as those of an imported checkpoint do (``layerwise.tasks.models.tensor_matching``). That mask and
-    values of a weight belong together is seen when they are read.
+    The weights match ``config.json``, as for an imported checkpoint (``layerwise.tasks.models.tensor_matching``).
+    Mask and values of a weight are compared only when they are read.
 
     Attributes:
-        folder: its files.
-        description: ``compressed.json``.
-        config: the model's configuration.
+        folder: files of the folder.
+        description: content of ``compressed.json``.
+        config: configuration of the model.
         model: the model on the meta device.
-        model_names: name of every weight in the model's state dict, by its name in the files; a tensor that the model
-            has no use for is not in it.
-        copied: names of the files that an ordinary checkpoint has, too.
+        model_names: names in the model's state dict, by names in the files; without the tensors that the model does
+            not use.
+        copied: names of the files that an ordinary checkpoint also has.
 
     Raises:
-        ValueError: it is not a compressed checkpoint, or damaged or incomplete, or a link in it leads elsewhere.
+        ValueError: the folder is not a compressed checkpoint, is damaged or incomplete, or has a link that leads out
+            of it.
     """
 
     def __init__(self, folder: str | PathLike) -> None:
@@ -77,8 +83,8 @@ class CompressedFolder:
         for name in (*self.description.files, CONFIG, SPARSITY_FILE):
             if name not in self.folder.files:
                 raise ValueError(
-                    f"{self.folder.name} lacks {name}, one of the files of a compressed checkpoint (it lists "
-                    f"{len(self.description.files)} with tensors). {COPY_AGAIN}"
+                    f"{self.folder.name} lacks {name}, one of the files of a compressed checkpoint "
+                    f"({DESCRIPTION_FILE} lists {len(self.description.files)} files with tensors). {COPY_AGAIN}"
                 )
         self.copied = (*copied_files(self.folder.files), SPARSITY_FILE)
         self._headers = {file: self._header(file) for file in self.description.files}
@@ -86,17 +92,17 @@ class CompressedFolder:
         self._check_sizes(stored)
         document = read_config_document(self.folder)
         check_values(document, f"{CONFIG} of {self.folder.name}", layers_stored(stored))
-        # By names and shapes alone, before anything takes memory that the configuration asks for.
+        # Compares names and shapes before any memory of the sizes in the configuration is allocated.
         matched = match_tensors(stored, outline_from_document(document, self.folder.name), self.folder.name)
         self.config = config_from_document(document, self.folder.name)
         self.model = build_skeleton(deepcopy(self.config))
         self.model_names = {each.name: each.model_name for each in matched if each.model_name is not None}
 
     def files(self) -> Iterator[tuple[str, dict[str, Tensor | PackedWeight]]]:
-        """The files with tensors, each with its weights; bitmasks are left packed.
+        """Yield every file with tensors, with its weights by name. Weights of the layout bitmask stay packed.
 
         Raises:
-            ValueError: parts of a weight do not belong together, or a file cannot be read.
+            ValueError: the tensors of a weight do not belong together, or a file cannot be read.
         """
         for file, header in self._headers.items():
             sparse = {name: each for name, each in self.description.tensors.items() if each.file == file}
@@ -118,13 +124,13 @@ class CompressedFolder:
         for name, entry in header.items():
             if any(size >= LARGEST_SIZE for size in entry.shape):
                 raise ValueError(
-                    f"{file} of {self.folder.name} says that {shortened(name)} has the shape {shortened(entry.shape)}, "
-                    f"which no tensor has. {COPY_AGAIN}"
+                    f"the header of {file} in {self.folder.name} gives {shortened(name)} the shape "
+                    f"{shortened(entry.shape)}, which is too large for a tensor. {COPY_AGAIN}"
                 )
         return header
 
     def _read(self, file: str, name: str) -> Tensor:
-        # One at a time: tensors that are views on one buffer would keep all of it in memory.
+        # One tensor at a time: views of a common buffer would keep all of it in memory.
         try:
             entries = {name: self._headers[file][name]}
             return read_entries(self.folder.fs, self.folder.path(file), entries)[name]
@@ -132,7 +138,7 @@ class CompressedFolder:
             raise ValueError(str(error)) from error
 
     def _dense_tensors(self) -> dict[str, StoredTensor]:
-        """Every weight as it is with its zeros; offsets mean nothing."""
+        """Return an entry for every weight as it is with its zeros. The offsets are not used."""
         sparse = self.description.tensors
         dense = {name: self._dense_tensor(name, each) for name, each in sparse.items()}
         parts = {part for name, each in sparse.items() for part in parts_of(name, each.layout)}
@@ -174,14 +180,14 @@ class CompressedFolder:
                 f"{header[part].dtype} {shortened(list(header[part].shape))}" for part in (first, values)
             )
             raise ValueError(
-                f"{DESCRIPTION_FILE} of {self.folder.name} says {sparse.dtype} of shape "
-                f"{shortened(list(sparse.shape))}, {sparse.layout}, of {shortened(name)}, but its parts "
+                f"{DESCRIPTION_FILE} of {self.folder.name} says that {shortened(name)} is {sparse.dtype} of shape "
+                f"{shortened(list(sparse.shape))} in the layout {sparse.layout}, but its parts "
                 f"({' and '.join(PARTS[sparse.layout])}) in {sparse.file} are {found}. {COPY_AGAIN}"
             )
         return StoredTensor(sparse.file, TensorEntry(dtype, sparse.shape, 0))
 
     def _check_sizes(self, dense: Mapping[str, StoredTensor]) -> None:
-        """Refuse files that are together larger or smaller than the description says: some are of another folder."""
+        """Refuse files whose total size differs from the description: some of them are from another folder."""
         found = {
             "dense bytes": sum(each.entry.nbytes for each in dense.values()),
             "compressed bytes": sum(
@@ -191,21 +197,21 @@ class CompressedFolder:
         for name, size in found.items():
             if (said := self.description.sizes.get(name)) != size:
                 raise ValueError(
-                    f"{DESCRIPTION_FILE} of {self.folder.name} says {shortened(said)} {name}, but its files have "
+                    f"{DESCRIPTION_FILE} of {self.folder.name} says {shortened(said)} {name}, but the files have "
                     f"{size}: tensors were added or are missing. {COPY_AGAIN}"
                 )
 
 
 def _listed(folder: Path) -> Folder:
-    """The files of ``folder``; links are followed as far as they stay in it.
+    """List the files of ``folder``. Links are followed if their targets are in the folder.
 
-    The hub's cache is the exception: its snapshots are folders of links to ``blobs`` beside ``snapshots``, where only
-    the files of the same repository are. A compressed checkpoint that was downloaded from the hub lies there.
+    The hub's cache is an exception: its snapshots are folders of links to ``blobs`` next to ``snapshots``, which has
+    only files of the same repository. A compressed checkpoint that was downloaded from the hub is stored this way.
     """
     root = Path(os.path.realpath(folder))
     if not root.is_dir():
         raise ValueError(
-            f"{folder} is not a folder, so it is not a compressed checkpoint. Give a folder that the stage compress "
+            f"{folder} is not a folder, so it is not a compressed checkpoint. Give a folder that `layerwise compress` "
             "wrote, copied to a local disk."
         )
     inside = [root]
@@ -220,30 +226,34 @@ def _listed(folder: Path) -> Folder:
         target = Path(os.path.realpath(path))
         if (name in used or TENSOR_FILE.fullmatch(name)) and not any(map(target.is_relative_to, inside)):
             raise ValueError(
-                f"{name} of {folder} is a link to {target}, outside of the folder, and is not followed: a folder that "
-                "comes from elsewhere could read any file by it. Put the file itself there."
+                f"{name} of {folder} is a link to {target}, outside of the folder. It is not followed, because a "
+                "foreign folder could use it to read any file. Replace the link by the file."
             )
         status = path.stat()
         files[name] = FileState(status.st_size, str(status.st_mtime_ns))
-    # Nothing of it is kept: who reads it later opens it anew.
+    # pinned: the folder is read at once and not kept open, so changes need not be noticed.
     return Folder(LocalFileSystem(), str(root), str(folder), files, pinned=True)
 
 
 def _described(folder: Folder) -> Description:
     if DESCRIPTION_FILE not in folder.files:
         raise ValueError(
-            f"{folder.name} has no {DESCRIPTION_FILE}, so it is not a compressed checkpoint. Give a folder that the "
-            "stage compress wrote, copied to a local disk; transformers itself loads an ordinary one."
+            f"{folder.name} has no {DESCRIPTION_FILE}, so it is not a compressed checkpoint. Give a folder that "
+            "`layerwise compress` wrote, copied to a local disk. Load an ordinary checkpoint with transformers."
         )
     if folder.files[DESCRIPTION_FILE].size > LONGEST_DESCRIPTION:
         raise ValueError(
-            f"{DESCRIPTION_FILE} of {folder.name} has {folder.files[DESCRIPTION_FILE].size} bytes, more than "
-            f"{LONGEST_DESCRIPTION}. Copy it again."
+            f"{DESCRIPTION_FILE} of {folder.name} has {folder.files[DESCRIPTION_FILE].size} bytes, more than the limit "
+            f"of {LONGEST_DESCRIPTION}. Copy it again."
         )
     try:
         return description_of(folder.read(DESCRIPTION_FILE))
     except ValueError as error:
-        text = str(error) if not isinstance(error, json.JSONDecodeError | UnicodeError) else "it is not JSON"
+        text = (
+            str(error)
+            if not isinstance(error, json.JSONDecodeError | UnicodeError)
+            else "it is not valid JSON"
+        )
         raise ValueError(
             f"{folder.name}/{DESCRIPTION_FILE} cannot be used: {text}. Copy it again, or use the version of layerwise "
             "that wrote it."

@@ -1,4 +1,4 @@
-"""The numbers of a report, as rows: read from a finished search's artifacts, and nothing but that."""
+"""The tables of a report: rows of numbers, read from the artifacts of a finished search."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,14 @@ from layerwise.tasks.select import ScoreRow
 Row = dict[str, Any]
 Rows = list[Row]
 
-UNIFORM, BEST, TRIED, COMPARED = "uniform", "best", "tried", "compared"  # what a plan is in a figure
-# Times the best perplexity: a beta beyond it has failed, by how much says nothing and would flatten all the others.
+UNIFORM, BEST, TRIED, COMPARED = "uniform", "best", "tried", "compared"  # kinds of plans
+# A plan with more than this multiple of the best perplexity counts as failed. Its exact perplexity says nothing, and
+# would flatten the curve of the others.
 WORST_SHOWN = 1000.0
 
 
 def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
-    """Dense, uniform and best: perplexities, and the weights of the pruned linears that are not zero."""
+    """Return the perplexities and numbers of zeros of the dense, the uniform and the best model."""
     selection, test = search.selection, search.test
     uniform, best = selection.rows[0], selection.best_row
     linears = {row: read_table(store, search.lane(row), LINEARS_FILE) for row in {uniform, best}}
@@ -51,7 +52,7 @@ def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
 
 
 def betas_table(search: FinishedSearch) -> Rows:
-    """Every plan that was tried, with the 95 % interval of its paired difference to the best, around its own."""
+    """Return a row for every plan that was tried, with ``perplexity_interval`` as ``low`` and ``high``."""
     selection = search.selection
     worst = min(WORST_SHOWN * selection.best_row.perplexity, math.exp(DIVERGED / 2))
     rows = []
@@ -80,9 +81,9 @@ def betas_table(search: FinishedSearch) -> Rows:
 
 
 def perplexity_interval(row: ScoreRow) -> tuple[float, float]:
-    """The 95 % interval of the paired difference to the best plan, as perplexities around the row's own.
+    """Return the 95 % interval of the paired difference to the best plan, as perplexities around that of the row.
 
-    It has no width where it is undefined (the best one, one window, no spread), and ends where nothing is shown.
+    Its width is 0 where it is undefined (the best plan, a single window, no spread), and limited by ``WORST_SHOWN``.
     """
     half = None if row.above_best is None else row.above_best.half_interval
     if half is None:
@@ -94,10 +95,10 @@ def perplexity_interval(row: ScoreRow) -> tuple[float, float]:
 def sparsities_table(
     store: ArtifactStore, search: FinishedSearch, compared: Mapping[str, FinishedSearch]
 ) -> Rows:
-    """Zeros over weights of every layer's pruned linears, by plan: all of this search, the best of the others.
+    """Return the share of zeros in the pruned linears of every layer, for all plans of a search.
 
     Args:
-        compared: other searches of a comparison, by what they are called.
+        compared: other searches of a comparison, by their names in the report. Their best plans are included.
     """
     rows = []
     for row in search.selection.rows:
@@ -125,16 +126,16 @@ def _sparsities(store: ArtifactStore, lane: Artifact, plan: str, kind: str) -> R
 
 
 def errors_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
-    """Reconstruction error of every layer's output on the test windows, over the energy of the dense one's.
+    """Return the reconstruction error of every layer's output on the test windows, relative to the dense energy.
 
-    Beside it, on the first of the windows, the error that pruning the layer alone makes, and by how much the layer
-    multiplies the error that arrives; tests that are older than these have neither.
+    On the first of the windows, also the error that pruning the layer itself adds, and the factor by which the layer
+    changes the arriving error. Artifacts of earlier versions lack these two.
     """
     tested = search.stages["evaluate"]
     rows = []
     for model in (UNIFORM, BEST):
         if f"{model}/{LAYERS_FILE}" not in tested.files:
-            continue  # uniform is the best
+            continue  # the uniform plan is the best one
         parts = _parts_of_errors(store, tested, f"{model}/{ERRORS_FILE}")
         for row in read_table(store, tested, f"{model}/{LAYERS_FILE}").to_pylist():
             relative = {"relative_error": _ratio(row["error"], row["dense_energy"])}
@@ -143,7 +144,7 @@ def errors_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
 
 
 def _parts_of_errors(store: ArtifactStore, tested: Artifact, file: str) -> dict[int, dict[str, Any]]:
-    """By layer; empty if the test did not take errors apart."""
+    """Return the parts of the errors by layer; empty if the test did not measure them."""
     if file not in tested.files:
         return {}
     return {
@@ -160,13 +161,13 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def linears_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
-    """Realised sparsity of every linear of the best plan."""
+    """Return the realised sparsity of every linear of the best plan."""
     table = read_table(store, search.lane(search.selection.best_row), LINEARS_FILE)
     return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in table.to_pylist()]
 
 
 def plan_name(search: FinishedSearch, row: ScoreRow) -> str:
-    """What a plan is called in a figure: the uniform one by its name, any other by beta and offset."""
+    """Return the name of a plan in figures: "uniform", or beta and offset."""
     rows: Sequence[ScoreRow] = search.selection.rows
     return UNIFORM if row == rows[0] else search.selection.name(rows.index(row))
 

@@ -1,4 +1,4 @@
-"""What a model name means: the demo model, a hub id, a folder anywhere, or a GGUF file."""
+"""The source that a model name refers to: the demo model, a hub repository, a folder, or a GGUF file."""
 
 import os
 import re
@@ -35,13 +35,13 @@ from layerwise.tasks.sources.hub import open_repository, resolve_commit
 from layerwise.tasks.sources.user_cache import cache_folder, fetch_with_checksum
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
-# In a URL a revision ends at the next slash, apart from refs/pr/3: the rest is a path in the repository.
+# In a URL, the revision ends at the next slash (except for refs/pr/3); the rest is a path in the repository.
 HUB_URL = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s/]+|refs/\w+/[^@\s/]+))?/?")
 
 
 @dataclass(frozen=True)
 class DemoSource:
-    """The built-in demo model; one fixed file, so its identity is known without having it."""
+    """The built-in demo model. It is one fixed file, so its identity is known before it is downloaded."""
 
     label: str = "demo"
 
@@ -53,7 +53,7 @@ class DemoSource:
         return demo_gguf()
 
     def require_unchanged(self) -> None:
-        """The file is known by its checksum, and nobody changes it."""
+        """Do nothing: the file was compared with a fixed checksum."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder that holds a checkpoint and keeps holding it: its tensors are read in place."""
+    """A folder with a checkpoint. Its tensors are read in place, so the folder must be kept."""
 
     folder: Folder
 
@@ -87,7 +87,7 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """Name, size and fingerprint of every file that decides what an import gives. Reads a few MiB."""
+        """Name, size and fingerprint of every file that affects the import. Reads a few MiB."""
         folder, names = self.folder, identifying_files(self.folder)
         whole = {*copied_files(names), INDEX}
         found = fingerprints(
@@ -100,7 +100,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class GgufSource:
-    """One GGUF file, local or behind a URL."""
+    """One GGUF file, local or at a URL."""
 
     fs: AbstractFileSystem
     path: str
@@ -113,20 +113,20 @@ class GgufSource:
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """Name, size and fingerprint of the file, of which a few MiB are read."""
+        """Name, size and fingerprint of the file. Reads a few MiB."""
         found = fingerprint(self.fs, self.path, self.state)
         return {"gguf": [self.file_name, self.state.size, found], "dtype": "BF16"}
 
     def require_unchanged(self) -> None:
-        """Look whether the file is still the one that was named.
+        """Check that the file has not changed since ``find_source``.
 
         Raises:
-            SourceChanged: it has another size, ETag or time of change, or is gone.
+            SourceChanged: the file has another size, ETag or time of change, or no longer exists.
         """
         require_unchanged(self.fs, self.path, self.state)
 
     def local_gguf(self) -> Path:
-        """The file itself, or a copy of a remote one in the user's cache folder."""
+        """Return the local file; a remote one is first copied into the user's cache folder."""
         if is_local(self.fs):
             return Path(self.path)
         target = cache_folder() / "gguf" / digest(self.identity) / self.file_name
@@ -138,8 +138,8 @@ class GgufSource:
             self.require_unchanged()
             if copy.stat().st_size != self.state.size:
                 raise SourceChanged(
-                    f"{self.label} has {self.state.size} bytes, but {copy.stat().st_size} came. Run again; if it "
-                    "stays, something on the way alters downloads."
+                    f"{self.label} has {self.state.size} bytes, but {copy.stat().st_size} were downloaded. Run again. "
+                    "If the error persists, a proxy alters downloads."
                 )
             return copy
 
@@ -150,15 +150,16 @@ Source = DemoSource | HubSource | FolderSource | GgufSource
 
 
 def find_source(model: str) -> Source:
-    """What ``model`` means.
+    """Find the source that ``model`` refers to. Lists folders and asks the hub; reads no weights.
 
     Args:
-        model: ``demo``; a hub id ``owner/name`` or ``owner/name@revision``; a local folder or any fsspec URL
-            of one; the path or URL of a ``.gguf`` file. A local folder wins over a hub id of the same name.
+        model: ``demo``; a hub id ``owner/name`` or ``owner/name@revision``; the path or any fsspec URL of a
+            folder; the path or URL of a ``.gguf`` file. A local folder takes precedence over a hub id of the
+            same name.
 
     Raises:
-        ValueError: if it is none of these, or a URL with credentials in it.
-        OSError: if it is not there.
+        ValueError: ``model`` is none of these, or a URL with credentials.
+        OSError: the source does not exist or cannot be reached.
     """
     if model == "demo":
         return DemoSource()
@@ -173,7 +174,7 @@ def find_source(model: str) -> Source:
         return _hub_source(hub_id)
     raise ValueError(
         f"{model!r} is neither a file or folder on this machine nor a hub id (owner/name or "
-        "owner/name@revision), a URL, or demo. Check the spelling; hub models without an owner have one by "
+        "owner/name@revision), a URL, or demo. Check the spelling. Hub models that used to have no owner have one "
         "now (openai-community/gpt2)."
     )
 
@@ -189,7 +190,7 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
             state = file_state(fs, path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"there is no file {label}. Check the spelling, and for remote files the access rights."
+                f"there is no file {label}. Check the spelling and, for a remote file, the access rights."
             ) from error
         refuse_pointers(fs, {path: state.size}, {path: label})
         return GgufSource(fs, path, label, state)
@@ -197,7 +198,7 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
         is_file = fs.isfile(path)
     if is_file:
         raise ValueError(
-            f"{label} is a single file. Give the folder that holds config.json and the *.safetensors files, "
+            f"{label} is a single file. Give the folder with config.json and the *.safetensors files, "
             "or a .gguf file."
         )
     folder = list_folder(fs, path, label, subfolders=SUBFOLDERS)
@@ -208,7 +209,7 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
 def _refuse_credentials(url: str) -> None:
     if holds_credentials(url):
         raise ValueError(
-            f"the {urlsplit(url).scheme}:// URL of the model holds credentials (not shown), which would "
-            "end up in logs and reports. Put them into the environment or the fsspec configuration and "
-            "give the bare URL."
+            f"the {urlsplit(url).scheme}:// URL of the model contains credentials (not shown here), which would "
+            "end up in logs and reports. Put them into the environment or the fsspec configuration, and "
+            "give the URL without them."
         )

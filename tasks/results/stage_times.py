@@ -1,4 +1,4 @@
-"""Where the time of a search went: every stage that did work, as the manifests of its artifacts tell."""
+"""Time and memory of the stages of a search, read from the manifests of its artifacts."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -6,28 +6,30 @@ from datetime import datetime
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lanes.grouping import GROUP
-from layerwise.tasks.pages.report_tables import Row, Rows
+from layerwise.tasks.results.report_tables import Row, Rows
 from layerwise.tasks.results.search_result import FinishedSearch
 
-READ = "weights read, bytes"  # a fact of stages that take the model through
+READ = "weights read, bytes"  # fact of the stages that read the model
 
 
 def stages_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
-    """One row per stage that did work, in the order in which they were committed; lanes as the groups they ran in.
+    """Return a row for every stage that did work, in the order of their commits. Lanes appear as their lane groups.
 
-    ``start`` and ``end`` are seconds since the first one began, without the times in which none was at work: between
-    two runs, say. A stage that was taken up again counts the seconds of all its attempts, and ends with the last.
+    ``start`` and ``end`` are seconds since the start of the first stage, without periods in which no stage ran, for
+    example between two runs. A resumed stage counts the seconds of all its attempts, and ends with the last one.
     """
     artifacts = dict[str, tuple[str, Artifact]]()
     for role, artifact in search.stages.items():
         for name, worker in _workers(store, role, artifact):
             artifacts.setdefault(worker.key, (name, worker))
     rows = _without_pauses([_row(name, artifact) for name, artifact in artifacts.values()])
-    return sorted(rows, key=lambda row: row["end"])  # to the second; of equal ones as the search names them
+    return sorted(
+        rows, key=lambda row: row["end"]
+    )  # times in seconds; equal ones keep the order of the search
 
 
 def _workers(store: ArtifactStore, role: str, artifact: Artifact) -> Iterator[tuple[str, Artifact]]:
-    """The artifacts whose making was the work for this one: itself, or the groups of a lane."""
+    """Yield the artifacts whose building was the work for this one: itself, or the groups of a lane."""
     inputs = artifact.recipe["inputs"]
     assert isinstance(inputs, dict), "a recipe's inputs are keys by role"
     if artifact.recipe["name"] == "lane_rounds":
@@ -60,7 +62,7 @@ def _row(name: str, artifact: Artifact) -> Row:
 
 
 def _without_pauses(rows: Rows) -> Rows:
-    """Times since the first start, without those between the end of all stages so far and the start of the next."""
+    """Make times relative to the first start, and remove the pauses between the stages."""
     by_start = sorted(rows, key=lambda row: row["start"])
     pauses = reached = by_start[0]["start"]
     before = dict[str, float]()

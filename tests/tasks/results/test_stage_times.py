@@ -1,4 +1,4 @@
-"""Where the time went, for artifacts whose times can be checked by eye."""
+"""Times of stages, for artifacts whose times can be checked by eye."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.lanes.grouping import GROUP
-from layerwise.tasks.pages.stage_times import stages_table
 from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.results.stage_times import stages_table
 from layerwise.tasks.select import ScoreRow, Selection
 
 
 def made(name, at, seconds, inputs=None, **more) -> Artifact:
-    """An artifact that was committed at this time of a day, after so many seconds of work."""
+    """Return an artifact that was committed at this time of day, after this many seconds of work."""
     recipe = {"name": name.partition("/")[0], "inputs": inputs or {}}
     how = {"at": f"2026-01-02T{at}+00:00", "seconds": seconds, **more}
     return Artifact(name, {}, recipe=recipe, made=how)
@@ -31,20 +31,20 @@ def store(tmp_path) -> ArtifactStore:
     return ArtifactStore(str(tmp_path / "store"))
 
 
-def test_a_pause_between_two_stages_is_left_out(store):
+def test_a_pause_between_two_stages_is_removed(store):
     stages = {"capture": made("capture/0", "10:00:10", 10.0), "evaluate": made("evaluate/0", "23:00:05", 5.0)}
     capture, evaluate = stages_table(store, search_of(stages))
     assert (capture["start"], capture["end"]) == (0.0, 10.0)
     assert (evaluate["start"], evaluate["end"]) == (10.0, 15.0)
 
 
-def test_stages_that_ran_side_by_side_stay_side_by_side(store):
+def test_parallel_stages_keep_their_relative_times(store):
     stages = {"one": made("lane/1", "10:00:10", 10.0), "two": made("lane/2", "10:00:12", 8.0)}
     rows = stages_table(store, search_of(stages))
     assert [(row["start"], row["end"]) for row in rows] == [(0.0, 10.0), (4.0, 12.0)]
 
 
-def test_the_work_of_lanes_is_that_of_the_group_they_ran_in(store):
+def test_lanes_appear_as_the_lane_group_that_they_ran_in(store):
     def lane(number):
         stage = Stage("lane", 1, number)
         return store.get_or_build(stage, lambda draft: draft.made.update({GROUP: group.key}))
@@ -60,6 +60,6 @@ def test_the_work_of_lanes_is_that_of_the_group_they_ran_in(store):
     assert row["peak_memory"] == group.made["peak_memory"]
 
 
-def test_an_artifact_without_a_note_of_its_memory_has_none(store):
+def test_the_memory_of_an_artifact_without_a_record_is_none(store):
     (row,) = stages_table(store, search_of({"capture": made("capture/0", "10:00:10", 10.0)}))
     assert row["peak_memory"] is None

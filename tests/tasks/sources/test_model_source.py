@@ -1,4 +1,4 @@
-"""What a model name means."""
+"""The source that a model name refers to."""
 
 import logging
 import os
@@ -9,12 +9,12 @@ import pytest
 
 from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.tasks.sources.demo_model import WHEEL_SHA256
-from layerwise.tasks.sources.sources import DemoSource, FolderSource, GgufSource, HubSource, find_source
+from layerwise.tasks.sources.model_source import DemoSource, FolderSource, GgufSource, HubSource, find_source
 
 COMMIT = "c0ffee" * 6 + "beef"
 
 
-def test_demo_is_known_without_touching_disk_or_network(monkeypatch, tmp_path):
+def test_the_identity_of_demo_needs_neither_disk_nor_network(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "untouched"))
     source = find_source("demo")
     assert isinstance(source, DemoSource)
@@ -25,14 +25,14 @@ def test_demo_is_known_without_touching_disk_or_network(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "name", [f"some/model@{COMMIT}", f"hf://some/model@{COMMIT}", f"hf://some/model@{COMMIT}/"]
 )
-def test_a_full_commit_is_taken_without_a_request(monkeypatch, name):
+def test_a_full_commit_is_used_without_a_request(monkeypatch, name):
     with socket.socket() as nobody:  # bound, but not listening: any request would fail
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
         assert find_source(name) == HubSource("some/model", COMMIT)
 
 
-def test_a_local_folder_wins_over_a_hub_id(monkeypatch, tmp_path):
+def test_a_local_folder_takes_precedence_over_a_hub_id(monkeypatch, tmp_path):
     (tmp_path / "some" / "model").mkdir(parents=True)
     (tmp_path / "some" / "model" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def test_a_local_folder_wins_over_a_hub_id(monkeypatch, tmp_path):
     assert source.folder.root == str(tmp_path / "some" / "model")
 
 
-def test_a_folder_is_identified_by_its_files_not_by_its_place(tmp_path):
+def test_a_folder_is_identified_by_its_files_not_by_its_location(tmp_path):
     for place in ("here", "there"):
         fs, path = open_filesystem(f"memory://{tmp_path.name}/{place}")
         fs.pipe_file(f"{path}/config.json", b"{}")
@@ -104,13 +104,13 @@ def test_a_damaged_copy_of_a_remote_gguf_file_is_downloaded_again(monkeypatch, t
     fs, path = open_filesystem(url)
     fs.pipe_file(path, b"GGUF" + bytes(1000))
     local = find_source(url).local_gguf()
-    local.write_bytes(bytes(1004))  # what a loss of power can leave: the size is right
+    local.write_bytes(bytes(1004))  # a power failure can leave this: the size is right, the content is not
     assert find_source(url).local_gguf().read_bytes() == b"GGUF" + bytes(1000)
 
 
 @pytest.mark.parametrize("size", [100, 6 << 20])
 @pytest.mark.parametrize("name", ["model.gguf", "folder/model.safetensors"])
-def test_files_of_equal_names_sizes_and_times_are_told_apart_by_their_content(tmp_path, name, size):
+def test_files_with_equal_names_sizes_and_times_are_distinguished_by_their_content(tmp_path, name, size):
     identities = []
     for place, byte in (("a", b"a"), ("b", b"b")):
         file = tmp_path / place / name
@@ -118,13 +118,13 @@ def test_files_of_equal_names_sizes_and_times_are_told_apart_by_their_content(tm
         file.write_bytes(b"GGUF" + size * byte)
         os.utime(file, (315532800, 315532800))
         identity = find_source(str(file if name.endswith(".gguf") else file.parent)).identity
-        # On file systems whose times of change are equal, too: what is left without them.
+        # Without the times of change, because they are equal on some file systems.
         identities.append(re.sub(r" \d{18,}", "", repr(identity)))
     assert identities[0] != identities[1]
     assert len(identities[0]) == len(identities[1])
 
 
-def test_small_files_are_the_same_wherever_and_whenever_they_were_written(tmp_path, s3_bucket):
+def test_the_identity_of_small_files_does_not_depend_on_location_or_time(tmp_path, s3_bucket):
     identities = set()
     for url in (str(tmp_path), f"memory://{tmp_path.name}", f"s3://{s3_bucket}/{tmp_path.name}"):
         fs, path = open_filesystem(url)
@@ -145,21 +145,21 @@ def test_small_files_are_the_same_wherever_and_whenever_they_were_written(tmp_pa
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url, caplog):
-    with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match="holds credentials") as refusal:
+    with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match="contains credentials") as refusal:
         find_source(url)
     assert "hunter2" not in str(refusal.value) + caplog.text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "no/such/folder", "demo model", ""])
-def test_a_name_that_means_nothing_is_refused(name):
+def test_an_unknown_model_name_is_refused(name):
     with pytest.raises(ValueError, match="neither a file or folder"):
         find_source(name)
 
 
-def test_an_empty_folder_is_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no model"):
+def test_an_empty_or_missing_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder, or it is empty"):
         find_source(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="holds no model"):
+    with pytest.raises(FileNotFoundError, match="is not a folder, or it is empty"):
         find_source(f"memory://{tmp_path.name}/nothing")
 
 
