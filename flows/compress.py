@@ -21,11 +21,11 @@ from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.signs_of_life import announced
 from layerwise.tasks.compress import compress as compress_export
-from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane, results_on_test
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stopping import stopping_on_sigterm
+from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 
 
 class Compress(Settings):

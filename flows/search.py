@@ -25,8 +25,8 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.signs_of_life import announced
-from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.measured_on import measured_on
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS, lane_role
 from layerwise.tasks.running.execution import Execution

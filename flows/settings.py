@@ -26,7 +26,7 @@ from layerwise.tasks.allocate import AllocateSettings
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.measure import needs_grams
 from layerwise.tasks.results.run_names import title_of
-from layerwise.tasks.select import TRIAL
+from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.texts.documents import Role
 
 # Enough for a dozen betas on curves like those of the paper; as many again for the offset; two rounds over a LLaMA's

@@ -27,11 +27,12 @@ from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
 from layerwise.tasks.pages.theory_text import sentences
-from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.summary import number
+from layerwise.tasks.results.theory_findings import findings_of, read_tables
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.running.stopping import stopping_on_sigterm
-from layerwise.tasks.theory import findings_of, measure_theory, read_tables
+from layerwise.tasks.theory import measure_theory
 
 # The plans are the theory's own, and all of them are calibrated on the dense model: the theorems compare prunings of
 # a layer by the same inputs.

@@ -17,12 +17,12 @@ from layerwise.flows.plan import Plan
 from layerwise.flows.theory import TheoryResult
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.pages.theory_text import sentences
-from layerwise.tasks.results.findings import number, sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.selection import Selection
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
+from layerwise.tasks.results.summary import number, sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.printable import printable
-from layerwise.tasks.select import Selection
-from layerwise.tasks.speed import speed_rows, speed_sentence
 
 KEY_DIGITS = 12  # of 32: enough for ``show``, and leaves room for the rest of the line
 

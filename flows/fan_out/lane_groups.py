@@ -7,7 +7,7 @@ from layerwise.flows.pipeline.memory_estimate import SearchSizes
 from layerwise.flows.runtime import Runtime
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import begun_groups, split_evenly
+from layerwise.tasks.lanes.group_membership import begun_groups, split_evenly
 
 
 def lane_groups(

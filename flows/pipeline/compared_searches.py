@@ -19,8 +19,8 @@ from layerwise.flows.search import run_search
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import best_losses
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.evaluation import best_losses
 
 Named = tuple[Search, str]  # a search, and what its way of allocating is called
 

@@ -21,7 +21,7 @@ from layerwise.strategies.racing import beaten, rounds
 from layerwise.strategies.trials import Point, Trial
 from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
-from layerwise.tasks.branch import LaneScore
+from layerwise.tasks.results.lane_scores import LaneScore
 
 # Each is a function of the trials so far: see layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch

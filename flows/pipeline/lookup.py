@@ -12,17 +12,18 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import allocate_stage
-from layerwise.tasks.branch import LaneScore, lane_stage, read_score
-from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
+from layerwise.tasks.branch import joined_stage, lane_stage
+from layerwise.tasks.capture import CaptureSettings, capture_stage
 from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.evaluate import evaluate_stage
 from layerwise.tasks.export import export_stage
-from layerwise.tasks.lanes.join_rounds import joined_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.measure import is_measured, measure_stage, read_scores
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.results.lane_scores import LaneScore, read_score
 from layerwise.tasks.results.search_result import lane_role
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.sample_tokens import token_stage
 from layerwise.tasks.select import compare, select_stage
 

@@ -10,8 +10,8 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.comparison_table import TABLE_FILE, TABLE_STAGE
 from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
 from layerwise.tasks.results.search_result import FinishedSearch
-from layerwise.tasks.speed import SPEED_STAGE, read_speed
-from layerwise.tasks.theory import THEORY_STAGE
+from layerwise.tasks.results.speed_table import SPEED_STAGE, read_speed
+from layerwise.tasks.results.theory_findings import THEORY_STAGE
 
 
 def extras_of(store: ArtifactStore, search: FinishedSearch, table: Artifact | None = None) -> Extras:

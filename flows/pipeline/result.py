@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.select import Selection
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import MOST_PLANS
 from layerwise.tasks.branch import branch
-from layerwise.tasks.capture import DENSE_PERPLEXITY
-from layerwise.tasks.lanes.evaluate_group import evaluate_together
+from layerwise.tasks.evaluate import evaluate_together
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.select import compare
 

@@ -13,25 +13,26 @@ from layerwise.models.skeleton import Linear
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import allocate, read_plans
-from layerwise.tasks.branch import LaneScore, branch, lane_stage
-from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture
+from layerwise.tasks.branch import branch, join_rounds, lane_stage
+from layerwise.tasks.capture import CaptureSettings, capture
 from layerwise.tasks.capture_grams import capture_grams
 from layerwise.tasks.evaluate import evaluate
 from layerwise.tasks.export import export
 from layerwise.tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
-from layerwise.tasks.lanes.join_rounds import join_rounds
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.measure import is_measured, measure
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import linears_by_layer
-from layerwise.tasks.models.tokenizer_files import tokenizer_of_source
+from layerwise.tasks.models.tokenizer import tokenizer_of_source
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.run_names import model_title, title_of
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY, Selection, read_selection
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sample_tokens import TokenRequest, sample_tokens
-from layerwise.tasks.select import Selection, read_selection, select
+from layerwise.tasks.select import select
 from layerwise.tasks.sources.model_config import config_from_document
 from layerwise.tasks.texts.documents import Role
 

@@ -7,8 +7,8 @@ import altair
 from layerwise.tasks.charts.axes import measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
 from layerwise.tasks.pages.report_tables import BEST, UNIFORM, Row
-from layerwise.tasks.results.findings import number
-from layerwise.tasks.select import TRIAL
+from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.results.summary import number
 
 
 def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:

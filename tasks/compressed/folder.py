@@ -33,9 +33,14 @@ from layerwise.tasks.compressed.file_format import (
     restored,
     shortened,
 )
-from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
-from layerwise.tasks.sources.checkpoint_files import CONFIG, SUBFOLDERS, StoredTensor, copied_files
+from layerwise.tasks.sources.checkpoint_files import (
+    CONFIG,
+    SPARSITY_FILE,
+    SUBFOLDERS,
+    StoredTensor,
+    copied_files,
+)
 from layerwise.tasks.sources.folder import FileState, Folder
 from layerwise.tasks.sources.model_config import (
     check_values,

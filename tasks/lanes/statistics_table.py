@@ -15,18 +15,19 @@ from layerwise.storage.store import ArtifactStore
 
 
 def statistics_file(layer: int, folder: str = "statistics") -> str:
+    """Return the name of one layer's file."""
     return f"{folder}/layer-{layer:05d}.parquet"
 
 
 def statistics_identity(artifact: Artifact, folder: str = "statistics") -> str:
-    """Digest of the statistics that an artifact holds, whatever else is in it: the input key of what prunes by them."""
+    """Return the digest of an artifact's statistics, without its other files, as input key for lanes and measurements."""
     return digest({n: file.digest for n, file in artifact.files.items() if n.startswith(f"{folder}/")})
 
 
 def write_statistics(
     draft: Draft, layer: int, statistics: Mapping[str, InputStatistics], folder: str = "statistics"
 ) -> None:
-    """Columns: layer, linear, channel, tokens (count), sum_of_squares (float64)."""
+    """Write the statistics of one layer; columns: layer, linear, channel, tokens (count), sum_of_squares (float64)."""
     channels = [len(inputs.sum_of_squares) for inputs in statistics.values()]
     rows = {
         "layer": pa.array(np.full(sum(channels), layer, dtype=np.int16)),
@@ -41,7 +42,7 @@ def write_statistics(
 def read_statistics(
     store: ArtifactStore, artifact: Artifact, layer: int, folder: str = "statistics"
 ) -> dict[str, InputStatistics]:
-    """Statistics of one layer by linear, as they were written."""
+    """Read the statistics of one layer, by linear, in the order they were written."""
     table = read_table(store, artifact, statistics_file(layer, folder))
     linears = table["linear"].combine_chunks().to_pylist()
     sums = torch.from_numpy(table["sum_of_squares"].to_numpy().copy())

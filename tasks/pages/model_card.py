@@ -10,9 +10,9 @@ import yaml
 
 from layerwise.sparse.speed import SpeedTable
 from layerwise.tasks.pages.markdown import code, one_line, plain
-from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
+from layerwise.tasks.results.summary import number
 from layerwise.tasks.sources.source_license import License
-from layerwise.tasks.speed import speed_rows, speed_sentence
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 

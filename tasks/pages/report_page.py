@@ -15,8 +15,8 @@ from layerwise.tasks.pages import report_text
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.pages.report_tables import BEST, Rows
-from layerwise.tasks.results.findings import number
-from layerwise.tasks.speed import speed_rows, speed_sentence
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
+from layerwise.tasks.results.summary import number
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.pages.report_tables import BEST, UNIFORM, Row, Rows
-from layerwise.tasks.results.findings import sentence_on_stop
 from layerwise.tasks.results.measured_on import MeasuredOn
-from layerwise.tasks.select import TRIAL
+from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.results.summary import sentence_on_stop
 
 
 def what_was_done(data: ReportData) -> str:

@@ -9,7 +9,7 @@ from layerwise.scoring.theory_plans import UNIFORM
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages import theory_text
-from layerwise.tasks.theory import Rows, findings_of, read_tables, verdicts
+from layerwise.tasks.results.theory_findings import Rows, findings_of, read_tables, verdicts
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from layerwise.scoring.theory import Findings
 from layerwise.scoring.theory_plans import ASCENDING
-from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.summary import number
 
 SUBJECTS = {
     "3.1": "more sparsity, more error of the layer's own",

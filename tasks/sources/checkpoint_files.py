@@ -16,6 +16,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SPARSITY_FILE = "sparsity.json"  # of an exported checkpoint: its plan, and the sparsity of every linear
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

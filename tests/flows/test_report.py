@@ -13,14 +13,14 @@ from layerwise.flows.report import make_report
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tables import read_table
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.branch import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.charts.drawing import svg_inside
 from layerwise.tasks.pages.report_data import ReportData, report_data
 from layerwise.tasks.pages.report_extras import Extras, Sizes, ZeroShotRow
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.report import figures_of, report
-from layerwise.tasks.results.findings import number
+from layerwise.tasks.results.lane_scores import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
+from layerwise.tasks.results.summary import number
 
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
 EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements that have no end
@@ -295,7 +295,7 @@ def test_the_report_of_a_search_is_found_and_copied(finished, found, tmp_path):
 
 def test_of_what_is_no_search_there_is_no_report(finished):
     result, runtime = finished
-    with pytest.raises(ValueError, match="capture/.* is not the result of a search. Name a search"):
+    with pytest.raises(ValueError, match="capture/.* is not the result of a search. Give the key"):
         make_report(runtime.store, result.stages["capture"].key)
 
 
@@ -303,7 +303,7 @@ def test_a_search_whose_artifacts_are_gone_says_so(store, found, tmp_path):
     shutil.copytree(store.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / found.stages["capture"].key)
     with pytest.raises(
-        KeyError, match="is gone, perhaps by `layerwise gc --results-only`.*Run the search again"
+        KeyError, match="is missing .*`layerwise gc --results-only` may have deleted it. Run the search again"
     ):
         make_report(str(tmp_path / "copy"), found.artifact.key)
 

@@ -66,7 +66,7 @@ def test_a_search_that_is_told_to_end_says_how_to_go_on_and_goes_on(start, finis
     assert name == "layerwise"
     resumed = start("-m", "layerwise.flows.cli.main", *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"^branch: 3 betas.* goes on from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
+    assert re.search(r"^branch: 3 betas.* resumed from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
     assert finished[0].selection.verdict in resumed.stdout
     found = search(workshop.settings(), Runtime(store=store))
     assert found.built == ()

@@ -39,7 +39,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tensors import write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.branch import LaneScore, branch
+from layerwise.tasks.branch import branch
 from layerwise.tasks.capture import CaptureSettings, Retention, capture
 from layerwise.tasks.capture_grams import capture_grams
 from layerwise.tasks.evaluate import evaluate
@@ -49,8 +49,9 @@ from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sample_tokens import TOKENS_FILE, read_input_ids
+from layerwise.tasks.texts.token_windows import TOKENS_FILE, read_input_ids
 from tests.lm_task_files import give_words, some_documents, write_task
 
 COMMIT = "c0ffee" * 6 + "beef"
