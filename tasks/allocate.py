@@ -80,7 +80,7 @@ class AllocateSettings:
 
     @property
     def _is_fixed(self) -> bool:
-        """Whether an N:M pattern fixes the sparsity of every layer."""
+        """True if an N:M pattern fixes the sparsity of every layer."""
         return self.pattern is not None and Pattern.parse(self.pattern).kept is not None
 
     def _check_fixed(self, given: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ class AllocateSettings:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings as part of a key. Later additions that have their default are left out, to keep older keys."""
+        """Settings as part of a key. Fields that were added later are left out at their default, to keep older keys."""
         unused = {
             name
             for name, default in (

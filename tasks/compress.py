@@ -104,7 +104,7 @@ def _write_shards(
             show(step)
             reached(step)
     if draft.resumed is not None:
-        draft.save_progress(len(shards), _no_state)  # reading the inherited files takes time
+        draft.save_progress(len(shards), _no_state)  # the check below takes time
         draft.check_inherited()
 
 

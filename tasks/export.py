@@ -153,9 +153,7 @@ class _Export:
                 show(index + 1)
                 reached(len(outer) + index + 1)
         if draft.resumed is not None:
-            draft.save_progress(
-                len(outer) + total, self._write_rows
-            )  # reading the inherited files takes time
+            draft.save_progress(len(outer) + total, self._write_rows)  # the check below takes time
             draft.check_inherited()
         draft.write(WEIGHTS_INDEX, json.dumps(_weights_index(draft), indent=2).encode())
 

@@ -27,7 +27,7 @@ def select_stage(scores: Sequence[LaneScore], dense_perplexity: float, parameter
 def select(
     store: ArtifactStore, scores: Sequence[LaneScore], dense_perplexity: float, parameter: str = "beta"
 ) -> Artifact:
-    """Choose the plan with the lowest mean loss; of plans with equal loss, the first.
+    """Choose the plan with the lowest mean loss; of plans with equal loss, the first, which is the flattest.
 
     A lane that a race has stopped early is never chosen.
     """

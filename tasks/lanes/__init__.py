@@ -1,1 +1,1 @@
-"""Groups of lanes: their inputs, their pass through the model, and which lanes share a group."""
+"""Groups of lanes: their inputs, their pass through the model, and their membership in groups."""

@@ -65,7 +65,7 @@ class LaneInputs:
         return {"statistics": statistics_identity(self.capture)}
 
     def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
-        """Read the input statistics of one layer that the pruner needs, captured from the dense model."""
+        """Read the input statistics of one layer that the pruner needs."""
         if settings.needs_grams:
             assert self.grams is not None, "a search captures what its pruner needs"
             return read_grams(store, self.grams, layer)

@@ -1,4 +1,4 @@
-"""Settings that all lanes of a search are pruned with; the plans come on top."""
+"""Settings that all lanes of a search are pruned with, apart from their plans."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class PruneSettings:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings as part of a key. Later additions that are not used are left out, to keep older keys."""
+        """Settings as part of a key. Fields that were added later are left out if unused, to keep older keys."""
         unused = [name for name in ("pattern", "exclude") if getattr(self, name) is None]
         own = {name: value for name, value in vars(self).items() if name not in unused}
         return {"type": type(self).__name__, **own}
@@ -79,5 +79,5 @@ class PruneSettings:
 
     @property
     def needs_grams(self) -> bool:
-        """Whether the pruner corrects weights, which needs second moments of their inputs."""
+        """True if the pruner corrects weights, which needs second moments of their inputs."""
         return isinstance(self.pruner, WeightPruner)

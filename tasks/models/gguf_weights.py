@@ -1,7 +1,7 @@
 """GGUF file as a transformers model: configuration, tokenizer and weights, one tensor in memory at a time.
 
-Names and layouts come from the tables of transformers' own GGUF loader. The loader itself is not used, because it holds
-the whole model in float32.
+Names and layouts come from the tables of transformers' own GGUF loader. Weights are not read by that loader, because it
+holds the whole model in float32.
 """
 
 import json
@@ -141,7 +141,7 @@ class GgufWeights:
 
     @cached_property
     def _model_name_of(self) -> dict[str, str]:
-        """GGUF name -> state-dict name."""
+        """State-dict names by GGUF name."""
         names: dict[str, str] = get_gguf_hf_weights_map(_Names(self.model), self._processor)
         return names
 

@@ -10,7 +10,7 @@ from prefect.exceptions import TerminationSignal
 
 
 class Stopped(TerminationSignal):
-    """The process was asked to end. Finished work is kept. Prefect ends a run on its base class."""
+    """The process was asked to end; finished work is kept. Prefect treats the base class as the end of a run."""
 
     def __init__(self) -> None:
         super().__init__(signal.SIGTERM)

@@ -236,9 +236,8 @@ def test_invalid_values_of_a_config_are_named_in_one_line(
     with pytest.raises(ValueError, match=message) as refused:
         import_checkpoint(local_store, str(folder))
     assert "\n" not in str(refused.value)
-    assert (
-        time.monotonic() - began < 20
-    )  # allows for a busy machine; building a billion layers would take days
+    # 20 s allows for a busy machine; building a billion layers would take days.
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("depth", [60, 100_000])
