@@ -149,7 +149,7 @@ def joined_stage(rounds: Sequence[LaneScore]) -> Stage:
 
 @stage_task(about=lambda lanes, **_: plans_title([rounds[0].plan for rounds in lanes]))
 def join_rounds(store: ArtifactStore, lanes: Sequence[Sequence[LaneScore]]) -> list[LaneScore]:
-    """Join the rounds of every lane, each of which ran on a part of the windows.
+    """Join the rounds of every lane; each round ran on a part of the windows.
 
     The joined artifact holds what ``branch`` would have written for all windows: losses are concatenated, errors and
     energies are summed. The pruned weights do not depend on the scored windows.

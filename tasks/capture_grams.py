@@ -12,7 +12,7 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.formats.tensors import read_tensor_into, write_tensors
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.gram_matrices import TOKENS, write_grams
+from layerwise.tasks.lanes.gram_matrices import TOKENS_FACT, write_grams
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.results.run_names import model_title
@@ -65,6 +65,6 @@ def capture_grams(
                 write_grams(draft, index, grams)
                 show(index + 1)
                 reached(index + 1)
-        draft.facts[TOKENS] = input_ids.numel()
+        draft.facts[TOKENS_FACT] = input_ids.numel()
 
     return store.get_or_build(grams_stage(checkpoint.identity, calibration, dtype), build)

@@ -99,7 +99,8 @@ def sample_tokens(
 
     Returns:
         An artifact with ``tokens.safetensors`` (``input_ids``, int64, shape ``(windows, seqlen)``) and facts about the
-        text. Later stages use its ``content`` as input key, so equal token ids count as equal whatever their text.
+        text. Later stages use its ``content`` as input key, so equal token ids give equal keys, even from different
+        texts.
 
     Raises:
         ValueError: the text is too short; the message names the corpus, its number of tokens and the tokens needed.
@@ -142,7 +143,7 @@ def require_windows(request: TokenRequest, tokens: int, truncated: bool) -> None
         ValueError: the message names the corpus, its number of tokens, the tokens needed and what to do.
     """
     start, end = part_bounds(tokens, request.part)
-    cut = f", of which the first {TEXT_LIMIT} characters are read," if truncated else ""
+    cut = f" (first {TEXT_LIMIT} characters)" if truncated else ""
     share = "" if request.part == (0.0, 1.0) else f" (tokens {start} to {end} of {tokens})"
     source = f"{request.corpus.label}{cut} for {request.role}{share}"
     require_tokens(end - start, request.windows, request.seqlen, source, LEAST_WINDOWS[request.role])

@@ -123,8 +123,8 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = checkpoint.tokenizer()
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer of {model_title(checkpoint)} has neither a bos_token nor an eos_token, one of which lm-eval "
-            "puts before text without a context. Set one of them in tokenizer_config.json and import again."
+            f"the tokenizer of {model_title(checkpoint)} has neither a bos_token nor an eos_token; lm-eval puts one of "
+            "them before text without a context. Set one of them in tokenizer_config.json and import again."
         )
     return tokenizer
 

@@ -8,7 +8,7 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.formats.tensors import read_tensors, write_tensors
 from layerwise.storage.store import ArtifactStore
 
-TOKENS = "calibration tokens"  # fact of the artifact
+TOKENS_FACT = "calibration tokens"  # fact of the artifact
 SEPARATOR = "+"  # between the names of linears that share their input
 
 
@@ -31,7 +31,7 @@ def read_grams(
         Names of the linears that share an input, and the Gram matrix of that input.
     """
     name = _grams_file(layer)
-    tokens = int(str(artifact.facts[TOKENS]))
+    tokens = int(str(artifact.facts[TOKENS_FACT]))
     for key in store.file(artifact, name).tensors or {}:
         yield key.split(SEPARATOR), InputGram(read_tensors(store, artifact, name, [key])[key], tokens)
 

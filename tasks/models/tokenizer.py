@@ -20,7 +20,7 @@ from layerwise.tasks.sources.sources import DemoSource, FolderSource, GgufSource
 
 # Entries of config.json by which transformers chooses the class of a tokenizer.
 CHOOSE_THE_CLASS = ("model_type", "tokenizer_class")
-WHOLE = "tokenizer.json"  # the tokenizers library can read this file without any other
+FAST_TOKENIZER = "tokenizer.json"  # the tokenizers library can read this file without any other
 # Start of a protobuf message whose first field has a length; tiktoken's files consist of lines of text.
 SENTENCEPIECE_START = b"\n"
 
@@ -165,7 +165,7 @@ def _opened(folder: str | os.PathLike, name: str, origin: str, **options: str) -
 
 def _require_packages(folder: Path, files: list[str], name: str) -> None:
     """Name the missing packages of a tokenizer without ``tokenizer.json``; transformers names the wrong ones."""
-    if WHOLE in files:
+    if FAST_TOKENIZER in files:
         return
     for file in files:
         if file.endswith(".model"):

@@ -1,1 +1,1 @@
-"""Results of finished stages and searches, read from their artifacts."""
+"""Results of finished stages and searches: readers of their artifacts, wording for people, and names of runs."""

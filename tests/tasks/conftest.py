@@ -249,7 +249,7 @@ class SmallRun:
         return read_input_ids(self.store, self.windows[role])
 
     def transformers_model(self, folder: Path | None = None) -> PreTrainedModel:
-        """Open the checkpoint, or the one in ``folder``, by transformers itself, in the dtype of the run."""
+        """Open the checkpoint, or the one in ``folder``, with transformers, in the dtype of the run."""
         dtype = getattr(torch, self.pruning.dtype)
         return AutoModelForCausalLM.from_pretrained(folder or self.folder, dtype=dtype).eval()
 
@@ -279,7 +279,7 @@ class SmallRun:
         return branch.fn(self.store, self.inputs(), plans, self.linears, self.pruning, where)
 
     def exported_model(self, lane: LaneScore) -> PreTrainedModel:
-        """Export a lane, and open it by transformers."""
+        """Export a lane, and open it with transformers."""
         return self.transformers_model(Path(self.store.location(self.export(lane))))
 
     def losses(self, model: PreTrainedModel, role: str) -> list[float]:

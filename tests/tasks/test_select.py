@@ -51,7 +51,7 @@ def test_a_verdict_names_uniform_once_if_it_is_the_runner_up():
 
 
 def test_uniform_may_be_the_best():
-    # Differences .5 and .51: mean .505, standard error .005.
+    # Differences 0.5 and 0.51: mean 0.505, standard error 0.005.
     selection = compare([lane(0.0, 1.0, 2.0), lane(0.1, 1.5, 2.51)], 5.0)
     assert selection.best == 0
     assert selection.verdict == (
