@@ -16,10 +16,11 @@ from layerwise.tasks.models.dtype_speed import fast_dtype
 from layerwise.tasks.models.model_in_folder import model_in_folder
 from layerwise.tasks.models.streamed import DTYPES
 from layerwise.tasks.results.search_result import read_search
+from layerwise.tasks.results.speed_table import read_speed
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.sources.checkpoint_files import CONFIG, DESCRIPTION_FILE
 from layerwise.tasks.sources.folder import list_folder
-from layerwise.tasks.speed import read_speed, speed
+from layerwise.tasks.speed import speed
 
 
 def bench(model: str, key: str | None, settings: SpeedSettings) -> tuple[SpeedTable, str | None]:

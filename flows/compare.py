@@ -39,11 +39,11 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import best_losses
-from layerwise.tasks.lanes.evaluate_group import evaluate_together
-from layerwise.tasks.lanes.grouping import MOST_PLANS
+from layerwise.tasks.evaluate import evaluate_together
+from layerwise.tasks.lanes.group_membership import MOST_PLANS
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.evaluation import best_losses
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 

@@ -16,10 +16,10 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compress import compress as compress_export
-from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane, results_on_test
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 
 
 class Compress(Settings):

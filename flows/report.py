@@ -20,8 +20,8 @@ from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, TABLE_STAGE
 from layerwise.tasks.pages.report_data import CheckpointSizes, Extras, ZeroShotAccuracies
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
-from layerwise.tasks.speed import SPEED_STAGE, read_speed
-from layerwise.tasks.theory import THEORY_STAGE
+from layerwise.tasks.results.speed_table import SPEED_STAGE, read_speed
+from layerwise.tasks.results.theory_findings import THEORY_STAGE
 
 
 def make_report(

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from layerwise.flows.setting_types import BareUrl, Settings
-from layerwise.tasks.lanes.grouping import MOST_PLANS
+from layerwise.tasks.lanes.group_membership import MOST_PLANS
 from layerwise.tasks.running.execution import Execution
 
 FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")

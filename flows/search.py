@@ -18,7 +18,7 @@ from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.running.execution import Execution
 
 

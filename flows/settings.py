@@ -26,7 +26,7 @@ from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
-from layerwise.tasks.select import TRIAL
+from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.texts.documents import Role
 
 if TYPE_CHECKING:  # imports Prefect: the help of a command does without it

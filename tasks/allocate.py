@@ -1,4 +1,4 @@
-"""Allocate: which sparsity plans may be tried."""
+"""Allocate: compute the sparsity plans that may be tried."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import MOST_PLANS
+from layerwise.tasks.lanes.group_membership import MOST_PLANS
 from layerwise.tasks.measure import is_measured, read_scores
 from layerwise.tasks.running.stage_task import stage_task
 
@@ -25,18 +25,18 @@ PLANS_FILE = "plans.json"
 
 @dataclass(frozen=True)
 class AllocateSettings:
-    """Which plans may be tried: an allocator, at which strengths, with which offsets between attention and MLP.
+    """Settings of the plans: an allocator, its strengths, and offsets between attention and MLP.
 
     Attributes:
         target: overall sparsity.
-        betas: these strengths (ATP's common differences), and 0, the uniform plan, beside them.
-        count: so many, spread evenly over ATP's legal range.
-        step: multiples of it within ATP's legal range; the paper's grid is .002.
-        allocator: what the strength is of. One other than ATP has a strength of its own, which is tried if neither
-            of the three is given.
-        offsets: how much more of attention's weights than of the MLP's is removed; 0 is among them anyway.
-        by_linear: whether every linear gets a sparsity of its own, by an allocator that measures them.
-        pattern: N:M; None for none.
+        betas: strengths to try (for ATP: common differences); 0, the uniform plan, is always added.
+        count: number of betas, spread evenly over ATP's legal range.
+        step: distance between betas, which are its multiples within ATP's legal range; 0.002 in the paper.
+        allocator: allocator that the strengths belong to. An allocator other than ATP has a default strength, which is
+            tried if ``betas`` is not given.
+        offsets: sparsity of attention minus sparsity of the MLP; 0 is always added.
+        by_linear: give every linear a sparsity of its own; needs an allocator that measures linears.
+        pattern: N:M pattern, e.g. "2:4"; None for unstructured sparsity.
     """
 
     target: float
@@ -50,7 +50,7 @@ class AllocateSettings:
 
     def __post_init__(self) -> None:
         given = [name for name in ("betas", "count", "step") if getattr(self, name) is not None]
-        # Before any of them is computed: a count may be a billion.
+        # Checked before any plan is computed: the count may be a billion.
         self._check_number(1 + self.count if self.count else len({0.0, *(self.betas or ())}))
         if self._is_fixed:
             self._check_fixed(given)
@@ -62,31 +62,32 @@ class AllocateSettings:
                 )
         elif given and given != ["betas"]:
             raise ValueError(
-                f"the strengths of {self.allocator.method} are given by {' and '.join(given)}, which is for ATP's "
-                "legal range. Give a list of them (betas), or none for the allocator's own."
+                f"the strengths of {self.allocator.method} are given by {' and '.join(given)}, which only ATP has. "
+                "Give a list of strengths (betas), or leave it out to use the allocator's default."
             )
         if isinstance(self.allocator, Given) and given:
             raise ValueError(
-                f"sparsities are given, and betas by {' and '.join(given)}. Leave the betas out."
+                f"sparsities are given, and betas are given by {' and '.join(given)}. Leave out the betas."
             )
         if self.by_linear and not is_measured(self.allocator):
             raise ValueError(
-                f"{self.allocator.method} goes by depth alone and tells no linears of a layer apart. Give each layer "
-                "a sparsity, or choose an allocator that measures them, e.g. owl."
+                f"{self.allocator.method} only uses the depth of a layer and cannot tell its linears apart. Allocate by "
+                "layer, or choose an allocator that measures linears, e.g. owl."
             )
         if self.by_linear and self.offsets:
             raise ValueError(
-                "offsets between attention and MLP are for sparsities by layer. Leave one of them out."
+                "offsets between attention and MLP cannot be combined with a sparsity per linear. Leave out the "
+                "offsets, or allocate by layer."
             )
 
     @property
     def _is_fixed(self) -> bool:
-        """Whether an N:M pattern leaves nothing to choose."""
+        """True if an N:M pattern fixes the sparsity of every layer."""
         return self.pattern is not None and Pattern.parse(self.pattern).kept is not None
 
     def _check_fixed(self, given: Sequence[str]) -> None:
         pattern = Pattern.parse(str(self.pattern))
-        assert pattern.kept is not None, "a fixed pattern has a N"
+        assert pattern.kept is not None, "a fixed pattern has a number N"
         removed = 1 - pattern.kept / pattern.group
         if abs(self.target - removed) > 1e-9:
             raise ValueError(
@@ -95,22 +96,22 @@ class AllocateSettings:
             )
         if given or self.offsets or not isinstance(self.allocator, ATP):
             raise ValueError(
-                f"with the pattern {self.pattern} every layer loses the same share: there is nothing to allocate. "
-                f"Leave allocator, betas and offsets out, or use N:{pattern.group}."
+                f"the pattern {self.pattern} gives every layer the same sparsity, so there is nothing to allocate. "
+                f"Leave out allocator, betas and offsets, or use N:{pattern.group}."
             )
 
     def _check_number(self, betas: int) -> None:
-        """Refuse more plans than can be tried together, by how many betas there are."""
+        """Refuse a number of betas that gives more plans than fit into one group."""
         plans = betas * len({0.0, *self.offsets})
         if plans > MOST_PLANS:
             raise ValueError(
-                f"these are {plans} plans, uniform among them, and at most {MOST_PLANS} can be tried together. Give "
-                "fewer betas or offsets, or a wider step."
+                f"the settings give {plans} plans, including uniform, but at most {MOST_PLANS} can be tried together. "
+                "Give fewer betas or offsets, or a wider step."
             )
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings as a key holds them; without what was added later and is not used, so that older keys stay."""
+        """Settings as part of a key. Fields that were added later are left out at their default, to keep older keys."""
         unused = {
             name
             for name, default in (
@@ -126,14 +127,14 @@ class AllocateSettings:
     def plans(
         self, linears: Sequence[Sequence[Linear]], scores: Sequence[float] = ()
     ) -> tuple[SparsityPlan, ...]:
-        """The plans by rising beta and, for each, by rising offset; the uniform one first.
+        """Compute the plans: the uniform plan first, then by rising beta, then by rising offset.
 
         Args:
-            linears: the prunable ones, by layer.
-            scores: of the layers or linears, for an allocator that measures them.
+            linears: the prunable linears, by layer.
+            scores: scores of the layers or linears, for an allocator that measures them.
 
         Raises:
-            ValueError: strengths or offsets that this model does not allow, or too many of them.
+            ValueError: a strength or an offset that this model does not allow, or too many plans.
         """
         layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
         if self.step is not None:
@@ -159,7 +160,11 @@ class AllocateSettings:
     def plan_of_layers(
         self, beta: float, layers: Sequence[float], layer_sizes: Sequence[int]
     ) -> SparsityPlan:
-        """The plan with these sparsities, whose weighted mean is the target; with a pattern, the nearest levels."""
+        """Return the plan with these sparsities; with an N:M pattern, with the nearest sparsities it allows.
+
+        Args:
+            layers: sparsity of every layer; their mean, weighted by size, is the target.
+        """
         return SparsityPlan(beta, self._on_levels(layers, layer_sizes))
 
     def plan_of_kinds(
@@ -169,12 +174,12 @@ class AllocateSettings:
         offset_of: Mapping[str, float],
         linears: Sequence[Sequence[Linear]],
     ) -> SparsityPlan:
-        """The plan whose linears differ from their layer in ``plan`` by the offset of their kind, fitted to the target.
+        """Add an offset per kind of linear to a plan by layer, and fit the result to the target.
 
         Args:
-            plan: a sparsity for every layer.
-            offset_of: by the linears' names within their layer.
-            linears: the prunable ones, by layer.
+            plan: one sparsity per layer.
+            offset_of: offset by the name of a linear within its layer.
+            linears: the prunable linears, by layer.
         """
         sizes = [[linear.numel for linear in layer] for layer in linears]
         flat = [size for layer in sizes for size in layer]
@@ -187,7 +192,7 @@ class AllocateSettings:
         return SparsityPlan(beta, _nested(fitted(moved, flat, self.target), sizes))
 
     def _on_levels(self, shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
-        """The nearest sparsities that the pattern has, if it leaves a choice."""
+        """Move sparsities to the nearest ones that an N:M pattern with a free N allows."""
         if self.pattern is None or self._is_fixed:
             return tuple(shares)
         return on_levels(shares, sizes, self.target, Pattern.parse(self.pattern).group)
@@ -213,7 +218,7 @@ class AllocateSettings:
 
 
 def _nested(shares: Sequence[float], sizes: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
-    """One sparsity for each linear, by layer."""
+    """Group the sparsities of all linears by layer."""
     every = iter(shares)
     return tuple(tuple(next(every) for _ in layer) for layer in sizes)
 
@@ -221,7 +226,7 @@ def _nested(shares: Sequence[float], sizes: Sequence[Sequence[int]]) -> tuple[tu
 def allocate_stage(
     linears: Sequence[Sequence[Linear]], settings: AllocateSettings, measured: Artifact | None
 ) -> Stage:
-    """The stage of an allocation."""
+    """Describe an allocation."""
     layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
     sizes: dict[str, object] = {"layer_sizes": layer_sizes}
     if settings.offsets or settings.by_linear:
@@ -237,11 +242,11 @@ def allocate(
     settings: AllocateSettings,
     measured: Artifact | None,
 ) -> Artifact:
-    """The plans as an artifact: ``plans.json`` with beta, offset and every layer's (or linear's) sparsity.
+    """Write the plans to ``plans.json``: beta, offset and the sparsity of every layer (or linear).
 
     Args:
-        linears: the prunable ones, by layer.
-        measured: scores, for an allocator that goes by them.
+        linears: the prunable linears, by layer.
+        measured: an artifact of ``measure``, for an allocator that measures the model.
     """
 
     def build(draft: Draft) -> None:
@@ -253,7 +258,7 @@ def allocate(
 
 
 def read_plans(store: ArtifactStore, artifact: Artifact) -> tuple[SparsityPlan, ...]:
-    """Plans of an artifact of ``allocate``, uniform first."""
+    """Read the plans of an artifact of ``allocate``, uniform first."""
     rows = json.loads(store.read(artifact, PLANS_FILE))
     return tuple(
         SparsityPlan(

@@ -1,7 +1,8 @@
-"""Branch: prune one lane per plan and score it on the selection windows, all lanes of a group together."""
+"""Branch: prune one lane per plan and score it on the selection windows; all lanes of a group run together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 
 import pyarrow as pa
 
@@ -13,31 +14,24 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table, write_table
-from layerwise.tasks.lanes.grouping import GROUP, built_together, copy_member, group_stage
+from layerwise.tasks.lanes.group_membership import GROUP, built_together, copy_member, group_stage
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.results.lane_scores import (
+    ERRORS_FILE,
+    LAYERS_FILE,
+    LINEARS_FILE,
+    LOSSES_FILE,
+    LaneScore,
+    read_score,
+)
 from layerwise.tasks.results.run_names import model_title, plans_title, windows_title
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 
-LOSSES_FILE = "losses.parquet"
-LAYERS_FILE = "layers.parquet"
-LINEARS_FILE = "linears.parquet"
-ERRORS_FILE = "errors.parquet"  # where the errors of layers are taken apart
-
-
-@dataclass(frozen=True)
-class LaneScore:
-    """How a finished lane did."""
-
-    plan: SparsityPlan
-    artifact: Artifact
-    losses: tuple[float, ...]  # per selection window, in nats
-    realised_sparsity: float  # zeros over weights, all linears together
-
 
 def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) -> Stage:
-    """The stage of one lane. A plan is its numbers: by which method they were found is no part of it."""
+    """Describe one lane. Only the sparsities of a plan are part of the key, not the method that found them."""
     part = {} if inputs.windows is None else {"windows": list(inputs.windows)}
     return Stage(
         "lane", 1, {"layers": list(plan.layers), "prune": settings.identity, **part}, inputs.keys(settings)
@@ -58,12 +52,10 @@ def branch(
     settings: PruneSettings,
     execution: Execution,
 ) -> list[LaneScore]:
-    """Run the lanes that the store does not have yet, in one group; return all of them in the order of
-    ``plans``.
+    """Run the lanes that the store lacks in one group, and return the scores of all lanes in the order of ``plans``.
 
-    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction
-    error per layer) and ``linears.parquet`` (realised sparsity per linear), and is the same in whatever
-    group it ran.
+    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction error per
+    layer) and ``linears.parquet`` (realised sparsity per linear). It does not depend on the group that the lane ran in.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
 
@@ -103,7 +95,7 @@ def write_lane(
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
 ) -> None:
-    """Write the tables of one lane of ``result`` (0: the dense model) into ``folder``."""
+    """Write the tables of one lane of ``result`` into ``folder``; lane 0 is the dense model."""
     prunable = settings.prunable(linears)
     losses = result.losses[lane]
     write_table(draft, f"{folder}/{LOSSES_FILE}", pa.table({"window": range(len(losses)), "loss": losses}))
@@ -137,17 +129,50 @@ def _copy_lane(
     copy_member(store, group, folder, draft)
     losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
     draft.facts |= plan_facts(plan) | {"selection perplexity": perplexity(losses)}
-    draft.made[GROUP] = group.key  # which has the time and the memory; the lane is the same in whatever group
+    draft.made[GROUP] = group.key  # time and memory are recorded for the group, not for each lane
 
 
 def plan_facts(plan: SparsityPlan) -> dict[str, float]:
-    """What a plan came from, as facts of an artifact."""
+    """Return the parameters of a plan as facts for an artifact."""
     return {"beta": plan.beta} | ({"offset": plan.offset} if plan.offset else {})
 
 
-def read_score(store: ArtifactStore, plan: SparsityPlan, artifact: Artifact) -> LaneScore:
-    """What the artifact of the lane of ``plan`` holds."""
-    losses = read_table(store, artifact, LOSSES_FILE)["loss"].to_pylist()
-    linears = read_table(store, artifact, LINEARS_FILE)
-    realised = sum(linears["zeros"].to_pylist()) / sum(linears["weights"].to_pylist())
-    return LaneScore(plan, artifact, tuple(losses), realised)
+def joined_stage(rounds: Sequence[LaneScore]) -> Stage:
+    """Describe the joining of one lane's rounds, given in the order of their windows."""
+    return Stage(
+        "lane_rounds",
+        1,
+        None,
+        {f"round {number:03d}": score.artifact.key for number, score in enumerate(rounds)},
+    )
+
+
+@stage_task(about=lambda lanes, **_: plans_title([rounds[0].plan for rounds in lanes]))
+def join_rounds(store: ArtifactStore, lanes: Sequence[Sequence[LaneScore]]) -> list[LaneScore]:
+    """Join the rounds of every lane; each round ran on a part of the windows.
+
+    The joined artifact holds what ``branch`` would have written for all windows: losses are concatenated, errors and
+    energies are summed. The pruned weights do not depend on the scored windows.
+    """
+    return [_joined(store, rounds) for rounds in lanes]
+
+
+def _joined(store: ArtifactStore, rounds: Sequence[LaneScore]) -> LaneScore:
+    artifact = store.get_or_build(joined_stage(rounds), partial(_join, store, rounds))
+    return read_score(store, rounds[0].plan, artifact)
+
+
+def _join(store: ArtifactStore, rounds: Sequence[LaneScore], draft: Draft) -> None:
+    first = rounds[0]
+    for name in first.artifact.files:
+        if name not in (LOSSES_FILE, LAYERS_FILE):
+            draft.write(name, store.read(first.artifact, name))
+    losses = [loss for score in rounds for loss in score.losses]
+    write_table(draft, LOSSES_FILE, pa.table({"window": range(len(losses)), "loss": losses}))
+    tables = [read_table(store, score.artifact, LAYERS_FILE) for score in rounds]
+    sums = {
+        name: [sum(parts) for parts in zip(*(table[name].to_pylist() for table in tables), strict=True)]
+        for name in ("error", "dense_energy")
+    }
+    write_table(draft, LAYERS_FILE, pa.table({"layer": tables[0]["layer"], **sums}))
+    draft.facts |= plan_facts(first.plan) | {"selection perplexity": perplexity(losses)}

@@ -1,4 +1,4 @@
-"""Capture: the dense model's pass over calibration and selection windows, layer by layer, resumable."""
+"""Capture: run the dense model over the calibration and selection windows, layer by layer; resumable."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,32 +16,32 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import write_table
 from layerwise.storage.tensors import read_tensor_into, write_tensors
-from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lanes.statistics_table import write_statistics
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.dtype_speed import warn_if_slow
 from layerwise.tasks.models.streamed import streamed_model
+from layerwise.tasks.results.lane_scores import LOSSES_FILE
 from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sample_tokens import read_input_ids
+from layerwise.tasks.texts.token_windows import read_input_ids
 
-LOSSES_FILE = "losses.parquet"
-DENSE_PERPLEXITY = "dense selection perplexity"  # a fact of the artifact
-STATES_FILE = "hidden_states.safetensors"
-SAMPLED_WINDOWS = 4  # of each kind, kept with retention "sampled": enough to look at, small enough to keep
+STATES_FILE = "hidden_states.safetensors"  # of a resume point
+SAMPLED_WINDOWS = 4  # of each role, kept with retention "sampled": enough to inspect, small enough to keep
 
 Retention = Literal["none", "sampled", "all"]
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """Everything that decides what a capture holds, apart from its inputs.
+    """Settings that decide the content of a capture, apart from its inputs.
 
     Attributes:
-        dtype: in which the model computes, e.g. "bfloat16".
-        retention: which windows' hidden states are kept at every layer boundary.
+        dtype: dtype that the model computes in, e.g. "bfloat16".
+        retention: windows whose hidden states are kept at every layer boundary.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class CaptureSettings:
 def capture_stage(
     identity: str, calibration: Artifact, selection: Artifact, settings: CaptureSettings
 ) -> Stage:
-    """The stage of a capture; ``identity`` is the checkpoint's."""
+    """Describe a capture; ``identity`` is that of the checkpoint."""
     inputs = {"checkpoint": identity, "calibration": calibration.content, "selection": selection.content}
     return Stage("capture", 1, settings, inputs)
 
@@ -65,13 +65,12 @@ def capture(
     settings: CaptureSettings,
     execution: Execution,
 ) -> Artifact:
-    """Statistics of every linear's inputs, the dense loss per selection window, hidden states as retained.
+    """Record the statistics of every linear's inputs and the dense model's loss on every selection window.
 
     Returns:
-        An artifact with ``statistics/layer-*.parquet`` (calibration windows), ``losses.parquet`` (selection
-        windows) and, as retained, ``hidden_states/boundary-*.safetensors``: what goes into layer ``n`` (and,
-        last, into the final norm), ``calibration`` and ``selection`` of shape ``(windows, seqlen,
-        hidden_size)``.
+        An artifact with ``statistics/layer-*.parquet`` (calibration windows), ``losses.parquet`` (selection windows)
+        and, depending on the retention, ``hidden_states/boundary-*.safetensors``: the inputs of layer ``n`` (the last
+        file: of the final norm) as ``calibration`` and ``selection``, shape ``(windows, seqlen, hidden_size)``.
     """
 
     def build(draft: Draft) -> None:
@@ -83,7 +82,7 @@ def capture(
 
 
 class _Capture:
-    """One capture on its way."""
+    """A capture in progress."""
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class _Capture:
         }
 
     def _start(self, draft: Draft) -> int:
-        """The layer to begin with; the hidden states are those that go into it."""
+        """Load the hidden states from the resume point, or embed the windows; return the first layer to run."""
         embed_windows(self.model, self.input_ids, self.hidden_states, self.calibration_windows)
         if draft.resumed is None:
             self._retain(draft, 0)
@@ -155,5 +154,5 @@ class _Capture:
 
 
 def boundary_file(boundary: int) -> str:
-    """Hidden states that go into layer ``boundary``; ``num_layers``: into the final norm."""
+    """Return the name of the file with the inputs of layer ``boundary``; ``num_layers``: of the final norm."""
     return f"hidden_states/boundary-{boundary:05d}.safetensors"

@@ -1,36 +1,32 @@
 """Capture Gram matrices: second moments of every linear's inputs, for pruners that correct weights.
 
-A stage of its own, and not a part of ``capture``, so that a store whose captures were made for Wanda keeps them all,
-and comparisons of pruners share them. It costs the calibration windows' pass once more.
+This is a stage of its own, not a part of ``capture``: captures that were made for Wanda stay valid, and comparisons of
+pruners share them. The price is a second pass over the calibration windows.
 """
-
-from collections.abc import Iterator, Sequence
 
 from layerwise.calibration.capture import capture_grams as grams_of_layers
 from layerwise.calibration.capture import embed_windows
-from layerwise.calibration.gram import InputGram, linears_by_input
 from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tensors import read_tensor_into, read_tensors, write_tensors
-from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.storage.tensors import read_tensor_into, write_tensors
+from layerwise.tasks.lanes.gram_matrices import TOKENS_FACT, write_grams
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.results.run_names import model_title
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sample_tokens import read_input_ids
+from layerwise.tasks.texts.token_windows import read_input_ids
 
-STATES_FILE = "hidden_states.safetensors"
-TOKENS = "calibration tokens"  # a fact of the artifact
-BETWEEN = "+"  # the names of linears that share their input
+STATES_FILE = "hidden_states.safetensors"  # of a resume point
 
 
 def grams_stage(identity: str, calibration: Artifact, dtype: str) -> Stage:
-    """The stage of a capture of Gram matrices; ``identity`` is the checkpoint's."""
+    """Describe a capture of Gram matrices; ``identity`` is that of the checkpoint."""
     return Stage("grams", 1, {"dtype": dtype}, {"checkpoint": identity, "calibration": calibration.content})
 
 
@@ -38,11 +34,11 @@ def grams_stage(identity: str, calibration: Artifact, dtype: str) -> Stage:
 def capture_grams(
     store: ArtifactStore, checkpoint: Checkpoint, calibration: Artifact, dtype: str, execution: Execution
 ) -> Artifact:
-    """Take the calibration windows through the dense model; one matrix for linears that share their input.
+    """Run the dense model over the calibration windows; linears that share their input share one matrix.
 
     Returns:
-        An artifact with ``grams/layer-*.safetensors``: by the names of the linears, joined by "+", the sum of ``x x^T``
-        over the tokens ``x``, float32, shape ``(in_features, in_features)``.
+        An artifact with ``grams/layer-*.safetensors``. The tensor of some linears, named by their names joined with
+        "+", is the sum of ``x x^T`` over the tokens ``x``, float32, shape ``(in_features, in_features)``.
     """
 
     def build(draft: Draft) -> None:
@@ -56,34 +52,19 @@ def capture_grams(
         if draft.resumed is not None:
             first = draft.resumed.step
             read_tensor_into(store, draft.resumed.state, STATES_FILE, "hidden_states", hidden_states)
+
+        def write_state(state: Draft) -> None:
+            write_tensors(state, STATES_FILE, {"hidden_states": hidden_states})
+
         with (
-            boundaries(
-                draft,
-                execution,
-                lambda state: write_tensors(state, STATES_FILE, {"hidden_states": hidden_states}),
-            ) as reached,
+            boundaries(draft, execution, write_state) as reached,
             showing("grams: dense model", model.num_layers, first, draft.resumed) as show,
         ):
             layers = grams_of_layers(model, checkpoint.layers(first), hidden_states, first)
-            for index, of_layer in enumerate(layers, first):
-                grams = {BETWEEN.join(names): of_layer[names[0]].gram for names in linears_by_input(of_layer)}
-                write_tensors(draft, _grams_file(index), grams)
+            for index, grams in enumerate(layers, first):
+                write_grams(draft, index, grams)
                 show(index + 1)
                 reached(index + 1)
-        draft.facts[TOKENS] = input_ids.numel()
+        draft.facts[TOKENS_FACT] = input_ids.numel()
 
     return store.get_or_build(grams_stage(checkpoint.identity, calibration, dtype), build)
-
-
-def read_grams(
-    store: ArtifactStore, artifact: Artifact, layer: int
-) -> Iterator[tuple[Sequence[str], InputGram]]:
-    """The Gram matrices of one layer, one in memory at a time, each with the names of its linears."""
-    name = _grams_file(layer)
-    tokens = int(str(artifact.facts[TOKENS]))
-    for key in store.file(artifact, name).tensors or {}:
-        yield key.split(BETWEEN), InputGram(read_tensors(store, artifact, name, [key])[key], tokens)
-
-
-def _grams_file(layer: int) -> str:
-    return f"grams/layer-{layer:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Compress: the exported checkpoint without its zeros, written layer by layer."""
+"""Compress: write the exported checkpoint without its zeros, shard by shard."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -22,31 +22,31 @@ from layerwise.tasks.compressed.file_format import (
     compressed,
     parts_of,
 )
-from layerwise.tasks.export import CARD_FILE, SPARSITY_FILE
-from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.export import CARD_FILE
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, copied_files
+from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, SPARSITY_FILE, copied_files
 
 
 def compress_stage(exported_key: str, card: ModelCard) -> Stage:
-    """The stage that compresses the export of this key."""
+    """Describe the compression of an export, given by its key."""
     return Stage("compress", 1, {"card": card}, {"export": exported_key})
 
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
 def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution) -> Artifact:
-    """Write ``exported`` again, every pruned weight without its zeros, where that makes it smaller.
+    """Write ``exported`` to a new folder, with every pruned weight stored without its zeros where that is smaller.
 
-    A folder of its own with the same configuration, tokenizer and ``sparsity.json``. ``compressed.json`` says what
-    stands for which weight, ``COMPRESSED.md`` how it is read; transformers refuses the folder, as it finds no weights
-    under their usual names (see ``layerwise.tasks.compressed.checkpoint``).
+    Configuration, tokenizer and ``sparsity.json`` stay the same. ``compressed.json`` maps stored tensors to weights;
+    ``COMPRESSED.md`` describes the format. transformers refuses the folder, because it finds no weights under their
+    usual names; ``layerwise.tasks.compressed.checkpoint`` opens it.
 
     Args:
-        card: for README.md; now that everything is done, with the results of the test.
+        card: content of README.md, with the results of the evaluation.
     """
 
     def build(draft: Draft) -> None:
@@ -63,21 +63,21 @@ def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, executio
         draft.facts |= sizes
 
     result = store.get_or_build(compress_stage(exported.key, card), build)
-    require_whole(store, result)  # nothing else here would ever look at its files
+    require_whole(store, result)  # a reused artifact is not read by any later stage
     return result
 
 
 def _shards(exported: Artifact) -> dict[str, str]:
-    """The exported files with tensors, each with what it is called here.
+    """Map the exported tensor files to their names in the compressed folder.
 
-    Not model-...: transformers and others would take a file of that name for weights that they can load.
+    The new names do not start with "model-": transformers and others would take such a file for weights they can load.
     """
     dense = sorted(name for name in exported.files if name.endswith(".safetensors"))
     return {name: name.replace("model-", "compressed-", 1) for name in dense}
 
 
 def _pruned_weights(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
-    """How the names of the pruned linears' weights end, whatever the model calls its layers."""
+    """Return the endings of the names of pruned weights, which do not depend on the name of the layer list."""
     return tuple(f".{row['layer']}.{row['linear']}.weight" for row in rows)
 
 
@@ -89,7 +89,7 @@ def _write_shards(
     pruned: tuple[str, ...],
     execution: Execution,
 ) -> None:
-    """Write one file for each exported one, with never more than that one in memory."""
+    """Write one file per exported file, with at most one of them in memory."""
     done = draft.resumed.step if draft.resumed else 0
     draft.gather()
     with (
@@ -104,16 +104,16 @@ def _write_shards(
             show(step)
             reached(step)
     if draft.resumed is not None:
-        draft.save_resume_point(len(shards), _no_state)  # reading what is there may take its time
+        draft.save_resume_point(len(shards), _no_state)  # the check below takes time
         draft.check_inherited()
 
 
 def _no_state(state: Draft) -> None:
-    """The shards written so far are all that is needed to go on."""
+    """Write nothing: the shards written so far are all that a resume point needs."""
 
 
 def _sparse_tensors(exported: Artifact, draft: Draft, shards: Mapping[str, str]) -> dict[str, SparseTensor]:
-    """The weights that two tensors stand for, by what the files hold."""
+    """Describe the weights that are stored as two tensors, from the headers of the files."""
     found = {}
     for source, target in shards.items():
         dense, stored = _tensors(exported.files[source]), _tensors(draft.files[target])
@@ -128,7 +128,7 @@ def _sparse_tensors(exported: Artifact, draft: Draft, shards: Mapping[str, str])
 def _sizes(
     exported: Artifact, draft: Draft, shards: Mapping[str, str], pruned: tuple[str, ...]
 ) -> dict[str, float]:
-    """Bytes of all tensors, and of the pruned linears, which alone become smaller."""
+    """Return the bytes of all tensors, and of the pruned linears, the only tensors that become smaller."""
     dense = {name: entry for source in shards for name, entry in _tensors(exported.files[source]).items()}
     before = sum(entry.nbytes for entry in dense.values())
     after = sum(
@@ -147,5 +147,5 @@ def _sizes(
 
 
 def _tensors(file: StoredFile) -> dict[str, TensorEntry]:
-    assert file.tensors is not None, "write_tensors records where tensors lie"
+    assert file.tensors is not None, "write_tensors records the place of every tensor"
     return file.tensors

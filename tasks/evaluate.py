@@ -1,52 +1,36 @@
-"""Evaluate: test perplexity of the dense, the uniform and the chosen model, on text that nothing was chosen by."""
+"""Evaluate: test perplexity of the dense, the uniform and the best model, on text that no choice was based on."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
-from layerwise.scoring.perplexity import PairedDifference, paired_difference, perplexity
+from layerwise.scoring.perplexity import paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tables import read_table
-from layerwise.tasks.branch import LOSSES_FILE, write_lane
-from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
+from layerwise.tasks.branch import write_lane
+from layerwise.tasks.lanes.group_membership import copy_member
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.results.evaluation import TEST_FILE, TestResult, read_test
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 
-TEST_FILE = "test.json"
-# On so many test windows each pruned layer also runs on the dense model's input: means over 30 layers and 2048 tokens
-# or more a window are sure enough, and a test of the usual 64 windows or more takes a few per cent longer.
+# On the first windows of the test each pruned layer also runs on the dense model's input, to split its error into
+# parts. Four windows of 2048 tokens give reliable means over 30 layers; a test of the usual 64 windows or more takes a
+# few per cent longer.
 LOCAL_WINDOWS = 4
-
-
-@dataclass(frozen=True)
-class TestResult:
-    """Perplexity on the test windows.
-
-    Attributes:
-        gain: paired difference of the chosen plan's loss to the uniform plan's, in nats; None if they are
-        one.
-    """
-
-    __test__ = False  # pytest: this is no test class
-
-    windows: int
-    dense: float
-    uniform: float
-    best: float
-    gain: PairedDifference | None
 
 
 def evaluate_stage(
     inputs: LaneInputs, uniform: SparsityPlan, best: SparsityPlan, settings: PruneSettings
 ) -> Stage:
-    """The stage of an evaluation; the dense model is in every one of them."""
+    """Describe an evaluation. The dense model is part of every evaluation."""
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
     return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, inputs.keys(settings))
 
@@ -69,26 +53,78 @@ def evaluate(
     settings: PruneSettings,
     execution: Execution,
 ) -> Artifact:
-    """Score the dense, the uniform and the best model on ``inputs.scored``, the test windows: once."""
+    """Score the dense, the uniform and the best model once on the test windows.
+
+    Args:
+        inputs: with the test windows as ``scored``.
+    """
     plans = _distinct(uniform, best)
 
     def build(draft: Draft) -> None:
         title = "evaluate: dense, uniform and best on the test windows"
         removed = [settings.removed(plan, linears) for plan in plans]
         result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
-        draft.facts |= evaluation_facts(write_evaluation(draft, result, linears, settings))
+        draft.facts |= _facts(_write_evaluation(draft, result, linears, settings))
 
     return store.get_or_build(evaluate_stage(inputs, uniform, best, settings), build)
 
 
-def write_evaluation(
+@stage_task(
+    about=lambda inputs, bests, settings, **_: (
+        f"{model_title(inputs.checkpoint)} at {settings.target:g}, {len(bests)} plans"
+    )
+)
+def evaluate_together(
+    store: ArtifactStore,
+    inputs: LaneInputs,
+    uniform: SparsityPlan,
+    bests: Sequence[SparsityPlan],
+    linears: Sequence[Sequence[Linear]],
+    settings: PruneSettings,
+    execution: Execution,
+) -> None:
+    """Build the evaluations of several searches of one model that the store lacks, in one group.
+
+    The artifacts are those that ``evaluate`` would build one by one. A single missing evaluation is left to
+    ``evaluate``; so are all evaluations with sequential calibration, whose lanes write their own statistics.
+
+    Args:
+        inputs: with the test windows as ``scored``.
+        bests: the best plan of each search.
+    """
+    stages = [(evaluate_stage(inputs, uniform, best, settings), best) for best in bests]
+    by_key = {stage.key: (stage, best) for stage, best in stages}
+    missing = [(stage, best) for stage, best in by_key.values() if store.find(stage) is None]
+    if len(missing) < 2 or settings.calibration_mode == "sequential":
+        return
+    others = [best for _, best in missing if best != uniform]
+
+    def build(draft: Draft) -> None:
+        title = f"evaluate: dense, uniform and {len(others)} other plans on the test windows"
+        removed = [settings.removed(plan, linears) for plan in (uniform, *others)]
+        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
+        for number, (_, best) in enumerate(missing):
+            lanes = [0, 1] if best == uniform else [0, 1, others.index(best) + 2]
+            part = GroupResult(
+                [result.losses[lane] for lane in lanes],
+                [tuple(outcome[lane] for lane in lanes) for outcome in result.outcomes],
+            )
+            _write_evaluation(draft, part, linears, settings, f"{lane_folder(number)}/")
+
+    roles = {f"evaluation {number:03d}": stage.key for number, (stage, _) in enumerate(missing)}
+    group = store.get_or_build(Stage("evaluate_group", 1, None, roles), build)
+    for number, (stage, _) in enumerate(missing):
+        store.get_or_build(stage, partial(_copy_evaluation, store, group, f"{lane_folder(number)}/"))
+
+
+def _write_evaluation(
     draft: Draft,
     result: GroupResult,
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
     folder: str = "",
 ) -> TestResult:
-    """Write the tables of the dense, the uniform and, if it is another plan, the best lane."""
+    """Write the tables of the dense lane, the uniform lane and, if it is a third one, the best lane."""
     for lane, name in enumerate(("dense", "uniform", "best")[: len(result.losses)]):
         write_lane(draft, f"{folder}{name}", result, lane, linears, settings)
     dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
@@ -98,18 +134,10 @@ def write_evaluation(
     return test
 
 
-def evaluation_facts(test: TestResult) -> dict[str, float]:
-    """What the manifest of an evaluation says."""
+def _copy_evaluation(store: ArtifactStore, group: Artifact, folder: str, draft: Draft) -> None:
+    copy_member(store, group, folder, draft)
+    draft.facts |= _facts(read_test(store, group, folder))
+
+
+def _facts(test: TestResult) -> dict[str, float]:
     return {"dense": test.dense, "uniform": test.uniform, "best": test.best}
-
-
-def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
-    """Losses of the chosen plan, by test window, in nats."""
-    lane = "best" if f"best/{LOSSES_FILE}" in artifact.files else "uniform"
-    return tuple(read_table(store, artifact, f"{lane}/{LOSSES_FILE}")["loss"].to_pylist())
-
-
-def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:
-    """What an artifact of ``evaluate`` holds, or one of several evaluations in their folders."""
-    document = json.loads(store.read(artifact, f"{folder}{TEST_FILE}"))
-    return TestResult(**{**document, "gain": document["gain"] and PairedDifference(**document["gain"])})

@@ -1,4 +1,4 @@
-"""Export: the pruned checkpoint in Hugging Face format, written layer by layer in the source's dtype."""
+"""Export: write the pruned checkpoint in Hugging Face format, layer by layer, in the source's dtype."""
 
 import json
 from collections.abc import Sequence
@@ -17,31 +17,32 @@ from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import write_tensors
-from layerwise.tasks.branch import LaneScore, plan_facts
+from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs
-from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.pages.model_card import model_card
-from layerwise.tasks.pages.model_card_data import card_of_lane, dense_perplexity, source_license, source_name
+from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.run_names import model_title, plans_title
+from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.checkpoint_files import copied_files
+from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE, copied_files
 
-SPARSITY_FILE = "sparsity.json"
 CARD_FILE = "README.md"
-ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json up to then
+ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json so far
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings) -> Stage:
-    """The stage that writes the pruned checkpoint of the lane ``chosen``."""
+    """Describe the export of the lane ``chosen``."""
     checkpoint = inputs.checkpoint
     copied = copied_files(checkpoint.artifact.files)
     by_role = {
         "checkpoint": checkpoint.identity,
-        # The identity is that of the weights; the same ones may come with another tokenizer or chat template.
+        # The identity covers the weights only; equal weights may come with another tokenizer or chat template.
         "copied files": digest({name: checkpoint.artifact.files[name].digest for name in copied}),
         **_calibration_of(inputs, chosen, settings).calibration_keys(settings),
         "lane": chosen.artifact.key,
@@ -49,9 +50,7 @@ def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, sett
     }
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if (known := source_license(checkpoint)) is not None:
-        card["license"] = (
-            known.facts
-        )  # of imports that are older than this it is not known, and their keys stay
+        card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
     return Stage("export", 1, {"prune": settings.identity, "card": card}, by_role)
 
 
@@ -71,8 +70,11 @@ def export(
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
-    Unpruned tensors, configuration and tokenizer are the source's, byte for byte; with them go
-    ``sparsity.json`` (plan, realised per linear) and a model card.
+    Unpruned tensors, configuration and tokenizer are copied from the source byte for byte. The folder also holds
+    ``sparsity.json`` (the plan, and the realised sparsity of every linear) and a model card.
+
+    Args:
+        uniform: score of the uniform plan, for the model card.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
@@ -97,17 +99,17 @@ def export(
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
-    require_whole(store, exported)  # nothing else here would ever look at its files
+    require_whole(store, exported)  # a reused export is not read by any later stage
     return exported
 
 
 def _calibration_of(inputs: LaneInputs, lane: LaneScore, settings: PruneSettings) -> LaneInputs:
-    """The inputs with the statistics by which ``lane`` was pruned: its own if it calibrated itself."""
+    """Return the inputs with the statistics that ``lane`` was pruned by; sequential lanes have their own."""
     return replace(inputs, capture=lane.artifact) if settings.calibration_mode == "sequential" else inputs
 
 
 class _Export:
-    """A checkpoint being written, one shard per decoder layer."""
+    """An export in progress."""
 
     def __init__(
         self,
@@ -122,10 +124,10 @@ class _Export:
         self.checkpoint, self.settings, self.execution = inputs.checkpoint, settings, execution
         self.removed = settings.removed(plan, linears)
         self.prunable = settings.prunable(linears)
-        self.rows: list[dict] = []  # of sparsity.json
+        self.rows: list[dict] = []  # of sparsity.json so far
 
     def write_weights(self, draft: Draft) -> None:
-        """Write one shard per tensor outside of the layers (each may outweigh a layer) and one per layer."""
+        """Write one shard per layer, and one per tensor outside of the layers, which may be larger than a layer."""
         outer = self.checkpoint.source_tensors().get(None, [])
         total = self.checkpoint.num_layers
         if draft.resumed is not None:
@@ -151,9 +153,7 @@ class _Export:
                 show(index + 1)
                 reached(len(outer) + index + 1)
         if draft.resumed is not None:
-            draft.save_resume_point(
-                len(outer) + total, self._write_rows
-            )  # reading what is there may take its time
+            draft.save_resume_point(len(outer) + total, self._write_rows)  # the check below takes time
             draft.check_inherited()
         draft.write(WEIGHTS_INDEX, json.dumps(_weights_index(draft), indent=2).encode())
 
@@ -161,7 +161,7 @@ class _Export:
         state.write(ROWS_FILE, json.dumps(self.rows).encode())
 
     def _by_source_name(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A layer's tensors as the source calls them, with those that the model has no use for."""
+        """Return a layer's tensors by their names in the source, including tensors that the model does not use."""
         names = {relative: tensor.name for relative, tensor in self.checkpoint.layer_tensors(index).items()}
         group = self.checkpoint.source_tensors()[index]
         unused = {tensor.name: tensor for tensor in group if tensor.name not in names.values()}
@@ -169,7 +169,7 @@ class _Export:
 
     @torch.no_grad()
     def _prune(self, index: int, weights: dict[str, Tensor]) -> None:
-        """Remove from one layer's ``weights`` what the plan says; note what became of every linear."""
+        """Prune one layer's ``weights`` in place by the plan, and add a row for every pruned linear."""
         linears = self.linears[index]
         inputs = self.inputs.of_layer(self.store, index, self.settings)
         pruning = LayerPruning(self.settings.pruner, self.settings.group, index, linears, weights, inputs)
@@ -191,7 +191,7 @@ class _Export:
 
 
 def _weights_index(shards: Draft) -> dict[str, object]:
-    """What transformers reads first: in which file each tensor is, and how many bytes all of them have."""
+    """Return the index that transformers reads first: the file of each tensor, and the total size in bytes."""
     place: dict[str, str] = {}
     size = 0
     for name, file in shards.files.items():

@@ -1,7 +1,7 @@
-"""Import a checkpoint: find every tensor, check it against the configuration, record its digest.
+"""Import a checkpoint: find every tensor, check it against the configuration, and record its digest.
 
-A folder is used in place; its bytes are read once for their digests. A hub repository, a GGUF file and the
-demo model go into the store, one shard per decoder layer, with never more than a layer in memory.
+A folder is used in place; its bytes are read once to compute digests. A hub repository, a GGUF file and the demo model
+are copied into the store, one shard per decoder layer, with at most one shard in memory.
 """
 
 from dataclasses import replace
@@ -35,14 +35,14 @@ from layerwise.tasks.sources.source_license import License, license_of_folder
 
 
 def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:
-    """Open ``model`` for pruning; imported first unless the store already has it.
+    """Import ``model`` unless the store already has it, and open it for pruning.
 
     Args:
         model: see ``find_source``.
 
     Raises:
-        ValueError: for a model that cannot be pruned, or files that make none; the message says what to do.
-        OSError: if the model cannot be reached or read.
+        ValueError: the model cannot be pruned, or the files are not a model; the message says what to do.
+        OSError: the model cannot be reached or read.
     """
     source = find_source(model)
     artifact = store.get_or_build(_stage(source), lambda draft: _build(store, draft, source))
@@ -50,14 +50,14 @@ def import_checkpoint(store: ArtifactStore, model: str) -> Checkpoint:
 
 
 def open_exported(store: ArtifactStore, exported: Artifact) -> Checkpoint:
-    """Open the checkpoint in an artifact of the store, if it is still the one that was written there.
+    """Open the checkpoint in an artifact of ``export``, and check that it is the one that was written.
 
     Raises:
-        Damaged: if one of its files is missing, or a tensor, the configuration or the tokenizer has other bytes.
+        Damaged: a file is missing, or a tensor, the configuration or the tokenizer has different bytes.
     """
     require_whole(store, exported)
     for name in copied_files(exported.files):
-        store.read(exported, name)  # compares it with its digest
+        store.read(exported, name)  # checks its digest
     try:
         checkpoint = import_checkpoint(store, store.location(exported))
     except Damaged:
@@ -70,7 +70,7 @@ def open_exported(store: ArtifactStore, exported: Artifact) -> Checkpoint:
             if found.get(name) != entry.digest:
                 raise Damaged(
                     f"{exported.key} is damaged: tensor {name!r} of {store.location(exported)} has digest "
-                    f"{found.get(name)}, but {entry.digest} was written. A search builds the artifact anew.",
+                    f"{found.get(name)}, but {entry.digest} was written. Run the search again to rebuild the artifact.",
                     exported.key,
                     exported.token,
                 )
@@ -78,21 +78,21 @@ def open_exported(store: ArtifactStore, exported: Artifact) -> Checkpoint:
 
 
 def import_stage(model: str) -> Stage:
-    """The stage that imports ``model``: ask the store for it to know whether it is there."""
+    """Describe the import of ``model``; ``store.find`` tells whether it has been imported."""
     return _stage(find_source(model))
 
 
 def _stage(source: Source) -> Stage:
     if isinstance(source, FolderSource):
-        refuse_adapter(source.folder)  # it may have come after the import
+        refuse_adapter(source.folder)  # an adapter may have been added after the import
     return Stage("import_checkpoint", 1, source.identity)
 
 
 def inspect_source(model: str) -> CheckpointIndex:
-    """The configuration and every tensor's shape, without reading tensor data and without a store.
+    """Read the configuration and every tensor's shape, without tensor data and without a store.
 
-    The index has no digests, hence no identity, and the places of tensors are those in the source (none for
-    GGUF). The demo model's file is downloaded if need be.
+    The index has no digests, hence no identity. Places of tensors refer to the source; for GGUF there are none. The
+    demo model's file is downloaded if necessary.
 
     Raises:
         ValueError: as ``import_checkpoint``.
@@ -105,9 +105,8 @@ def inspect_source(model: str) -> CheckpointIndex:
         case HubSource():
             return replace(describe_folder(source.open()), in_place=False)
         case GgufSource() | DemoSource():
-            from layerwise.tasks.models.gguf_weights import (
-                GgufWeights,  # gguf takes its time, and only these sources need it
-            )
+            # gguf is slow to import, and only these sources need it.
+            from layerwise.tasks.models.gguf_weights import GgufWeights
 
             return GgufWeights(source.local_gguf()).index
 
@@ -129,7 +128,7 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             from layerwise.tasks.models.gguf_weights import GgufWeights
 
             weights = GgufWeights(source.local_gguf())
-            small_files = weights.small_files()  # first: a tokenizer that cannot be opened takes no time
+            small_files = weights.small_files()  # first, to fail fast on a tokenizer that cannot be opened
             index = convert_gguf(draft, weights, source.require_unchanged)
             for name, content in small_files.items():
                 draft.write(name, content)

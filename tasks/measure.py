@@ -1,4 +1,4 @@
-"""Measure: what an allocator looks at in every decoder layer, or linear, of the dense model."""
+"""Measure: score every decoder layer, or every linear, of the dense model for an allocator."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,26 +20,26 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table, write_table
-from layerwise.tasks.capture_grams import read_grams
-from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.lanes.gram_matrices import read_grams
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.results.run_names import model_title
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
 
 SCORES_FILE = "scores.parquet"
-ROWS_FILE = "scores.json"  # of a resume point: those up to then
+ROWS_FILE = "scores.json"  # of a resume point: the rows so far
 
 
 def is_measured(allocator: Allocator) -> bool:
-    """Whether the allocator looks at the model's weights; the others at depth alone."""
+    """Return whether the allocator measures the model; the others only use the depth of a layer."""
     return isinstance(allocator, OWL | AlphaPruning | DSA | DLP | LSA)
 
 
 def needs_grams(allocator: Allocator) -> bool:
-    """Whether the allocator looks at second moments of the linears' inputs."""
+    """Return whether the allocator uses second moments of the linears' inputs."""
     return isinstance(allocator, LSA)
 
 
@@ -51,7 +51,7 @@ def measure_stage(
     by_linear: bool,
     linears: Sequence[Sequence[Linear]],
 ) -> Stage:
-    """The stage of a measurement; how strongly the allocator goes by it is no part of it."""
+    """Describe a measurement. The strength of the allocator is not part of the key."""
     what: dict[str, object] = {"allocator": allocator.method, "by_linear": by_linear}
     what["linears"] = [[linear.name for linear in layer] for layer in linears]
     inputs = {"checkpoint": checkpoint.identity}
@@ -78,11 +78,15 @@ def measure(
     linears: Sequence[Sequence[Linear]],
     execution: Execution,
 ) -> Artifact:
-    """One number for every decoder layer, or every linear: ``scores.parquet`` (layer, linear or null, score).
+    """Compute one score for every decoder layer, or for every linear.
 
     Args:
-        by_linear: whether every linear gets a sparsity of its own.
-        linears: the prunable ones, by layer.
+        grams: for an allocator that uses second moments.
+        by_linear: score every linear instead of every layer.
+        linears: the prunable linears, by layer.
+
+    Returns:
+        An artifact with ``scores.parquet``; columns: layer, linear (null for a score of the layer), score.
     """
     stage = measure_stage(checkpoint, capture, grams, allocator, by_linear, linears)
 
@@ -122,7 +126,7 @@ def measure(
 
 
 def read_scores(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:
-    """Scores of all layers, or of all linears, in their order."""
+    """Read the scores of all layers, or of all linears, in order."""
     return tuple(read_table(store, artifact, SCORES_FILE)["score"].to_pylist())
 
 
@@ -136,7 +140,7 @@ def _scores(
     weights: Mapping[str, Tensor],
     by_linear: bool,
 ) -> list[float]:
-    """Of one layer: one number, or one for each of its linears."""
+    """Score one layer: one number, or one for each of its linears."""
     if isinstance(allocator, AlphaPruning):
         return _means([tail_exponent(weight) for weight in weights.values()], by_linear)
     if isinstance(allocator, LSA):
@@ -161,10 +165,10 @@ def _means(scores: Sequence[float], by_linear: bool) -> list[float]:
 
 
 def _measurement(allocator: Allocator) -> Callable[[list[Tensor]], float]:
-    """Number of some linears' Wanda scores."""
+    """Return the function that turns the Wanda scores of some linears into one number."""
     if isinstance(allocator, OWL):
         return lambda scores: outlier_percentage(scores, allocator.threshold)
     if isinstance(allocator, DLP):
         return lambda scores: typical_score(scores, allocator.statistic)
-    assert isinstance(allocator, DSA), "all that are measured are known here"
+    assert isinstance(allocator, DSA), "every measured allocator has a branch here"
     return log_variance

@@ -1,4 +1,4 @@
-"""Report: one self-contained page on a finished search, its figures as SVG and PNG, its numbers as Parquet."""
+"""Report: write a self-contained page on a finished search, its figures as SVG and PNG, its numbers as Parquet."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -39,7 +39,7 @@ TITLES = {
 
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
-    """The stage of a page. How long the stages took is no part of their keys, so it is a setting of this one."""
+    """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
     extras = asdict(data.extras)
     theory = extras.pop("theory")
     settings = {
@@ -65,17 +65,17 @@ def report(
     extras: Extras = Extras(),  # noqa: B008  frozen
     compared: Mapping[str, Artifact] | None = None,
 ) -> Artifact:
-    """The page on a search: ``report.html``, ``figures/*.svg``, ``figures/*.png``, ``data/*.parquet``.
+    """Write ``report.html``, ``figures/*.svg``, ``figures/*.png`` and ``data/*.parquet`` for a search.
 
     Args:
         search: the artifact of a finished search.
-        command: that makes the same search, for people.
-        extras: what was measured beside it; what is missing is left out.
-        compared: other searches of a comparison, whose best plans are drawn beside this one's, by their names.
+        command: command that repeats the search, shown on the page.
+        extras: measurements made after the search; missing ones are left out of the page.
+        compared: other searches of a comparison by name; their best plans are drawn next to this one's.
 
     Raises:
-        ValueError: ``search`` is not a search's.
-        KeyError: an artifact of the search is not in the store any more.
+        ValueError: ``search`` is not the artifact of a search.
+        KeyError: an artifact of the search is no longer in the store.
     """
     others = {name: read_search(store, other) for name, other in (compared or {}).items()}
     data = report_data(store, read_search(store, search), others, command, extras)
@@ -94,7 +94,7 @@ def report(
 
 
 def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
-    """The figures of a report by name."""
+    """Return the figures of a report by name."""
     tables = data.tables
     return {
         "perplexity": perplexity_by_beta(

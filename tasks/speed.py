@@ -1,4 +1,4 @@
-"""Speed: how fast the exported model runs on this machine's CPU, dense and packed, side by side."""
+"""Speed: measure how fast the exported model runs on this machine's CPU, dense and packed."""
 
 import json
 from dataclasses import asdict
@@ -6,10 +6,8 @@ from importlib.metadata import version
 
 import torch
 
-from layerwise.display.byte_size import size_in
-from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.native import kernel
-from layerwise.sparse.speed import Speed, SpeedTable, measure_speed
+from layerwise.sparse.speed import measure_speed
 from layerwise.sparse.speed_settings import SpeedSettings
 from layerwise.sparse.timing import cpu_name
 from layerwise.storage.artifact import Artifact
@@ -20,17 +18,16 @@ from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.dtype_speed import fast_dtype
 from layerwise.tasks.models.whole_model import whole_model
 from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.results.speed_table import SPEED_FILE, SPEED_STAGE
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sample_tokens import read_input_ids
+from layerwise.tasks.texts.token_windows import read_input_ids
 
-SPEED_FILE = "speed.json"
-SPEED_STAGE = "speed"
-WINDOWS = 4  # of the test, for the perplexity of every way: enough to see what int8 loses
+WINDOWS = 4  # of the test, to compute the perplexity of every way: enough to see the loss of int8
 
 
 def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, dtype: str) -> Stage:
-    """The stage of a measurement. It is about a machine, and so the one stage whose key has it."""
+    """Describe a measurement. It is the only stage whose key contains the machine, because it measures the machine."""
     native = kernel()
     machine = {
         "cpu": cpu_name(),
@@ -49,16 +46,16 @@ def speed_stage(exported: Artifact, windows: Artifact, settings: SpeedSettings, 
 
 @stage_task(about=lambda search, **_: search.source)
 def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings) -> Artifact:
-    """Measure the search's exported model; on the same machine with the same packages once.
+    """Measure the exported model of a search, once per machine and set of packages.
 
     Raises:
-        ValueError: the search has exported no model.
+        ValueError: the search did not export a model.
     """
     exported, windows = search.stages.get("export"), search.stages["test"]
     if exported is None:
         raise ValueError(
-            f"{search.artifact.key} has exported no model to be measured. Run the search with --export true: what it "
-            "computed is not computed again."
+            f"{search.artifact.key} did not export a model, so there is nothing to measure. Run the search again with "
+            "--export true; finished stages are reused."
         )
 
     execution = Execution()
@@ -72,38 +69,3 @@ def speed(store: ArtifactStore, search: FinishedSearch, settings: SpeedSettings)
         draft.facts |= {each.way: f"{each.decode:.4g} tokens/s" for each in table.speeds}
 
     return store.get_or_build(speed_stage(exported, windows, settings, dtype), build)
-
-
-def read_speed(store: ArtifactStore, artifact: Artifact) -> SpeedTable:
-    """What an artifact of ``speed`` holds."""
-    document = json.loads(store.read(artifact, SPEED_FILE))
-    return SpeedTable(**{**document, "speeds": tuple(Speed(**row) for row in document["speeds"])})
-
-
-def speed_rows(table: SpeedTable) -> list[dict[str, str | int]]:
-    """The table for people."""
-    return [
-        {
-            "way": each.way,
-            "linears": each.linears,
-            "weights, MB": size_in("MB", each.weight_bytes).removesuffix(" MB"),
-            "new tokens/s": f"{each.decode:.3g}",
-            "x torch float32": "" if each.to_float32 is None else f"{each.to_float32:.2f}",
-            "x torch bfloat16": "" if each.to_bfloat16 is None else f"{each.to_bfloat16:.2f}",
-            "of memory's limit": f"{100 * each.of_limit:.0f} %",
-            "prompt tokens/s": f"{each.prefill:.3g}",
-            "perplexity": "" if each.perplexity is None else format_perplexity(each.perplexity),
-        }
-        for each in table.speeds
-    ]
-
-
-def speed_sentence(table: SpeedTable) -> str:
-    """On what machine, and what was not measured."""
-    level = "no sparse kernel" if table.level is None else f"sparse kernel at {table.level}"
-    threads = f"{table.threads} thread{'' if table.threads == 1 else 's'}"
-    left_out = "".join(f" {way}: {reason}." for way, reason in table.left_out.items())
-    return (
-        f"On {table.cpu}, {threads}, {level}, memory read at {size_in('GB', table.bandwidth, 1)}/s; one text "
-        f"at a time.{left_out}"
-    )

@@ -1,42 +1,42 @@
-"""Theory: what the theorems of ATP say (arXiv:2502.14770, section 3), measured on the selection windows."""
+"""Theory: measure on the selection windows what the theorems of ATP state (arXiv:2502.14770, section 3)."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import pyarrow as pa
 
 from layerwise.models.skeleton import Linear
-from layerwise.scoring.local_errors import LocalErrors
 from layerwise.scoring.perplexity import perplexity
-from layerwise.scoring.theorem_checks import Findings, Orders, outcome_of, propagation_of, rise_of
-from layerwise.scoring.theorem_plans import UNIFORM, TheoryPlan
+from layerwise.scoring.theorem_checks import Findings
+from layerwise.scoring.theorem_plans import TheoryPlan
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tables import read_table, write_table
+from layerwise.storage.tables import write_table
 from layerwise.tasks.evaluate import LOCAL_WINDOWS
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.results.theory_findings import (
+    LAYERS_FILE,
+    PLANS_FILE,
+    THEORY_STAGE,
+    Rows,
+    findings_of,
+    verdicts,
+)
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 
-LAYERS_FILE = "layers.parquet"  # by plan and layer
-PLANS_FILE = "plans.parquet"
 THEORY_FILE = "theory.json"
-THEORY_STAGE = "theory"
-
-Row = dict[str, Any]
-Rows = list[Row]
 
 
 def theory_stage(inputs: LaneInputs, plans: Sequence[TheoryPlan], settings: PruneSettings) -> Stage:
-    """The stage that measures these plans."""
+    """Describe the measurement of these plans."""
     tried = [[each.order, each.target, list(each.plan.layers)] for each in plans]
     own = {"plans": tried, "local_windows": LOCAL_WINDOWS, "prune": settings.identity}
     return Stage(THEORY_STAGE, 1, own, inputs.keys(settings))
@@ -56,17 +56,17 @@ def measure_theory(
     settings: PruneSettings,
     execution: Execution,
 ) -> Artifact:
-    """Run all plans in one group, and note every layer's error and its parts.
+    """Run all plans in one group, and record every layer's error and its parts.
 
-    The artifact holds ``layers.parquet`` (by plan and layer), ``plans.parquet``, and ``theory.json`` with what was
-    found.
+    The artifact holds ``layers.parquet`` (one row per plan and layer), ``plans.parquet``, and ``theory.json`` with the
+    findings.
 
     Args:
-        plans: as of ``theory_plans``.
-        settings: with the overall sparsity of the orders.
+        plans: see ``theory_plans``.
+        settings: ``target`` is the overall sparsity of the orders.
 
     Raises:
-        ValueError: an error that is not finite, as the dtype was too small for it.
+        ValueError: an error is not finite, because it exceeds the range of the dtype.
     """
 
     def build(draft: Draft) -> None:
@@ -85,50 +85,12 @@ def measure_theory(
     return store.get_or_build(theory_stage(inputs, plans, settings), build)
 
 
-def read_tables(store: ArtifactStore, artifact: Artifact) -> tuple[Rows, Rows]:
-    """What was measured: by plan and layer, and by plan."""
-    layers, plans = (read_table(store, artifact, name).to_pylist() for name in (LAYERS_FILE, PLANS_FILE))
-    return layers, plans
-
-
-def findings_of(layers: Rows, plans: Rows) -> Findings:
-    """What these tables say of the theorems."""
-    rows_of: dict[tuple[str, float], Rows] = {}
-    for row in layers:
-        rows_of.setdefault((row["order"], row["target"]), []).append(row)
-    parts = {plan: [_parts_of(row) for row in rows] for plan, rows in rows_of.items()}
-    outcomes = {
-        (plan["order"], plan["target"]): outcome_of(
-            plan["order"],
-            [row["error"] for row in rows_of[plan["order"], plan["target"]]],
-            [row["dense_energy"] for row in rows_of[plan["order"], plan["target"]]],
-            plan["losses"],
-        )
-        for plan in plans
-    }
-    levels = tuple(target for order, target in parts if order == UNIFORM)
-    target = next(target for order, target in parts if order != UNIFORM)
-    return Findings(
-        levels,
-        target,
-        rise_of([[each.local for each in parts[UNIFORM, level]] for level in levels]),
-        {level: propagation_of(parts[UNIFORM, level]) for level in levels},
-        Orders(tuple(outcome for (order, _), outcome in outcomes.items() if order != UNIFORM)),
-        outcomes[UNIFORM, target],
-    )
-
-
-def verdicts(found: Findings) -> dict[str, bool]:
-    """Whether each theorem, as far as it can be measured, held everywhere."""
-    return {"3.1": found.rise.holds, "3.2": found.propagation.holds, "3.5": found.orders.holds}
-
-
 def _layer_rows(plans: Sequence[TheoryPlan], result: GroupResult, sizes: Sequence[int]) -> Rows:
     rows = []
     for lane, each in enumerate(plans, 1):
         for layer, outcomes in enumerate(result.outcomes):
             outcome = outcomes[lane]
-            assert outcome.parts is not None, "the errors of every pruned lane are taken apart"
+            assert outcome.parts is not None, "the errors of every pruned lane are split"
             rows.append(
                 {
                     "order": each.order,
@@ -168,14 +130,8 @@ def _require_finite(layers: Rows, settings: PruneSettings) -> None:
             )
 
 
-def _parts_of(row: Row) -> LocalErrors:
-    return LocalErrors(
-        row["windows"], row["local"], row["arriving"], row["propagated"], row["accumulated"], row["energy"]
-    )
-
-
 def _document(found: Findings) -> dict[str, object]:
-    """What was found, for people and programs that read no Parquet."""
+    """Return the findings as JSON, for people and for programs that do not read Parquet."""
     propagations = [
         {"sparsity": level, "layers": [asdict(layer) for layer in each.layers]}
         for level, each in found.propagations.items()

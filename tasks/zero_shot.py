@@ -1,4 +1,4 @@
-"""Zero-shot: what a model answers to the questions of lm-eval's tasks, one artifact per task."""
+"""Zero-shot: let a model answer the questions of lm-eval's tasks, one artifact per task."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import built_together, copy_member, group_stage
+from layerwise.tasks.lanes.group_membership import built_together, copy_member, group_stage
 from layerwise.tasks.lm_eval_tasks.answers import read_answers, write_answers
 from layerwise.tasks.lm_eval_tasks.questions import Questions
 from layerwise.tasks.lm_eval_tasks.streamed_scores import streamed_scores
@@ -25,12 +25,12 @@ from layerwise.tasks.running.stage_task import stage_task
 
 @dataclass(frozen=True)
 class ZeroShotSettings:
-    """How questions are answered.
+    """Settings that decide how questions are answered.
 
     Attributes:
-        dtype: in which the model computes; log-probabilities are taken in float32.
-        way: "streamed" reads one decoder layer at a time, "memory" holds the whole model and is lm-eval's own
-            computation. They agree to 1e-3, not to the bit, so that the way is part of the key.
+        dtype: dtype that the model computes in; log-probabilities are computed in float32.
+        way: "streamed" reads one decoder layer at a time; "memory" holds the whole model and uses lm-eval's own
+            computation. Their results agree to 1e-3 but not bit by bit, so the way is part of the key.
     """
 
     dtype: str
@@ -39,16 +39,16 @@ class ZeroShotSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES or self.way not in ("streamed", "memory"):
             raise ValueError(
-                f"zero-shot tasks cannot be run in {self.dtype!r}, {self.way!r}. The dtype is one of "
-                f"{', '.join(DTYPES)}; the way is streamed or memory."
+                f"zero-shot tasks cannot run with dtype {self.dtype!r} and way {self.way!r}. Use one of "
+                f"{', '.join(DTYPES)} as dtype, and streamed or memory as way."
             )
 
 
 def zero_shot_stage(checkpoint: Checkpoint, questions: Questions, settings: ZeroShotSettings) -> Stage:
-    """The stage of one task.
+    """Describe the answers to one task.
 
-    By what seed the documents were drawn, and by which version of lm-eval the questions were put together, is no part
-    of it: the identity of the questions has all documents, and every word of what is asked.
+    The seed that the documents were drawn with and the version of lm-eval are not part of the key: the identity of the
+    questions covers all documents and every word that is asked.
     """
     by_role = {
         "checkpoint": checkpoint.identity,
@@ -70,19 +70,20 @@ def zero_shot(
     settings: ZeroShotSettings,
     execution: Execution,
 ) -> dict[str, Artifact]:
-    """Have the model answer the questions of all tasks that the store does not have yet, together.
+    """Let the model answer, in one group, the questions of all tasks whose answers the store lacks.
 
-    A task's artifact holds ``documents.parquet`` (by document: log-probability of every choice, whether greedy decoding
-    gives it, whether the answer is right) and ``metrics.json``, and is the same whatever was asked with it.
+    A task's artifact holds ``documents.parquet`` (for each document: log-probability of every choice, whether greedy
+    decoding gives it, whether the answer is right) and ``metrics.json``. It does not depend on the other tasks of the
+    group.
 
     Args:
-        questions: of every task, see ``layerwise.tasks.lm_eval_tasks.task_loading``.
+        questions: questions of every task, see ``layerwise.tasks.lm_eval_tasks.task_loading``.
 
     Returns:
-        The artifacts by the name of their task.
+        The artifacts by task name.
 
     Raises:
-        ValueError: the tokenizer has no token that an empty context could be replaced by.
+        ValueError: the tokenizer has neither a first nor a last token to replace an empty context.
     """
     stages = [zero_shot_stage(checkpoint, of_task, settings) for of_task in questions]
 
@@ -122,8 +123,8 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = checkpoint.tokenizer()
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer of {model_title(checkpoint)} names neither a first nor a last token, one of which lm-eval "
-            "puts before text without a context. Set bos_token or eos_token in tokenizer_config.json and import again."
+            f"the tokenizer of {model_title(checkpoint)} has neither a bos_token nor an eos_token; lm-eval puts one of "
+            "them before text without a context. Set one of them in tokenizer_config.json and import again."
         )
     return tokenizer
 
@@ -137,5 +138,5 @@ def _copy_task(store: ArtifactStore, group: Artifact, position: int, draft: Draf
 
 
 def _folder(position: int) -> str:
-    """Folder of one task's files in its group's artifact."""
+    """Return the folder of one task's files in the artifact of its group."""
     return f"task-{position:03d}/"

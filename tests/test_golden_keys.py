@@ -22,15 +22,14 @@ from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import AllocateSettings, allocate_stage
-from layerwise.tasks.branch import LaneScore, lane_stage
-from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture_stage
+from layerwise.tasks.branch import joined_stage, lane_stage
+from layerwise.tasks.capture import CaptureSettings, capture_stage
 from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.compress import compress_stage
 from layerwise.tasks.evaluate import evaluate_stage
 from layerwise.tasks.export import export_stage
 from layerwise.tasks.import_checkpoint import import_stage
-from layerwise.tasks.lanes.grouping import group_stage
-from layerwise.tasks.lanes.join_rounds import joined_stage
+from layerwise.tasks.lanes.group_membership import group_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.measure import measure_stage
@@ -38,6 +37,8 @@ from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.theory_page import page_stage
+from layerwise.tasks.results.lane_scores import LaneScore
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.sample_tokens import TokenRequest, token_stage
 from layerwise.tasks.select import select_stage
 from layerwise.tasks.texts.hub_corpus import HubCorpus

@@ -9,10 +9,10 @@ from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.storage.existing_store import existing_store
-from layerwise.tasks.evaluate import read_test
+from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.measured_on import MeasuredOn, summary_of
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
-from layerwise.tasks.select import read_selection
+from layerwise.tasks.results.selection import read_selection
 
 
 def show_key(store_url: str, key: str | None) -> None:

@@ -15,10 +15,11 @@ from layerwise.flows.theory import TheoryResult
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.pages.theory_section import sentences
-from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
-from layerwise.tasks.select import Selection
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.selection import Selection
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
+from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
 
 if TYPE_CHECKING:  # a command imports only the flow that it runs
     from layerwise.flows.pipeline.comparison_tables import Compared
@@ -121,7 +122,6 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
 
 def show_speed(console: Console, table: "SpeedTable", report: str | None) -> None:
     """Print one row per way of running the model."""
-    from layerwise.tasks.speed import speed_rows, speed_sentence
 
     show_rows(console, speed_rows(table), left=("way",))
     console.print(speed_sentence(table))

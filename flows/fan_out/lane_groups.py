@@ -6,7 +6,7 @@ from layerwise.flows.pipeline.lookup import NextLanes
 from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import begun_groups, split_evenly
+from layerwise.tasks.lanes.group_membership import begun_groups, split_evenly
 
 
 def lane_groups(

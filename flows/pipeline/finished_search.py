@@ -9,9 +9,9 @@ from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.branch import LaneScore
 from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.running.execution import Execution
 

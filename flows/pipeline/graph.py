@@ -22,23 +22,24 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import allocate, allocate_stage, read_plans
-from layerwise.tasks.branch import LaneScore, branch, lane_stage, read_score
-from layerwise.tasks.capture import DENSE_PERPLEXITY, CaptureSettings, capture, capture_stage
+from layerwise.tasks.branch import branch, join_rounds, joined_stage, lane_stage
+from layerwise.tasks.capture import CaptureSettings, capture, capture_stage
 from layerwise.tasks.capture_grams import capture_grams, grams_stage
 from layerwise.tasks.evaluate import evaluate, evaluate_stage
 from layerwise.tasks.export import export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.lanes.join_rounds import join_rounds, joined_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.results.lane_scores import LaneScore, read_score
 from layerwise.tasks.results.roles import EVALUATE, EXPORT, SELECT, lane_role
 from layerwise.tasks.results.run_names import model_title, title_of
+from layerwise.tasks.results.selection import DENSE_PERPLEXITY, Selection, read_selection
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sample_tokens import TokenRequest, sample_tokens, token_stage
-from layerwise.tasks.select import Selection, compare, read_selection, select, select_stage
+from layerwise.tasks.select import compare, select, select_stage
 from layerwise.tasks.texts.documents import Role
 
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from layerwise.tasks.import_checkpoint import import_checkpoint, import_stage, i
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import linears_by_layer
-from layerwise.tasks.models.tokenizer_files import tokenizer_of_source
+from layerwise.tasks.models.tokenizer import tokenizer_of_source
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.model_config import config_from_document

@@ -13,7 +13,7 @@ from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.charts.drawing import figure_file
 from layerwise.tasks.pages.markdown import code, fenced, plain
-from layerwise.tasks.results.findings import sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 # The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.

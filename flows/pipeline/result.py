@@ -12,11 +12,11 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.measured_on import measured_on
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
-from layerwise.tasks.select import Selection
+from layerwise.tasks.results.selection import Selection
 
 # Packages that may change a number with their version.
 PACKAGES = (

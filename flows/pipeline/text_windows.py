@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING
 
 from layerwise.flows.settings import AUTO_WINDOWS, Search
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.count_tokens import TokenCount, count_tokens, find_count, keep_count
-from layerwise.tasks.sample_tokens import LEAST_WINDOWS, TokenRequest, fitting_windows, require_windows
+from layerwise.tasks.sample_tokens import (
+    LEAST_WINDOWS,
+    TokenCount,
+    TokenRequest,
+    count_tokens,
+    find_count,
+    fitting_windows,
+    keep_count,
+    require_windows,
+)
 from layerwise.tasks.texts.corpora import assign_parts, open_corpus, require_apart
 from layerwise.tasks.texts.documents import Corpus, Role
 

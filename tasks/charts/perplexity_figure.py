@@ -8,7 +8,7 @@ from layerwise.scoring.perplexity import format_perplexity
 from layerwise.tasks.charts.axes import measure_axis
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row
-from layerwise.tasks.select import TRIAL
+from layerwise.tasks.results.selection import TRIAL
 
 
 def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:

@@ -33,11 +33,11 @@ from layerwise.tasks.compressed.file_format import (
     restored,
     shortened,
 )
-from layerwise.tasks.export import SPARSITY_FILE
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
 from layerwise.tasks.sources.checkpoint_files import (
     CONFIG,
     DESCRIPTION_FILE,
+    SPARSITY_FILE,
     SUBFOLDERS,
     StoredTensor,
     copied_files,

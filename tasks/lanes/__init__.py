@@ -1,1 +1,1 @@
-"""Groups of lanes: inputs, state, statistics."""
+"""Groups of lanes: their inputs, their pass through the model, and their membership in groups."""

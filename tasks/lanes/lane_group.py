@@ -1,4 +1,4 @@
-"""Take a group of lanes through the model: what branches and the final evaluation have in common."""
+"""Advance a group of lanes through the model, for ``branch``, ``evaluate`` and ``theory``."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,47 +17,55 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensor_into, write_tensors
-from layerwise.tasks.capture_grams import read_grams
-from layerwise.tasks.lanes.layer_boundaries import boundaries
+from layerwise.tasks.lanes.gram_matrices import read_grams
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity, write_statistics
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
-from layerwise.tasks.sample_tokens import read_input_ids
+from layerwise.tasks.texts.token_windows import read_input_ids
 
+# Files of a resume point.
 STATES_FILE = "hidden_states.safetensors"
 OUTCOMES_FILE = "outcomes.json"
 
 
 @dataclass(frozen=True)
 class LaneInputs:
-    """What a group of lanes reads, apart from the plans."""
+    """Inputs of a group of lanes, apart from the plans.
+
+    Attributes:
+        calibration: calibration windows; read only with sequential calibration.
+        scored: windows that the lanes are scored on.
+        grams: an artifact of ``capture_grams``, for a pruner that corrects weights.
+        windows: range of the scored windows to use (start, end); None for all.
+    """
 
     checkpoint: Checkpoint
     capture: Artifact
-    calibration: Artifact  # windows; looked at only by sequential calibration
-    scored: Artifact  # windows
-    grams: Artifact | None = None  # for a pruner that corrects weights
-    windows: tuple[int, int] | None = None  # of the scored ones, first and end; all of them if None
+    calibration: Artifact
+    scored: Artifact
+    grams: Artifact | None = None
+    windows: tuple[int, int] | None = None
 
     def keys(self, settings: PruneSettings) -> dict[str, str]:
-        """Inputs by role, for a stage's key: only what the calibration mode looks at."""
+        """Return the inputs by role for a stage's key: only those that the calibration mode reads."""
         common = {"checkpoint": self.checkpoint.identity, "scored": self.scored.content}
         if settings.calibration_mode == "dense":
             return common | self.calibration_keys(settings)
         return common | {"calibration": self.calibration.content}
 
     def calibration_keys(self, settings: PruneSettings) -> dict[str, str]:
-        """What the pruner is told of the linears' inputs, by role."""
+        """Return the input statistics that the pruner reads, by role, for a stage's key."""
         if settings.needs_grams:
             assert self.grams is not None, "a search captures what its pruner needs"
             return {"grams": self.grams.content}
         return {"statistics": statistics_identity(self.capture)}
 
     def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
-        """What the dense model's calibration saw of one layer, as the pruner needs it."""
+        """Read the input statistics of one layer that the pruner needs."""
         if settings.needs_grams:
             assert self.grams is not None, "a search captures what its pruner needs"
             return read_grams(store, self.grams, layer)
@@ -66,7 +74,7 @@ class LaneInputs:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """What became of the lanes; lane 0 is the dense model, then the plans in their order."""
+    """Losses and layer outcomes of the lanes: lane 0 is the dense model, then the plans in order."""
 
     losses: list[list[float]]  # by lane and scored window
     outcomes: list[tuple[LaneLayer, ...]]  # by layer and lane
@@ -82,16 +90,16 @@ def advance_group(
     title: str,
     local_windows: int = 0,
 ) -> GroupResult:
-    """Advance the dense model and all pruned lanes together; leaves resume points in ``draft`` and goes on from
-    one.
+    """Advance the dense model and all pruned lanes together.
 
-    With sequential calibration, writes every lane's own statistics into ``draft``
-    (``lane_folder(n)``/statistics, ``n`` from 0 in the order of ``removed``).
+    Leaves resume points in ``draft``, and resumes from the one that an earlier attempt left. With sequential
+    calibration, writes every lane's own statistics into ``draft`` (``lane_folder(n)``/statistics, ``n`` from 0 in the
+    order of ``removed``).
 
     Args:
-        removed: of every lane, how many weights go from each linear of each layer.
-        title: what the progress display says.
-        local_windows: on so many of the scored windows the errors of layers are taken apart.
+        removed: for every lane, the number of weights to remove from each linear of each layer.
+        title: title of the progress display.
+        local_windows: number of scored windows on which the errors of layers are split into their parts.
     """
     read_before = inputs.checkpoint.bytes_read
     group = _Group(store, inputs, removed, settings, execution, local_windows)
@@ -116,12 +124,12 @@ def advance_group(
 
 
 def lane_folder(plan: int) -> str:
-    """Folder of one plan's files in its group's artifact."""
+    """Return the folder of one plan's files in the artifact of its group."""
     return f"lane-{plan:03d}"
 
 
 class _Group:
-    """Lanes on their way."""
+    """A group of lanes in progress."""
 
     def __init__(
         self,
@@ -144,11 +152,11 @@ class _Group:
         room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
         self.lanes = [Lane(counts, room.empty(shape, self.model.dtype)) for counts in (None, *removed)]
-        self.outcomes: list[tuple[LaneLayer, ...]] = []  # by layer that is done
-        self.losses: list[list[float]] = []  # by lane that is scored
+        self.outcomes: list[tuple[LaneLayer, ...]] = []  # of finished layers
+        self.losses: list[list[float]] = []  # of scored lanes
 
     def start(self, draft: Draft) -> None:
-        """Make the hidden states those that go into the first layer that is not done."""
+        """Set the hidden states to the inputs of the first unfinished layer."""
         embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states, self.calibration_windows)
         if draft.resumed is None:
             for lane in self.lanes[1:]:

@@ -1,4 +1,4 @@
-"""How lanes are pruned, apart from their plans."""
+"""Settings that all lanes of a search are pruned with, apart from their plans."""
 
 import re
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from layerwise.pruners.patterns import Pattern, removed_on_levels
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How lanes are pruned, the same for all of them.
+    """Settings shared by all lanes of a search.
 
     Attributes:
-        target: overall sparsity, the fraction of all linears' weights that is removed.
-        pruner: chooses the weights that go, and may correct the others.
-        calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane
-            calibrates each layer on the hidden states that its own pruned layers made.
-        dtype: in which the model computes.
-        pattern: N:M, such as "2:4" or "N:8"; None for none.
-        exclude: regular expression; linears whose name it is found in (``layer.linear``, e.g. "0.mlp.down_proj") stay
-            dense, and count neither in the target nor in the realised sparsity.
+        target: overall sparsity, the fraction of all linears' weights to remove.
+        pruner: method that chooses the weights to remove, and may correct the others.
+        calibration_mode: "dense": one capture of the dense model serves all lanes; "sequential": every lane calibrates
+            each layer on the hidden states that its own pruned layers produce.
+        dtype: dtype that the model computes in.
+        pattern: N:M pattern, such as "2:4" or "N:8"; None for unstructured sparsity.
+        exclude: regular expression. Linears whose name (``layer.linear``, e.g. "0.mlp.down_proj") contains a match stay
+            dense, and do not count in the target or in the realised sparsity.
     """
 
     target: float
@@ -35,18 +35,18 @@ class PruneSettings:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings as keys hold them; without what was added later and is not used, so that older keys stay."""
+        """Settings as part of a key. Fields that were added later are left out if unused, to keep older keys."""
         unused = [name for name in ("pattern", "exclude") if getattr(self, name) is None]
         own = {name: value for name, value in vars(self).items() if name not in unused}
         return {"type": type(self).__name__, **own}
 
     @property
     def group(self) -> int | None:
-        """M of the N:M pattern."""
+        """M of the N:M pattern; None without a pattern."""
         return None if self.pattern is None else Pattern.parse(self.pattern).group
 
     def prunable(self, linears: Sequence[Sequence[Linear]]) -> list[list[Linear]]:
-        """The linears that are not excluded, by layer."""
+        """Return the linears that are not excluded, by layer."""
         return [
             [linear for linear in layer if not self._excludes(index, linear)]
             for index, layer in enumerate(linears)
@@ -56,7 +56,7 @@ class PruneSettings:
         return self.exclude is not None and re.search(self.exclude, f"{index}.{linear.name}") is not None
 
     def removed(self, plan: SparsityPlan, linears: Sequence[Sequence[Linear]]) -> tuple[tuple[int, ...], ...]:
-        """How many weights of every linear go by ``plan``; of the excluded ones none.
+        """Return the number of weights that ``plan`` removes from every linear, by layer; 0 for an excluded linear.
 
         Raises:
             ValueError: the plan was made for other linears, or misses the target.
@@ -79,5 +79,5 @@ class PruneSettings:
 
     @property
     def needs_grams(self) -> bool:
-        """Whether the pruner corrects weights, by the second moments of their inputs."""
+        """True if the pruner corrects weights, which needs second moments of their inputs."""
         return isinstance(self.pruner, WeightPruner)

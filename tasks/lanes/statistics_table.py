@@ -13,20 +13,18 @@ from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table, write_table
 
-
-def statistics_file(layer: int, folder: str = "statistics") -> str:
-    return f"{folder}/layer-{layer:05d}.parquet"
+FOLDER = "statistics"
 
 
-def statistics_identity(artifact: Artifact, folder: str = "statistics") -> str:
-    """Digest of the statistics that an artifact holds, whatever else is in it: the input key of what prunes by them."""
-    return digest({n: file.digest for n, file in artifact.files.items() if n.startswith(f"{folder}/")})
+def statistics_identity(artifact: Artifact) -> str:
+    """Return the digest of an artifact's statistics, without its other files, as input key for lanes and measurements."""
+    return digest({n: file.digest for n, file in artifact.files.items() if n.startswith(f"{FOLDER}/")})
 
 
 def write_statistics(
-    draft: Draft, layer: int, statistics: Mapping[str, InputStatistics], folder: str = "statistics"
+    draft: Draft, layer: int, statistics: Mapping[str, InputStatistics], folder: str = FOLDER
 ) -> None:
-    """Columns: layer, linear, channel, tokens (count), sum_of_squares (float64)."""
+    """Write the statistics of one layer; columns: layer, linear, channel, tokens (count), sum_of_squares (float64)."""
     channels = [len(inputs.sum_of_squares) for inputs in statistics.values()]
     rows = {
         "layer": pa.array(np.full(sum(channels), layer, dtype=np.int16)),
@@ -35,14 +33,12 @@ def write_statistics(
         "tokens": pa.array(np.repeat([inputs.tokens for inputs in statistics.values()], channels)),
         "sum_of_squares": pa.array(torch.cat([i.sum_of_squares for i in statistics.values()]).numpy()),
     }
-    write_table(draft, statistics_file(layer, folder), pa.table(rows))
+    write_table(draft, f"{folder}/{_file(layer)}", pa.table(rows))
 
 
-def read_statistics(
-    store: ArtifactStore, artifact: Artifact, layer: int, folder: str = "statistics"
-) -> dict[str, InputStatistics]:
-    """Statistics of one layer by linear, as they were written."""
-    table = read_table(store, artifact, statistics_file(layer, folder))
+def read_statistics(store: ArtifactStore, artifact: Artifact, layer: int) -> dict[str, InputStatistics]:
+    """Read the statistics of one layer, by linear, in the order they were written."""
+    table = read_table(store, artifact, f"{FOLDER}/{_file(layer)}")
     linears = table["linear"].combine_chunks().to_pylist()
     sums = torch.from_numpy(table["sum_of_squares"].to_numpy().copy())
     tokens = table["tokens"].to_numpy()
@@ -51,3 +47,7 @@ def read_statistics(
         linears[start]: InputStatistics(sums[start:end].clone(), int(tokens[start]))
         for start, end in zip(starts, [*starts[1:], len(linears)], strict=True)
     }
+
+
+def _file(layer: int) -> str:
+    return f"layer-{layer:05d}.parquet"

@@ -20,11 +20,11 @@ from layerwise.scoring.continuations import (
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensor_into, write_tensors
-from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lm_eval_tasks.questions import Questions, instances_of
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 
 # Tokens that go through the model in one pass over the weights. Their hidden states take 2 GiB in 16 bits at the width

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from layerwise.scoring.continuations import Score
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.lm_eval_tasks.questions import Questions, instances_of
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.whole_model import whole_model
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Checkpoints: index, tensors, and models built from them."""
+"""Checkpoints: their index, tensors and tokenizer, and models built from them."""

@@ -1,4 +1,4 @@
-"""An imported checkpoint, opened for reading one decoder layer at a time."""
+"""Imported checkpoint, read one decoder layer at a time."""
 
 import threading
 from collections import defaultdict
@@ -15,7 +15,7 @@ from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import needed_bytes, read_entries
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
-from layerwise.tasks.models.tokenizer_files import TokenizerFiles, encoding_identity, tokenizer_identity
+from layerwise.tasks.models.tokenizer import TokenizerFiles, encoding_identity, tokenizer_identity
 from layerwise.tasks.sources.checkpoint_files import copied_files
 from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_config import config_from_document
@@ -24,12 +24,12 @@ INDEX_FILE = "checkpoint.json"
 
 
 class Checkpoint:
-    """A model's configuration, tokenizer and tensors, wherever they lie; tensors are checked when read.
+    """Configuration, tokenizer and tensors of a model, in place or in the store. Tensors are checked when read.
 
     Args:
-        store: where the imported artifact is.
-        artifact: what ``import_checkpoint`` made.
-        folder: the source, for a checkpoint that is read in place; None when its tensors are in the store.
+        store: store that holds ``artifact``.
+        artifact: an artifact of ``import_checkpoint``.
+        folder: source folder of a checkpoint that is read in place; None if its tensors are in the store.
 
     Attributes:
         bytes_read: bytes of tensors read so far.
@@ -44,12 +44,12 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of the configuration and all tensors: the same model elsewhere has the same identity."""
+        """Digest of the configuration and all tensors; equal for copies of a model in different places."""
         return self.index.identity
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
+        """Configuration of the model."""
         return config_from_document(self.index.config, self.artifact.key)
 
     @property
@@ -63,28 +63,28 @@ class Checkpoint:
         return self.index.layer_prefix
 
     def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
-        """Where the tensors of one decoder layer lie, by their name inside it."""
+        """Return the tensors of one decoder layer by their name inside the layer."""
         return self.index.layer_tensors(index)
 
     def outer_tensors(self) -> dict[str, IndexedTensor]:
-        """Where the tensors outside of the decoder layers lie, by state-dict name."""
+        """Return the tensors outside of the decoder layers by state-dict name."""
         return self.index.outer_tensors()
 
     def source_tensors(self) -> dict[int | None, list[IndexedTensor]]:
-        """All tensors by decoder layer (``None``: outside), those the model has no use for included."""
+        """Return all tensors, including unused ones, by decoder layer; ``None`` is the key of those outside."""
         return dict(self.index.groups)
 
     def layers(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The decoder layers from ``first`` on, the next one read in the background while the caller works.
+        """Read the decoder layers from ``first`` on; the next layer is read in the background while the caller works.
 
-        Two buffers take turns: tensors are valid only until the next layer is asked for. Closing the iterator
-        early ends the background thread.
+        Two buffers are used alternately, so tensors are valid only until the next layer is requested. Closing the
+        iterator early ends the background thread.
 
         Yields:
             Tensors by their name inside the layer, in the dtype of the source.
 
         Raises:
-            Corrupt: if a tensor is not the one that was imported.
+            Corrupt: a tensor differs from the one that was imported.
         """
         layers = [self.layer_tensors(index) for index in range(first, self.num_layers)]
         size = max((_buffer_size(layer.values()) for layer in layers), default=0)
@@ -98,18 +98,19 @@ class Checkpoint:
                 yield layer
 
     def read(self, tensors: Mapping[str, IndexedTensor], buffer: Tensor | None = None) -> dict[str, Tensor]:
-        """Read some tensors under the names given to them.
+        """Read tensors and return them under the given names.
 
         Args:
-            buffer: uint8 memory to read into, large enough for ``tensors``; fresh memory if None.
+            tensors: tensors to read, by the name to return them under.
+            buffer: uint8 memory to read into, large enough for ``tensors``; None to allocate new memory.
 
         Raises:
-            Corrupt: if a tensor is not the one that was imported; ``Damaged`` if it lies in the store.
-            SourceChanged: if a file that is read in place has changed since the checkpoint was opened.
+            Corrupt: a tensor differs from the one that was imported; ``Damaged`` if it is in the store.
+            SourceChanged: a file that is read in place has changed since the checkpoint was opened.
         """
         if buffer is None:
             buffer = torch.empty(_buffer_size(tensors.values()), dtype=torch.uint8)
-        found: dict[str, Tensor] = {}  # by the name in the file, which is the one that errors show
+        found: dict[str, Tensor] = {}  # by name in the file, which errors refer to
         start = 0
         for file, entries in _by_file(tensors.values()).items():
             size = needed_bytes(entries)
@@ -126,11 +127,11 @@ class Checkpoint:
 
     @property
     def encoding_identity(self) -> str:
-        """Digest of all that decides the token ids of a text, see ``tokenizer_files.encoding_identity``."""
+        """Digest of everything that decides the token ids of a text, see ``tokenizer.encoding_identity``."""
         return encoding_identity(self.tokenizer_identity, self.index.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that came with the model.
+        """Open the tokenizer that came with the model.
 
         Raises:
             ValueError: see ``open_tokenizer``.

@@ -1,4 +1,4 @@
-"""The index of a checkpoint: its configuration, and where each of its tensors lies."""
+"""Index of a checkpoint: its configuration, and the place of each of its tensors."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,34 +9,41 @@ from typing import Any
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
 
-# Entries of config.json that say who wrote it, not what the model is.
+# Entries of config.json that describe its origin, not the model.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class IndexedTensor:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint.
 
-    name: str  # in its safetensors file
-    model_name: str | None  # in the state dict of the model; None: the model has no use for it
-    layer: int | None  # number of its decoder layer; None: outside of the layers
+    Attributes:
+        name: name in its safetensors file.
+        model_name: name in the state dict of the model; None if the model does not use the tensor.
+        layer: number of its decoder layer; None for a tensor outside of the layers.
+        copy_of: for an unused tensor, the name of the stored tensor that the model ties it to.
+    """
+
+    name: str
+    model_name: str | None
+    layer: int | None
     file: str
     entry: TensorEntry
-    copy_of: str | None = None  # name of the stored tensor that the model ties this unused one to
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """All tensors of a checkpoint, in the order of the files. Tied tensors are stored once."""
+    """Configuration and tensors of a checkpoint, in the order of the files. Tied tensors are stored once."""
 
-    config: dict[str, Any]  # the content of config.json
+    config: dict[str, Any]  # content of config.json
     layer_prefix: str  # e.g. "model.layers"
     num_layers: int
-    in_place: bool  # the files are those of the source folder, not of the artifact
+    in_place: bool  # the tensors are in the source folder, not in the artifact
     tensors: tuple[IndexedTensor, ...]
 
     def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
-        """Tensors of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
+        """Return the tensors of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
         start = len(f"{self.layer_prefix}.{index}.")
         return {
             tensor.model_name[start:]: tensor
@@ -45,12 +52,12 @@ class CheckpointIndex:
         }
 
     def outer_tensors(self) -> dict[str, IndexedTensor]:
-        """Tensors outside of the decoder layers (embeddings, final norm, head) by their state-dict name."""
+        """Return the tensors outside of the decoder layers (embeddings, final norm, head) by state-dict name."""
         return {tensor.model_name: tensor for tensor in self.groups[None] if tensor.model_name is not None}
 
     @cached_property
     def groups(self) -> dict[int | None, list[IndexedTensor]]:
-        """Tensors by decoder layer, those the model has no use for included; ``None`` are the outer ones."""
+        """All tensors, including unused ones, by decoder layer; ``None`` is the key of those outside."""
         groups: dict[int | None, list[IndexedTensor]] = defaultdict(list)
         for tensor in self.tensors:
             groups[tensor.layer].append(tensor)
@@ -58,7 +65,7 @@ class CheckpointIndex:
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
-        """Bytes of the tensors that are read for each layer."""
+        """Bytes of the tensors that the model uses, for each layer."""
         return tuple(
             sum(tensor.entry.nbytes for tensor in self.layer_tensors(index).values())
             for index in range(self.num_layers)
@@ -66,12 +73,12 @@ class CheckpointIndex:
 
     @property
     def outer_bytes(self) -> int:
-        """Bytes of the tensors that are read for the outer part."""
+        """Bytes of the tensors that the model uses outside of the layers."""
         return sum(tensor.entry.nbytes for tensor in self.outer_tensors().values())
 
     @property
     def dtype(self) -> str:
-        """The torch dtype that most bytes of the decoder layers have, e.g. "bfloat16"."""
+        """Torch dtype of most bytes of the decoder layers, e.g. "bfloat16"."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors:
             if tensor.layer is not None and tensor.model_name is not None:
@@ -80,14 +87,14 @@ class CheckpointIndex:
 
     @property
     def parameters(self) -> int:
-        """Weights of the model, tied ones counted once."""
+        """Number of weights of the model; tied weights count once."""
         return sum(
             t.entry.nbytes // t.entry.torch_dtype.itemsize for t in self.tensors if t.model_name is not None
         )
 
     @property
     def identity(self) -> str:
-        """Digest over the configuration and every tensor: equal bytes, however cut into files, are equal."""
+        """Digest of the configuration and all tensors; it does not depend on how they are split into files."""
         assert all(tensor.entry.digest for tensor in self.tensors), (
             "only an imported checkpoint has an identity"
         )
@@ -96,7 +103,7 @@ class CheckpointIndex:
         return digest({"config": json.dumps(config, sort_keys=True), "tensors": tensors})
 
     def to_json(self) -> bytes:
-        """The index as a file; ``from_json`` reads it back."""
+        """Return the index as JSON; ``from_json`` reads it."""
         document = {
             "config": self.config,
             "layer_prefix": self.layer_prefix,
@@ -110,6 +117,7 @@ class CheckpointIndex:
 
     @staticmethod
     def from_json(content: bytes) -> "CheckpointIndex":
+        """Read an index that ``to_json`` wrote."""
         document = json.loads(content)
         return CheckpointIndex(
             document["config"],

@@ -1,4 +1,4 @@
-"""Copy a checkpoint into the store, one shard per decoder layer, going on where an attempt stopped."""
+"""Copy a checkpoint into the store, one shard per decoder layer; resumable after every shard."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ def copy_into_store(draft: Draft, folder: Folder, index: CheckpointIndex) -> Che
         The index with the places of the copies.
 
     Raises:
-        Corrupt: if a file is shorter than its header says, or cannot be read.
+        Corrupt: a file is shorter than its header says, or cannot be read.
     """
     shards = _shards(index)
     size = max(needed_bytes({tensor.name: tensor.entry for tensor in shard}) for shard in shards.values())
@@ -53,13 +53,13 @@ def convert_gguf(
     """Dequantize a GGUF file into the store.
 
     Args:
-        require_unchanged: raises an error if the file has changed; asked before a shard is written.
+        require_unchanged: raises an error if the file has changed; called before every shard is written.
 
     Returns:
         The index with the places of the dequantized weights.
 
     Raises:
-        ValueError: if a shape does not fit the file's metadata.
+        ValueError: a shape does not match the file's metadata.
     """
 
     def dequantize(shard: Shard) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def convert_gguf(
 
 
 def _no_state(state: Draft) -> None:
-    """The shards written so far are all that is needed to go on."""
+    """Write nothing: the shards written so far are all that a resume point needs."""
 
 
 def _write_shards(
@@ -96,15 +96,15 @@ def _write_shards(
             if asked_to_stop():
                 stop()
             entries = draft.files[file].tensors
-            assert entries is not None, "write_tensors records where tensors lie"
+            assert entries is not None, "write_tensors records the place of every tensor"
             located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
     return replace(index, in_place=False, tensors=tuple(located))
 
 
 def _shards(index: CheckpointIndex) -> Mapping[str, Shard]:
-    """Which tensors go into which file: a file for each layer, the outer ones cut to the size of a layer.
+    """Assign tensors to files: one file per layer; tensors outside of the layers fill files of the size of a layer.
 
-    Embedding and head of a big vocabulary are each larger than a layer: one file would need twice the memory.
+    With a large vocabulary, embedding and head are each larger than a layer; one file for both would double the memory.
     """
     shards: dict[str, list[IndexedTensor]] = {}
     room, count = 0, 0

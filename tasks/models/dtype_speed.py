@@ -1,4 +1,4 @@
-"""A warning before hours are lost: a device may have no instructions for the dtype that is computed in."""
+"""Speed of dtypes: warn before a long run if the device has no fast instructions for the dtype."""
 
 import logging
 import time
@@ -10,17 +10,17 @@ from layerwise.tasks.running.execution import Execution
 
 logger = logging.getLogger(__name__)
 
-SIZE = 256  # of the matrices that are multiplied: milliseconds where there are no instructions for the dtype
-TOLERABLE = 4.0  # times slower: instructions of half the width, and noise
+SIZE = 256  # of the multiplied matrices: milliseconds, even without instructions for the dtype
+TOLERABLE = 4.0  # times slower: allows for instructions of half the width, and noise
 
 
 def times_slower_than_float32(dtype: str, execution: Execution) -> float:
-    """How many times longer a matrix product takes in ``dtype`` than in float32, measured here and now."""
+    """Measure how many times longer a matrix product takes in ``dtype`` than in float32."""
 
     def seconds(in_dtype: torch.dtype) -> float:
         one = torch.ones(SIZE, SIZE, dtype=in_dtype, device=execution.torch_device)
         taken = []
-        for _ in range(3):  # the first one also prepares the kernel
+        for _ in range(3):  # the first product also loads the kernel
             began = time.perf_counter()
             (one @ one)[0, 0].item()
             taken.append(time.perf_counter() - began)
@@ -30,7 +30,7 @@ def times_slower_than_float32(dtype: str, execution: Execution) -> float:
 
 
 def fast_dtype(execution: Execution) -> str:
-    """bfloat16, where the device does not multiply it many times slower than float32."""
+    """Return "bfloat16", or "float32" if the device multiplies bfloat16 more than ``TOLERABLE`` times slower."""
     return "float32" if times_slower_than_float32("bfloat16", execution) > TOLERABLE else "bfloat16"
 
 
@@ -41,8 +41,8 @@ def warn_if_slow(dtype: str, execution: Execution) -> None:
     slower = times_slower_than_float32(dtype, execution)
     if slower > TOLERABLE:
         logger.warning(
-            "%s has no fast instructions for %s: a product takes %.0f times as long as in float32. Set dtype to "
-            "float32 (--dtype float32), or run where there are some.",
+            "%s has no fast instructions for %s: a matrix product takes %.0f times as long as in float32. Set dtype to "
+            "float32 (--dtype float32), or use a device that has such instructions.",
             execution.device,
             dtype,
             slower,

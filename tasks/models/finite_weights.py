@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite: refused when a checkpoint is imported, while every byte is read anyway."""
+"""Refusal of weights that are NaN or infinite. An import checks all weights, because it reads every byte anyway."""
 
 from torch import Tensor
 
@@ -6,20 +6,20 @@ from layerwise.models.nan_check import is_finite
 
 
 def require_finite(weight: Tensor, name: str, place: str) -> None:
-    """Refuse a weight that cannot be ranked, and from which nothing but NaN comes out of a model.
+    """Refuse a weight with NaN or infinity: it cannot be ranked, and the output of its model is NaN.
 
     Args:
-        weight: all or a part of it; any shape and dtype.
-        name: of the tensor.
-        place: what errors call the file.
+        weight: a weight or a part of it; any shape and dtype.
+        name: name of the tensor.
+        place: name of the file, for errors.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: the weight holds NaN or infinity; the message names the tensor.
     """
     if is_finite(weight):
         return
     kind = "NaN" if weight.isnan().any() else "infinity"
     raise ValueError(
         f"{name} in {place} holds {kind}: the checkpoint was damaged when it was trained, merged or converted "
-        "(float16 ends at 65,504). Save the model again from where it is whole, in bfloat16 or float32."
+        "(the largest float16 is 65,504). Save the model again from an undamaged copy, in bfloat16 or float32."
     )

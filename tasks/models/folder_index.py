@@ -1,4 +1,4 @@
-"""The index of a checkpoint that lies in a folder."""
+"""Index of a checkpoint in a folder."""
 
 import json
 from dataclasses import replace
@@ -24,19 +24,19 @@ from layerwise.tasks.sources.model_config import (
     read_config_document,
 )
 
-PIECE = 32 << 20  # bytes in memory while a digest is computed: one window of requests to a remote storage
+PIECE = 32 << 20  # bytes read at a time to compute a digest: one window of requests to a remote storage
 DIGESTS = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def describe_folder(folder: Folder) -> CheckpointIndex:
-    """The index of ``folder`` without digests: reads ``config.json`` and the headers of the tensor files.
+    """Read the index of ``folder`` without digests, from ``config.json`` and the headers of the tensor files.
 
-    The headers are read first: nothing is built from a configuration that asks for more than they hold.
+    The headers are read first, so that no model is built from a configuration that asks for more than they hold.
 
     Raises:
-        ValueError: if the files do not make a model that can be pruned.
-        Corrupt: if a file contradicts its own header.
+        ValueError: the files are not a model that can be pruned.
+        Corrupt: a file contradicts its own header.
     """
     refuse_adapter(folder)
     document = read_config_document(folder)
@@ -50,10 +50,10 @@ def describe_folder(folder: Folder) -> CheckpointIndex:
 
 
 def refuse_adapter(folder: Folder) -> None:
-    """Refuse a folder with the files of an adapter (LoRA and its like): its weights would be left out silently.
+    """Refuse a folder with files of an adapter, such as LoRA: its weights would be ignored silently.
 
     Raises:
-        ValueError: naming the files, and how to merge them.
+        ValueError: the folder holds an adapter; the message names the files and says how to merge them.
     """
     files = sorted(
         name for name in folder.files if name == ADAPTER_CONFIG or name.startswith("adapter_model")
@@ -65,7 +65,7 @@ def refuse_adapter(folder: Folder) -> None:
         try:
             settings = json.loads(folder.read(ADAPTER_CONFIG))
         except (ValueError, RecursionError):
-            settings = None  # the advice is the same
+            settings = None  # the message then has placeholders
         if isinstance(settings, dict):
             kind = f"an adapter ({settings.get('peft_type', 'of an unnamed kind')})"
             base = str(settings.get("base_model_name_or_path") or base)
@@ -76,9 +76,9 @@ def refuse_adapter(folder: Folder) -> None:
     )
     whole = any(name.endswith(".safetensors") and name not in files for name in folder.files)
     remedy = (
-        f"If it is merged into the weights already, remove these files; if not, merge it: {merge}, and give NEW"
+        f"If it is already merged into the weights, remove these files; if not, merge it: {merge}, and use NEW"
         if whole
-        else f"Merge it into the model that it was trained on: {merge}, and give NEW"
+        else f"Merge it into the model that it was trained on: {merge}, and use NEW"
     )
     raise ValueError(
         f"{folder.name} holds {kind} {'next to the weights' if whole else 'and no model'}: {', '.join(files)}. "
@@ -87,14 +87,14 @@ def refuse_adapter(folder: Folder) -> None:
 
 
 def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> CheckpointIndex:
-    """The index of ``folder`` with the digest of every tensor, whose bytes are read once, in pieces.
+    """Return the index of ``folder`` with the digest of every tensor; every byte is read once, in pieces.
 
-    A resume point is left after every file.
+    Leaves a resume point after every file.
 
     Raises:
-        ValueError: if the files do not make a model that can be pruned, or a weight holds NaN or infinity.
-        Corrupt: if a file contradicts its own header or cannot be read.
-        SourceChanged: if a file changes meanwhile.
+        ValueError: the files are not a model that can be pruned, or a weight holds NaN or infinity.
+        Corrupt: a file contradicts its own header or cannot be read.
+        SourceChanged: a file changes while it is read.
     """
     index = describe_folder(folder)
     check_tied_copies(folder, index)
@@ -124,10 +124,10 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
 
 
 def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
-    """Refuse weights that the configuration ties, but the files hold with different values.
+    """Refuse weights that the configuration ties but that have different values in the files.
 
     Raises:
-        ValueError: naming both.
+        ValueError: two tied weights differ; the message names both.
     """
     named = {tensor.name: tensor for tensor in index.tensors}
     for copy in index.tensors:
@@ -139,12 +139,12 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
             raise ValueError(
                 f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
                 "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
-                f"to false there; if not, remove {copy.name} from {copy.file}."
+                f"to false in config.json; if not, remove {copy.name} from {copy.file}."
             )
 
 
 def _digest(folder: Folder, tensor: IndexedTensor) -> str:
-    """Checksum of a tensor's bytes; refuses a weight that holds NaN or infinity, since each byte passes here."""
+    """Return the digest of a tensor's bytes; refuse a weight that holds NaN or infinity."""
     digest, entry = xxh3_128(), tensor.entry
     piece = memoryview(bytearray(min(PIECE, entry.nbytes)))
     for start in range(0, entry.nbytes, PIECE):
@@ -152,9 +152,7 @@ def _digest(folder: Folder, tensor: IndexedTensor) -> str:
         read_exactly(folder.fs, folder.path(tensor.file), entry.offset + start, part)
         digest.update(part)
         if tensor.model_name is not None:
-            values = torch.frombuffer(
-                part, dtype=entry.torch_dtype
-            )  # pieces are multiples of every item size
+            values = torch.frombuffer(part, dtype=entry.torch_dtype)  # PIECE is a multiple of every item size
             require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
     return digest.hexdigest()
 

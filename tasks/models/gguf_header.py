@@ -1,6 +1,6 @@
-"""The header of a GGUF file, walked through before gguf's own reader sees it.
+"""Check of the header of a GGUF file, before gguf's own reader opens it.
 
-That reader believes every count in the file: an array of 2**60 entries keeps it busy until the memory is full.
+That reader trusts every count in the file: an array of 2**60 entries keeps it busy until the memory is full.
 """
 
 import mmap
@@ -12,18 +12,18 @@ MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by type of value
 MOST_DIMENSIONS = 8  # of a tensor; ggml has four
-MOST_NESTED = 4  # arrays in arrays
+MOST_NESTED = 4  # levels of arrays in arrays
 
 
 def check_gguf_header(path: Path) -> None:
     """Follow every length in the header of a GGUF file.
 
     Raises:
-        ValueError: not a GGUF file, or a length that leads beyond its end; says what and where.
+        ValueError: it is not a GGUF file, or a length leads beyond its end; the message says what and where.
     """
     size = path.stat().st_size
     if size < 24:
-        raise ValueError(f"it has {size} bytes")
+        raise ValueError(f"it has only {size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] != MAGIC:
             raise ValueError(f"it begins with {content[:4]!r} instead of {MAGIC!r}")
@@ -43,7 +43,7 @@ def check_gguf_header(path: Path) -> None:
 
 @dataclass
 class _Header:
-    """A position in the header."""
+    """Reader of a header, at position ``at``."""
 
     content: mmap.mmap
     size: int
@@ -72,7 +72,7 @@ class _Header:
             if entries in SCALAR_BYTES:
                 self.skip(count * SCALAR_BYTES[entries], "an array")
                 return
-            for _ in range(count):  # each takes some bytes, so that the end of the file ends this
+            for _ in range(count):  # every entry takes bytes, so the end of the file ends the loop
                 self.skip_value(entries, nested + 1)
         else:
             raise ValueError(f"a value is of the unknown type {kind} (at byte {self.at})")

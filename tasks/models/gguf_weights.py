@@ -1,7 +1,7 @@
-"""A GGUF file as a transformers model: configuration, tokenizer and weights, one tensor in memory at a time.
+"""GGUF file as a transformers model: configuration, tokenizer and weights, one tensor in memory at a time.
 
-Names and layouts are those of transformers' own GGUF loader, whose tables are used here. That loader holds
-the whole model in float32.
+Names and layouts come from the tables of transformers' own GGUF loader. Weights are not read by that loader, because it
+holds the whole model in float32.
 """
 
 import json
@@ -33,19 +33,19 @@ from layerwise.tasks.models.tokenizer import open_gguf_tokenizer
 from layerwise.tasks.sources.checkpoint_files import CONFIG, GENERATION_CONFIG
 from layerwise.tasks.sources.model_config import built, check_values, outline, short_reason
 
-DTYPE = torch.bfloat16  # of the weights after dequantizing: GGUF blocks hold far less precision than that
+DTYPE = torch.bfloat16  # of dequantized weights; GGUF blocks are far less precise
 
 
 class GgufWeights:
-    """The model in a GGUF file.
+    """Model in a GGUF file.
 
     Attributes:
-        config: the configuration transformers gives it.
+        config: configuration that transformers derives from the metadata.
         model: the model on the meta device.
 
     Raises:
-        ValueError: if it is no GGUF file, or of an architecture that transformers does not read.
-        UnsupportedModel: if it is a mixture of experts or an encoder-decoder.
+        ValueError: it is not a GGUF file, or transformers cannot read its architecture.
+        UnsupportedModel: it is a mixture of experts or an encoder-decoder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,22 +66,22 @@ class GgufWeights:
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """State-dict name and shape of every weight."""
+        """Shape of every weight by state-dict name."""
         return expected_tensors(self.model)
 
     def tensor(self, model_name: str) -> Tensor:
-        """One weight, dequantized, in the layout of the model.
+        """Dequantize one weight, in the layout of the model.
 
         Raises:
-            ValueError: if its shape does not fit the configuration.
+            ValueError: its type cannot be dequantized, or its shape does not match the configuration.
         """
         stored = self._stored[model_name]
-        extra: dict[str, Any] = {"tensors": {}}  # where GPT-2's processor puts the head
+        extra: dict[str, Any] = {"tensors": {}}  # GPT-2's processor puts the head here
         try:
             dequantized = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise ValueError(
-                f"{stored.name} in {self.path.name} is stored as {stored.tensor_type.name}, which is not dequantized. "
+                f"{stored.name} in {self.path.name} is stored as {stored.tensor_type.name}, which cannot be dequantized. "
                 "Use a file in another format (Q8_0, F16, BF16), or the model's safetensors."
             ) from error
         processed = self._processor.process(
@@ -95,15 +95,15 @@ class GgufWeights:
             weight = torch.from_numpy(np.require(processed.weights, requirements=["C", "W"]))
         if tuple(weight.shape) != self.expected[model_name]:
             raise ValueError(
-                f"{stored.name} in {self.path.name} has the shape {tuple(weight.shape)}, but its metadata "
-                f"ask for {self.expected[model_name]} as {model_name}. The file is damaged or unusual; use "
-                "the safetensors."
+                f"{stored.name} in {self.path.name} has the shape {tuple(weight.shape)}, but the "
+                f"metadata ask for {self.expected[model_name]} as {model_name}. The file is damaged or unusual; use "
+                "the model's safetensors."
             )
         return weight.to(DTYPE)
 
     @cached_property
     def index(self) -> CheckpointIndex:
-        """Every weight as it will be after dequantizing; files and offsets mean nothing yet."""
+        """Index of the dequantized weights; files and offsets have no meaning yet."""
         prefix = layer_prefix(self.model)
         number = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
         tensors = [
@@ -117,12 +117,12 @@ class GgufWeights:
             for name, shape in self.expected.items()
         ]
         document = json.loads(self.config.to_json_string())
-        document["torch_dtype"] = document["dtype"]  # the name that transformers had for it before version 5
+        document["torch_dtype"] = document["dtype"]  # its name in transformers before version 5
         num_layers = self.config.get_text_config().num_hidden_layers
         return CheckpointIndex(document, prefix, num_layers, in_place=False, tensors=tuple(tensors))
 
     def small_files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer files such as ``save_pretrained`` writes them."""
+        """Return configuration and tokenizer files by name, as ``save_pretrained`` writes them."""
         generation = GenerationConfig.from_model_config(self.config)
         files = {
             CONFIG: json.dumps(self.index.config, indent=2, sort_keys=True).encode(),
@@ -135,13 +135,13 @@ class GgufWeights:
 
     @property
     def license(self) -> str | None:
-        """What the file says of its licence, e.g. "apache-2.0"."""
+        """Licence that the file names, e.g. "apache-2.0"."""
         found = _metadata(self._reader, "general.license")
         return found if isinstance(found, str) and found else None
 
     @cached_property
     def _model_name_of(self) -> dict[str, str]:
-        """GGUF name -> state-dict name."""
+        """State-dict names by GGUF name."""
         names: dict[str, str] = get_gguf_hf_weights_map(_Names(self.model), self._processor)
         return names
 
@@ -163,9 +163,9 @@ class GgufWeights:
 
 
 class _Names:
-    """What ``get_gguf_hf_weights_map`` asks of a model, down to the base model.
+    """The part of a model that ``get_gguf_hf_weights_map`` reads, down to the base model.
 
-    Given the model itself it makes its tables again for each of its submodules: minutes for a large model.
+    With the model itself, that function rebuilds its tables for each submodule, which takes minutes for a large model.
     """
 
     def __init__(self, module: nn.Module, depth: int = 1) -> None:
@@ -186,22 +186,22 @@ def _open(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path.name} cannot be read as GGUF ({short_reason(error)}): it is damaged, truncated or something else. "
+            f"{path.name} cannot be read as GGUF ({short_reason(error)}): it is damaged, truncated or not a GGUF file. "
             "Download it again."
         ) from error
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """The configuration that transformers makes of the metadata.
+    """Return the configuration that transformers derives from the metadata.
 
     Raises:
-        ValueError: whatever transformers raises because of their values.
+        ValueError: transformers cannot use the metadata.
     """
     try:
         document: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
     except MemoryError:
         raise
-    except Exception as error:  # transformers believes the metadata
+    except Exception as error:  # transformers trusts the metadata, so any error is possible
         raise ValueError(
             f"the metadata of {path.name} cannot be used: {short_reason(error)}. Download the file again, or use the "
             "model's safetensors."
@@ -214,13 +214,13 @@ def _architecture(reader: GGUFReader, path: Path) -> str:
     architecture = _metadata(reader, "general.architecture")
     if not isinstance(architecture, str):
         raise ValueError(
-            f"{path.name} has {architecture!r} for general.architecture, so that it is not known which model it is. "
-            "Download it again."
+            f"general.architecture of {path.name} is {architecture!r}, so the type of the model is unknown. Download "
+            "the file again."
         )
     if experts := _metadata(reader, f"{architecture}.expert_count"):
         raise UnsupportedModel(
-            f"{path.name} is a mixture of experts ({architecture} with {experts} experts); experts that see "
-            "few calibration tokens need a treatment that layerwise does not have. Use a dense model."
+            f"{path.name} is a mixture of experts ({architecture} with {experts} experts), which cannot be pruned: "
+            "experts that see few calibration tokens need a special method. Use a dense model."
         )
     readable = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
     if architecture not in readable:

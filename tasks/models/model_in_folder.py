@@ -1,7 +1,7 @@
-"""Open a checkpoint that lies in a folder as one model of transformers: checked and read as a search reads it.
+"""Open a checkpoint in a folder as one transformers model, with the checks of an import.
 
-transformers' own ``from_pretrained`` looks for files by itself: it opens pickles where there are no safetensors, asks
-to run code that a folder brings, adds adapters, and makes up weights that it does not find.
+``from_pretrained`` of transformers is not used: it opens pickles if there are no safetensors, offers to run code from
+the folder, applies adapters, and initialises missing weights at random.
 """
 
 import torch
@@ -17,11 +17,11 @@ from layerwise.tasks.sources.model_config import config_from_document, short_rea
 
 
 def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in ``folder``, computing in ``dtype``, on the CPU.
+    """Open the model in ``folder`` on the CPU, computing in ``dtype``.
 
     Raises:
-        ValueError: if the files do not make a model that can be pruned, see ``describe_folder``.
-        Corrupt: if a file contradicts its own header.
+        ValueError: the files are not a model that can be pruned, see ``describe_folder``.
+        Corrupt: a file contradicts its own header.
     """
     index = describe_folder(folder)
     check_tied_copies(folder, index)
@@ -37,10 +37,10 @@ def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def with_generation_config(model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
-    """``model`` with the settings of ``generate`` that lie in the local ``folder``, if there are any.
+    """Give ``model`` the generation settings in the local ``folder``, if there are any, and return it.
 
     Raises:
-        ValueError: they cannot be used.
+        ValueError: the settings cannot be used.
     """
     if GENERATION_CONFIG in folder.files:
         try:
@@ -56,6 +56,6 @@ def with_generation_config(model: PreTrainedModel, folder: Folder) -> PreTrained
         ) as error:
             raise ValueError(
                 f"{GENERATION_CONFIG} of {folder.name} cannot be used ({short_reason(error)}). Correct it, or remove "
-                "it: then the defaults of transformers hold."
+                "it to use the defaults of transformers."
             ) from error
     return model

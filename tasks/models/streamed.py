@@ -16,13 +16,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def streamed_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> StreamedModel:
-    """The model of ``checkpoint`` without its decoder layers, computing in ``dtype``, e.g. "bfloat16"."""
+    """Open ``checkpoint`` without its decoder layers, computing in ``dtype``, e.g. "bfloat16"."""
     outer = OuterTensors(checkpoint)
     return StreamedModel(checkpoint.config, outer, DTYPES[dtype], execution.torch_device)
 
 
 class OuterTensors(Mapping[str, Tensor]):
-    """The tensors outside of the decoder layers, each read when it is looked up."""
+    """Tensors outside of the decoder layers, each read when it is looked up."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._tensors = checkpoint, checkpoint.outer_tensors()
@@ -31,7 +31,7 @@ class OuterTensors(Mapping[str, Tensor]):
         return self._checkpoint.read({name: self._tensors[name]})[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # Mapping's own looks the tensor up, and so reads it
+        return name in self._tensors  # the default of Mapping would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -41,10 +41,10 @@ class OuterTensors(Mapping[str, Tensor]):
 
 
 def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, ...]]:
-    """The prunable weights of every decoder layer, in the order of ``StreamedModel.linears``.
+    """Return the linears of every decoder layer, in the order of ``StreamedModel.linears``.
 
     Raises:
-        ValueError: the model has no positions for windows of ``seqlen`` tokens.
+        ValueError: the model does not have positions for windows of ``seqlen`` tokens.
     """
     model = outline_from_document(index.config, "the checkpoint")
     require_positions(model, seqlen)
@@ -52,5 +52,5 @@ def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, 
 
 
 def layer_sizes_of(linears: Sequence[Sequence[Linear]]) -> list[int]:
-    """Number of prunable weights of every decoder layer."""
+    """Return the number of weights of every decoder layer's linears."""
     return [sum(linear.numel for linear in layer) for layer in linears]

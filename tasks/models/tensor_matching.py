@@ -1,4 +1,4 @@
-"""Which stored tensor is which weight of the model, checked against the shapes the configuration asks for."""
+"""Match stored tensors with the weights of a model, and check their shapes against the configuration."""
 
 import logging
 import re
@@ -18,9 +18,9 @@ from layerwise.tasks.sources.warn_once import warn_once
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
-# Modules that torch.compile, activation checkpointing, FSDP and DDP put around others, and so into the names.
+# Wrappers of torch.compile, activation checkpointing, FSDP and DDP, which become parts of tensor names.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-# Buffers that older versions of transformers saved and newer ones compute.
+# Buffers that older versions of transformers saved and newer versions compute.
 COMPUTED_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 
 
@@ -29,17 +29,17 @@ def match_tensors(
 ) -> tuple[IndexedTensor, ...]:
     """Find the model's weights among the stored tensors.
 
-    A name means itself, or itself with or without the prefix of the base model: ``layers.0`` in a checkpoint
-    saved from the base model is ``model.layers.0``. Of tied weights it does not matter which one is stored. Modules
-    that were wrapped around the model when it was saved are left out of the names, with a warning.
+    A name is matched with and without the prefix of the base model: ``layers.0`` in a checkpoint saved from the base
+    model is ``model.layers.0``. Any one of several tied weights may be stored. Wrappers around the model are removed
+    from the names, with a warning.
 
     Args:
         model: the model on the meta device.
-        source: what errors call the checkpoint.
+        source: name of the checkpoint, for errors.
 
     Raises:
-        ValueError: for a missing tensor, a shape or dtype that does not fit, two tensors for one weight, or
-            layers beyond those of the configuration.
+        ValueError: a tensor is missing, has the wrong shape or dtype, or belongs to a layer that the configuration does
+            not have; or two tensors match one weight.
     """
     expected = expected_tensors(model)
     stored = _without_wrappers(stored, expected, model, source)
@@ -50,7 +50,7 @@ def match_tensors(
     unused = sorted(name for name in stored if name not in model_names and name not in copies)
     if unexplained := [name for name in unused if not COMPUTED_BUFFERS.fullmatch(name)]:
         logger.warning(
-            "%s: %d tensors have no place in the model: %s", source, len(unexplained), unexplained[:8]
+            "%s: %d tensors are not used by the model: %s", source, len(unexplained), unexplained[:8]
         )
     layers = {name: _layer_of(name, model, source) for name in stored}
     ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].entry.offset))
@@ -61,8 +61,11 @@ def match_tensors(
 
 
 def aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
-    """What a stored tensor's name may be in the model: itself, with and without the base model's prefix, and the name
-    that transformers gives it on loading (GPT-NeoX's ``embed_out`` is ``lm_head``)."""
+    """Return the possible names in the model of a stored tensor.
+
+    These are the name itself, the name with and without the base model's prefix, and the name that transformers gives
+    it on loading (``lm_head`` for GPT-NeoX's ``embed_out``).
+    """
     prefix = f"{model.base_model_prefix}."
     renamed, _ = rename_source_key(name, _renamings(model), [])
     return name, prefix + name, name.removeprefix(prefix), renamed
@@ -75,7 +78,7 @@ def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
 
 
 def layers_stored(names: Iterable[str]) -> int:
-    """Length of the longest numbered list of modules that some tensors' names tell of."""
+    """Return the length of the longest numbered list of modules in the names of tensors."""
     numbers: dict[str, set[str]] = defaultdict(set)
     for name in names:
         for match in re.finditer(r"\.(\d+)\.", f".{name}"):
@@ -86,10 +89,10 @@ def layers_stored(names: Iterable[str]) -> int:
 def _without_wrappers(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
 ) -> Mapping[str, StoredTensor]:
-    """The tensors under the names they had before modules were wrapped around the model.
+    """Return the tensors by their names without wrappers.
 
     Raises:
-        ValueError: two tensors have the same name then.
+        ValueError: two tensors then have the same name.
     """
     clean: dict[str, StoredTensor] = {}
     originals: dict[str, str] = {}
@@ -97,21 +100,21 @@ def _without_wrappers(
         parts = name.split(".")
         shorter = ".".join(part for part in parts if part not in WRAPPERS)
         if any(alias in expected for alias in aliases(name, model)):
-            shorter = name  # a part of the model itself is called so
+            shorter = name  # a module of the model itself has the name of a wrapper
         if shorter in clean:
-            raise _two_for_one(shorter, originals[shorter], name, source)
+            raise _two_tensors_for_one_weight(shorter, originals[shorter], name, source)
         clean[shorter], originals[shorter] = place, name
     renamed = [name for short, name in originals.items() if short != name]
     if renamed:
         wrappers = sorted({part for name in renamed for part in name.split(".") if part in WRAPPERS})
         warn_once(
-            f"{source}: {len(renamed)} of {len(stored)} tensors were saved from a wrapped model. Their names are used, "
-            f"and exported, without {' and '.join(wrappers)}."
+            f"{source}: {len(renamed)} of {len(stored)} tensors were saved from a wrapped model. Their names are used "
+            f"and exported without {' and '.join(wrappers)}."
         )
     return clean
 
 
-def _two_for_one(model_name: str, one: str, other: str, source: str) -> ValueError:
+def _two_tensors_for_one_weight(model_name: str, one: str, other: str, source: str) -> ValueError:
     return ValueError(
         f"{source} holds two tensors for {model_name}: {one} and {other}. Remove one of them, or save the model again "
         "with save_pretrained."
@@ -121,16 +124,16 @@ def _two_for_one(model_name: str, one: str, other: str, source: str) -> ValueErr
 def _model_names(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
 ) -> dict[str, str]:
-    """Stored name -> state-dict name."""
+    """Map stored names to state-dict names."""
     found: dict[str, str] = {}  # state-dict name -> stored name
     for name in stored:
         model_name = next((alias for alias in aliases(name, model) if alias in expected), None)
         if model_name is None:
             continue
         if model_name in found:
-            raise _two_for_one(model_name, found[model_name], name, source)
+            raise _two_tensors_for_one_weight(model_name, found[model_name], name, source)
         found[model_name] = name
-    for name in stored:  # tied weights of which only the other one was saved
+    for name in stored:  # tied weights, if only the other one was saved
         for alias in aliases(name, model):
             tied_to = model.all_tied_weights_keys.get(alias)
             if tied_to is not None and tied_to in expected:
@@ -141,7 +144,7 @@ def _model_names(
 def _tied_copies(
     model_names: Mapping[str, str], stored: Mapping[str, StoredTensor], model: PreTrainedModel
 ) -> dict[str, str]:
-    """Stored tensors that repeat another one because the model ties them: copy -> other."""
+    """Map stored tensors to the stored tensors that the model ties them to."""
     stored_as = {model_name: name for name, model_name in model_names.items()}
     return {
         name: stored_as[tied_to]
@@ -189,14 +192,14 @@ def _dtype_advice(dtype: str) -> str:
     if dtype == "F64":
         return (
             'Convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-            "M.from_pretrained('SOURCE', dtype='float32').save_pretrained('NEW')\", then give NEW (with the tokenizer "
+            "M.from_pretrained('SOURCE', dtype='float32').save_pretrained('NEW')\", then use NEW (with the tokenizer "
             "files copied into it)."
         )
     if dtype.startswith("C"):
         return "Models with complex weights cannot be pruned: use another model."
     if dtype == "BOOL":
-        return "A mask is no weight: save the model again with save_pretrained."
-    return "Give the original model, not a quantized one; a pruned one can be quantized afterwards."
+        return "A mask is not a weight: save the model again with save_pretrained."
+    return "Use the original model, not a quantized one; the pruned model can be quantized afterwards."
 
 
 def _layer_of(name: str, model: PreTrainedModel, source: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Open a checkpoint as one model of transformers with all its weights in memory."""
+"""Open a checkpoint as one transformers model with all weights in memory."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ from layerwise.tasks.running.execution import Execution
 
 
 def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> PreTrainedModel:
-    """The model of ``checkpoint``, computing in ``dtype``; its tensors are those that a streamed model reads.
+    """Open ``checkpoint``, computing in ``dtype``, with the same tensors as a streamed model.
 
     Raises:
-        Corrupt: if a tensor is not the one that was imported.
+        Corrupt: a tensor differs from the one that was imported.
     """
     wanted, device = DTYPES[dtype], execution.torch_device
     weights = {
@@ -24,7 +24,7 @@ def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> Pre
         for name, tensor in checkpoint.read(checkpoint.outer_tensors()).items()
     }
     for index, layer in enumerate(checkpoint.layers()):
-        for name, tensor in layer.items():  # copied: the next layer but one is read into the same memory
+        for name, tensor in layer.items():  # copied, because the buffer is reused for a later layer
             weights[f"{checkpoint.layer_prefix}.{index}.{name}"] = tensor.to(device, wanted, copy=True)
     return model_of_weights(checkpoint.config, weights, device)
 
@@ -32,10 +32,10 @@ def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> Pre
 def model_of_weights(
     config: PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device
 ) -> PreTrainedModel:
-    """The model of ``config`` with these weights, for inference.
+    """Build the model of ``config`` with these weights, for inference.
 
     Args:
-        weights: all that the model has, tied ones once, by their state-dict names, on ``device``.
+        weights: all weights of the model on ``device``, by state-dict name; tied weights once.
     """
     model = build_skeleton(with_plain_forward(config))
     model.load_state_dict(weights, strict=False, assign=True)
@@ -44,5 +44,5 @@ def model_of_weights(
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not meta, f"a checked checkpoint has every tensor of the model, but {meta} stayed without"
+    assert not meta, f"a checked checkpoint has every tensor of the model, but {meta} have no values"
     return model.requires_grad_(False).eval()

@@ -11,8 +11,8 @@ import yaml
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.tasks.pages.markdown import code, displayable, plain
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
 from layerwise.tasks.sources.source_license import License
-from layerwise.tasks.speed import speed_rows, speed_sentence
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 

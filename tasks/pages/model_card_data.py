@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from layerwise.scoring.perplexity import perplexity
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.branch import LaneScore
-from layerwise.tasks.capture import DENSE_PERPLEXITY
-from layerwise.tasks.evaluate import TestResult
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, Result
-from layerwise.tasks.sample_tokens import TOKENS_FILE
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.lane_scores import LaneScore
+from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.sources.model_source import HUB_ID, DemoSource
 from layerwise.tasks.sources.source_license import License
+from layerwise.tasks.texts.token_windows import TOKENS_FILE
 
 
 def card_of_lane(
@@ -70,11 +70,6 @@ def source_license(checkpoint: Checkpoint) -> License | None:
     """Return the licence of the dense model; None if its files state none, or an earlier version imported it."""
     facts = checkpoint.artifact.facts.get("license")
     return License(**facts) if isinstance(facts, dict) else None
-
-
-def dense_perplexity(capture: Artifact) -> float:
-    """Return the perplexity of the dense model on the selection text."""
-    return float(str(capture.facts[DENSE_PERPLEXITY]))
 
 
 def _realised(rows: Sequence[Mapping[str, int]]) -> float:

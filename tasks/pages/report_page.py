@@ -9,11 +9,11 @@ from markupsafe import Markup
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
-from layerwise.tasks.results.findings import sentence_on_stop
 from layerwise.tasks.results.measured_on import summary_of
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows
-from layerwise.tasks.select import TRIAL
-from layerwise.tasks.speed import speed_rows, speed_sentence
+from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
+from layerwise.tasks.results.summary import sentence_on_stop
 
 
 def report_page(data: ReportData, figures: Mapping[str, str]) -> str:

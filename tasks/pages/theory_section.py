@@ -9,7 +9,7 @@ from layerwise.scoring.theorem_checks import Findings, Outcome
 from layerwise.scoring.theorem_plans import ASCENDING, UNIFORM
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.theory import Rows, findings_of, read_tables, verdicts
+from layerwise.tasks.results.theory_findings import Rows, findings_of, read_tables, verdicts
 
 SUBJECTS = {
     "3.1": "the error that a layer adds grows with its sparsity",

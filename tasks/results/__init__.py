@@ -1,1 +1,1 @@
-"""Facts about a finished search, read from its artifacts."""
+"""Results of finished stages and searches: readers of their artifacts, wording for people, and names of runs."""

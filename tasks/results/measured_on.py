@@ -1,7 +1,7 @@
-"""What a perplexity was measured on, exactly: two perplexities of different texts, windows or dtypes are no comparison.
+"""Text, windows and dtype that a perplexity was measured on. Perplexities can only be compared if these are equal.
 
-An evaluation is known by its token ids, whatever text they were cut from. So the description is no part of it: it is
-put together from the artifacts of a search, and stands in the search's result.
+The key of an evaluation contains token ids, not the text they were cut from. The description is therefore not part of
+the evaluation: it is assembled from the artifacts of a search, and stored in the result of the search.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.texts.documents import Role
 
-SCORED: tuple[Role, ...] = ("selection", "test")  # the texts that perplexities are of
+SCORED: tuple[Role, ...] = ("selection", "test")  # roles of texts that perplexities are measured on
 CONVENTION = (
     "documents joined to one text and tokenised once; consecutive windows of seqlen tokens that do not overlap, the "
     "rest dropped; the exponential of the mean over windows of the mean cross-entropy of a window's seqlen - 1 "
@@ -21,16 +21,17 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """What the perplexities of one text were measured on.
+    """Conditions under which the perplexities of one text were measured.
 
     Attributes:
-        corpus: the name that opens it.
-        text_sha256: of the joined text's UTF-8 bytes, in hex.
-        text_tokens: in all of the text.
-        part_tokens: first and end of the part that the windows are cut from.
-        text_starts_with_bos: whether the first token of the text is the tokenizer's BOS; windows get none of their own.
-        dtype: in which the model computes.
-        loss_dtype: in which cross-entropies are taken.
+        corpus: name that opens the corpus.
+        text_sha256: SHA-256 of the joined text's UTF-8 bytes, in hex.
+        text_tokens: number of tokens of the whole text.
+        part_tokens: range of tokens (start, end) that the windows are cut from.
+        text_starts_with_bos: whether the first token of the text is the tokenizer's BOS; windows have no BOS of their
+            own.
+        dtype: dtype that the model computes in.
+        loss_dtype: dtype that cross-entropies are computed in.
     """
 
     corpus: str
@@ -46,10 +47,10 @@ class MeasuredOn:
 
 
 def measured_on(stages: Mapping[str, Artifact]) -> dict[str, MeasuredOn]:
-    """What the perplexities of a search were measured on, by text.
+    """Describe what the perplexities of a search were measured on, by role of the text.
 
     Args:
-        stages: the artifacts of the search, by role.
+        stages: artifacts of the search, by role.
     """
     dtype = _settings(stages["capture"])["dtype"]
     return {role: _of_text(stages[role].facts, dtype) for role in SCORED}

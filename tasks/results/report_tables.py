@@ -8,9 +8,9 @@ from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
-from layerwise.tasks.branch import ERRORS_FILE, LAYERS_FILE, LINEARS_FILE
+from layerwise.tasks.results.lane_scores import ERRORS_FILE, LAYERS_FILE, LINEARS_FILE
 from layerwise.tasks.results.search_result import FinishedSearch
-from layerwise.tasks.select import ScoreRow
+from layerwise.tasks.results.selection import ScoreRow
 
 Row = dict[str, Any]
 Rows = list[Row]

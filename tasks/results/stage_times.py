@@ -5,7 +5,7 @@ from datetime import datetime
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import GROUP
+from layerwise.tasks.lanes.group_membership import GROUP
 from layerwise.tasks.results.report_tables import Row, Rows
 from layerwise.tasks.results.search_result import FinishedSearch
 

@@ -1,1 +1,1 @@
-"""Execution of tasks: threads, progress, stopping."""
+"""Execution of tasks: settings of the machine, progress, layer boundaries, SIGTERM, printable text."""

@@ -1,4 +1,4 @@
-"""Where and how work is done. Nothing here changes a result, so nothing here is part of a key."""
+"""Machine-side settings of a run. They do not change results, so they are not part of any key."""
 
 import tempfile
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class Execution:
-    """The machine's side of a run.
+    """Device, memory limit, and intervals between resume points.
 
     Attributes:
-        device: torch device that computes.
-        hidden_states_bytes: hidden states beyond this many bytes lie in memory-mapped files.
+        device: torch device to compute on.
+        hidden_states_bytes: maximum size of hidden states in memory; more are kept in memory-mapped files.
         scratch: folder for those files.
-        boundary_layers: commit a resume point after this many layers; None for by time only.
+        boundary_layers: commit a resume point after this many layers; None: only ``boundary_seconds`` counts.
         boundary_seconds: commit a resume point at the first layer boundary after this time.
     """
 

@@ -1,4 +1,4 @@
-"""The terminal, for text that is shown as it is."""
+"""Console that prints text without markup."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from layerwise.tasks.running.printable import printable
 
 
 class PlainConsole(Console):
-    """A console for which no string is markup, and which replaces what is not printable in every string.
+    """A rich console that ignores markup and escapes non-printable characters in every string.
 
-    That includes the cells, titles and captions of tables. A newline in a string is replaced, too: print a string per
-    line. A ``rich.text.Text`` is printed as it is; make what it holds printable first.
+    This includes the cells, titles and captions of tables. Newlines are escaped too, so print one string per line. A
+    ``rich.text.Text`` is printed unchanged: make its content printable first.
     """
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:

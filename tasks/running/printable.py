@@ -1,12 +1,12 @@
-"""Text from outside, made fit for a terminal, a log and a figure."""
+"""Escape text from outside before it is shown on a terminal, in a log or in a figure."""
 
 
 def printable(text: str) -> str:
-    r"""Replace every character that is not printable with its escape: ``\x1b``, ``\n``, ``\u202e``.
+    r"""Replace every non-printable character with its escape, e.g. ``\x1b``, ``\n``, ``\u202e``.
 
-    Names of models, files and hosts come from others. They may hold control characters, which a terminal obeys and
-    XML forbids; characters that reverse the direction of writing; and surrogates, where a file name is not UTF-8.
-    Printable is what ``repr`` shows as it is.
+    Names of models, files and hosts come from other people. They may contain control characters, which a terminal
+    executes and XML forbids; characters that reverse the writing direction; and surrogates, if a file name is not
+    UTF-8. A character is printable if ``repr`` shows it unchanged.
     """
     if text.isprintable():
         return text
@@ -17,5 +17,5 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The lines of ``text`` joined by spaces, each printable."""
+    """Join the lines of ``text`` with spaces, and make them printable."""
     return " ".join(printable(line.strip()) for line in text.split("\n") if line.strip())

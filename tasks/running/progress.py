@@ -1,4 +1,4 @@
-"""Progress that a person sees: on the terminal, in the log, and as a Prefect progress artifact."""
+"""Progress of a stage: on the terminal, in the log, and as a Prefect progress artifact."""
 
 import logging
 import sys
@@ -31,16 +31,15 @@ from layerwise.tasks.running.printable import printable
 
 logger = logging.getLogger(__name__)
 
-# An update of a Prefect artifact is a request of about 22 ms, and a log is read by people: not for every
-# layer.
+# Layers may take less than a second: updating a Prefect artifact is a request of about 22 ms, and people read the log.
 SECONDS_BETWEEN_REPORTS = 10.0
-# Prefect's client would repeat each report for a minute, and wait a minute for each answer, while nothing is computed.
+# By default, Prefect's client repeats a request for a minute and waits a minute for each answer; computation would stop.
 REPORT_REPETITIONS = 1
 REPORT_TIMEOUT = 10.0  # seconds
 
 
-class Step(Protocol):
-    """Call after each layer."""
+class ProgressUpdate(Protocol):
+    """Function to call after each layer with the number of completed layers."""
 
     def __call__(self, completed: int) -> None: ...
 
@@ -48,17 +47,15 @@ class Step(Protocol):
 @contextmanager
 def showing(
     title: str, total: int, start: int = 0, resumed: ResumePoint | None = None, unit: str = "layer"
-) -> Iterator[Step]:
-    """Show that ``completed`` of ``total`` are done, with the time left and the memory in use.
-
-    Signs of life of this process say it, too.
+) -> Iterator[ProgressUpdate]:
+    """Show how many layers are done, the time left and the memory in use. Signs of life report the same.
 
     Args:
-        title: what is going on, e.g. "branch: 11 lanes, group 1 of 1".
+        title: name of the work, e.g. "branch: 11 lanes, group 1 of 1".
         total: number of layers.
-        start: how many an earlier attempt had done.
+        start: number of layers that an earlier attempt has finished.
         resumed: the resume point that the earlier attempt left.
-        unit: what is counted.
+        unit: what is counted, if not layers.
     """
     reports = _Reports(title, total, start, unit)
     columns = (
@@ -73,7 +70,7 @@ def showing(
     )
     console = PlainConsole(stderr=True)
     if resumed is not None:
-        reports.say(f"{title}: goes on from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
+        reports.log(f"{title}: resumed from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(printable(title), total=total, completed=start, memory=_memory())
 
@@ -90,18 +87,18 @@ def showing(
 
 
 class _Reports:
-    """Reports to the log, to Prefect, and as plain lines where there is no terminal."""
+    """Reports to the log, to Prefect, and, without a terminal, as plain lines on standard error."""
 
     def __init__(self, title: str, total: int, start: int, unit: str) -> None:
         self._title, self._total, self._start, self._unit = title, total, start, unit
         self._began, self._last = time.monotonic(), 0.0
-        # Outside of a task run there is no server to tell; a test calls the plain function.
+        # Outside of a task run, as in a test that calls the plain function, there is no server to report to.
         in_task_run = TaskRunContext.get() is not None
         self._artifact: UUID | None = None
         if in_task_run:
             with going_on_without_prefect():
                 self._artifact = cast(UUID, create_progress_artifact(0.0, description=title))
-        self._log = get_run_logger() if in_task_run else logger
+        self._logger = get_run_logger() if in_task_run else logger
 
     def report(self, completed: int, to_stderr: bool) -> None:
         logger.debug("%s: %s %d of %d done", self._title, self._unit, completed, self._total)
@@ -111,32 +108,32 @@ class _Reports:
         self._last = now
         left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
         line = f"{self._title}: {self._unit} {completed} of {self._total}, {left:.0f} s left, {_memory()}"
-        self.say(line, to_stderr)
+        self.log(line, to_stderr)
         if self._artifact is not None:
             with going_on_without_prefect():
                 update_progress_artifact(self._artifact, 100 * completed / self._total)
 
-    def say(self, line: str, to_stderr: bool = True) -> None:
-        """One line for the run's log, and for whoever watches."""
-        self._log.info(line)
-        if to_stderr and not is_on_stderr(self._log, logging.INFO):
+    def log(self, line: str, to_stderr: bool = True) -> None:
+        """Write one line to the run's log and, if it does not appear there anyway, to standard error."""
+        self._logger.info(line)
+        if to_stderr and not is_on_stderr(self._logger, logging.INFO):
             sys.stderr.write(f"{printable(line)}\n")
 
 
 @contextmanager
 def going_on_without_prefect() -> Iterator[None]:
-    """A server that is restarted, or gone, costs its view of the progress, never hours of work."""
+    """Turn errors of Prefect's server into warnings: a lost report must not end hours of work."""
     try:
         with _quick_reports():
             yield
     except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("Prefect's server did not take a report (%r); the work goes on", error)
+        logger.warning("Prefect's server did not accept a report (%r); the work continues", error)
 
 
 def _quick_reports() -> SettingsContext:
-    """Prefect's settings with few repetitions and a short timeout.
+    """Return Prefect's settings with fewer repetitions and a shorter timeout.
 
-    Not by ``temporary_settings``: a Ctrl-C or SIGTERM in the middle of it comes out as a pydantic error.
+    ``temporary_settings`` is not used: Ctrl-C or SIGTERM in the middle of it is raised as a pydantic error.
     """
     now = get_settings_context()
     client = now.settings.client.model_copy(update={"max_retries": REPORT_REPETITIONS})
@@ -147,7 +144,7 @@ def _quick_reports() -> SettingsContext:
 
 
 def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -> bool:
-    """Whether ``log`` has a handler that writes this level to standard error, as Prefect's own does in a worker."""
+    """Return whether ``log`` writes this level to standard error, as Prefect's logger in a worker does."""
     logger: logging.Logger | None = log.logger if isinstance(log, logging.LoggerAdapter) else log
     assert logger is not None, "an adapter has a logger"
     record = logging.makeLogRecord(

@@ -1,4 +1,4 @@
-"""What all stages have in common as Prefect tasks."""
+"""Decorator that makes a function a Prefect task for a stage."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from layerwise.storage.files.errors import Unreachable
 
 logger = logging.getLogger(__name__)
 
-# In seconds; the client of the storage has asked for a minute before each of them.
+# In seconds; before each of them, the storage client has retried for a minute.
 RETRY_DELAYS = [10.0, 60.0, 240.0]
 
 Parameters = ParamSpec("Parameters")
@@ -22,17 +22,17 @@ Result = TypeVar("Result")
 def stage_task(
     name: str | None = None, about: Callable[..., str] | None = None
 ) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
-    """Make a function a Prefect task that the store alone caches, and that outlives an outage of the storage.
+    """Make a function a Prefect task that is cached only by the store and retried after an outage of the storage.
 
-    After the outage the task is called again, and goes on from its last resume point.
+    A retry resumes from the last resume point.
 
     Args:
-        name: of the task; the function's if left out.
-        about: gives what a run is about, in some words, from the task's own arguments, all by name. The run is called
-            by the task's name and these words.
+        name: name of the task; by default that of the function.
+        about: returns a short description of a run from the task's arguments, passed by name. The name of the run is
+            the name of the task followed by this description.
 
     Raises:
-        TypeError: ``about`` does not take the task's arguments.
+        TypeError: ``about`` does not accept the task's arguments.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Task[Parameters, Result]:
@@ -46,7 +46,7 @@ def stage_task(
             persist_result=False,
             retries=len(RETRY_DELAYS),
             retry_delay_seconds=RETRY_DELAYS,
-            retry_condition_fn=_is_passing,
+            retry_condition_fn=_is_outage,
         )(function)
         return stage
 
@@ -54,15 +54,15 @@ def stage_task(
 
 
 def _run_name(task_name: str, about: Callable[..., str]) -> Callable[..., str]:
-    def run_name(parameters: dict[str, Any]) -> str:  # Prefect looks at the name of the argument
+    def run_name(parameters: dict[str, Any]) -> str:  # Prefect requires this argument name
         try:
             return f"{task_name} {about(**parameters)}"
-        except Exception as error:  # Prefect would fail the run, hours of work, for the want of a name
-            logger.warning("a run of %s is named by the task alone: %r", task_name, error)
+        except Exception as error:  # Prefect would fail the whole run because of a name
+            logger.warning("a run of %s has no description in its name: %r", task_name, error)
             return task_name
 
     return run_name
 
 
-def _is_passing(task: Any, run: Any, state: Any) -> bool:
+def _is_outage(task: Any, run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), Unreachable)

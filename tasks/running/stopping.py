@@ -1,4 +1,4 @@
-"""SIGTERM: the machine will be taken away within minutes. Stop where the work can go on, and say so."""
+"""SIGTERM: the machine may be taken away within minutes, so stop at the next point that work can be resumed from."""
 
 import signal
 import threading
@@ -10,17 +10,17 @@ from prefect.exceptions import TerminationSignal
 
 
 class Stopped(TerminationSignal):
-    """The process was asked to end, and nothing that was finished is lost. Prefect knows it as what ends a run."""
+    """The process was asked to end; finished work is kept. Prefect treats the base class as the end of a run."""
 
     def __init__(self) -> None:
         super().__init__(signal.SIGTERM)
 
     def __str__(self) -> str:
-        return "stopped by SIGTERM; nothing is lost, the same settings go on from the last resume point"
+        return "stopped by SIGTERM; finished work is kept. Run again with the same settings to resume"
 
 
 class _Request:
-    """What is known of a request to stop; one per process, as signals are."""
+    """State of a request to stop; one per process, because signals are."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -37,9 +37,9 @@ _request = _Request()
 
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise ``Stopped`` in the main thread; within ``stop_deferred`` only at the next boundary.
+    """Let SIGTERM raise ``Stopped`` in the main thread; within ``stop_deferred``, only at the next boundary.
 
-    In any other thread than the main one this does nothing: Python gives signals to the main thread only.
+    Does nothing in other threads, because Python delivers signals to the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -53,10 +53,12 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def stop_deferred() -> Iterator[Callable[[], bool]]:
-    """Work that stops at its own boundaries: gives a function that says whether a stop was asked for.
+    """Defer SIGTERM to the boundaries of the work in this block.
 
-    Whoever gets True commits what there is and calls ``stop``. If the work ends before that, by itself or by an
-    error, ``Stopped`` is raised at its end.
+    If the block ends after a request to stop, normally or by an error, ``Stopped`` is raised at its end.
+
+    Yields:
+        A function that returns whether the process was asked to stop. On True, commit a resume point and call ``stop``.
     """
     _request.deferred += 1
     try:
@@ -73,6 +75,6 @@ def stop_deferred() -> Iterator[Callable[[], bool]]:
 
 
 def stop() -> None:
-    """Raise ``Stopped``; the request is answered by it."""
+    """Raise ``Stopped`` and clear the request."""
     _request.asked = False
     raise Stopped

@@ -18,6 +18,7 @@ SINGLE = "model.safetensors"
 DESCRIPTION_FILE = (
     "compressed.json"  # marks a compressed checkpoint, see layerwise.tasks.compressed.file_format
 )
+SPARSITY_FILE = "sparsity.json"  # of an exported checkpoint: its plan, and the sparsity of every linear
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

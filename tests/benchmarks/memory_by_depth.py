@@ -32,7 +32,7 @@ from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sample_tokens import TOKENS_FILE
+from layerwise.tasks.texts.token_windows import TOKENS_FILE
 
 WINDOWS, SEQLEN = 2, 256
 BETAS = (0.0, 0.005)

@@ -19,7 +19,7 @@ from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import TestResult
+from layerwise.tasks.results.evaluation import TestResult
 
 LEAST = {"model": "models/demo", "sparsity": 0.5}
 

@@ -8,7 +8,7 @@ from layerwise.flows.pipeline.lookup import look_up
 from layerwise.flows.plan import plan_search
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
-from layerwise.tasks.branch import LINEARS_FILE
+from layerwise.tasks.results.lane_scores import LINEARS_FILE
 from layerwise.tasks.results.search_result import RESULT_FILE
 
 METHODS = {

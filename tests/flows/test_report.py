@@ -14,7 +14,6 @@ from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
-from layerwise.tasks.branch import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.charts.drawing import svg_inside
 from layerwise.tasks.pages.report_data import (
     CheckpointSizes,
@@ -25,6 +24,7 @@ from layerwise.tasks.pages.report_data import (
 )
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.report import figures_of, report
+from layerwise.tasks.results.lane_scores import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
 SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
@@ -304,7 +304,7 @@ def test_the_report_of_a_search_is_found_and_copied(finished, found, tmp_path):
 
 def test_an_artifact_that_is_not_a_search_has_no_report(finished):
     result, runtime = finished
-    with pytest.raises(ValueError, match="capture/.* is not the result of a search. Name a search"):
+    with pytest.raises(ValueError, match="capture/.* is not the result of a search. Give the key"):
         make_report(runtime.store, result.stages["capture"].key)
 
 
@@ -312,7 +312,7 @@ def test_a_search_with_deleted_artifacts_has_no_report(store, found, tmp_path):
     shutil.copytree(store.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / found.stages["capture"].key)
     with pytest.raises(
-        KeyError, match="is gone, perhaps by `layerwise gc --results-only`.*Run the search again"
+        KeyError, match="is missing .*`layerwise gc --results-only` may have deleted it. Run the search again"
     ):
         make_report(str(tmp_path / "copy"), found.artifact.key)
 

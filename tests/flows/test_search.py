@@ -30,9 +30,9 @@ from layerwise.flows.settings import Search
 from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.results.findings import table_rows
 from layerwise.tasks.results.search_result import RESULT_FILE
-from layerwise.tasks.sample_tokens import read_input_ids
+from layerwise.tasks.results.summary import table_rows
+from layerwise.tasks.texts.token_windows import read_input_ids
 
 ROLES = ["checkpoint", "calibration", "selection", "test", "capture", "allocate"]
 LANES = ["lane beta 0", "lane beta 0.1", "lane beta 0.25"]

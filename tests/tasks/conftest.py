@@ -1,4 +1,4 @@
-"""Small models in folders, in GGUF files and on a hub of our own, and the stages that prune them."""
+"""Small models in folders and on a local hub, and the stages that prune them."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import write_tensors
-from layerwise.tasks.branch import LaneScore, branch
+from layerwise.tasks.branch import branch
 from layerwise.tasks.capture import CaptureSettings, Retention, capture
 from layerwise.tasks.capture_grams import capture_grams
 from layerwise.tasks.evaluate import evaluate
@@ -50,15 +50,16 @@ from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sample_tokens import TOKENS_FILE, read_input_ids
+from layerwise.tasks.texts.token_windows import TOKENS_FILE, read_input_ids
 from tests.lm_task_files import give_words, some_documents, write_task
 
 COMMIT = "c0ffee" * 6 + "beef"
 
 
 def small_llama(**settings) -> LlamaForCausalLM:
-    """A random model of two layers with a vocabulary of 97."""
+    """Return a random model of two layers with a vocabulary of 97."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**(shape | heads | settings)))
@@ -76,7 +77,7 @@ def llama() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture
 def save_model(tmp_path) -> Callable[..., Path]:
-    """Save a model (by default a small LLaMA) with a tokenizer into a folder of its own."""
+    """Save a model (by default a small LLaMA) with a tokenizer into a new folder."""
 
     def save(model: PreTrainedModel | None = None, name: str = "model", **options) -> Path:
         folder = tmp_path / name
@@ -92,7 +93,7 @@ def save_model(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def edit_tensors() -> Callable[[Path, Callable[[dict], None]], None]:
-    """Change the tensors of a folder's ``model.safetensors``."""
+    """Change the tensors in ``model.safetensors`` of a folder."""
 
     def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -104,7 +105,7 @@ def edit_tensors() -> Callable[[Path, Callable[[dict], None]], None]:
 
 @pytest.fixture
 def edit_config() -> Callable[..., None]:
-    """Change entries of a folder's ``config.json``."""
+    """Change entries of ``config.json`` of a folder."""
 
     def edit(folder: Path, **changes) -> None:
         document = json.loads((folder / "config.json").read_text())
@@ -115,7 +116,7 @@ def edit_config() -> Callable[..., None]:
 
 @pytest.fixture
 def equals_transformers() -> Callable[[Checkpoint, Path], None]:
-    """Compare a checkpoint, tensor for tensor, with what transformers reads out of a GGUF file."""
+    """Compare every tensor of a checkpoint with the one that transformers reads from a GGUF file."""
 
     def compare(checkpoint: Checkpoint, path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -132,13 +133,13 @@ def equals_transformers() -> Callable[[Checkpoint, Path], None]:
 
 
 class Hub:
-    """The part of the Hugging Face Hub's HTTP interface that an import uses, serving one repository.
+    """The part of the Hugging Face Hub's HTTP interface that an import uses, for one repository.
 
     Attributes:
         folder: the files of ``tiny/llama``.
         bytes_sent: bytes of files sent so far.
         requests: method and path of every request.
-        out_of_order: asked before every file; True makes the request fail.
+        out_of_order: called before every file is sent; True makes the request fail.
         gated: whether files need the token ``secret-token``.
     """
 
@@ -221,7 +222,7 @@ class _HubRequest(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(save_model, monkeypatch) -> Iterator[Hub]:
-    """A hub with the model ``tiny/llama`` in several shards; the environment says to use it."""
+    """Start a hub with the model ``tiny/llama`` in several shards, and set the environment to use it."""
     from huggingface_hub import HfFileSystem
 
     hub = Hub(save_model(name="on-the-hub", max_shard_size="30KB"))
@@ -236,7 +237,7 @@ def hub(save_model, monkeypatch) -> Iterator[Hub]:
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A small checkpoint and windows of random tokens in a store, and the stages a search takes them through."""
+    """A small checkpoint and windows of random tokens in a store, and the stages of a search."""
 
     store: ArtifactStore
     folder: Path
@@ -249,7 +250,7 @@ class SmallRun:
         return read_input_ids(self.store, self.windows[role])
 
     def transformers_model(self, folder: Path | None = None) -> PreTrainedModel:
-        """The checkpoint, or another in ``folder``, as transformers itself opens it, in the dtype of the run."""
+        """Open the checkpoint, or the one in ``folder``, with transformers, in the dtype of the run."""
         dtype = getattr(torch, self.pruning.dtype)
         return AutoModelForCausalLM.from_pretrained(folder or self.folder, dtype=dtype).eval()
 
@@ -268,7 +269,7 @@ class SmallRun:
         return LaneInputs(self.checkpoint, self.capture(), *windows, self.grams())
 
     def grams(self, **execution) -> Artifact | None:
-        """Second moments, if the pruner needs them."""
+        """Capture second moments if the pruner needs them."""
         if not self.pruning.needs_grams:
             return None
         dtype, where = self.pruning.dtype, Execution(**execution)
@@ -279,11 +280,11 @@ class SmallRun:
         return branch.fn(self.store, self.inputs(), plans, self.linears, self.pruning, where)
 
     def exported_model(self, lane: LaneScore) -> PreTrainedModel:
-        """The model that a lane is: exported and opened by transformers."""
+        """Export a lane, and open it with transformers."""
         return self.transformers_model(Path(self.store.location(self.export(lane))))
 
     def losses(self, model: PreTrainedModel, role: str) -> list[float]:
-        """Loss per window by transformers' own computation."""
+        """Return the loss per window as computed by transformers."""
         with torch.no_grad():
             return [model(input_ids=i[None], labels=i[None]).loss.item() for i in self.input_ids(role)]
 
@@ -297,12 +298,12 @@ class SmallRun:
         return evaluate.fn(self.store, self.inputs("test"), *plans, self.linears, self.pruning, where)
 
     def files(self) -> set[str]:
-        """Every file in the store."""
+        """Return every file in the store."""
         return set(self.store.fs.find(self.store.root))
 
 
 def lively(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with weights, norms and biases so large that each of them matters."""
+    """Change weights, norms and biases of ``model`` enough that each of them matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
@@ -311,7 +312,7 @@ def lively(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture
 def small_run(local_store, save_model) -> Callable[..., SmallRun]:
-    """Import a small model (three layers of LLaMA) and make windows of 12 tokens for each role."""
+    """Import a small model (a LLaMA of three layers) and make windows of 12 tokens for each role."""
 
     def make(
         model: PreTrainedModel | Path | None = None,
@@ -346,13 +347,13 @@ def _random_windows(store: ArtifactStore, role: str, windows: int, vocabulary: i
 
 @pytest.fixture
 def another_store() -> Callable[[], ArtifactStore]:
-    """Make an empty store, to build something a second time in."""
+    """Return a function that makes an empty store."""
     return lambda: ArtifactStore(f"memory://{uuid.uuid4().hex}")
 
 
 @pytest.fixture
 def computed_layers(monkeypatch) -> list[int]:
-    """The index of every decoder layer that is put to work, in order."""
+    """Record the index of every decoder layer that is computed, in order."""
     computed: list[int] = []
     loaded = StreamedModel.loaded
 
@@ -365,12 +366,12 @@ def computed_layers(monkeypatch) -> list[int]:
 
 
 class MachineDied(Exception):
-    """Stands for whatever ends a run in the middle."""
+    """Stands for any interruption of a run."""
 
 
 @pytest.fixture
 def dying_at(monkeypatch) -> Callable[[str, int], AbstractContextManager]:
-    """Run a block that the ``call``-th call of a function (by its dotted name) ends."""
+    """Run a block that ends with an error at the given call of a function, named by its dotted path."""
 
     @contextmanager
     def run(function: str, call: int) -> Iterator[None]:
@@ -391,7 +392,7 @@ def dying_at(monkeypatch) -> Callable[[str, int], AbstractContextManager]:
 
 @pytest.fixture
 def folder_of(save_model) -> Callable[..., Path]:
-    """Save a small model of a family with a tokenizer that knows the words of the tasks."""
+    """Save a small model of a family, with a tokenizer for the words of the tasks."""
 
     shape = {
         "vocab_size": 97,
@@ -416,5 +417,5 @@ def folder_of(save_model) -> Callable[..., Path]:
 
 @pytest.fixture
 def lm_tasks(tmp_path) -> list[str]:
-    """Two tasks of twelve documents each, by the path of their files."""
+    """Write two tasks of twelve documents each, and return the paths of their files."""
     return [write_task(tmp_path, name, some_documents(12, seed)) for seed, name in enumerate(("one", "two"))]

@@ -1,4 +1,4 @@
-"""Allocate: the plans that are tried, as an artifact."""
+"""Allocate: the plans to try, for every allocator, offset and pattern."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from layerwise.tasks.allocate import AllocateSettings, allocate, read_plans
 
 
 def layers(*sizes):
-    """Layers of one linear each, with so many weights."""
+    """Return layers of one linear each with the given numbers of weights."""
     return [[Linear("mlp", size, 1, transposed=False)] for size in sizes]
 
 
@@ -22,14 +22,14 @@ def plans_of(store, settings, linears=FOUR_EQUAL_LAYERS):
     return read_plans(store, allocate.fn(store, linears, settings, None))
 
 
-def test_betas_are_tried_by_rising_beta_with_uniform_first_and_each_once(store):
+def test_plans_are_sorted_by_beta_with_uniform_first_and_without_duplicates(store):
     plans = plans_of(store, AllocateSettings(0.5, betas=(0.2, 0.1, 0.2)))
     assert [plan.beta for plan in plans] == [0.0, 0.1, 0.2]
     assert plans[0].layers == (0.5, 0.5, 0.5, 0.5)
     assert plans[2].layers == pytest.approx((0.2, 0.4, 0.6, 0.8))
 
 
-def test_a_list_may_hold_uniform_itself(local_store):
+def test_a_list_of_betas_may_contain_uniform(local_store):
     assert [plan.beta for plan in plans_of(local_store, AllocateSettings(0.5, betas=(0.0,)))] == [0.0]
 
 
@@ -66,7 +66,7 @@ def test_the_betas_are_given_in_exactly_one_way(given, named):
 
 
 @pytest.mark.parametrize("beta", [-0.1, 0.4])
-def test_a_beta_that_no_model_of_this_depth_can_have_is_refused_and_leaves_nothing(local_store, beta):
+def test_a_beta_outside_of_the_legal_range_is_refused_and_leaves_no_artifact(local_store, beta):
     with pytest.raises(ValueError, match=r"outside the legal range \[0, 0.33333\]"):
         allocate.fn(local_store, FOUR_EQUAL_LAYERS, AllocateSettings(0.5, betas=(beta,)), None)
     assert list(local_store.artifacts()) == []
@@ -84,7 +84,7 @@ def test_a_beta_that_no_model_of_this_depth_can_have_is_refused_and_leaves_nothi
         {"count": 100, "offsets": (-0.1, 0.1)},
     ],
 )
-def test_more_lanes_than_one_ranking_can_tell_apart_are_refused_before_any_is_made(settings):
+def test_more_plans_than_fit_into_one_group_are_refused_before_any_is_computed(settings):
     with pytest.raises(ValueError, match="at most 255"):
         AllocateSettings(0.5, **settings).plans(FOUR_EQUAL_LAYERS)
 
@@ -96,7 +96,7 @@ def test_the_same_betas_are_the_same_artifact(local_store):
     assert allocate.fn(local_store, layers(200, 100), settings, None).key != first.key
 
 
-def test_another_allocator_is_tried_at_its_own_strength_beside_uniform(local_store):
+def test_another_allocator_is_tried_at_its_default_strength_next_to_uniform(local_store):
     plans = plans_of(local_store, AllocateSettings(0.7, allocator=Erf(0.05)))
     assert [plan.beta for plan in plans] == [0.0, 0.05]
     assert plans[0].layers == (0.7,) * 4
@@ -117,7 +117,7 @@ def test_scores_decide_by_layer_or_by_linear():
     assert layer == pytest.approx((0.6, 0.4))
 
 
-def test_every_beta_is_tried_with_every_offset_and_uniform_without_one_comes_first(local_store):
+def test_every_beta_is_tried_with_every_offset_and_uniform_without_offset_comes_first(local_store):
     linears = [[ATTENTION, MLP]] * 2
     plans = plans_of(local_store, AllocateSettings(0.5, betas=(0.1,), offsets=(-0.2, 0.2)), linears)
     points = [(plan.beta, plan.offset) for plan in plans]
@@ -127,7 +127,7 @@ def test_every_beta_is_tried_with_every_offset_and_uniform_without_one_comes_fir
 
 def test_a_mixed_pattern_gives_every_layer_a_level(local_store):
     plans = plans_of(local_store, AllocateSettings(0.5, betas=(0.1,), pattern="N:8"))
-    assert plans[1].layers == (0.375, 0.5, 0.5, 0.625)  # of .35, .45, .55, .65
+    assert plans[1].layers == (0.375, 0.5, 0.5, 0.625)  # nearest to 0.35, 0.45, 0.55, 0.65
 
 
 def test_a_fixed_pattern_leaves_the_uniform_plan_only(local_store):
@@ -143,19 +143,19 @@ def test_a_fixed_pattern_leaves_the_uniform_plan_only(local_store):
         ({"target": 0.5, "pattern": "2:4", "allocator": OWL()}, "nothing to allocate"),
         ({"target": 0.5, "allocator": OWL(), "step": 0.1}, "strengths of owl are given by step"),
         ({"target": 0.5, "allocator": Given((0.5,)), "betas": (0.1,)}, "sparsities are given"),
-        ({"target": 0.5, "betas": (0.1,), "by_linear": True}, "atp goes by depth alone"),
+        ({"target": 0.5, "betas": (0.1,), "by_linear": True}, "atp only uses the depth of a layer"),
         (
             {"target": 0.5, "allocator": OWL(), "by_linear": True, "offsets": (0.1,)},
-            "for sparsities by layer",
+            "cannot be combined with a sparsity per linear",
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, named):
+def test_settings_that_contradict_each_other_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         AllocateSettings(**settings)
 
 
-def test_kinds_of_linears_are_apart_by_their_offsets_in_every_layer():
+def test_kinds_of_linears_differ_by_their_offsets_in_every_layer():
     settings, linears = AllocateSettings(0.5, betas=(0.2,)), [[ATTENTION, MLP]] * 2
     _, steep = settings.plans(linears)
     plan = settings.plan_of_kinds(7.0, steep, {ATTENTION.name: 0.1, MLP.name: -0.1}, linears)
@@ -166,7 +166,7 @@ def test_kinds_of_linears_are_apart_by_their_offsets_in_every_layer():
     assert sum(plan.by_layer(sizes)) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_kinds_that_a_layer_lacks_and_sparsities_beyond_the_bounds_leave_the_target():
+def test_missing_kinds_and_clipped_sparsities_keep_the_target():
     settings, linears = AllocateSettings(0.5, betas=(0.4,)), [[ATTENTION, MLP], [MLP], [ATTENTION, MLP]]
     _, steep = settings.plans(linears)
     plan = settings.plan_of_kinds(1.0, steep, {ATTENTION.name: 0.3, MLP.name: -0.3}, linears)

@@ -1,12 +1,14 @@
-"""Branch: lanes are run once, whatever group they are in and however often the run is interrupted."""
+"""Branch: every lane runs once, in any group, in one or several rounds, and despite interruptions."""
+
+from dataclasses import replace
 
 import pytest
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.storage.tables import read_table
-from layerwise.tasks.branch import branch, lane_stage
-from layerwise.tasks.lanes.grouping import begun_groups
+from layerwise.tasks.branch import branch, join_rounds, lane_stage
+from layerwise.tasks.lanes.group_membership import begun_groups
 from layerwise.tasks.running.execution import Execution
 
 MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
@@ -21,7 +23,7 @@ def errors_of(run, lane):
 
 
 def zeros_of(run, lane):
-    """Number of zeros by layer and linear."""
+    """Return the number of zeros by layer and linear."""
     rows = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
     return {(row["layer"], row["linear"]): row["zeros"] for row in rows}
 
@@ -44,7 +46,7 @@ def test_every_lane_has_a_loss_per_window_an_error_per_layer_and_zeros_per_linea
 @MODES
 @pytest.mark.parametrize("pruner", [None, Magnitude()])
 @pytest.mark.parametrize("target", [0.5, 0.617])
-def test_as_many_weights_are_zero_as_the_target_says_whatever_beta_is(small_run, mode, pruner, target):
+def test_the_number_of_zeros_matches_the_target_for_every_beta(small_run, mode, pruner, target):
     run = small_run(calibration_mode=mode, target=target, **({"pruner": pruner} if pruner else {}))
     weights = sum(linear.numel for layer in run.linears for linear in layer)
     for lane in run.branch(0.0, 0.1, 0.3):
@@ -52,7 +54,7 @@ def test_as_many_weights_are_zero_as_the_target_says_whatever_beta_is(small_run,
         assert lane.realised_sparsity == round(target * weights) / weights
 
 
-def test_sparsity_rises_with_depth_where_beta_says_so(small_run):
+def test_sparsity_rises_with_depth_by_beta(small_run):
     run = small_run()
     uniform, steep = run.branch(0.0, 0.25)
     for lane, expected in ((uniform, [0.5, 0.5, 0.5]), (steep, [0.25, 0.5, 0.75])):
@@ -65,7 +67,7 @@ def test_sparsity_rises_with_depth_where_beta_says_so(small_run):
 
 
 @MODES
-def test_reconstruction_errors_pile_up_along_the_depth_and_grow_with_sparsity(small_run, mode):
+def test_reconstruction_errors_grow_with_depth_and_with_sparsity(small_run, mode):
     lanes = [
         (run, lane)
         for run in (small_run(calibration_mode=mode, target=target) for target in (0.2, 0.7))
@@ -86,7 +88,7 @@ def test_a_lane_that_removes_nothing_is_the_dense_model(small_run):
 
 
 @MODES
-def test_lanes_that_the_store_has_are_not_run_again(small_run, computed_layers, mode):
+def test_lanes_in_the_store_are_not_run_again(small_run, computed_layers, mode):
     run = small_run(calibration_mode=mode)
     first = run.branch(0.0, 0.1)
     computed_layers.clear()
@@ -109,7 +111,7 @@ def test_adding_a_beta_runs_only_that_one(small_run, mode):
 
 
 @MODES
-def test_a_lane_is_the_same_alone_and_in_any_group(small_run, another_store, mode):
+def test_a_lane_does_not_depend_on_its_group(small_run, another_store, mode):
     together = small_run(calibration_mode=mode)
     lanes = together.branch(0.0, 0.1, 0.3)
     backwards = small_run(together.folder, another_store(), calibration_mode=mode).branch(0.3, 0.1, 0.0)
@@ -121,7 +123,7 @@ def test_a_lane_is_the_same_alone_and_in_any_group(small_run, another_store, mod
 
 
 @pytest.mark.parametrize("finished_layers", [1, 2])
-def test_interrupted_lanes_go_on_from_their_last_boundary(
+def test_interrupted_lanes_resume_from_their_last_boundary(
     store, small_run, another_store, dying_at, computed_layers, finished_layers
 ):
     run = small_run(store=store)
@@ -138,7 +140,7 @@ def test_interrupted_lanes_go_on_from_their_last_boundary(
     assert resumed[1].losses == undisturbed[1].losses
 
 
-def test_interrupted_sequential_lanes_go_on_from_their_last_boundary(
+def test_interrupted_sequential_lanes_resume_from_their_last_boundary(
     small_run, another_store, dying_at, computed_layers
 ):
     run = small_run(calibration_mode="sequential")
@@ -153,10 +155,10 @@ def test_interrupted_sequential_lanes_go_on_from_their_last_boundary(
     assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
 
 
-def test_lanes_whose_group_is_finished_are_not_computed_again(small_run, dying_at, computed_layers):
+def test_lanes_of_a_finished_group_are_not_computed_again(small_run, dying_at, computed_layers):
     run = small_run()
     run.capture()
-    with dying_at("layerwise.tasks.branch.perplexity", call=2):  # while the second lane is being committed
+    with dying_at("layerwise.tasks.branch.perplexity", call=2):  # during the commit of the second lane
         run.branch(0.0, 0.1, 0.3)
     computed_layers.clear()
     lanes = run.branch(0.0, 0.1, 0.3)
@@ -165,7 +167,7 @@ def test_lanes_whose_group_is_finished_are_not_computed_again(small_run, dying_a
     assert len({lane.artifact.content for lane in lanes}) == 3
 
 
-def test_weights_are_read_once_however_many_lanes_there_are(small_run, another_store):
+def test_weights_are_read_once_for_any_number_of_lanes(small_run, another_store):
     few = small_run()
     many = small_run(few.folder, another_store())
     weights = sum(few.checkpoint.index.layer_bytes) + few.checkpoint.index.outer_bytes
@@ -178,7 +180,7 @@ def test_weights_are_read_once_however_many_lanes_there_are(small_run, another_s
         assert group.facts["weights read, bytes"] == weights
 
 
-def test_hidden_states_beyond_the_memory_budget_change_nothing(small_run, another_store, tmp_path):
+def test_hidden_states_on_disk_give_the_same_lanes(small_run, another_store, tmp_path):
     run = small_run()
     on_disk = small_run(run.folder, another_store())
     spilled = on_disk.branch(0.0, 0.3, hidden_states_bytes=0, scratch=tmp_path)
@@ -198,7 +200,7 @@ def test_settings_that_change_a_lane_change_its_key(small_run, mode):
     assert len({run.branch(0.1)[0].artifact.key for run in variants}) == len(variants)
 
 
-def test_a_lane_is_its_layers_sparsity_however_it_was_found(small_run):
+def test_the_key_of_a_lane_depends_on_its_sparsities_only(small_run):
     run = small_run()
     inputs = run.inputs()
     rising, falling = SparsityPlan(0.1, (0.4, 0.5, 0.6)), SparsityPlan(0.1, (0.6, 0.5, 0.4))
@@ -208,14 +210,14 @@ def test_a_lane_is_its_layers_sparsity_however_it_was_found(small_run):
     assert keys[0] != keys[1]
 
 
-def test_the_way_a_lane_is_run_is_no_part_of_its_key(small_run):
+def test_the_execution_of_a_lane_is_not_part_of_its_key(small_run):
     run = small_run()
     (lane,) = run.branch(0.1)
     (again,) = run.branch(0.1, hidden_states_bytes=0, boundary_layers=1)
     assert again.artifact == lane.artifact
 
 
-def test_what_a_lane_calibrates_itself_by_is_in_its_artifact(small_run):
+def test_a_sequential_lane_stores_its_own_statistics(small_run):
     sequential = small_run(calibration_mode="sequential")
     (lane,) = sequential.branch(0.1)
     assert sum(name.startswith("statistics/") for name in lane.artifact.files) == 3
@@ -223,7 +225,7 @@ def test_what_a_lane_calibrates_itself_by_is_in_its_artifact(small_run):
     assert not [name for name in dense.branch(0.1)[0].artifact.files if name.startswith("statistics/")]
 
 
-def test_no_plans_are_no_lanes(small_run):
+def test_without_plans_there_are_no_lanes(small_run):
     run = small_run()
     assert branch.fn(run.store, run.inputs(), [], run.linears, run.pruning, Execution()) == []
 
@@ -232,7 +234,7 @@ def committed_lanes(run):
     return {artifact.key for artifact in run.store.artifacts() if artifact.recipe["name"] == "lane"}
 
 
-def test_a_death_while_the_lanes_are_committed_costs_no_layer(small_run, dying_at, computed_layers):
+def test_an_interruption_during_the_commits_repeats_no_layer(small_run, dying_at, computed_layers):
     run = small_run()
     run.branch(0.0)
     computed_layers.clear()
@@ -245,7 +247,7 @@ def test_a_death_while_the_lanes_are_committed_costs_no_layer(small_run, dying_a
     assert len(committed_lanes(run)) == 3
 
 
-def test_betas_that_are_added_after_a_death_do_not_throw_the_others_work_away(
+def test_a_beta_added_after_an_interruption_keeps_the_progress_of_the_others(
     small_run, dying_at, computed_layers
 ):
     run = small_run()
@@ -255,10 +257,10 @@ def test_betas_that_are_added_after_a_death_do_not_throw_the_others_work_away(
         run.branch(0.0, 0.2, boundary_layers=1)
     computed_layers.clear()
     run.branch(0.0, 0.1, 0.2, boundary_layers=1)
-    assert computed_layers == [2, 0, 1, 2]  # the first two betas go on, then the new one
+    assert computed_layers == [2, 0, 1, 2]  # the first two betas resume, then the new one runs
 
 
-def test_lanes_that_got_nowhere_run_together_with_those_that_were_added(small_run, dying_at, computed_layers):
+def test_lanes_without_a_resume_point_run_together_with_added_lanes(small_run, dying_at, computed_layers):
     run = small_run()
     run.capture()
     computed_layers.clear()
@@ -269,7 +271,7 @@ def test_lanes_that_got_nowhere_run_together_with_those_that_were_added(small_ru
     assert computed_layers == [0, 1, 2]
 
 
-def test_a_death_between_the_losses_of_two_lanes_computes_no_layer_again(
+def test_an_interruption_between_the_losses_of_two_lanes_repeats_no_layer(
     small_run, another_store, dying_at, computed_layers
 ):
     run = small_run()
@@ -284,7 +286,7 @@ def test_a_death_between_the_losses_of_two_lanes_computes_no_layer_again(
     assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
 
 
-def test_groups_that_were_begun_apart_go_on_apart_and_the_rest_is_left(small_run, dying_at, computed_layers):
+def test_groups_that_were_started_separately_resume_separately(small_run, dying_at, computed_layers):
     run = small_run()
     for betas in ((0.0, 0.1), (0.2, 0.25)):
         with dying_at(READS_STATISTICS, call=2):
@@ -295,3 +297,44 @@ def test_groups_that_were_begun_apart_go_on_apart_and_the_rest_is_left(small_run
     computed_layers.clear()
     run.branch(0.0, 0.1, 0.15, 0.2, 0.25)
     assert computed_layers == [1, 2, 1, 2, 0, 1, 2]
+
+
+def in_rounds(run, beta, *parts):
+    """Run the lane of ``beta`` on each part of the windows."""
+    inputs = [replace(run.inputs(), windows=part) for part in parts]
+    plans = run.plans([beta])
+    return [branch.fn(run.store, each, plans, run.linears, run.pruning, Execution())[0] for each in inputs]
+
+
+@MODES
+def test_joined_rounds_have_the_losses_errors_and_zeros_of_one_round(small_run, mode):
+    run = small_run(calibration_mode=mode)
+    (whole,) = run.branch(0.2)
+    rounds = in_rounds(run, 0.2, (0, 2), (2, 3))
+    assert [len(part.losses) for part in rounds] == [2, 1]
+    (joined,) = join_rounds.fn(run.store, [rounds])
+    assert joined.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert joined.realised_sparsity == whole.realised_sparsity
+    assert set(joined.artifact.files) == set(whole.artifact.files)
+    for name in whole.artifact.files:
+        expected, table = (read_table(run.store, lane.artifact, name) for lane in (whole, joined))
+        assert table.schema == expected.schema
+        for column in table.column_names:
+            values, wanted = table[column].to_pylist(), expected[column].to_pylist()
+            assert values == (wanted if column == "linear" else pytest.approx(wanted, rel=1e-5))
+
+
+def test_lanes_are_joined_once(small_run):
+    run = small_run()
+    rounds = in_rounds(run, 0.2, (0, 1), (1, 3))
+    (joined,) = join_rounds.fn(run.store, [rounds])
+    before = run.files()
+    assert join_rounds.fn(run.store, [rounds]) == [joined]
+    assert run.files() == before
+
+
+def test_a_joined_lane_can_be_exported(small_run):
+    run = small_run(calibration_mode="sequential")
+    (whole,) = run.branch(0.2)
+    (joined,) = join_rounds.fn(run.store, [in_rounds(run, 0.2, (0, 2), (2, 3))])
+    assert run.losses(run.exported_model(joined), "selection") == pytest.approx(whole.losses, rel=1e-5)

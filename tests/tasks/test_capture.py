@@ -1,4 +1,4 @@
-"""Capture: what the dense model's pass leaves behind, compared with transformers, whole or interrupted."""
+"""Capture: statistics, losses and hidden states agree with transformers, with and without interruptions."""
 
 import signal
 import subprocess
@@ -21,12 +21,12 @@ def small_gpt2():
 
 @pytest.fixture(params=["llama", "gpt2"])
 def run(request, small_run):
-    """A run with a model of each kind of linear: torch's own, and GPT-2's transposed one."""
+    """Return a run with torch's linears, and one with GPT-2's transposed linears."""
     return small_run(small_gpt2() if request.param == "gpt2" else None)
 
 
 def summed_squares_of_inputs(model, layer_prefix, input_ids):
-    """By layer and linear: sum of squares of every input channel, seen by hooks on the whole model."""
+    """Return the sum of squares of every input channel, by layer and linear, from hooks on the whole model."""
     sums, hooks = {}, []
     for index, layer in enumerate(model.get_submodule(layer_prefix)):
         for name, module in layer.named_modules():
@@ -44,7 +44,7 @@ def summed_squares_of_inputs(model, layer_prefix, input_ids):
     return sums
 
 
-def test_statistics_are_those_that_hooks_on_the_whole_model_see_in_the_calibration_windows(run):
+def test_statistics_agree_with_hooks_on_the_whole_model_for_the_calibration_windows(run):
     captured = run.capture()
     model, calibration = run.transformers_model(), run.input_ids("calibration")
     expected = summed_squares_of_inputs(model, run.checkpoint.layer_prefix, calibration)
@@ -59,7 +59,7 @@ def test_statistics_are_those_that_hooks_on_the_whole_model_see_in_the_calibrati
         torch.testing.assert_close(statistics.sum_of_squares, expected[key], rtol=1e-4, atol=1e-6)
 
 
-def test_dense_losses_are_those_of_transformers_window_by_window(run):
+def test_dense_losses_agree_with_transformers_for_every_window(run):
     losses = read_table(run.store, run.capture(), "losses.parquet")["loss"].to_pylist()
     assert losses == pytest.approx(run.losses(run.transformers_model(), "selection"), rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_without_retention_no_hidden_states_are_kept(run):
 
 
 @pytest.mark.parametrize(("retention", "kept"), [("sampled", (4, 3)), ("all", (5, 3))])
-def test_retained_hidden_states_are_those_of_transformers_at_every_boundary(run, retention, kept):
+def test_retained_hidden_states_agree_with_transformers_at_every_boundary(run, retention, kept):
     captured = run.capture(retention)
     model = run.transformers_model()
     norm = model.get_submodule(
@@ -82,14 +82,14 @@ def test_retained_hidden_states_are_those_of_transformers_at_every_boundary(run,
             expected = model(input_ids=run.input_ids(role), output_hidden_states=True).hidden_states
         for boundary, file in enumerate(files):
             states = read_tensors(run.store, captured, file)[role]
-            if boundary == 3:  # transformers gives the last ones after the final norm
+            if boundary == 3:  # transformers returns the last hidden states after the final norm
                 states = norm(states)
             assert states.shape == (count, 12, 32)
             torch.testing.assert_close(states, expected[boundary][:count], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("finished_layers", [0, 1, 2])
-def test_an_interrupted_capture_goes_on_from_its_last_boundary(
+def test_an_interrupted_capture_resumes_from_its_last_boundary(
     store, small_run, another_store, dying_at, computed_layers, finished_layers
 ):
     run = small_run(store=store)
@@ -104,7 +104,7 @@ def test_an_interrupted_capture_goes_on_from_its_last_boundary(
     assert resumed.key == undisturbed.key
 
 
-def test_a_capture_that_is_interrupted_twice_is_still_bit_identical(small_run, another_store, dying_at):
+def test_a_capture_interrupted_twice_is_bit_identical(small_run, another_store, dying_at):
     run = small_run()
     for call in (2, 2):
         with dying_at("layerwise.tasks.capture.write_statistics", call=call):
@@ -113,7 +113,7 @@ def test_a_capture_that_is_interrupted_twice_is_still_bit_identical(small_run, a
     assert run.capture(boundary_layers=1).content == undisturbed.content
 
 
-def test_without_a_boundary_an_interrupted_capture_starts_afresh(small_run, dying_at, computed_layers):
+def test_without_a_resume_point_an_interrupted_capture_starts_again(small_run, dying_at, computed_layers):
     run = small_run()
     with dying_at("layerwise.tasks.capture.write_statistics", call=3):
         run.capture()
@@ -122,7 +122,7 @@ def test_without_a_boundary_an_interrupted_capture_starts_afresh(small_run, dyin
     assert computed_layers == [0, 1, 2]
 
 
-def test_a_resume_point_is_due_after_some_time_too(small_run, dying_at, computed_layers):
+def test_a_resume_point_is_also_due_after_some_time(small_run, dying_at, computed_layers):
     run = small_run()
     with dying_at("layerwise.tasks.capture.write_statistics", call=3):
         run.capture(boundary_seconds=0.0)
@@ -153,7 +153,7 @@ stage.capture.fn(store, import_checkpoint(store, folder), *windows, settings, ex
 """
 
 
-def test_a_killed_process_leaves_a_capture_that_another_one_finishes(
+def test_another_process_finishes_the_capture_of_a_killed_one(
     small_run, another_store, computed_layers, pytestconfig
 ):
     run = small_run()
@@ -200,7 +200,7 @@ def test_a_head_that_overflows_its_dtype_is_refused(small_run, llama):
         run.capture()
 
 
-def test_nothing_but_the_artifact_is_left_of_a_capture_with_resume_points(small_run):
+def test_a_finished_capture_leaves_no_files_besides_its_artifact(small_run):
     run = small_run()
     before = run.files()
     captured = run.capture(boundary_layers=1)
@@ -226,14 +226,14 @@ def test_every_weight_is_read_once(small_run):
     assert captured.facts["weights read, bytes"] == weights
 
 
-def test_hidden_states_beyond_the_memory_budget_change_nothing(small_run, another_store, tmp_path):
+def test_hidden_states_on_disk_give_the_same_capture(small_run, another_store, tmp_path):
     run = small_run()
     in_memory = run.capture("all")
     on_disk = small_run(run.folder, another_store())
     assert on_disk.capture("all", hidden_states_bytes=0, scratch=tmp_path).content == in_memory.content
 
 
-def test_retention_changes_the_key_but_not_what_pruning_looks_at(small_run):
+def test_retention_changes_the_key_of_a_capture_but_not_of_its_lanes(small_run):
     run = small_run()
     (lane,) = run.branch(0.0)
     assert run.capture("all").key != run.capture("none").key

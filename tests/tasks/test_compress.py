@@ -1,4 +1,4 @@
-"""Compress: the exported checkpoint without its zeros, and back again bit for bit."""
+"""Compress: the exported checkpoint without its zeros, restored bit for bit."""
 
 import json
 import re
@@ -23,10 +23,10 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.tensors import read_tensors, write_tensors
 from layerwise.tasks.compress import compress, compress_stage
 from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint
-from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import results_on_test
+from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.running.execution import Execution
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStr
 
 @pytest.fixture(params=["LLaMA", "tied, bfloat16", "GPT-2", "GPT-2 without its head", "biases, float16"])
 def run(request, llama, small_run):
-    """A run with each source."""
+    """Return a run with each source."""
     match request.param:
         case "LLaMA":
             return small_run()
@@ -86,7 +86,7 @@ def assert_same_bits(weights, expected):
         assert torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
-def test_what_is_unpacked_is_the_export_bit_for_bit(run, tmp_path):
+def test_the_unpacked_checkpoint_equals_the_export_bit_for_bit(run, tmp_path):
     dense, packed = both_folders(run)
     unpack_checkpoint(packed, tmp_path / "unpacked")
     assert_same_bits(tensors_of(tmp_path / "unpacked"), tensors_of(dense))
@@ -98,7 +98,7 @@ def test_what_is_unpacked_is_the_export_bit_for_bit(run, tmp_path):
         assert (tmp_path / "unpacked" / name).read_bytes() == (dense / name).read_bytes()
 
 
-def test_the_loaded_model_is_the_one_that_transformers_loads_from_the_export(run):
+def test_the_loaded_model_equals_the_export_loaded_by_transformers(run):
     dense, packed = both_folders(run)
     model, expected = load(packed), AutoModelForCausalLM.from_pretrained(dense)
     assert type(model) is type(expected)
@@ -113,7 +113,7 @@ def test_the_loaded_model_is_the_one_that_transformers_loads_from_the_export(run
     assert tokens[0] == tokens[1]
 
 
-def test_the_loaded_model_generates_as_its_files_say(small_run, llama):
+def test_the_loaded_model_has_the_generation_settings_of_its_folder(small_run, llama):
     model = llama(num_hidden_layers=3)
     model.generation_config.max_new_tokens = 3
     _, packed = both_folders(small_run(model))
@@ -129,7 +129,7 @@ def test_the_code_in_compressed_md_reads_the_weights_without_this_package(run):
     assert_same_bits(names["read_weights"](packed), tensors_of(dense))
 
 
-def test_every_pruned_linear_is_a_mask_and_its_values_and_nothing_else_is(small_run):
+def test_exactly_the_pruned_linears_are_stored_as_masks_and_values(small_run):
     run = small_run()
     dense, packed = both_folders(run)
     description = json.loads((packed / "compressed.json").read_text())
@@ -150,7 +150,7 @@ def test_every_pruned_linear_is_a_mask_and_its_values_and_nothing_else_is(small_
     assert unchanged == {name for name in stored if not name.endswith((".mask", ".values"))}
 
 
-def test_two_of_four_is_stored_as_torch_s_sparse_tensors_take_it(small_run, llama, tmp_path):
+def test_two_of_four_is_stored_in_the_layout_of_torch_s_sparse_tensors(small_run, llama, tmp_path):
     model = llama(num_hidden_layers=3, **WIDE).to(torch.bfloat16)
     run = small_run(model, pattern="2:4")
     dense, packed = both_folders(run, beta=0.0)
@@ -172,16 +172,16 @@ def test_one_of_four_is_smaller_as_a_bitmask(small_run, llama):
     assert {sparse["layout"] for sparse in description["tensors"].values()} == {"bitmask"}
 
 
-def test_a_linear_that_would_not_be_smaller_stays_as_it_is(small_run, llama):
-    """Without 1/16 of zeros, the bits of a 16-bit weight's mask outweigh them."""
+def test_a_linear_that_would_not_become_smaller_stays_dense(small_run, llama):
+    """With fewer than 1/16 zeros, the mask of a 16-bit weight is larger than its zeros."""
     run = small_run(llama(num_hidden_layers=3).to(torch.bfloat16), exclude="down_proj", target=0.06)
     dense, packed = both_folders(run, beta=0.0)
     assert json.loads((packed / "compressed.json").read_text())["tensors"] == {}
     assert_same_bits(tensors_of(packed), tensors_of(dense))
 
 
-def test_zeros_of_what_was_not_pruned_are_kept(small_run, llama):
-    """Of an embedding for tokens that nobody uses, say: it is looked up in, not multiplied with."""
+def test_zeros_of_weights_that_were_not_pruned_are_kept(small_run, llama):
+    """An embedding may have rows of zeros for unused tokens; it is looked up in, not multiplied with."""
     run = small_run(llama(num_hidden_layers=3), exclude="down_proj")
     dense = export_of(run, 0.0)
     sparse = {"model.embed_tokens.weight", *(f"model.layers.{n}.mlp.down_proj.weight" for n in range(3))}
@@ -202,8 +202,8 @@ def test_zeros_of_what_was_not_pruned_are_kept(small_run, llama):
     assert "model.layers.0.mlp.up_proj.weight" not in stored
 
 
-def test_seventy_percent_of_zeros_in_bfloat16_take_37_percent_of_the_linears_size(small_run, llama):
-    """0.3 of the values and one bit for 16; the whole model by its embeddings, which are small here."""
+def test_with_70_percent_zeros_linears_in_bfloat16_shrink_to_37_percent(small_run, llama):
+    """30 % of the values remain, plus one bit per 16-bit weight; the embeddings are small here."""
     size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3}
     run = small_run(llama(**size).to(torch.bfloat16), target=0.7)
     exported = export_of(run, 0.05)
@@ -212,7 +212,7 @@ def test_seventy_percent_of_zeros_in_bfloat16_take_37_percent_of_the_linears_siz
     assert facts["ratio"] <= 0.42
 
 
-def test_the_reported_sizes_are_those_of_the_tensors_in_the_files(small_run, llama):
+def test_the_reported_sizes_match_the_tensors_in_the_files(small_run, llama):
     run = small_run(llama(num_hidden_layers=3, hidden_size=64))
     exported = export_of(run)
     artifact = compress_export(run, exported)
@@ -235,7 +235,7 @@ def test_the_reported_sizes_are_those_of_the_tensors_in_the_files(small_run, lla
     assert files[1] < files[0]
 
 
-def test_transformers_refuses_the_folder_instead_of_making_weights_up(small_run):
+def test_transformers_refuses_the_folder_instead_of_initialising_weights(small_run):
     _, packed = both_folders(small_run())
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModelForCausalLM.from_pretrained(packed)
@@ -248,14 +248,14 @@ def test_a_search_refuses_the_folder_and_says_what_to_do(small_run):
         import_checkpoint(run.store, str(packed))
 
 
-def test_no_folder_has_a_sparsity_config(small_run):
-    """A leftover one breaks current vLLM."""
+def test_config_json_has_no_sparsity_config(small_run):
+    """A sparsity_config breaks current vLLM."""
     for folder in both_folders(small_run()):
         for file in folder.glob("*.json"):
             assert "sparsity_config" not in file.read_text()
 
 
-def test_the_card_has_the_results_of_the_test_too(small_run):
+def test_the_card_also_has_the_test_results(small_run):
     run = small_run()
     exported, tested = export_of(run), run.evaluate(0.0, 0.25)
     rows = results_on_test(read_test(run.store, tested), run.windows["test"])
@@ -265,7 +265,7 @@ def test_the_card_has_the_results_of_the_test_too(small_run):
     assert "from layerwise.tasks.compressed.checkpoint import load" in card
 
 
-def test_a_second_call_finds_it_and_another_card_is_another_artifact(small_run):
+def test_a_second_call_reuses_the_artifact_and_another_card_gives_another(small_run):
     run = small_run()
     exported = export_of(run)
     first = compress_export(run, exported)
@@ -276,7 +276,7 @@ def test_a_second_call_finds_it_and_another_card_is_another_artifact(small_run):
 
 
 @pytest.mark.parametrize("written", [1, 5])
-def test_an_interrupted_compression_goes_on_with_the_next_shard_and_ends_in_one_folder(
+def test_an_interrupted_compression_resumes_with_the_next_shard_and_ends_in_one_folder(
     store, small_run, dying_at, written
 ):
     run = small_run(store=store)
@@ -291,9 +291,7 @@ def test_an_interrupted_compression_goes_on_with_the_next_shard_and_ends_in_one_
     }
 
 
-def test_an_interrupted_compression_ends_with_the_files_of_an_undisturbed_one(
-    small_run, another_store, dying_at
-):
+def test_an_interrupted_compression_gives_the_files_of_an_undisturbed_one(small_run, another_store, dying_at):
     run = small_run()
     exported = export_of(run)
     with dying_at("layerwise.tasks.compress.write_tensors", call=3):
@@ -303,7 +301,7 @@ def test_an_interrupted_compression_ends_with_the_files_of_an_undisturbed_one(
     assert resumed.content == compress_export(undisturbed, export_of(undisturbed)).content
 
 
-def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
+def test_a_shard_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     exported = export_of(run)
     with dying_at("layerwise.tasks.compress.write_tensors", call=4):
@@ -315,8 +313,8 @@ def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run
     assert Path(run.store.location(resumed, shard.name)).read_bytes() == content
 
 
-def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
-    """No stage reads what was compressed, so that its files are looked for whenever it is asked for."""
+def test_a_shard_that_was_deleted_is_written_again(small_run):
+    """No stage reads a compressed checkpoint, so its files are checked whenever it is requested."""
     run = small_run()
     exported = export_of(run)
     artifact = compress_export(run, exported)

@@ -1,4 +1,4 @@
-"""Export: the folder that transformers loads, and what it says about itself."""
+"""Export: a folder that transformers loads, with a correct sparsity report and model card."""
 
 import json
 import os
@@ -23,9 +23,9 @@ from layerwise.pruners.magnitude import Magnitude
 from layerwise.storage.artifact import Damaged
 from layerwise.storage.tables import read_table
 from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
-from layerwise.tasks.evaluate import read_test
 from layerwise.tasks.export import export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint, open_exported
+from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.sources.checkpoint_files import copied_files
 
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
@@ -35,7 +35,7 @@ QWEN2_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position
 
 @pytest.fixture
 def sources(llama):
-    """What can be exported: a model and the options it is saved with, by name."""
+    """Return a model and the options to save it with, by name."""
 
     def make(name):
         match name:
@@ -62,7 +62,7 @@ MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
 @pytest.fixture(params=SOURCES)
 def run(request, sources, small_run):
-    """A run with each source. Its default is the source's dtype."""
+    """Return a run with each source, in the dtype of the source."""
     model, options = sources(request.param)
     return small_run(model, **options)
 
@@ -79,7 +79,7 @@ def tensors_of(folder):
 
 
 def pruned_names(run):
-    """Layer and linear by the name of the weight in the files of the source."""
+    """Return layer and linear by the name of the weight in the files of the source."""
     return {
         run.checkpoint.layer_tensors(index)[linear.weight_name].name: (index, linear)
         for index, layer in enumerate(run.linears)
@@ -88,7 +88,7 @@ def pruned_names(run):
 
 
 @MODES
-def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, small_run, mode):
+def test_the_export_loaded_by_transformers_has_the_losses_of_the_lane(run, sources, small_run, mode):
     run = small_run(run.folder, calibration_mode=mode)
     lane = run.branch(0.0, 0.25)[1]
     folder = exported(run, lane)
@@ -100,7 +100,7 @@ def test_transformers_loads_it_and_finds_the_lane_s_own_losses(run, sources, sma
     assert tokenizers[0]["input_ids"] == tokenizers[1]["input_ids"]
 
 
-def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run):
+def test_everything_that_is_not_pruned_equals_the_source_byte_for_byte(run):
     folder = exported(run, run.branch(0.25)[0])
     source, result, pruned = tensors_of(run.folder), tensors_of(folder), pruned_names(run)
     assert set(result) == set(source)
@@ -117,7 +117,7 @@ def test_what_is_not_pruned_is_the_source_s_byte_for_byte(run):
         assert (folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
-def test_models_of_equal_names_sizes_and_times_have_results_of_their_own_in_one_store(
+def test_models_with_equal_file_names_sizes_and_times_have_separate_results_in_one_store(
     small_run, save_model, llama
 ):
     runs = []
@@ -139,15 +139,13 @@ def test_models_of_equal_names_sizes_and_times_have_results_of_their_own_in_one_
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00006.safetensors", "config.json"])
-def test_an_export_that_was_changed_in_the_store_is_not_opened_as_the_pruned_model(small_run, name):
+def test_an_export_that_was_changed_in_the_store_is_refused(small_run, name):
     run = small_run()
     artifact = run.export(run.branch(0.25)[0])
     assert open_exported(run.store, artifact).index.num_layers == 3
     file = Path(run.store.location(artifact)) / name
     content, times = bytearray(file.read_bytes()), file.stat()
-    content[-2] = (
-        ord(" ") if name == "config.json" else content[-2] ^ 1
-    )  # still JSON: before it is a line's end
+    content[-2] = ord(" ") if name == "config.json" else content[-2] ^ 1  # config.json stays valid JSON
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(Damaged, match=r"export/.* damaged: .* has digest .*, but") as damaged:
@@ -155,7 +153,7 @@ def test_an_export_that_was_changed_in_the_store_is_not_opened_as_the_pruned_mod
     assert damaged.value.key == artifact.key
 
 
-def test_chat_templates_below_the_folder_are_exported_and_survive_a_collection(small_run, save_model, llama):
+def test_chat_templates_in_subfolders_are_exported_and_survive_a_collection(small_run, save_model, llama):
     folder = save_model(llama(num_hidden_layers=3, initializer_range=0.2))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "a default", "rag": "with texts"}
@@ -167,7 +165,7 @@ def test_chat_templates_below_the_folder_are_exported_and_survive_a_collection(s
     assert import_checkpoint(run.store, str(result)).tokenizer().chat_template == tokenizer.chat_template
 
 
-def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run):
+def test_the_sparsity_report_matches_the_zeros_in_the_files(run):
     lane = run.branch(0.25)[0]
     folder = exported(run, lane)
     report, result = json.loads((folder / "sparsity.json").read_text()), tensors_of(folder)
@@ -186,14 +184,14 @@ def test_the_sparsity_report_is_what_can_be_counted_in_the_files(run):
     assert report["calibration"] == "dense"
 
 
-def test_the_zeros_are_those_that_the_lane_counted(run):
+def test_the_zeros_match_the_count_of_the_lane(run):
     lane = run.branch(0.25)[0]
     report = json.loads(run.store.read(run.export(lane), "sparsity.json"))
     counted = read_table(run.store, lane.artifact, "linears.parquet").to_pylist()
     assert [{name: row[name] for name in counted[0]} for row in report["linears"]] == counted
 
 
-def test_the_files_are_a_shard_per_outer_tensor_and_per_layer_in_the_way_of_hugging_face(small_run):
+def test_there_is_a_shard_per_outer_tensor_and_per_layer_named_as_by_hugging_face(small_run):
     run = small_run()
     folder = exported(run, run.branch(0.0)[0])
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -209,7 +207,7 @@ def test_the_files_are_a_shard_per_outer_tensor_and_per_layer_in_the_way_of_hugg
             assert len(layers) == (0 if shard in shards[:3] else 1)
 
 
-def test_tensors_that_the_model_has_no_use_for_are_kept(small_run, save_model, edit_tensors):
+def test_tensors_that_the_model_does_not_use_are_kept(small_run, save_model, edit_tensors):
     folder = save_model()
     buffers = {
         "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
@@ -231,7 +229,7 @@ def test_magnitude_removes_the_smallest_weights_of_every_linear(small_run):
         assert source[name][removed].abs().max() <= source[name][~removed].abs().min()
 
 
-def test_the_model_card_tells_the_truth(small_run):
+def test_the_model_card_agrees_with_the_results(small_run):
     run = small_run()
     uniform, lane = run.branch(0.0, 0.25)
     card = run.store.read(run.export(lane, uniform), "README.md").decode()
@@ -256,7 +254,7 @@ def test_the_model_card_tells_the_truth(small_run):
         assert float(share) == pytest.approx(100 * planned, abs=0.1)
 
 
-def test_the_card_passes_the_licence_on_that_the_source_s_card_tells(small_run, save_model):
+def test_the_card_has_the_licence_of_the_source_s_card(small_run, save_model):
     folder = save_model()
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     run = small_run(folder)
@@ -265,8 +263,8 @@ def test_the_card_passes_the_licence_on_that_the_source_s_card_tells(small_run, 
     assert "applies: apache-2.0." in card
 
 
-def test_what_was_exported_before_licences_were_known_is_found_again(small_run):
-    """A source without a licence gives the key that it gave before the card had one."""
+def test_exports_from_before_licences_were_recorded_are_found_again(small_run):
+    """A source without a licence has the same key as before cards had licences."""
     run = small_run()
     (lane,) = run.branch(0.0)
     stage = export_stage(run.inputs(), lane, lane, run.pruning)
@@ -282,8 +280,8 @@ def test_a_second_export_reads_nothing(small_run):
     assert run.checkpoint.bytes_read == read
 
 
-def test_a_model_with_another_tokenizer_is_exported_with_that_one(small_run):
-    """Weights and configuration, hence the checkpoint's identity, are the same."""
+def test_equal_weights_with_another_tokenizer_are_exported_with_that_tokenizer(small_run):
+    """Weights and configuration, and therefore the identity of the checkpoint, are the same."""
     before = small_run()
     first = before.export(before.branch(0.25)[0])
     (before.folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -294,7 +292,7 @@ def test_a_model_with_another_tokenizer_is_exported_with_that_one(small_run):
     assert after.store.read(second, "chat_template.jinja") == b"{{ messages }}"
 
 
-def test_a_store_anywhere_gives_the_same_files(store, small_run, another_store):
+def test_every_kind_of_store_gives_the_same_files(store, small_run, another_store):
     here = small_run(store=store)
     there = small_run(here.folder, another_store())
     first, second = (run.export(run.branch(0.25)[0]) for run in (here, there))
@@ -303,10 +301,10 @@ def test_a_store_anywhere_gives_the_same_files(store, small_run, another_store):
 
 
 @pytest.mark.parametrize("written", [1, 4])
-def test_an_interrupted_export_goes_on_with_the_next_shard_and_ends_in_one_folder(
+def test_an_interrupted_export_resumes_with_the_next_shard_and_ends_in_one_folder(
     store, small_run, another_store, dying_at, written
 ):
-    """Two tensors outside of the layers, then three layers; every shard is a boundary here."""
+    """There are two tensors outside of the layers, then three layers; every shard is a boundary."""
     run = small_run(store=store)
     (lane,) = run.branch(0.25)
     with dying_at("layerwise.tasks.export.write_tensors", call=written + 1):
@@ -325,8 +323,8 @@ def test_an_interrupted_export_goes_on_with_the_next_shard_and_ends_in_one_folde
     }
 
 
-def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
-    """No stage reads an export, so that its files are looked for whenever it is asked for."""
+def test_a_shard_that_was_deleted_is_written_again(small_run):
+    """No stage reads an export, so its files are checked whenever it is requested."""
     run = small_run()
     (lane,) = run.branch(0.25)
     exported = run.export(lane)
@@ -337,7 +335,7 @@ def test_a_shard_that_is_missing_afterwards_is_written_again(small_run):
     assert Path(run.store.location(again, shard.name)).read_bytes() == content
 
 
-def test_a_shard_that_is_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
+def test_a_shard_damaged_between_two_attempts_is_not_committed(small_run, dying_at):
     run = small_run()
     (lane,) = run.branch(0.25)
     with dying_at("layerwise.tasks.export.write_tensors", call=4):

@@ -1,4 +1,4 @@
-"""Importing checkpoints from folders: what comes back, and what is shared."""
+"""Import of checkpoints from folders: weights, names, identity, and resumption."""
 
 import logging
 import re
@@ -39,7 +39,7 @@ def assert_same(weights, expected) -> None:
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "30KB"}], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_weight_comes_back_as_it_was_saved(local_store, llama, save_model, dtype, shards):
+def test_every_weight_is_read_as_it_was_saved(local_store, llama, save_model, dtype, shards):
     model = llama().to(dtype)
     folder = save_model(model, **shards)
     assert (folder / "model.safetensors.index.json").exists() == bool(shards)
@@ -117,9 +117,7 @@ def test_names_saved_from_the_base_model_are_found(local_store, llama, save_mode
     ],
     ids=["compiled", "DDP", "both", "checkpointed", "FSDP"],
 )
-def test_names_of_wrapped_modules_are_those_of_the_model(
-    local_store, llama, save_model, edit_tensors, caplog, wrapped
-):
+def test_wrappers_are_removed_from_names(local_store, llama, save_model, edit_tensors, caplog, wrapped):
     model = llama()
     plain = import_checkpoint(local_store, str(save_model(model, "plain")))
     folder = save_model(model, f"wrapped {uuid.uuid4()}")
@@ -136,7 +134,7 @@ def test_names_of_wrapped_modules_are_those_of_the_model(
     assert len([record for record in caplog.records if "of 21 tensors" in record.getMessage()]) == 1
 
 
-def test_code_that_a_known_model_brings_is_not_used_and_that_is_said_once(
+def test_code_next_to_a_known_model_is_not_used_and_one_warning_says_so(
     local_store, save_model, edit_config, caplog
 ):
     folder = save_model(name=f"own code {uuid.uuid4()}")
@@ -148,7 +146,7 @@ def test_code_that_a_known_model_brings_is_not_used_and_that_is_said_once(
     assert len([text for text in messages if "never run" in text and "'llama'" in text]) == 1
 
 
-def test_infinities_as_transformers_writes_them_are_numbers_and_stay_as_they_are(local_store, save_model):
+def test_infinities_written_by_transformers_are_read_as_numbers(local_store, save_model):
     sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
     layers = {
         "num_hidden_layers": 2,
@@ -182,7 +180,7 @@ def test_buffers_that_the_model_computes_are_indexed_but_not_loaded(
     assert not caplog.records
 
 
-def test_tensors_without_a_place_in_the_model_are_named_in_a_warning(
+def test_tensors_that_the_model_does_not_use_are_named_in_a_warning(
     local_store, save_model, edit_tensors, caplog
 ):
     folder = save_model()
@@ -192,7 +190,7 @@ def test_tensors_without_a_place_in_the_model_are_named_in_a_warning(
     assert "model.layers.0.self_attn.q_proj.bias" in caplog.text
 
 
-def test_identity_is_that_of_the_weights_not_of_the_files(tmp_path, local_store, llama, save_model):
+def test_the_identity_depends_on_the_weights_and_not_on_their_files(tmp_path, local_store, llama, save_model):
     torch.manual_seed(5)
     model = llama()
     one = import_checkpoint(local_store, str(save_model(model, "one")))
@@ -204,7 +202,7 @@ def test_identity_is_that_of_the_weights_not_of_the_files(tmp_path, local_store,
     assert import_checkpoint(local_store, str(save_model(model, "changed"))).identity != one.identity
 
 
-def test_other_files_of_the_folder_do_not_matter(local_store, save_model):
+def test_other_files_in_the_folder_do_not_change_the_import(local_store, save_model):
     folder = save_model()
     first = import_checkpoint(local_store, str(folder)).artifact
     (folder / "README.md").write_text("new")
@@ -216,7 +214,7 @@ def test_other_files_of_the_folder_do_not_matter(local_store, save_model):
     assert import_checkpoint(local_store, str(folder)).artifact.key != first.key
 
 
-def test_a_large_model_copied_elsewhere_is_imported_once_more_and_is_the_same_model(
+def test_a_copy_of_a_large_model_is_imported_again_with_the_same_identity(
     tmp_path, local_store, llama, save_model
 ):
     folder = save_model(llama(vocab_size=3000, hidden_size=256))
@@ -229,7 +227,7 @@ def test_a_large_model_copied_elsewhere_is_imported_once_more_and_is_the_same_mo
         assert import_checkpoint(local_store, str(place)).artifact == checkpoint.artifact
 
 
-def test_inspecting_tells_the_shape_without_reading_weights(save_model, llama):
+def test_inspecting_a_model_reads_its_shapes_without_weights(save_model, llama):
     model = llama()
     index = inspect_source(str(save_model(model)))
     layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
@@ -240,7 +238,7 @@ def test_inspecting_tells_the_shape_without_reading_weights(save_model, llama):
 
 
 class OutOfOrder(MemoryFileSystem):
-    """Memory storage that remembers which files' tensors were read, and can fail on one of them."""
+    """Memory storage that records the files whose tensors were read, and can fail on one of them."""
 
     protocol = "outoforder"
     reads: ClassVar[list[str]] = []
@@ -255,7 +253,7 @@ class OutOfOrder(MemoryFileSystem):
         return super().cat_file(path, start, end, **options)
 
 
-def test_an_interrupted_import_goes_on_with_the_next_file(local_store, llama, save_model, monkeypatch):
+def test_an_interrupted_import_resumes_with_the_next_file(local_store, llama, save_model, monkeypatch):
     register_implementation("outoforder", OutOfOrder, clobber=True)
     shards = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
     fs, path = open_filesystem("outoforder://interrupted")

@@ -1,4 +1,4 @@
-"""Measure: what an allocator goes by, whole and after a death in the middle; the same for Gram matrices."""
+"""Measure: scores for allocators, with and without an interruption; the same for Gram matrices."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def scores(run, allocator, by_linear=False, **execution):
     return read_scores(run.store, measure.fn(run.store, run.checkpoint, *how, run.linears, where))
 
 
-def test_a_layers_exponent_is_the_mean_of_its_linears(small_run):
+def test_the_exponent_of_a_layer_is_the_mean_over_its_linears(small_run):
     run = small_run()
     by_linear = scores(run, AlphaPruning(), by_linear=True)
     weights = [
@@ -31,7 +31,7 @@ def test_a_layers_exponent_is_the_mean_of_its_linears(small_run):
 
 
 @pytest.mark.parametrize("allocator", [OWL(), LSA()])
-def test_a_measurement_that_died_goes_on_with_the_layer_it_had_reached(
+def test_an_interrupted_measurement_resumes_at_the_next_layer(
     small_run, another_store, dying_at, monkeypatch, allocator
 ):
     run = small_run(pruner=SparseGPT())
@@ -51,13 +51,13 @@ def test_a_measurement_that_died_goes_on_with_the_layer_it_had_reached(
     assert measured == [2]
 
 
-def test_gram_matrices_go_on_from_the_layer_that_was_saved(
+def test_an_interrupted_capture_of_gram_matrices_resumes_at_the_saved_layer(
     small_run, another_store, dying_at, computed_layers
 ):
     run = small_run(pruner=SparseGPT())
     whole = run.grams()
     again = small_run(run.folder, store=another_store(), pruner=SparseGPT())
-    with dying_at("layerwise.tasks.capture_grams._grams_file", 3):
+    with dying_at("layerwise.tasks.capture_grams.write_grams", 3):
         again.grams(boundary_layers=1)
     computed_layers.clear()
     assert again.grams().content == whole.content

@@ -1,4 +1,4 @@
-"""Select: which beta is chosen, and how sure that is, for losses that can be checked by hand."""
+"""Select: the chosen beta and its uncertainty, for losses that can be checked by hand."""
 
 import math
 
@@ -7,8 +7,9 @@ import pytest
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.branch import LaneScore
-from layerwise.tasks.select import compare, read_selection, select
+from layerwise.tasks.results.lane_scores import LaneScore
+from layerwise.tasks.results.selection import read_selection
+from layerwise.tasks.select import compare, select
 
 
 def lane(beta, *losses):
@@ -19,7 +20,7 @@ def lane(beta, *losses):
 UNIFORM, BEST, STEEP = lane(0.0, 2.0, 3.0, 7.0), lane(0.1, 1.0, 2.0, 3.0), lane(0.2, 1.1, 2.3, 3.2)
 
 
-def test_the_lowest_mean_loss_wins_and_the_next_one_is_the_runner_up():
+def test_the_lowest_mean_loss_wins_and_the_next_is_the_runner_up():
     selection = compare([UNIFORM, BEST, STEEP], dense_perplexity=5.0)
     assert (selection.best, selection.runner_up) == (1, 2)
     assert selection.best_row.beta == 0.1
@@ -43,14 +44,14 @@ def test_the_verdict_names_runner_up_and_uniform_with_their_uncertainty():
     )
 
 
-def test_a_verdict_says_only_once_that_uniform_is_the_runner_up():
+def test_a_verdict_names_uniform_once_if_it_is_the_runner_up():
     assert compare([UNIFORM, BEST], 5.0).verdict == (
         "beta 0.1: perplexity 86.5 % below the runner-up, beta 0 (t = 2.0: not significant)"
     )
 
 
 def test_uniform_may_be_the_best():
-    # Differences .5 and .51: mean .505, standard error .005.
+    # Differences 0.5 and 0.51: mean 0.505, standard error 0.005.
     selection = compare([lane(0.0, 1.0, 2.0), lane(0.1, 1.5, 2.51)], 5.0)
     assert selection.best == 0
     assert selection.verdict == (
@@ -58,13 +59,13 @@ def test_uniform_may_be_the_best():
     )
 
 
-def test_a_lane_that_diverged_loses_and_the_others_are_compared():
+def test_a_diverged_lane_loses_and_the_others_are_compared():
     selection = compare([lane(0.0, DIVERGED, DIVERGED), lane(0.1, 1.5, 2.5), lane(0.2, 1.0, 2.0)], 5.0)
     assert (selection.best, selection.runner_up) == (2, 1)
     assert "perplexity 100.0 % below uniform" in selection.verdict
 
 
-def test_of_equal_losses_the_flattest_plan_is_chosen():
+def test_the_flattest_of_plans_with_equal_loss_is_chosen():
     selection = compare(
         [lane(0.0, 3.0, 3.0), lane(0.1, 1.0, 2.0), lane(0.2, 2.0, 1.0), lane(0.3, 1.0, 2.0)], 5.0
     )
@@ -73,7 +74,7 @@ def test_of_equal_losses_the_flattest_plan_is_chosen():
     assert "(t = 0.0: not significant)" in selection.verdict
 
 
-def test_where_there_is_no_spread_t_is_undefined_and_nothing_significant():
+def test_without_spread_t_is_undefined_and_the_difference_not_significant():
     selection = compare([lane(0.0, 2.0, 3.0), lane(0.1, 1.0, 2.0)], 5.0)
     assert selection.rows[0].above_best.t is None
     assert "(t = undefined: not significant)" in selection.verdict
@@ -85,8 +86,8 @@ def test_one_plan_is_chosen_without_a_comparison():
     assert selection.verdict == "beta 0 was the only one tried"
 
 
-def test_a_lane_that_was_stopped_early_loses_and_is_compared_on_the_windows_it_has_seen():
-    # On its two windows it is .5 and .7 above the best; as far above the best's mean of 2 it would be at 2.6.
+def test_a_lane_stopped_early_loses_and_is_compared_on_the_windows_it_has_seen():
+    # On its two windows it is 0.5 and 0.7 above the best lane, whose mean is 2: its loss is reported as 2.6.
     stopped = lane(0.3, 1.5, 2.7)
     selection = compare([UNIFORM, BEST, stopped], 5.0)
     assert (selection.best, selection.runner_up) == (1, 0)
@@ -96,18 +97,18 @@ def test_a_lane_that_was_stopped_early_loses_and_is_compared_on_the_windows_it_h
     assert (row.loss, row.perplexity) == pytest.approx((2.6, math.e**2.6))
 
 
-def test_a_lane_that_was_stopped_early_is_never_the_best_whatever_its_losses():
+def test_a_lane_stopped_early_is_never_the_best_even_with_the_lowest_loss():
     assert compare([UNIFORM, BEST, lane(0.3, 0.1, 0.2)], 5.0).best == 1
 
 
 @pytest.mark.parametrize("lanes", [[UNIFORM, BEST, STEEP], [UNIFORM]])
-def test_a_selection_comes_out_of_the_store_as_it_went_in(store, lanes):
+def test_a_stored_selection_is_read_back_unchanged(store, lanes):
     artifact = select.fn(store, lanes, 5.0)
     assert read_selection(store, artifact) == compare(lanes, 5.0)
     assert artifact.facts["verdict"] == compare(lanes, 5.0).verdict
 
 
-def test_other_lanes_are_another_selection(local_store):
+def test_other_lanes_or_another_dense_perplexity_give_another_key(local_store):
     keys = {
         select.fn(local_store, lanes, dense).key
         for lanes, dense in (([UNIFORM, BEST], 5.0), ([UNIFORM, STEEP], 5.0), ([UNIFORM, BEST], 6.0))

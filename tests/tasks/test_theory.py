@@ -1,4 +1,4 @@
-"""The theory's stage and page: what is measured on a small model, compared with what other stages measure."""
+"""Theory: measurements on a small model agree with those of other stages; the page shows them."""
 
 import json
 import math
@@ -14,8 +14,9 @@ from layerwise.storage.tables import read_table
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.theory_page import theory_page
 from layerwise.tasks.pages.theory_section import ranges, sentences
+from layerwise.tasks.results.theory_findings import findings_of, read_tables, verdicts
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.theory import findings_of, measure_theory, read_tables, verdicts
+from layerwise.tasks.theory import measure_theory
 
 BETA = 0.25
 
@@ -37,7 +38,7 @@ def of_plan(rows, order, target=0.5):
     return [row for row in rows if (row["order"], row["target"]) == (order, target)]
 
 
-def test_the_errors_are_those_that_an_evaluation_finds_on_the_same_windows(small_run, measured):
+def test_the_errors_agree_with_an_evaluation_on_the_same_windows(small_run, measured):
     run = small_run()
     layers, plans = read_tables(run.store, measured(run, "test"))
     evaluated = run.evaluate(0.0, BETA)
@@ -50,7 +51,7 @@ def test_the_errors_are_those_that_an_evaluation_finds_on_the_same_windows(small
         assert of_plan(plans, order)[0]["losses"] == losses
 
 
-def test_an_error_arrives_as_it_left_the_layer_before(small_run, measured):
+def test_the_error_that_arrives_at_a_layer_is_that_of_the_layer_before(small_run, measured):
     run = small_run()
     layers, plans = read_tables(run.store, measured(run))
     assert len(layers) == 3 * len(plans)
@@ -61,8 +62,8 @@ def test_an_error_arrives_as_it_left_the_layer_before(small_run, measured):
             assert after["arriving"] == pytest.approx(before["accumulated"], rel=1e-5)
 
 
-def test_every_plan_removes_its_own_share(small_run, measured):
-    """Uniform plans of other sparsities than the search's are pruned as a search at theirs would."""
+def test_every_plan_removes_the_fraction_of_its_own_target(small_run, measured):
+    """Uniform plans of other sparsities are pruned as in a search at that sparsity."""
     run = small_run()
     layers, _ = read_tables(run.store, measured(run))
     rows = of_plan(layers, "uniform", 0.2)
@@ -72,7 +73,7 @@ def test_every_plan_removes_its_own_share(small_run, measured):
     assert [row["sparsity"] for row in rows] == [0.2] * 3
 
 
-def test_the_findings_are_over_all_levels_and_all_layers_that_an_error_reaches(small_run, measured):
+def test_the_findings_cover_all_levels_and_all_layers_that_an_error_reaches(small_run, measured):
     run = small_run(pruner=Magnitude())
     found = findings_of(*read_tables(run.store, measured(run)))
     assert found.levels == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -81,7 +82,7 @@ def test_the_findings_are_over_all_levels_and_all_layers_that_an_error_reaches(s
     assert [each.layer for each in found.propagation.layers] == [1, 2]
 
 
-def test_what_was_found_is_in_the_artifact_as_json_and_as_facts(small_run, measured):
+def test_the_findings_are_stored_as_json_and_as_facts(small_run, measured):
     run = small_run()
     artifact = measured(run)
     document = json.loads(run.store.read(artifact, "theory.json"))
@@ -98,7 +99,7 @@ def test_what_was_found_is_in_the_artifact_as_json_and_as_facts(small_run, measu
     assert document["3.5"]["uniform"]["total"] == found.uniform.total
 
 
-def test_the_theory_is_measured_once_with_one_read_of_the_model(small_run, measured, computed_layers):
+def test_the_theory_is_measured_once_and_reads_the_model_once(small_run, measured, computed_layers):
     run = small_run()
     run.capture()
     computed_layers.clear()
@@ -109,12 +110,12 @@ def test_the_theory_is_measured_once_with_one_read_of_the_model(small_run, measu
     assert computed_layers == []
 
 
-def test_an_interrupted_measurement_goes_on_from_its_last_boundary(
+def test_an_interrupted_measurement_resumes_from_its_last_boundary(
     small_run, another_store, measured, dying_at, computed_layers
 ):
     run = small_run()
     run.capture()
-    with dying_at("layerwise.tasks.lanes.layer_boundaries.BoundaryClock.due", call=3):
+    with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=3):
         measured(run, boundary_layers=1)
     computed_layers.clear()
     resumed = measured(run, boundary_layers=1)
@@ -122,8 +123,8 @@ def test_an_interrupted_measurement_goes_on_from_its_last_boundary(
     assert resumed.content == measured(small_run(run.folder, another_store())).content
 
 
-def test_an_error_that_overflows_is_no_number_to_compare(small_run, measured, llama):
-    """The norm makes of hidden states of 1e20 zeros, so that the loss is a number; their squares are none."""
+def test_an_error_that_overflows_is_refused(small_run, measured, llama):
+    """The norm turns hidden states of 1e20 into zeros, so the loss is finite; their squares are not."""
     model = llama(num_hidden_layers=3)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 1e25
@@ -132,7 +133,7 @@ def test_an_error_that_overflows_is_no_number_to_compare(small_run, measured, ll
         measured(run)
 
 
-def test_the_page_shows_every_theorem_and_needs_nothing_from_elsewhere(small_run, measured):
+def test_the_page_shows_every_theorem_and_loads_no_other_files(small_run, measured):
     run = small_run()
     artifact = measured(run)
     page = theory_page.fn(run.store, artifact, "<b>model</b> at 0.5", {"sparsity": 0.5})
@@ -149,7 +150,7 @@ def test_the_page_shows_every_theorem_and_needs_nothing_from_elsewhere(small_run
         assert run.store.read(page, f"figures/{name}.png").startswith(b"\x89PNG")
 
 
-def test_a_page_is_made_once_and_is_the_same_bytes_every_time(small_run, another_store, measured):
+def test_a_page_is_built_once_and_its_bytes_are_reproducible(small_run, another_store, measured):
     run = small_run()
     first = theory_page.fn(run.store, measured(run), "model", {})
     assert theory_page.fn(run.store, measured(run), "model", {}) == first

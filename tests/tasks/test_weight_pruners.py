@@ -1,4 +1,4 @@
-"""Pruners that correct weights, in lanes and in an export: Gram matrices captured once, one factor for all lanes."""
+"""Pruners that correct weights, in lanes and exports: one capture of Gram matrices, one factor for all lanes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from layerwise.pruners.alps import ALPS
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda_swaps import WandaSwaps
 from layerwise.storage.tables import read_table
-from layerwise.tasks.capture_grams import read_grams
+from layerwise.tasks.lanes.gram_matrices import read_grams
 
 MODELS = {
     "llama": lambda: None,
@@ -23,7 +23,7 @@ def final_error(run, lane):
     return read_table(run.store, lane.artifact, "layers.parquet")["error"].to_pylist()[-1]
 
 
-def test_grams_are_the_second_moments_of_what_every_linear_is_fed(small_run):
+def test_grams_are_the_second_moments_of_the_inputs_of_every_linear(small_run):
     run = small_run(pruner=SparseGPT())
     model, inputs = run.transformers_model(), {}
 
@@ -55,7 +55,7 @@ PRUNERS = pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), W
 
 @PRUNERS
 @pytest.mark.parametrize("family", MODELS)
-def test_an_exported_lane_has_the_losses_that_the_lane_had(small_run, family, pruner):
+def test_an_exported_lane_has_the_losses_of_the_lane(small_run, family, pruner):
     run = small_run(MODELS[family](), pruner=pruner)
     flat, steep = run.branch(0.0, 0.2)
     for lane in (flat, steep):
@@ -63,7 +63,7 @@ def test_an_exported_lane_has_the_losses_that_the_lane_had(small_run, family, pr
         assert lane.realised_sparsity == 0.5
 
 
-def test_a_lane_is_the_same_alone_and_in_a_group(small_run, another_store):
+def test_a_lane_does_not_depend_on_its_group(small_run, another_store):
     run = small_run(pruner=SparseGPT())
     together = run.branch(0.0, 0.1, 0.2)
     elsewhere = small_run(run.folder, store=another_store(), pruner=SparseGPT())
@@ -88,14 +88,14 @@ def test_each_input_is_prepared_once_for_all_lanes_and_linears_that_share_it(sma
 
 
 @PRUNERS
-def test_second_moments_leave_a_smaller_error_than_the_same_share_by_wanda(small_run, another_store, pruner):
+def test_pruning_by_second_moments_has_a_smaller_error_than_wanda(small_run, another_store, pruner):
     store, windows = another_store(), {"calibration": 60}  # 15 tokens for each channel of the widest input
     corrected = small_run(store=store, pruner=pruner, windows=windows)
     plain = small_run(corrected.folder, store=store, windows=windows)
     assert final_error(corrected, *corrected.branch(0.0)) < final_error(plain, *plain.branch(0.0))
 
 
-def test_a_factor_that_does_not_exist_names_layer_and_linears_and_what_to_raise(small_run):
+def test_a_failed_factorisation_names_layer_and_linears_and_what_to_raise(small_run):
     run = small_run(pruner=SparseGPT(damping=0.0), windows={"calibration": 1})  # 12 tokens, 32 channels
     expected = r"^layer 0, self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: .*Raise the damping"
     with pytest.raises(ValueError, match=expected):
@@ -104,7 +104,7 @@ def test_a_factor_that_does_not_exist_names_layer_and_linears_and_what_to_raise(
 
 @pytest.mark.parametrize("pruner", [None, SparseGPT(), ALPS(), WandaSwaps()])
 @pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("4:8", 0.5), ("N:8", 0.625)])
-def test_a_pattern_holds_in_every_group_of_the_exported_weights(small_run, pattern, target, pruner):
+def test_every_group_of_the_exported_weights_follows_the_pattern(small_run, pattern, target, pruner):
     run = small_run(pattern=pattern, target=target, **({"pruner": pruner} if pruner else {}))
     (lane,) = run.branch(0.0)
     folder = run.store.location(run.export(lane))
@@ -121,7 +121,7 @@ def test_a_pattern_holds_in_every_group_of_the_exported_weights(small_run, patte
 
 
 @pytest.mark.parametrize("pruner", [None, SparseGPT()])
-def test_excluded_linears_stay_as_they_are_and_do_not_count(small_run, pruner):
+def test_excluded_linears_stay_dense_and_do_not_count(small_run, pruner):
     run = small_run(exclude=r"^0\.mlp|k_proj$", **({"pruner": pruner} if pruner else {}))
     (lane,) = run.branch(0.1)
     assert lane.realised_sparsity == pytest.approx(0.5, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Zero-shot: two ways to lm-eval's own numbers; one artifact per task, whatever was asked with it; nothing twice."""
+"""Zero-shot: both ways agree with lm-eval; one artifact per task, built once, and resumed after interruptions."""
 
 import math
 
@@ -21,7 +21,7 @@ WAYS = ["streamed", "memory"]
 
 
 def by_lm_eval(folder, task):
-    """What lm-eval itself says: its results and its log of every document."""
+    """Run lm-eval itself; return its results and its log of every document."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), softmax_dtype="float32")
     found = evaluate(lm, TaskManager(include_defaults=False).load([task]), bootstrap_iters=10)
@@ -31,7 +31,7 @@ def by_lm_eval(folder, task):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_every_number_is_lm_evals_own(local_store, folder_of, lm_tasks, family, way):
+def test_every_number_agrees_with_lm_eval(local_store, folder_of, lm_tasks, family, way):
     folder = folder_of(family)
     artifacts = answered(local_store, folder, lm_tasks, way)
     for task, name in zip(lm_tasks, ("one", "two"), strict=True):
@@ -49,7 +49,7 @@ def test_every_number_is_lm_evals_own(local_store, folder_of, lm_tasks, family, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_drawn_documents_have_the_answers_they_have_among_all(local_store, folder_of, lm_tasks, way):
+def test_a_sample_of_documents_has_the_same_answers_as_all_documents(local_store, folder_of, lm_tasks, way):
     folder = folder_of()
     every = read_table(
         local_store, answered(local_store, folder, lm_tasks, way)["two"], DOCUMENTS_FILE
@@ -63,12 +63,12 @@ def test_drawn_documents_have_the_answers_they_have_among_all(local_store, folde
         assert row["acc"] == same["acc"]
 
 
-def test_what_is_too_long_for_the_model_loses_tokens_on_the_left_as_in_memory(
+def test_text_that_is_too_long_for_the_model_is_cut_on_the_left_in_both_ways(
     local_store, folder_of, tmp_path
 ):
     long = {"question": " ".join(["red", "blue", "green"] * 30), "choices": ["red", "blue car"], "answer": 0}
     task = write_task(tmp_path, "long", [long])
-    folder = folder_of("opt")  # it has learned 64 positions
+    folder = folder_of("opt")  # has 64 learned positions
     rows = [
         read_table(
             local_store, answered(local_store, folder, [task], way)["long"], DOCUMENTS_FILE
@@ -79,7 +79,7 @@ def test_what_is_too_long_for_the_model_loses_tokens_on_the_left_as_in_memory(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_added_task_is_computed_alone_and_leaves_the_first_ones_artifact(
+def test_an_added_task_is_computed_alone_and_does_not_change_the_first(
     local_store, another_store, folder_of, lm_tasks, way
 ):
     folder = folder_of()
@@ -105,12 +105,12 @@ def test_nothing_is_computed_twice(local_store, folder_of, lm_tasks, way, comput
     assert local_store.built == set()
 
 
-def test_all_tasks_take_one_pass_over_the_weights(local_store, folder_of, lm_tasks, computed_layers):
+def test_all_tasks_together_read_the_weights_once(local_store, folder_of, lm_tasks, computed_layers):
     answered(local_store, folder_of(), lm_tasks)
     assert computed_layers == [0, 1, 2]
 
 
-def test_passes_are_as_many_as_their_tokens_need_and_change_no_number(
+def test_the_number_of_passes_does_not_change_the_results(
     local_store, another_store, folder_of, lm_tasks, computed_layers, monkeypatch
 ):
     folder = folder_of()
@@ -130,7 +130,7 @@ def test_another_tokenizer_gives_another_artifact(local_store, folder_of, lm_tas
     assert before.key != after.key
 
 
-def test_the_two_ways_have_artifacts_of_their_own(local_store, folder_of, lm_tasks):
+def test_the_two_ways_have_separate_artifacts(local_store, folder_of, lm_tasks):
     folder = folder_of()
     streamed, memory = (answered(local_store, folder, lm_tasks, way)["one"] for way in WAYS)
     assert streamed.key != memory.key
@@ -138,8 +138,8 @@ def test_the_two_ways_have_artifacts_of_their_own(local_store, folder_of, lm_tas
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store, folder_of, lm_tasks, way):
-    """In bfloat16 they come in steps of up to 0.25: choices tie, and the first one wins."""
+def test_log_probabilities_of_a_bfloat16_model_are_computed_in_float32(local_store, folder_of, lm_tasks, way):
+    """In bfloat16 they have steps of up to 0.25, so that choices tie and the first one wins."""
     artifact = answered(local_store, folder_of(), lm_tasks, way, dtype="bfloat16")["one"]
     rows = read_table(local_store, artifact, DOCUMENTS_FILE).to_pylist()
     values = torch.tensor([value for row in rows for value in row["log_probabilities"]])
@@ -147,7 +147,7 @@ def test_log_probabilities_of_a_bfloat16_model_are_taken_in_float32(local_store,
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_log_probabilities_that_are_no_numbers_are_counted_and_never_chosen(
+def test_log_probabilities_that_are_nan_are_counted_and_never_chosen(
     local_store, folder_of, lm_tasks, edit_tensors, way
 ):
     folder = folder_of()
@@ -162,12 +162,73 @@ def test_a_tokenizer_without_first_and_last_token_is_refused_before_any_work(
     local_store, folder_of, lm_tasks, computed_layers
 ):
     folder = give_words(folder_of(), {"unk_token": "<unk>"})
-    with pytest.raises(ValueError, match="names neither a first nor a last token"):
+    with pytest.raises(ValueError, match="has neither a bos_token nor an eos_token"):
         answered(local_store, folder, lm_tasks)
     assert computed_layers == []
 
 
 @pytest.mark.parametrize("dtype, way", [("float64", "streamed"), ("float32", "quickly")])
-def test_settings_that_are_none_are_refused(dtype, way):
-    with pytest.raises(ValueError, match="zero-shot tasks cannot be run in"):
+def test_invalid_settings_are_refused(dtype, way):
+    with pytest.raises(ValueError, match="zero-shot tasks cannot run with"):
         ZeroShotSettings(dtype, way)
+
+
+@pytest.mark.parametrize("call", [2, 4, 6])
+def test_an_interrupted_streamed_run_resumes_at_the_layer_it_reached(
+    local_store, another_store, folder_of, lm_tasks, computed_layers, dying_at, monkeypatch, call
+):
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.streamed_scores.TOKENS_PER_PASS", 600)
+    folder = folder_of()
+    undisturbed = answered(another_store(), folder, lm_tasks)
+    total = len(computed_layers)
+    computed_layers.clear()
+    with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=call):
+        answered(local_store, folder, lm_tasks, boundary_layers=1)
+    assert len(computed_layers) == call
+    resumed = answered(local_store, folder, lm_tasks, boundary_layers=1)
+    assert len(computed_layers) == total + 1  # the layer after the last resume point runs again
+    assert {n: a.content for n, a in resumed.items()} == {n: a.content for n, a in undisturbed.items()}
+
+
+def test_an_interrupted_run_in_memory_resumes_at_the_requests_it_reached(
+    local_store, another_store, folder_of, lm_tasks, dying_at, monkeypatch
+):
+    # Eight requests per part give five parts for each task.
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.whole_model_scores.REQUESTS_PER_PART", 8)
+    folder = folder_of()
+    undisturbed = answered(another_store(), folder, lm_tasks, "memory")
+    with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=7):
+        answered(local_store, folder, lm_tasks, "memory", boundary_layers=1)
+    asked = []
+    loglikelihood = HFLM.loglikelihood
+
+    def counted(lm, requests, **options):
+        asked.append(len(requests))
+        return loglikelihood(lm, requests, **options)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", counted)
+    resumed = answered(local_store, folder, lm_tasks, "memory", boundary_layers=1)
+    assert asked == [8, 8, 8, 4]
+    assert {n: a.content for n, a in resumed.items()} == {n: a.content for n, a in undisturbed.items()}
+
+
+def test_an_interruption_between_tasks_repeats_no_layer(
+    local_store, folder_of, lm_tasks, computed_layers, dying_at
+):
+    folder = folder_of()
+    with dying_at("layerwise.tasks.zero_shot._copy_task", call=2):
+        answered(local_store, folder, lm_tasks)
+    assert computed_layers == [0, 1, 2]
+    assert set(answered(local_store, folder, lm_tasks)) == {"one", "two"}
+    assert computed_layers == [0, 1, 2]
+
+
+def test_a_task_added_after_an_interruption_keeps_the_progress_of_the_others(
+    local_store, folder_of, lm_tasks, computed_layers, dying_at
+):
+    folder = folder_of()
+    with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=3):
+        answered(local_store, folder, lm_tasks[:1], boundary_layers=1)
+    computed_layers.clear()
+    assert set(answered(local_store, folder, lm_tasks, boundary_layers=1)) == {"one", "two"}
+    assert computed_layers == [2, 0, 1, 2]

@@ -293,7 +293,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("no package", "gs:// URLs need a package that is not installed"),
         ("nothing excluded", "exclude is 'no_such_linear', which is found in none of the model's 21 linears"),
         ("everything excluded", "exclude is 'proj', which is found in every one of .* 0.self_attn.q_proj, "),
-        ("a billion betas", "settings: these are 1000000001 plans, .* at most 255"),
+        ("a billion betas", "settings: the settings give 1000000001 plans, .* at most 255"),
         ("infinite", "--hidden-states-gib: Input should be a finite number"),
     ],
 )

@@ -15,7 +15,7 @@ from layerwise.storage.files.publishing import overwrite
 from layerwise.storage.signs_of_life import announced, doing, running_processes, storage_clock
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lanes.grouping import note_group
+from layerwise.tasks.lanes.group_membership import note_group
 from layerwise.tasks.results.search_result import RESULT_STAGE
 from tests.faults import error
 

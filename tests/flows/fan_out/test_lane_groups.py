@@ -7,7 +7,7 @@ from layerwise.flows.cli.tables import show_plan
 from layerwise.flows.fan_out.lane_groups import group_count
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
-from layerwise.tasks.lanes.grouping import split_evenly
+from layerwise.tasks.lanes.group_membership import split_evenly
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from layerwise.flows.search import search
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.files.filesystem import open_filesystem
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.results.findings import sentence_on_test, table_rows
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.summary import sentence_on_test, table_rows
 
 ENOUGH = 60  # seconds in which Prefect's server has noted the runs of all tasks; one, mostly
 

@@ -10,10 +10,10 @@ from layerwise.scoring.perplexity import DIVERGED, PairedDifference
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.charts.drawing import png_file, svg_file, svg_inside
 from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta
-from layerwise.tasks.evaluate import TestResult
+from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.report_tables import betas_table, perplexity_interval
 from layerwise.tasks.results.search_result import FinishedSearch
-from layerwise.tasks.select import ScoreRow, Selection
+from layerwise.tasks.results.selection import ScoreRow, Selection
 
 SVG = "{http://www.w3.org/2000/svg}"
 

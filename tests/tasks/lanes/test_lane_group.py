@@ -1,4 +1,4 @@
-"""Lanes on their way through the model, compared with whole models of transformers."""
+"""Lane group: errors, losses and statistics agree with whole models of transformers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ MODES = pytest.mark.parametrize("mode", ["dense", "sequential"])
 
 
 def hidden_states(model, prefix, input_ids):
-    """Output of every decoder layer."""
+    """Return the output of every decoder layer."""
     outputs, hooks = [], []
     for layer in model.get_submodule(prefix):
 
@@ -26,7 +26,7 @@ def hidden_states(model, prefix, input_ids):
 
 
 def inputs_of(layer, linears, model, input_ids):
-    """What each of the ``linears`` of ``layer`` is fed."""
+    """Return the input of each of the ``linears`` of ``layer``."""
     inputs = {}
     for name in linears:
 
@@ -40,7 +40,7 @@ def inputs_of(layer, linears, model, input_ids):
 
 
 @MODES
-def test_reconstruction_errors_are_those_of_the_pruned_model_against_the_dense_one(small_run, mode):
+def test_reconstruction_errors_compare_the_pruned_with_the_dense_model(small_run, mode):
     run = small_run(calibration_mode=mode)
     lane = run.branch(0.0, 0.3)[1]
     selection, prefix = run.input_ids("selection"), run.checkpoint.layer_prefix
@@ -53,15 +53,15 @@ def test_reconstruction_errors_are_those_of_the_pruned_model_against_the_dense_o
 
 
 @MODES
-def test_losses_are_those_of_the_pruned_model(small_run, mode):
+def test_losses_agree_with_the_pruned_model(small_run, mode):
     run = small_run(calibration_mode=mode)
     lane = run.branch(0.0, 0.3)[1]
     model = run.exported_model(lane)
     assert list(lane.losses) == pytest.approx(run.losses(model, "selection"), rel=1e-5)
 
 
-def test_with_sequential_calibration_a_layer_is_judged_by_what_the_pruned_layers_before_it_give(small_run):
-    """As in the published Wanda: layers below n are pruned, layer n is not yet."""
+def test_sequential_calibration_uses_the_outputs_of_the_pruned_layers_before(small_run):
+    """As in the published Wanda: layers below n are pruned, layer n is still dense."""
     run = small_run(calibration_mode="sequential")
     lane = run.branch(0.0, 0.3)[1]
     pruned = run.exported_model(lane)
@@ -77,17 +77,15 @@ def test_with_sequential_calibration_a_layer_is_judged_by_what_the_pruned_layers
 
 
 @pytest.mark.parametrize(("mode", "the_same"), [("dense", True), ("sequential", False)])
-def test_only_with_dense_calibration_a_layer_s_mask_does_not_depend_on_the_layers_below(
-    small_run, mode, the_same
-):
-    """Beta 0 and .25 both remove half of the middle one of three layers, but not of the first one."""
+def test_a_mask_is_independent_of_the_layers_below_only_with_dense_calibration(small_run, mode, the_same):
+    """Beta 0 and 0.25 both remove half of the middle layer of three, but different fractions of the first."""
     run = small_run(calibration_mode=mode)
     flat, steep = (run.export(lane) for lane in run.branch(0.0, 0.25))
-    middle = "model-00005-of-00006.safetensors"  # after the shard of what is outside of the layers
+    middle = "model-00005-of-00006.safetensors"  # after the shards outside of the layers and the first layer
     assert (run.store.read(flat, middle) == run.store.read(steep, middle)) is the_same
 
 
-def test_how_many_windows_are_computed_at_a_time_is_of_no_importance(small_run, another_store, monkeypatch):
+def test_losses_do_not_depend_on_the_batch_size(small_run, another_store, monkeypatch):
     run = small_run()
     lane = run.branch(0.0, 0.3)[1]
     monkeypatch.setattr("layerwise.models.hidden_states.TOKENS_PER_FORWARD", 24)  # two windows instead of all
@@ -95,8 +93,8 @@ def test_how_many_windows_are_computed_at_a_time_is_of_no_importance(small_run, 
     assert list(other.branch(0.3)[0].losses) == pytest.approx(lane.losses, rel=1e-5)
 
 
-def test_lanes_in_another_dtype_than_the_checkpoint_have_the_mask_of_the_export(small_run):
-    """In bfloat16 many float32 weights become equal; they are ranked by the values in the files."""
+def test_lanes_in_another_dtype_have_the_masks_of_the_export(small_run):
+    """In bfloat16 many float32 weights become equal; ranking uses the values in the files."""
     run = small_run(dtype="bfloat16")
     lane = run.branch(0.0, 0.3)[1]
     model = run.exported_model(lane)

@@ -1,4 +1,4 @@
-"""Reading an imported checkpoint: layer by layer, and never a byte that is not the imported one."""
+"""Checkpoint: reading of layers, tokenizer, and refusal of files that changed since the import."""
 
 import os
 import threading
@@ -25,7 +25,7 @@ def test_the_tokenizer_comes_with_the_checkpoint(store, save_model):
 
 
 def give_templates(folder):
-    """Chat templates as transformers saves several: one in the folder, the others below it."""
+    """Save several chat templates as transformers does: one in the folder, the others in a subfolder."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "a default", "tool_use": "with tools", "rag": "with texts"}
     tokenizer.save_pretrained(folder)
@@ -33,7 +33,7 @@ def give_templates(folder):
     return tokenizer.chat_template
 
 
-def test_chat_templates_below_the_folder_come_with_the_checkpoint(store, save_model):
+def test_chat_templates_in_a_subfolder_come_with_the_checkpoint(store, save_model):
     folder = save_model()
     bare = import_checkpoint(store, str(folder))
     templates = give_templates(folder)
@@ -45,12 +45,12 @@ def test_chat_templates_below_the_folder_come_with_the_checkpoint(store, save_mo
     assert import_checkpoint(store, str(folder)).tokenizer().chat_template["rag"] == "with other texts"
 
 
-def test_chat_templates_below_a_repository_of_the_hub_come_too(local_store, hub):
+def test_chat_templates_in_a_subfolder_of_a_hub_repository_come_with_the_checkpoint(local_store, hub):
     templates = give_templates(hub.folder)
     assert import_checkpoint(local_store, "tiny/llama").tokenizer().chat_template == templates
 
 
-def test_the_folder_of_chat_templates_may_be_a_link(local_store, save_model, tmp_path):
+def test_the_subfolder_of_chat_templates_may_be_a_link(local_store, save_model, tmp_path):
     folder = save_model()
     templates = give_templates(folder)
     (folder / "additional_chat_templates").rename(tmp_path / "templates")
@@ -58,7 +58,7 @@ def test_the_folder_of_chat_templates_may_be_a_link(local_store, save_model, tmp
     assert import_checkpoint(local_store, str(folder)).tokenizer().chat_template == templates
 
 
-def test_the_tokenizer_identity_of_models_without_more_files_is_the_one_in_existing_stores(store, save_model):
+def test_the_tokenizer_identity_matches_existing_stores(store, save_model):
     checkpoint = import_checkpoint(store, str(save_model()))
     files = {
         name: xxh3_128_hexdigest(store.read(checkpoint.artifact, name))
@@ -70,11 +70,11 @@ def test_the_tokenizer_identity_of_models_without_more_files_is_the_one_in_exist
 def test_a_missing_tokenizer_is_reported_when_it_is_needed(local_store, llama, tmp_path):
     llama().save_pretrained(tmp_path / "bare")
     checkpoint = import_checkpoint(local_store, str(tmp_path / "bare"))
-    with pytest.raises(ValueError, match="tokenizer_config.json beside the weights"):
+    with pytest.raises(ValueError, match="tokenizer_config.json next to the weights"):
         checkpoint.tokenizer()
 
 
-def test_layers_can_be_started_in_the_middle_and_reads_are_counted(local_store, llama, save_model):
+def test_reading_can_start_at_any_layer_and_is_counted(local_store, llama, save_model):
     model = llama(num_hidden_layers=3)
     checkpoint = import_checkpoint(local_store, str(save_model(model)))
     ((_, last),) = enumerate(checkpoint.layers(first=2))
@@ -84,7 +84,7 @@ def test_layers_can_be_started_in_the_middle_and_reads_are_counted(local_store, 
 
 
 def test_closing_the_layers_early_leaves_no_thread(local_store, save_model):
-    before = set(threading.enumerate())  # a test that failed may have left one
+    before = set(threading.enumerate())  # a failed test may have left threads
     checkpoint = import_checkpoint(local_store, str(save_model()))
     layers = checkpoint.layers()
     next(layers)
@@ -94,9 +94,9 @@ def test_closing_the_layers_early_leaves_no_thread(local_store, save_model):
 
 
 def flip(file, place):
-    """Change one bit of a file, and set its times back."""
+    """Change one bit of a file, and restore its times."""
     times = file.stat()
-    time.sleep(0.02)  # two ticks of the clock by which the kernel dates changes
+    time.sleep(0.02)  # two ticks of the kernel's clock for change times
     with file.open("r+b") as opened:
         opened.seek(place)
         (byte,) = opened.read(1)
@@ -105,7 +105,7 @@ def flip(file, place):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_weights_that_change_under_a_run_with_their_times_set_back_are_never_used(local_store, save_model):
+def test_weights_that_change_during_a_run_are_never_used_even_with_restored_times(local_store, save_model):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
     flip(folder / "model.safetensors", checkpoint.layer_tensors(1)["mlp.down_proj.weight"].entry.offset)
@@ -116,7 +116,7 @@ def test_weights_that_change_under_a_run_with_their_times_set_back_are_never_use
     assert import_checkpoint(local_store, str(folder)).identity != checkpoint.identity
 
 
-def test_a_hard_link_that_is_made_under_a_run_does_not_stop_it(local_store, save_model, tmp_path):
+def test_a_hard_link_made_during_a_run_does_not_stop_it(local_store, save_model, tmp_path):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
     time.sleep(0.02)
@@ -124,7 +124,7 @@ def test_a_hard_link_that_is_made_under_a_run_does_not_stop_it(local_store, save
     assert len(list(checkpoint.layers())) == 2
 
 
-def test_a_file_that_changes_during_the_import_with_its_times_set_back_ends_it(
+def test_a_file_that_changes_during_the_import_ends_it_even_with_restored_times(
     local_store, save_model, monkeypatch
 ):
     folder = save_model()
@@ -139,7 +139,7 @@ def test_a_file_that_changes_during_the_import_with_its_times_set_back_ends_it(
         import_checkpoint(local_store, str(folder))
 
 
-def test_one_bit_anywhere_in_a_large_file_makes_another_model_even_with_the_times_set_back(
+def test_one_changed_bit_in_a_large_file_gives_another_model_even_with_restored_times(
     local_store, llama, save_model
 ):
     folder = save_model(llama(vocab_size=3000, hidden_size=256))
@@ -161,11 +161,11 @@ def test_a_file_that_disappears_is_named(local_store, save_model):
 
 
 @pytest.mark.parametrize("change", ["time", "size"])
-def test_a_checkpoint_that_changes_under_a_run_stops_it(local_store, save_model, change):
+def test_a_checkpoint_that_changes_during_a_run_stops_it(local_store, save_model, change):
     folder = save_model()
     checkpoint = import_checkpoint(local_store, str(folder))
     layers = checkpoint.layers()
-    next(layers)  # the second one is on its way, too
+    next(layers)  # the second layer is being read, too
     file = folder / "model.safetensors"
     if change == "time":
         os.utime(file, ns=(1, 1))
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_changes_under_a_run_stops_it(local_store, save_model,
         list(checkpoint.layers())
 
 
-def test_a_checkpoint_that_is_replaced_on_s3_stops_the_run(local_store, save_model, s3_bucket):
+def test_a_checkpoint_replaced_on_s3_stops_the_run(local_store, save_model, s3_bucket):
     fs, place = open_filesystem(f"s3://{s3_bucket}/{uuid.uuid4().hex}")
     for file in save_model().iterdir():
         fs.put_file(str(file), f"{place}/{file.name}")
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_replaced_on_s3_stops_the_run(local_store, save_mod
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "nowhere.safetensors"])
-def test_no_index_leads_out_of_the_folder(save_model, tmp_path, name):
+def test_an_index_cannot_refer_to_files_outside_of_the_folder(save_model, tmp_path, name):
     (tmp_path / "secret").write_text("not for this program")
     fs, path = open_filesystem(str(save_model()))
     with pytest.raises(FileNotFoundError, match="has no file"):

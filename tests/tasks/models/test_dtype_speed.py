@@ -1,4 +1,4 @@
-"""The warning about a dtype that the device has no instructions for."""
+"""Dtype speed: the warning about a dtype without fast instructions on the device."""
 
 import logging
 
@@ -10,14 +10,14 @@ from layerwise.tasks.running.execution import Execution
 
 
 @pytest.mark.parametrize("tolerable, warned", [(0.0, True), (float("inf"), False)])
-def test_what_is_slower_than_tolerable_is_said_with_the_way_out(monkeypatch, caplog, tolerable, warned):
+def test_a_slow_dtype_gives_a_warning_with_a_remedy(monkeypatch, caplog, tolerable, warned):
     monkeypatch.setattr(dtype_speed, "TOLERABLE", tolerable)
     with caplog.at_level(logging.WARNING):
         warn_if_slow("bfloat16", Execution())
     assert ("--dtype float32" in caplog.text) is warned
 
 
-def test_nothing_is_said_about_float32(monkeypatch, caplog):
+def test_float32_gives_no_warning(monkeypatch, caplog):
     monkeypatch.setattr(dtype_speed, "TOLERABLE", 0.0)
     warn_if_slow("float32", Execution())
     assert caplog.text == ""

@@ -1,4 +1,4 @@
-"""GGUF files, compared with transformers' own reading of the same files."""
+"""GGUF weights: agreement with transformers on the same files, and refusal of damaged files."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ LAYER_SHAPES = {
 def write_gguf(
     path: Path, architecture: str = "llama", experts: int = 0, left_out: str = "none", q8: bool = False
 ) -> Path:
-    """A random model of two layers, in float32 or in 8-bit blocks."""
+    """Write a random model of two layers, in float32 or in 8-bit blocks."""
     writer = GGUFWriter(path, architecture)
     for number in (
         (writer.add_block_count, 2),
@@ -95,7 +95,7 @@ def test_the_config_of_a_gguf_model_loads_with_transformers(local_store, tmp_pat
     assert config.to_dict() == {**checkpoint.config.to_dict(), "_name_or_path": config.name_or_path}
 
 
-def test_inspecting_a_gguf_file_tells_the_shape_an_import_has(local_store, tmp_path):
+def test_inspecting_a_gguf_file_gives_the_shapes_of_an_import(local_store, tmp_path):
     path = str(write_gguf(tmp_path / "tiny.gguf"))
     inspected, imported = inspect_source(path), import_checkpoint(local_store, path).index
     assert inspected.layer_bytes == imported.layer_bytes
@@ -136,7 +136,7 @@ NUMBER, BLOCKS, ARRAYS = b"general.architecture", b"llama.block_count", b"tokeni
         (b"blk.1.ffn_up.weight", 4, 2**62, r"cannot be read as GGUF"),
     ],
 )
-def test_numbers_of_a_gguf_header_that_cannot_be_are_refused_at_once(
+def test_impossible_numbers_in_a_gguf_header_are_refused_at_once(
     local_store, tmp_path, after, skipped, value, message
 ):
     path = write_gguf(tmp_path / "tiny.gguf")
@@ -159,9 +159,7 @@ def test_numbers_of_a_gguf_header_that_cannot_be_are_refused_at_once(
         (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenx"),
     ],
 )
-def test_a_gguf_file_without_a_field_that_is_needed_is_refused_in_one_line(
-    local_store, tmp_path, name, other
-):
+def test_a_gguf_file_without_a_required_field_is_refused_in_one_line(local_store, tmp_path, name, other):
     path = write_gguf(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes().replace(name, other))
     with pytest.raises(ValueError, match=r"tiny\.gguf") as refused:
@@ -169,7 +167,7 @@ def test_a_gguf_file_without_a_field_that_is_needed_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_no_whole_gguf_file_is_refused(local_store, tmp_path):
+def test_a_file_that_is_not_a_whole_gguf_file_is_refused(local_store, tmp_path):
     content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
     for name, damaged in {"other": b"safetensors", "short": content[:-5000], "header": content[:100]}.items():
         path = tmp_path / f"{name}.gguf"

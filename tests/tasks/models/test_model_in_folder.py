@@ -1,4 +1,4 @@
-"""A folder from anybody is opened as one model: what it brings is never run, and no weight is made up."""
+"""Model in a folder: code and pickles in it are never run, and missing weights are refused."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TOKENS = torch.tensor([[5, 1, 7, 7, 2]])
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -29,7 +29,7 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path):
-    """What is there if something of the folder was run."""
+    """Return the path that exists if code from the folder was run."""
     return tmp_path / "it ran"
 
 
@@ -43,7 +43,7 @@ def change_config(folder, **changes):
 
 
 def bring_code(folder, mark):
-    """Code beside the weights for every class that transformers might look for."""
+    """Put code next to the weights for every class that transformers might load."""
     (folder / "own.py").write_text(
         f"import os\nos.mkdir({str(mark)!r})\n"
         "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as OwnModel\n"
@@ -52,7 +52,7 @@ def bring_code(folder, mark):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_it_is_the_model_that_transformers_opens(save_model, family):
+def test_the_model_equals_the_one_that_transformers_opens(save_model, family):
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=32))
     folder = save_model(gpt2) if family == "gpt2" else save_model()
     expected = AutoModelForCausalLM.from_pretrained(folder)
@@ -65,7 +65,7 @@ def test_it_is_the_model_that_transformers_opens(save_model, family):
     assert opened(folder, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_pickle_is_refused_unopened(save_model, mark):
+def test_a_pickle_is_refused_without_opening_it(save_model, mark):
     folder = save_model()
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
@@ -76,7 +76,7 @@ def test_a_pickle_is_refused_unopened(save_model, mark):
     assert mark.exists(), "the bomb must work"
 
 
-def test_pickles_beside_the_weights_are_left_alone(save_model, mark):
+def test_pickles_next_to_the_weights_are_not_opened(save_model, mark):
     folder = save_model()
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
@@ -84,7 +84,7 @@ def test_pickles_beside_the_weights_are_left_alone(save_model, mark):
     assert not mark.exists()
 
 
-def test_code_that_comes_with_a_model_is_never_run_nor_asked_for(save_model, mark):
+def test_code_that_comes_with_a_model_is_never_run(save_model, mark):
     folder = save_model()
     bring_code(folder, mark)
     assert opened(folder)(TOKENS).logits.isfinite().all()  # transformers' own class for the model type
@@ -96,7 +96,7 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_for(save_model, mar
     assert mark.exists(), "the code must work"
 
 
-def test_weights_that_are_missing_are_not_made_up(save_model):
+def test_missing_weights_are_refused(save_model):
     folder = save_model()
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
@@ -105,7 +105,7 @@ def test_weights_that_are_missing_are_not_made_up(save_model):
         opened(folder)
 
 
-def test_an_index_that_leads_out_of_the_folder_is_refused(save_model, tmp_path):
+def test_an_index_that_refers_to_files_outside_of_the_folder_is_refused(save_model, tmp_path):
     folder = save_model()
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     place = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
@@ -115,7 +115,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(save_model, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["no JSON", "[]", "[" * 100_000, '{"watermarking_config": {"x": 1}}'])
-def test_settings_of_generate_that_cannot_be_used_are_refused_in_one_line(save_model, content):
+def test_invalid_generation_settings_are_refused_in_one_line(save_model, content):
     folder = save_model()
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Folders that hold no model that can be pruned are refused at once, by name."""
+"""Folders without a model that can be pruned are refused at once, by name."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_truncated_file_is_refused(local_store, save_model):
         import_checkpoint(local_store, str(folder))
 
 
-def test_pickle_files_are_refused_with_the_way_to_convert_them(local_store, llama, save_model):
+def test_pickle_files_are_refused_with_a_command_that_converts_them(local_store, llama, save_model):
     folder = save_model()
     (folder / "model.safetensors").unlink()
     torch.save(llama().state_dict(), folder / "pytorch_model.bin")
@@ -32,7 +32,7 @@ def test_pickle_files_are_refused_with_the_way_to_convert_them(local_store, llam
         import_checkpoint(local_store, str(folder))
 
 
-def test_a_pickle_beside_safetensors_is_not_looked_at(local_store, llama, save_model):
+def test_a_pickle_next_to_safetensors_is_ignored(local_store, llama, save_model):
     folder = save_model()
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     save_file({"x": torch.ones(1)}, folder / "consolidated.safetensors")
@@ -82,7 +82,7 @@ def test_a_pickle_beside_safetensors_is_not_looked_at(local_store, llama, save_m
         "too many layers",
     ],
 )
-def test_tensors_that_do_not_fit_the_config_are_refused_by_name(
+def test_tensors_that_do_not_match_the_config_are_refused_by_name(
     local_store, save_model, edit_tensors, change, message
 ):
     folder = save_model()
@@ -184,7 +184,7 @@ def test_a_weight_that_is_not_finite_is_refused_on_the_hub(local_store, hub):
     "settings", ['{"peft_type": "IA3", "base_model_name_or_path": "owner/base"}', "damaged", None]
 )
 @pytest.mark.parametrize("whole", [True, False], ids=["next to weights", "alone"])
-def test_an_adapter_is_refused_even_if_it_came_after_the_import(local_store, save_model, settings, whole):
+def test_an_adapter_is_refused_even_if_added_after_the_import(local_store, save_model, settings, whole):
     folder = save_model()
     import_checkpoint(local_store, str(folder))
     save_file({"base_model.model.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
@@ -227,7 +227,7 @@ BILLION = 10**9
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_values_of_a_config_that_cannot_be_used_are_named_in_one_line(
+def test_invalid_values_of_a_config_are_named_in_one_line(
     local_store, save_model, edit_config, changes, message
 ):
     folder = save_model()
@@ -236,7 +236,8 @@ def test_values_of_a_config_that_cannot_be_used_are_named_in_one_line(
     with pytest.raises(ValueError, match=message) as refused:
         import_checkpoint(local_store, str(folder))
     assert "\n" not in str(refused.value)
-    assert time.monotonic() - began < 20  # a busy machine; a billion layers take days and all memory
+    # 20 s allows for a busy machine; building a billion layers would take days.
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("depth", [60, 100_000])
@@ -260,7 +261,7 @@ def test_a_config_that_is_nested_too_deeply_is_refused(local_store, save_model, 
     ],
     ids=["number", "list", "deep", "parent", "absolute", "no name"],
 )
-def test_an_index_that_leads_nowhere_is_refused(local_store, save_model, weight_map, message):
+def test_an_invalid_index_is_refused(local_store, save_model, weight_map, message):
     folder = save_model(max_shard_size="30KB")
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A whole model out of a checkpoint is the one that transformers opens."""
+"""Whole model: a checkpoint opened in memory equals the model that transformers opens."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ SHAPE = {"vocab_size": 97, "n_head": 4, "n_layer": 3}
 NEOX = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 
 
-# GPT-NeoX names its head otherwise in files than in the model. GPT-2 has no use for a padding token, so that one
-# beyond the vocabulary, which was added to the tokenizer alone, does no harm.
+# GPT-NeoX has different names for its head in files and in the model. GPT-2 does not use a padding token, so a padding
+# token beyond the vocabulary, which was added to the tokenizer only, does no harm.
 @pytest.fixture(params=["llama", "llama-tied", "gpt2", "gpt2-padding", "bloom", "gpt-neox"])
 def folder(request, save_model, llama):
     models = {
@@ -39,14 +39,14 @@ def folder(request, save_model, llama):
     return save_model(models[request.param]())
 
 
-def test_its_logits_are_those_of_transformers(local_store, folder):
+def test_the_logits_agree_with_transformers(local_store, folder):
     model = whole_model(import_checkpoint(local_store, str(folder)), "float32", Execution())
     input_ids = torch.randint(97, (2, 12))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=input_ids).logits
     assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
-def test_it_computes_in_the_dtype_that_is_asked_for(local_store, folder):
+def test_the_model_computes_in_the_requested_dtype(local_store, folder):
     model = whole_model(import_checkpoint(local_store, str(folder)), "bfloat16", Execution())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16

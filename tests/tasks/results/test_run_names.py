@@ -1,4 +1,4 @@
-"""Names for people: the last part of a model's name, and the first betas."""
+"""Run names: the last part of a model's name, and the first betas."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from layerwise.tasks.results.run_names import points_title, title_of, windows_ti
         ("/models/tuned@home", "tuned@home"),
     ],
 )
-def test_a_model_is_called_by_the_last_part_of_its_name(source, title):
+def test_a_title_is_the_last_part_of_a_model_s_name(source, title):
     assert title_of(source) == title
 
 
@@ -29,10 +29,10 @@ def test_few_betas_are_named_and_many_are_counted():
     assert title(0.0, 0.1, 0.2, 0.3, 0.4) == "beta 0, 0.1, 0.2 ... (5)"
 
 
-def test_offsets_are_named_where_there_are_some():
+def test_offsets_are_named_if_there_are_any():
     assert points_title([(0.0, 0.0), (0.1, -0.05)]) == "beta 0 +0, 0.1 -0.05"
 
 
-def test_lanes_that_run_on_some_of_the_windows_say_which():
+def test_a_part_of_the_windows_is_named():
     assert windows_title(None) == ""
     assert windows_title((8, 16)) == ", windows 8 to 15"

@@ -5,11 +5,11 @@ import pytest
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.lanes.grouping import GROUP
+from layerwise.tasks.lanes.group_membership import GROUP
+from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.search_result import FinishedSearch
+from layerwise.tasks.results.selection import ScoreRow, Selection
 from layerwise.tasks.results.stage_times import stages_table
-from layerwise.tasks.select import ScoreRow, Selection
 
 
 def made(name, at, seconds, inputs=None, **more) -> Artifact:

@@ -1,4 +1,4 @@
-"""Names from outside on a terminal: nothing is a command, nothing is markup."""
+"""Printable text: names from outside are neither terminal commands nor markup."""
 
 import io
 
@@ -28,11 +28,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_is_not_printable_is_replaced(name):
+def test_only_characters_that_are_not_printable_are_replaced(name):
     assert printable(name) == NAMES[name]
 
 
-def test_the_lines_of_an_error_become_one():
+def test_the_lines_of_an_error_are_joined():
     assert one_line("not found\n\n  Check it.\n") == "not found Check it."
     assert one_line("name\x1b[0m\n") == r"name\x1b[0m"
 
@@ -50,13 +50,13 @@ def printed(console: PlainConsole) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_console_prints_a_name_as_it_is_or_escaped(console, name):
+def test_a_console_prints_a_name_unchanged_or_escaped(console, name):
     console.print(f"Report: {name}", style="bold", soft_wrap=True)
     assert printed(console) == f"Report: {NAMES[name]}\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_so_do_the_title_the_head_the_cells_and_the_caption_of_a_table(console, name):
+def test_a_table_shows_a_name_unchanged_or_escaped_in_all_of_its_parts(console, name):
     table = Table(name, title=name, caption=name)
     table.add_row(name)
     console.print(table)

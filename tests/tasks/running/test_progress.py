@@ -1,4 +1,4 @@
-"""Progress: plain lines where there is no terminal, a bar where there is one, an artifact and a log in Prefect."""
+"""Progress: plain lines without a terminal, a bar on a terminal, an artifact and log lines in Prefect."""
 
 import logging
 import os
@@ -27,8 +27,8 @@ def every_step_reported(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
 
 
-def said_by_a_new_process(store: ArtifactStore) -> str:
-    """What this process says that it is doing, if it is announced now: its signs come every 15 s."""
+def sign_of_a_new_process(store: ArtifactStore) -> str:
+    """Announce this process, and return what its sign of life reports; further signs would take 15 s."""
     with announced(store, "a search", "a" * 32):
         return read_sign(store, "a" * 32).doing
 
@@ -45,8 +45,8 @@ def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_re
 
 
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING], ids=["a worker's", "the command line's"])
-def test_a_line_is_said_once_also_where_the_log_goes_to_the_terminal(capsys, caplog, monkeypatch, level):
-    """Prefect's handler of a worker writes all log lines to standard error; the command line's writes warnings."""
+def test_a_line_appears_once_even_if_the_log_goes_to_the_terminal(capsys, caplog, monkeypatch, level):
+    """In a worker, Prefect writes all log lines to standard error; on the command line, only warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)
     caplog.set_level(logging.INFO, logger="layerwise.tasks")
@@ -56,14 +56,14 @@ def test_a_line_is_said_once_also_where_the_log_goes_to_the_terminal(capsys, cap
     assert capsys.readouterr().err.count("export: layer 1 of 1") == 1
 
 
-def test_a_title_from_outside_commands_no_terminal(capsys, every_step_reported):
+def test_a_title_from_outside_is_escaped(capsys, every_step_reported):
     with showing("export: [/x] \x1b[2J\nforged", total=1) as step:
         step(1)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(r"export: [/x] \x1b[2J\nforged: layer 1 of 1")
 
 
-def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):
+def test_lines_appear_at_most_every_ten_seconds_but_the_last_always_does(capsys):
     with showing("export", total=50) as step:
         for layer in range(1, 51):
             step(layer)
@@ -71,7 +71,7 @@ def test_lines_come_at_most_every_ten_seconds_but_the_last_one_always(capsys):
     assert [re.search(r"layer \d+ of 50", line)[0] for line in lines] == ["layer 1 of 50", "layer 50 of 50"]
 
 
-def test_the_time_left_counts_only_what_this_attempt_did(capsys, monkeypatch, every_step_reported):
+def test_the_time_left_is_estimated_from_the_layers_of_this_attempt(capsys, monkeypatch, every_step_reported):
     seconds = iter([100.0, 110.0])  # the start, and after the first layer of this attempt
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     with showing("capture", total=80, start=60) as step:
@@ -79,30 +79,30 @@ def test_the_time_left_counts_only_what_this_attempt_did(capsys, monkeypatch, ev
     assert "layer 61 of 80, 190 s left" in capsys.readouterr().err
 
 
-def test_signs_of_life_say_how_far_it_is_until_it_is_over(tmp_path):
+def test_signs_of_life_report_the_progress_until_the_end(tmp_path):
     store = ArtifactStore(str(tmp_path / "store"))
 
-    assert said_by_a_new_process(store) == ""
+    assert sign_of_a_new_process(store) == ""
     with showing("capture: dense model", total=80, start=60) as step:
-        assert said_by_a_new_process(store) == "capture: dense model: layer 60 of 80"
+        assert sign_of_a_new_process(store) == "capture: dense model: layer 60 of 80"
         step(61)
-        assert said_by_a_new_process(store) == "capture: dense model: layer 61 of 80"
-    assert said_by_a_new_process(store) == ""
+        assert sign_of_a_new_process(store) == "capture: dense model: layer 61 of 80"
+    assert sign_of_a_new_process(store) == ""
 
 
-def test_what_failed_is_not_said_to_go_on(tmp_path):
+def test_signs_of_life_report_nothing_after_a_failure(tmp_path):
     store = ArtifactStore(str(tmp_path / "store"))
     with pytest.raises(KeyError), showing("capture", total=2):
         raise KeyError("layer")
-    assert said_by_a_new_process(store) == ""
+    assert sign_of_a_new_process(store) == ""
 
 
-def test_an_error_in_the_middle_is_passed_on():
+def test_an_error_in_the_block_is_raised():
     with pytest.raises(KeyError), showing("capture", total=2):
         raise KeyError("layer")
 
 
-def test_on_a_terminal_there_is_a_bar_with_layers_and_memory(pytestconfig):
+def test_a_terminal_shows_a_bar_with_layers_and_memory(pytestconfig):
     parent, child = pty.openpty()
     code = "from layerwise.tasks.running.progress import showing\nwith showing('capture', 2) as step:\n step(1)\n step(2)"
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
@@ -121,7 +121,7 @@ def test_on_a_terminal_there_is_a_bar_with_layers_and_memory(pytestconfig):
     assert re.search(r"capture .*2/2.* layers .*left.* GiB", shown.decode())
 
 
-def test_in_a_task_run_prefect_has_a_progress_artifact_and_the_log(prefect_backend, every_step_reported):
+def test_a_task_run_has_a_progress_artifact_and_log_lines_in_prefect(prefect_backend, every_step_reported):
     @task
     def half_done() -> UUID:
         with showing("capture: dense model", total=4) as step:
@@ -143,9 +143,7 @@ def test_in_a_task_run_prefect_has_a_progress_artifact_and_the_log(prefect_backe
     assert [re.search(r"layer \d of 4", line)[0] for line in lines] == ["layer 1 of 4", "layer 2 of 4"]
 
 
-def test_a_report_that_prefect_cannot_take_does_not_end_the_work(
-    prefect_backend, every_step_reported, caplog
-):
+def test_a_report_that_prefect_refuses_does_not_end_the_work(prefect_backend, every_step_reported, caplog):
     @task
     def outlives_its_artifact() -> str:
         with showing("branch", total=2) as step:
@@ -160,10 +158,10 @@ def test_a_report_that_prefect_cannot_take_does_not_end_the_work(
         return "done"
 
     assert flow(lambda: outlives_its_artifact(), name="outlives")() == "done"
-    assert caplog.text.count("the work goes on") == 1
+    assert caplog.text.count("the work continues") == 1
 
 
-def test_a_server_that_is_gone_does_not_end_the_work(prefect_backend, monkeypatch, caplog):
+def test_an_unreachable_server_does_not_end_the_work(prefect_backend, monkeypatch, caplog):
     def refused(*_, **__):
         raise httpx.ConnectError("connection refused")
 
@@ -175,4 +173,4 @@ def test_a_server_that_is_gone_does_not_end_the_work(prefect_backend, monkeypatc
 
     monkeypatch.setattr(progress, "create_progress_artifact", refused)
     assert flow(lambda: outlives_the_server(), name="outlives")() == "done"
-    assert caplog.text.count("the work goes on") == 1
+    assert caplog.text.count("the work continues") == 1

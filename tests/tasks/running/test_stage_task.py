@@ -1,4 +1,4 @@
-"""A stage outlives an outage of the storage; whatever will not pass ends it at once."""
+"""Stage tasks: retries after an outage of the storage only, and names of runs."""
 
 import re
 
@@ -12,7 +12,7 @@ from layerwise.tasks.running.stage_task import stage_task
 
 @pytest.fixture
 def outcomes(prefect_backend):
-    """Run a stage whose calls end one after the other as they are told; returns its result and the calls left."""
+    """Run a stage whose calls have the given outcomes; return its result and the unused outcomes."""
 
     def run(*outcomes: object) -> tuple[object, list[object]]:
         left = list(outcomes)
@@ -36,7 +36,7 @@ def outcomes(prefect_backend):
     return run
 
 
-def test_a_stage_is_called_again_when_the_storage_could_not_be_reached(outcomes):
+def test_a_stage_is_called_again_after_an_outage_of_the_storage(outcomes):
     away = Unreachable("bucket/key at http://s3 cannot be reached")
     assert outcomes(away, away, away, "done") == ("done", [])
 
@@ -49,7 +49,7 @@ def test_it_gives_up_after_three_more_calls(outcomes):
 
 
 @pytest.mark.parametrize("error", [Corrupt("damaged"), ValueError("bad input"), PermissionError("refused")])
-def test_what_will_not_pass_ends_it_at_once(outcomes, error):
+def test_other_errors_end_a_stage_at_once(outcomes, error):
     raised, left = outcomes(error, "not called")
     assert type(raised) is type(error)
     assert left == ["not called"]
@@ -57,7 +57,7 @@ def test_what_will_not_pass_ends_it_at_once(outcomes, error):
 
 @pytest.fixture
 def run_name(prefect_backend):
-    """How a run of a stage is called whose one argument is ``beta``."""
+    """Run a stage with the argument ``beta``, and return the name of the run."""
 
     def run(**options) -> str:
         @stage_task(**options)
@@ -73,13 +73,13 @@ def run_name(prefect_backend):
     return run
 
 
-def test_a_run_is_called_by_its_task_and_what_it_is_about(run_name):
+def test_a_run_is_named_after_its_task_and_description(run_name):
     assert run_name(about=lambda beta: f"with beta {beta}") == "prune with beta 0.25"
     assert run_name(name="lane", about=lambda beta: f"with beta {beta}") == "lane with beta 0.25"
     assert re.fullmatch(r"prune-\w+", run_name())
 
 
-def test_words_that_do_not_take_the_tasks_arguments_are_refused_when_it_is_defined():
+def test_a_description_that_does_not_accept_the_arguments_is_refused_at_definition():
     with pytest.raises(TypeError, match="'end'"):
 
         @stage_task(about=lambda store: "words")
@@ -87,5 +87,5 @@ def test_words_that_do_not_take_the_tasks_arguments_are_refused_when_it_is_defin
 
 
 @pytest.mark.parametrize("about", [lambda beta: beta.missing, lambda beta: 1 / 0])
-def test_a_name_that_cannot_be_made_fails_no_run(run_name, about):
+def test_a_description_that_fails_does_not_fail_the_run(run_name, about):
     assert run_name(about=about) == "prune"

@@ -1,4 +1,4 @@
-"""SIGTERM: a stage stops after the layer that is under way, and the next start goes on from there."""
+"""Stopping: after SIGTERM a stage finishes its layer and stops; the next start resumes there."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ import pytest
 import layerwise.tasks.capture as capture_module
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
-from layerwise.tasks.lanes.layer_boundaries import boundaries
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.stopping import Stopped, stop_deferred, stopping_on_sigterm
 
 
@@ -24,8 +24,8 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_where_nothing_is_under_way_it_stops_at_once():
-    with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is lost"):
+def test_without_deferral_a_process_stops_at_once():
+    with pytest.raises(Stopped, match="stopped by SIGTERM; finished work is kept"):
         terminate()
 
 
@@ -43,7 +43,7 @@ def test_work_that_ends_before_its_boundary_stops_at_its_end():
     assert asked == [False, True]
 
 
-def test_nested_work_is_not_torn_apart():
+def test_nested_work_stops_at_the_end_of_the_outer_work():
     done = []
 
     def work():
@@ -57,14 +57,14 @@ def test_nested_work_is_not_torn_apart():
     assert done == ["outer work goes on"]
 
 
-def test_the_handler_of_before_is_back_afterwards():
+def test_the_previous_handler_is_restored():
     ours = signal.getsignal(signal.SIGTERM)
     with stopping_on_sigterm():
         pass
     assert signal.getsignal(signal.SIGTERM) == ours
 
 
-def test_a_boundary_is_committed_before_it_stops(local_store):
+def test_a_resume_point_is_committed_before_the_stop(local_store):
     draft = Draft(local_store, Stage("capture", 1))
 
     def work():
@@ -73,7 +73,7 @@ def test_a_boundary_is_committed_before_it_stops(local_store):
             reached(1)
             terminate()
             reached(2)
-            raise AssertionError("it goes on after it was asked to stop")
+            raise AssertionError("the work continued after it was asked to stop")
 
     with pytest.raises(Stopped):
         work()
@@ -91,7 +91,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
+def test_every_stage_stops_after_its_layer_and_resumes_with_the_next(
     small_run, another_store, monkeypatch, computed_layers, capsys, stage
 ):
     run = small_run()
@@ -113,7 +113,7 @@ def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
     computed_layers.clear()
     read_before = run.checkpoint.bytes_read
     resumed = STAGES[stage](run)
-    assert "goes on from layer 2 of 3, saved " in capsys.readouterr().err
+    assert "resumed from layer 2 of 3, saved " in capsys.readouterr().err
     if stage == "export":
         (last,) = read(run.checkpoint, 2)
         assert run.checkpoint.bytes_read - read_before == 2 * sum(weight.nbytes for weight in last.values())
@@ -123,7 +123,7 @@ def test_every_stage_stops_after_its_layer_and_goes_on_with_the_next(
     assert STAGES[stage](undisturbed).content == resumed.content
 
 
-def test_a_signal_while_the_losses_are_taken_loses_no_layer(small_run, monkeypatch, computed_layers):
+def test_a_signal_during_the_computation_of_losses_loses_no_layer(small_run, monkeypatch, computed_layers):
     run = small_run()
     window_losses = capture_module.window_losses
 
@@ -140,7 +140,7 @@ def test_a_signal_while_the_losses_are_taken_loses_no_layer(small_run, monkeypat
     assert computed_layers == []
 
 
-def test_work_that_fails_after_it_was_asked_to_stop_stops():
+def test_work_that_fails_after_a_request_to_stop_raises_stopped():
     def work():
         with stop_deferred():
             terminate()

@@ -1,4 +1,4 @@
-"""Layer boundaries: where a stage may leave a resume point, and where it stops when it is asked to."""
+"""Layer boundaries: points at which a stage may leave a resume point, and stops after SIGTERM."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,20 +10,20 @@ from layerwise.tasks.running.stopping import stop, stop_deferred
 
 
 class BoundaryClock:
-    """Says at which layer boundaries a resume point is due."""
+    """Decide at which layer boundaries a resume point is due."""
 
     def __init__(self, execution: Execution) -> None:
         self._layers, self._seconds = execution.boundary_layers, execution.boundary_seconds
         self._last_time, self._since = time.monotonic(), 0
 
     def due(self) -> bool:
-        """Call once after every layer; ``restart`` after the resume point is committed."""
+        """Return whether a resume point is due. Call it once after every layer, and ``restart`` after the commit."""
         self._since += 1
         by_layers = self._layers is not None and self._since >= self._layers
         return by_layers or time.monotonic() - self._last_time >= self._seconds
 
     def restart(self) -> None:
-        """Count anew from here: time spent on committing a resume point must not make the next one due."""
+        """Start counting again, so that the time spent on a commit does not make the next one due."""
         self._last_time, self._since = time.monotonic(), 0
 
 
@@ -31,17 +31,17 @@ class BoundaryClock:
 def boundaries(
     draft: Draft, execution: Execution, write_state: Callable[[Draft], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Leave resume points in ``draft``: as often as ``execution`` says, and when the process is asked to stop.
+    """Leave resume points in ``draft`` at the intervals of ``execution``, and when the process is asked to stop.
 
     Args:
         write_state: see ``Draft.save_resume_point``.
 
     Yields:
-        A function to call after every layer, with the number of the next one. What is done in the block after its
-        last call must be possible to do again.
+        A function to call after every layer with the number of the next layer. Work done in the block after the last
+        call may be repeated by a later attempt.
 
     Raises:
-        Stopped: the process was asked to end; the resume point was committed.
+        Stopped: the process was asked to stop; the resume point is committed.
     """
     clock, reached_step, committed_step = BoundaryClock(execution), -1, -1
     with stop_deferred() as asked_to_stop:

@@ -1,6 +1,6 @@
-"""Which lanes run together: groups that an earlier attempt has begun go on as they are, the others are made anew.
+"""Membership of lanes in groups: groups that an earlier attempt has started are resumed, the rest form a new group.
 
-The tasks of a zero-shot evaluation run together in the same way.
+The tasks of a zero-shot evaluation are grouped in the same way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 
 MOST_PLANS = 255  # in one group: a ranking stores one byte per weight (layerwise.pruners.masks)
-GROUP = "group"  # in a lane's resume point: the keys of the lanes it runs with; in how it was made: their group's key
+GROUP = "group"  # in a lane's resume point: keys of all lanes of its group; in a lane's ``made``: key of the group
 
 
 def group_stage(lanes: Sequence[Stage]) -> Stage:
-    """The stage that runs these lanes together."""
+    """Describe the group of these lanes."""
     return Stage(
         f"{lanes[0].name}_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)}
     )
@@ -29,15 +29,15 @@ def built_together(
     run: Callable[[Sequence[int]], Artifact],
     copy: Callable[[Artifact, int, int, Draft], None],
 ) -> list[Artifact]:
-    """Build what the store lacks of ``stages`` in one group; groups that were begun before go on as they are.
+    """Build those of ``stages`` that the store lacks in one group, after resuming groups that were started before.
 
     Args:
-        run: builds the group of the stages with these numbers.
-        copy: writes one member: from the group's artifact, its position in the group, the number of its stage, into
-            its own draft.
+        run: builds the group of the stages with the given numbers.
+        copy: writes one member into its own draft, given the artifact of the group, the member's position in the
+            group, and the number of its stage.
 
     Returns:
-        The artifacts of all ``stages``, in their order.
+        The artifacts of all ``stages``, in order.
     """
     while None in (artifacts := [store.find(stage) for stage in stages]):
         missing = [number for number, artifact in enumerate(artifacts) if artifact is None]
@@ -47,7 +47,7 @@ def built_together(
             try:
                 note_group(store, [stages[number] for number in members])
             except Committed:
-                continue  # another process has just finished one of them
+                continue  # another process has just finished one of these lanes
         group = run(members)
         for position, number in enumerate(members):
             if number in missing:
@@ -56,21 +56,24 @@ def built_together(
 
 
 def copy_member(store: ArtifactStore, group: Artifact, folder: str, draft: Draft) -> None:
-    """Write the files of one member, which lie in ``folder`` (ends with "/") of its group's artifact, as its own."""
+    """Copy the files of one member from its ``folder`` (ends with "/") of the group into its own draft."""
     for name in group.files:
         if name.startswith(folder):
             draft.write(name.removeprefix(folder), store.read(group, name))
 
 
 def begun_groups(store: ArtifactStore, lanes: Sequence[Stage], missing: Sequence[int]) -> Iterator[list[int]]:
-    """Groups that an earlier attempt has brought to a resume point, each as the numbers of its lanes.
+    """Find the groups for which an earlier attempt left a resume point.
 
-    With whom a lane was begun is noted in its resume point, so that a group goes on even if some of its lanes are
-    committed already, or others have been asked for since. No missing lane is in two of the groups.
+    The resume point of every lane names its group, so a group can be resumed even if some of its lanes are committed,
+    or if more lanes have been requested since.
 
     Args:
-        lanes: all that are asked for.
-        missing: numbers of those that the store does not have.
+        lanes: all requested lanes.
+        missing: numbers of the lanes that the store lacks.
+
+    Yields:
+        The numbers of the lanes of one group. Every missing lane is in at most one group.
     """
     left = set(missing)
     for members in [list(range(len(lanes))), *(_noted_group(store, lanes, number) for number in missing)]:
@@ -80,10 +83,10 @@ def begun_groups(store: ArtifactStore, lanes: Sequence[Stage], missing: Sequence
 
 
 def note_group(store: ArtifactStore, lanes: Sequence[Stage]) -> None:
-    """Note in every lane's resume point that these are begun together.
+    """Record the group of these lanes in the resume point of each.
 
     Raises:
-        Committed: another process has finished one of them.
+        Committed: another process has finished one of the lanes.
     """
     together = [lane.key for lane in lanes]
 
@@ -95,7 +98,7 @@ def note_group(store: ArtifactStore, lanes: Sequence[Stage]) -> None:
 
 
 def split_evenly(lanes: Sequence[int], count: int) -> list[list[int]]:
-    """``lanes`` in their order, in ``count`` groups or one for each lane; their sizes differ by one at most."""
+    """Split ``lanes`` into ``count`` groups, or fewer if there are fewer lanes; group sizes differ by at most one."""
     count = min(count, len(lanes))
     size, larger = divmod(len(lanes), max(count, 1))
     starts = [number * size + min(number, larger) for number in range(count + 1)]
@@ -103,7 +106,7 @@ def split_evenly(lanes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def _noted_group(store: ArtifactStore, lanes: Sequence[Stage], lane: int) -> list[int]:
-    """The lanes that this one was begun with; none if one of them is not asked for any more."""
+    """Return the group that a lane was started in; empty if one of its lanes is no longer requested."""
     progress = store.resume_point(lanes[lane])
     keys = [] if progress is None else cast(list[str], progress.state.facts[GROUP])
     number_of = {stage.key: number for number, stage in enumerate(lanes)}

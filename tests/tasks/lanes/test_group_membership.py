@@ -1,4 +1,4 @@
-"""Two processes that run the same lanes: what one of them does in between must not end the other."""
+"""Group membership: lanes are grouped again after interruptions, and while another process runs the same lanes."""
 
 from dataclasses import replace
 
@@ -6,12 +6,12 @@ import layerwise.tasks.branch as branch_module
 from layerwise.storage.artifact import Damaged
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.set_aside import set_aside
-from layerwise.tasks.lanes import grouping
+from layerwise.tasks.lanes import group_membership
 
 BETAS = (0.0, 0.1, 0.2)
 
 
-def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
+def test_another_process_may_commit_a_lane_while_a_group_is_formed(
     small_run, monkeypatch, dying_at, computed_layers
 ):
     run = small_run()
@@ -19,19 +19,19 @@ def test_the_other_commits_a_lane_while_this_one_notes_what_it_begins(
         run.branch(*BETAS)
     computed_layers.clear()
     other = replace(run, store=ArtifactStore(run.store.url))
-    begun_groups, done = grouping.begun_groups, []
+    begun_groups, done = group_membership.begun_groups, []
 
     def after_the_other(store, stages, missing):
         if store is run.store and not done:
             done.append(other.branch(*BETAS))
         return begun_groups(store, stages, missing)
 
-    monkeypatch.setattr("layerwise.tasks.lanes.grouping.begun_groups", after_the_other)
+    monkeypatch.setattr("layerwise.tasks.lanes.group_membership.begun_groups", after_the_other)
     assert run.branch(*BETAS) == done[0]
     assert computed_layers == []
 
 
-def test_the_other_sets_a_damaged_lane_aside_while_this_one_reads_the_lanes(small_run, monkeypatch):
+def test_another_process_may_set_a_damaged_lane_aside_while_the_lanes_are_read(small_run, monkeypatch):
     run = small_run()
     lanes = run.branch(*BETAS)
     read_score = branch_module.read_score
@@ -46,7 +46,7 @@ def test_the_other_sets_a_damaged_lane_aside_while_this_one_reads_the_lanes(smal
     assert run.branch(*BETAS) == lanes
 
 
-def test_a_group_goes_on_although_a_beta_was_added_before_its_own(small_run, dying_at, computed_layers):
+def test_a_group_is_resumed_although_a_beta_was_added_in_front(small_run, dying_at, computed_layers):
     run = small_run()
     run.branch(0.0)
     with dying_at("layerwise.tasks.lanes.lane_group.read_statistics", call=3):

@@ -1,12 +1,12 @@
-"""What a search found, in rows and sentences: the same on the terminal, on Prefect's pages and in the report."""
+"""Summary of a search for people, in rows and sentences: the same on the terminal, in Prefect and in the report."""
 
 from layerwise.scoring.perplexity import format_perplexity, rounded_perplexity
-from layerwise.tasks.evaluate import TestResult
-from layerwise.tasks.select import Selection
+from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.selection import Selection
 
 
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
-    """The result table: one row per beta, with the paired difference to the best."""
+    """Return the result table: one row per plan, with the paired difference to the best plan."""
     rows: list[dict[str, str | float]] = []
     stopped_early = len({row.windows for row in selection.rows}) > 1
     with_offsets = any(row.offset for row in selection.rows)
@@ -32,14 +32,14 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:
-    """That a search did not go on after so many plans; nothing if it was not stopped."""
+    """State that the search was stopped after ``stop_after`` plans; "" if it was not stopped."""
     if stop_after is None or tried < stop_after:
         return ""
     return f"The search was stopped after {tried} plan{'' if tried == 1 else 's'}; others may be better."
 
 
 def sentence_on_test(test: TestResult) -> str:
-    """Test perplexities side by side, and how sure the gain is."""
+    """State the test perplexities and how certain the gain is."""
     gain = ""
     if test.gain is not None:
         t = "" if test.gain.t is None else f", t = {test.gain.t:.1f}"
