@@ -9,7 +9,7 @@ from prefect.logging import get_run_logger
 from layerwise.display.byte_size import size
 from layerwise.flows.setting_types import BareUrl
 from layerwise.storage.existing_store import existing_store
-from layerwise.storage.signs_of_life import time_for_looking
+from layerwise.storage.signs_of_life import clock_for_display
 from layerwise.storage.upkeep.garbage_collection import Garbage, collect, plan_collection
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.results.garbage import (
@@ -41,7 +41,7 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
     """
     logger = get_run_logger()
     opened = existing_store(store)
-    now = None if apply else time_for_looking(opened)
+    now = None if apply else clock_for_display(opened)
     collection = plan_collection(opened, keys_of_results if results_only else None, now=now)
     for line in lines_on_kept(collection):
         logger.info(line)

@@ -183,7 +183,7 @@ def storage_clock(store: StoreLocation) -> float:
             store.fs.rm_file(path)  # not remove_quietly, which would also remove an empty root
 
 
-def time_for_looking(store: StoreLocation) -> float:
+def clock_for_display(store: StoreLocation) -> float:
     """Return the current time in seconds since 1970, by the storage's clock or, if it cannot be written, by this machine's.
 
     Only for displaying ages; never decide by it what is deleted.

@@ -21,7 +21,7 @@ from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.inventory import Inventory, StageFolder, take_inventory
 from layerwise.storage.resume_points import ResumePoint, read_resume_point
-from layerwise.storage.signs_of_life import SILENT, RunningProcess, running_processes, time_for_looking
+from layerwise.storage.signs_of_life import SILENT, RunningProcess, clock_for_display, running_processes
 from layerwise.storage.store import ArtifactStore
 
 SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
@@ -58,7 +58,7 @@ def show_status(store_url: str) -> None:
         OSError: the storage cannot be reached.
     """
     store, console = existing_store(store_url), open_console()
-    now = time_for_looking(store)
+    now = clock_for_display(store)
     processes = running_processes(store, now, within=float("inf"))
     alive = [each for each in processes if now - each.last_sign.timestamp() <= SILENT]
     inventory = take_inventory(store)

@@ -13,7 +13,7 @@ from layerwise.display.byte_size import size
 from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Damaged
 from layerwise.storage.existing_store import existing_store
-from layerwise.storage.signs_of_life import time_for_looking
+from layerwise.storage.signs_of_life import clock_for_display
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.garbage_collection import (
     Collected,
@@ -47,7 +47,7 @@ def collect_garbage(store_url: str, apply: bool, results_only: bool) -> int:
         ValueError: with ``results_only``, an artifact is damaged.
     """
     store, console = existing_store(store_url), open_console()
-    now = None if apply else time_for_looking(store)
+    now = None if apply else clock_for_display(store)
     collection = plan_collection(store, keys_of_results if results_only else None, now=now)
     _show_collection(console, collection)
     if not collection.garbage:
