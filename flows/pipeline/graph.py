@@ -93,7 +93,7 @@ class Captured:
 
     Attributes:
         windows: windows by role; the test windows may be missing.
-        linears: prunable linears, by layer.
+        linears: linears of the decoder layers, by layer.
         grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
         plans: plans of the allocator, uniform first.
     """

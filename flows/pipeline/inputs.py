@@ -30,7 +30,7 @@ class SearchInputs:
         import_stage: stage that imports the model.
         checkpoint: the model; None if it is not imported yet.
         index: configuration of the model and shapes of its tensors.
-        linears: prunable linears, by layer.
+        linears: linears of the decoder layers, by layer.
         texts: token counts and windows of the texts.
     """
 
