@@ -10,17 +10,22 @@ The same search as ``layerwise search``, from Python::
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Runtime", "Search", "__version__", "search"]
+__all__ = ["Runtime", "Search", "SearchRuntime", "__version__", "search"]
 
 if TYPE_CHECKING:
-    from layerwise.flows.runtime import Runtime
+    from layerwise.flows.runtime import Runtime, SearchRuntime
     from layerwise.flows.search import search
     from layerwise.flows.settings import Search
 
     __version__: str
 else:
     # Loaded when they are first used: they import torch, transformers and Prefect, which takes seconds.
-    _MODULES = {"Runtime": "runtime", "Search": "settings", "search": "search"}
+    _MODULES = {
+        "Runtime": "runtime",
+        "SearchRuntime": "runtime",
+        "Search": "settings",
+        "search": "search",
+    }
 
     def __getattr__(name: str) -> object:
         if name == "__version__":

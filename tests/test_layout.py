@@ -23,7 +23,10 @@ SETTINGS = {f"layerwise.flows.{name}" for name in ("options", "runtime", "settin
 
 def names_below(folder: Path, name: str) -> Iterator[str]:
     for file in folder.rglob("*.py"):
-        if file.stem != "__init__":
+        if file.stem not in (
+            "__init__",
+            "__main__",
+        ):  # the public entry and `python -m layerwise` look up to the flows
             yield ".".join([name, *file.relative_to(folder).with_suffix("").parts])
 
 
