@@ -73,7 +73,7 @@ def refusal_of(url: str, auth: str | None = None) -> str:
             "is not the API of a Prefect server (it answers with text/html)",
         ),
         (200, b'{"a": 1}', "application/json", "is not the API of a Prefect server"),
-        (200, b'"2.20.4"', "application/json", "has version 2.20.4, which Prefect 3."),
+        (200, b'"2.20.4"', "application/json", "has version 2.20.4, which is not compatible with Prefect 3."),
     ],
 )
 def test_a_wrong_answer_gives_one_line_with_the_url(answering, status, content, kind, message):
