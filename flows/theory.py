@@ -25,12 +25,11 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.markdown import plain
-from layerwise.tasks.pages.theory_page import PAGE_FILE, theory_page
 from layerwise.tasks.pages.theory_section import sentences
 from layerwise.tasks.results.theory_findings import findings_of, read_tables
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
-from layerwise.tasks.theory import measure_theory
+from layerwise.tasks.theory import PAGE_FILE, measure_theory, theory_page
 
 # Settings of a search that the theory does not use. It has its own plans, and calibrates all of them on the dense model,
 # because the theorems compare prunings of a layer for the same inputs.

@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
+from markupsafe import Markup
 
 from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import perplexity
@@ -16,10 +18,14 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import write_table
+from layerwise.tasks.charts.drawing import svg_inside, write_figures
+from layerwise.tasks.charts.theory_figures import TITLES, figures_of_theory
 from layerwise.tasks.evaluate import LOCAL_WINDOWS
 from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.streamed import layer_sizes_of
+from layerwise.tasks.pages.page_template import render
+from layerwise.tasks.pages.theory_section import read_section
 from layerwise.tasks.results.run_names import model_title
 from layerwise.tasks.results.theory_findings import (
     LAYERS_FILE,
@@ -33,6 +39,7 @@ from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
 
 THEORY_FILE = "theory.json"
+PAGE_FILE = "theory.html"
 
 
 def theory_stage(inputs: LaneInputs, plans: Sequence[TheoryPlan], settings: PruneSettings) -> Stage:
@@ -147,3 +154,35 @@ def _document(found: Findings) -> dict[str, object]:
             "gain": asdict(found.orders.gain),
         },
     }
+
+
+PAGE_FILE = "theory.html"
+
+
+def page_stage(measured: Artifact, title: str, settings: Mapping[str, Any]) -> Stage:
+    """Return the stage of a page. The title and settings that it shows are settings of the stage."""
+    return Stage("theory_page", 2, {"title": title, "settings": settings}, {"theory": measured.key})
+
+
+@stage_task(about=lambda title, **_: title)
+def theory_page(
+    store: ArtifactStore, measured: Artifact, title: str, settings: Mapping[str, Any]
+) -> Artifact:
+    """Write the page of a measurement: ``theory.html``, ``figures/*.svg``, ``figures/*.png``.
+
+    Args:
+        measured: artifact of ``layerwise.tasks.theory.measure_theory``.
+        title: subject of the measurement, e.g. "demo at sparsity 0.6, wanda".
+        settings: settings to show, by name.
+    """
+
+    def build(draft: Draft) -> None:
+        theory = read_section(store, measured)
+        charts = figures_of_theory(theory.layers, theory.found)
+        figures = {name: Markup(svg_inside(chart, name)) for name, chart in charts.items()}
+        page = render("theory_page.html", title=title, settings=settings, theory=theory, figures=figures)
+        draft.write(PAGE_FILE, page.encode())
+        write_figures(draft, charts, TITLES, title)
+        draft.facts |= {"title": title}
+
+    return store.get_or_build(page_stage(measured, title, settings), build)

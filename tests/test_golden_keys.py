@@ -36,13 +36,12 @@ from layerwise.tasks.measure import measure_stage
 from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.pages.model_card import ModelCard
-from layerwise.tasks.pages.theory_page import page_stage
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.sample_tokens import TokenRequest, token_stage
 from layerwise.tasks.select import select_stage
 from layerwise.tasks.texts.hub_corpus import HubCorpus
-from layerwise.tasks.theory import theory_stage
+from layerwise.tasks.theory import page_stage, theory_stage
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot_stage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

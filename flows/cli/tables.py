@@ -8,17 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from layerwise.display.byte_size import size
-from layerwise.flows.pipeline.comparison_tables import Compared, rows_of, summary_of
-from layerwise.flows.pipeline.result import SearchResult, work_sentence
-from layerwise.flows.plan import Plan
-from layerwise.flows.theory import TheoryResult
 from layerwise.scoring.perplexity import format_perplexity
-from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.pages.theory_section import sentences
 from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.selection import Selection
-from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
 from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
 
 if TYPE_CHECKING:  # a command imports only the flow that it runs
@@ -31,6 +24,7 @@ if TYPE_CHECKING:  # a command imports only the flow that it runs
 
 def show_result(console: Console, result: "SearchResult") -> None:
     """Print the table of a search, its verdict, the test perplexities, the model's folder, and the work done."""
+    from layerwise.flows.pipeline.result import work_sentence
 
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
@@ -79,6 +73,7 @@ def show_stop(console: Console, stop_after: int | None, selection: Selection) ->
 
 def show_comparison(console: Console, results: "Sequence[Compared]") -> None:
     """Print one row per method with all seeds together; with a single seed, one row per search."""
+    from layerwise.flows.pipeline.comparison_tables import rows_of, summary_of
 
     several = len({each.result.settings.seed for each in results}) > 1
     rows = summary_of(results) if several else rows_of(results)
@@ -122,6 +117,7 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
 
 def show_speed(console: Console, table: "SpeedTable", report: str | None) -> None:
     """Print one row per way of running the model."""
+    from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
 
     show_rows(console, speed_rows(table), left=("way",))
     console.print(speed_sentence(table))
@@ -168,6 +164,7 @@ def show_plan(console: Console, plan: "Plan") -> None:
 
 def show_theory(console: Console, result: "TheoryResult") -> None:
     """Print one sentence per theorem, and the path of the page."""
+    from layerwise.tasks.pages.theory_section import sentences
 
     console.print(f"{result.settings.title}: the theorems of ATP", style="bold")
     for name, sentence in sentences(result.findings).items():

@@ -4,6 +4,7 @@ The ``description`` of a mark becomes its label in the SVG. Screen readers read 
 pointer.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -149,3 +150,80 @@ def _styled(chart: altair.LayerChart) -> altair.LayerChart:
         .configure_legend(**text, orient="top", labelLimit=420, symbolSize=95, symbolStrokeWidth=2)
     )
     return styled
+
+
+# Ratio of the highest to the lowest value above which the axis is logarithmic.
+WIDE_RANGE = 5.0
+# Ratio above which only the powers of ten are labelled, because there is no room for 2 and 5 times these.
+MANY_DECADES = 3000.0
+# Up to FEW_LAYERS, every layer is labelled; up to MANY_LAYERS, every fifth one; above that, every tenth one.
+FEW_LAYERS, MANY_LAYERS = 12, 80
+
+
+def measure_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+    """Return the vertical axis of a quantity; logarithmic if its values are positive and span a wide range."""
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    if high > WIDE_RANGE * low and len(positive) == len(values):
+        domain, ticks = [low / 1.25, high * 1.25], _decades(low / 1.25, high * 1.25)
+        axis = altair.Axis(values=ticks, format="~g")
+        return {"title": title, "axis": axis, "scale": altair.Scale(type="log", domain=domain)}
+    return linear_axis(values, title)
+
+
+def linear_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+    """Return a linear vertical axis with a margin around the values."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    domain = [low - margin, high + margin]
+    scale = altair.Scale(domain=domain, nice=False, zero=False)
+    return {"title": title, "axis": altair.Axis(tickCount=6), "scale": scale}
+
+
+def layer_axis(layers: Iterable[int]) -> dict[str, Any]:
+    """Return the horizontal axis of the decoder layers, with ticks at whole layers."""
+    there = sorted(set(layers))
+    step = 1 if len(there) <= FEW_LAYERS else 5 if len(there) <= MANY_LAYERS else 10
+    ticks = [layer for layer in there if layer % step == 0]
+    title = "decoder layer (0 is next to the input)"
+    return {"title": title, "axis": altair.Axis(values=ticks, format="d", labelAngle=0)}
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten between two numbers; only the powers for a large range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high < MANY_DECADES * low else (1,)
+    ticks = [factor * 10.0**power for power in powers for factor in factors]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+FEW = 40  # positions; with more of them, points are drawn small so that they do not touch
+THIN = 1.5  # lines up to this width have no points
+
+
+def line_figure(
+    rows: Sequence[Mapping[str, Any]],
+    marks: Mapping[str, tuple[str, float]],
+    x_axis: Mapping[str, Any],
+    y_axis: Mapping[str, Any],
+) -> altair.LayerChart:
+    """Draw lines with labelled points.
+
+    Args:
+        rows: one row per point: ``x``, ``y``, the name of its ``line``, ``detail`` to separate lines of the same name,
+            and the ``label`` of the point.
+        marks: colour and width of each line, by name. The first ones are drawn on top.
+    """
+    look = line_colors(marks)
+    x = altair.X("x:Q", **x_axis, scale=altair.Scale(nice=False, zero=False, padding=8))
+    y = altair.Y("y:Q", **y_axis)
+    layers = [
+        chart_of([row for row in rows if row["line"] == name])
+        .mark_line(strokeWidth=marks[name][1], aria=False)
+        .encode(x=x, y=y, color=look, detail="detail:N")
+        for name in reversed(list(marks))
+    ]
+    strong = [row for row in rows if marks[row["line"]][1] > THIN]
+    few = len({row["x"] for row in rows}) <= FEW
+    dots = chart_of(strong).mark_circle(size=34 if few else 16, opacity=1)
+    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="label:N"))

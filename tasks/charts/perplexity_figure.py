@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import altair
 
 from layerwise.scoring.perplexity import format_perplexity
-from layerwise.tasks.charts.axes import measure_axis
-from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of
+from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of, measure_axis
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row
 from layerwise.tasks.results.selection import TRIAL
 

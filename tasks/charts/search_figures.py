@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import altair
 
-from layerwise.tasks.charts.axes import layer_axis, linear_axis, measure_axis
 from layerwise.tasks.charts.drawing import (
     BLUE,
     GREEN,
@@ -16,8 +15,11 @@ from layerwise.tasks.charts.drawing import (
     YELLOW,
     chart_of,
     figure_of,
+    layer_axis,
+    line_figure,
+    linear_axis,
+    measure_axis,
 )
-from layerwise.tasks.charts.line_figure import line_figure
 from layerwise.tasks.results.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
 LINES = (BLUE, PURPLE, SKY, YELLOW)  # colours of lines other than uniform and best

@@ -8,9 +8,16 @@ import altair
 
 from layerwise.scoring.theorem_checks import Findings
 from layerwise.scoring.theorem_plans import ASCENDING, DESCENDING, UNIFORM
-from layerwise.tasks.charts.axes import layer_axis, measure_axis
-from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, PURPLE, VERMILION
-from layerwise.tasks.charts.line_figure import line_figure
+from layerwise.tasks.charts.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    VERMILION,
+    layer_axis,
+    line_figure,
+    measure_axis,
+)
 
 SHUFFLED = "shuffled"
 TITLES = {

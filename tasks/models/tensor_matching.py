@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from layerwise.models.skeleton import expected_tensors, layer_prefix
 from layerwise.tasks.models.checkpoint_index import IndexedTensor
 from layerwise.tasks.sources.checkpoint_files import StoredTensor
-from layerwise.tasks.sources.warn_once import warn_once
+from layerwise.tasks.sources.model_config import warn_once
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
-from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.sources.model_source import HUB_ID
 
 if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings

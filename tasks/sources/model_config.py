@@ -6,7 +6,9 @@ replaced by one line that names the file.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from time import monotonic
 from typing import Any, TypeGuard, TypeVar
 
@@ -15,7 +17,8 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from layerwise.models.skeleton import UnsupportedModel, build_outline
 from layerwise.tasks.sources.checkpoint_files import CONFIG
 from layerwise.tasks.sources.folder import Folder
-from layerwise.tasks.sources.warn_once import warn_once
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -259,3 +262,9 @@ def _is_number(value: object) -> TypeGuard[int]:
 def _shown(value: object, most: int = 80) -> str:
     text = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has already logged the same one."""
+    logger.warning("%s", message)

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "LAYERWISE_WORK_POOL": "devices-of-test",
     "LAYERWISE_CONTROL_POOL": "control-of-test",
 }
-RUNTIME = {"store": "s3://bucket/prefix", "fan_out": "pool:devices-of-test"}
+RUNTIME = {"store": "s3://bucket/prefix"}
 SEARCH = {"model": "demo", "sparsity": 0.5}
 # What a run needs beyond the deployment's own parameters.
 PARAMETERS = {

@@ -12,11 +12,10 @@ from layerwise.pruners.magnitude import Magnitude
 from layerwise.scoring.theorem_plans import theory_plans
 from layerwise.storage.tables import read_table
 from layerwise.tasks.models.streamed import layer_sizes_of
-from layerwise.tasks.pages.theory_page import theory_page
 from layerwise.tasks.pages.theory_section import ranges, sentences
 from layerwise.tasks.results.theory_findings import findings_of, read_tables, verdicts
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.theory import measure_theory
+from layerwise.tasks.theory import measure_theory, theory_page
 
 BETA = 0.25
 

@@ -4,8 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from layerwise.tasks.charts.drawing import png_file, svg_file, svg_inside
-from layerwise.tasks.charts.line_figure import line_figure
+from layerwise.tasks.charts.drawing import line_figure, png_file, svg_file, svg_inside
 from layerwise.tasks.charts.search_figures import (
     error_by_layer,
     sparsity_by_layer,
