@@ -25,7 +25,13 @@ from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
-from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, rows_of, summary_of
+from layerwise.flows.pipeline.comparison_tables import (
+    Compared,
+    markdown_of,
+    pruner_title,
+    rows_of,
+    summary_of,
+)
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.graph import Scored, capture_steps, lane_step, scoring_steps
 from layerwise.flows.pipeline.inputs import check_inputs
@@ -72,7 +78,7 @@ class NamedSearch(NamedTuple):
     def title(self) -> str:
         """Settings in which the searches of a comparison differ."""
         search = self.search
-        return f"sparsity {search.sparsity:g}, {search.pruner.method}, seed {search.seed}, {self.allocator}"
+        return f"sparsity {search.sparsity:g}, {pruner_title(search.pruner)}, seed {search.seed}, {self.allocator}"
 
 
 class Allocation(BaseModel):

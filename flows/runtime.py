@@ -25,6 +25,9 @@ def _known_place(value: str) -> str:
 class Runtime(Settings):
     """Where and how a flow runs. Changes nothing in its result."""
 
+    # The runtime of another flow is validated again, by the fields of this one.
+    model_config = {**Settings.model_config, "revalidate_instances": "subclass-instances"}
+
     store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
     device: str = Field(
         default="auto",

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean, stdev
+from typing import Any
 
 from layerwise.flows.pipeline.result import SearchResult
 from layerwise.scoring.perplexity import DIVERGED, has_diverged, paired_difference, rounded_perplexity
@@ -32,7 +33,17 @@ class Compared:
     def cell(self) -> tuple[float, str, int]:
         """Sparsity, pruner and seed of the search."""
         settings = self.result.settings
-        return settings.sparsity, settings.pruner.method, settings.seed
+        return settings.sparsity, pruner_title(settings.pruner), settings.seed
+
+
+def pruner_title(pruner: Any) -> str:
+    """Return the method of a pruner (a dataclass), and its settings that are not the defaults."""
+    changed = [
+        f"{field.name} {getattr(pruner, field.name)}"
+        for field in fields(pruner)
+        if field.name != "method" and getattr(pruner, field.name) != field.default
+    ]
+    return f"{pruner.method} ({', '.join(changed)})" if changed else str(pruner.method)
 
 
 def rows_of(searches: Sequence[Compared]) -> list[Row]:
@@ -44,7 +55,7 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
         result, selection, test = each.result, each.result.selection, each.result.test
         row: Row = {
             "sparsity": result.settings.sparsity,
-            "pruner": result.settings.pruner.method,
+            "pruner": pruner_title(result.settings.pruner),
             "seed": result.settings.seed,
             "allocator": each.allocator,
             "best": selection.name(selection.best).removeprefix(f"{selection.parameter} "),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from layerwise.flows.pipeline.comparison_tables import Compared, markdown_of, ro
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.store import ArtifactStore
@@ -266,6 +268,23 @@ def test_other_allocators_are_compared_with_the_first_one_window_by_window(finis
     row = rows_of([first, other])[1]
     assert (row["above atp %"], row["t of that"], row["significant"]) == (22.1, "3.5", "no")
     assert "above atp %" not in rows_of([first, other])[0]
+
+
+def test_one_pruner_with_different_settings_is_compared_with_itself_only(finished):
+    """Both have the same method, so its name alone would mix them."""
+    searches = []
+    for pruner, losses in ((SparseGPT(), (2.0, 3.0)), (SparseGPT(block_size=32), (4.0, 5.0))):
+        for allocator, above in (("atp", (0.0, 0.0)), ("owl", (0.1, 0.1))):
+            of_windows = tuple(loss + more for loss, more in zip(losses, above, strict=True))
+            each = with_test(finished[0], allocator, of_windows, uniform=50.0, best=40.0, gain=None)
+            settings = each.result.settings.model_copy(update={"pruner": pruner})
+            searches.append(replace(each, result=replace(each.result, settings=settings)))
+    assert [(row["pruner"], row.get("above atp %")) for row in rows_of(searches)] == [
+        ("sparsegpt", None),
+        ("sparsegpt", 10.5),
+        ("sparsegpt (block_size 32)", None),
+        ("sparsegpt (block_size 32)", 10.5),
+    ]
 
 
 def test_the_summary_averages_each_window_over_the_seeds(finished):
