@@ -1,4 +1,4 @@
-"""What a search found, on Prefect's pages: a table, a report with figures, and where the pruned model is."""
+"""Result of a search on Prefect's pages: a table, a report with figures, and the path of the pruned model."""
 
 import base64
 import shlex
@@ -16,7 +16,7 @@ from layerwise.tasks.pages.markdown import code, fenced, plain
 from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.progress import going_on_without_prefect
 
-# The page shows no link to s3:// or a file, and takes a path for one of its own: places are text to be copied.
+# Prefect's pages do not link to s3:// or to files, and take a path for one of their own: places are text to copy.
 LOAD_HERE = """```python
 from transformers import AutoModelForCausalLM
 
@@ -35,18 +35,18 @@ model = AutoModelForCausalLM.from_pretrained("pruned-model")
 
 
 NOT_WRITTEN = (
-    "It was not asked for. The same settings with `export` write it, and compute nothing else again.\n"
+    "The search ran without `export`. Run it again with `export` to write the model; the rest is reused.\n"
 )
 
 
 def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifact) -> None:
-    """Show a result on the page of the flow run that calls this, where the server takes it.
+    """Show a result on the page of the current flow run, if the server accepts it.
 
     Args:
         page: the report's artifact.
     """
     get_run_logger().info("%s. %s", result.selection.verdict, work_sentence(result))
-    name = plain(result.settings.title)  # what Prefect calls a description is Markdown
+    name = plain(result.settings.title)  # Prefect renders descriptions as Markdown
     title = f"{name}: {result.selection.verdict}"
     report = search_report(store, result, page)
     with going_on_without_prefect():
@@ -66,7 +66,7 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifac
 
 
 def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) -> str:
-    """The result as one page of Markdown that needs nothing else: two of the report's figures are in it.
+    """Format the result as one self-contained page of Markdown with two figures of the report.
 
     Args:
         page: the report's artifact.
@@ -102,7 +102,7 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 {where_the_report_is(result.report)}
 ## In the store
 
-{work_sentence(result)} {code(shlex.join(["layerwise", "show", place]))} tells how it was made.
+{work_sentence(result)} {code(shlex.join(["layerwise", "show", place]))} shows how it was made.
 
 | | artifact | |
 |:--|:--|:--|
@@ -111,19 +111,19 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 
 
 def where_the_report_is(place: str) -> str:
-    """Where the report's page lies, as text to be copied."""
-    return f"One page with everything; a browser opens it without a network.\n\n{fenced(place)}\n"
+    """Format the path of the report's page as text to copy."""
+    return f"A single HTML page; a browser opens it without a network.\n\n{fenced(place)}\n"
 
 
 def how_to_load(place: str) -> str:
-    """Where an exported model lies, and the code that loads it; in blocks, which a long name does not leave."""
+    """Format the path of an exported model and the code that loads it, in blocks that a long name cannot break."""
     load = LOAD_FROM_AFAR if "://" in place else LOAD_HERE  # transformers opens no URL
     return f"{fenced(place)}\n\n{load.format(place=place)}"
 
 
 def _stage_rows(result: SearchResult) -> str:
     return "\n".join(
-        f"| {role} | `{artifact.key}` | {'built now' if role in result.built else 'was there'} |"
+        f"| {role} | `{artifact.key}` | {'built now' if role in result.built else 'reused'} |"
         for role, artifact in result.stages.items()
     )
 

@@ -1,4 +1,4 @@
-"""What Prefect's pages show of a finished search."""
+"""Prefect's pages on a finished search."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def code_of(markdown: str) -> str:
 
 @pytest.fixture
 def page(finished):
-    """The artifact of the search's report."""
+    """Artifact of the search's report."""
     result, runtime = finished
     (page,) = [each for each in ArtifactStore(runtime.store).artifacts() if each.key in result.report]
     return page
@@ -46,7 +46,7 @@ def report(finished, page):
     return search_report(ArtifactStore(runtime.store), result, page)
 
 
-def test_the_report_tells_the_choice_and_how_the_models_compare(finished, report):
+def test_the_report_has_the_verdict_and_compares_the_models(finished, report):
     result, _ = finished
     best = result.selection.best_row
     assert report.startswith("# model at 0.5, wanda\n")
@@ -64,14 +64,14 @@ def test_the_report_names_every_artifact_and_whether_it_was_built(finished, repo
     assert f"`layerwise show {runtime.store}`" in report
 
 
-def test_a_report_on_what_was_there_already_says_so(finished, page):
+def test_the_report_of_a_repeated_search_says_that_everything_was_reused(finished, page):
     result, runtime = finished
     again = search_report(ArtifactStore(runtime.store), replace(result, built=()), page)
     assert "Everything was in the store already" in again
     assert "built now" not in again
 
 
-def test_both_figures_are_inside_of_the_report(report):
+def test_the_report_contains_both_figures(report):
     figures = re.findall(r"!\[.*\]\(data:image/svg\+xml;base64,(.*)\)", report)
     drawn = [ElementTree.fromstring(base64.b64decode(figure)) for figure in figures]
     assert [figure.tag for figure in drawn] == ["{http://www.w3.org/2000/svg}svg"] * 2
@@ -91,9 +91,7 @@ def test_the_code_that_loads_the_model_runs(finished, fresh_store_url, tmp_path,
         assert torch.equal(tensor, expected[name])
 
 
-def test_prefect_gets_the_table_the_report_the_places_of_page_and_model_and_a_line_in_the_log(
-    finished, page, caplog
-):
+def test_prefect_gets_table_report_paths_and_a_log_line(finished, page, caplog):
     result, runtime = finished
 
     @flow(persist_result=False)
@@ -120,7 +118,7 @@ def test_prefect_gets_the_table_the_report_the_places_of_page_and_model_and_a_li
         assert artifact.description == f"model at 0.5: {result.selection.verdict}"
 
 
-def test_the_runs_of_the_tasks_say_model_sparsity_and_beta(finished, workshop):
+def test_task_runs_are_named_by_model_sparsity_and_beta(finished, workshop):
     settings, runtime = workshop.settings(), finished[1]
     state = search(settings, runtime, return_state=True)
     best = state.result().selection.best_row.beta
@@ -143,13 +141,13 @@ def test_the_runs_of_the_tasks_say_model_sparsity_and_beta(finished, workshop):
     assert expected <= names
 
 
-def test_a_model_that_failed_the_test_has_a_number_of_few_digits():
+def test_a_huge_perplexity_is_printed_with_few_digits():
     test = TestResult(3, 11.0, 1e304, 20.0, PairedDifference(-500.0, -2.0, 3))
     assert sentence_on_test(test) == (
         "On the test text, 3 windows: dense 11.00, uniform 1.0e+304, best 20.00 (100.0 % below uniform, t = -2.0)."
     )
 
 
-def test_a_best_plan_that_is_worse_on_the_test_text_is_said_to_be_above():
+def test_a_best_plan_that_is_worse_on_the_test_text_is_above_uniform():
     test = TestResult(4, 14.18, 25.0, 26.0, PairedDifference(0.04, 0.5, 4))
     assert sentence_on_test(test).endswith("best 26.00 (4.0 % above uniform, t = 0.5).")
