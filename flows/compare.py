@@ -1,7 +1,7 @@
 """Compare: run several searches of one model, with several allocators, pruners, sparsities and seeds.
 
 Searches with the same sparsity, pruner and seed differ only in their way of allocating. On this machine they advance
-together: their lanes share groups and thereby reads of the model, and their chosen plans share the test. A lane's
+together: their lanes share groups and reads of the model, and their chosen plans share the test. A lane's
 artifact does not depend on its group, so each search then finds all its artifacts in the store.
 """
 

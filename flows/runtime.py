@@ -1,4 +1,4 @@
-"""Where and how flows run: no part of any key."""
+"""Runtime settings of flows: store, device, memory, fan-out. They are not part of any key."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def _known_place(value: str) -> str:
 
 
 class Runtime(Settings):
-    """Where and how a flow runs. Changes nothing in its result."""
+    """Store, device and memory of a flow. They do not change its result."""
 
     # The runtime of another flow is validated again, by the fields of this one.
     model_config = {**Settings.model_config, "revalidate_instances": "subclass-instances"}
@@ -114,7 +114,7 @@ class Runtime(Settings):
 
 
 class FanOutRuntime(Runtime):
-    """Where and how a flow runs whose work may be spread over processes. Changes nothing in its result."""
+    """Runtime of a flow whose work may be spread over processes. It does not change the result."""
 
     fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
         title="Fan-out",
@@ -160,7 +160,7 @@ class FanOutRuntime(Runtime):
 
 
 class SearchRuntime(FanOutRuntime):
-    """Where and how a search runs. Changes nothing in its result, except that a time limit may end it earlier."""
+    """Runtime of a search. It does not change the result, except that a time limit may end the search earlier."""
 
     minutes: float | None = Field(
         title="Minutes for the search",

@@ -98,7 +98,7 @@ class Artifact:
     def committed(self) -> float:
         """Time of its commit by the storage's clock, in seconds since 1970.
 
-        This is the date of the manifest, unless the store was copied since: a copy dates all manifests anew, in any
+        This is the date of the manifest, unless the store was copied since: a copy gives all manifests new dates, in any
         order. Therefore the recorded time is used if it is by the storage's clock. Artifacts of older versions
         recorded it by their writer's clock; that time is used if the manifest is dated more than ``COPIED`` later.
         """

@@ -60,7 +60,7 @@ def artifact(stage: str, number: int, **facts: object) -> Artifact:
 
 
 class FixedQuestions:
-    """What a key of zero-shot answers depends on, without lm-eval and its data sets."""
+    """Inputs of a key of zero-shot answers, without lm-eval and its data sets."""
 
     task, identity = "arc_easy", "f" * 32
 

@@ -124,7 +124,7 @@ def test_every_module_can_be_imported(module):
     "folder", [folder for folder in FOLDERS if folder not in ("layerwise", "layerwise.flows")]
 )
 def test_a_package_s_own_file_is_one_docstring(folder):
-    """That of flows sets Prefect's environment too, as any of its modules may be the first to import Prefect."""
+    """The file of flows also sets Prefect's environment, because any of its modules may be the first to import Prefect."""
     (statement,) = ast.parse((ROOT / folder.replace(".", "/") / "__init__.py").read_text()).body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Constant)

@@ -1,6 +1,6 @@
 """Liveness of the processes that run parts of a search: signs of life, deaths and restarts.
 
-Prefect knows how a flow run ended, but not that a whole machine is gone: such a run stays Running for ever. Therefore
+Prefect knows how a flow run ended, but not that a whole machine is gone: such a run stays Running forever. Therefore
 every run leaves signs of life in the store, and a run is considered dead when they stop. Whether a part is done is
 decided by its artifacts in the store.
 """
@@ -140,7 +140,7 @@ class LivenessMonitor:
             self._end_dead_run(tracked, f"no sign of life for {SILENT:.0f} s")
 
     def _end_dead_run(self, tracked: TrackedPart, cause: str) -> None:
-        """Set the final state in Prefect of a run whose process is dead, which would stay Running for ever.
+        """Set the final state in Prefect of a run whose process is dead, which would stay Running forever.
 
         Raises:
             PartFailed, CancelledRun: as for ``check``.

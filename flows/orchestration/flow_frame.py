@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) -> Result:
     """Do the work of a flow run in ``store``.
 
-    While it lasts the store shows a sign of life, and SIGTERM ends it at the next resume point.
+    During the run the store shows a sign of life, and SIGTERM ends the run at its next resume point.
 
     Args:
         title: what the run does, for `layerwise status`.
@@ -25,7 +25,7 @@ def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) 
         The result of ``work``. If the run was cancelled, Prefect's state for that, which the flow has to return.
 
     Raises:
-        TerminationSignal: SIGTERM, and nobody cancelled the run.
+        TerminationSignal: SIGTERM arrived, and the run was not cancelled.
     """
     with stopping_on_sigterm(), announced(store, title):
         try:

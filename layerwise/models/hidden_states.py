@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.display.byte_size import size_in
 
-# Tokens per forward pass of one layer: enough to keep the matrix products busy, small beside a layer's
+# Tokens per forward pass of one layer: enough to keep the matrix products busy, small compared with a layer's
 # weights.
 # A constant and no setting: the batch's shape decides the order of additions, and so the last bits of every
 # result.

@@ -129,7 +129,7 @@ def multiply_in_blocks(
 
 
 def _scratch_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return a view of the thread's buffer; allocating it anew would take half as long again as filling it."""
+    """Return a view of the thread's buffer; allocating a new one would take half as long again as filling it."""
     wanted = rows * columns * dtype.itemsize
     if getattr(_scratch, "bytes", torch.empty(0)).numel() < wanted:
         _scratch.bytes = torch.empty(max(wanted, SCRATCH_BYTES), dtype=torch.uint8)

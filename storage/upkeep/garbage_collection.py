@@ -53,7 +53,7 @@ class Garbage:
 
     @property
     def commits(self) -> bool:
-        """Whether it commits an artifact or a resume point: such a document is deleted before the files it names."""
+        """Return whether the file commits an artifact or a resume point; such a document is deleted before its files."""
         documents = (f"{self.key}/{MANIFEST}", f"{self.key}/{RESUME_POINT_FILE}")
         return self.kind == ARTIFACTS and self.path in documents
 

@@ -55,7 +55,7 @@ class StoredTensor:
 def copied_files(names: Iterable[str]) -> list[str]:
     """Return the configuration and tokenizer files among ``names``. An import copies them byte for byte.
 
-    Files with a suffix of pickles are excluded, whatever the rest of the name is: somebody might open the copy.
+    Files with a suffix of pickles are excluded, whatever the rest of the name is, because a user might open the copy.
     """
     wanted = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
     return sorted(name for name in names if _matches(name, wanted) and not _matches(name, PICKLES))

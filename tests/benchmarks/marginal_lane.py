@@ -1,4 +1,4 @@
-"""What another beta costs: nine lanes together against one, on SmolLM2-135M, the weights read once.
+"""Cost of another beta: nine lanes together against one, on SmolLM2-135M, with the weights read once.
 
     .venv/bin/python tests/benchmarks/marginal_lane.py --store .layerwise
 

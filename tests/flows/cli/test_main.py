@@ -55,7 +55,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a user who has never used Prefect and has no bucket."""
+    """Environment of a user who has never used Prefect and has no bucket."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
     home = str(tmp_path_factory.mktemp("home"))
     no_aws = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": f"{home}/none"}
