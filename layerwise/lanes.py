@@ -36,8 +36,9 @@ class LaneLayer:
     """Result of one layer in one lane.
 
     Attributes:
-        error: squared Frobenius norm of the difference to the dense model's output of this layer, over all scored
-            windows, where each lane uses its own hidden states (ATP, section 3: accumulated reconstruction error).
+        error: squared Frobenius norm of this lane's output minus the dense model's output of this layer, summed over
+            the scored windows. The input is the lane's own, so the errors of earlier layers are included (ATP, section
+            3: accumulated reconstruction error).
         energy: squared Frobenius norm of the dense model's output.
         zeros: number of zero weights of every linear after pruning.
         parts: parts of the error, if they were measured; None for the dense lane.
@@ -60,7 +61,7 @@ class LaneGroup:
         inputs_of: returns the dense model's calibration of a layer: input statistics, or Gram matrices for a pruner
             that corrects weights. None for sequential calibration: every lane calibrates on its own hidden states.
         calibration_windows: number of leading windows in every lane's hidden states that are for its own calibration.
-        group: M of an N:M pattern; None without a pattern.
+        pattern_group: M of an N:M pattern; None without a pattern.
         local_windows: number of scored windows for ``LaneLayer.parts``; on these, every pruned layer also runs on the
             dense model's input.
 
@@ -73,7 +74,7 @@ class LaneGroup:
     pruner: Pruner
     inputs_of: Callable[[int], LayerInputs] | None
     calibration_windows: int = 0
-    group: int | None = None
+    pattern_group: int | None = None
     local_windows: int = 0
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ class LaneGroup:
     def _sequentially(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor]
     ) -> tuple[LaneLayer, ...]:
-        """Calibrate every lane on its own hidden states with the unpruned layer, then prune it by that calibration."""
+        """Run the unpruned layer on each lane's hidden states to collect statistics, then prune the lane's layer with them."""
         for lane in self.lanes[1:]:
             with collect_statistics(layer, self.model.linears[index]) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
@@ -157,7 +158,7 @@ class LaneGroup:
         counts = list(zip(*(self._removed(lane, index) for lane in order), strict=True)) or [()] * len(
             linears
         )
-        layer_pruning = LayerPruning(self.pruner, self.group, index, linears, weights, inputs)
+        layer_pruning = LayerPruning(self.pruner, self.pattern_group, index, linears, weights, inputs)
         return layer_pruning.in_lanes(self._parameters(index, layer), counts)
 
     def _parameters(self, index: int, layer: nn.Module) -> list[Tensor]:

@@ -9,9 +9,8 @@ from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
 
 MANIFEST = "manifest.json"
-STORAGE_CLOCK = (
-    "storage"  # ``made["clock"]`` if ``made["at"]`` is by the storage's clock; older artifacts lack it
-)
+# ``made["clock"]`` if ``made["at"]`` is by the storage's clock; older artifacts lack it.
+STORAGE_CLOCK = "storage"
 COPIED = 3600.0  # seconds between an artifact's own time and its manifest's: clocks rarely differ by more
 
 
@@ -35,7 +34,7 @@ class Damaged(Corrupt):
 class StoredFile:
     """One file of an artifact.
 
-    Args:
+    Attributes:
         path: relative to the store's root.
         size: in bytes.
         digest: xxh3_128 of the content, 32 hex digits.
@@ -75,7 +74,7 @@ class StoredFile:
 class Artifact:
     """A committed, immutable set of files. Small enough to pass between tasks.
 
-    Args:
+    Attributes:
         key: its address in the store, ``<stage name>/<digest>``.
         files: by the name they were written under.
         facts: small results that are read without opening a file; plain JSON.

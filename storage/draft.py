@@ -38,7 +38,7 @@ class Draft:
         made: how this attempt made the artifact, for the manifest, in addition to time and memory; not part of the
             artifact's identity.
         resumed: resume point of an earlier attempt that this one continues; None for a fresh start.
-        tokens: of that resume point, and of those that this attempt saved.
+        tokens: tokens of ``resumed`` and of the resume points that this attempt saved.
         began: when this attempt began, by ``since_boot``.
     """
 

@@ -26,7 +26,7 @@ _LOOSE_TEMPORARY = re.compile(rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|runni
 class Entry:
     """A file as the storage lists it.
 
-    Args:
+    Attributes:
         path: relative to the store's root.
         size: in bytes.
         modified: by the storage's clock, in seconds since 1970.

@@ -14,7 +14,7 @@ RESUME_POINT_FILE = "progress.json"
 class ResumePoint:
     """State of an unfinished attempt at a stage, from which another attempt continues.
 
-    Args:
+    Attributes:
         step: number that it was saved under.
         state: files needed to continue; read them like those of an artifact.
         files: files of the artifact written so far.

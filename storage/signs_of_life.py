@@ -28,9 +28,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "running"
 EVERY = 5.0  # seconds between two signs of life; costs less than ten cents a day on S3
 SILENT = 60.0  # seconds without a sign, twelve missed ones, after which a waiting process considers it dead
-STALE_AFTER = (
-    600.0  # seconds without a sign after which a process is dead, even if the storage failed for minutes
-)
+# Seconds without a sign after which a process is dead, even if the storage failed for minutes.
+STALE_AFTER = 600.0
 LAST_WAIT = 10.0  # seconds that a sign of life in progress may delay the end of the work
 
 _doing = ""  # current activity of this process
@@ -40,7 +39,7 @@ _doing = ""  # current activity of this process
 class RunningProcess:
     """A process that works in the store, as it announced itself. All times are by the storage's clock.
 
-    Args:
+    Attributes:
         what: description of its work.
         since: when it began; 1970 if its file cannot be read.
         last_sign: when it last rewrote its file.
@@ -63,7 +62,7 @@ class RunningProcess:
 class Sign:
     """The last sign of life of one process.
 
-    Args:
+    Attributes:
         token: changes with every sign, so that an observer needs only its own clock; "" if the file is damaged, and
             then all other fields are unknown, too.
         doing: as in ``RunningProcess``.

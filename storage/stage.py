@@ -13,15 +13,15 @@ STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # one folder name on eve
 
 @dataclass(frozen=True)
 class Stage:
-    """Identity of an artifact: the step that makes it, its settings, and the artifacts it reads.
+    """Identity of an artifact: everything that is part of its key.
 
     The storage, the device and the number of workers are not part of a stage, so they cannot change its key.
 
-    Args:
-        name: of the step.
-        version: raise it when the meaning of the step changes.
-        settings: of the step; plain values (see ``canonical_json``).
-        inputs: keys of the artifacts that the step reads, by role.
+    Attributes:
+        name: name of the stage.
+        version: raise it when the meaning of the stage changes.
+        settings: settings that determine the artifact, as plain values (see ``canonical_json``).
+        inputs: everything else that the artifact is made from, by role: the key of an artifact, or the digest of a content.
 
     Raises:
         ValueError: ``name`` cannot be the name of a folder.

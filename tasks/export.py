@@ -172,7 +172,9 @@ class _Export:
         """Prune one layer's ``weights`` in place by the plan, and add a row for every pruned linear."""
         linears = self.linears[index]
         inputs = self.inputs.of_layer(self.store, index, self.settings)
-        pruning = LayerPruning(self.settings.pruner, self.settings.group, index, linears, weights, inputs)
+        pruning = LayerPruning(
+            self.settings.pruner, self.settings.pattern_group, index, linears, weights, inputs
+        )
         pruned = pruning.pruned_weights(self.removed[index], self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
             weights[linear.weight_name] = weight

@@ -13,9 +13,8 @@ import httpx
 
 from layerwise.flows.orchestration.embedded_server import PREFERENCES
 
-START_LIMIT = (
-    180.0  # seconds; it takes 6 on two cores, and 10 more with an empty home, to create the database
-)
+# Seconds; it takes 6 on two cores, and 10 more with an empty home, to create the database.
+START_LIMIT = 180.0
 
 
 def prefect_environment(home: Path, **changes: str) -> dict[str, str]:

@@ -106,9 +106,8 @@ def _log_to_terminal(debug: bool) -> None:
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
         # After its server has ended, Prefect would log an error for every event that it cannot send.
         os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # read when tqdm is imported; the only way to hide lm-eval's bars
+    # Read when tqdm is imported; the only way to hide lm-eval's bars.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns if a model is not given by name
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 

@@ -39,7 +39,7 @@ Read = TypeVar("Read")
 class Unfinished:
     """Stage that has a resume point but no artifact.
 
-    Args:
+    Attributes:
         key: of the stage.
         saved: time of its resume point by the storage's clock, in seconds since 1970.
         progress: its resume point; None if it is damaged.

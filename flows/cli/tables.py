@@ -43,9 +43,8 @@ def show_result(console: Console, result: "SearchResult") -> None:
 
 def show_selection(console: Console, title: str, selection: Selection) -> None:
     """Print one row per beta, with the best one highlighted."""
-    console.print(
-        title, style="italic", soft_wrap=True
-    )  # as a title of the table it would be wrapped to its width
+    # As a title of the table it would be wrapped to its width.
+    console.print(title, style="italic", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     rows = table_rows(selection)
     for name in rows[0]:

@@ -24,7 +24,7 @@ WHERE_SET = "PREFECT_API_URL (environment, Prefect profile or prefect.toml)"
 
 
 def check_server() -> None:
-    """Ask the server for its version, with a time limit of seconds.
+    """Ask the server for its version, and wait a few seconds at most.
 
     Raises:
         ConnectionError: it does not answer, refuses us, is not a Prefect server, or has an incompatible version.

@@ -91,9 +91,8 @@ class ServerHome:
                     ) from None
                 time.sleep(0.1)
                 continue
-            if (
-                kind == fcntl.LOCK_EX or self._made.exists()
-            ):  # otherwise the folder was removed before it was locked
+            # Otherwise the folder was removed before it was locked.
+            if kind == fcntl.LOCK_EX or self._made.exists():
                 return
             fcntl.flock(self._file, fcntl.LOCK_UN)
 

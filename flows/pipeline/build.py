@@ -1,4 +1,4 @@
-"""Build a graph: run every step that has an artifact missing from the store."""
+"""Build a graph: call the ``build`` of every step, which reuses the artifacts that the store has."""
 
 from layerwise.flows.pipeline.graph import Result, Step, Steps, run
 from layerwise.storage.artifact import Artifact

@@ -297,9 +297,8 @@ def lane_steps(
         yield lane_step(store, None, plans, first_lanes(settings, plans, inputs.linears, windows))
         return None
     strategy = strategy_of(settings, captured.plans, captured.linears, windows)
-    rounds: dict[
-        SparsityPlan, list[LaneScore]
-    ] = {}  # one score for each range of windows a plan was scored on
+    # One score for each range of windows a plan was scored on.
+    rounds: dict[SparsityPlan, list[LaneScore]] = {}
     while request := strategy.next_lanes(losses_of(rounds)):
         step = lane_step(store, captured, captured.plans, request, len(rounds))
         if is_too_late(len(rounds), deadline) and not any(

@@ -103,7 +103,7 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
         )
     for index, layer in enumerate(prunable):
         for linear in layer:
-            if pruning.group is not None and linear.in_features % pruning.group:
+            if pruning.pattern_group is not None and linear.in_features % pruning.pattern_group:
                 raise ValueError(
                     f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."

@@ -120,9 +120,8 @@ class SearchSizes:
         cast = 0 if self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         if isinstance(self.settings.pruner, MaskPruner):
-            pruning = {
-                "order of removal": weights + self.ranking
-            }  # one byte per weight, and the weights being sorted
+            # One byte per weight, and the weights being sorted.
+            pruning = {"order of removal": weights + self.ranking}
         else:
             # Every lane starts from the layer's dense weights; the largest linear is in float32 while it is pruned.
             entries = max(linear.numel for layer in self.linears for linear in layer)

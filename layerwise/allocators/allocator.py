@@ -13,9 +13,8 @@ from layerwise.allocators.dsa import DSA
 from layerwise.allocators.lsa import LSA
 from layerwise.allocators.owl import OWL
 
-Measuring = (
-    OWL | AlphaPruning | DSA | DLP | LSA
-)  # allocators that need scores of the model's layers or linears
+# Allocators that need scores of the model's layers or linears.
+Measuring = OWL | AlphaPruning | DSA | DLP | LSA
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def layer_prefix(model: PreTrainedModel) -> str:
     """Return the name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
-        UnsupportedModel: the number of module lists with ``num_hidden_layers`` entries of one class is not one.
+        UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules of the same class.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     found = [

@@ -14,9 +14,8 @@ from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, r
 # more inputs (13 GB at 28672) they are recomputed for each weight, which takes about a quarter more time if there are
 # three times as many inputs as outputs.
 KEPT_INPUTS = 8192
-MOST_STEPS = (
-    1000  # limit of every number of steps; guards against a mistyped number that would make a run endless
-)
+# Limit of every number of steps; guards against a mistyped number that would make a run endless.
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,8 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.streaming import LOSS_POSITIONS, StreamedModel
 
 PADDING = 0  # any token id
-SMALLEST_STEP = (
-    8  # tokens; lengths are rounded up to multiples of this, long ones to multiples of a larger step
-)
+# Tokens; lengths are rounded up to multiples of this, long ones to multiples of a larger step.
+SMALLEST_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
 
 
 def _rounded_up(length: int) -> int:
-    """Round a length up by at most an eighth, to one of few lengths, because each length needs masks of its own."""
+    """Round a length up to one of a few lengths, by at most an eighth: each length needs its own masks."""
     step = max(SMALLEST_STEP, 2 ** (length.bit_length() - 4))
     return -(-length // step) * step
 

@@ -15,8 +15,8 @@ from layerwise.strategies.trials import Point, Trial, losses_by_index
 class AdaptiveSearch:
     """Search over betas that tries only a few of the candidates.
 
-    The search ends when both neighbors of the best beta have been tried, or when the budget is spent. If the loss falls
-    and then rises, tried neighbors prove that the beta is the best of all.
+    The search ends when both neighbours of the best beta have been tried, or when the budget is spent. If the loss falls
+    and then rises, tried neighbours prove that the beta is the best of all.
 
     Attributes:
         candidates: ascending betas, starting with 0 (uniform), which is always tried as a safeguard.
@@ -89,7 +89,7 @@ def next_indices(candidates: Sequence[float], losses: Mapping[int, float]) -> tu
         if by_distance[0] not in losses:
             return (by_distance[0],)
         if by_distance[0] == best:
-            # Try both neighbors at once: they usually end the search, and one read of the model serves both.
+            # Try both neighbours at once: they usually end the search, and one read of the model serves both.
             return tuple(index for index in by_distance if abs(index - best) == 1 and index not in losses)
     if open_left or open_right:
         return (high if open_right else low,)

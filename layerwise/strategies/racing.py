@@ -28,8 +28,7 @@ def beaten(losses: Mapping[Name, Sequence[float]]) -> set[Name]:
       losses are, and later windows cannot compensate for it.
 
     Args:
-        losses: losses on the same windows for every lane, in nats; include the best lane of earlier lane groups, if
-            any.
+        losses: losses on the same windows for every lane, in nats.
 
     Raises:
         ValueError: lanes have different numbers of windows, or none.

@@ -14,7 +14,7 @@ class TwoParameterSearch:
     """Search along the spread at offset 0, then along the offset at the best spread, then around the best point.
 
     All points of the one-parameter search remain candidates, so the second parameter can only improve the result; on
-    some models an offset between attention and MLP is harmful. The search ends when none of the eight neighbors of the
+    some models an offset between attention and MLP is harmful. The search ends when none of the eight neighbours of the
     best point is better, or when the budget is spent.
 
     Attributes:
@@ -59,7 +59,7 @@ class TwoParameterSearch:
         return self._around(min(losses, key=lambda cell: (losses[cell], cell)), losses)
 
     def _around(self, best: Cell, losses: Mapping[Cell, float]) -> Sequence[Cell]:
-        """Return the untried neighbors of the best cell along an axis; if there are none, the diagonal ones."""
+        """Return the untried neighbours of the best cell along an axis; if there are none, the diagonal ones."""
         for diagonal in (False, True):
             around = [
                 (best[0] + down, best[1] + right)

@@ -70,7 +70,7 @@ def link_file(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def explaining_refusals(path: str, written: int = 0, wanted: int = 0) -> Iterator[None]:
-    """Explain errors of a full or read-only disk in the block, with numbers and what to do.
+    """Within the block, replace errors of a full or read-only disk by errors with sizes and advice.
 
     Args:
         written: bytes of the file that are on the disk already.

@@ -115,7 +115,7 @@ def create_once(fs: AbstractFileSystem, path: str, document: bytes) -> bool:
 
 
 def require_exclusive_creation(fs: AbstractFileSystem, folder: str) -> None:
-    """Check that of two creations of one file in ``folder`` the second is refused. The store relies on this.
+    """Check that the second of two attempts to create the same file in ``folder`` is refused. The store relies on this.
 
     Leaves nothing behind, unless the process is killed in the meantime: then one small file ``probe-<32 hex>``.
 
@@ -163,9 +163,8 @@ def copy_within(fs: AbstractFileSystem, source: str, target: str) -> None:
 def remove_quietly(fs: AbstractFileSystem, paths: Iterable[str]) -> None:
     """Delete files that are no longer needed. Files that cannot be deleted stay as garbage."""
     for path in paths:
-        with contextlib.suppress(
-            Exception
-        ):  # clients raise more than OSErrors; the committed work is complete all the same
+        # Clients raise more than OSErrors; the committed work is complete all the same.
+        with contextlib.suppress(Exception):
             fs.rm_file(path)
             if is_local(fs):
                 os.rmdir(os.path.dirname(fs._strip_protocol(path)))  # succeeds only when the folder is empty

@@ -45,7 +45,7 @@ def dtype_name(dtype: "torch.dtype") -> str:
 class TensorEntry:
     """Type, shape and place of one tensor in a file.
 
-    Args:
+    Attributes:
         dtype: name of the safetensors format, such as "BF16".
         shape: as in torch; ``()`` is a scalar.
         offset: of the first byte, from the beginning of the file.

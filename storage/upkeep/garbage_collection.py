@@ -37,7 +37,7 @@ class StoreInUse(OSError):
 class Garbage:
     """One file or upload to delete.
 
-    Args:
+    Attributes:
         kind: one of ``KINDS``.
         path: relative to the store's root.
         size: in bytes; 0 for an upload, whose size the server does not report.
@@ -62,7 +62,7 @@ class Garbage:
 class Failure:
     """A file that could not be deleted, or a folder that could not be examined.
 
-    Args:
+    Attributes:
         path: relative to the store's root.
         problem: the reason.
     """
@@ -75,7 +75,7 @@ class Failure:
 class Collection:
     """Plan of a garbage collection: what would be deleted, and what would stay.
 
-    Args:
+    Attributes:
         garbage: grouped by key.
         damaged: keys whose documents cannot be read, with the reason. All their files stay.
         not_ours: paths that this program has not written. They stay.
@@ -96,9 +96,9 @@ class Collection:
 class Collected:
     """Result of a garbage collection.
 
-    Args:
-        garbage: that was deleted.
-        failures: that were not deleted, with the reasons.
+    Attributes:
+        garbage: what was deleted.
+        failures: what could not be deleted, with the reasons.
     """
 
     garbage: tuple[Garbage, ...]
@@ -291,9 +291,8 @@ def _uncommit(
         return ([], [], failures) if failures else (first, rest, [])
     try:
         documents = read_documents(store, group[0].key)
-    except (
-        Exception
-    ) as error:  # clients raise more than OSErrors; the other folders are processed all the same
+    # Clients raise more than OSErrors; the other folders are processed all the same.
+    except Exception as error:
         return [], [], [Failure(group[0].key, str(error))]
     if documents.problem:
         return [], [], [Failure(group[0].key, documents.problem)]

@@ -15,7 +15,7 @@ from layerwise.storage.store import ArtifactStore
 class Documents:
     """Manifest and resume point of a stage folder.
 
-    Args:
+    Attributes:
         artifact: None if there is no manifest.
         resume_point: None if there is none, or if it is damaged next to an intact manifest.
         problem: why the files in use are unknown; "" if they are known.

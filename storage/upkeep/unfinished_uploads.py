@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class OpenUpload:
     """An unfinished upload of a file of a store.
 
-    Args:
+    Attributes:
         path: of the file, relative to the store's root.
         identifier: of the upload on the server.
         began: by the server's clock, in seconds since 1970.

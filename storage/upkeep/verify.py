@@ -21,7 +21,7 @@ READS = 3  # maximum for a folder that other processes change while it is read
 class Finding:
     """A file that is damaged, unreadable or not committed.
 
-    Args:
+    Attributes:
         key: of the artifact, or of the stage whose resume point is affected.
         name: of the file.
         problem: description, with the values.

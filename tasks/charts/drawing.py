@@ -190,7 +190,7 @@ def layer_axis(layers: Iterable[int]) -> dict[str, Any]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten between two numbers; only the powers for a large range."""
+    """Return the ticks between two numbers: 1, 2 and 5 times each power of ten, or only the powers if the range is large."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < MANY_DECADES * low else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]

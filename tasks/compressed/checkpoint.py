@@ -95,9 +95,8 @@ def unpack_checkpoint(folder: str | PathLike, out: str | PathLike) -> None:
             size += sum(weight.nbytes for weight in tensors.values())
         for name in compressed.copied:
             (written / name).parent.mkdir(exist_ok=True)
-            with (written / name).open(
-                "xb"
-            ) as copy:  # "x": on a case-insensitive disk, two names may be one file
+            # "x": on a case-insensitive disk, two names may be one file.
+            with (written / name).open("xb") as copy:
                 copy.write(compressed.folder.read(name))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         (written / INDEX).write_text(json.dumps(index, indent=2))

@@ -65,7 +65,7 @@ class LaneInputs:
         return {"statistics": statistics_identity(self.capture)}
 
     def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
-        """Read the input statistics of one layer that the pruner needs."""
+        """Read what the pruner needs to know about the inputs of one layer: statistics or Gram matrices."""
         if settings.needs_grams:
             assert self.grams is not None, "a search captures what its pruner needs"
             return read_grams(store, self.grams, layer)
@@ -178,7 +178,7 @@ class _Group:
             self.settings.pruner,
             inputs_of,
             self.calibration_windows,
-            self.settings.group,
+            self.settings.pattern_group,
             self.local_windows,
         )
         return group.advance(self.inputs.checkpoint.layers(first), first)

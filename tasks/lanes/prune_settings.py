@@ -41,7 +41,7 @@ class PruneSettings:
         return {"type": type(self).__name__, **own}
 
     @property
-    def group(self) -> int | None:
+    def pattern_group(self) -> int | None:
         """M of the N:M pattern; None without a pattern."""
         return None if self.pattern is None else Pattern.parse(self.pattern).group
 
@@ -63,10 +63,10 @@ class PruneSettings:
         """
         prunable = self.prunable(linears)
         sizes = [[linear.numel for linear in layer] for layer in prunable]
-        if self.group is None:
+        if self.pattern_group is None:
             counts = removed_per_linear(plan, self.target, sizes)
         else:
-            counts = removed_on_levels(plan, self.group, sizes)
+            counts = removed_on_levels(plan, self.pattern_group, sizes)
         count_of = {
             (index, linear.name): count
             for index, (layer, of_layer) in enumerate(zip(prunable, counts, strict=True))

@@ -101,7 +101,7 @@ class Checkpoint:
         """Read tensors and return them under the given names.
 
         Args:
-            tensors: tensors to read, by the name to return them under.
+            tensors: tensors to read, by their name in the result.
             buffer: uint8 memory to read into, large enough for ``tensors``; None to allocate new memory.
 
         Raises:

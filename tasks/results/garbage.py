@@ -8,7 +8,7 @@ from layerwise.storage.upkeep.garbage_collection import KINDS, Collected, Collec
 from layerwise.tasks.results.roles import RESULTS
 
 LISTED = 20  # files that are named in the output; the others are counted
-# Names of stages that use a finished search: pages, the compressed model, zero-shot answers, speed.
+# Names of the stages that people read: pages, tables, the compressed model, speed.
 MADE_OF_RESULTS = ("report", "compare", "theory", "theory_page", "compress", "zero_shot_table", "speed")
 
 

@@ -23,9 +23,8 @@ def stages_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
         for name, worker in _workers(store, role, artifact):
             artifacts.setdefault(worker.key, (name, worker))
     rows = _without_pauses([_row(name, artifact) for name, artifact in artifacts.values()])
-    return sorted(
-        rows, key=lambda row: row["end"]
-    )  # times in seconds; equal ones keep the order of the search
+    # Times in seconds; equal ones keep the order of the search.
+    return sorted(rows, key=lambda row: row["end"])
 
 
 def _workers(store: ArtifactStore, role: str, artifact: Artifact) -> Iterator[tuple[str, Artifact]]:

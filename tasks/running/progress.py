@@ -114,7 +114,7 @@ class _Reports:
                 update_progress_artifact(self._artifact, 100 * completed / self._total)
 
     def log(self, line: str, to_stderr: bool = True) -> None:
-        """Write one line to the run's log and, if it does not appear there anyway, to standard error."""
+        """Write one line to the run's log, and to standard error unless the log already goes there."""
         self._logger.info(line)
         if to_stderr and not is_on_stderr(self._logger, logging.INFO):
             sys.stderr.write(f"{printable(line)}\n")

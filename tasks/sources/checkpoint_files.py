@@ -15,9 +15,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DESCRIPTION_FILE = (
-    "compressed.json"  # marks a compressed checkpoint, see layerwise.tasks.compressed.file_format
-)
+# Marks a compressed checkpoint, see layerwise.tasks.compressed.file_format.
+DESCRIPTION_FILE = "compressed.json"
 SPARSITY_FILE = "sparsity.json"  # of an exported checkpoint: its plan, and the sparsity of every linear
 TOKENIZER_FILES = (
     "tokenizer*",

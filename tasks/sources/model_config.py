@@ -38,9 +38,8 @@ SEARCH_SECONDS = 0.5  # time limit of the search for the invalid value
 MOST_NESTED = 50  # levels; real configurations have four
 LABELS = "num_labels"  # classes of a classifier; transformers builds a table of their names for every model
 MOST_LABELS = 10**6
-LARGEST_SIZE = (
-    2**31 - 1
-)  # far above every model, and products of two sizes still fit into the 64 bits of torch
+# Far above every model, and products of two sizes still fit into the 64 bits of torch.
+LARGEST_SIZE = 2**31 - 1
 # transformers 5 writes the floats that JSON does not have as {"__float__": "Infinity"}.
 FLOAT_TAG = "__float__"
 FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}

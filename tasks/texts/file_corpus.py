@@ -219,7 +219,7 @@ def listed_files(
     Local files of up to ``WHOLE_TEXT`` bytes in total are read completely; of other files a few MiB are read.
 
     Args:
-        listed: by path, the URL that opens the file, and the file system's entry of it.
+        listed: URL that opens the file and the file system's entry of it, by path.
 
     Raises:
         ValueError: a format is unknown, a file is a Git LFS pointer, or the storage reports neither a checksum nor a

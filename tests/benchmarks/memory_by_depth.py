@@ -99,9 +99,8 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 def measure(folder: Path, depth: int) -> dict[str, int]:
     """Return sizes in bytes: peak above the start, weights of a layer, all hidden states."""
     write_model(folder / "model-small", 2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
-    run_stages(
-        ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small")
-    )  # loads all code
+    # Loads all code.
+    run_stages(ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small"))
     before = memory("VmRSS")
     checkpoint = run_stages(ArtifactStore(str(folder / f"store-{depth}")), str(folder / f"model-{depth}"))
     window = SEQLEN * checkpoint.config.hidden_size * 2

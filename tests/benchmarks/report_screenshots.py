@@ -20,9 +20,8 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 FLAGS += "--disable-component-update --disable-sync"
 MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
 MARK += ":not([aria-roledescription='legend'])"
-FIGURES = (
-    "figures => figures.map(figure => figure.closest('section').id)"  # ids of the sections with a figure
-)
+# Ids of the sections with a figure.
+FIGURES = "figures => figures.map(figure => figure.closest('section').id)"
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,8 @@ def measure(folder: Path, model: str, way: str) -> int:
     tasks = [
         write_task(folder, name, some_documents(DOCUMENTS, seed)) for seed, name in enumerate(("one", "two"))
     ]
-    answered(
-        ArtifactStore(str(folder / f"store-tiny-{way}")), folder / "tiny", tasks, way, dtype="bfloat16"
-    )  # loads all code
+    # Loads all code.
+    answered(ArtifactStore(str(folder / f"store-tiny-{way}")), folder / "tiny", tasks, way, dtype="bfloat16")
     before = memory("VmRSS")
     answered(ArtifactStore(str(folder / "store")), Path(model), tasks, way, dtype="bfloat16")
     return memory("VmHWM") - before

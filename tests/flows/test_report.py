@@ -266,9 +266,8 @@ def test_names_with_markup_are_shown_as_text(data):
         checkpoint={"source": name},
     )
     page = Page(report_page(hostile, {figure: "<svg></svg>" for figure in figures_of(data)}))
-    assert (
-        page.said.count(name) == 9
-    )  # title, heading, verdict, what was done, setting, command, versions, model
+    # Title, heading, verdict, what was done, setting, command, versions, model.
+    assert page.said.count(name) == 9
     assert [value for tag, _, value in page.attributes if tag == "script"] == []
 
 

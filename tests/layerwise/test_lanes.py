@@ -317,6 +317,5 @@ def test_wanda_without_statistics_is_refused(tiny_model, random_windows_of):
     embed_windows(model, random_windows_of(1), hidden_states, 0)
     lanes = [Lane(removed, hidden_states.clone()) for removed in (None, plans_of_atp(tiny)[0])]
     with pytest.raises(ValueError, match="received 0 calibration tokens"):
-        next(
-            LaneGroup(model, lanes, Wanda(), None).advance(tiny.layers())
-        )  # sequential calibration on 0 windows
+        # Sequential calibration on 0 windows.
+        next(LaneGroup(model, lanes, Wanda(), None).advance(tiny.layers()))

@@ -227,9 +227,8 @@ def test_a_killed_process_is_listed_until_it_is_stale(tmp_path, pytestconfig):
 def test_work_continues_with_one_warning_where_nothing_can_be_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("layerwise.storage.signs_of_life.EVERY", 0.001)
     store = ArtifactStore(str(tmp_path / "store"))
-    (tmp_path / "store").write_bytes(
-        b"a file where the store's folder should be"
-    )  # root may write everywhere
+    # Root may write everywhere.
+    (tmp_path / "store").write_bytes(b"a file where the store's folder should be")
     done = []
     with caplog.at_level(logging.WARNING), announced(store, "a search"):
         time.sleep(0.05)  # for several attempts

@@ -85,9 +85,8 @@ def test_a_store_of_results_only_still_shows_its_search(finished, finished_copy,
     capsys.readouterr()
     left = {artifact.key: artifact for artifact in finished_copy.artifacts()}
     roles = ("select", "export", "evaluate")
-    searches = [
-        artifact for key, artifact in left.items() if key.startswith("search/")
-    ]  # other tests add some
+    # Other tests add some.
+    searches = [artifact for key, artifact in left.items() if key.startswith("search/")]
     kept = {search.recipe["inputs"][role] for search in searches for role in roles}
     assert {key for key in left if not key.startswith(("search/", "report/"))} == kept
     page = result.report.removeprefix(finished[1].store)

@@ -56,9 +56,8 @@ def test_a_damaged_artifact_is_named_and_rebuilt(finished, run_search, copied, c
         again = run_search(str(copied))
     assert again.built == (role,)
     assert content_of(again) == content_of(result)
-    if not (
-        name == "manifest.json" and damage is Path.unlink
-    ):  # without a manifest the artifact does not exist
+    # Without a manifest the artifact does not exist.
+    if not (name == "manifest.json" and damage is Path.unlink):
         (line,) = [
             record.getMessage()
             for record in caplog.records

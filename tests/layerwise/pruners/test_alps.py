@@ -103,9 +103,8 @@ def test_on_tiny_weights_the_error_is_close_to_that_of_the_best_support(rows, co
             kept[list(removed)] = False
             supports.append(error(weight, least_squares(weight, inputs, kept.reshape(rows, 4)), inputs))
         ratios.append(error(weight, pruned(weight, inputs, count), inputs) / min(supports))
-    assert sorted(ratios)[7] == pytest.approx(
-        1, abs=1e-3
-    )  # in eight of ten cases the support is the best one
+    # In eight of ten cases the support is the best one.
+    assert sorted(ratios)[7] == pytest.approx(1, abs=1e-3)
     assert max(ratios) < 3
 
 

@@ -91,9 +91,8 @@ def test_every_sequence_is_in_one_batch_and_padded_by_less_than_an_eighth_or_to_
         assert row[:length] == list(range(length))
         assert len(row) < length + max(8, length / 8)
         assert len(row) <= 590
-    assert (
-        len({batch.input_ids.shape[1] for batch in batches}) <= 40
-    )  # few lengths, because each needs its own masks
+    # Few lengths, because each needs its own masks.
+    assert len({batch.input_ids.shape[1] for batch in batches}) <= 40
 
 
 def test_batches_have_no_more_tokens_than_one_forward_pass(two_windows_at_a_time):

@@ -41,9 +41,8 @@ def test_a_packed_weight_is_restored_bit_for_bit(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_negative_zero_infinity_nan_and_the_smallest_numbers_are_restored(dtype):
-    tiny = (
-        torch.tensor([1], dtype=INTEGERS[dtype.itemsize]).view(dtype).item()
-    )  # the smallest subnormal number
+    # The smallest subnormal number.
+    tiny = torch.tensor([1], dtype=INTEGERS[dtype.itemsize]).view(dtype).item()
     weight = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), tiny, -tiny, 0.0]], dtype=dtype)
     packed = pack(weight)
     assert packed.mask.tolist() == [[0b0111110]]

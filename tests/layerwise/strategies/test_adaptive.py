@@ -52,7 +52,7 @@ def test_the_minimum_of_every_curve_that_falls_and_then_rises_is_found(count, he
         assert len(set(indices)) == len(indices)
 
 
-def test_the_search_ends_when_both_neighbors_of_the_best_are_tried():
+def test_the_search_ends_when_both_neighbours_of_the_best_are_tried():
     for ranks in falling_then_rising(9):
         indices, best = tried(AdaptiveSearch(grid(9), budget=9), ranks), ranks.index(0)
         assert {best - 1, best, best + 1} & set(range(9)) <= set(indices)

@@ -34,7 +34,7 @@ def test_the_minimum_is_found_at_any_place(spread, offset):
         assert len(points) <= 25
 
 
-def test_without_a_limit_the_result_is_at_least_as_good_as_its_neighbors():
+def test_without_a_limit_the_result_is_at_least_as_good_as_its_neighbours():
     dice, search = random.Random(0), TwoParameterSearch(SPREADS, OFFSETS, budget=55)
     for _ in range(50):
         losses = {point: dice.random() for point in POINTS}

@@ -116,9 +116,8 @@ def swap(numbers, paths):
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, delete, swap])
 def test_every_random_damage_is_found_and_named(tmp_path, monkeypatch, damage):
     """25 damages of each kind, to shards, tables, manifests, the resume point and its state."""
-    monkeypatch.setattr(
-        "layerwise.storage.formats.document.ATTEMPTS", 1
-    )  # a local disk returns the same bytes again
+    # A local disk returns the same bytes again.
+    monkeypatch.setattr("layerwise.storage.formats.document.ATTEMPTS", 1)
     whole = ArtifactStore(str(tmp_path / "whole"))
     fill(whole)
     numbers = random.Random(damage.__name__)
