@@ -97,7 +97,7 @@ def test_an_artifact_deleted_during_the_run_is_rebuilt_with_a_warning(tmp_path, 
         artifact = store.get_or_build(stage, lambda draft: draft.write("weights.bin", b"w"))
         found.append(artifact)
         if len(found) == 1:
-            collect(store, plan_collection(store, lambda artifacts: set(), 0.0, time.time() + 86400))
+            collect(store, plan_collection(store, lambda artifacts: set(), now=time.time() + 86400))
         return store.read(artifact, "weights.bin")
 
     with caplog.at_level(logging.WARNING):

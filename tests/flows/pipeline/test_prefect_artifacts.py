@@ -124,7 +124,7 @@ def test_task_runs_are_named_by_model_sparsity_and_beta(finished, workshop):
     best = state.result().selection.best_row.beta
     expected = {
         "import_checkpoint model",
-        "sample_tokens model",
+        *(f"sample_tokens model: {role}" for role in ("calibration", "selection", "test")),
         "allocate at 0.5, 3 layers",
         "capture model",
         "branch model at 0.5: beta 0, 0.1, 0.25",
