@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "LAYERWISE_CONTROL_POOL": "control-of-test",
 }
 RUNTIME = {"store": "s3://bucket/prefix"}
+FAN_OUT = RUNTIME | {"fan_out": "pool:devices-of-test"}
 SEARCH = {"model": "demo", "sparsity": 0.5}
 # What a run needs beyond the deployment's own parameters.
 PARAMETERS = {
@@ -85,8 +86,8 @@ def test_a_run_that_waits_is_not_in_the_pool_that_computes(deployed):
 
 
 def test_store_and_pools_come_from_the_environment(deployed):
-    assert deployed["search"].parameters == {"runtime": RUNTIME}
-    assert deployed["compare"].parameters == {"runtime": RUNTIME}
+    assert deployed["search"].parameters == {"runtime": FAN_OUT}
+    assert deployed["compare"].parameters == {"runtime": FAN_OUT}
     for name in ("zero-shot", "compress", "theory"):
         assert deployed[name].parameters == {"runtime": {"store": "s3://bucket/prefix"}}
     assert deployed["gc"].parameters == {"store": "s3://bucket/prefix"}

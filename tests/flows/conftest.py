@@ -1,6 +1,7 @@
 """Fixtures for whole searches: a tiny model, a text, and one finished search."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,17 @@ def workshop(tmp_path_factory) -> Workshop:
 @pytest.fixture(scope="session")
 def finished(workshop, prefect_backend, tmp_path_factory) -> tuple[SearchResult, SearchRuntime]:
     """A search that built everything in an empty store, and its runtime. Tests may add to the store, not remove from it."""
-    runtime = SearchRuntime(store=str(tmp_path_factory.mktemp("finished") / "store"))
-    return search(workshop.settings(), runtime), runtime
+    folder = tmp_path_factory.mktemp("finished")
+    runtime = SearchRuntime(store=str(folder / "store"))
+    result = search(workshop.settings(), runtime)
+    shutil.copytree(folder / "store", folder / "untouched")
+    return result, runtime
+
+
+@pytest.fixture
+def untouched_store(finished, tmp_path) -> Path:
+    """A store with the artifacts of the finished search only, whatever other tests have added to the common one."""
+    return Path(shutil.copytree(Path(finished[1].store).with_name("untouched"), tmp_path / "untouched"))
 
 
 @pytest.fixture

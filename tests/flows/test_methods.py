@@ -84,11 +84,11 @@ def test_given_sparsities_are_those_of_the_lane(run_search, finished):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"strategy": "projections", "trials": 20}, "give at least 2"),
+        ({"strategy": "projections", "trials": 20}, "Give at least 23"),
         ({"strategy": "projections", "exclude": "(?<!q_proj)$"}, "at least two are needed"),
         ({"exclude": "^1[.]"}, r"leaves nothing to prune in the layers \[1\]"),
         ({"pattern": "2:5", "sparsity": 0.6, "betas": None}, "which the pattern 2:5 does not divide"),
-        ({"allocator": {"method": "given", "layers": [0.5, 0.5]}, "betas": None}, "2 sparsities are given"),
+        ({"allocator": {"method": "given", "layers": [0.5, 0.5]}, "betas": None}, "2 sparsities were given"),
         ({"allocator": {"method": "given", "layers": [0.5, 0.6, 0.6]}, "betas": None}, "weighted mean 0.566"),
     ],
 )

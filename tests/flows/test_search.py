@@ -130,8 +130,10 @@ def test_only_the_evaluation_and_the_result_have_the_test_windows_as_input(finis
         ({"dtype": "bfloat16"}, ["capture", *LANES, *END]),
     ],
 )
-def test_a_changed_setting_rebuilds_only_the_stages_that_depend_on_it(finished, run_search, changes, built):
-    result = run_search(**changes)
+def test_a_changed_setting_rebuilds_only_the_stages_that_depend_on_it(
+    finished, run_search, untouched_store, changes, built
+):
+    result = run_search(str(untouched_store), **changes)
     expected = [role for role in result.stages if role in built]
     assert expected
     # If the new beta is the best one, it is exported as well.
@@ -139,7 +141,7 @@ def test_a_changed_setting_rebuilds_only_the_stages_that_depend_on_it(finished, 
     assert [role for role in result.built if role not in extra] == [
         role for role in expected if role not in extra
     ]
-    assert run_search(**changes).built == ()
+    assert run_search(str(untouched_store), **changes).built == ()
 
 
 def test_an_interrupted_search_continues_from_its_last_resume_point(

@@ -52,6 +52,6 @@ def test_a_plan_shows_the_groups_and_counts_one_read_of_the_model_for_each(works
     assert plan(fan_out="processes:2", groups=5).groups == (1, 1, 1, 1, 1)
     show_plan(Console(width=200), spread)
     assert (
-        "fan-out: 2 groups of 3, 2 betas on processes:2, 2 at a time; each reads the model once"
+        "fan-out: 2 groups of 3, 2 betas on processes:2, 2 at a time; each group reads the model once"
         in capsys.readouterr().out
     )
