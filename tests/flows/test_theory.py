@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.exceptions import ParameterTypeError
 from pydantic import ValidationError
 
 from layerwise.flows.report import make_report
@@ -182,7 +183,9 @@ def test_a_beta_that_the_model_does_not_allow_is_refused_before_any_work(worksho
 
 def test_fan_out_is_refused_as_all_plans_advance_together(workshop, prefect_backend, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2")
-    with pytest.raises(ValueError, match="fan_out is processes:2, which is not a setting of this flow"):
+    with pytest.raises(
+        ParameterTypeError, match="fan_out is processes:2, which is not a setting of this flow"
+    ):
         theory(Theory(search=small(workshop)), runtime)
     assert not (tmp_path / "store").exists()
 
