@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefect.exceptions import ParameterTypeError
 from transformers import AutoModelForCausalLM
 
 from layerwise.flows.compare import Compare, compare
@@ -229,15 +230,15 @@ def test_a_time_limit_is_refused_for_searches_and_flows_that_cannot_stop_early(s
             ):
                 run(settings(strategy=strategy), runtime)
     with pytest.raises(
-        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+        ParameterTypeError, match="minutes is 5.0, which is not a setting of this flow. Leave minutes out"
     ):
         compare(Compare(search=settings(strategy="adaptive")), runtime)
     with pytest.raises(
-        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+        ParameterTypeError, match="minutes is 5.0, which is not a setting of this flow. Leave minutes out"
     ):
         theory(Theory(search=settings(export=False, betas=None)), runtime)
     with pytest.raises(
-        ValueError, match="minutes is 5, which is not a setting of this flow. Leave minutes out"
+        ParameterTypeError, match="minutes is 5.0, which is not a setting of this flow. Leave minutes out"
     ):
         evaluate(settings(strategy="adaptive"), runtime)
     with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
