@@ -1,4 +1,7 @@
-"""Resume points: the state at which an attempt at an artifact stopped, and from which another one continues."""
+"""Resume points: the state at which an attempt at an artifact stopped, and from which another one continues.
+
+``Draft.save_resume_point`` writes one. Its state is chosen by each task: hidden states, statistics and outcomes so far.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

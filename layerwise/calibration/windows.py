@@ -2,6 +2,9 @@
 
 Scoring follows the perplexity convention of GPTQ (arXiv:2210.17323), SparseGPT and Wanda: the text is one stream of
 tokens, cut into windows of ``seqlen`` tokens that do not overlap. The remainder at the end is dropped.
+
+``layerwise.tasks.texts.corpora`` divides a text among calibration, selection and test; ``layerwise.flows.pipeline.text_windows`` decides the
+number of windows of each; ``layerwise.tasks.sample_tokens`` stores them.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: resolve a name to a commit, and read the files of that commit."""
+"""Models on the Hugging Face Hub: resolve a name to a commit, and open its files for reading in ranges. The import copies them."""
 
 import os
 import re
