@@ -25,7 +25,7 @@ def _known_place(value: str) -> str:
 class Runtime(Settings):
     """Store, device and memory of a flow. They do not change its result."""
 
-    # The runtime of another flow is validated again, by the fields of this one.
+    # Validate the runtime of another flow again, by the fields of this one.
     model_config = {**Settings.model_config, "revalidate_instances": "subclass-instances"}
 
     store: BareUrl = Field(description="Folder or fsspec URL (s3://bucket/prefix) for all artifacts.")
@@ -38,7 +38,7 @@ class Runtime(Settings):
         default=4,
         ge=0,
         le=1_000_000,
-        description="Memory for hidden states, in GiB; the rest lies in files.",
+        description="Memory for hidden states, in GiB. Hidden states beyond it are kept in files.",
     )
     scratch: Path | None = Field(
         title="Scratch folder",
@@ -66,7 +66,7 @@ class Runtime(Settings):
     @model_validator(mode="before")
     @classmethod
     def _of_another_flow(cls, values: Any) -> Any:
-        """Take the runtime of another flow; fields that this flow does not have must be at their defaults.
+        """Accept the runtime of another flow if the fields that this flow lacks have their defaults.
 
         Deployments and clients of older versions send all fields to every flow.
         """
@@ -146,7 +146,7 @@ class FanOutRuntime(Runtime):
 
     @property
     def alone(self) -> Runtime:
-        """The runtime of one process that does a part of the work."""
+        """Runtime of one process that does a part of the work."""
         return Runtime(**{name: getattr(self, name) for name in Runtime.model_fields})
 
     @model_validator(mode="after")
@@ -166,6 +166,6 @@ class SearchRuntime(FanOutRuntime):
         title="Minutes for the search",
         default=None,
         gt=0,
-        description="Time limit in minutes, for a strategy that does not try all plans: no further plans are begun "
-        "after it, and the best of those tried is chosen. The same search goes on from there. Empty: no limit.",
+        description="Time limit in minutes, for a strategy that does not try all plans: no further plans are started "
+        "after it, and the best plan so far is chosen. The same search continues from there. Empty: no limit.",
     )

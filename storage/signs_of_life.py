@@ -113,7 +113,7 @@ def read_sign(store: StoreLocation, name: str) -> Sign | None:
     """Read the last sign of life of the process that was announced as ``name``, with one request.
 
     Returns:
-        None if there is none: the process has ended, or has not begun.
+        None if there is none: the process has ended, or has not started.
 
     Raises:
         OSError: the storage does not answer (``Unreachable``), or refuses.

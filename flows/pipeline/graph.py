@@ -297,7 +297,7 @@ def lane_steps(
         yield lane_step(store, None, plans, first_lanes(settings, plans, inputs.linears, windows))
         return None
     strategy = strategy_of(settings, captured.plans, captured.linears, windows)
-    # One score for each range of windows a plan was scored on.
+    # For every plan, one score for each range of windows that it was scored on.
     rounds: dict[SparsityPlan, list[LaneScore]] = {}
     while request := strategy.next_lanes(losses_of(rounds)):
         step = lane_step(store, captured, captured.plans, request, len(rounds))

@@ -1,4 +1,4 @@
-"""Unfinished uploads to S3: begun and neither completed nor aborted. They cost storage, and no listing shows them."""
+"""Unfinished uploads to S3, which were neither completed nor aborted. They cost storage, and no listing shows them."""
 
 import logging
 from collections.abc import Iterator
