@@ -1,7 +1,7 @@
 """Lanes: several sparsity plans that advance through one model together, so that its weights are read once."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,14 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
+from layerwise.recovery.layer_recovery import (
+    LayerToRecover,
+    PrunedLinear,
+    Recovery,
+    RecoveryOutcome,
+    recover_layer,
+    weights_replaced,
+)
 from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
 
@@ -24,11 +32,16 @@ class Lane:
             first.
         statistics: input statistics from the lane's own calibration, by layer and linear; only with sequential
             calibration.
+        recovered_weights: returns the weights of a layer that an earlier recovery has found, by linear, in the
+            checkpoint's dtype; empty if the layer keeps its pruned weights. None if the layer is still to be recovered.
+        recovered: weights of each layer that this group has recovered, by linear; empty if they were not accepted.
     """
 
     removed: tuple[tuple[int, ...], ...] | None
     hidden_states: Tensor
     statistics: list[Mapping[str, InputStatistics]] = field(default_factory=list)
+    recovered_weights: Callable[[int], Mapping[str, Tensor] | None] = lambda layer: None
+    recovered: list[Mapping[str, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,14 @@ class LaneLayer:
         energy: squared Frobenius norm of the dense model's output.
         zeros: number of zero weights of every linear after pruning.
         parts: parts of the error, if they were measured; None for the dense lane.
+        recovery: errors that decided on the recovery of this layer; None if it was not recovered in this group.
     """
 
     error: float
     energy: float
     zeros: tuple[int, ...]
     parts: LocalErrors | None = None
+    recovery: RecoveryOutcome | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class LaneGroup:
         pattern_group: M of an N:M pattern; None without a pattern.
         local_windows: number of scored windows for ``LaneLayer.parts``; on these, every pruned layer also runs on the
             dense model's input.
+        recovery: recovers every pruned layer on its lane's own calibration windows; None for plain pruning. Masks come
+            from ``inputs_of``.
 
     Raises:
         ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
@@ -76,6 +93,7 @@ class LaneGroup:
     calibration_windows: int = 0
     pattern_group: int | None = None
     local_windows: int = 0
+    recovery: Recovery | None = None
 
     def __post_init__(self) -> None:
         if self.lanes[0].removed is not None:
@@ -113,16 +131,68 @@ class LaneGroup:
     ) -> tuple[LaneLayer, ...]:
         """Prune all lanes by the dense model's calibration, in the order of rising sparsity."""
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
+        linears = self.model.linears[index]
+        dense = {}
+        if self.recovery is not None:
+            dense = {linear.name: _weight_of(layer, linear).detach().clone() for linear in linears}
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
         dense_input = self._first_windows(0).clone()
-        outcomes = {0: self._run(0, index, layer)}
+        outcomes = {0: self._score(0, index, layer)}
         for visit, lane in enumerate(order):
             with torch.no_grad():
                 for pruning in prunings:
                     pruning.visit(visit)
-            outcomes[lane] = self._run(lane, index, layer, dense_input)
+            new, recovery = self._recovered(lane, index, layer, weights, prunings, dense)
+            with weights_replaced(layer, new):
+                self._calibrate(lane, index, layer)
+                scored = self._score(lane, index, layer, dense_input)
+            outcomes[lane] = replace(scored, recovery=recovery)
+        with weights_replaced(layer, dense):  # last: recovery compares with the dense model's input
+            self._calibrate(0, index, layer)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
+
+    def _recovered(
+        self,
+        lane: int,
+        index: int,
+        layer: nn.Module,
+        stored: Mapping[str, Tensor],
+        prunings: Sequence[LinearPruning],
+        dense: Mapping[str, Tensor],
+    ) -> tuple[Mapping[str, Tensor], RecoveryOutcome | None]:
+        """Return the weights that replace the pruned ones of a layer in one lane, found now or earlier."""
+        found = self.lanes[lane].recovered_weights(index)
+        if found is not None or self.recovery is None:
+            return found or {}, None
+        counts = dict(zip(self.model.linears[index], self._removed(lane, index), strict=True))
+        linears = [
+            PrunedLinear(
+                pruning.linear,
+                dense[pruning.linear.name],
+                pruning.linear.oriented(pruning.mask),
+                stored[pruning.linear.weight_name].dtype,
+            )
+            for pruning in prunings
+            if counts[pruning.linear]
+        ]
+        if not linears:
+            self.lanes[lane].recovered.append({})
+            return {}, None
+        calibration = slice(0, self.calibration_windows)
+        pruned = LayerToRecover(
+            self.model,
+            index,
+            layer,
+            linears,
+            self.lanes[lane].hidden_states[calibration],
+            self.lanes[0].hidden_states[calibration],
+        )
+        new, outcome = recover_layer(pruned, self.recovery)
+        if not outcome.accepted:
+            new = {}
+        self.lanes[lane].recovered.append(new)
+        return new, outcome
 
     def _sequentially(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor]
@@ -134,14 +204,16 @@ class LaneGroup:
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
         dense_input = self._first_windows(0).clone()
-        outcomes = [self._run(0, index, layer)]
+        self._calibrate(0, index, layer)
+        outcomes = [self._score(0, index, layer)]
         with torch.no_grad():
             parameters = self._parameters(index, layer)
             dense = [parameter.clone() for parameter in parameters]
             for number, lane in enumerate(self.lanes[1:], 1):
                 for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
                     pruning.visit(0)
-                outcomes.append(self._run(number, index, layer, dense_input))
+                self._calibrate(number, index, layer)
+                outcomes.append(self._score(number, index, layer, dense_input))
                 for original, parameter in zip(dense, parameters, strict=True):
                     parameter.copy_(original)
         return tuple(outcomes)
@@ -174,8 +246,13 @@ class LaneGroup:
         scored = self.lanes[lane].hidden_states[self.calibration_windows :]
         return scored[: self.local_windows]
 
-    def _run(self, lane: int, index: int, layer: nn.Module, dense_input: Tensor | None = None) -> LaneLayer:
-        """Advance one lane's hidden states in place and compare its scored windows with the dense lane's.
+    def _calibrate(self, lane: int, index: int, layer: nn.Module) -> None:
+        """Advance one lane's calibration windows in place."""
+        for states in batches(self.lanes[lane].hidden_states[: self.calibration_windows]):
+            states.copy_(self.model.run_layer(index, layer, states))
+
+    def _score(self, lane: int, index: int, layer: nn.Module, dense_input: Tensor | None = None) -> LaneLayer:
+        """Advance one lane's scored windows in place and compare them with the dense lane's.
 
         Args:
             lane: index of the lane.
@@ -187,8 +264,6 @@ class LaneGroup:
         if dense_input is not None:
             arriving = squared_difference(self._first_windows(lane), dense_input)
         hidden_states, dense = self.lanes[lane].hidden_states, self.lanes[0].hidden_states
-        for states in batches(hidden_states[: self.calibration_windows]):
-            states.copy_(self.model.run_layer(index, layer, states))
         error = energy = 0.0
         scored = batches(hidden_states[self.calibration_windows :])
         for states, reference in zip(scored, batches(dense[self.calibration_windows :]), strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.gram import require_full_float32
+from layerwise.pruners.conjugate_gradient import minimize
 from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, require_prunable
 
 # Maximum number of inputs for which the inverses for all levels of rho are kept: four take 1.1 GB at 8192 inputs. With
@@ -188,9 +189,7 @@ class ALPS:
 def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tensor:
     """Minimize ``trace(change hessian change^T)`` over the entries that are not removed, by conjugate gradients.
 
-    Each output row is an independent least-squares problem with its own step lengths; all rows take the same number of
-    steps. The quadratic form does not increase in any step, and reaches its minimum after as many steps as a row has
-    free entries. A preconditioner is not needed, because the Hessian has a constant diagonal.
+    A preconditioner is not needed, because the Hessian has a constant diagonal.
 
     Args:
         change: sparse weight minus dense weight, shape ``(out_features, in_features)``, float32; left unchanged.
@@ -203,21 +202,7 @@ def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tenso
     """
     change = change.clone()
     residual = (change @ hessian).neg_().masked_fill_(removed, 0)
-    direction = residual.clone()
-    squared_norm = residual.square().sum(dim=1, keepdim=True)
-    for _ in range(steps):
-        product = (direction @ hessian).masked_fill_(removed, 0)
-        step = _quotient(squared_norm, (direction * product).sum(dim=1, keepdim=True))
-        change.addcmul_(direction, step)
-        residual.addcmul_(product, step, value=-1)
-        previous, squared_norm = squared_norm, residual.square().sum(dim=1, keepdim=True)
-        direction.mul_(_quotient(squared_norm, previous)).add_(residual)
-    return change
-
-
-def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the quotient, or zero where the denominator is not positive (such a row cannot be improved)."""
-    return torch.where(denominator > 0, numerator / denominator, 0)
+    return minimize(change, residual, hessian, removed, steps)
 
 
 def _reciprocal(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ depends on the inputs alone is computed once for all lanes and for all linears t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,9 +50,18 @@ Pruner = MaskPruner | WeightPruner
 
 
 class LinearPruning(Protocol):
-    """Sets one weight, in place, to its pruned value in one lane after another."""
+    """Sets the weight of one linear, in place, to its pruned value in one lane after another.
+
+    Attributes:
+        mask: removed weights in the lane visited last, ``(out_features, in_features)``, ``True`` means "removed".
+    """
+
+    linear: Linear
 
     def visit(self, lane: int) -> None: ...
+
+    @property
+    def mask(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ class LayerPruning:
     ) -> "GradualZeroing":
         distinct = sorted(set(counts))
         levels = self.removal_levels(linear, original, distinct)
-        return GradualZeroing(parameter, levels, [distinct.index(count) for count in counts])
+        return GradualZeroing(linear, parameter, levels, [distinct.index(count) for count in counts])
 
 
 class GradualZeroing:
@@ -176,12 +185,14 @@ class GradualZeroing:
     a single linear can lose fewer weights in a later lane; only the values that such a lane needs again are kept.
 
     Args:
-        weight: the weight; changed in place.
+        linear: the linear.
+        weight: its weight; changed in place.
         levels: result of ``masks.removal_levels``; same shape.
         targets: for every lane in the order of the visits, the highest removed level; -1 removes nothing.
     """
 
-    def __init__(self, weight: Tensor, levels: Tensor, targets: Sequence[int]) -> None:
+    def __init__(self, linear: Linear, weight: Tensor, levels: Tensor, targets: Sequence[int]) -> None:
+        self.linear = linear
         self._weight, self._levels, self._targets = weight, levels, list(targets)
         self._reached = -1
         self._taken: dict[int, Tensor] = {}
@@ -200,13 +211,23 @@ class GradualZeroing:
             self._weight[self._levels == self._reached] = self._taken.pop(self._reached)
             self._reached -= 1
 
+    @property
+    def mask(self) -> Tensor:
+        """Removed weights in the lane visited last."""
+        # Levels are unsigned: -1 removes nothing.
+        return (
+            self._levels <= self._reached
+            if self._reached >= 0
+            else torch.zeros_like(self._levels, dtype=torch.bool)
+        )
+
 
 def _apart(original: Tensor, parameter: Tensor) -> Tensor:
     """Return ``original``, copied if it shares memory with ``parameter``."""
     return original.clone() if original.data_ptr() == parameter.data_ptr() else original
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Replacing:
     """Pruning by correction: overwrites a weight with new values for every lane."""
 
@@ -216,13 +237,14 @@ class _Replacing:
     original: Tensor
     prepared: Mapping[str, Any]
     counts: Sequence[int]
+    mask: Tensor = field(init=False)
 
     def visit(self, lane: int) -> None:
         if lane and self.counts[lane] == self.counts[lane - 1]:
             return
-        self.parameter.copy_(
-            self.layer.corrected(self.linear, self.original, self.prepared, self.counts[lane])
-        )
+        pruned = self.layer.corrected(self.linear, self.original, self.prepared, self.counts[lane])
+        self.mask = pruned == 0
+        self.parameter.copy_(pruned)
 
 
 @contextmanager

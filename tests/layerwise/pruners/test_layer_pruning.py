@@ -5,12 +5,15 @@ from itertools import product
 import pytest
 import torch
 
+from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import GradualZeroing
+
+LINEAR = Linear("q_proj", 1, 3, transposed=False)
 
 
 def test_weights_are_removed_level_by_level():
     weight = torch.tensor([[1.0, 2.0, 3.0]])
-    zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [0, 1])
+    zeroing = GradualZeroing(LINEAR, weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [0, 1])
     zeroing.visit(0)
     assert weight.tolist() == [[1, 0, 3]]
     zeroing.visit(1)
@@ -19,7 +22,7 @@ def test_weights_are_removed_level_by_level():
 
 def test_weights_that_a_later_lane_keeps_are_restored():
     weight = torch.tensor([[1.0, 2.0, 3.0]])
-    zeroing = GradualZeroing(weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [1, 0, -1])
+    zeroing = GradualZeroing(LINEAR, weight, torch.tensor([[1, 0, 2]], dtype=torch.uint8), [1, 0, -1])
     zeroing.visit(0)
     assert weight.tolist() == [[0, 0, 3]]
     zeroing.visit(1)
@@ -35,7 +38,7 @@ def test_every_order_of_lanes_gives_every_lane_its_own_mask(transposed):
     for targets in product([-1, 0, 1, 2], repeat=4):
         stored = original.T.clone() if transposed else original.clone()
         weight = stored.T if transposed else stored
-        zeroing = GradualZeroing(weight, levels, targets)
+        zeroing = GradualZeroing(LINEAR, weight, levels, targets)
         for visit, target in enumerate(targets):
             zeroing.visit(visit)
             assert torch.equal(weight, torch.where(levels.int() <= target, 0.0, original))
@@ -43,7 +46,7 @@ def test_every_order_of_lanes_gives_every_lane_its_own_mask(transposed):
 
 def test_a_weight_that_was_zero_from_the_start_is_restored_as_zero():
     weight = torch.tensor([[0.0, 2.0]])
-    zeroing = GradualZeroing(weight, torch.tensor([[0, 1]], dtype=torch.uint8), [1, -1])
+    zeroing = GradualZeroing(LINEAR, weight, torch.tensor([[0, 1]], dtype=torch.uint8), [1, -1])
     zeroing.visit(0)
     zeroing.visit(1)
     assert weight.tolist() == [[0, 2]]
