@@ -21,6 +21,7 @@ from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.pruners.wanda_swaps import WandaSwaps
+from layerwise.recovery.refit import Refit
 from layerwise.storage.files.credentials import holds_credentials
 
 
@@ -83,6 +84,8 @@ AllocatorChoice = Annotated[
     Field(discriminator="method"),
     BeforeValidator(_method),
 ]
+
+RecoverChoice = Annotated[Refit, BeforeValidator(_method)]
 
 
 def _regular_expression(value: str) -> str:

@@ -138,6 +138,8 @@ class LaneGroup:
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
         dense_input = self._first_windows(0).clone()
+        if self.recovery is None:
+            self._calibrate(0, index, layer)
         outcomes = {0: self._score(0, index, layer)}
         for visit, lane in enumerate(order):
             with torch.no_grad():
@@ -148,8 +150,9 @@ class LaneGroup:
                 self._calibrate(lane, index, layer)
                 scored = self._score(lane, index, layer, dense_input)
             outcomes[lane] = replace(scored, recovery=recovery)
-        with weights_replaced(layer, dense):  # last: recovery compares with the dense model's input
-            self._calibrate(0, index, layer)
+        if self.recovery is not None:
+            with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
+                self._calibrate(0, index, layer)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
     def _recovered(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.pages.model_card import model_card
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
 from layerwise.tasks.results.lane_scores import LaneScore
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.running.execution import Execution
@@ -36,18 +38,30 @@ ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json so fa
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings) -> Stage:
-    """Describe the export of the lane ``chosen``."""
+def export_stage(
+    inputs: LaneInputs,
+    chosen: LaneScore,
+    uniform: LaneScore,
+    settings: PruneSettings,
+    recovered: str | None = None,
+) -> Stage:
+    """Describe the export of the lane ``chosen``.
+
+    Args:
+        recovered: key of the recovered plan; None without recovery.
+    """
     checkpoint = inputs.checkpoint
     copied = copied_files(checkpoint.artifact.files)
     by_role = {
         "checkpoint": checkpoint.identity,
         # The identity covers the weights only; equal weights may come with another tokenizer or chat template.
         "copied files": digest({name: checkpoint.artifact.files[name].digest for name in copied}),
-        **_calibration_of(inputs, chosen, settings).calibration_keys(settings),
+        **_calibration_of(inputs, chosen, settings).statistics_keys(settings),
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
+    if recovered is not None:
+        by_role["recovered"] = recovered
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if (known := source_license(checkpoint)) is not None:
         card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
@@ -67,6 +81,7 @@ def export(
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
     execution: Execution,
+    recovered: Artifact | None = None,
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
@@ -75,6 +90,7 @@ def export(
 
     Args:
         uniform: score of the uniform plan, for the model card.
+        recovered: the chosen plan's artifact of ``recover``; None without recovery.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
@@ -93,12 +109,18 @@ def export(
             "layers": list(chosen.plan.layers),
             "linears": writer.rows,
         }
+        if recovered is not None:
+            report["recovery"] = {
+                **asdict(settings.recovery),
+                LAYERS_ROLLED_BACK: recovered.facts[LAYERS_ROLLED_BACK],
+            }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
         draft.write(CARD_FILE, model_card(card, "dense").encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
-    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
+    key = None if recovered is None else recovered.key
+    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, key), build)
     require_whole(store, exported)  # a reused export is not read by any later stage
     return exported
 
@@ -124,6 +146,7 @@ class _Export:
         self.checkpoint, self.settings, self.execution = inputs.checkpoint, settings, execution
         self.removed = settings.removed(plan, linears)
         self.prunable = settings.prunable(linears)
+        self.recovered = RecoveredLayers(store, plan, inputs, settings)
         self.rows: list[dict] = []  # of sparsity.json so far
 
     def write_weights(self, draft: Draft) -> None:
@@ -175,8 +198,15 @@ class _Export:
         pruning = LayerPruning(
             self.settings.pruner, self.settings.pattern_group, index, linears, weights, inputs
         )
-        pruned = pruning.pruned_weights(self.removed[index], self.execution.torch_device)
+        recovered = self.recovered.weights(index) if self.settings.recover is not None else {}
+        assert recovered is not None, "a plan is exported after its recovery"
+        left = [
+            0 if linear.name in recovered else count
+            for linear, count in zip(linears, self.removed[index], strict=True)
+        ]
+        pruned = pruning.pruned_weights(left, self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
+            weight = recovered.get(linear.name, weight)
             weights[linear.weight_name] = weight
             if linear not in self.prunable[index]:
                 continue

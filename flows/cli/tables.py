@@ -10,9 +10,15 @@ from rich.table import Table
 from layerwise.display.byte_size import size
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.selection import Selection
-from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.results.summary import (
+    recovery_rows,
+    sentence_on_stop,
+    sentence_on_test,
+    sentences_on_recovery,
+    table_rows,
+)
 
 if TYPE_CHECKING:  # a command imports only the flow that it runs
     from layerwise.flows.pipeline.comparison_tables import Compared
@@ -29,6 +35,14 @@ def show_result(console: Console, result: "SearchResult") -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
+    if result.recovery is not None and result.settings.recover is not None:
+        show_recovery(
+            console,
+            result.settings.recover.method,
+            result.recovery,
+            result.stages,
+            result.settings.recover_windows,
+        )
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print()
@@ -62,6 +76,19 @@ def show_selection(console: Console, title: str, selection: Selection) -> None:
 def show_test(console: Console, test: TestResult) -> None:
     """Print the test perplexities side by side."""
     console.print(sentence_on_test(test))
+
+
+def show_recovery(
+    console: Console,
+    method: str,
+    recovery: RecoveryTest,
+    stages: Mapping[str, Artifact],
+    search_windows: int | None,
+) -> None:
+    """Print the perplexities with and without recovery on both texts, and what it was fitted on."""
+    console.print()
+    show_rows(console, recovery_rows(recovery), left=("model",))
+    console.print(sentences_on_recovery(method, recovery, stages, search_windows), soft_wrap=True)
 
 
 def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:

@@ -30,10 +30,19 @@ from layerwise.tasks.export import export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.lanes.recovered_layers import recovered_stage
 from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.recovery.recover import recover
 from layerwise.tasks.results.lane_scores import LaneScore, read_score
-from layerwise.tasks.results.roles import EVALUATE, EXPORT, SELECT, lane_role
+from layerwise.tasks.results.roles import (
+    EVALUATE,
+    EXPORT,
+    RECOVERED_BEST,
+    RECOVERED_UNIFORM,
+    SELECT,
+    lane_role,
+)
 from layerwise.tasks.results.run_names import model_title, title_of
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY, Selection, read_selection
 from layerwise.tasks.running.execution import Execution
@@ -96,6 +105,7 @@ class Captured:
         linears: linears of the decoder layers, by layer.
         grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
         plans: plans of the allocator, uniform first.
+        recovery_windows: number of calibration windows on which lanes are recovered; None for all.
     """
 
     checkpoint: Checkpoint
@@ -105,6 +115,7 @@ class Captured:
     capture: Artifact
     grams: Artifact | None
     plans: tuple[SparsityPlan, ...]
+    recovery_windows: int | None = None
 
     @property
     def dense_perplexity(self) -> float:
@@ -114,7 +125,9 @@ class Captured:
     def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
         """Return the inputs of lanes that are scored on all windows of a role, or on a range of them."""
         windows_of = self.windows["calibration"], self.windows[scored]
-        return LaneInputs(self.checkpoint, self.capture, *windows_of, self.grams, windows)
+        return LaneInputs(
+            self.checkpoint, self.capture, *windows_of, self.grams, windows, self.recovery_windows
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,12 @@ class Scored:
     def uniform(self) -> LaneScore:
         """Lane in which all layers have the same sparsity."""
         return self.scores[0]
+
+    @property
+    def plans_to_recover(self) -> dict[str, SparsityPlan]:
+        """Uniform and best plan by role; only the best if they are equal."""
+        both = {RECOVERED_UNIFORM: self.uniform.plan, RECOVERED_BEST: self.best.plan}
+        return {RECOVERED_BEST: self.best.plan} if self.best == self.uniform else both
 
 
 @dataclass(frozen=True)
@@ -280,7 +299,13 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     ):
         return None
     plans = allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
-    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans)
+    recovery_windows = None
+    if (
+        settings.recover_windows is not None
+        and settings.recover_windows < inputs.texts.windows["calibration"]
+    ):
+        recovery_windows = settings.recover_windows
+    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans, recovery_windows)
 
 
 def lane_steps(
@@ -376,12 +401,17 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         work="choose the best plan",
     )
 
+    recovered = None
+    if settings.recover is not None:
+        recovered = yield from _recovery_steps(store, scored)
+
     exported = None
     if settings.export:
         stage = None
-        if scored is not None:
+        if scored is not None and (settings.recover is None or recovered):
             inputs = scored.captured.inputs("selection")
-            stage = export_stage(inputs, scored.best, scored.uniform, scored.captured.pruning)
+            key = recovered[-1].key if recovered else None
+            stage = export_stage(inputs, scored.best, scored.uniform, scored.captured.pruning, key)
         (exported,) = yield Step(
             name="export",
             stages=[(EXPORT, stage)],
@@ -392,13 +422,14 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         )
 
     stage = None
-    if scored is not None and "test" in scored.captured.windows:
+    if scored is not None and "test" in scored.captured.windows and (settings.recover is None or recovered):
         tested_plans = scored.uniform.plan, scored.best.plan
-        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning)
+        keys = [artifact.key for artifact in recovered or ()]
+        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning, keys)
     (tested,) = yield Step(
         name="evaluate",
         stages=[(EVALUATE, stage)],
-        build=lambda execution: [_evaluate(store, known(scored), execution)],
+        build=lambda execution: [_evaluate(store, known(scored), recovered or (), execution)],
         work="dense, uniform and best on the test windows",
         reads=lambda sizes: sizes.weights,
     )
@@ -407,17 +438,50 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
     return Chosen(scored, read_selection(store, selected), exported, tested)
 
 
-def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
-    """Export the checkpoint pruned by the plan of ``lane``, unless the store has it."""
-    before = scored.captured
-    return export(
-        store, before.inputs("selection"), lane, scored.uniform, before.linears, before.pruning, execution
+def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[Artifact] | None]:
+    """Yield the recovery of the uniform and of the best plan; return both artifacts, or one if the plans are equal."""
+    stages: list[tuple[str, Stage | None]] = [(RECOVERED_BEST, None)]
+    if scored is not None:
+        inputs, pruning = scored.captured.inputs("selection"), scored.captured.pruning
+        stages = [
+            (role, recovered_stage(plan, inputs, pruning)) for role, plan in scored.plans_to_recover.items()
+        ]
+    artifacts = yield Step(
+        name="recover",
+        stages=stages,
+        build=lambda execution: _recover(
+            store, known(scored), list(known(scored).plans_to_recover.values()), execution
+        ),
+        work=f"recover {'the best' if len(stages) == 1 else 'the uniform and the best'} plan",
+        reads=lambda sizes: sizes.weights * len(stages),
+        writes=lambda sizes: sum(sizes.index.layer_bytes) * len(stages),
     )
+    found = [artifact for artifact in artifacts if artifact is not None]
+    return found if len(found) == len(stages) and scored is not None else None
 
 
-def _evaluate(store: ArtifactStore, scored: Scored, execution: Execution) -> Artifact:
+def _recover(
+    store: ArtifactStore, scored: Scored, plans: Sequence[SparsityPlan], execution: Execution
+) -> list[Artifact]:
+    before = scored.captured
+    return recover(store, before.inputs("selection"), plans, before.linears, before.pruning, execution)
+
+
+def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
+    """Export the checkpoint pruned by the plan of ``lane``, and recovered if the search recovers, unless it exists."""
+    before, recovered = scored.captured, None
+    if before.pruning.recover is not None:
+        (recovered,) = _recover(store, scored, [lane.plan], execution)
+    inputs, lanes = before.inputs("selection"), (lane, scored.uniform)
+    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovered)
+
+
+def _evaluate(
+    store: ArtifactStore, scored: Scored, recovered: Sequence[Artifact], execution: Execution
+) -> Artifact:
     before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
-    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution)
+    keys = [artifact.key for artifact in recovered]
+    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution, keys)
 
 
 def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
-from layerwise.recovery.refit import MixedMoments, Refit, refitted
+from layerwise.recovery.refit import REFITTED_ENTRIES, MixedMoments, Refit, refitted
 
 Recovery = Refit
 
@@ -31,6 +31,18 @@ def held_out_windows(settings: Recovery, windows: int) -> int:
             "calibration windows, or a smaller held_out."
         )
     return held_out
+
+
+def recovery_bytes(settings: Recovery, linears: Sequence[Linear], itemsize: int) -> int:
+    """Return the memory of the recovery of one layer, in addition to the layer and the hidden states.
+
+    Args:
+        linears: linears of the layer.
+        itemsize: bytes per weight in the dtype of the computation.
+    """
+    weights = sum(linear.numel for linear in linears) * (2 * itemsize + 1)  # dense, recovered, masks
+    widest = max(linear.in_features for linear in linears)
+    return weights + 3 * 4 * widest**2 + 5 * 4 * min(REFITTED_ENTRIES, max(each.numel for each in linears))
 
 
 @dataclass(frozen=True)
@@ -176,15 +188,15 @@ def relative_error(
 @contextmanager
 def weights_replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Replace the weights of some linears, given by name, within the block; converted to the module's dtype."""
-    modules = {name: layer.get_submodule(name) for name in weights}
-    before = {name: module.weight.data for name, module in modules.items()}
+    parameters = {name: _weight(layer, name) for name in weights}
+    before = {name: parameter.data for name, parameter in parameters.items()}
     try:
-        for name, module in modules.items():
-            module.weight.data = weights[name].to(before[name].device, before[name].dtype)
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
         yield
     finally:
-        for name, module in modules.items():
-            module.weight.data = before[name]
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
 
 
 class _Reached(Exception):

@@ -129,7 +129,7 @@ def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, st
         some = slice(first, first + rows)
         start = pruned[some].float()
         fixed = mask[some]
-        residual = dense[some].float() @ inputs.moments.target.T
+        residual = dense[some].float() @ inputs.moments.target
         residual.sub_(start @ inputs.moments.gram).mul_(inputs.scale).masked_fill_(fixed, 0)
         change = minimize(torch.zeros_like(start), residual, inputs.hessian, fixed, steps)
         fitted = start.add_(change.mul_(inputs.scale)).masked_fill_(fixed, 0)
