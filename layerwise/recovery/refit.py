@@ -132,7 +132,7 @@ def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, st
         residual = dense[some].float() @ inputs.moments.target
         residual.sub_(start @ inputs.moments.gram).mul_(inputs.scale).masked_fill_(fixed, 0)
         change = minimize(torch.zeros_like(start), residual, inputs.hessian, fixed, steps)
-        fitted = start.add_(change.mul_(inputs.scale)).masked_fill_(fixed, 0)
+        fitted = change.mul_(inputs.scale).add_(start).masked_fill_(fixed, 0)
         result[some] = converted(fitted, pruned.dtype)
     return result
 
