@@ -106,12 +106,17 @@ def show_comparison(console: Console, results: "Sequence[Compared]") -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not several:
         names = [name for name in names if not name.startswith("selection") and name != "seed"]
-    show_rows(console, [{name: row.get(name, "") for name in names} for row in rows], ("pruner", "allocator"))
+    show_rows(
+        console,
+        [{name: row.get(name, "") for name in names} for row in rows],
+        ("pruner", "recover", "allocator"),
+    )
     if len({each.allocator for each in results}) > 1:
         for each in results:
             if each.allocator == results[0].allocator:
                 search, seed = each.result.settings, f", seed {each.result.settings.seed}" if several else ""
-                what = f"{search.sparsity:g}, {search.pruner.method}{seed}"
+                recovery = "" if search.recover is None else f", {search.recover.method}"
+                what = f"{search.sparsity:g}, {search.pruner.method}{recovery}{seed}"
                 console.print(
                     f"Report, all allocators at {what}: {_short(each.result.report)}", soft_wrap=True
                 )
