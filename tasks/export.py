@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
-from layerwise.tasks.pages.model_card import model_card
+from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
+from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -38,17 +40,40 @@ ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json so fa
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True)
+class RecoveredExport:
+    """Recovery of an exported plan.
+
+    Attributes:
+        recovered: the plan's artifact of ``recover``.
+        tested: artifact of ``evaluate``, with the perplexities without and with recovery for the model card.
+        test: windows of the test.
+    """
+
+    recovered: Artifact
+    tested: Artifact
+    test: Artifact
+
+    def section(self, store: ArtifactStore, inputs: LaneInputs, settings: PruneSettings) -> str:
+        """Return the section of the model card."""
+        test = read_recovery(store, self.tested)
+        assert test is not None, "the test of a search with recovery compares both"
+        stages = {"calibration": inputs.calibration, "test": self.test, RECOVERED_BEST: self.recovered}
+        text = sentences_on_recovery(settings.recovery.method, test, stages, inputs.recovery_windows)
+        return recovery_section(text, recovery_rows(test))
+
+
 def export_stage(
     inputs: LaneInputs,
     chosen: LaneScore,
     uniform: LaneScore,
     settings: PruneSettings,
-    recovered: str | None = None,
+    recovery: RecoveredExport | None = None,
 ) -> Stage:
     """Describe the export of the lane ``chosen``.
 
     Args:
-        recovered: key of the recovered plan; None without recovery.
+        recovery: None without recovery.
     """
     checkpoint = inputs.checkpoint
     copied = copied_files(checkpoint.artifact.files)
@@ -60,8 +85,8 @@ def export_stage(
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
-    if recovered is not None:
-        by_role["recovered"] = recovered
+    if recovery is not None:
+        by_role |= {"recovered": recovery.recovered.key, "tested": recovery.tested.key}
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if (known := source_license(checkpoint)) is not None:
         card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
@@ -81,7 +106,7 @@ def export(
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
     execution: Execution,
-    recovered: Artifact | None = None,
+    recovery: RecoveredExport | None = None,
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
@@ -90,7 +115,7 @@ def export(
 
     Args:
         uniform: score of the uniform plan, for the model card.
-        recovered: the chosen plan's artifact of ``recover``; None without recovery.
+        recovery: recovery of the chosen plan; None without recovery.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
@@ -109,18 +134,19 @@ def export(
             "layers": list(chosen.plan.layers),
             "linears": writer.rows,
         }
-        if recovered is not None:
+        section = ""
+        if recovery is not None:
+            section = recovery.section(store, inputs, settings)
             report["recovery"] = {
                 **asdict(settings.recovery),
-                LAYERS_ROLLED_BACK: recovered.facts[LAYERS_ROLLED_BACK],
+                LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
             }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
-        draft.write(CARD_FILE, model_card(card, "dense").encode())
+        draft.write(CARD_FILE, model_card(card, "dense", section).encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
-    key = None if recovered is None else recovered.key
-    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, key), build)
+    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, recovery), build)
     require_whole(store, exported)  # a reused export is not read by any later stage
     return exported
 

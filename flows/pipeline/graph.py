@@ -26,7 +26,7 @@ from layerwise.tasks.branch import branch, join_rounds, joined_stage, lane_stage
 from layerwise.tasks.capture import CaptureSettings, capture, capture_stage
 from layerwise.tasks.capture_grams import capture_grams, grams_stage
 from layerwise.tasks.evaluate import evaluate, evaluate_stage
-from layerwise.tasks.export import export, export_stage
+from layerwise.tasks.export import RecoveredExport, export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
@@ -406,21 +406,46 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         recovered = yield from _recovery_steps(store, scored)
 
     exported = None
-    if settings.export:
-        stage = None
-        if scored is not None and (settings.recover is None or recovered):
-            inputs = scored.captured.inputs("selection")
-            key = recovered[-1].key if recovered else None
-            stage = export_stage(inputs, scored.best, scored.uniform, scored.captured.pruning, key)
-        (exported,) = yield Step(
-            name="export",
-            stages=[(EXPORT, stage)],
-            build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
-            work="write the pruned checkpoint",
-            reads=lambda sizes: sizes.weights,
-            writes=lambda sizes: sizes.weights,
-        )
+    if settings.recover is None and settings.export:
+        exported = yield from _export_step(store, scored, None, None)
+    tested = yield from _test_step(store, settings, scored, recovered)
+    if settings.recover is not None and settings.export:  # the model card has the results of the test
+        exported = yield from _export_step(store, scored, recovered, tested)
+    if scored is None or selected is None or tested is None or (settings.export and exported is None):
+        return None
+    return Chosen(scored, read_selection(store, selected), exported, tested)
 
+
+def _export_step(
+    store: ArtifactStore,
+    scored: Scored | None,
+    recovered: Sequence[Artifact] | None,
+    tested: Artifact | None,
+) -> Steps[Artifact | None]:
+    """Yield the export of the best plan; ``recovered`` and ``tested`` are None without recovery."""
+    stage = None
+    if scored is not None:
+        before, recovery = scored.captured, None
+        if recovered is not None and tested is not None:
+            recovery = RecoveredExport(recovered[-1], tested, before.windows["test"])
+        if (before.pruning.recover is None) == (recovery is None):
+            lanes = scored.best, scored.uniform
+            stage = export_stage(before.inputs("selection"), *lanes, before.pruning, recovery)
+    (exported,) = yield Step(
+        name="export",
+        stages=[(EXPORT, stage)],
+        build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
+        work="write the pruned checkpoint",
+        reads=lambda sizes: sizes.weights,
+        writes=lambda sizes: sizes.weights,
+    )
+    return exported
+
+
+def _test_step(
+    store: ArtifactStore, settings: Search, scored: Scored | None, recovered: Sequence[Artifact] | None
+) -> Steps[Artifact | None]:
+    """Yield the test of the dense, the uniform and the best model."""
     stage = None
     if scored is not None and "test" in scored.captured.windows and (settings.recover is None or recovered):
         tested_plans = scored.uniform.plan, scored.best.plan
@@ -429,13 +454,11 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
     (tested,) = yield Step(
         name="evaluate",
         stages=[(EVALUATE, stage)],
-        build=lambda execution: [_evaluate(store, known(scored), recovered or (), execution)],
+        build=lambda execution: [_evaluate(store, known(scored), execution)],
         work="dense, uniform and best on the test windows",
         reads=lambda sizes: sizes.weights,
     )
-    if scored is None or selected is None or tested is None or (settings.export and exported is None):
-        return None
-    return Chosen(scored, read_selection(store, selected), exported, tested)
+    return tested
 
 
 def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[Artifact] | None]:
@@ -469,18 +492,20 @@ def _recover(
 
 def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
     """Export the checkpoint pruned by the plan of ``lane``, and recovered if the search recovers, unless it exists."""
-    before, recovered = scored.captured, None
+    before, recovery = scored.captured, None
     if before.pruning.recover is not None:
         (recovered,) = _recover(store, scored, [lane.plan], execution)
+        recovery = RecoveredExport(recovered, _evaluate(store, scored, execution), before.windows["test"])
     inputs, lanes = before.inputs("selection"), (lane, scored.uniform)
-    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovered)
+    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovery)
 
 
-def _evaluate(
-    store: ArtifactStore, scored: Scored, recovered: Sequence[Artifact], execution: Execution
-) -> Artifact:
+def _evaluate(store: ArtifactStore, scored: Scored, execution: Execution) -> Artifact:
     before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
-    keys = [artifact.key for artifact in recovered]
+    keys: list[str] = []
+    if before.pruning.recover is not None:
+        recovered = _recover(store, scored, list(scored.plans_to_recover.values()), execution)
+        keys = [artifact.key for artifact in recovered]
     return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution, keys)
 
 

@@ -71,7 +71,7 @@ def sentences_on_recovery(
     assert isinstance(layers, list), "the layers are listed"
     rolled_back = ", ".join(map(str, layers)) if layers else "none"
     parts = [
-        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {calibration['corpus']}; "
+        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {_text_name(calibration)}; "
         f"{recovery.held_out_windows} more are held out. Layers rolled back: {rolled_back}."
     ]
     if search_windows is not None and search_windows < windows:
@@ -81,6 +81,12 @@ def sentences_on_recovery(
             "The test text is from the same source as the calibration text; on other text the recovery gains less."
         )
     return " ".join(parts)
+
+
+def _text_name(facts: Mapping[str, object]) -> str:
+    """Return the name of a text without the folder of a file, which would be published with the model card."""
+    corpus = str(facts["corpus"])
+    return corpus if corpus.startswith("hf:") else corpus.rpartition("/")[2]
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:
