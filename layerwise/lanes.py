@@ -11,14 +11,8 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
-from layerwise.recovery.layer_recovery import (
-    LayerToRecover,
-    PrunedLinear,
-    Recovery,
-    RecoveryOutcome,
-    recover_layer,
-    weights_replaced,
-)
+from layerwise.recovery.layer_recovery import Recovery, RecoveryOutcome, recover_layer
+from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, weights_replaced
 from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
 
@@ -133,7 +127,7 @@ class LaneGroup:
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
         linears = self.model.linears[index]
         dense = {}
-        if self.recovery is not None:
+        if self.calibration_windows or self.recovery is not None:
             dense = {linear.name: _weight_of(layer, linear).detach().clone() for linear in linears}
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
