@@ -22,6 +22,7 @@ from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.pruners.wanda_swaps import WandaSwaps
 from layerwise.recovery.refit import Refit
+from layerwise.recovery.train import Train
 from layerwise.storage.files.credentials import holds_credentials
 
 
@@ -85,7 +86,7 @@ AllocatorChoice = Annotated[
     BeforeValidator(_method),
 ]
 
-RecoverChoice = Annotated[Refit, BeforeValidator(_method)]
+RecoverChoice = Annotated[Refit | Train, Field(discriminator="method"), BeforeValidator(_method)]
 
 
 def _regular_expression(value: str) -> str:

@@ -125,8 +125,8 @@ class Search(Settings):
         title="Recovery of the remaining weights",
         default=None,
         description="Fit the weights that remain after pruning to the dense model's outputs, layer by layer. refit: by a "
-        "few conjugate-gradient steps, in every beta and in the chosen model; lowers the perplexity a lot for a few times "
-        "the work. Empty: plain one-shot pruning, as in papers.",
+        "few conjugate-gradient steps, in every beta and in the chosen model. train: the same, and then train every layer "
+        "of the chosen model by Adam, which takes several times as long. Empty: plain one-shot pruning, as in papers.",
     )
     recover_windows: int | None = Field(
         title="Calibration windows for recovery in the search",

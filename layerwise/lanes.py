@@ -11,14 +11,8 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
-from layerwise.recovery.layer_recovery import (
-    LayerToRecover,
-    PrunedLinear,
-    Recovery,
-    RecoveryOutcome,
-    recover_layer,
-    weights_replaced,
-)
+from layerwise.recovery.layer_recovery import Recovery, RecoveryOutcome, recover_layer
+from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, weights_replaced
 from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
-from layerwise.recovery.layer_recovery import held_out_windows
+from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.scoring.perplexity import paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft

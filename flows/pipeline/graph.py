@@ -118,6 +118,11 @@ class Captured:
     recovery_windows: int | None = None
 
     @property
+    def lane_pruning(self) -> PruneSettings:
+        """Settings of the lanes that are compared: with training, they are only refitted."""
+        return self.pruning.refitting
+
+    @property
     def dense_perplexity(self) -> float:
         """Perplexity of the dense model on the selection windows."""
         return float(str(self.capture.facts[DENSE_PERPLEXITY]))
@@ -371,10 +376,10 @@ def lane_step(
     inputs = None if captured is None else captured.inputs("selection", request.windows)
 
     def stage(plan: SparsityPlan) -> Stage | None:
-        return None if inputs is None else lane_stage(plan, inputs, known(captured).pruning)
+        return None if inputs is None else lane_stage(plan, inputs, known(captured).lane_pruning)
 
     def build(execution: Execution) -> list[Artifact]:
-        linears, pruning = known(captured).linears, known(captured).pruning
+        linears, pruning = known(captured).linears, known(captured).lane_pruning
         scores = branch(store, known(inputs), request.plans, linears, pruning, execution)
         return [score.artifact for score in scores]
 

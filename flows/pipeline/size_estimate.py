@@ -12,7 +12,8 @@ from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import SORTED_ENTRIES
-from layerwise.recovery.layer_recovery import held_out_windows, recovery_bytes
+from layerwise.recovery.layer_recovery import recovery_bytes
+from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.tasks.capture import SAMPLED_WINDOWS
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import DTYPES, layer_sizes_of

@@ -5,7 +5,7 @@ layers; this gives the input of the first layer and the exact arguments of every
 runs with one layer that injects the last hidden states, so the final norm and the head are the model's own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -261,6 +261,16 @@ class StreamedModel:
         """Return the output of ``layer`` at position ``index`` for ``hidden_states``.
 
         Input and output have the shape ``(windows, seqlen, hidden_size)``.
+        """
+        return self.run_layer_with_gradients(index, layer, hidden_states)
+
+    def run_layer_with_gradients(
+        self, index: int, layer: Callable[..., Any], hidden_states: Tensor
+    ) -> Tensor:
+        """Do the same as ``run_layer``, but let the output be differentiated where gradients are enabled.
+
+        Args:
+            layer: the layer, or a function that calls it with other weights.
         """
         args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
         output = layer(hidden_states.to(self.device), *args, **kwargs)

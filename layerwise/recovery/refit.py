@@ -14,11 +14,22 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.gram import require_full_float32
+from layerwise.models.hidden_states import batches
 from layerwise.pruners.conjugate_gradient import minimize
+from layerwise.recovery.pruned_layer import (
+    LayerToRecover,
+    held_out_windows,
+    inputs_of,
+    linears_by_input,
+    weight_of,
+    weights_replaced,
+)
 
 MOST_STEPS = 1000  # guards against a mistyped number that would make a run endless
 # Weights that are refitted at a time: 0.3 GB for the five float32 copies.
 REFITTED_ENTRIES = 1 << 24
+# Columns of the Gram matrix that are computed at a time: the blocks on and right of the diagonal; the others are mirrored.
+PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,41 @@ class Refit:
             )
 
 
+@torch.no_grad()
+def refit_layer(pruned: LayerToRecover, settings: Refit) -> dict[str, Tensor]:
+    """Refit the linears of a layer in the order of the data flow, each on inputs that the refitted ones before it give.
+
+    Linears that share their input are refitted together. Memory in addition to the layer: its dense and its new
+    weights, and two float32 matrices of the inputs of one linear, and three while it is refitted.
+    """
+    weights: dict[str, Tensor] = {}
+    windows = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))
+    by_name = {each.linear.name: each for each in pruned.linears}
+    for names in linears_by_input(pruned):
+        moments = MixedMoments.empty(
+            by_name[names[0]].linear.in_features, settings.alpha, pruned.model.device
+        )
+        for states, dense_states in zip(
+            batches(pruned.hidden_states[:windows]), batches(pruned.dense_states[:windows]), strict=True
+        ):
+            dense_inputs = None
+            if settings.alpha:
+                with weights_replaced(pruned.layer, pruned.dense_weights):
+                    dense_inputs = inputs_of(pruned, names[0], dense_states)
+            with weights_replaced(pruned.layer, weights):
+                moments.add(inputs_of(pruned, names[0], states), dense_inputs)
+        prepared = moments.prepare(settings.damping)
+        for name in names:
+            each = by_name[name]
+            oriented = each.linear.oriented
+            current = weight_of(pruned.layer, name).to(each.dtype)
+            fitted = refitted(
+                oriented(each.dense), oriented(current), oriented(each.mask), prepared, settings.steps
+            )
+            weights[name] = oriented(fitted).contiguous()
+    return weights
+
+
 @dataclass(frozen=True, eq=False)
 class MixedMoments:
     """Second moments of a linear's inputs in the pruned model, and of these with the inputs of the target.
@@ -83,7 +129,10 @@ class MixedMoments:
             dense_inputs: inputs of the same tokens in the dense model, same shape; None if alpha is 0.
         """
         own = inputs.reshape(-1, len(self.gram)).float()
-        self.gram.addmm_(own.T, own)
+        for start in range(0, len(self.gram), PANEL):
+            stop = start + PANEL
+            self.gram[start:stop, start:].addmm_(own[:, start:stop].T, own[:, start:])
+            self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
         if dense_inputs is not None:
             mixed = torch.lerp(own, dense_inputs.reshape(own.shape).float(), self.alpha)
             self.target.addmm_(mixed.T, own)
@@ -127,7 +176,7 @@ def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, st
     rows = max(1, REFITTED_ENTRIES // pruned.shape[1])
     for first in range(0, len(pruned), rows):
         some = slice(first, first + rows)
-        start = pruned[some].float()
+        start = pruned[some].to(torch.float32, copy=True)
         fixed = mask[some]
         residual = dense[some].float() @ inputs.moments.target
         residual.sub_(start @ inputs.moments.gram).mul_(inputs.scale).masked_fill_(fixed, 0)

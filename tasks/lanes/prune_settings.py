@@ -10,6 +10,7 @@ from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import Pruner, WeightPruner
 from layerwise.pruners.patterns import Pattern, removed_on_levels
 from layerwise.recovery.layer_recovery import Recovery
+from layerwise.recovery.train import Train
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class PruneSettings:
         """The recovery of a search that has one."""
         assert self.recover is not None, "this search does not recover"
         return self.recover
+
+    @property
+    def refitting(self) -> "PruneSettings":
+        """These settings with the refit alone, if they train."""
+        return replace(self, recover=self.recover.refit) if isinstance(self.recover, Train) else self
 
     @property
     def one_shot(self) -> "PruneSettings":

@@ -1,0 +1,202 @@
+"""A pruned decoder layer that is to be recovered: its linears, the calibration windows that reach it, and its error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.models.hidden_states import batches
+from layerwise.models.skeleton import Linear
+
+if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings
+    from layerwise.models.streaming import StreamedModel
+
+
+class HoldsOut(Protocol):
+    """Settings that hold a share of the calibration windows out."""
+
+    @property
+    def held_out(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """A pruned linear of the layer to recover; all tensors in the orientation of the module's weight.
+
+    Attributes:
+        dense: weight before pruning, in the dtype of the computation.
+        mask: ``True`` where the pruned weight is zero.
+        dtype: dtype of the checkpoint; recovered weights have it.
+    """
+
+    linear: Linear
+    dense: Tensor
+    mask: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LayerToRecover:
+    """A pruned decoder layer, and the calibration windows that reach it.
+
+    Attributes:
+        model: runs the layer.
+        index: index of the layer.
+        layer: the layer, with its pruned weights; they are the same after the recovery.
+        linears: linears that lost weights.
+        hidden_states: input of the layer in the pruned model, shape ``(windows, seqlen, hidden_size)``.
+        dense_states: input of the layer in the dense model, same shape.
+    """
+
+    model: StreamedModel
+    index: int
+    layer: nn.Module
+    linears: Sequence[PrunedLinear]
+    hidden_states: Tensor
+    dense_states: Tensor
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """Return the layer's output with its current weights."""
+        return self.model.run_layer(self.index, self.layer, hidden_states)
+
+    @property
+    def dense_weights(self) -> dict[str, Tensor]:
+        """Weights before pruning, by linear."""
+        return {each.linear.name: each.dense for each in self.linears}
+
+
+def held_out_windows(settings: HoldsOut, windows: int) -> int:
+    """Return the number of calibration windows that are not fitted on: the last ones, at least one.
+
+    Args:
+        windows: number of calibration windows.
+
+    Raises:
+        ValueError: no window would be left to fit on.
+    """
+    held_out = max(1, round(settings.held_out * windows))
+    if held_out >= windows:
+        raise ValueError(
+            f"recovery holds {held_out} of {windows} calibration windows out and has none left to fit on. Use more "
+            "calibration windows, or a smaller held_out."
+        )
+    return held_out
+
+
+@torch.no_grad()
+def relative_errors(
+    pruned: LayerToRecover, candidates: Sequence[Mapping[str, Tensor]], alpha: float, held_out: int
+) -> list[float]:
+    """Return the errors of a layer with different weights on its last ``held_out`` windows, see ``RecoveryOutcome``.
+
+    Args:
+        candidates: weights that replace the pruned ones, by linear.
+    """
+    totals = torch.zeros(len(candidates), dtype=torch.float64, device=pruned.model.device)
+    tokens = 0
+    for states, dense_states in zip(
+        batches(pruned.hidden_states[-held_out:]), batches(pruned.dense_states[-held_out:]), strict=True
+    ):
+        target = target_output(pruned, states, dense_states, alpha)
+        for number, weights in enumerate(candidates):
+            with weights_replaced(pruned.layer, weights):
+                error = pruned.run(states).float() - target
+            relative = error.square().sum(dim=-1) / target.square().sum(dim=-1)
+            totals[number] += relative.sum(dtype=torch.float64)
+        tokens += states.shape[0] * states.shape[1]
+    return [total / tokens for total in totals.tolist()]
+
+
+@torch.no_grad()
+def target_output(pruned: LayerToRecover, states: Tensor, dense_states: Tensor, alpha: float) -> Tensor:
+    """Return the output that the recovered layer should have, in float32.
+
+    Args:
+        states: hidden states of the pruned model.
+        dense_states: hidden states of the same tokens in the dense model.
+        alpha: share of the dense layer's output on ``dense_states``; the rest is its output on ``states``.
+    """
+    with weights_replaced(pruned.layer, pruned.dense_weights):
+        target = pruned.run(states).float()
+        if alpha:
+            target = torch.lerp(target, pruned.run(dense_states).float(), alpha)
+    return target
+
+
+@contextmanager
+def weights_replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace the weights of some linears, given by name, within the block; converted to the module's dtype."""
+    modules = {name: layer.get_submodule(name) for name in weights}
+    before = {name: weight_of(layer, name).data for name in weights}
+    try:
+        for name, module in modules.items():
+            module.weight.data = weights[name].to(before[name].device, before[name].dtype)
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = before[name]
+
+
+class _Reached(Exception):
+    """The wanted linear was called, so the rest of the layer need not be computed."""
+
+
+def inputs_of(pruned: LayerToRecover, name: str, hidden_states: Tensor) -> Tensor:
+    """Return the input of one linear for these hidden states."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0])
+        raise _Reached
+
+    hook = pruned.layer.get_submodule(name).register_forward_pre_hook(catch)
+    try:
+        pruned.run(hidden_states)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def linears_by_input(pruned: LayerToRecover) -> list[list[str]]:
+    """Group the linears to recover by their input tensor, in the order in which the layer calls them.
+
+    Raises:
+        ValueError: the layer calls a linear twice, so that it has no single input.
+    """
+    groups: list[tuple[Tensor, int, list[str]]] = []  # keeps the tensors, so that no id is used twice
+
+    def watch(name: str) -> object:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tensor = inputs[0]
+            if any(name in names for _, _, names in groups):
+                raise ValueError(
+                    f"layer {pruned.index} calls {name} twice in one pass, so it has no single input to be refitted "
+                    f"on. Exclude it (--exclude '{name}'), or search without recovery."
+                )
+            for other, version, names in groups:
+                if other is tensor and version == tensor._version:
+                    names.append(name)
+                    return
+            groups.append((tensor, tensor._version, [name]))
+
+        return pruned.layer.get_submodule(name).register_forward_pre_hook(note)
+
+    hooks = [watch(each.linear.name) for each in pruned.linears]
+    try:
+        pruned.run(pruned.hidden_states[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]
+    return [names for _, _, names in groups]
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """Return the current weight of one linear, in the orientation of the module."""
+    return layer.get_submodule(name).weight  # type: ignore[return-value]
