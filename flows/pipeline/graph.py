@@ -468,7 +468,7 @@ def _test_step(
 
 def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[Artifact] | None]:
     """Yield the recovery of the uniform and of the best plan; return both artifacts, or one if the plans are equal."""
-    stages: list[tuple[str, Stage | None]] = [(RECOVERED_BEST, None)]
+    stages: list[tuple[str, Stage | None]] = [(RECOVERED_UNIFORM, None), (RECOVERED_BEST, None)]
     if scored is not None:
         inputs, pruning = scored.captured.inputs("selection"), scored.captured.pruning
         stages = [
