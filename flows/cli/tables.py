@@ -16,7 +16,6 @@ from layerwise.tasks.results.summary import (
     recovery_rows,
     sentence_on_stop,
     sentence_on_test,
-    sentences_on_recovery,
     table_rows,
 )
 
@@ -35,14 +34,8 @@ def show_result(console: Console, result: "SearchResult") -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
-    if result.recovery is not None and result.settings.recover is not None:
-        show_recovery(
-            console,
-            result.settings.recover.method,
-            result.recovery,
-            result.stages,
-            result.settings.recover_windows,
-        )
+    if result.recovery is not None:
+        show_recovery(console, result.recovery, result.recovery_text)
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print()
@@ -78,17 +71,11 @@ def show_test(console: Console, test: TestResult) -> None:
     console.print(sentence_on_test(test))
 
 
-def show_recovery(
-    console: Console,
-    method: str,
-    recovery: RecoveryTest,
-    stages: Mapping[str, Artifact],
-    search_windows: int | None,
-) -> None:
+def show_recovery(console: Console, recovery: RecoveryTest, text: str) -> None:
     """Print the perplexities with and without recovery on both texts, and what it was fitted on."""
     console.print()
     show_rows(console, recovery_rows(recovery), left=("model",))
-    console.print(sentences_on_recovery(method, recovery, stages, search_windows), soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:

@@ -16,7 +16,7 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import recovery_section
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows
 from layerwise.tasks.running.execution import Execution
 
 
@@ -40,12 +40,9 @@ class ReopenedSearch:
     @property
     def recovery_section(self) -> str:
         """Section of a model card on the recovery; empty without recovery."""
-        if self.search.recovery is None or self.settings.recover is None:
+        if self.search.recovery is None:
             return ""
-        test, stages = self.search.recovery, self.search.stages
-        windows = self.settings.recover_windows
-        text = sentences_on_recovery(self.settings.recover.method, test, stages, windows)
-        return recovery_section(text, recovery_rows(test))
+        return recovery_section(self.search.recovery_text, recovery_rows(self.search.recovery))
 
     def checkpoint(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Checkpoint:
         """Return the checkpoint pruned by the plan of ``lane``, opened for reading."""

@@ -22,7 +22,7 @@ from layerwise.tasks.results.roles import RECOVERED_BEST
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.search_result import VERSIONS, FinishedSearch
 from layerwise.tasks.results.stage_times import stages_table
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows
 
 TEXTS = ("calibration", "selection", "test")
 TEXT_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
@@ -153,16 +153,8 @@ def report_data(
         command,
         extras,
         theory,
-        _recovery(search),
+        search.recovery_text,
     )
-
-
-def _recovery(search: FinishedSearch) -> str:
-    if search.recovery is None:
-        return ""
-    settings = search.settings
-    method, windows = settings["recover"]["method"], settings.get("recover_windows")
-    return sentences_on_recovery(method, search.recovery, search.stages, windows)
 
 
 def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:
