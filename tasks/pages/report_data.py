@@ -7,6 +7,7 @@ from typing import Any
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
+from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
     Rows,
@@ -63,12 +64,14 @@ class Extras:
 
     Attributes:
         theory: key of the artifact of ``layerwise.tasks.theory.measure_theory``; empty if there is none.
+        distilled: key of the artifact of ``layerwise.tasks.recovery.distill.distill``; empty if there is none.
     """
 
     zero_shot: tuple[ZeroShotAccuracies, ...] = ()
     sizes: CheckpointSizes | None = None
     speed: SpeedTable | None = None
     theory: str = ""
+    distilled: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ReportData:
         versions: versions of the packages that finished the search, by name; empty if they were not recorded.
         command: command that runs the same search; empty if it is not known.
         theory: findings on the theorems of the paper; None if they were not measured.
+        distillation: result of the distillation; None if the model was not distilled.
     """
 
     search: str
@@ -101,6 +105,7 @@ class ReportData:
     command: str
     extras: Extras
     theory: TheorySection | None
+    distillation: Distillation | None
 
 
 def report_data(
@@ -120,6 +125,7 @@ def report_data(
     assert isinstance(versions, dict), "versions are recorded by package"
     gain = search.test.gain
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
+    distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
     return ReportData(
         search.artifact.key,
         f"{title_of(search.source)} at sparsity {search.settings['sparsity']:g}",
@@ -140,12 +146,18 @@ def report_data(
             "texts": _texts(search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
+            **(
+                {}
+                if distillation is None
+                else {"distillation": [dict(vars(row)) for row in distillation.rows]}
+            ),
         },
         search.stages["checkpoint"].facts,
         versions,
         command,
         extras,
         theory,
+        distillation,
     )
 
 

@@ -1,0 +1,1 @@
+"""Recovery of quality after pruning: refit, block-wise training, distillation."""

@@ -1,0 +1,1 @@
+"""Recovery of the quality of a pruned model, as tasks."""
