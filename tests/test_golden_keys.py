@@ -184,7 +184,7 @@ GOLDEN = {
     "export": "export/917947c0ef88ef4b9451a86dfaef6dbe",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
-    "distill": "distill/",
+    "distill": "distill/54241f6009f5d45f739cb2176edec49e",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",
     "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",
