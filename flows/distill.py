@@ -35,7 +35,7 @@ class Distill(Settings):
         default=None,
         description="Key of the search, as `layerwise ls` prints it, or its beginning. Empty: the newest search.",
     )
-    steps: int = Field(default=128, ge=1, description="Number of changes of the weights.")
+    steps: int = Field(default=64, ge=1, description="Number of changes of the weights.")
     learning_rate: float = Field(
         default=2e-3,
         gt=0,
@@ -50,16 +50,15 @@ class Distill(Settings):
         description="Number of windows to draw from the calibration text. Empty: the windows that the search was "
         "calibrated on. More windows are better.",
     )
-    held_out: float = Field(
-        title="Held-out share",
-        default=0.125,
-        gt=0,
-        lt=1,
-        description="Fraction of the windows that is not trained on; the best weights are chosen on them.",
+    held_out: int = Field(
+        title="Held-out windows",
+        default=8,
+        ge=1,
+        description="Number of the windows that are not trained on; the best weights are chosen on them.",
     )
     evaluate_every: int = Field(
         title="Steps between evaluations",
-        default=16,
+        default=8,
         ge=1,
         description="Number of steps between evaluations on the held-out windows.",
     )

@@ -143,7 +143,7 @@ class _Distillation:
     ) -> None:
         self.store, self.inputs, self.settings, self.execution = store, inputs, settings, execution
         self.input_ids = read_input_ids(store, inputs.calibration)
-        self.held_out = settings.held_out_windows(len(self.input_ids))
+        settings.require_windows(len(self.input_ids))
         self.pruned = open_exported(store, inputs.exported)
         rows = json.loads(store.read(inputs.exported, SPARSITY_FILE))["linears"]
         self.zeros = sum(row["zeros"] for row in rows)
@@ -162,6 +162,8 @@ class _Distillation:
         linears = [
             linear for layer, each in enumerate(by_layer) for linear in each if (layer, linear.name) in pruned
         ]
+        on_cpu = self.execution.torch_device.type == "cpu"  # where the states are kept
+        states = self.input_ids.numel() * config.hidden_size * DTYPES[self.inputs.dtype].itemsize
         memory = distillation_memory(
             linears,
             index.num_layers,
@@ -171,12 +173,13 @@ class _Distillation:
             self.input_ids.shape[1],
             config.hidden_size,
             config.vocab_size,
+            min(states, self.execution.hidden_states_bytes) if on_cpu else 0,
         )
         return memory.require(self.execution.torch_device)
 
     def train(self, draft: Draft) -> None:
         """Train to the end, from a resume point if an earlier attempt left one."""
-        last = len(self.input_ids) - self.held_out
+        last = len(self.input_ids) - self.settings.held_out
         states = self._teach()
         windows = TaughtWindows(self.input_ids[:last], states[:last])
         held_out = TaughtWindows(self.input_ids[last:], states[last:])
@@ -210,7 +213,7 @@ class _Distillation:
         """Return the dense model's output of the last decoder layer for all windows, and score the held-out ones."""
         model = streamed_model(self.inputs.dense, self.inputs.dtype, self.execution)
         states = self._run(model, self.inputs.dense.layers(), self.input_ids, "distill: dense model")
-        held_out = slice(len(self.input_ids) - self.held_out, None)
+        held_out = slice(len(self.input_ids) - self.settings.held_out, None)
         self.dense_held_out = perplexity(window_losses(model, states[held_out], self.input_ids[held_out]))
         return states
 
@@ -268,8 +271,8 @@ class _Distillation:
         settings, seqlen = self.settings, self.input_ids.shape[1]
         return Distillation(
             str(self.inputs.calibration.facts.get("corpus", "unknown")),
-            len(self.input_ids) - self.held_out,
-            self.held_out,
+            len(self.input_ids) - self.settings.held_out,
+            self.settings.held_out,
             test_windows,
             seqlen,
             self.student.step,

@@ -59,6 +59,7 @@ def distillation_memory(
     seqlen: int,
     hidden_size: int,
     vocab_size: int,
+    teacher_states: int,
 ) -> DistillationMemory:
     """Estimate the memory on the device. The teacher runs layer by layer, and before the student is loaded.
 
@@ -68,6 +69,7 @@ def distillation_memory(
         parameters: number of all weights of the model.
         stored: dtype of the checkpoint.
         computed: dtype of the computation.
+        teacher_states: bytes of the dense model's hidden states on the device.
     """
     trained = sum(linear.numel for linear in linears)
     kept = seqlen * sum(linear.in_features + linear.out_features for linear in linears) * ACTIVATION
@@ -81,6 +83,7 @@ def distillation_memory(
             "moments of AdamW": 2 * trained * FLOAT32,
             "masks": trained,
             "best weights": trained * stored.itemsize,
+            "hidden states of the dense model": teacher_states,
             "logits": LOGITS * min(seqlen, LOSS_POSITIONS) * vocab_size * FLOAT32,
             "activations": inputs + kept // layers,
         },

@@ -38,7 +38,7 @@ class DistillSettings:
         steps: number of changes of the weights.
         learning_rate: largest step size of AdamW, relative to the root mean square of each linear's kept weights.
         batch: windows per step.
-        held_out: fraction of the windows that is not trained on, at least one window.
+        held_out: number of windows that are not trained on.
         evaluate_every: steps between evaluations on the held-out windows.
         patience: evaluations without an improvement before the training stops.
         seed: seed of the order of the windows.
@@ -47,24 +47,22 @@ class DistillSettings:
     steps: int
     learning_rate: float
     batch: int
-    held_out: float
+    held_out: int
     evaluate_every: int
     patience: int
     seed: int
 
-    def held_out_windows(self, windows: int) -> int:
-        """Return how many of the windows are held out.
+    def require_windows(self, windows: int) -> None:
+        """Check that windows to train on are left.
 
         Raises:
-            ValueError: none would be left to train on.
+            ValueError: all windows would be held out.
         """
-        held_out = max(1, round(self.held_out * windows))
-        if held_out >= windows:
+        if self.held_out >= windows:
             raise ValueError(
-                f"{held_out} of {windows} calibration windows are held out, so there is nothing to train on. Use more "
-                "windows, or hold out a smaller fraction."
+                f"there are {windows} calibration windows, and {self.held_out} of them are to be held out, so there is "
+                "nothing to train on. Draw more windows (--windows), or hold out fewer (--held-out)."
             )
-        return held_out
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, monkeypa
     first = min(
         (each for each in store.artifacts() if each.recipe["name"] == "search"), key=lambda a: a.made["at"]
     )
-    options = ["--steps", "4", "--windows", "20", "--batch", "2", "--evaluate-every", "2"]
+    options = ["--steps", "4", "--windows", "20", "--held-out", "2", "--batch", "2", "--evaluate-every", "2"]
     monkeypatch.setattr(sys, "argv", ["layerwise", "distill", done[1].store, first.key, *options])
     cli.main()
     folder = newest(done[1], "distill")

@@ -1,6 +1,7 @@
 """Distill: a new checkpoint with the same zeros and a lower loss, the same after any interruption."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.recovery.distill import DistillInputs, distill, distill_stage
-from layerwise.tasks.recovery.student import DistillSettings
+from layerwise.tasks.recovery.student import DistillSettings, Student
 from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.stopping import Stopped, stopping_on_sigterm
 
 CARD = ModelCard("tiny/llama", None, "wanda", None, "atp", (0.25, 0.5, 0.75), 0.5)
 SETTINGS = DistillSettings(
-    steps=6, learning_rate=0.01, batch=4, held_out=0.2, evaluate_every=2, patience=5, seed=0
+    steps=6, learning_rate=0.01, batch=4, held_out=8, evaluate_every=2, patience=5, seed=0
 )
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 
@@ -107,6 +109,25 @@ def test_an_interrupted_distillation_gives_the_files_of_an_undisturbed_one(
     assert distilled(run, boundary_layers=1).content == distilled(undisturbed).content
 
 
+def test_sigterm_leaves_a_resume_point_after_the_current_step(small_run, another_store, monkeypatch):
+    run = small_run(windows=WINDOWS)
+    inputs_of(run)
+    train = Student.train
+
+    def interrupted(student, windows):
+        if student.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return train(student, windows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "train", interrupted)
+        with stopping_on_sigterm(), pytest.raises(Stopped):
+            distilled(run)
+    assert run.store.resume_point(distill_stage(inputs_of(run), SETTINGS, CARD)).step == 3
+    undisturbed = small_run(run.folder, another_store(), windows=WINDOWS)
+    assert distilled(run).content == distilled(undisturbed).content
+
+
 def test_training_is_not_repeated_after_an_interruption_of_the_writing(small_run, dying_at, monkeypatch):
     run = small_run(windows=WINDOWS)
     with dying_at("layerwise.tasks.recovery.distill.write_tensors", call=2):
@@ -161,5 +182,5 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(small_run, monkeyp
 
 
 def test_windows_that_are_all_held_out_are_refused(small_run):
-    with pytest.raises(ValueError, match="40 of 40 calibration windows are held out"):
-        distilled(small_run(windows=WINDOWS), replace(SETTINGS, held_out=0.99))
+    with pytest.raises(ValueError, match="40 calibration windows, and 40 of them are to be held out"):
+        distilled(small_run(windows=WINDOWS), replace(SETTINGS, held_out=40))
