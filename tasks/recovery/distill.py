@@ -120,13 +120,10 @@ def distill(
 
 def _results(result: Distillation) -> tuple[Result, ...]:
     names = {"dense": "dense", "pruned": "pruned, before the distillation", "distilled": "**this model**"}
-    texts = [("test text", result.test_windows, [row.test for row in result.rows])]
-    texts += [
-        (
-            "calibration text, held-out windows",
-            result.held_out_windows,
-            [row.held_out for row in result.rows],
-        )
+    held_out = [row.held_out for row in result.rows]
+    texts = [
+        ("test text", result.test_windows, [row.test for row in result.rows]),
+        ("calibration text, held-out windows", result.held_out_windows, held_out),
     ]
     return tuple(
         Result(names[row.model], text, windows, result.seqlen, value)
@@ -270,7 +267,7 @@ class _Distillation:
     ) -> Distillation:
         settings, seqlen = self.settings, self.input_ids.shape[1]
         return Distillation(
-            str(self.inputs.calibration.facts.get("corpus", "unknown")),
+            _public_name(str(self.inputs.calibration.facts.get("corpus", "unknown"))),
             len(self.input_ids) - self.settings.held_out,
             self.settings.held_out,
             test_windows,
@@ -295,6 +292,11 @@ class _Distillation:
             yield {
                 relative: self._distilled(names[relative].name, weight) for relative, weight in layer.items()
             }
+
+
+def _public_name(corpus: str) -> str:
+    """Return the name of a text for a model card, without the folders of a path or URL."""
+    return corpus.rpartition("/")[2] if corpus.startswith("/") or "://" in corpus else corpus
 
 
 def _note(loss: float, evaluations: list[HeldOutLoss]) -> str:

@@ -1,7 +1,8 @@
 """The student of a distillation: the pruned model in memory, its training so far, and its state in resume points."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +16,7 @@ from layerwise.recovery.distillation import (
     window_losses,
     window_order,
 )
-from layerwise.scoring.perplexity import perplexity
+from layerwise.scoring.perplexity import finite_loss, mean_loss, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
@@ -147,13 +148,14 @@ class Student:
         settings, total = self._settings, 0.0
         first = self.step * settings.batch
         order = window_order(len(windows), first + settings.batch, settings.seed)
-        for number in order[first:]:
-            input_ids, teacher_states = windows.window(number, self._device)
-            with self._autocast():
-                hidden_states = self._split.hidden_states(input_ids)
-                loss, gradient = kl_and_gradient(self._split.logits, hidden_states, teacher_states)
-            hidden_states.backward(gradient / settings.batch)
-            total += loss / settings.batch
+        with _repeatable(self._device):
+            for number in order[first:]:
+                input_ids, teacher_states = windows.window(number, self._device)
+                with self._autocast():
+                    hidden_states = self._split.hidden_states(input_ids)
+                    loss, gradient = kl_and_gradient(self._split.logits, hidden_states, teacher_states)
+                hidden_states.backward(gradient / settings.batch)
+                total += loss / settings.batch
         self._optimizer.step(rate_factor(self.step, settings.steps))
         self.step += 1
         return total
@@ -169,8 +171,8 @@ class Student:
                 losses.append(window_losses(self._split.logits, hidden_states, teacher_states, input_ids))
         found = HeldOutLoss(
             self.step,
-            sum(each.kl for each in losses) / len(losses),
-            perplexity([each.cross_entropy for each in losses]),
+            mean_loss([finite_loss(each.kl) for each in losses]),
+            perplexity([finite_loss(each.cross_entropy) for each in losses]),
         )
         self.evaluations.append(found)
         if self.best_step == self.step:
@@ -197,3 +199,18 @@ class Student:
     def _autocast(self) -> torch.autocast:
         narrow = self._computes_in != torch.float32
         return torch.autocast(self._device.type, self._computes_in if narrow else None, enabled=narrow)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Let CUDA add in a fixed order in the backward pass of attention, where it does not by default."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
