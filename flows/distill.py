@@ -37,7 +37,7 @@ class Distill(Settings):
     )
     steps: int = Field(default=64, ge=1, description="Number of changes of the weights.")
     learning_rate: float = Field(
-        default=2e-3,
+        default=4e-3,
         gt=0,
         le=1,
         description="Largest step size of AdamW, relative to the root mean square of the kept weights of each linear. It "
