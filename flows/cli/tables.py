@@ -10,6 +10,7 @@ from rich.table import Table
 from layerwise.display.byte_size import size
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
+from layerwise.tasks.results.distillation import Distillation, distillation_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.selection import Selection
 from layerwise.tasks.results.summary import (
@@ -131,6 +132,13 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
         before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
         console.print(f"{name}: {before} to {after} ({facts['ratio' + of_what]:.3f})")
     console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
+
+
+def show_distilled(console: Console, result: Distillation, place: str) -> None:
+    """Print the perplexities of the dense, the pruned and the distilled model, and the folder of the last one."""
+    show_rows(console, distillation_rows(result), left=("model",))
+    console.print(result.sentence, soft_wrap=True)
+    console.print(f"Distilled model: {_short(place)}", soft_wrap=True)
 
 
 def show_speed(console: Console, table: "SpeedTable", report: str | None) -> None:

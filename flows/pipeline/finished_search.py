@@ -1,11 +1,11 @@
-"""A finished search, reopened with its lanes for zero-shot tasks or a compressed checkpoint."""
+"""A finished search, reopened with its lanes for zero-shot tasks, a compressed or a distilled checkpoint."""
 
 from dataclasses import dataclass
 
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, export_lane, scoring_steps
-from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.inputs import SearchInputs, check_inputs
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
@@ -30,6 +30,7 @@ class ReopenedSearch:
 
     search: FinishedSearch
     settings: Search
+    inputs: SearchInputs
     scored: Scored
     best: LaneScore
 
@@ -70,5 +71,6 @@ def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -
     """
     search = read_search(store, artifact_by_key(store, key))
     settings = Search.model_validate(search.settings)
-    scored, _ = build(scoring_steps(store, settings, check_inputs(store, settings)), execution)
-    return ReopenedSearch(search, settings, scored, scored.scores[search.selection.best])
+    inputs = check_inputs(store, settings)
+    scored, _ = build(scoring_steps(store, settings, inputs), execution)
+    return ReopenedSearch(search, settings, inputs, scored, scored.scores[search.selection.best])
