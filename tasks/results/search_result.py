@@ -34,9 +34,9 @@ class FinishedSearch:
     source: str
     selection: Selection
     test: TestResult
-    recovery: RecoveryTest | None
-    recovery_text: str
     stages: Mapping[str, Artifact]
+    recovery: RecoveryTest | None = None
+    recovery_text: str = ""
 
     def lane(self, row: ScoreRow) -> Artifact:
         """Return the artifact of the lane of a row."""
@@ -69,7 +69,7 @@ def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
         document["source"],
         read_selection(store, stages[SELECT]),
         read_test(store, stages[EVALUATE]),
+        stages,
         read_recovery(store, stages[EVALUATE]),
         document.get("recovery", {}).get("text", ""),
-        stages,
     )
