@@ -125,8 +125,9 @@ def train_layer(
             loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1)).sum()
         # Some layers do not use all of their linears: materialize_grads.
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        for each, gradient in zip(trained, gradients, strict=True):
+            # Adam does not move a weight whose gradient is always 0, so removed weights stay exactly zero.
+            each.weight.grad = gradient.masked_fill_(each.mask, 0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -162,13 +163,9 @@ class _TrainedLinear:
         kept = pruned.dense.float().masked_fill(pruned.mask, 0)
         self.scale = math.sqrt(float(kept.square().sum()) / max(1, int((~pruned.mask).sum())))
 
-    def masked(self) -> Tensor:
-        """Return the weight, zero where it was removed. The gradient is masked as well, so these zeros never change."""
-        return self.weight.masked_fill(self.mask, 0)
-
     def result(self) -> Tensor:
-        """Return the weight in the checkpoint's dtype."""
-        return converted(self.masked(), self.dtype)
+        """Return a copy of the weight in the checkpoint's dtype."""
+        return converted(self.weight.detach(), self.dtype)
 
 
 def _start(pruned: LayerToRecover, weights: Mapping[str, Tensor], each: PrunedLinear) -> Tensor:
@@ -191,7 +188,7 @@ def _order(index: int, windows: int, settings: Train) -> list[int]:
 
 def _output(pruned: LayerToRecover, trained: list[_TrainedLinear], hidden_states: Tensor) -> Tensor:
     """Return the output of the layer with the trained weights, in a form that can be differentiated."""
-    weights = {each.linear.weight_name: each.masked().to(pruned.model.dtype) for each in trained}
+    weights = {each.linear.weight_name: each.weight.to(pruned.model.dtype) for each in trained}
 
     def layer(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(pruned.layer, weights, args, kwargs)
