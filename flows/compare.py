@@ -1,6 +1,6 @@
-"""Compare: run several searches of one model, with several allocators, pruners, sparsities and seeds.
+"""Compare: run several searches of one model, with several allocators, pruners, recoveries, sparsities and seeds.
 
-Searches with the same sparsity, pruner and seed differ only in their way of allocating. On this machine they advance
+Searches with the same sparsity, pruner, recovery and seed differ only in their way of allocating. On this machine they advance
 together: their lanes share groups and reads of the model, and their chosen plans share the test. A lane's
 artifact does not depend on its group, so each search then finds all its artifacts in the store.
 """
@@ -29,6 +29,7 @@ from layerwise.flows.pipeline.comparison_tables import (
     Compared,
     markdown_of,
     pruner_title,
+    recovery_title,
     rows_of,
     summary_of,
 )
@@ -39,7 +40,7 @@ from layerwise.flows.pipeline.lookup import NextLanes, look_up
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.search import run_search
-from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, StrategyName
+from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, RecoverChoice, StrategyName
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -78,7 +79,8 @@ class NamedSearch(NamedTuple):
     def title(self) -> str:
         """Settings in which the searches of a comparison differ."""
         search = self.search
-        return f"sparsity {search.sparsity:g}, {pruner_title(search.pruner)}, seed {search.seed}, {self.allocator}"
+        recovery = "" if search.recover is None else f", {recovery_title(search.recover)}"
+        return f"sparsity {search.sparsity:g}, {pruner_title(search.pruner)}{recovery}, seed {search.seed}, {self.allocator}"
 
 
 class Allocation(BaseModel):
@@ -122,8 +124,13 @@ def _allocation_by_name(value: Any) -> Any:
     return value
 
 
+def _recovery_by_name(value: Any) -> Any:
+    """Accept "none" for a search without recovery."""
+    return None if value == "none" else value
+
+
 class Compare(BaseModel):
-    """Search one model several times: every sparsity with every pruner, every allocator and every seed."""
+    """Search one model several times: every sparsity with every pruner, recovery, allocator and seed."""
 
     model_config = Search.model_config
 
@@ -134,6 +141,10 @@ class Compare(BaseModel):
     pruners: tuple[PrunerChoice, ...] = Field(
         default=(),
         description="Pruners, which choose the weights to remove. Empty: that of the common search.",
+    )
+    recoveries: tuple[Annotated[RecoverChoice | None, BeforeValidator(_recovery_by_name)], ...] = Field(
+        default=(),
+        description="Recoveries of the remaining weights: none, refit, train. Empty: that of the common search.",
     )
     allocators: tuple[Annotated[Allocation, BeforeValidator(_allocation_by_name)], ...] = Field(
         default=(),
@@ -149,11 +160,11 @@ class Compare(BaseModel):
 
     @model_validator(mode="after")
     def _each_search_once(self) -> "Compare":
-        lists = ("sparsities", "pruners", "allocators", "seeds")
+        lists = ("sparsities", "pruners", "recoveries", "allocators", "seeds")
         if (count := prod(max(len(getattr(self, name)), 1) for name in lists)) > MOST_SEARCHES:
             raise ValueError(
                 f"these are {count} searches, and at most {MOST_SEARCHES} can be compared. Give fewer sparsities, "
-                "pruners, allocators or seeds."
+                "pruners, recoveries, allocators or seeds."
             )
         for name in lists:
             values = getattr(self, name)
@@ -175,12 +186,16 @@ class Compare(BaseModel):
         combinations = product(
             self.sparsities or (self.search.sparsity,),
             self.pruners or (self.search.pruner,),
+            self.recoveries or (self.search.recover,),
             self.seeds or (self.search.seed,),
             self.allocators or (Allocation(),),
         )
         named = []
-        for sparsity, pruner, seed, allocation in combinations:
-            search = Search(**common | {"sparsity": sparsity, "pruner": pruner, "seed": seed})
+        for sparsity, pruner, recover, seed, allocation in combinations:
+            # The windows that the common search recovers on do not concern a search without recovery.
+            windows = None if recover is None else self.search.recover_windows
+            own = {"sparsity": sparsity, "pruner": pruner, "recover": recover, "seed": seed}
+            search = Search(**common | own | {"recover_windows": windows})
             # Most of the pruned models would not be used; a later search for one of them reuses everything else.
             without_export = allocation.of(search).model_copy(update={"export": False})
             named.append(NamedSearch(without_export, allocation.title(search)))
@@ -191,9 +206,10 @@ class Compare(BaseModel):
         """Short description for lists of runs."""
         more = "".join(f", {sparsity:g}" for sparsity in self.sparsities[1:])
         pruners = ", ".join(pruner.method for pruner in self.pruners or (self.search.pruner,))
+        recoveries = f", {len(self.recoveries)} recoveries" if len(self.recoveries) > 1 else ""
         allocators = f", {len(self.allocators)} allocators" if len(self.allocators) > 1 else ""
         seeds = f", {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
-        return f"{self.searches[0].title}{more}: {pruners}{allocators}{seeds}"
+        return f"{self.searches[0].title}{more}: {pruners}{recoveries}{allocators}{seeds}"
 
 
 @flow(name="compare", flow_run_name="{settings.title}", persist_result=False)
@@ -241,14 +257,15 @@ def _run_searches(searches: Sequence[NamedSearch], runtime: FanOutRuntime) -> li
     results: list[Compared] = []
     # The searches of a cell differ in their way of allocating only.
     for _, cell in groupby(
-        searches, key=lambda each: (each.search.sparsity, each.search.pruner, each.search.seed)
+        searches,
+        key=lambda each: (each.search.sparsity, each.search.pruner, each.search.recover, each.search.seed),
     ):
         results += _run_cell([*cell], len(results), len(searches), runtime)
     return results
 
 
 def _run_cell(cell: Sequence[NamedSearch], before: int, total: int, runtime: FanOutRuntime) -> list[Compared]:
-    """Run the searches of one cell: those with the same sparsity, pruner and seed.
+    """Run the searches of one cell: those with the same sparsity, pruner, recovery and seed.
 
     Args:
         before: number of searches before them.

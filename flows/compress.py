@@ -55,7 +55,8 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
 def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
     finished = reopen_search(store, settings.search, execution)
     exported = finished.exported(store, finished.best, execution)
-    folder = compress_export(store, exported, _card(store, finished, exported), execution)
+    card, section = _card(store, finished, exported), finished.recovery_section
+    folder = compress_export(store, exported, card, execution, section)
     make_report(store.url, finished.search.artifact.key)
     return folder
 

@@ -15,7 +15,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 # Fields that take several values, separated by commas.
-LISTS = ("betas", "offsets", "sparsities", "pruners", "allocators", "seeds", "tasks")
+LISTS = ("betas", "offsets", "sparsities", "pruners", "recoveries", "allocators", "seeds", "tasks")
 LONGEST = 200  # characters of a value in an error message
 
 

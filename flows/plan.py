@@ -129,7 +129,8 @@ def _line_of_lanes(
         return PlannedStage(name, IN_STORE)
     missing = len(lanes.missing)
     more = "" if _is_last(settings, lanes) else "; more may follow"
-    work = f"prune and score {missing} of them{windows_title(lanes.step.request.windows)}{more}"
+    verbs = "prune and score" if settings.recover is None else "prune, refit and score"
+    work = f"{verbs} {missing} of them{windows_title(lanes.step.request.windows)}{more}"
     return PlannedStage(name, work, sizes.weights * len(groups), sizes.lanes_files(missing))
 
 

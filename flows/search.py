@@ -18,7 +18,7 @@ from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.results.evaluation import read_test
+from layerwise.tasks.results.evaluation import read_recovery, read_test
 from layerwise.tasks.running.execution import Execution
 
 
@@ -113,6 +113,7 @@ def _publish(
         stages=stages,
         built=tuple(built),
         bytes_read=checkpoint.bytes_read,
+        recovery=read_recovery(store, chosen.tested),
     )
     result, page = commit_result(store, result)
     publish_to_prefect(store, result, page)

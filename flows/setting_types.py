@@ -21,6 +21,8 @@ from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
 from layerwise.pruners.wanda_swaps import WandaSwaps
+from layerwise.recovery.refit import Refit
+from layerwise.recovery.train import Train
 from layerwise.storage.files.credentials import holds_credentials
 
 
@@ -83,6 +85,8 @@ AllocatorChoice = Annotated[
     Field(discriminator="method"),
     BeforeValidator(_method),
 ]
+
+RecoverChoice = Annotated[Refit | Train, Field(discriminator="method"), BeforeValidator(_method)]
 
 
 def _regular_expression(value: str) -> str:

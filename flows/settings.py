@@ -4,9 +4,16 @@
 do not change the result; they are not part of any key.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from layerwise.allocators.allocator import parameter_name
@@ -17,6 +24,7 @@ from layerwise.flows.setting_types import (
     BareUrl,
     PatternText,
     PrunerChoice,
+    RecoverChoice,
     RegularExpression,
     Settings,
     StrategyName,
@@ -50,9 +58,11 @@ MOST: dict[str, int] = {
     "test_windows": 1_000_000,
     "seqlen": 2**24,
     "seed": 2**63 - 1,
+    "recover_windows": 1_000_000,
     "trials": 10_000,
     "stop_after": 10_000,
 }
+LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
 OVER_LAYERS = ("bayesian", "evolutionary")
 
 # Number of windows for "auto" if the text is long enough: the calibration of the papers on Wanda and SparseGPT, and half
@@ -110,6 +120,20 @@ class Search(Settings):
         description="Model that calibrates the pruning. dense: one capture of the dense model serves all betas. "
         "sequential: every beta calibrates each layer on its own pruned model, as the original Wanda code does; takes "
         "about three times as long.",
+    )
+    recover: RecoverChoice | None = Field(
+        title="Recovery of the remaining weights",
+        default=None,
+        description="Fit the weights that remain after pruning to the dense model's outputs, layer by layer. refit: by a "
+        "few conjugate-gradient steps, in every beta and in the chosen model. train: the same, and then train every layer "
+        "of the chosen model by Adam, which takes several times as long. Empty: plain one-shot pruning, as in papers.",
+    )
+    recover_windows: int | None = Field(
+        title="Calibration windows for recovery in the search",
+        default=None,
+        ge=2,
+        description="Number of calibration windows on which every beta is recovered while the search compares them; fewer "
+        "are faster. The chosen plan and the uniform plan are always recovered on all. Empty: all.",
     )
     calibration: BareUrl = Field(
         title="Calibration text",
@@ -203,6 +227,14 @@ class Search(Settings):
         "sampled (four of each text) or all.",
     )
 
+    @model_serializer(mode="wrap")
+    def _without_unused_recovery(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields on recovery if there is none: searches of older versions do not have them."""
+        values: dict[str, Any] = serialize(self)
+        return {
+            name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
+        }
+
     @field_validator(*MOST)
     @classmethod
     def _at_most(cls, value: int | str | None, field: ValidationInfo) -> int | str | None:
@@ -234,6 +266,21 @@ class Search(Settings):
             raise ValueError(
                 f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. The strategy two-parameter needs "
                 "offsets; grid and race accept them; leave them out for the others."
+            )
+        if self.recover_windows is not None and self.recover is None:
+            raise ValueError(
+                f"recover_windows is {self.recover_windows}, but there is no recovery. Set recover, or leave "
+                "recover_windows empty."
+            )
+        if self.recover is not None and self.calibration_mode == "sequential":
+            raise ValueError(
+                f"recover is {self.recover.method}, which chooses the weights to remove by the dense model's calibration, "
+                "but calibration_mode is sequential. Set calibration_mode to dense."
+            )
+        if self.recover is not None and self.strategy == "race":
+            raise ValueError(
+                f"recover is {self.recover.method}, and strategy is race, whose every round would recover all plans again. "
+                "Use grid or adaptive."
             )
         if self.calibration_mode == "sequential" and not isinstance(self.pruner, MaskPruner):
             raise ValueError(
@@ -310,5 +357,11 @@ class Search(Settings):
     def pruning(self, dtype: str) -> PruneSettings:
         """Return the settings that lanes are pruned with, for a computation in ``dtype``."""
         return PruneSettings(
-            self.sparsity, self.pruner, self.calibration_mode, dtype, self.pattern, self.exclude
+            self.sparsity,
+            self.pruner,
+            self.calibration_mode,
+            dtype,
+            self.pattern,
+            self.exclude,
+            self.recover,
         )

@@ -45,6 +45,8 @@ UNUSED = (
     "strategy",
     "trials",
     "stop_after",
+    "recover",
+    "recover_windows",
 )
 WITHOUT_OPTION = (*UNUSED, "export", "retain")
 
@@ -72,7 +74,7 @@ class Theory(BaseModel):
                 shown = getattr(value, "method", value)
                 raise ValueError(
                     f"search.{name} is {shown}, but the theory does not use this setting: its plans are uniform, or "
-                    "orders of one arithmetic progression, without a pattern and calibrated on the dense model. "
+                    "orders of one arithmetic progression, without a pattern, without recovery, calibrated on the dense model. "
                     "Leave it out."
                 )
         return self

@@ -100,10 +100,14 @@ def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Executi
         del lanes["uniform"]
     models = {"dense": captured.checkpoint}
     models |= {name: finished.checkpoint(store, lane, execution) for name, lane in lanes.items()}
+    if finished.settings.recover is not None:
+        models["pruned"] = finished.checkpoint_without_recovery(store, execution)
     answers = {
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()
     }
-    comparison = compare_zero_shot(store, answers["dense"], answers.get("uniform"), answers["best"])
+    comparison = compare_zero_shot(
+        store, answers["dense"], answers.get("uniform"), answers["best"], answers.get("pruned")
+    )
     table = store_comparison(store, finished.search.artifact, answers, comparison)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():

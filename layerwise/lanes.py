@@ -127,11 +127,13 @@ class LaneGroup:
         order = sorted(range(1, len(self.lanes)), key=lambda lane: sum(self._removed(lane, index)))
         linears = self.model.linears[index]
         dense = {}
-        if self.calibration_windows or self.recovery is not None:
+        if self.recovery is not None:
             dense = {linear.name: _weight_of(layer, linear).detach().clone() for linear in linears}
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
         dense_input = self._first_windows(0).clone()
+        if self.recovery is None:
+            self._calibrate(0, index, layer)
         outcomes = {0: self._score(0, index, layer)}
         for visit, lane in enumerate(order):
             with torch.no_grad():
@@ -142,8 +144,9 @@ class LaneGroup:
                 self._calibrate(lane, index, layer)
                 scored = self._score(lane, index, layer, dense_input)
             outcomes[lane] = replace(scored, recovery=recovery)
-        with weights_replaced(layer, dense):  # last: recovery compares with the dense model's input
-            self._calibrate(0, index, layer)
+        if self.recovery is not None:
+            with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
+                self._calibrate(0, index, layer)
         return tuple(outcomes[lane] for lane in range(len(self.lanes)))
 
     def _recovered(

@@ -15,8 +15,9 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table, write_table
 from layerwise.tasks.lanes.group_membership import GROUP, built_together, copy_member, group_stage
-from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, PlannedLane, advance_group, lane_folder
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE, outcome_row, write_outcomes
 from layerwise.tasks.results.lane_scores import (
     ERRORS_FILE,
     LAYERS_FILE,
@@ -32,7 +33,9 @@ from layerwise.tasks.running.stage_task import stage_task
 
 def lane_stage(plan: SparsityPlan, inputs: LaneInputs, settings: PruneSettings) -> Stage:
     """Describe one lane. Only the sparsities of a plan are part of the key, not the method that found them."""
-    part = {} if inputs.windows is None else {"windows": list(inputs.windows)}
+    part: dict[str, object] = {} if inputs.windows is None else {"windows": list(inputs.windows)}
+    if settings.recover is not None and inputs.recovery_windows is not None:
+        part["recovery windows"] = inputs.recovery_windows
     return Stage(
         "lane", 1, {"layers": list(plan.layers), "prune": settings.identity, **part}, inputs.keys(settings)
     )
@@ -55,7 +58,8 @@ def branch(
     """Run the lanes that the store lacks in one group, and return the scores of all lanes in the order of ``plans``.
 
     A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction error per
-    layer) and ``linears.parquet`` (realised sparsity per linear). It does not depend on the group that the lane ran in.
+    layer) and ``linears.parquet`` (realised sparsity per linear); with recovery also ``recovery.parquet`` (its errors
+    per layer). It does not depend on the group that the lane ran in.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
 
@@ -79,8 +83,8 @@ def _group(
 ) -> Artifact:
     def build(draft: Draft) -> None:
         title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'} and the dense model"
-        removed = [settings.removed(plan, linears) for plan in plans]
-        result = advance_group(store, draft, inputs, removed, settings, execution, title)
+        planned = [PlannedLane(settings.removed(plan, linears)) for plan in plans]
+        result = advance_group(store, draft, inputs, planned, settings, execution, title)
         for number in range(len(plans)):
             write_lane(draft, lane_folder(number), result, number + 1, linears, settings)
 
@@ -113,6 +117,9 @@ def write_lane(
     ]
     if parts:
         write_table(draft, f"{folder}/{ERRORS_FILE}", pa.Table.from_pylist(parts))
+    if any(layer.recovery for layer in layers):
+        recovery = [{"layer": index, **outcome_row(each.recovery)} for index, each in enumerate(layers)]
+        write_outcomes(draft, f"{folder}/{OUTCOMES_FILE}", recovery)
     rows = [
         {"layer": index, "linear": linear.name, "weights": linear.numel, "zeros": zeros}
         for index, (layer, outcome) in enumerate(zip(linears, layers, strict=True))

@@ -38,7 +38,9 @@ def compress_stage(exported_key: str, card: ModelCard) -> Stage:
 
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
-def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution) -> Artifact:
+def compress(
+    store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution, recovery: str = ""
+) -> Artifact:
     """Write ``exported`` to a new folder, with every pruned weight stored without its zeros where that is smaller.
 
     Configuration, tokenizer and ``sparsity.json`` stay the same. ``compressed.json`` maps stored tensors to weights;
@@ -47,6 +49,7 @@ def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, executio
 
     Args:
         card: content of README.md, with the results of the evaluation.
+        recovery: section on the recovery in README.md; it follows from ``exported``.
     """
 
     def build(draft: Draft) -> None:
@@ -59,7 +62,7 @@ def compress(store: ArtifactStore, exported: Artifact, card: ModelCard, executio
         description = Description(tuple(shards.values()), _sparse_tensors(exported, draft, shards), sizes)
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
-        draft.write(CARD_FILE, model_card(card, "compressed").encode())
+        draft.write(CARD_FILE, model_card(card, "compressed", recovery).encode())
         draft.facts |= sizes
 
     result = store.get_or_build(compress_stage(exported.key, card), build)

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
+from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.scoring.perplexity import paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -14,12 +15,21 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.branch import write_lane
 from layerwise.tasks.lanes.group_membership import copy_member
-from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group, lane_folder
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, PlannedLane, advance_group, lane_folder
 from layerwise.tasks.lanes.prune_settings import PruneSettings
-from layerwise.tasks.results.evaluation import TEST_FILE, TestResult, read_test
+from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
+from layerwise.tasks.results.evaluation import (
+    RECOVERY_FILE,
+    TEST_FILE,
+    RecoveryTest,
+    TestResult,
+    TwoTexts,
+    read_test,
+)
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
+from layerwise.tasks.texts.token_windows import shape_of
 
 # On the first windows of the test each pruned layer also runs on the dense model's input, to split its error into
 # parts. Four windows of 2048 tokens give reliable means over 30 layers; a test of the usual 64 windows or more takes a
@@ -28,15 +38,32 @@ LOCAL_WINDOWS = 4
 
 
 def evaluate_stage(
-    inputs: LaneInputs, uniform: SparsityPlan, best: SparsityPlan, settings: PruneSettings
+    inputs: LaneInputs,
+    uniform: SparsityPlan,
+    best: SparsityPlan,
+    settings: PruneSettings,
+    recovered: Sequence[str] = (),
 ) -> Stage:
-    """Describe an evaluation. The dense model is part of every evaluation."""
+    """Describe an evaluation. The dense model is part of every evaluation.
+
+    Args:
+        recovered: keys of the recovered plans, uniform first; empty without recovery.
+    """
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
-    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, inputs.keys(settings))
+    by_role = {f"recovered {number}": key for number, key in enumerate(recovered)}
+    keys = _scored_inputs(inputs, settings).keys(settings) | by_role
+    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, keys)
 
 
 def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
     return [uniform] if best == uniform else [uniform, best]
+
+
+def _scored_inputs(inputs: LaneInputs, settings: PruneSettings) -> LaneInputs:
+    """Return the inputs with the calibration windows that the recovery held out, if there is one."""
+    if settings.recover is None:
+        return inputs
+    return replace(inputs, held_out=held_out_windows(settings.recover, shape_of(inputs.calibration)[0]))
 
 
 @stage_task(
@@ -52,21 +79,37 @@ def evaluate(
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
     execution: Execution,
+    recovered: Sequence[str] = (),
 ) -> Artifact:
     """Score the dense, the uniform and the best model once on the test windows.
 
+    With recovery, the recovered models are scored, and for comparison the pruned models before it, on the test windows
+    and on the calibration windows that the recovery held out.
+
     Args:
         inputs: with the test windows as ``scored``.
+        recovered: see ``evaluate_stage``.
     """
     plans = _distinct(uniform, best)
 
     def build(draft: Draft) -> None:
         title = "evaluate: dense, uniform and best on the test windows"
-        removed = [settings.removed(plan, linears) for plan in plans]
-        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
-        draft.facts |= _facts(_write_evaluation(draft, result, linears, settings))
+        planned = [PlannedLane(settings.removed(plan, linears)) for plan in plans]
+        if settings.recover is not None:
+            title = f"{title}, with and without recovery"
+            layers = [RecoveredLayers(store, plan, inputs, settings).weights for plan in plans]
+            planned = [
+                *(replace(lane, recovered=read) for lane, read in zip(planned, layers, strict=True)),
+                *planned,
+            ]
+        scored, pruning = _scored_inputs(inputs, settings), settings.one_shot
+        result = advance_group(store, draft, scored, planned, pruning, execution, title, LOCAL_WINDOWS)
+        lanes = range(len(plans) + 1)
+        draft.facts |= _facts(_write_evaluation(draft, result.of(lanes), linears, settings))
+        if settings.recover is not None:
+            _write_recovery_test(draft, result, len(plans))
 
-    return store.get_or_build(evaluate_stage(inputs, uniform, best, settings), build)
+    return store.get_or_build(evaluate_stage(inputs, uniform, best, settings, recovered), build)
 
 
 @stage_task(
@@ -86,7 +129,7 @@ def evaluate_together(
     """Build the evaluations of several searches of one model that the store lacks, in one group.
 
     The artifacts are those that ``evaluate`` would build one by one. A single missing evaluation is left to
-    ``evaluate``; so are all evaluations with sequential calibration, whose lanes write their own statistics.
+    ``evaluate``; so are all evaluations with sequential calibration, whose lanes write their own statistics, and with recovery.
 
     Args:
         inputs: with the test windows as ``scored``.
@@ -95,21 +138,17 @@ def evaluate_together(
     stages = [(evaluate_stage(inputs, uniform, best, settings), best) for best in bests]
     by_key = {stage.key: (stage, best) for stage, best in stages}
     missing = [(stage, best) for stage, best in by_key.values() if store.find(stage) is None]
-    if len(missing) < 2 or settings.calibration_mode == "sequential":
+    if len(missing) < 2 or settings.calibration_mode == "sequential" or settings.recover is not None:
         return
     others = [best for _, best in missing if best != uniform]
 
     def build(draft: Draft) -> None:
         title = f"evaluate: dense, uniform and {len(others)} other plans on the test windows"
-        removed = [settings.removed(plan, linears) for plan in (uniform, *others)]
-        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
+        planned = [PlannedLane(settings.removed(plan, linears)) for plan in (uniform, *others)]
+        result = advance_group(store, draft, inputs, planned, settings, execution, title, LOCAL_WINDOWS)
         for number, (_, best) in enumerate(missing):
             lanes = [0, 1] if best == uniform else [0, 1, others.index(best) + 2]
-            part = GroupResult(
-                [result.losses[lane] for lane in lanes],
-                [tuple(outcome[lane] for lane in lanes) for outcome in result.outcomes],
-            )
-            _write_evaluation(draft, part, linears, settings, f"{lane_folder(number)}/")
+            _write_evaluation(draft, result.of(lanes), linears, settings, f"{lane_folder(number)}/")
 
     roles = {f"evaluation {number:03d}": stage.key for number, (stage, _) in enumerate(missing)}
     group = store.get_or_build(Stage("evaluate_group", 1, None, roles), build)
@@ -132,6 +171,25 @@ def _write_evaluation(
     test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
     draft.write(f"{folder}{TEST_FILE}", json.dumps(asdict(test), indent=1).encode())
     return test
+
+
+def _write_recovery_test(draft: Draft, result: GroupResult, plans: int) -> None:
+    """Compare the recovered lanes with those before recovery, which follow them in the same order."""
+    texts = [
+        TwoTexts(perplexity(test), perplexity(held_out))
+        for test, held_out in zip(result.losses, result.held_out, strict=True)
+    ]
+    gain = paired_difference(result.losses[plans], result.losses[2 * plans])
+    test = RecoveryTest(
+        held_out_windows=len(result.held_out[0]),
+        dense=texts[0],
+        uniform=texts[1],
+        best=texts[plans],
+        uniform_before=texts[plans + 1],
+        best_before=texts[2 * plans],
+        gain=gain,
+    )
+    draft.write(RECOVERY_FILE, json.dumps(asdict(test), indent=1).encode())
 
 
 def _copy_evaluation(store: ArtifactStore, group: Artifact, folder: str, draft: Draft) -> None:

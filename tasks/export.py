@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
-from layerwise.tasks.pages.model_card import model_card
+from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
+from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
+from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -36,18 +40,53 @@ ROWS_FILE = "linears.json"  # of a resume point: the rows of sparsity.json so fa
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def export_stage(inputs: LaneInputs, chosen: LaneScore, uniform: LaneScore, settings: PruneSettings) -> Stage:
-    """Describe the export of the lane ``chosen``."""
+@dataclass(frozen=True)
+class RecoveredExport:
+    """Recovery of an exported plan.
+
+    Attributes:
+        recovered: the plan's artifact of ``recover``.
+        tested: artifact of ``evaluate``, with the perplexities without and with recovery for the model card.
+        test: windows of the test.
+    """
+
+    recovered: Artifact
+    tested: Artifact
+    test: Artifact
+
+    def section(self, store: ArtifactStore, inputs: LaneInputs, settings: PruneSettings) -> str:
+        """Return the section of the model card."""
+        test = read_recovery(store, self.tested)
+        assert test is not None, "the test of a search with recovery compares both"
+        stages = {"calibration": inputs.calibration, "test": self.test, RECOVERED_BEST: self.recovered}
+        text = sentences_on_recovery(settings.recovery.method, test, stages, inputs.recovery_windows)
+        return recovery_section(text, recovery_rows(test))
+
+
+def export_stage(
+    inputs: LaneInputs,
+    chosen: LaneScore,
+    uniform: LaneScore,
+    settings: PruneSettings,
+    recovery: RecoveredExport | None = None,
+) -> Stage:
+    """Describe the export of the lane ``chosen``.
+
+    Args:
+        recovery: None without recovery.
+    """
     checkpoint = inputs.checkpoint
     copied = copied_files(checkpoint.artifact.files)
     by_role = {
         "checkpoint": checkpoint.identity,
         # The identity covers the weights only; equal weights may come with another tokenizer or chat template.
         "copied files": digest({name: checkpoint.artifact.files[name].digest for name in copied}),
-        **_calibration_of(inputs, chosen, settings).calibration_keys(settings),
+        **_calibration_of(inputs, chosen, settings).statistics_keys(settings),
         "lane": chosen.artifact.key,
         "uniform": uniform.artifact.key,  # for the model card
     }
+    if recovery is not None:
+        by_role |= {"recovered": recovery.recovered.key, "tested": recovery.tested.key}
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if (known := source_license(checkpoint)) is not None:
         card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
@@ -67,6 +106,7 @@ def export(
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
     execution: Execution,
+    recovery: RecoveredExport | None = None,
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
@@ -75,6 +115,7 @@ def export(
 
     Args:
         uniform: score of the uniform plan, for the model card.
+        recovery: recovery of the chosen plan; None without recovery.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
@@ -93,12 +134,19 @@ def export(
             "layers": list(chosen.plan.layers),
             "linears": writer.rows,
         }
+        section = ""
+        if recovery is not None:
+            section = recovery.section(store, inputs, settings)
+            report["recovery"] = {
+                **asdict(settings.recovery),
+                LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
+            }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
-        draft.write(CARD_FILE, model_card(card, "dense").encode())
+        draft.write(CARD_FILE, model_card(card, "dense", section).encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
 
-    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings), build)
+    exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, recovery), build)
     require_whole(store, exported)  # a reused export is not read by any later stage
     return exported
 
@@ -124,6 +172,7 @@ class _Export:
         self.checkpoint, self.settings, self.execution = inputs.checkpoint, settings, execution
         self.removed = settings.removed(plan, linears)
         self.prunable = settings.prunable(linears)
+        self.recovered = RecoveredLayers(store, plan, inputs, settings)
         self.rows: list[dict] = []  # of sparsity.json so far
 
     def write_weights(self, draft: Draft) -> None:
@@ -175,8 +224,15 @@ class _Export:
         pruning = LayerPruning(
             self.settings.pruner, self.settings.pattern_group, index, linears, weights, inputs
         )
-        pruned = pruning.pruned_weights(self.removed[index], self.execution.torch_device)
+        recovered = self.recovered.weights(index) if self.settings.recover is not None else {}
+        assert recovered is not None, "a plan is exported after its recovery"
+        left = [
+            0 if linear.name in recovered else count
+            for linear, count in zip(linears, self.removed[index], strict=True)
+        ]
+        pruned = pruning.pruned_weights(left, self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
+            weight = recovered.get(linear.name, weight)
             weights[linear.weight_name] = weight
             if linear not in self.prunable[index]:
                 continue

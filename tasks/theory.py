@@ -21,7 +21,7 @@ from layerwise.storage.tables import write_table
 from layerwise.tasks.charts.drawing import svg_inside, write_figures
 from layerwise.tasks.charts.theory_figures import TITLES, figures_of_theory
 from layerwise.tasks.evaluate import LOCAL_WINDOWS
-from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, advance_group
+from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, PlannedLane, advance_group
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.streamed import layer_sizes_of
 from layerwise.tasks.pages.page_template import render
@@ -78,8 +78,10 @@ def measure_theory(
 
     def build(draft: Draft) -> None:
         title = f"theory: {len(plans)} plans and the dense model"
-        removed = [replace(settings, target=each.target).removed(each.plan, linears) for each in plans]
-        result = advance_group(store, draft, inputs, removed, settings, execution, title, LOCAL_WINDOWS)
+        planned = [
+            PlannedLane(replace(settings, target=each.target).removed(each.plan, linears)) for each in plans
+        ]
+        result = advance_group(store, draft, inputs, planned, settings, execution, title, LOCAL_WINDOWS)
         sizes = layer_sizes_of(settings.prunable(linears))
         layers, of_plans = _layer_rows(plans, result, sizes), _plan_rows(plans, result)
         _require_finite(layers, settings)

@@ -11,6 +11,7 @@ STAGES = (
     "allocate",
     "branch",
     "select",
+    "recover",
     "export",
     "evaluate",
     "report",

@@ -10,9 +10,15 @@ from rich.table import Table
 from layerwise.display.byte_size import size
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
-from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.selection import Selection
-from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.results.summary import (
+    recovery_rows,
+    sentence_on_stop,
+    sentence_on_test,
+    sentences_on_recovery,
+    table_rows,
+)
 
 if TYPE_CHECKING:  # a command imports only the flow that it runs
     from layerwise.flows.pipeline.comparison_tables import Compared
@@ -29,6 +35,14 @@ def show_result(console: Console, result: "SearchResult") -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
+    if result.recovery is not None and result.settings.recover is not None:
+        show_recovery(
+            console,
+            result.settings.recover.method,
+            result.recovery,
+            result.stages,
+            result.settings.recover_windows,
+        )
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print()
@@ -64,6 +78,19 @@ def show_test(console: Console, test: TestResult) -> None:
     console.print(sentence_on_test(test))
 
 
+def show_recovery(
+    console: Console,
+    method: str,
+    recovery: RecoveryTest,
+    stages: Mapping[str, Artifact],
+    search_windows: int | None,
+) -> None:
+    """Print the perplexities with and without recovery on both texts, and what it was fitted on."""
+    console.print()
+    show_rows(console, recovery_rows(recovery), left=("model",))
+    console.print(sentences_on_recovery(method, recovery, stages, search_windows), soft_wrap=True)
+
+
 def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:
     """Print a note if the search was stopped early."""
     if sentence := sentence_on_stop(stop_after, len(selection.rows)):
@@ -79,12 +106,17 @@ def show_comparison(console: Console, results: "Sequence[Compared]") -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not several:
         names = [name for name in names if not name.startswith("selection") and name != "seed"]
-    show_rows(console, [{name: row.get(name, "") for name in names} for row in rows], ("pruner", "allocator"))
+    show_rows(
+        console,
+        [{name: row.get(name, "") for name in names} for row in rows],
+        ("pruner", "recover", "allocator"),
+    )
     if len({each.allocator for each in results}) > 1:
         for each in results:
             if each.allocator == results[0].allocator:
                 search, seed = each.result.settings, f", seed {each.result.settings.seed}" if several else ""
-                what = f"{search.sparsity:g}, {search.pruner.method}{seed}"
+                recovery = "" if search.recover is None else f", {search.recover.method}"
+                what = f"{search.sparsity:g}, {search.pruner.method}{recovery}{seed}"
                 console.print(
                     f"Report, all allocators at {what}: {_short(each.result.report)}", soft_wrap=True
                 )

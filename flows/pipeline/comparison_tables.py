@@ -30,32 +30,44 @@ class Compared:
     seconds: float
 
     @property
-    def cell(self) -> tuple[float, str, int]:
-        """Sparsity, pruner and seed of the search."""
+    def cell(self) -> tuple[float, str, str, int]:
+        """Sparsity, pruner, recovery and seed of the search."""
         settings = self.result.settings
-        return settings.sparsity, pruner_title(settings.pruner), settings.seed
+        recovery = recovery_title(settings.recover)
+        return settings.sparsity, pruner_title(settings.pruner), recovery, settings.seed
 
 
 def pruner_title(pruner: Any) -> str:
     """Return the method of a pruner (a dataclass), and its settings that are not the defaults."""
+    return _method_title(pruner)
+
+
+def recovery_title(recovery: Any) -> str:
+    """Return the method of a recovery, and its settings that are not the defaults; "none" without recovery."""
+    return "none" if recovery is None else _method_title(recovery)
+
+
+def _method_title(method: Any) -> str:
     changed = [
-        f"{field.name} {getattr(pruner, field.name)}"
-        for field in fields(pruner)
-        if field.name != "method" and getattr(pruner, field.name) != field.default
+        f"{field.name} {getattr(method, field.name)}"
+        for field in fields(method)
+        if field.name != "method" and getattr(method, field.name) != field.default
     ]
-    return f"{pruner.method} ({', '.join(changed)})" if changed else str(pruner.method)
+    return f"{method.method} ({', '.join(changed)})" if changed else str(method.method)
 
 
 def rows_of(searches: Sequence[Compared]) -> list[Row]:
     """Return one row per search, in their order; the first allocator is the reference of the others."""
     references = {each.cell: each for each in reversed(searches) if each.allocator == searches[0].allocator}
     several = len({each.allocator for each in searches}) > 1
+    recovers = any(each.result.settings.recover is not None for each in searches)
     rows = []
     for each in searches:
         result, selection, test = each.result, each.result.selection, each.result.test
         row: Row = {
             "sparsity": result.settings.sparsity,
             "pruner": pruner_title(result.settings.pruner),
+            **({"recover": recovery_title(result.settings.recover)} if recovers else {}),
             "seed": result.settings.seed,
             "allocator": each.allocator,
             "best": selection.name(selection.best).removeprefix(f"{selection.parameter} "),
@@ -79,23 +91,25 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
 
 
 def summary_of(searches: Sequence[Compared]) -> list[Row]:
-    """Return one row per sparsity, pruner and allocator: test perplexity over all seeds, compared with the reference.
+    """Return one row per sparsity, pruner, recovery and allocator: test perplexity over all seeds, compared with the reference.
 
     The test windows are the same for all seeds. The paired comparison therefore averages the losses of each window
     over the seeds: more seeds make the difference of a window more precise, but do not add windows.
     """
-    groups: dict[tuple[float, str, str], list[Compared]] = {}
+    groups: dict[tuple[float, str, str, str], list[Compared]] = {}
     for each in searches:
-        groups.setdefault((*each.cell[:2], each.allocator), []).append(each)
+        groups.setdefault((*each.cell[:3], each.allocator), []).append(each)
+    recovers = any(each.result.settings.recover is not None for each in searches)
     rows = []
-    for (sparsity, pruner, allocator), members in groups.items():
-        reference = groups[sparsity, pruner, searches[0].allocator]
+    for (sparsity, pruner, recovery, allocator), members in groups.items():
+        reference = groups[sparsity, pruner, recovery, searches[0].allocator]
         uniform, best = (
             [getattr(each.result.test, name) for each in members] for name in ("uniform", "best")
         )
         row: Row = {
             "sparsity": sparsity,
             "pruner": pruner,
+            **({"recover": recovery} if recovers else {}),
             "allocator": allocator,
             "seeds": len(members),
             "uniform": _mean(uniform),

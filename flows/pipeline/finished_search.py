@@ -9,10 +9,14 @@ from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.branch import branch
+from layerwise.tasks.export import export
 from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.pages.model_card import recovery_section
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 
 
@@ -33,9 +37,28 @@ class ReopenedSearch:
         """Return the checkpoint pruned by the plan of ``lane``; export it if the store does not have it."""
         return export_lane(store, self.scored, lane, execution)
 
+    @property
+    def recovery_section(self) -> str:
+        """Section of a model card on the recovery; empty without recovery."""
+        if self.search.recovery is None or self.settings.recover is None:
+            return ""
+        test, stages = self.search.recovery, self.search.stages
+        windows = self.settings.recover_windows
+        text = sentences_on_recovery(self.settings.recover.method, test, stages, windows)
+        return recovery_section(text, recovery_rows(test))
+
     def checkpoint(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Checkpoint:
         """Return the checkpoint pruned by the plan of ``lane``, opened for reading."""
         return open_exported(store, self.exported(store, lane, execution))
+
+    def checkpoint_without_recovery(self, store: ArtifactStore, execution: Execution) -> Checkpoint:
+        """Return the checkpoint that is pruned by the best plan and not recovered; prune, score and export it if needed."""
+        before = self.scored.captured
+        inputs, pruning = before.inputs("selection"), before.pruning.one_shot
+        plans = list(self.scored.plans_to_recover.values())
+        lanes = branch(store, inputs, plans, before.linears, pruning, execution)
+        exported = export(store, inputs, lanes[-1], lanes[0], before.linears, pruning, execution)
+        return open_exported(store, exported)
 
 
 def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -> ReopenedSearch:

@@ -26,14 +26,23 @@ from layerwise.tasks.branch import branch, join_rounds, joined_stage, lane_stage
 from layerwise.tasks.capture import CaptureSettings, capture, capture_stage
 from layerwise.tasks.capture_grams import capture_grams, grams_stage
 from layerwise.tasks.evaluate import evaluate, evaluate_stage
-from layerwise.tasks.export import export, export_stage
+from layerwise.tasks.export import RecoveredExport, export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.lanes.recovered_layers import recovered_stage
 from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
 from layerwise.tasks.models.checkpoint import Checkpoint
+from layerwise.tasks.recovery.recover import recover
 from layerwise.tasks.results.lane_scores import LaneScore, read_score
-from layerwise.tasks.results.roles import EVALUATE, EXPORT, SELECT, lane_role
+from layerwise.tasks.results.roles import (
+    EVALUATE,
+    EXPORT,
+    RECOVERED_BEST,
+    RECOVERED_UNIFORM,
+    SELECT,
+    lane_role,
+)
 from layerwise.tasks.results.run_names import model_title, title_of
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY, Selection, read_selection
 from layerwise.tasks.running.execution import Execution
@@ -96,6 +105,7 @@ class Captured:
         linears: linears of the decoder layers, by layer.
         grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
         plans: plans of the allocator, uniform first.
+        recovery_windows: number of calibration windows on which lanes are recovered; None for all.
     """
 
     checkpoint: Checkpoint
@@ -105,6 +115,12 @@ class Captured:
     capture: Artifact
     grams: Artifact | None
     plans: tuple[SparsityPlan, ...]
+    recovery_windows: int | None = None
+
+    @property
+    def lane_pruning(self) -> PruneSettings:
+        """Settings of the lanes that are compared: with training, they are only refitted."""
+        return self.pruning.refitting
 
     @property
     def dense_perplexity(self) -> float:
@@ -114,7 +130,9 @@ class Captured:
     def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
         """Return the inputs of lanes that are scored on all windows of a role, or on a range of them."""
         windows_of = self.windows["calibration"], self.windows[scored]
-        return LaneInputs(self.checkpoint, self.capture, *windows_of, self.grams, windows)
+        return LaneInputs(
+            self.checkpoint, self.capture, *windows_of, self.grams, windows, self.recovery_windows
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,12 @@ class Scored:
     def uniform(self) -> LaneScore:
         """Lane in which all layers have the same sparsity."""
         return self.scores[0]
+
+    @property
+    def plans_to_recover(self) -> dict[str, SparsityPlan]:
+        """Uniform and best plan by role; only the best if they are equal."""
+        both = {RECOVERED_UNIFORM: self.uniform.plan, RECOVERED_BEST: self.best.plan}
+        return {RECOVERED_BEST: self.best.plan} if self.best == self.uniform else both
 
 
 @dataclass(frozen=True)
@@ -280,7 +304,13 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     ):
         return None
     plans = allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
-    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans)
+    recovery_windows = None
+    if (
+        settings.recover_windows is not None
+        and settings.recover_windows < inputs.texts.windows["calibration"]
+    ):
+        recovery_windows = settings.recover_windows
+    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans, recovery_windows)
 
 
 def lane_steps(
@@ -346,10 +376,10 @@ def lane_step(
     inputs = None if captured is None else captured.inputs("selection", request.windows)
 
     def stage(plan: SparsityPlan) -> Stage | None:
-        return None if inputs is None else lane_stage(plan, inputs, known(captured).pruning)
+        return None if inputs is None else lane_stage(plan, inputs, known(captured).lane_pruning)
 
     def build(execution: Execution) -> list[Artifact]:
-        linears, pruning = known(captured).linears, known(captured).pruning
+        linears, pruning = known(captured).linears, known(captured).lane_pruning
         scores = branch(store, known(inputs), request.plans, linears, pruning, execution)
         return [score.artifact for score in scores]
 
@@ -376,25 +406,56 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         work="choose the best plan",
     )
 
-    exported = None
-    if settings.export:
-        stage = None
-        if scored is not None:
-            inputs = scored.captured.inputs("selection")
-            stage = export_stage(inputs, scored.best, scored.uniform, scored.captured.pruning)
-        (exported,) = yield Step(
-            name="export",
-            stages=[(EXPORT, stage)],
-            build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
-            work="write the pruned checkpoint",
-            reads=lambda sizes: sizes.weights,
-            writes=lambda sizes: sizes.weights,
-        )
+    recovered = None
+    if settings.recover is not None:
+        recovered = yield from _recovery_steps(store, scored)
 
+    exported = None
+    if settings.recover is None and settings.export:
+        exported = yield from _export_step(store, scored, None, None)
+    tested = yield from _test_step(store, settings, scored, recovered)
+    if settings.recover is not None and settings.export:  # the model card has the results of the test
+        exported = yield from _export_step(store, scored, recovered, tested)
+    if scored is None or selected is None or tested is None or (settings.export and exported is None):
+        return None
+    return Chosen(scored, read_selection(store, selected), exported, tested)
+
+
+def _export_step(
+    store: ArtifactStore,
+    scored: Scored | None,
+    recovered: Sequence[Artifact] | None,
+    tested: Artifact | None,
+) -> Steps[Artifact | None]:
+    """Yield the export of the best plan; ``recovered`` and ``tested`` are None without recovery."""
     stage = None
-    if scored is not None and "test" in scored.captured.windows:
+    if scored is not None:
+        before, recovery = scored.captured, None
+        if recovered is not None and tested is not None:
+            recovery = RecoveredExport(recovered[-1], tested, before.windows["test"])
+        if (before.pruning.recover is None) == (recovery is None):
+            lanes = scored.best, scored.uniform
+            stage = export_stage(before.inputs("selection"), *lanes, before.pruning, recovery)
+    (exported,) = yield Step(
+        name="export",
+        stages=[(EXPORT, stage)],
+        build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
+        work="write the pruned checkpoint",
+        reads=lambda sizes: sizes.weights,
+        writes=lambda sizes: sizes.weights,
+    )
+    return exported
+
+
+def _test_step(
+    store: ArtifactStore, settings: Search, scored: Scored | None, recovered: Sequence[Artifact] | None
+) -> Steps[Artifact | None]:
+    """Yield the test of the dense, the uniform and the best model."""
+    stage = None
+    if scored is not None and "test" in scored.captured.windows and (settings.recover is None or recovered):
         tested_plans = scored.uniform.plan, scored.best.plan
-        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning)
+        keys = [artifact.key for artifact in recovered or ()]
+        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning, keys)
     (tested,) = yield Step(
         name="evaluate",
         stages=[(EVALUATE, stage)],
@@ -402,22 +463,55 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
         work="dense, uniform and best on the test windows",
         reads=lambda sizes: sizes.weights,
     )
-    if scored is None or selected is None or tested is None or (settings.export and exported is None):
-        return None
-    return Chosen(scored, read_selection(store, selected), exported, tested)
+    return tested
+
+
+def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[Artifact] | None]:
+    """Yield the recovery of the uniform and of the best plan; return both artifacts, or one if the plans are equal."""
+    stages: list[tuple[str, Stage | None]] = [(RECOVERED_UNIFORM, None), (RECOVERED_BEST, None)]
+    if scored is not None:
+        inputs, pruning = scored.captured.inputs("selection"), scored.captured.pruning
+        stages = [
+            (role, recovered_stage(plan, inputs, pruning)) for role, plan in scored.plans_to_recover.items()
+        ]
+    artifacts = yield Step(
+        name="recover",
+        stages=stages,
+        build=lambda execution: _recover(
+            store, known(scored), list(known(scored).plans_to_recover.values()), execution
+        ),
+        work=f"recover {'the best' if len(stages) == 1 else 'the uniform and the best'} plan",
+        reads=lambda sizes: sizes.weights * len(stages),
+        writes=lambda sizes: sum(sizes.index.layer_bytes) * len(stages),
+    )
+    found = [artifact for artifact in artifacts if artifact is not None]
+    return found if len(found) == len(stages) and scored is not None else None
+
+
+def _recover(
+    store: ArtifactStore, scored: Scored, plans: Sequence[SparsityPlan], execution: Execution
+) -> list[Artifact]:
+    before = scored.captured
+    return recover(store, before.inputs("selection"), plans, before.linears, before.pruning, execution)
 
 
 def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
-    """Export the checkpoint pruned by the plan of ``lane``, unless the store has it."""
-    before = scored.captured
-    return export(
-        store, before.inputs("selection"), lane, scored.uniform, before.linears, before.pruning, execution
-    )
+    """Export the checkpoint pruned by the plan of ``lane``, and recovered if the search recovers, unless it exists."""
+    before, recovery = scored.captured, None
+    if before.pruning.recover is not None:
+        (recovered,) = _recover(store, scored, [lane.plan], execution)
+        recovery = RecoveredExport(recovered, _evaluate(store, scored, execution), before.windows["test"])
+    inputs, lanes = before.inputs("selection"), (lane, scored.uniform)
+    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovery)
 
 
 def _evaluate(store: ArtifactStore, scored: Scored, execution: Execution) -> Artifact:
     before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
-    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution)
+    keys: list[str] = []
+    if before.pruning.recover is not None:
+        recovered = _recover(store, scored, list(scored.plans_to_recover.values()), execution)
+        keys = [artifact.key for artifact in recovered]
+    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution, keys)
 
 
 def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:

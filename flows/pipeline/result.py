@@ -13,7 +13,7 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import PAGE_FILE, report
-from layerwise.tasks.results.evaluation import TestResult
+from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
@@ -40,6 +40,7 @@ class SearchResult:
         stages: all artifacts of the search by role.
         built: roles of the artifacts that were built in this run, by this process or by others.
         bytes_read: bytes of weights that this process read.
+        recovery: perplexities with and without recovery; None if the search does not recover.
         artifact: artifact of the search itself; None before it is committed.
         report: location of the report's page; "" before it exists.
     """
@@ -52,6 +53,7 @@ class SearchResult:
     stages: Mapping[str, Artifact]
     built: tuple[str, ...]
     bytes_read: int
+    recovery: RecoveryTest | None = None
     artifact: Artifact | None = None
     report: str = ""
 
@@ -72,6 +74,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
         "stages": keys,
     }
+    if result.recovery is not None:
+        document["recovery"] = asdict(result.recovery)
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

@@ -12,6 +12,8 @@ from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import SORTED_ENTRIES
+from layerwise.recovery.layer_recovery import recovery_bytes
+from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.tasks.capture import SAMPLED_WINDOWS
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import DTYPES, layer_sizes_of
@@ -55,8 +57,16 @@ class SearchSizes:
     @property
     def lane(self) -> int:
         """Hidden states of one lane of a group."""
-        own = self.settings.calibration_mode == "sequential"
-        return self.window * ((self.windows["calibration"] if own else 0) + self.windows["selection"])
+        return self.window * (self.own_windows + self.windows["selection"])
+
+    @property
+    def own_windows(self) -> int:
+        """Number of calibration windows that every lane of a search carries through its own layers."""
+        if self.settings.recover is not None:
+            return min(
+                self.settings.recover_windows or self.windows["calibration"], self.windows["calibration"]
+            )
+        return self.windows["calibration"] if self.settings.calibration_mode == "sequential" else 0
 
     def of(self, request: LaneRequest | None) -> "SearchSizes":
         """Return the sizes for lanes that are scored on the requested range of the selection windows."""
@@ -73,8 +83,17 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
-        return max(captured, (together + 1) * self.of(request).lane, min(self.plans + 1, 3) * tested)
+        lanes = (together + 1) * self.of(request).lane
+        pruned = min(self.plans, 2)
+        if self.settings.recover is None:
+            tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
+            return max(captured, lanes, (pruned + 1) * tested)
+        held_out = held_out_windows(self.settings.recover, self.windows["calibration"])
+        tested = self.window * (held_out + self.windows["test"])  # by lanes with and without recovery
+        recovered = (
+            2 * self.window * self.windows["calibration"]
+        )  # the dense model's stream and the plan's own
+        return max(captured, lanes, recovered, (2 * pruned + 1) * tested)
 
     @property
     def statistics(self) -> int:
@@ -130,10 +149,18 @@ class SearchSizes:
             )
             moments = f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)"
             pruning = {moments: self.factors, "weights being pruned": largest + 3 * 4 * entries}
+        recovery = {}
+        if self.settings.recover is not None:
+            recovery["recovery"] = recovery_bytes(
+                self.settings.recover,
+                max(self.linears, key=lambda layer: sum(each.numel for each in layer)),
+                itemsize,
+            )
         return {
             "layer in use": largest + cast + restored,
             "layer arriving": largest,
             **pruning,
+            **recovery,
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }

@@ -1,16 +1,31 @@
 """Recovery of one pruned decoder layer, given the hidden states that reach it in the pruned and in the dense model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layerwise.recovery.pruned_layer import LayerToRecover, held_out_windows, relative_error
-from layerwise.recovery.refit import Refit, refit_layer
-from layerwise.recovery.train import TRAINED_ALPHA, Train, train_layer
+from layerwise.models.skeleton import Linear
+from layerwise.recovery.pruned_layer import LayerToRecover, held_out_windows, relative_errors
+from layerwise.recovery.refit import REFITTED_ENTRIES, Refit, refit_layer
+from layerwise.recovery.train import TRAINED_ALPHA, TRAINED_BYTES, Train, train_layer
 
 Recovery = Refit | Train
+
+
+def recovery_bytes(settings: Recovery, linears: Sequence[Linear], itemsize: int) -> int:
+    """Return the memory of the recovery of one layer, in addition to the layer and the hidden states.
+
+    Args:
+        linears: linears of the layer.
+        itemsize: bytes per weight in the dtype of the computation.
+    """
+    weights = sum(linear.numel for linear in linears)
+    kept = weights * (2 * itemsize + 1)  # dense and recovered weights, masks
+    widest, largest = (max(getattr(each, name) for each in linears) for name in ("in_features", "numel"))
+    refit = 3 * 4 * widest**2 + 5 * 4 * min(REFITTED_ENTRIES, largest)
+    return kept + (refit if isinstance(settings, Refit) else max(refit, TRAINED_BYTES * weights))
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,4 @@ def _outcome(
     pruned: LayerToRecover, weights: Mapping[str, Tensor], settings: Refit, alpha: float
 ) -> RecoveryOutcome:
     held_out = held_out_windows(settings, len(pruned.hidden_states))
-    return RecoveryOutcome(
-        before=relative_error(pruned, {}, alpha, held_out),
-        after=relative_error(pruned, weights, alpha, held_out),
-    )
+    return RecoveryOutcome(*relative_errors(pruned, [{}, weights], alpha, held_out))

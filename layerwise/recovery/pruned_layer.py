@@ -89,25 +89,27 @@ def held_out_windows(settings: HoldsOut, windows: int) -> int:
 
 
 @torch.no_grad()
-def relative_error(
-    pruned: LayerToRecover, weights: Mapping[str, Tensor], alpha: float, held_out: int
-) -> float:
-    """Return the error of a layer on its last ``held_out`` windows, see ``RecoveryOutcome``.
+def relative_errors(
+    pruned: LayerToRecover, candidates: Sequence[Mapping[str, Tensor]], alpha: float, held_out: int
+) -> list[float]:
+    """Return the errors of a layer with different weights on its last ``held_out`` windows, see ``RecoveryOutcome``.
 
     Args:
-        weights: weights that replace the pruned ones, by linear.
+        candidates: weights that replace the pruned ones, by linear.
     """
-    total = torch.zeros((), dtype=torch.float64, device=pruned.model.device)
+    totals = torch.zeros(len(candidates), dtype=torch.float64, device=pruned.model.device)
     tokens = 0
     for states, dense_states in zip(
         batches(pruned.hidden_states[-held_out:]), batches(pruned.dense_states[-held_out:]), strict=True
     ):
         target = target_output(pruned, states, dense_states, alpha)
-        with weights_replaced(pruned.layer, weights):
-            error = pruned.run(states).float() - target
-        total += (error.square().sum(dim=-1) / target.square().sum(dim=-1)).sum(dtype=torch.float64)
+        for number, weights in enumerate(candidates):
+            with weights_replaced(pruned.layer, weights):
+                error = pruned.run(states).float() - target
+            relative = error.square().sum(dim=-1) / target.square().sum(dim=-1)
+            totals[number] += relative.sum(dtype=torch.float64)
         tokens += states.shape[0] * states.shape[1]
-    return float(total) / tokens
+    return [total / tokens for total in totals.tolist()]
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ from layerwise.recovery.pruned_layer import (
 MOST_STEPS = 1000  # guards against a mistyped number that would make a run endless
 # Weights that are refitted at a time: 0.3 GB for the five float32 copies.
 REFITTED_ENTRIES = 1 << 24
+# Columns of the Gram matrix that are computed at a time: the blocks on and right of the diagonal; the others are mirrored.
+PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ class MixedMoments:
             dense_inputs: inputs of the same tokens in the dense model, same shape; None if alpha is 0.
         """
         own = inputs.reshape(-1, len(self.gram)).float()
-        self.gram.addmm_(own.T, own)
+        for start in range(0, len(self.gram), PANEL):
+            stop = start + PANEL
+            self.gram[start:stop, start:].addmm_(own[:, start:stop].T, own[:, start:])
+            self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
         if dense_inputs is not None:
             mixed = torch.lerp(own, dense_inputs.reshape(own.shape).float(), self.alpha)
             self.target.addmm_(mixed.T, own)
@@ -176,7 +181,7 @@ def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, st
         residual = dense[some].float() @ inputs.moments.target
         residual.sub_(start @ inputs.moments.gram).mul_(inputs.scale).masked_fill_(fixed, 0)
         change = minimize(torch.zeros_like(start), residual, inputs.hessian, fixed, steps)
-        fitted = start.add_(change.mul_(inputs.scale)).masked_fill_(fixed, 0)
+        fitted = change.mul_(inputs.scale).add_(start).masked_fill_(fixed, 0)
         result[some] = converted(fitted, pruned.dtype)
     return result
 

@@ -16,7 +16,7 @@ from layerwise.recovery.pruned_layer import (
     LayerToRecover,
     PrunedLinear,
     held_out_windows,
-    relative_error,
+    relative_errors,
     target_output,
     weight_of,
 )
@@ -26,6 +26,8 @@ MOST_EPOCHS = 1000  # guards against a mistyped number that would make a run end
 BETAS = (0.9, 0.95)  # of Adam; the second one is short because a layer is trained for some dozen steps
 EVALUATIONS_PER_EPOCH = 2  # on the held-out windows; the best weights are kept
 TRAINED_ALPHA = 0.0
+# Bytes per trained weight: value, gradient and two moments in float32, the converted weight and its gradient.
+TRAINED_BYTES = 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def train_layer(
     )
     evaluations = settings.epochs * EVALUATIONS_PER_EPOCH
     evaluated = {round(steps * number / evaluations) for number in range(1, evaluations + 1)}
-    best, least = weights, relative_error(pruned, weights, TRAINED_ALPHA, held_out)
+    best = weights
+    (least,) = relative_errors(pruned, [weights], TRAINED_ALPHA, held_out)
     for step, window in enumerate(_order(pruned.index, windows, settings), 1):
         states, dense_states = (
             every[window : window + 1] for every in (pruned.hidden_states, pruned.dense_states)
@@ -133,7 +136,8 @@ def train_layer(
         optimizer.zero_grad()
         if step in evaluated:
             found = {each.linear.name: each.result() for each in trained}
-            if (reached := relative_error(pruned, found, TRAINED_ALPHA, held_out)) < least:
+            (reached,) = relative_errors(pruned, [found], TRAINED_ALPHA, held_out)
+            if reached < least:
                 best, least = found, reached
     return best
 

@@ -41,8 +41,10 @@ def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor
         hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
     """
-    windows = zip(hidden_states.split(1), input_ids.split(1), strict=True)
-    return [finite_loss(model.loss(states, ids)) for states, ids in windows]
+    return [
+        finite_loss(model.loss(hidden_states[number, None], input_ids[number, None]))
+        for number in range(len(input_ids))
+    ]
 
 
 def finite_loss(loss: float) -> float:

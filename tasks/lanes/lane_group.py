@@ -1,16 +1,18 @@
 """Advance a group of lanes through the model, for ``branch``, ``evaluate`` and ``theory``."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerwise.calibration.capture import embed_windows
 from layerwise.lanes import Lane, LaneGroup, LaneLayer
 from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.pruners.layer_pruning import LayerInputs
+from layerwise.recovery.layer_recovery import RecoveryOutcome
 from layerwise.scoring.local_errors import LocalErrors
 from layerwise.scoring.perplexity import window_losses
 from layerwise.storage.artifact import Artifact
@@ -37,10 +39,12 @@ class LaneInputs:
     """Inputs of a group of lanes, apart from the plans.
 
     Attributes:
-        calibration: calibration windows; read only with sequential calibration.
+        calibration: calibration windows; read only with sequential calibration or with recovery.
         scored: windows that the lanes are scored on.
         grams: an artifact of ``capture_grams``, for a pruner that corrects weights.
         windows: range of the scored windows to use (start, end); None for all.
+        recovery_windows: number of calibration windows for the recovery, the first ones; None for all.
+        held_out: number of calibration windows, the last ones, that lanes without recovery are scored on too.
     """
 
     checkpoint: Checkpoint
@@ -49,20 +53,35 @@ class LaneInputs:
     scored: Artifact
     grams: Artifact | None = None
     windows: tuple[int, int] | None = None
+    recovery_windows: int | None = None
+    held_out: int = 0
 
     def keys(self, settings: PruneSettings) -> dict[str, str]:
         """Return the inputs by role for a stage's key: only those that the calibration mode reads."""
-        common = {"checkpoint": self.checkpoint.identity, "scored": self.scored.content}
-        if settings.calibration_mode == "dense":
-            return common | self.calibration_keys(settings)
-        return common | {"calibration": self.calibration.content}
+        scored = {"scored": self.scored.content}
+        if self.held_out:
+            scored["held out"] = self.calibration.content
+        if settings.calibration_mode == "sequential":
+            both = {"checkpoint": self.checkpoint.identity, "calibration": self.calibration.content}
+            return both | scored
+        return self.calibration_keys(settings) | scored
 
     def calibration_keys(self, settings: PruneSettings) -> dict[str, str]:
+        """Return the inputs that pruned weights depend on, by role, unless a lane calibrates itself."""
+        recovery = {} if settings.recover is None else {"calibration": self.calibration.content}
+        return {"checkpoint": self.checkpoint.identity, **self.statistics_keys(settings), **recovery}
+
+    def statistics_keys(self, settings: PruneSettings) -> dict[str, str]:
         """Return the input statistics that the pruner reads, by role, for a stage's key."""
         if settings.needs_grams:
             assert self.grams is not None, "a search captures what its pruner needs"
             return {"grams": self.grams.content}
         return {"statistics": statistics_identity(self.capture)}
+
+    @property
+    def only_calibration(self) -> "LaneInputs":
+        """These inputs without scored windows, with all calibration windows for the recovery."""
+        return replace(self, windows=(0, 0), recovery_windows=None, held_out=0)
 
     def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
         """Read what the pruner needs to know about the inputs of one layer: statistics or Gram matrices."""
@@ -73,18 +92,48 @@ class LaneInputs:
 
 
 @dataclass(frozen=True)
-class GroupResult:
-    """Losses and layer outcomes of the lanes: lane 0 is the dense model, then the plans in order."""
+class PlannedLane:
+    """A pruned lane that a group advances.
 
-    losses: list[list[float]]  # by lane and scored window
-    outcomes: list[tuple[LaneLayer, ...]]  # by layer and lane
+    Attributes:
+        removed: number of weights to remove from each linear of each layer.
+        recovered: weights of a layer that were recovered before; see ``Lane.recovered_weights``.
+        keep: keeps what the group recovers: layer, weights by linear, outcome; None if only the scores are wanted.
+    """
+
+    removed: tuple[tuple[int, ...], ...]
+    recovered: Callable[[int], Mapping[str, Tensor] | None] = lambda layer: None
+    keep: Callable[[int, Mapping[str, Tensor], RecoveryOutcome | None], None] | None = None
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """Losses and layer outcomes of the lanes: lane 0 is the dense model, then the plans in order.
+
+    Attributes:
+        losses: by lane and scored window, in nats.
+        outcomes: by layer and lane.
+        held_out: losses by lane and held-out calibration window; empty lists if there are none.
+    """
+
+    losses: list[list[float]]
+    outcomes: list[tuple[LaneLayer, ...]]
+    held_out: list[list[float]]
+
+    def of(self, lanes: Sequence[int]) -> "GroupResult":
+        """Return the results of some lanes."""
+        return GroupResult(
+            [self.losses[lane] for lane in lanes],
+            [tuple(outcome[lane] for lane in lanes) for outcome in self.outcomes],
+            [self.held_out[lane] for lane in lanes],
+        )
 
 
 def advance_group(
     store: ArtifactStore,
     draft: Draft,
     inputs: LaneInputs,
-    removed: Sequence[tuple[tuple[int, ...], ...]],
+    planned: Sequence[PlannedLane],
     settings: PruneSettings,
     execution: Execution,
     title: str,
@@ -94,15 +143,15 @@ def advance_group(
 
     Leaves resume points in ``draft``, and resumes from the one that an earlier attempt left. With sequential
     calibration, writes every lane's own statistics into ``draft`` (``lane_folder(n)``/statistics, ``n`` from 0 in the
-    order of ``removed``).
+    order of ``planned``).
 
     Args:
-        removed: for every lane, the number of weights to remove from each linear of each layer.
+        planned: the pruned lanes.
         title: title of the progress display.
         local_windows: number of scored windows on which the errors of layers are split into their parts.
     """
     read_before = inputs.checkpoint.bytes_read
-    group = _Group(store, inputs, removed, settings, execution, local_windows)
+    group = _Group(store, inputs, planned, settings, execution, local_windows)
     group.start(draft)
     total, lanes = group.model.num_layers, len(group.lanes)
     with boundaries(draft, execution, group.write_state) as reached:
@@ -112,15 +161,16 @@ def advance_group(
                 group.finish_layer(draft, index, outcome)
                 show(index + 1)
                 reached(index + 1)
-        scored = len(group.losses)
-        found = draft.resumed if scored else None
-        with showing(f"{title}: losses", lanes, scored, found, unit="lane") as show:
-            for lane in range(scored, lanes):
-                group.score(lane)
-                show(lane + 1)
-                reached(total + lane + 1)
+        if len(group.scored):
+            scored = len(group.losses)
+            found = draft.resumed if scored else None
+            with showing(f"{title}: losses", lanes, scored, found, unit="lane") as show:
+                for lane in range(scored, lanes):
+                    group.score(lane)
+                    show(lane + 1)
+                    reached(total + lane + 1)
     draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
-    return GroupResult(group.losses, group.outcomes)
+    return GroupResult(group.losses, group.outcomes, group.held_out_losses)
 
 
 def lane_folder(plan: int) -> str:
@@ -135,7 +185,7 @@ class _Group:
         self,
         store: ArtifactStore,
         inputs: LaneInputs,
-        removed: Sequence[tuple[tuple[int, ...], ...]],
+        planned: Sequence[PlannedLane],
         settings: PruneSettings,
         execution: Execution,
         local_windows: int,
@@ -144,16 +194,29 @@ class _Group:
         self.local_windows = local_windows
         start, end = inputs.windows or (0, None)
         self.scored = read_input_ids(store, inputs.scored)[start:end]
-        sequential = settings.calibration_mode == "sequential"
-        own = read_input_ids(store, inputs.calibration) if sequential else self.scored[:0]
+        own = self._own_windows()
         self.calibration_windows = len(own)
         self.input_ids = torch.cat([own, self.scored])
         self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
         room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
-        self.lanes = [Lane(counts, room.empty(shape, self.model.dtype)) for counts in (None, *removed)]
+        self.planned = planned
+        self.lanes = [Lane(None, room.empty(shape, self.model.dtype))]
+        for each in planned:
+            states = room.empty(shape, self.model.dtype)
+            self.lanes.append(Lane(each.removed, states, recovered_weights=each.recovered))
         self.outcomes: list[tuple[LaneLayer, ...]] = []  # of finished layers
         self.losses: list[list[float]] = []  # of scored lanes
+        self.held_out_losses: list[list[float]] = []  # of scored lanes
+
+    def _own_windows(self) -> Tensor:
+        """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``."""
+        windows = read_input_ids(self.store, self.inputs.calibration)
+        if self.settings.calibration_mode == "sequential":
+            return windows
+        if self.settings.recover is not None:
+            return windows[: self.inputs.recovery_windows]
+        return windows[len(windows) - self.inputs.held_out :]
 
     def start(self, draft: Draft) -> None:
         """Set the hidden states to the inputs of the first unfinished layer."""
@@ -169,6 +232,8 @@ class _Group:
         for row in done["outcomes"]:
             self.outcomes.append(tuple(map(_lane_layer, row)))
         self.losses += done["losses"]
+        # Resume points of older versions have no held-out windows.
+        self.held_out_losses += done.get("held_out", [[] for _ in done["losses"]])
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
         inputs_of = self._captured if self.settings.calibration_mode == "dense" else None
@@ -180,6 +245,7 @@ class _Group:
             self.calibration_windows,
             self.settings.pattern_group,
             self.local_windows,
+            self.settings.recover,
         )
         return group.advance(self.inputs.checkpoint.layers(first), first)
 
@@ -188,25 +254,38 @@ class _Group:
         for plan, lane in enumerate(self.lanes[1:]):
             if lane.statistics:
                 write_statistics(draft, index, lane.statistics.pop(), f"{lane_folder(plan)}/statistics")
+            recovered = lane.recovered.pop() if lane.recovered else None
+            if recovered is not None and (keep := self.planned[plan].keep) is not None:
+                keep(index, recovered, outcome[plan + 1].recovery)
 
     def write_state(self, state: Draft) -> None:
         write_tensors(
             state, STATES_FILE, ((_lane_tensor(n), lane.hidden_states) for n, lane in enumerate(self.lanes))
         )
         outcomes = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
-        state.write(OUTCOMES_FILE, json.dumps({"outcomes": outcomes, "losses": self.losses}).encode())
+        losses = {"losses": self.losses, "held_out": self.held_out_losses}
+        state.write(OUTCOMES_FILE, json.dumps({"outcomes": outcomes, **losses}).encode())
 
     def score(self, lane: int) -> None:
-        states = self.lanes[lane].hidden_states[self.calibration_windows :]
-        self.losses.append(window_losses(self.model, states, self.scored))
+        states = self.lanes[lane].hidden_states
+        own = self.calibration_windows
+        held_out = slice(own - self.inputs.held_out, own)
+        self.held_out_losses.append(window_losses(self.model, states[held_out], self.input_ids[held_out]))
+        self.losses.append(window_losses(self.model, states[own:], self.scored))
 
     def _captured(self, layer: int) -> LayerInputs:
         return self.inputs.of_layer(self.store, layer, self.settings)
 
 
 def _lane_layer(row: dict[str, Any]) -> LaneLayer:
-    parts = row.get("parts")
-    return LaneLayer(row["error"], row["energy"], tuple(row["zeros"]), parts and LocalErrors(**parts))
+    parts, recovery = row.get("parts"), row.get("recovery")
+    return LaneLayer(
+        row["error"],
+        row["energy"],
+        tuple(row["zeros"]),
+        parts and LocalErrors(**parts),
+        recovery and RecoveryOutcome(**recovery),
+    )
 
 
 def _lane_tensor(lane: int) -> str:

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import Pruner, WeightPruner
 from layerwise.pruners.patterns import Pattern, removed_on_levels
+from layerwise.recovery.layer_recovery import Recovery
+from layerwise.recovery.train import Train
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class PruneSettings:
         pattern: N:M pattern, such as "2:4" or "N:8"; None for unstructured sparsity.
         exclude: regular expression. Linears whose name (``layer.linear``, e.g. "0.mlp.down_proj") contains a match stay
             dense, and do not count in the target or in the realised sparsity.
+        recover: recovery of the remaining weights of every layer; None for plain pruning.
     """
 
     target: float
@@ -32,13 +35,30 @@ class PruneSettings:
     dtype: str
     pattern: str | None = None
     exclude: str | None = None
+    recover: Recovery | None = None
 
     @property
     def identity(self) -> dict[str, object]:
         """Settings as part of a key. Fields that were added later are left out if unused, to keep older keys."""
-        unused = [name for name in ("pattern", "exclude") if getattr(self, name) is None]
+        unused = [name for name in ("pattern", "exclude", "recover") if getattr(self, name) is None]
         own = {name: value for name, value in vars(self).items() if name not in unused}
         return {"type": type(self).__name__, **own}
+
+    @property
+    def recovery(self) -> Recovery:
+        """The recovery of a search that has one."""
+        assert self.recover is not None, "this search does not recover"
+        return self.recover
+
+    @property
+    def refitting(self) -> "PruneSettings":
+        """These settings with the refit alone, if they train."""
+        return replace(self, recover=self.recover.refit) if isinstance(self.recover, Train) else self
+
+    @property
+    def one_shot(self) -> "PruneSettings":
+        """These settings without recovery."""
+        return replace(self, recover=None)
 
     @property
     def pattern_group(self) -> int | None:

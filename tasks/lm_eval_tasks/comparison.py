@@ -43,6 +43,8 @@ class ZeroShotRow:
         uniform: None if the uniform model is the best one, or was not tested.
         to_dense: cost of pruning.
         to_uniform: gain over the uniform plan.
+        pruned: the best plan without recovery; None if the search does not recover.
+        to_pruned: gain by the recovery.
     """
 
     task: str
@@ -52,6 +54,8 @@ class ZeroShotRow:
     best: Accuracy
     to_dense: PairedAccuracy
     to_uniform: PairedAccuracy | None
+    pruned: Accuracy | None = None
+    to_pruned: PairedAccuracy | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def compare_zero_shot(
     dense: Mapping[str, Artifact],
     uniform: Mapping[str, Artifact] | None,
     best: Mapping[str, Artifact],
+    pruned: Mapping[str, Artifact] | None = None,
 ) -> ZeroShotComparison:
     """Compare the artifacts of ``zero_shot`` by ``acc``.
 
@@ -74,6 +79,7 @@ def compare_zero_shot(
         dense: artifacts of the dense model, by task.
         uniform: those of the uniform model; None if it is the best one, or was not exported.
         best: those of the chosen model.
+        pruned: those of the chosen plan without recovery; None if the search does not recover.
 
     Raises:
         ValueError: the models were not asked the same questions.
@@ -81,6 +87,8 @@ def compare_zero_shot(
     answers = {name: _answers(store, model) for name, model in (("dense", dense), ("best", best))}
     if uniform is not None:
         answers["uniform"] = _answers(store, uniform)
+    if pruned is not None:
+        answers["pruned"] = _answers(store, pruned)
     for name, of_model in answers.items():
         _check_same_questions(answers["best"], of_model, name)
     tasks = list(answers["best"])
@@ -127,7 +135,12 @@ def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | floa
             "standard error": "" if error is None else round(100 * error, 2),
             **_shown("to dense", row.to_dense),
         }
-        rows.append(cells | ({} if row.to_uniform is None else _shown("to uniform", row.to_uniform)))
+        if row.to_uniform is not None:
+            cells |= _shown("to uniform", row.to_uniform)
+        if row.pruned is not None and row.to_pruned is not None:
+            cells |= {"without recovery": round(100 * row.pruned.value, 2)}
+            cells |= _shown("by recovery", row.to_pruned)
+        rows.append(cells)
     return rows
 
 
@@ -162,7 +175,7 @@ def _row(title: str, answers: Mapping[str, Sequence[TaskAnswers]]) -> ZeroShotRo
     accuracies = {
         name: average([of_task.metrics.acc for of_task in tasks]) for name, tasks in answers.items()
     }
-    best, uniform = answers["best"], answers.get("uniform")
+    best, uniform, pruned = answers["best"], answers.get("uniform"), answers.get("pruned")
     return ZeroShotRow(
         title,
         accuracies["best"].documents,
@@ -171,6 +184,8 @@ def _row(title: str, answers: Mapping[str, Sequence[TaskAnswers]]) -> ZeroShotRo
         accuracies["best"],
         _paired(best, answers["dense"]),
         None if uniform is None else _paired(best, uniform),
+        accuracies.get("pruned"),
+        None if pruned is None else _paired(best, pruned),
     )
 
 

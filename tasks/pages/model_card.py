@@ -1,7 +1,7 @@
 """The model card of an exported or compressed checkpoint: README.md in the format of the Hugging Face Hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
@@ -110,14 +110,16 @@ class ModelCard:
         return match[1] if match else None
 
 
-def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
+def model_card(card: ModelCard, form: Literal["dense", "compressed"], recovery: str = "") -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
     Args:
         form: form of the checkpoint next to the card: "dense" (with zeros, for transformers) or "compressed".
+        recovery: section on the recovery of the remaining weights; empty without recovery.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
+    fitted = " and recovery of the remaining weights" if recovery else ""
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
     return f"""---
 {_front_matter(card, form)}
@@ -125,7 +127,7 @@ def model_card(card: ModelCard, form: Literal["dense", "compressed"]) -> str:
 
 # {plain(card.base_model)}, {100 * card.realised:.1f} % sparse
 
-This model was made from {code(card.base_model)} with layerwise, by one-shot pruning with {card.pruner}{pattern}.
+This model was made from {code(card.base_model)} with layerwise, by one-shot pruning with {card.pruner}{pattern}{fitted}.
 {100 * card.realised:.2f} % of the weights in the pruned linears are zero. Embeddings, norms and head are unchanged.
 
 ## Plan
@@ -135,7 +137,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{_results(card.results)}{_speed(card.speed)}## How to load
+{recovery}{_results(card.results)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
 
@@ -149,6 +151,18 @@ layerwise implements this paper:
 
 {CITATION}
 """
+
+
+def recovery_section(text: str, rows: Sequence[Mapping[str, object]]) -> str:
+    """Return the section on the recovery of a model.
+
+    Args:
+        text: description of the recovery.
+        rows: perplexities with and without recovery, see ``summary.recovery_rows``.
+    """
+    head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
+    lines = [f"| {' | '.join(plain(str(value)) for value in row.values())} |" for row in rows]
+    return "\n".join(["## Recovery", "", plain(text), "", head, *lines, "", ""])
 
 
 def _front_matter(card: ModelCard, form: str) -> str:

@@ -14,7 +14,7 @@ from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.sources.model_source import HUB_ID, DemoSource
 from layerwise.tasks.sources.source_license import License
-from layerwise.tasks.texts.token_windows import TOKENS_FILE
+from layerwise.tasks.texts.token_windows import shape_of
 
 
 def card_of_lane(
@@ -77,8 +77,6 @@ def _realised(rows: Sequence[Mapping[str, int]]) -> float:
 
 
 def _results(text: str, windows: Artifact, dense: float, uniform: float, best: float) -> tuple[Result, ...]:
-    entries = windows.files[TOKENS_FILE].tensors
-    assert entries is not None, "write_tensors records where tensors lie"
-    shape = entries["input_ids"].shape
+    count, seqlen = shape_of(windows)
     models = {"dense": dense, "uniform": uniform, "**this model**": best}
-    return tuple(Result(model, text, shape[0], shape[1], value) for model, value in models.items())
+    return tuple(Result(model, text, count, seqlen, value) for model, value in models.items())

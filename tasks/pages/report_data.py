@@ -6,6 +6,8 @@ from typing import Any
 
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
+from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
@@ -16,9 +18,11 @@ from layerwise.tasks.results.report_tables import (
     models_table,
     sparsities_table,
 )
+from layerwise.tasks.results.roles import RECOVERED_BEST
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.search_result import VERSIONS, FinishedSearch
 from layerwise.tasks.results.stage_times import stages_table
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
 
 TEXTS = ("calibration", "selection", "test")
 TEXT_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
@@ -85,6 +89,7 @@ class ReportData:
         versions: versions of the packages that finished the search, by name; empty if they were not recorded.
         command: command that runs the same search; empty if it is not known.
         theory: findings on the theorems of the paper; None if they were not measured.
+        recovery: sentences on the recovery; empty without recovery.
     """
 
     search: str
@@ -101,6 +106,7 @@ class ReportData:
     command: str
     extras: Extras
     theory: TheorySection | None
+    recovery: str
 
 
 def report_data(
@@ -138,6 +144,7 @@ def report_data(
             "stages": stages_table(store, search),
             "artifacts": _artifacts(search),
             "texts": _texts(search),
+            **_tables_of_recovery(store, search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
         },
@@ -146,7 +153,29 @@ def report_data(
         command,
         extras,
         theory,
+        _recovery(search),
     )
+
+
+def _recovery(search: FinishedSearch) -> str:
+    if search.recovery is None:
+        return ""
+    settings = search.settings
+    method, windows = settings["recover"]["method"], settings.get("recover_windows")
+    return sentences_on_recovery(method, search.recovery, search.stages, windows)
+
+
+def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:
+    """Return the perplexities with and without recovery, and the errors of the best plan's layers."""
+    if search.recovery is None:
+        return {}
+    outcomes = read_table(store, search.stages[RECOVERED_BEST], OUTCOMES_FILE).to_pylist()
+    layers = [
+        {"layer": row["layer"], "error": f"{name} recovery", "value": row[name]}
+        for row in outcomes
+        for name in ("before", "after")
+    ]
+    return {"recovery": recovery_rows(search.recovery), "recovered_layers": layers}
 
 
 def _artifacts(search: FinishedSearch) -> Rows:

@@ -30,6 +30,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "linears": linears_sentence(tables["linears"]),
         "failed": failed_sentence(tables["betas"]),
         "errors": errors_sentence(tables["errors"]),
+        "recovery": data.recovery,
         "speed": "" if data.extras.speed is None else speed_sentence(data.extras.speed),
         "measured": {name: summary_of(each) for name, each in data.measured.items()},
     }
@@ -46,6 +47,8 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),
         linears=_by_layer(tables["linears"], "linear", "sparsity"),
+        recovery=tables.get("recovery"),
+        recovered_layers=_by_layer(tables.get("recovered_layers", []), "error", "value"),
         theory=data.theory,
         figures={name: Markup(svg) for name, svg in figures.items()},
         speeds=[] if data.extras.speed is None else speed_rows(data.extras.speed),

@@ -10,6 +10,7 @@ from layerwise.storage.tables import read_table
 from layerwise.tasks.results.lane_scores import LOSSES_FILE
 
 TEST_FILE = "test.json"
+RECOVERY_FILE = "recovery.json"  # only with recovery
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,49 @@ class TestResult:
     uniform: float
     best: float
     gain: PairedDifference | None
+
+
+@dataclass(frozen=True)
+class TwoTexts:
+    """Perplexity of one model on two texts.
+
+    Attributes:
+        test: on the test windows.
+        calibration: on the calibration windows that were held out of the recovery: text like that it was fitted on.
+    """
+
+    test: float
+    calibration: float
+
+
+@dataclass(frozen=True)
+class RecoveryTest:
+    """Perplexities with and without recovery.
+
+    Attributes:
+        held_out_windows: number of windows of ``TwoTexts.calibration``.
+        uniform, best: recovered models; equal if the uniform plan is the best one.
+        uniform_before, best_before: the same plans, pruned and not recovered.
+        gain: paired difference on the test windows between the best plan with and without recovery, in nats.
+    """
+
+    held_out_windows: int
+    dense: TwoTexts
+    uniform: TwoTexts
+    best: TwoTexts
+    uniform_before: TwoTexts
+    best_before: TwoTexts
+    gain: PairedDifference
+
+
+def read_recovery(store: ArtifactStore, artifact: Artifact) -> RecoveryTest | None:
+    """Read the comparison with and without recovery from an artifact of ``evaluate``; None without recovery."""
+    if RECOVERY_FILE not in artifact.files:
+        return None
+    document = json.loads(store.read(artifact, RECOVERY_FILE))
+    models = ("dense", "uniform", "best", "uniform_before", "best_before")
+    texts = {name: TwoTexts(**document[name]) for name in models}
+    return RecoveryTest(document["held_out_windows"], **texts, gain=PairedDifference(**document["gain"]))
 
 
 def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:

@@ -1,8 +1,12 @@
-"""Roles that the artifacts of a search have in its result."""
+"""Roles that the artifacts of a search have in its result, and names of facts that several modules read."""
 
 SELECT, EXPORT, EVALUATE = "select", "export", "evaluate"
 # The result proper: `layerwise show` reads these, and `layerwise gc --results-only` keeps them.
 RESULTS = (SELECT, EXPORT, EVALUATE)
+RECOVERED_UNIFORM, RECOVERED_BEST = "recovered uniform", "recovered best"  # only with recovery
+
+# Facts of a recovered plan.
+LAYERS_RECOVERED, LAYERS_ROLLED_BACK = "layers recovered", "layers rolled back"
 
 
 def lane_role(beta: float, offset: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.results.evaluation import TestResult, read_test
+from layerwise.tasks.results.evaluation import RecoveryTest, TestResult, read_recovery, read_test
 from layerwise.tasks.results.roles import EVALUATE, SELECT, lane_role
 from layerwise.tasks.results.selection import ScoreRow, Selection, read_selection
 
@@ -24,6 +24,7 @@ class FinishedSearch:
         artifact: the artifact of the search itself.
         settings: plain JSON, by the names of the settings' fields.
         source: the model, as it was imported.
+        recovery: perplexities with and without recovery; None if the search does not recover.
         stages: all artifacts of the search by role.
     """
 
@@ -32,6 +33,7 @@ class FinishedSearch:
     source: str
     selection: Selection
     test: TestResult
+    recovery: RecoveryTest | None
     stages: Mapping[str, Artifact]
 
     def lane(self, row: ScoreRow) -> Artifact:
@@ -65,5 +67,6 @@ def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
         document["source"],
         read_selection(store, stages[SELECT]),
         read_test(store, stages[EVALUATE]),
+        read_recovery(store, stages[EVALUATE]),
         stages,
     )

@@ -1,7 +1,11 @@
 """Summary of a search for people, in rows and sentences: the same on the terminal, in Prefect and in the report."""
 
+from collections.abc import Mapping
+
 from layerwise.scoring.perplexity import format_perplexity, rounded_perplexity
-from layerwise.tasks.results.evaluation import TestResult
+from layerwise.storage.artifact import Artifact
+from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.selection import Selection
 
 
@@ -29,6 +33,60 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
             }
         )
     return rows
+
+
+def recovery_rows(recovery: RecoveryTest) -> list[dict[str, str | float]]:
+    """Return the perplexities with and without recovery on two texts, one row per model."""
+    models = {
+        "dense": recovery.dense,
+        "uniform, pruned": recovery.uniform_before,
+        "uniform, recovered": recovery.uniform,
+        "best, pruned": recovery.best_before,
+        "best, recovered": recovery.best,
+    }
+    return [
+        {
+            "model": model,
+            "test text": rounded_perplexity(texts.test),
+            "held-out calibration text": rounded_perplexity(texts.calibration),
+        }
+        for model, texts in models.items()
+    ]
+
+
+def sentences_on_recovery(
+    method: str, recovery: RecoveryTest, stages: Mapping[str, Artifact], search_windows: int | None
+) -> str:
+    """Describe the recovery of a search: what it was fitted on, and the layers that it left as they were.
+
+    Args:
+        stages: artifacts of the search, by role.
+        search_windows: number of calibration windows that the plans were compared on; None for all.
+    """
+    calibration, test = stages["calibration"].facts, stages["test"].facts
+    windows = int(str(calibration["windows"]))
+    fitted = windows - recovery.held_out_windows
+    tokens = fitted * int(str(calibration["seqlen"]))
+    layers = stages[RECOVERED_BEST].facts[LAYERS_ROLLED_BACK]
+    assert isinstance(layers, list), "the layers are listed"
+    rolled_back = ", ".join(map(str, layers)) if layers else "none"
+    parts = [
+        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {_text_name(calibration)}; "
+        f"{recovery.held_out_windows} more are held out. Layers rolled back: {rolled_back}."
+    ]
+    if search_windows is not None and search_windows < windows:
+        parts.append(f"The plans were compared with a recovery on {search_windows} of the {windows} windows.")
+    if calibration["corpus"] == test["corpus"]:
+        parts.append(
+            "The test text is from the same source as the calibration text; on other text the recovery gains less."
+        )
+    return " ".join(parts)
+
+
+def _text_name(facts: Mapping[str, object]) -> str:
+    """Return the name of a text without the folder of a file, which would be published with the model card."""
+    corpus = str(facts["corpus"])
+    return corpus if corpus.startswith("hf:") else corpus.rpartition("/")[2]
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:

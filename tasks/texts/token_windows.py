@@ -12,3 +12,11 @@ TOKENS_FILE = "tokens.safetensors"
 def read_input_ids(store: ArtifactStore, artifact: Artifact) -> Tensor:
     """Return the token ids of an artifact of ``sample_tokens``, int64, shape ``(windows, seqlen)``."""
     return read_tensors(store, artifact, TOKENS_FILE)["input_ids"]
+
+
+def shape_of(windows: Artifact) -> tuple[int, int]:
+    """Return the number of windows and their length in tokens, without reading them."""
+    entries = windows.files[TOKENS_FILE].tensors
+    assert entries is not None, "write_tensors records where tensors lie"
+    count, seqlen = entries["input_ids"].shape
+    return count, seqlen

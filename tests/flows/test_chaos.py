@@ -10,10 +10,10 @@ def test_after_fifty_kills_every_artifact_is_that_of_an_undisturbed_search(
     s3_bucket, prefect_backend, tmp_path
 ):
     stores = [str(tmp_path / "stores"), f"s3://{s3_bucket}/{uuid.uuid4().hex}"]
-    settings = small_search(tmp_path / "model")
+    settings = small_search(tmp_path / "model") | {"recover": "refit"}
     report = Chaos(settings, stores, tmp_path / "attempts", prefect_backend, seed=0).run(kills=50)
     print(report)
     assert report.problems == []
     assert report.kills.total() == 50
-    assert set(report.kills) >= {"import_checkpoint", "capture", "branch", "export", "evaluate"}
+    assert set(report.kills) >= {"import_checkpoint", "capture", "branch", "recover", "export", "evaluate"}
     assert report.pieces <= report.needed + 50

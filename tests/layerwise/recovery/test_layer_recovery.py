@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerwise.recovery.layer_recovery import RecoveryOutcome, recover_layer
-from layerwise.recovery.pruned_layer import relative_error
+from layerwise.recovery.pruned_layer import relative_errors
 from layerwise.recovery.refit import Refit, refit_layer
 from layerwise.recovery.train import Train
 
@@ -29,8 +29,8 @@ def test_a_refit_reports_the_errors_on_the_held_out_windows(pruned_layer, family
     pruned = pruned_layer(family)
     settings = Refit(alpha=0.25)
     weights, outcome = recover_layer(pruned, settings)
-    assert outcome.before == relative_error(pruned, {}, 0.25, HELD_OUT)
-    assert outcome.after == relative_error(pruned, weights, 0.25, HELD_OUT)
+    assert outcome.before == relative_errors(pruned, [{}], 0.25, HELD_OUT)[0]
+    assert outcome.after == relative_errors(pruned, [weights], 0.25, HELD_OUT)[0]
     assert outcome.accepted
     fitted = refit_layer(pruned, settings)
     assert all(torch.equal(weights[name], fitted[name]) for name in fitted)
@@ -60,8 +60,8 @@ def test_a_trained_layer_is_better_than_a_refitted_one(pruned_layer):
     fitted, _ = recover_layer(pruned, Refit(alpha=0))
     trained, outcome = recover_layer(pruned, Train(alpha=0, learning_rate=0.01))
     assert outcome.accepted
-    assert outcome.after == relative_error(pruned, trained, 0.0, held_out=8)
-    assert outcome.after < relative_error(pruned, fitted, 0.0, held_out=8)
+    assert outcome.after == relative_errors(pruned, [trained], 0.0, held_out=8)[0]
+    assert outcome.after < relative_errors(pruned, [fitted], 0.0, held_out=8)[0]
 
 
 @pytest.mark.parametrize("settings", [Refit(), Train()])

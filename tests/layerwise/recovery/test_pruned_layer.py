@@ -6,7 +6,7 @@ import torch
 from layerwise.recovery.pruned_layer import (
     held_out_windows,
     linears_by_input,
-    relative_error,
+    relative_errors,
     target_output,
     weights_replaced,
 )
@@ -36,13 +36,13 @@ def test_the_error_is_relative_to_each_token(pruned_layer):
         target = pruned.run(pruned.hidden_states[-2:])
     error = pruned.run(pruned.hidden_states[-2:]) - target
     expected = (error.norm(dim=-1) / target.norm(dim=-1)).square().mean()
-    assert relative_error(pruned, {}, 0.0, held_out=2) == pytest.approx(float(expected), rel=1e-4)
+    assert relative_errors(pruned, [{}], 0.0, held_out=2)[0] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_dense_layer_has_no_error_on_its_own_inputs(pruned_layer):
     pruned = pruned_layer()
-    assert relative_error(pruned, pruned.dense_weights, 0.0, held_out=2) == 0
-    assert relative_error(pruned, pruned.dense_weights, 0.5, held_out=2) > 0
+    assert relative_errors(pruned, [pruned.dense_weights], 0.0, held_out=2) == [0]
+    assert relative_errors(pruned, [pruned.dense_weights], 0.5, held_out=2)[0] > 0
 
 
 def test_the_target_mixes_the_dense_layers_outputs_on_both_hidden_states(pruned_layer):

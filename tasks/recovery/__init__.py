@@ -1,0 +1,1 @@
+"""Recovery of pruned models: the layers of chosen plans, and distillation."""
