@@ -1,6 +1,6 @@
 """Report: make the page of a finished search again, with the measurements made after the search.
 
-These are zero-shot accuracies, sizes of checkpoints, speed, and ATP's theorems; each is left out of the page until it
+These are zero-shot accuracies, sizes of checkpoints, speed, distillation, and ATP's theorems; each is left out of the page until it
 exists. Everything is read from the store: no model is opened, and Prefect's server is not needed.
 """
 
@@ -19,6 +19,7 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, TABLE_STAGE
 from layerwise.tasks.pages.report_data import CheckpointSizes, Extras, ZeroShotAccuracies
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.distillation import DISTILL_STAGE
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.results.speed_table import SPEED_STAGE, read_speed
 from layerwise.tasks.results.theory_findings import THEORY_STAGE
@@ -74,12 +75,14 @@ def find_extras(store: ArtifactStore, search: FinishedSearch, table: Artifact | 
     rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
     exported = search.stages.get("export")
     compressed = None if exported is None else _newest_from(artifacts, "compress", "export", exported)
+    distilled = None if exported is None else _newest_from(artifacts, DISTILL_STAGE, "export", exported)
     theory = _newest(artifacts, lambda each: _is_theory_of(each, search))
     return Extras(
         zero_shot=rows,
         sizes=None if compressed is None else _sizes(compressed),
         speed=None if exported is None else _newest_speed(store, exported, artifacts),
         theory="" if theory is None else theory.key,
+        distilled="" if distilled is None else distilled.key,
     )
 
 

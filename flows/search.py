@@ -18,7 +18,8 @@ from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.results.evaluation import read_recovery, read_test
+from layerwise.tasks.results.evaluation import RecoveryTest, read_recovery, read_test
+from layerwise.tasks.results.summary import sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 
 
@@ -103,7 +104,7 @@ def _publish(
         stages: all artifacts of the search by role.
         built: roles of the artifacts that were built in this run.
     """
-    checkpoint = chosen.scored.captured.checkpoint
+    checkpoint, recovery = chosen.scored.captured.checkpoint, read_recovery(store, chosen.tested)
     result = SearchResult(
         settings=settings.model_copy(update={"stop_after": chosen.scored.settings.stop_after}),
         source=str(checkpoint.artifact.facts["source"]),
@@ -113,8 +114,14 @@ def _publish(
         stages=stages,
         built=tuple(built),
         bytes_read=checkpoint.bytes_read,
-        recovery=read_recovery(store, chosen.tested),
+        recovery=recovery,
+        recovery_text="" if recovery is None else _recovery_text(settings, recovery, stages),
     )
     result, page = commit_result(store, result)
     publish_to_prefect(store, result, page)
     return result
+
+
+def _recovery_text(settings: Search, recovery: RecoveryTest, stages: dict[str, Artifact]) -> str:
+    assert settings.recover is not None, "only a search with recovery compares both"
+    return sentences_on_recovery(settings.recover.method, recovery, stages, settings.recover_windows)

@@ -345,6 +345,14 @@ class Search(Settings):
 
         return not isinstance(self.pruner, MaskPruner) or needs_grams(self.allocator)
 
+    def windows_to_recover_on(self, calibration: int) -> int:
+        """Return the number of calibration windows on which plans are recovered while they are compared.
+
+        Args:
+            calibration: number of all calibration windows.
+        """
+        return calibration if self.recover_windows is None else min(self.recover_windows, calibration)
+
     @property
     def title(self) -> str:
         """Short name of the search for lists of runs: model and sparsity."""

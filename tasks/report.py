@@ -41,7 +41,7 @@ TITLES = {
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
     extras = asdict(data.extras)
-    theory = extras.pop("theory")
+    keys = {"theory": extras.pop("theory"), "distill": extras.pop("distilled")}
     settings = {
         "made": [
             {name: row[name] for name in ("key", "committed", "seconds", "peak_memory")}
@@ -53,7 +53,7 @@ def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
         "compared": list(compared),
     }
     others = {f"compared {number:03d}": artifact.key for number, artifact in enumerate(compared.values())}
-    measured = {"theory": theory} if theory else {}
+    measured = {role: key for role, key in keys.items() if key}
     return Stage(REPORT_STAGE, 3, settings, {"search": data.search, **others, **measured})
 
 

@@ -36,6 +36,8 @@ from layerwise.tasks.measure import measure_stage
 from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.pages.model_card import ModelCard
+from layerwise.tasks.recovery.distill import DistillInputs, distill_stage
+from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.sample_tokens import TokenRequest, token_stage
@@ -137,6 +139,18 @@ def keys() -> dict[str, str]:
         "export": export_stage(inputs, score, uniform, WANDA),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),
+        "distill": distill_stage(
+            DistillInputs(
+                checkpoint,
+                artifact("export", 8),
+                calibration,
+                selection,
+                artifact("evaluate", 10),
+                "bfloat16",
+            ),
+            DistillSettings(64, 0.002, 4, 8, 8, 4, 0),
+            card,
+        ),
         "theory": theory_stage(inputs, [TheoryPlan("ascending", 0.5, ASCENDING)], WANDA),
         "theory_page": page_stage(artifact("theory", 9), "title", {"sparsity": 0.5}),
         "zero_shot": zero_shot_stage(checkpoint, FixedQuestions(), ZeroShotSettings("bfloat16")),  # type: ignore[arg-type]
@@ -170,6 +184,7 @@ GOLDEN = {
     "export": "export/917947c0ef88ef4b9451a86dfaef6dbe",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
+    "distill": "distill/c1f32889d679ed44047d4ef0ba2e31a1",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",
     "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",

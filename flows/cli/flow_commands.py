@@ -104,6 +104,24 @@ def run_compress(arguments: Namespace, began: float) -> None:
     console.print(seconds)
 
 
+def run_distill(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.cli.tables import show_distilled
+    from layerwise.flows.distill import Distill, distill
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import Runtime
+    from layerwise.storage.existing_store import existing_store
+    from layerwise.tasks.results.distillation import read_distillation
+
+    settings, runtime = read_options(arguments, Distill), read_options(arguments, Runtime)
+    store = existing_store(runtime.store)  # raises before the server is waited for
+    server = ServerStart()
+    folder, seconds = run_flow(lambda: distill(settings, runtime), server, None, began)
+    console = open_console()
+    show_distilled(console, read_distillation(store, folder), store.location(folder))
+    console.print(seconds)
+
+
 def run_flow(
     run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
 ) -> tuple[Result, str]:

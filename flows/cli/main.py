@@ -9,7 +9,14 @@ from argparse import Namespace
 from io import TextIOWrapper
 
 from layerwise.flows.cli.errors import explain, fail, stop
-from layerwise.flows.cli.flow_commands import run_compare, run_compress, run_search, run_theory, run_zero_shot
+from layerwise.flows.cli.flow_commands import (
+    run_compare,
+    run_compress,
+    run_distill,
+    run_search,
+    run_theory,
+    run_zero_shot,
+)
 from layerwise.flows.cli.parser import parse_command
 from layerwise.tasks.running.printable import one_line, printable
 
@@ -18,6 +25,7 @@ FLOWS = {
     "compare": run_compare,
     "zero-shot": run_zero_shot,
     "compress": run_compress,
+    "distill": run_distill,
     "theory": run_theory,
 }
 

@@ -21,6 +21,7 @@ WITH_SETTINGS = {
     "plan": "show what a search would run and need, without running it",
     "zero-shot": "test the models of a finished search on lm-eval's zero-shot tasks",
     "compress": "write the pruned checkpoint of a finished search without its zeros: smaller files",
+    "distill": "train the weights that a finished search kept towards the dense model: lower perplexity",
 }
 ON_STORES = {
     "status": "show running processes, unfinished stages and finished searches of a store",
@@ -32,6 +33,7 @@ ON_STORES = {
 }
 DEBUG = "Show the traceback of an error, for a bug report."
 BENCH = "measure the speed of a checkpoint on this machine's CPU, dense and with packed weights"
+STORE = "Folder or fsspec URL (s3://bucket/prefix) of the store."
 NEWEST_SEARCH = "Key of a search or its beginning, as ls prints it. Default: the newest search."
 
 
@@ -148,6 +150,14 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
         from layerwise.flows.compress import Compress
 
         add_options(parser, Compress)
+    elif command == "distill":
+        from layerwise.flows.distill import Distill
+
+        parser.add_argument("store", help=STORE)
+        parser.add_argument("search", nargs="?", metavar="key", help=NEWEST_SEARCH)
+        add_options(parser, Distill, without=["search"])
+        add_options(parser, Runtime, without=["store"], group="runtime")
+        return
     else:
         add_options(parser, Search)
     runtime = {"search": SearchRuntime, "plan": SearchRuntime, "compare": FanOutRuntime}.get(command, Runtime)
@@ -173,7 +183,7 @@ def _add_arguments_of_bench(parser: ArgumentParser) -> None:
 
 
 def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
-    parser.add_argument("store", help="Folder or fsspec URL (s3://bucket/prefix) of the store.")
+    parser.add_argument("store", help=STORE)
     if command == "show":
         what = "Key of an artifact or its beginning, as ls prints it. Default: the newest search."
         parser.add_argument("key", nargs="?", help=what)

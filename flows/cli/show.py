@@ -11,7 +11,6 @@ from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.storage.existing_store import existing_store
 from layerwise.tasks.results.evaluation import read_recovery, read_test
 from layerwise.tasks.results.measured_on import MeasuredOn, summary_of
-from layerwise.tasks.results.roles import RECOVERED_BEST
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
 from layerwise.tasks.results.selection import read_selection
 
@@ -44,10 +43,7 @@ def show_key(store_url: str, key: str | None) -> None:
         tested = store.get(stages["evaluate"])
         show_test(console, read_test(store, tested))
         if (recovery := read_recovery(store, tested)) is not None:
-            settings = document["settings"]
-            of_role = {role: store.get(stages[role]) for role in ("calibration", "test", RECOVERED_BEST)}
-            method, windows = settings["recover"]["method"], settings.get("recover_windows")
-            show_recovery(console, method, recovery, of_role, windows)
+            show_recovery(console, recovery, document["recovery"]["text"])
         show_stop(console, document["settings"].get("stop_after"), selection)
         for text, what in document.get("measured on", {}).items():  # missing in old results
             console.print(f"  {text}: {summary_of(MeasuredOn(**what))}", style="dim", soft_wrap=True)

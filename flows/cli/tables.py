@@ -10,13 +10,13 @@ from rich.table import Table
 from layerwise.display.byte_size import size
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
+from layerwise.tasks.results.distillation import Distillation, distillation_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.selection import Selection
 from layerwise.tasks.results.summary import (
     recovery_rows,
     sentence_on_stop,
     sentence_on_test,
-    sentences_on_recovery,
     table_rows,
 )
 
@@ -35,14 +35,8 @@ def show_result(console: Console, result: "SearchResult") -> None:
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
     show_test(console, result.test)
-    if result.recovery is not None and result.settings.recover is not None:
-        show_recovery(
-            console,
-            result.settings.recover.method,
-            result.recovery,
-            result.stages,
-            result.settings.recover_windows,
-        )
+    if result.recovery is not None:
+        show_recovery(console, result.recovery, result.recovery_text)
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print()
@@ -78,17 +72,11 @@ def show_test(console: Console, test: TestResult) -> None:
     console.print(sentence_on_test(test))
 
 
-def show_recovery(
-    console: Console,
-    method: str,
-    recovery: RecoveryTest,
-    stages: Mapping[str, Artifact],
-    search_windows: int | None,
-) -> None:
+def show_recovery(console: Console, recovery: RecoveryTest, text: str) -> None:
     """Print the perplexities with and without recovery on both texts, and what it was fitted on."""
     console.print()
     show_rows(console, recovery_rows(recovery), left=("model",))
-    console.print(sentences_on_recovery(method, recovery, stages, search_windows), soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def show_stop(console: Console, stop_after: int | None, selection: Selection) -> None:
@@ -144,6 +132,13 @@ def show_compressed(console: Console, folder: Artifact, place: str) -> None:
         before, after = (size(round(facts[f"{kind} bytes{of_what}"])) for kind in ("dense", "compressed"))
         console.print(f"{name}: {before} to {after} ({facts['ratio' + of_what]:.3f})")
     console.print(f"Compressed model: {_short(place)}", soft_wrap=True)
+
+
+def show_distilled(console: Console, result: Distillation, place: str) -> None:
+    """Print the perplexities of the dense, the pruned and the distilled model, and the folder of the last one."""
+    show_rows(console, distillation_rows(result), left=("model",))
+    console.print(result.sentence, soft_wrap=True)
+    console.print(f"Distilled model: {_short(place)}", soft_wrap=True)
 
 
 def show_speed(console: Console, table: "SpeedTable", report: str | None) -> None:

@@ -1,11 +1,11 @@
-"""A finished search, reopened with its lanes for zero-shot tasks or a compressed checkpoint."""
+"""A finished search, reopened with its lanes for zero-shot tasks, a compressed or a distilled checkpoint."""
 
 from dataclasses import dataclass
 
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, export_lane, scoring_steps
-from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.inputs import SearchInputs, check_inputs
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
@@ -16,7 +16,7 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import recovery_section
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows
 from layerwise.tasks.running.execution import Execution
 
 
@@ -30,6 +30,7 @@ class ReopenedSearch:
 
     search: FinishedSearch
     settings: Search
+    inputs: SearchInputs
     scored: Scored
     best: LaneScore
 
@@ -40,12 +41,9 @@ class ReopenedSearch:
     @property
     def recovery_section(self) -> str:
         """Section of a model card on the recovery; empty without recovery."""
-        if self.search.recovery is None or self.settings.recover is None:
+        if self.search.recovery is None:
             return ""
-        test, stages = self.search.recovery, self.search.stages
-        windows = self.settings.recover_windows
-        text = sentences_on_recovery(self.settings.recover.method, test, stages, windows)
-        return recovery_section(text, recovery_rows(test))
+        return recovery_section(self.search.recovery_text, recovery_rows(self.search.recovery))
 
     def checkpoint(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Checkpoint:
         """Return the checkpoint pruned by the plan of ``lane``, opened for reading."""
@@ -73,5 +71,6 @@ def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -
     """
     search = read_search(store, artifact_by_key(store, key))
     settings = Search.model_validate(search.settings)
-    scored, _ = build(scoring_steps(store, settings, check_inputs(store, settings)), execution)
-    return ReopenedSearch(search, settings, scored, scored.scores[search.selection.best])
+    inputs = check_inputs(store, settings)
+    scored, _ = build(scoring_steps(store, settings, inputs), execution)
+    return ReopenedSearch(search, settings, inputs, scored, scored.scores[search.selection.best])

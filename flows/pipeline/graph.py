@@ -304,12 +304,9 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     ):
         return None
     plans = allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
-    recovery_windows = None
-    if (
-        settings.recover_windows is not None
-        and settings.recover_windows < inputs.texts.windows["calibration"]
-    ):
-        recovery_windows = settings.recover_windows
+    all_windows = inputs.texts.windows["calibration"]
+    some_windows = settings.windows_to_recover_on(all_windows)
+    recovery_windows = some_windows if some_windows < all_windows else None
     return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans, recovery_windows)
 
 

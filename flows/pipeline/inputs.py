@@ -8,6 +8,7 @@ from layerwise.flows.pipeline.search_strategy import first_lanes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
+from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
@@ -75,6 +76,8 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     else:
         encoding = checkpoint.encoding_identity, checkpoint.tokenizer
     texts = count_texts(store, settings, corpora, *encoding, vocabulary)
+    if settings.recover is not None:
+        held_out_windows(settings.recover, settings.windows_to_recover_on(texts.windows["calibration"]))
     return SearchInputs(stage, checkpoint, index, linears, texts)
 
 

@@ -13,7 +13,8 @@ from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.charts.drawing import figure_file
 from layerwise.tasks.pages.markdown import code, fenced, plain
-from layerwise.tasks.results.summary import sentence_on_stop, sentence_on_test, table_rows
+from layerwise.tasks.pages.model_card import recovery_section
+from layerwise.tasks.results.summary import recovery_rows, sentence_on_stop, sentence_on_test, table_rows
 from layerwise.tasks.running.progress import going_on_without_prefect
 
 # Prefect's pages do not link to s3:// or to files, and take a path for one of their own: places are text to copy.
@@ -88,7 +89,7 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
 | uniform | 0 | {format_perplexity(uniform.perplexity)} | {format_perplexity(test.uniform)} |
 | **best** | {name.removeprefix(f"{selection.parameter} ")} | {format_perplexity(best.perplexity)} | {format_perplexity(test.best)} |
 
-{_image("Perplexity by beta", curve)}
+{_recovery(result)}{_image("Perplexity by beta", curve)}
 
 A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
 
@@ -108,6 +109,13 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 |:--|:--|:--|
 {_stage_rows(result)}
 """
+
+
+def _recovery(result: SearchResult) -> str:
+    """Format the section on recovery; empty without recovery."""
+    if result.recovery is None:
+        return ""
+    return recovery_section(result.recovery_text, recovery_rows(result.recovery))
 
 
 def where_the_report_is(place: str) -> str:

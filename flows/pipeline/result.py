@@ -41,6 +41,7 @@ class SearchResult:
         built: roles of the artifacts that were built in this run, by this process or by others.
         bytes_read: bytes of weights that this process read.
         recovery: perplexities with and without recovery; None if the search does not recover.
+        recovery_text: sentences on the recovery; "" if the search does not recover.
         artifact: artifact of the search itself; None before it is committed.
         report: location of the report's page; "" before it exists.
     """
@@ -54,6 +55,7 @@ class SearchResult:
     built: tuple[str, ...]
     bytes_read: int
     recovery: RecoveryTest | None = None
+    recovery_text: str = ""
     artifact: Artifact | None = None
     report: str = ""
 
@@ -75,7 +77,7 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         "stages": keys,
     }
     if result.recovery is not None:
-        document["recovery"] = asdict(result.recovery)
+        document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

@@ -63,9 +63,7 @@ class SearchSizes:
     def own_windows(self) -> int:
         """Number of calibration windows that every lane of a search carries through its own layers."""
         if self.settings.recover is not None:
-            return min(
-                self.settings.recover_windows or self.windows["calibration"], self.windows["calibration"]
-            )
+            return self.settings.windows_to_recover_on(self.windows["calibration"])
         return self.windows["calibration"] if self.settings.calibration_mode == "sequential" else 0
 
     def of(self, request: LaneRequest | None) -> "SearchSizes":

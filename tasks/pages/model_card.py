@@ -34,6 +34,11 @@ unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary ch
 ```
 
 `COMPRESSED.md` describes the files, and has a short loader that needs only torch and safetensors."""
+ON_SELECTION_TEXT = "The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic."
+ON_HELD_OUT_TEXT = (
+    "The held-out windows were not trained on, but they are from the text that was, and decided when the training "
+    "stopped. The test text had no part in any choice."
+)
 CITATION = """```bibtex
 @inproceedings{huang2025determining,
   title     = {Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective},
@@ -110,16 +115,21 @@ class ModelCard:
         return match[1] if match else None
 
 
-def model_card(card: ModelCard, form: Literal["dense", "compressed"], recovery: str = "") -> str:
+def model_card(
+    card: ModelCard, form: Literal["dense", "compressed"], recovery: str = "", distillation: str = ""
+) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
     Args:
         form: form of the checkpoint next to the card: "dense" (with zeros, for transformers) or "compressed".
         recovery: section on the recovery of the remaining weights; empty without recovery.
+        distillation: how the model was distilled after the pruning; empty if it was not.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     fitted = " and recovery of the remaining weights" if recovery else ""
+    training = f"## Distillation\n\n{plain(distillation)}\n\n" if distillation else ""
+    note = ON_HELD_OUT_TEXT if distillation else ON_SELECTION_TEXT
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
     return f"""---
 {_front_matter(card, form)}
@@ -137,7 +147,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{recovery}{_results(card.results)}{_speed(card.speed)}## How to load
+{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
 
@@ -187,7 +197,7 @@ def _layer_table(layers: Sequence[float]) -> str:
     return "\n".join(["| layer | zeros, % |", "|--:|--:|", *rows])
 
 
-def _results(results: Sequence[Result]) -> str:
+def _results(results: Sequence[Result], note: str) -> str:
     if not results:
         return ""
     rows = [
@@ -199,7 +209,7 @@ def _results(results: Sequence[Result]) -> str:
 
 {table}
 
-The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic.
+{note}
 
 """
 

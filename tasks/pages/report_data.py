@@ -9,6 +9,7 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
+from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
     Rows,
@@ -22,7 +23,7 @@ from layerwise.tasks.results.roles import RECOVERED_BEST
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.search_result import VERSIONS, FinishedSearch
 from layerwise.tasks.results.stage_times import stages_table
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows
 
 TEXTS = ("calibration", "selection", "test")
 TEXT_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
@@ -67,12 +68,14 @@ class Extras:
 
     Attributes:
         theory: key of the artifact of ``layerwise.tasks.theory.measure_theory``; empty if there is none.
+        distilled: key of the artifact of ``layerwise.tasks.recovery.distill.distill``; empty if there is none.
     """
 
     zero_shot: tuple[ZeroShotAccuracies, ...] = ()
     sizes: CheckpointSizes | None = None
     speed: SpeedTable | None = None
     theory: str = ""
+    distilled: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class ReportData:
         command: command that runs the same search; empty if it is not known.
         theory: findings on the theorems of the paper; None if they were not measured.
         recovery: sentences on the recovery; empty without recovery.
+        distillation: result of the distillation; None if the model was not distilled.
     """
 
     search: str
@@ -107,6 +111,7 @@ class ReportData:
     extras: Extras
     theory: TheorySection | None
     recovery: str
+    distillation: Distillation | None
 
 
 def report_data(
@@ -126,6 +131,7 @@ def report_data(
     assert isinstance(versions, dict), "versions are recorded by package"
     gain = search.test.gain
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
+    distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
     return ReportData(
         search.artifact.key,
         f"{title_of(search.source)} at sparsity {search.settings['sparsity']:g}",
@@ -147,22 +153,20 @@ def report_data(
             **_tables_of_recovery(store, search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
+            **(
+                {}
+                if distillation is None
+                else {"distillation": [dict(vars(row)) for row in distillation.rows]}
+            ),
         },
         search.stages["checkpoint"].facts,
         versions,
         command,
         extras,
         theory,
-        _recovery(search),
+        search.recovery_text,
+        distillation,
     )
-
-
-def _recovery(search: FinishedSearch) -> str:
-    if search.recovery is None:
-        return ""
-    settings = search.settings
-    method, windows = settings["recover"]["method"], settings.get("recover_windows")
-    return sentences_on_recovery(method, search.recovery, search.stages, windows)
 
 
 def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
+from layerwise.tasks.results.distillation import distillation_rows
 from layerwise.tasks.results.measured_on import summary_of
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows
 from layerwise.tasks.results.selection import TRIAL
@@ -52,6 +53,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         theory=data.theory,
         figures={name: Markup(svg) for name, svg in figures.items()},
         speeds=[] if data.extras.speed is None else speed_rows(data.extras.speed),
+        distilled=[] if data.distillation is None else distillation_rows(data.distillation),
         best=BEST,
         early=len({row["windows"] for row in tables["betas"]}) > 1,
     )

@@ -9,7 +9,16 @@ from layerwise.tasks.results.roles import RESULTS
 
 LISTED = 20  # files that are named in the output; the others are counted
 # Names of the stages that people read: pages, tables, the compressed model, speed.
-MADE_OF_RESULTS = ("report", "compare", "theory", "theory_page", "compress", "zero_shot_table", "speed")
+MADE_OF_RESULTS = (
+    "report",
+    "compare",
+    "theory",
+    "theory_page",
+    "compress",
+    "distill",
+    "zero_shot_table",
+    "speed",
+)
 
 
 def keys_of_results(artifacts: Sequence[Artifact]) -> set[str]:

@@ -25,6 +25,7 @@ class FinishedSearch:
         settings: plain JSON, by the names of the settings' fields.
         source: the model, as it was imported.
         recovery: perplexities with and without recovery; None if the search does not recover.
+        recovery_text: sentences on the recovery; "" if the search does not recover.
         stages: all artifacts of the search by role.
     """
 
@@ -34,6 +35,7 @@ class FinishedSearch:
     selection: Selection
     test: TestResult
     recovery: RecoveryTest | None
+    recovery_text: str
     stages: Mapping[str, Artifact]
 
     def lane(self, row: ScoreRow) -> Artifact:
@@ -68,5 +70,6 @@ def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
         read_selection(store, stages[SELECT]),
         read_test(store, stages[EVALUATE]),
         read_recovery(store, stages[EVALUATE]),
+        document.get("recovery", {}).get("text", ""),
         stages,
     )

@@ -39,9 +39,9 @@ REPORT_TIMEOUT = 10.0  # seconds
 
 
 class ProgressUpdate(Protocol):
-    """Function to call after each layer with the number of completed layers."""
+    """Function to call after each layer with the number of completed layers, and a note such as the current loss."""
 
-    def __call__(self, completed: int) -> None: ...
+    def __call__(self, completed: int, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -67,17 +67,18 @@ def showing(
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     console = PlainConsole(stderr=True)
     if resumed is not None:
         reports.log(f"{title}: resumed from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(printable(title), total=total, completed=start, memory=_memory())
+        bar = bars.add_task(printable(title), total=total, completed=start, memory=_memory(), note="")
 
-        def step(completed: int) -> None:
+        def step(completed: int, note: str = "") -> None:
             doing(f"{title}: {unit} {completed} of {total}")
-            bars.update(bar, completed=completed, memory=_memory())
-            reports.report(completed, to_stderr=not console.is_terminal)
+            bars.update(bar, completed=completed, memory=_memory(), note=note)
+            reports.report(completed, to_stderr=not console.is_terminal, note=note)
 
         doing(f"{title}: {unit} {start} of {total}")
         try:
@@ -100,7 +101,7 @@ class _Reports:
                 self._artifact = cast(UUID, create_progress_artifact(0.0, description=title))
         self._logger = get_run_logger() if in_task_run else logger
 
-    def report(self, completed: int, to_stderr: bool) -> None:
+    def report(self, completed: int, to_stderr: bool, note: str) -> None:
         logger.debug("%s: %s %d of %d done", self._title, self._unit, completed, self._total)
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_REPORTS and completed < self._total:
@@ -108,6 +109,7 @@ class _Reports:
         self._last = now
         left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
         line = f"{self._title}: {self._unit} {completed} of {self._total}, {left:.0f} s left, {_memory()}"
+        line += f", {note}" if note else ""
         self.log(line, to_stderr)
         if self._artifact is not None:
             with going_on_without_prefect():

@@ -1,10 +1,12 @@
 """Peak memory by depth: random models with 4 and 16 layers of LLaMA-7B width, in bfloat16, read from disk.
 
-    .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth
+    .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth [--recover]
 
-Needs 9 GB of disk and about 15 minutes. For each depth, a separate process runs import, capture, branch and export,
-first on a tiny model that loads all code. The peak is the largest memory of the process minus its memory before the
-large model. Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states.
+Needs 9 GB of disk and about 15 minutes; 20 GB and an hour with ``--recover``. For each depth, a separate process runs
+import, capture, branch and export, first on a tiny model that loads all code. With ``--recover``, lanes are refitted, and
+one plan is recovered before the export. The peak is the largest memory of the process minus its memory before the large
+model. Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states and, with
+``--recover``, what ``recovery_bytes`` allows for.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from transformers import LlamaConfig
 
 from layerwise.allocators.atp import arithmetic
 from layerwise.flows.settings import Search
+from layerwise.recovery.layer_recovery import recovery_bytes
+from layerwise.recovery.refit import Refit
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -31,6 +35,7 @@ from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.recovery.recover import recover
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.texts.token_windows import TOKENS_FILE
 
@@ -42,19 +47,21 @@ DEPTHS = (4, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--recover", action="store_true", help="recover lanes and the exported plan")
     parser.add_argument("--depth", type=int, help="measure one depth in this process")
     arguments = parser.parse_args()
     if arguments.depth:
-        sys.stdout.write(json.dumps(measure(arguments.folder, arguments.depth)))
+        sys.stdout.write(json.dumps(measure(arguments.folder, arguments.depth, arguments.recover)))
         return
     found = {}
     for depth in DEPTHS:
         write_model(arguments.folder / f"model-{depth}", depth)
         command = [sys.executable, __file__, "--folder", arguments.folder, "--depth", str(depth)]
+        command += ["--recover"] if arguments.recover else []
         found[depth] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{depth} layers: {found[depth]}")
     first, last = (found[depth] for depth in DEPTHS)
-    limit = 3 * last["layer"] + last["hidden states"]
+    limit = 3 * last["layer"] + last["hidden states"] + last["recovery"]
     growth = last["peak"] / first["peak"] - 1
     print(f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit")
     sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
@@ -96,35 +103,42 @@ def write_model(folder: Path, depth: int, **sizes: int) -> None:
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def measure(folder: Path, depth: int) -> dict[str, int]:
-    """Return sizes in bytes: peak above the start, weights of a layer, all hidden states."""
+def measure(folder: Path, depth: int, recover: bool) -> dict[str, int]:
+    """Return sizes in bytes: peak above the start, weights of a layer, all hidden states, memory of the recovery."""
     write_model(folder / "model-small", 2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
     # Loads all code.
-    run_stages(ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small"))
+    recovery = Refit(steps=1) if recover else None  # the number of steps does not matter for the memory
+    run_stages(ArtifactStore(str(folder / f"store-small-{depth}")), str(folder / "model-small"), recovery)
     before = memory("VmRSS")
-    checkpoint = run_stages(ArtifactStore(str(folder / f"store-{depth}")), str(folder / f"model-{depth}"))
+    store = ArtifactStore(str(folder / f"store-{depth}"))
+    checkpoint = run_stages(store, str(folder / f"model-{depth}"), recovery)
     window = SEQLEN * checkpoint.config.hidden_size * 2
+    linears = linears_by_layer(checkpoint.index, SEQLEN)[0]
     return {
         "peak": memory("VmHWM") - before,
         "layer": checkpoint.index.layer_bytes[0],
-        "hidden states": window * WINDOWS * (len(BETAS) + 1),
+        "hidden states": window * WINDOWS * (len(BETAS) + 1) * (1 if recovery is None else 2),
+        "recovery": 0 if recovery is None else recovery_bytes(recovery, linears, 2),
     }
 
 
-def run_stages(store: ArtifactStore, model: str) -> Checkpoint:
-    """Run import, capture, branch and export."""
+def run_stages(store: ArtifactStore, model: str, recovery: Refit | None) -> Checkpoint:
+    """Run import, capture, branch and export; with recovery, recover a plan before its export."""
     checkpoint = import_checkpoint(store, model)
     linears = linears_by_layer(checkpoint.index, SEQLEN)
     calibration, selection = (
         tokens(store, role, checkpoint.config.vocab_size) for role in ("calibration", "selection")
     )
     execution = Execution()
-    settings = Search(model="-", sparsity=0.5).pruning("bfloat16")
+    settings = Search(model="-", sparsity=0.5, recover=recovery).pruning("bfloat16")
     captured = capture.fn(store, checkpoint, calibration, selection, CaptureSettings("bfloat16"), execution)
     plans = [arithmetic(0.5, beta, layer_sizes_of(linears)) for beta in BETAS]
     inputs = LaneInputs(checkpoint, captured, calibration, selection)
     scores = branch.fn(store, inputs, plans, linears, settings, execution)
-    export.fn(store, checkpoint, captured, scores[1], scores[0], linears, settings, execution)
+    if recovery is not None:
+        recover.fn(store, inputs, [scores[1].plan], linears, settings, execution)
+    lanes = scores[1], scores[0]
+    export.fn(store, inputs, *lanes, linears, settings.one_shot, execution)
     return checkpoint
 
 

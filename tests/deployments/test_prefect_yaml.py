@@ -35,6 +35,7 @@ PARAMETERS = {
     "compare": {"settings": {"search": SEARCH, "sparsities": [0.5, 0.6]}},
     "zero-shot": {"settings": {"tasks": ["arc_easy"], "documents": 100}},
     "compress": {"settings": {}},
+    "distill": {"settings": {}},
     "theory": {"settings": {"search": SEARCH}},
     "gc": {},
 }
@@ -81,14 +82,14 @@ def test_a_run_that_waits_is_not_in_the_pool_that_computes(deployed):
     assert pools == {
         **dict.fromkeys(["search", "compare", "gc"], "control-of-test"),
         **dict.fromkeys(["capture", "branch", "evaluate"], "devices-of-test"),
-        **dict.fromkeys(["zero-shot", "compress", "theory"], "devices-of-test"),
+        **dict.fromkeys(["zero-shot", "compress", "distill", "theory"], "devices-of-test"),
     }
 
 
 def test_store_and_pools_come_from_the_environment(deployed):
     assert deployed["search"].parameters == {"runtime": FAN_OUT}
     assert deployed["compare"].parameters == {"runtime": FAN_OUT}
-    for name in ("zero-shot", "compress", "theory"):
+    for name in ("zero-shot", "compress", "distill", "theory"):
         assert deployed[name].parameters == {"runtime": {"store": "s3://bucket/prefix"}}
     assert deployed["gc"].parameters == {"store": "s3://bucket/prefix"}
 

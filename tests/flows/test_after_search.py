@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from layerwise.flows.cli import main as cli
 from layerwise.flows.compress import Compress, compress
+from layerwise.flows.distill import Distill, distill
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.flows.zero_shot import ZeroShot, zero_shot
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compressed.checkpoint import load
 from layerwise.tasks.report import PAGE_FILE
+from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.results.garbage import keys_of_results
 from tests.lm_task_files import WORDS, give_words, some_documents, write_task
 
@@ -114,6 +116,37 @@ def test_compress_exports_the_model_of_a_search_without_export(done, workshop):
     compress(Compress(), runtime)
     added = set(names_in(runtime)) - set(before)
     assert [key for key in added if key.startswith("export/")]
+
+
+def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, monkeypatch, capsys):
+    """It is trained on more windows than the search was calibrated on; the second search of this module is not used."""
+    store = ArtifactStore(done[1].store)
+    first = min(
+        (each for each in store.artifacts() if each.recipe["name"] == "search"), key=lambda a: a.made["at"]
+    )
+    options = ["--steps", "4", "--windows", "20", "--held-out", "2", "--batch", "2", "--evaluate-every", "2"]
+    monkeypatch.setattr(sys, "argv", ["layerwise", "distill", done[1].store, first.key, *options])
+    cli.main()
+    folder = newest(done[1], "distill")
+    result = read_distillation(store, folder)
+    shown = capsys.readouterr().out
+    assert [row.model for row in result.rows] == ["dense", "pruned", "distilled"]
+    assert all(f"{row.test:.2f}" in shown and f"{row.held_out:.2f}" in shown for row in result.rows)
+    assert store.location(folder) in shown
+    assert (result.windows, result.held_out_windows) == (18, 2)
+    assert result.rows[1].test == done[0].test.best
+    loaded = AutoModelForCausalLM.from_pretrained(store.location(folder)).state_dict()
+    pruned = AutoModelForCausalLM.from_pretrained(done[0].pruned).state_dict()
+    assert all(torch.equal(loaded[name] == 0, pruned[name] == 0) for name in pruned)
+    page = store.read(newest(done[1], "report"), PAGE_FILE).decode()
+    assert "<h2>Distillation</h2>" in page
+    assert f"{result.rows[2].test:.2f}" in page
+    assert folder.key in keys_of_results(list(store.artifacts()))
+
+
+def test_more_windows_than_the_calibration_text_has_are_refused(done):
+    with pytest.raises(ValueError, match="1000 x 16 = 16000 are needed"):
+        distill(Distill(windows=1000), done[1])
 
 
 def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, prefect_backend):

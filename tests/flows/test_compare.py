@@ -19,6 +19,7 @@ from layerwise.flows.settings import Search
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
+from layerwise.recovery.refit import Refit
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.evaluation import TestResult
@@ -163,6 +164,24 @@ def test_searches_that_differ_in_allocation_share_their_groups_and_tests(
         )
     assert [each.result.built for each in compare(settings, runtime)] == [(), (), ()]
     assert names_in(store.url) == names
+
+
+def test_searches_with_and_without_recovery_are_compared(workshop, prefect_backend, tmp_path):
+    common = workshop.settings(betas=[0.1], calibration_windows=12, recover_windows=6, recover="refit")
+    settings = Compare(search=common, recoveries=("none", "refit"))
+    assert [each.search.recover for each in settings.named_searches] == [None, Refit()]
+    assert [each.search.recover_windows for each in settings.named_searches] == [None, 6]
+    store = tmp_path / "store"
+    results = compare(settings, Runtime(store=str(store)))
+    assert [row["recover"] for row in rows_of(results)] == ["none", "refit"]
+    assert [row["recover"] for row in summary_of(results)] == ["none", "refit"]
+    found = names_in(str(store))
+    assert found["capture"] == 1
+    assert found["recovered"] in (1, 2)  # uniform and best, which may be the same plan
+    one_shot, recovered = (each.result for each in results)
+    assert recovered.recovery.dense.test == one_shot.test.dense
+    if recovered.selection.best == one_shot.selection.best:
+        assert recovered.recovery.best_before.test == one_shot.test.best
 
 
 def test_a_second_run_builds_nothing_and_has_the_same_results(compared, settings):

@@ -61,6 +61,21 @@ def test_a_plan_of_a_finished_search_lists_no_work(workshop, finished):
     assert {(stage.state, stage.reads, stage.writes) for stage in plan.stages} == {("in the store", 0, 0)}
 
 
+def test_a_plan_shows_the_recovery_and_its_memory(workshop, fresh_store_url):
+    settings = workshop.settings(recover="train", recover_windows=4)
+    plan = plan_search(settings, SearchRuntime(store=fresh_store_url))
+    assert [stage.name for stage in plan.stages] == [*STAGES[:-2], "recover", "evaluate", "export"]
+    assert stage_of(plan, "branch").state == "prune, refit and score 3 of them"
+    recovering = stage_of(plan, "recover")
+    assert recovering.reads == 2 * stage_of(plan, "export").reads
+    assert 0 < recovering.writes < 2 * stage_of(plan, "export").writes
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # of a layer
+    # Dense and new weights in float32 and a mask; Adam's 20 bytes.
+    assert plan.memory["recovery"] == weights * (9 + 20)
+    refit = plan_search(workshop.settings(recover="refit"), SearchRuntime(store=fresh_store_url))
+    assert refit.memory["recovery"] == weights * 9 + 12 * 48**2 + 20 * 32 * 48
+
+
 @pytest.mark.parametrize(
     ("changes", "left"),
     [

@@ -485,9 +485,10 @@ def test_a_missing_store_is_refused_and_not_created(command, tmp_path, monkeypat
     assert not missing.exists()
 
 
-@pytest.mark.parametrize("command", ["compress", "zero-shot"])
+@pytest.mark.parametrize("command", ["compress", "distill", "zero-shot"])
 def test_a_missing_store_is_refused_before_a_server_starts(command, tmp_path):
-    arguments = command_parser([command]).parse_args([command, "--store", str(tmp_path / "missing")])
+    store = [str(tmp_path / "missing")] if command == "distill" else ["--store", str(tmp_path / "missing")]
+    arguments = command_parser([command]).parse_args([command, *store])
     with pytest.raises(FileNotFoundError, match="missing is not a store: nothing is there"):
         FLOWS[command](arguments, 0.0)
     assert not (tmp_path / "missing").exists()

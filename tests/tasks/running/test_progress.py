@@ -33,6 +33,12 @@ def sign_of_a_new_process(store: ArtifactStore) -> str:
         return read_sign(store, "a" * 32).doing
 
 
+def test_a_note_is_shown_behind_the_numbers(capsys):
+    with showing("distill", total=1, unit="step") as step:
+        step(1, "loss 0.5")
+    assert capsys.readouterr().err.rstrip().endswith("GiB, loss 0.5")
+
+
 def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):
     with showing("branch: 3 betas", total=2) as step:
         step(1)
