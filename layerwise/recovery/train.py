@@ -55,7 +55,9 @@ class Train:
     damping: float = 0.01
     held_out: float = 0.125
     epochs: int = 2
-    learning_rate: float = 0.003
+    # Of SmolLM2-135M's first six layers at 0.7, the held-out error falls to 0.62 at 0.003, 0.60 at 0.01, and 0.65 at 0.03
+    # of its value after pruning (geometric mean); the refit alone reaches 0.70.
+    learning_rate: float = 0.01
     warm_up: float = 0.1
     seed: int = 0
 
@@ -66,7 +68,7 @@ class Train:
         if not 0 < self.learning_rate < 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate:g}; it must be between 0 and 1. Give a fraction of the weights' "
-                "size, e.g. 0.003."
+                "size, e.g. 0.01."
             )
         if not 0 <= self.warm_up < 1:
             raise ValueError(
