@@ -25,6 +25,8 @@ from layerwise.recovery.refit import Refit, converted
 MOST_EPOCHS = 1000  # guards against a mistyped number that would make a run endless
 BETAS = (0.9, 0.95)  # of Adam; the second one is short because a layer is trained for some dozen steps
 EVALUATIONS_PER_EPOCH = 2  # on the held-out windows; the best weights are kept
+# Share of the dense model's own outputs in the target of the training, which also decides on the best weights. SmolLM2-135M
+# at 0.7, beta 0.01, after a refit with alpha 0.25: perplexity 223 with 0 and 229 with 0.25, which also needs another pass.
 TRAINED_ALPHA = 0.0
 # Bytes per trained weight: value, gradient and two moments in float32, the converted weight and its gradient.
 TRAINED_BYTES = 20
