@@ -228,12 +228,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--stores", help="comma-separated folders and URLs; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recover", choices=("refit", "train"), help="recover the pruned layers")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     model = arguments.model
     settings = (
         small_search(folder / "model") if model == "small" else DEMO | {"model": model, "beta_count": 3}
     )
+    settings |= {} if arguments.recover is None else {"recover": arguments.recover}
     stores = arguments.stores.split(",") if arguments.stores else [str(folder / "stores")]
     with prefect_test_harness(server_startup_timeout=120):
         chaos = Chaos(settings, stores, folder / "attempts", str(PREFECT_API_URL.value()), arguments.seed)

@@ -21,7 +21,7 @@ STAGE_OF_TITLE = {"import": "import_checkpoint"}  # titles of progress that diff
 FINISHED = re.compile(r"INFO prefect\.task_runs (?P<stage>\w+) Finished in state Completed\(\)")
 # Logged after every layer, shard of an import, or loss of a lane, and before the following resume point.
 DONE = re.compile(
-    r"DEBUG layerwise\.tasks\.running\.progress \S+ (?P<title>\w+): .*: (?P<unit>\w+) (?P<number>\d+) of \d+ done"
+    r"DEBUG layerwise\.tasks\.running\.progress \S+ (?P<title>\w+): (?P<about>.*): (?P<unit>\w+) (?P<number>\d+) of \d+ done"
 )
 
 
@@ -58,7 +58,10 @@ def mark_of(line: str) -> str | None:
     if (match := FINISHED.match(line)) and match["stage"] in STAGES:  # check_inputs leaves no artifact
         return match["stage"]
     if match := DONE.match(line):
-        return f"{STAGE_OF_TITLE.get(match['title'], match['title'])}, {match['unit']} {match['number']}"
+        stage = STAGE_OF_TITLE.get(match["title"], match["title"])
+        # Every plan is recovered in a pass of its own.
+        name = f"{stage} {match['about']}" if stage == "recover" else stage
+        return f"{name}, {match['unit']} {match['number']}"
     return None
 
 
@@ -104,6 +107,6 @@ class Run:
                     if again not in (0, 1) or done != list(range(done[0], done[-1] + 1)):
                         yield f"{kind}: attempt {attempt} did {done}, but {reached} had been reached before"
                     reached = max(reached, done[-1])
-                finished = finished or kind.partition(",")[0] in log.finished
+                finished = finished or re.split("[ ,]", kind)[0] in log.finished
             if reached != numbers[-1]:
                 yield f"{kind}: only {reached} of {numbers[-1]} were done"

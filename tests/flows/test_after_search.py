@@ -144,6 +144,30 @@ def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, monkeypa
     assert folder.key in keys_of_results(list(store.artifacts()))
 
 
+def test_a_recovered_model_is_compared_with_the_pruned_one_and_compressed(
+    workshop, prefect_backend, tasks, tmp_path
+):
+    folder = shutil.copytree(workshop.model, tmp_path / "model")
+    give_words(folder)
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
+    text, runtime = str(tmp_path / "text.txt"), Runtime(store=str(tmp_path / "store"))
+    places = {"model": str(folder), "calibration": text, "selection": text, "calibration_windows": 50}
+    result = search(workshop.settings(**places, betas=[0.1], recover="refit"), runtime)
+    answers = zero_shot(ZeroShot(tasks=tasks[:1], documents=12), runtime)
+    (row,) = answers.rows
+    assert row.to_pruned.difference == pytest.approx(100 * (row.best.value - row.pruned.value))
+    recovered = load(ArtifactStore(runtime.store).location(compress(Compress(), runtime))).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(result.pruned).state_dict()
+    assert all(torch.equal(recovered[name], exported[name]) for name in exported)
+    card = (Path(result.pruned) / "README.md").read_text()
+    compressed = ArtifactStore(runtime.store).read(newest(runtime, "compress"), "README.md").decode()
+    assert result.recovery_text in card
+    assert result.recovery_text in compressed
+    page = ArtifactStore(runtime.store).read(newest(runtime, "report"), PAGE_FILE).decode()
+    assert "<h2>Without and with recovery</h2>" in page
+    assert "before recovery" in page
+
+
 def test_more_windows_than_the_calibration_text_has_are_refused(done):
     with pytest.raises(ValueError, match="1000 x 16 = 16000 are needed"):
         distill(Distill(windows=1000), done[1])
