@@ -25,6 +25,9 @@ from layerwise.recovery.refit import Refit, converted
 MOST_EPOCHS = 1000  # guards against a mistyped number that would make a run endless
 BETAS = (0.9, 0.95)  # of Adam; the second one is short because a layer is trained for some dozen steps
 EVALUATIONS_PER_EPOCH = 2  # on the held-out windows; the best weights are kept
+# Share of the dense model's own outputs in the target of the training, which also decides on the best weights. SmolLM2-135M
+# at 0.7, beta 0.01, after a refit with alpha 0.25 and at learning rate 0.003: perplexity 223 with 0 and 229 with 0.25,
+# which also needs another pass.
 TRAINED_ALPHA = 0.0
 # Bytes per trained weight: value, gradient and two moments in float32, the converted weight and its gradient.
 TRAINED_BYTES = 20
@@ -55,7 +58,10 @@ class Train:
     damping: float = 0.01
     held_out: float = 0.125
     epochs: int = 2
-    learning_rate: float = 0.003
+    # Of SmolLM2-135M's first six layers at 0.7, the held-out error falls to 0.62 at 0.003, 0.60 at 0.01, and 0.65 at 0.03
+    # of its value after pruning (geometric mean); the refit alone reaches 0.70. Perplexity of the model (32 windows of
+    # WikiText-2, beta 0.01): 363 pruned, 249 refitted, 223 trained at 0.003, 210 at 0.01.
+    learning_rate: float = 0.01
     warm_up: float = 0.1
     seed: int = 0
 
@@ -66,7 +72,7 @@ class Train:
         if not 0 < self.learning_rate < 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate:g}; it must be between 0 and 1. Give a fraction of the weights' "
-                "size, e.g. 0.003."
+                "size, e.g. 0.01."
             )
         if not 0 <= self.warm_up < 1:
             raise ValueError(
@@ -128,8 +134,9 @@ def train_layer(
             loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1)).sum()
         # Some layers do not use all of their linears: materialize_grads.
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        for each, gradient in zip(trained, gradients, strict=True):
+            # Adam does not move a weight whose gradient is always 0, so removed weights stay exactly zero.
+            each.weight.grad = gradient.masked_fill_(each.mask, 0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -166,13 +173,9 @@ class _TrainedLinear:
         kept = pruned.dense.float().masked_fill(pruned.mask, 0)
         self.scale = math.sqrt(float(kept.square().sum()) / max(1, int((~pruned.mask).sum())))
 
-    def masked(self) -> Tensor:
-        """Return the weight, zero where it was removed. The gradient is masked as well, so these zeros never change."""
-        return self.weight.masked_fill(self.mask, 0)
-
     def result(self) -> Tensor:
-        """Return the weight in the checkpoint's dtype."""
-        return converted(self.masked(), self.dtype)
+        """Return a copy of the weight in the checkpoint's dtype."""
+        return converted(self.weight.detach(), self.dtype)
 
 
 def _start(pruned: LayerToRecover, weights: Mapping[str, Tensor], each: PrunedLinear) -> Tensor:
@@ -195,7 +198,7 @@ def _order(index: int, windows: int, settings: Train) -> list[int]:
 
 def _output(pruned: LayerToRecover, trained: list[_TrainedLinear], hidden_states: Tensor) -> Tensor:
     """Return the output of the layer with the trained weights, in a form that can be differentiated."""
-    weights = {each.linear.weight_name: each.masked().to(pruned.model.dtype) for each in trained}
+    weights = {each.linear.weight_name: each.weight.to(pruned.model.dtype) for each in trained}
 
     def layer(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(pruned.layer, weights, args, kwargs)

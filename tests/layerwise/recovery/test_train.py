@@ -19,7 +19,7 @@ def same(weights, others) -> bool:
 def test_training_lowers_the_error_below_that_of_the_refit(pruned_layer, family):
     pruned = pruned_layer(family, windows=MANY)
     fitted = refit_layer(pruned, Refit(alpha=0))
-    trained = train_layer(pruned, fitted, Train(learning_rate=0.01))
+    trained = train_layer(pruned, fitted, Train())
     errors = relative_errors(pruned, [{}, fitted, trained], 0.0, HELD_OUT)
     assert errors[2] < errors[1] < errors[0]
     for each in pruned.linears:
@@ -29,7 +29,7 @@ def test_training_lowers_the_error_below_that_of_the_refit(pruned_layer, family)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_lowers_the_error_in_every_dtype(pruned_layer, dtype):
     pruned = pruned_layer("llama", dtype, windows=MANY)
-    trained = train_layer(pruned, {}, Train(learning_rate=0.01))
+    trained = train_layer(pruned, {}, Train())
     assert {weight.dtype for weight in trained.values()} == {dtype}
     assert (
         relative_errors(pruned, [trained], 0.0, HELD_OUT)[0]
