@@ -26,6 +26,7 @@ from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.sample_tokens import require_windows
 from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
+from layerwise.tasks.texts.token_windows import shape_of
 
 
 class Distill(Settings):
@@ -98,6 +99,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
 def _distilled(store: ArtifactStore, settings: Distill, execution: Execution) -> Artifact:
     finished = reopen_search(store, settings.search, execution)
     before = finished.scored.captured
+    settings.training.require_windows(settings.windows or shape_of(before.windows["calibration"])[0])
     exported = finished.exported(store, finished.best, execution)
     inputs = DistillInputs(
         before.checkpoint,

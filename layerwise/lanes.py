@@ -168,7 +168,7 @@ class LaneGroup:
                 pruning.linear,
                 dense[pruning.linear.name],
                 pruning.linear.oriented(pruning.mask),
-                stored[pruning.linear.weight_name].dtype,
+                stored[pruning.linear.weight_name],
             )
             for pruning in prunings
             if counts[pruning.linear]

@@ -32,9 +32,14 @@ from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, SPARSITY_FILE, copied_files
 
 
-def compress_stage(exported_key: str, card: ModelCard) -> Stage:
-    """Describe the compression of an export, given by its key."""
-    return Stage("compress", 1, {"card": card}, {"export": exported_key})
+def compress_stage(exported_key: str, card: ModelCard, recovery: str = "") -> Stage:
+    """Describe the compression of an export, given by its key.
+
+    Args:
+        recovery: section on the recovery in README.md; empty without recovery.
+    """
+    section = {"recovery": recovery} if recovery else {}
+    return Stage("compress", 1, {"card": card, **section}, {"export": exported_key})
 
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
@@ -49,7 +54,7 @@ def compress(
 
     Args:
         card: content of README.md, with the results of the evaluation.
-        recovery: section on the recovery in README.md; it follows from ``exported``.
+        recovery: section on the recovery in README.md; empty without recovery.
     """
 
     def build(draft: Draft) -> None:
@@ -65,7 +70,7 @@ def compress(
         draft.write(CARD_FILE, model_card(card, "compressed", recovery).encode())
         draft.facts |= sizes
 
-    result = store.get_or_build(compress_stage(exported.key, card), build)
+    result = store.get_or_build(compress_stage(exported.key, card, recovery), build)
     require_whole(store, result)  # a reused artifact is not read by any later stage
     return result
 

@@ -97,7 +97,7 @@ def evaluate(
         planned = [PlannedLane(settings.removed(plan, linears)) for plan in plans]
         if settings.recover is not None:
             title = f"{title}, with and without recovery"
-            layers = [RecoveredLayers(store, plan, inputs, settings).weights for plan in plans]
+            layers = [RecoveredLayers(store, plan, inputs, settings).existing for plan in plans]
             planned = [
                 *(replace(lane, recovered=read) for lane, read in zip(planned, layers, strict=True)),
                 *planned,

@@ -28,7 +28,7 @@ from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery, text_name
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -88,6 +88,8 @@ def export_stage(
     if recovery is not None:
         by_role |= {"recovered": recovery.recovered.key, "tested": recovery.tested.key}
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
+    if recovery is not None:  # the section on recovery names the texts, which equal tokens do not determine
+        card["texts"] = [text_name(inputs.calibration.facts), text_name(recovery.test.facts)]
     if (known := source_license(checkpoint)) is not None:
         card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
     return Stage("export", 1, {"prune": settings.identity, "card": card}, by_role)
@@ -224,8 +226,7 @@ class _Export:
         pruning = LayerPruning(
             self.settings.pruner, self.settings.pattern_group, index, linears, weights, inputs
         )
-        recovered = self.recovered.weights(index) if self.settings.recover is not None else {}
-        assert recovered is not None, "a plan is exported after its recovery"
+        recovered = self.recovered.existing(index) if self.settings.recover is not None else {}
         left = [
             0 if linear.name in recovered else count
             for linear, count in zip(linears, self.removed[index], strict=True)

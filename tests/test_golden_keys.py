@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
-Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it. A
-new value is a decision that stands in CHANGELOG.md.
+Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
+for stages that were new after it (recovery, distillation). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -15,6 +15,8 @@ from layerwise.models.skeleton import Linear
 from layerwise.pruners.alps import ALPS
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
+from layerwise.recovery.refit import Refit
+from layerwise.recovery.train import Train
 from layerwise.scoring.theorem_plans import TheoryPlan
 from layerwise.storage.artifact import Artifact, StoredFile
 from layerwise.storage.formats.canonical_json import digest
@@ -27,11 +29,12 @@ from layerwise.tasks.capture import CaptureSettings, capture_stage
 from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.compress import compress_stage
 from layerwise.tasks.evaluate import evaluate_stage
-from layerwise.tasks.export import export_stage
+from layerwise.tasks.export import RecoveredExport, export_stage
 from layerwise.tasks.import_checkpoint import import_stage
 from layerwise.tasks.lanes.group_membership import group_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
+from layerwise.tasks.lanes.recovered_layers import recovered_layer_stage
 from layerwise.tasks.measure import measure_stage
 from layerwise.tasks.models.checkpoint import INDEX_FILE, Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
@@ -109,6 +112,7 @@ def keys() -> dict[str, str]:
         test_windows=None,
         seqlen=2048,
     )
+    refit = replace(WANDA, recover=Refit())
     stages = {
         "import, demo": import_stage("demo"),
         "import, hub": import_stage(f"owner/name@{COMMIT}"),
@@ -137,6 +141,19 @@ def keys() -> dict[str, str]:
         "lane_rounds": joined_stage([score, uniform]),
         "select": select_stage([uniform, score], 11.5, "beta"),
         "export": export_stage(inputs, score, uniform, WANDA),
+        "lane, recovered": lane_stage(ASCENDING, inputs, refit),
+        "lane, recovered on some windows": lane_stage(ASCENDING, replace(inputs, recovery_windows=4), refit),
+        "recovered_layer": recovered_layer_stage(ASCENDING, 1, inputs, refit),
+        "recovered_layer, trained": recovered_layer_stage(
+            ASCENDING, 1, inputs, replace(WANDA, recover=Train())
+        ),
+        "export, recovered": export_stage(
+            inputs,
+            score,
+            uniform,
+            refit,
+            RecoveredExport(artifact("recovered", 11), artifact("evaluate", 10), selection),
+        ),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),
         "distill": distill_stage(
@@ -182,9 +199,14 @@ GOLDEN = {
     "lane_rounds": "lane_rounds/982792a6871635432d7cb044c12b412e",
     "select": "select/a4c6c4a570d7a622c4eaca72238e9958",
     "export": "export/917947c0ef88ef4b9451a86dfaef6dbe",
+    "lane, recovered": "lane/d1cff67ca6c363f4fc25d6fba75acea4",
+    "lane, recovered on some windows": "lane/c0487206414178f90a1c6fb994b1d6c6",
+    "recovered_layer": "recovered_layer/572562efe7ace327264c5cda89f4d552",
+    "recovered_layer, trained": "recovered_layer/ae3cec2e78d94db2c4c6bb2d88b14df7",
+    "export, recovered": "export/30d6c2e1cc061423169fc6923f8d24d9",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
-    "distill": "distill/c1f32889d679ed44047d4ef0ba2e31a1",
+    "distill": "distill/acdfc494ca07669cdc552f8dd29c7849",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",
     "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.models.skeleton import Linear
-from layerwise.recovery.pruned_layer import LayerToRecover, held_out_windows, relative_errors
+from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, held_out_windows, relative_errors
 from layerwise.recovery.refit import REFITTED_ENTRIES, Refit, refit_layer
 from layerwise.recovery.train import TRAINED_ALPHA, TRAINED_BYTES, Train, train_layer
 
@@ -64,7 +64,17 @@ def recover_layer(pruned: LayerToRecover, settings: Recovery) -> tuple[Mapping[s
     if isinstance(settings, Train):
         weights = train_layer(pruned, weights if outcome.accepted else {}, settings)
         outcome = _outcome(pruned, weights, refit, TRAINED_ALPHA)
-    return weights, outcome
+    return {
+        each.linear.name: _without_new_zeros(each, weights)
+        for each in pruned.linears
+        if each.linear.name in weights
+    }, outcome
+
+
+def _without_new_zeros(each: PrunedLinear, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return a new weight in which remaining values that the dtype of the computation rounds to zero have their old value."""
+    new = weights[each.linear.name]
+    return torch.where((new == 0) & ~each.mask, each.stored.to(new.device), new)
 
 
 def _outcome(

@@ -30,14 +30,20 @@ class PrunedLinear:
 
     Attributes:
         dense: weight before pruning, in the dtype of the computation.
-        mask: ``True`` where the pruned weight is zero.
-        dtype: dtype of the checkpoint; recovered weights have it.
+        mask: ``True`` where the weight was removed.
+        stored: weight in the checkpoint's dtype, which recovered weights have. Only values that are not removed are read:
+            the others may be zero already.
     """
 
     linear: Linear
     dense: Tensor
     mask: Tensor
-    dtype: torch.dtype
+    stored: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the checkpoint."""
+        return self.stored.dtype
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,19 @@ def relative_errors(
         for number, weights in enumerate(candidates):
             with weights_replaced(pruned.layer, weights):
                 error = pruned.run(states).float() - target
-            relative = error.square().sum(dim=-1) / target.square().sum(dim=-1)
-            totals[number] += relative.sum(dtype=torch.float64)
+            totals[number] += (error.square().sum(dim=-1) * weight_of_tokens(target)).sum(dtype=torch.float64)
         tokens += states.shape[0] * states.shape[1]
     return [total / tokens for total in totals.tolist()]
+
+
+def weight_of_tokens(target: Tensor) -> Tensor:
+    """Return ``1 / ||y||^2`` of every token; 0 for a token whose target is zero, which has no relative error.
+
+    Args:
+        target: shape ``(..., hidden_size)``.
+    """
+    energy = target.square().sum(dim=-1)
+    return torch.where(energy > 0, 1 / energy, 0)
 
 
 @torch.no_grad()

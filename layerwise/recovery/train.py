@@ -19,6 +19,7 @@ from layerwise.recovery.pruned_layer import (
     relative_errors,
     target_output,
     weight_of,
+    weight_of_tokens,
 )
 from layerwise.recovery.refit import Refit, converted
 
@@ -131,7 +132,7 @@ def train_layer(
         with torch.enable_grad():
             error = _output(pruned, trained, states).float() - target
             # The sum over the tokens and not their mean, whose gradients may vanish in float16. Adam ignores the factor.
-            loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1)).sum()
+            loss = (error.square().sum(dim=-1) * weight_of_tokens(target)).sum()
         # Some layers do not use all of their linears: materialize_grads.
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         for each, gradient in zip(trained, gradients, strict=True):

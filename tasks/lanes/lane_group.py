@@ -39,7 +39,7 @@ class LaneInputs:
     """Inputs of a group of lanes, apart from the plans.
 
     Attributes:
-        calibration: calibration windows; read only with sequential calibration or with recovery.
+        calibration: calibration windows; read only with sequential calibration, recovery or ``held_out``.
         scored: windows that the lanes are scored on.
         grams: an artifact of ``capture_grams``, for a pruner that corrects weights.
         windows: range of the scored windows to use (start, end); None for all.
@@ -211,6 +211,9 @@ class _Group:
 
     def _own_windows(self) -> Tensor:
         """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``."""
+        plain = self.settings.calibration_mode == "dense" and self.settings.recover is None
+        if plain and not self.inputs.held_out:
+            return self.scored[:0]
         windows = read_input_ids(self.store, self.inputs.calibration)
         if self.settings.calibration_mode == "sequential":
             return windows

@@ -1,6 +1,7 @@
 """Recovered layers: one artifact for each decoder layer of a plan, with the weights that replace the pruned ones."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.recovery.layer_recovery import RecoveryOutcome
-from layerwise.storage.artifact import Artifact
+from layerwise.storage.artifact import Artifact, Damaged
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -60,6 +61,23 @@ class RecoveredLayers:
             return None
         return read_tensors(self.store, artifact, WEIGHTS_FILE) if WEIGHTS_FILE in artifact.files else {}
 
+    def existing(self, layer: int) -> Mapping[str, Tensor]:
+        """Read the weights of a layer of a plan that was recovered before.
+
+        Raises:
+            Damaged: the layer is missing, so the plan is to be recovered again.
+        """
+        weights = self.weights(layer)
+        if weights is None:
+            whole = recovered_stage(self.plan, self.inputs, self.settings)
+            artifact = self.store.find(whole)
+            raise Damaged(
+                f"{whole.key}: its recovered layer {layer} is missing.",
+                whole.key,
+                "" if artifact is None else artifact.token,
+            )
+        return weights
+
     def keep(self, layer: int, weights: Mapping[str, Tensor], outcome: RecoveryOutcome | None) -> None:
         """Commit a layer.
 
@@ -83,19 +101,29 @@ class RecoveredLayers:
 
 
 def outcome_row(outcome: RecoveryOutcome | None) -> dict[str, object]:
-    """Return a recovery's outcome as columns: errors before and after, and whether the new weights are used."""
+    """Return a recovery's outcome as columns: whether the layer lost weights, errors, whether the new weights are used.
+
+    An error that is not finite, because the lane has diverged, is None.
+    """
     if outcome is None:
-        return {"before": None, "after": None, "accepted": False}
-    return {"before": outcome.before, "after": outcome.after, "accepted": outcome.accepted}
+        return {"pruned": False, "before": None, "after": None, "accepted": False}
+    before, after = (value if math.isfinite(value) else None for value in (outcome.before, outcome.after))
+    return {"pruned": True, "before": before, "after": after, "accepted": outcome.accepted}
 
 
 def write_outcomes(draft: Draft, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write the outcomes of all layers of a plan; rows have the columns layer, before, after and accepted."""
-    types = {"layer": pa.int64(), "before": pa.float64(), "after": pa.float64(), "accepted": pa.bool_()}
+    """Write the outcomes of all layers of a plan; rows have the columns layer, pruned, before, after and accepted."""
+    types = {
+        "layer": pa.int64(),
+        "pruned": pa.bool_(),
+        "before": pa.float64(),
+        "after": pa.float64(),
+        "accepted": pa.bool_(),
+    }
     columns = {column: pa.array([row[column] for row in rows], kind) for column, kind in types.items()}
     write_table(draft, name, pa.table(columns))
 
 
 def was_rolled_back(row: Mapping[str, object]) -> bool:
     """Return whether a layer lost weights, and keeps those that remain because the recovery did not lower its error."""
-    return not row["accepted"] and row["before"] is not None
+    return bool(row["pruned"]) and not row["accepted"]

@@ -36,8 +36,8 @@ unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary ch
 `COMPRESSED.md` describes the files, and has a short loader that needs only torch and safetensors."""
 ON_SELECTION_TEXT = "The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic."
 ON_HELD_OUT_TEXT = (
-    "The held-out windows were not trained on, but they are from the text that was, and decided when the training "
-    "stopped. The test text had no part in any choice."
+    "The distillation did not train on the held-out windows. They are from the text that it trained on, they decided when it "
+    "stopped, and the pruning and the recovery before it may have used them. The test text had no part in any choice."
 )
 CITATION = """```bibtex
 @inproceedings{huang2025determining,
@@ -129,7 +129,7 @@ def model_card(
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     fitted = " and recovery of the remaining weights" if recovery else ""
     training = f"## Distillation\n\n{plain(distillation)}\n\n" if distillation else ""
-    note = ON_HELD_OUT_TEXT if distillation else ON_SELECTION_TEXT
+    note = ON_HELD_OUT_TEXT if distillation else "" if recovery else ON_SELECTION_TEXT
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
     return f"""---
 {_front_matter(card, form)}
@@ -210,8 +210,7 @@ def _results(results: Sequence[Result], note: str) -> str:
 {table}
 
 {note}
-
-"""
+{chr(10) if note else ""}"""
 
 
 def _speed(table: SpeedTable | None) -> str:

@@ -26,7 +26,8 @@ def card_of_lane(
 ) -> ModelCard:
     """Make the card of the chosen lane, with the results on the selection text.
 
-    The card does not name the allocator, because a lane does not depend on how its plan was made.
+    With recovery, the lanes may have been recovered on fewer windows than the model, so the card has no results on the
+    selection text; its section on recovery has those on the test text. The card does not name the allocator, because a lane does not depend on how its plan was made.
 
     Args:
         inputs: inputs of the lanes.
@@ -44,7 +45,9 @@ def card_of_lane(
             for index in range(checkpoint.num_layers)
         ),
         _realised(rows),
-        _results("selection text", inputs.scored, dense_perplexity(inputs.capture), *perplexities),
+        _results("selection text", inputs.scored, dense_perplexity(inputs.capture), *perplexities)
+        if settings.recover is None
+        else (),
     )
 
 

@@ -34,6 +34,7 @@ from layerwise.tasks.results.distillation import (
 )
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.results.summary import text_name
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -63,13 +64,24 @@ class DistillInputs:
     dtype: str
 
     @property
+    def text_name(self) -> str:
+        """Name of the calibration text, for people. Equal tokens do not determine it."""
+        return text_name(self.calibration.facts)
+
+    @property
     def training_dtype(self) -> str:
         """Dtype of the training. float16 would need a scaled loss; bfloat16 has the range of float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 
-def distill_stage(inputs: DistillInputs, settings: DistillSettings, card: ModelCard) -> Stage:
-    """Describe a distillation."""
+def distill_stage(
+    inputs: DistillInputs, settings: DistillSettings, card: ModelCard, recovery: str = ""
+) -> Stage:
+    """Describe a distillation.
+
+    Args:
+        recovery: section of the model card on the recovery; empty without recovery.
+    """
     by_role = {
         "checkpoint": inputs.dense.identity,
         "export": inputs.exported.key,
@@ -77,9 +89,9 @@ def distill_stage(inputs: DistillInputs, settings: DistillSettings, card: ModelC
         "test": inputs.test.content,
         "evaluate": inputs.tested.key,
     }
-    return Stage(
-        DISTILL_STAGE, 1, {"distill": asdict(settings), "dtype": inputs.dtype, "card": card}, by_role
-    )
+    own = {"distill": asdict(settings), "dtype": inputs.dtype, "card": card, "text": inputs.text_name}
+    section = {"recovery": recovery} if recovery else {}
+    return Stage(DISTILL_STAGE, 1, {**own, **section}, by_role)
 
 
 @stage_task(about=lambda inputs, settings, **_: f"{model_title(inputs.dense)}, {settings.steps} steps")
@@ -98,7 +110,7 @@ def distill(
 
     Args:
         card: model card of the exported model, without results.
-        recovery: section of the model card on the recovery; it follows from the export.
+        recovery: section of the model card on the recovery; empty without recovery.
 
     Raises:
         ValueError: there is too little memory for the whole model with gradients, or too few windows.
@@ -114,7 +126,7 @@ def distill(
         draft.facts |= {"steps": result.steps, "best step": result.best_step}
         draft.facts |= {f"{row.model} perplexity": row.test for row in result.rows}
 
-    artifact = store.get_or_build(distill_stage(inputs, settings, card), build)
+    artifact = store.get_or_build(distill_stage(inputs, settings, card, recovery), build)
     require_whole(store, artifact)  # a reused artifact is not read by any later stage
     return artifact
 
@@ -268,7 +280,7 @@ class _Distillation:
     ) -> Distillation:
         settings, seqlen = self.settings, self.input_ids.shape[1]
         return Distillation(
-            _public_name(str(self.inputs.calibration.facts.get("corpus", "unknown"))),
+            self.inputs.text_name,
             len(self.input_ids) - self.settings.held_out,
             self.settings.held_out,
             test_windows,
@@ -293,11 +305,6 @@ class _Distillation:
             yield {
                 relative: self._distilled(names[relative].name, weight) for relative, weight in layer.items()
             }
-
-
-def _public_name(corpus: str) -> str:
-    """Return the name of a text for a model card, without the folders of a path or URL."""
-    return corpus.rpartition("/")[2] if corpus.startswith("/") or "://" in corpus else corpus
 
 
 def _note(loss: float, evaluations: list[HeldOutLoss]) -> str:

@@ -71,11 +71,13 @@ def sentences_on_recovery(
     assert isinstance(layers, list), "the layers are listed"
     rolled_back = ", ".join(map(str, layers)) if layers else "none"
     parts = [
-        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {_text_name(calibration)}; "
+        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {text_name(calibration)}; "
         f"{recovery.held_out_windows} more are held out. Layers rolled back: {rolled_back}."
     ]
-    if search_windows is not None and search_windows < windows:
-        parts.append(f"The plans were compared with a recovery on {search_windows} of the {windows} windows.")
+    on_some = search_windows is not None and search_windows < windows
+    if on_some or method != "refit":
+        where = f" on {search_windows} of the {windows} windows" if on_some else ""
+        parts.append(f"The plans were compared after a refit{where}.")
     if calibration["corpus"] == test["corpus"]:
         parts.append(
             "The test text is from the same source as the calibration text; on other text the recovery gains less."
@@ -83,9 +85,9 @@ def sentences_on_recovery(
     return " ".join(parts)
 
 
-def _text_name(facts: Mapping[str, object]) -> str:
+def text_name(facts: Mapping[str, object]) -> str:
     """Return the name of a text without the folder of a file, which would be published with the model card."""
-    corpus = str(facts["corpus"])
+    corpus = str(facts.get("corpus", "unknown"))
     return corpus if corpus.startswith("hf:") else corpus.rpartition("/")[2]
 
 

@@ -88,5 +88,5 @@ def test_the_result_shows_both_texts_and_what_was_done(recovered, folder, capsys
     assert "best, pruned" in shown
     assert "held-out calibration text" in shown
     assert "fitted on 35 windows (840 tokens)" in shown
-    assert "compared with a recovery on 16 of the 40 windows" in shown
+    assert "compared after a refit on 16 of the 40 windows" in shown
     assert "from the same source as the calibration text" in shown

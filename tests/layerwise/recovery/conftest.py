@@ -34,7 +34,7 @@ def pruned_layer(tiny_model):
                 mask = torch.zeros(linear.out_features, linear.in_features, dtype=torch.bool)
                 mask = linear.oriented(mask.scatter_(1, smallest, True))
                 parameter.data.masked_fill_(mask, 0)
-                linears.append(PrunedLinear(linear, dense, mask, stored or dtype))
+                linears.append(PrunedLinear(linear, dense, mask, dense.to(stored or dtype)))
             return LayerToRecover(model, 1, layer, linears, hidden_states.to(dtype), dense_states.to(dtype))
 
         yield load

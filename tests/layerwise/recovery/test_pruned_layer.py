@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from layerwise.recovery.layer_recovery import recover_layer
 from layerwise.recovery.pruned_layer import (
     held_out_windows,
     linears_by_input,
@@ -11,6 +12,7 @@ from layerwise.recovery.pruned_layer import (
     weights_replaced,
 )
 from layerwise.recovery.refit import Refit
+from layerwise.recovery.train import Train
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,14 @@ def test_at_least_one_window_is_held_out_and_one_is_left():
         held_out_windows(Refit(), 1)
     with pytest.raises(ValueError, match="holds 9 of 9"):
         held_out_windows(Refit(held_out=0.97), 9)
+
+
+@pytest.mark.parametrize("settings", [Refit(), Train(epochs=1)], ids=lambda each: each.method)
+def test_a_token_whose_target_is_zero_has_no_say(pruned_layer, settings):
+    """An all-zero row of the embedding is enough; a layer without biases maps it to zero."""
+    pruned = pruned_layer(windows=24)
+    for states in (pruned.hidden_states, pruned.dense_states):
+        states[[0, -1], 0] = 0
+    weights, outcome = recover_layer(pruned, settings)
+    assert outcome.after < outcome.before < 1
+    assert all(weight.isfinite().all() for weight in weights.values())

@@ -115,6 +115,9 @@ def test_a_missing_layer_of_a_recovered_plan_is_found_before_the_plan_is_used(sm
     with pytest.raises(Damaged, match=r"layers \[1\] are missing") as raised:
         recover_plan(run)
     assert raised.value.key == artifact.key
+    with pytest.raises(Damaged, match="layer 1 is missing") as in_evaluation:
+        layers.existing(1)
+    assert (in_evaluation.value.key, in_evaluation.value.token) == (artifact.key, artifact.token)
     recovered_layers.clear()
     assert set_aside(run.store, raised.value)
     again, layers = recover_plan(run)
