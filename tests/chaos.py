@@ -25,7 +25,7 @@ from layerwise.tasks.report import REPORT_STAGE
 from tests.attempts import Attempt
 from tests.demo_search import DEMO
 from tests.small_search import small_search
-from tests.work_log import END, STAGES, START, Log, Run, mark_of
+from tests.work_log import END, RECOVERING_STAGES, STAGES, START, Log, Run, mark_of, stage_of
 
 # Kills come within the next third of a run, so that they are spread over the whole run and not mostly at its end.
 SHARE_AHEAD = 1 / 3
@@ -60,9 +60,10 @@ class Undisturbed:
                 frozenset(left[ahead - 1 :]), chance.uniform(0, ends[position + 1] - ends[position])
             )
         # In the first piece of work of the attempt, which follows the stages that are found, and a preparation.
-        stage = left[0].partition(",")[0]
-        before = STAGES[: STAGES.index(stage)][-1:]
-        first = next(seconds for mark, seconds in times.items() if mark.partition(",")[0] == stage)
+        stage = stage_of(left[0])
+        stages = RECOVERING_STAGES if "recover" in self.log.finished else STAGES
+        before = stages[: stages.index(stage)][-1:]
+        first = next(seconds for mark, seconds in times.items() if stage_of(mark) == stage)
         preparation = first - (times[before[0]] if before else 0.0)
         piece = times[left[0]] - ends[max(marks.index(left[0]) - 1, 0)]
         return Moment(frozenset(before), chance.uniform(0, preparation + piece))
@@ -103,7 +104,7 @@ class Report:
 
     def __str__(self) -> str:
         fell = ", ".join(
-            f"{stage} {self.kills[stage]}" for stage in (START, *STAGES, END) if self.kills[stage]
+            f"{stage} {self.kills[stage]}" for stage in (START, *RECOVERING_STAGES, END) if self.kills[stage]
         )
         return "\n".join(
             [
@@ -195,7 +196,7 @@ class Chaos:
         return Undisturbed(contents, Log.of(attempt.lines), attempt.lines[-1][0])
 
     def _new_run(self, place: str) -> Run:
-        return Run(f"{place}/{uuid.uuid4().hex}")
+        return Run(f"{place}/{uuid.uuid4().hex}", recovers="recover" in self.settings)
 
     def _begin(self, run: Run) -> Attempt:
         self.attempts += 1

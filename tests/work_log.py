@@ -11,11 +11,12 @@ STAGES = (
     "allocate",
     "branch",
     "select",
-    "recover",
     "export",
     "evaluate",
     "report",
 )
+# With recovery, the test comes before the export.
+RECOVERING_STAGES = (*STAGES[:-3], "recover", "evaluate", "export", "report")
 START, END = "start", "end"  # names for kills before and after all stages
 STAGE_OF_TITLE = {"import": "import_checkpoint"}  # titles of progress that differ from the task's name
 FINISHED = re.compile(r"INFO prefect\.task_runs (?P<stage>\w+) Finished in state Completed\(\)")
@@ -55,7 +56,9 @@ class Log:
 
 def mark_of(line: str) -> str | None:
     """Return the work that a line reports as done: "capture, layer 3", "capture" for a whole stage, or None."""
-    if (match := FINISHED.match(line)) and match["stage"] in STAGES:  # check_inputs leaves no artifact
+    if (match := FINISHED.match(line)) and match[
+        "stage"
+    ] in RECOVERING_STAGES:  # check_inputs leaves no artifact
         return match["stage"]
     if match := DONE.match(line):
         stage = STAGE_OF_TITLE.get(match["title"], match["title"])
@@ -65,18 +68,29 @@ def mark_of(line: str) -> str | None:
     return None
 
 
+def stage_of(mark: str) -> str:
+    """Return the stage of a mark or of a kind of work."""
+    return re.split("[ ,]", mark)[0]
+
+
 @dataclass
 class Run:
     """All attempts of one search in one store."""
 
     store: str
     logs: list[Log] = field(default_factory=list)
+    recovers: bool = False
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages of the search, in order."""
+        return RECOVERING_STAGES if self.recovers else STAGES
 
     @property
     def frontier(self) -> str:
         """Return the first unfinished stage."""
         done = {stage for log in self.logs for stage in log.finished}
-        return next((stage for stage in STAGES if stage not in done), END)
+        return next((stage for stage in self.stages if stage not in done), END)
 
     @property
     def marks(self) -> set[str]:
@@ -91,7 +105,7 @@ class Run:
     @property
     def stage_of_death(self) -> str:
         """Return the stage of the last attempt when it was killed; ``START`` if it was looking up existing artifacts."""
-        stages = [*STAGES, END]
+        stages = [*self.stages, END]
         before = stages[: stages.index(self.frontier)]
         return self.frontier if self.logs[-1].finished.issuperset(before) else START
 
@@ -107,6 +121,6 @@ class Run:
                     if again not in (0, 1) or done != list(range(done[0], done[-1] + 1)):
                         yield f"{kind}: attempt {attempt} did {done}, but {reached} had been reached before"
                     reached = max(reached, done[-1])
-                finished = finished or re.split("[ ,]", kind)[0] in log.finished
+                finished = finished or stage_of(kind) in log.finished
             if reached != numbers[-1]:
                 yield f"{kind}: only {reached} of {numbers[-1]} were done"
