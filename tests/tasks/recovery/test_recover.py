@@ -76,12 +76,13 @@ def recovered_layers(monkeypatch) -> list[int]:
     return recovered
 
 
-@pytest.mark.parametrize("method", [Refit(), Train(epochs=1)], ids=lambda each: each.method)
-@pytest.mark.parametrize("resume_points", [True, False])
+@pytest.mark.parametrize(
+    ("method", "resume_points"), [(Refit(), True), (Refit(), False), (Train(epochs=1), True)]
+)
 def test_an_interrupted_recovery_goes_on_with_the_next_layer(
-    store, small_run, another_store, dying_at, recovered_layers, computed_layers, method, resume_points
+    small_run, another_store, dying_at, recovered_layers, computed_layers, method, resume_points
 ):
-    run = small_run(store=store, windows=WINDOWS, recover=method)
+    run = small_run(windows=WINDOWS, recover=method)
     run.inputs()
     with dying_at(RECOVERS, call=3):
         recover_plan(run, boundary_layers=1 if resume_points else None)
