@@ -72,7 +72,7 @@ def recover_layer(pruned: LayerToRecover, settings: Recovery) -> tuple[Mapping[s
 
 
 def _without_new_zeros(each: PrunedLinear, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return a new weight in which remaining values that the dtype of the computation rounds to zero have their old value."""
+    """Restore the checkpoint's value of every remaining weight that the dtype of the computation rounded to zero."""
     new = weights[each.linear.name]
     return torch.where((new == 0) & ~each.mask, each.stored.to(new.device), new)
 

@@ -80,13 +80,13 @@ def sentences_on_recovery(
         parts.append(f"The plans were compared after a refit{where}.")
     if calibration["corpus"] == test["corpus"]:
         parts.append(
-            "The test text is from the same source as the calibration text; on other text the recovery gains less."
+            "The test text is from the same source as the calibration text; on other text the recovery may gain less."
         )
     return " ".join(parts)
 
 
 def text_name(facts: Mapping[str, object]) -> str:
-    """Return the name of a text without the folder of a file, which would be published with the model card."""
+    """Return the name of a text. The folder of a file is left out, because the name is published with the model card."""
     corpus = str(facts.get("corpus", "unknown"))
     return corpus if corpus.startswith("hf:") else corpus.rpartition("/")[2]
 
