@@ -75,6 +75,8 @@ class LaneGroup:
             dense model's input.
         recovery: recovers every pruned layer on its lane's own calibration windows; None for plain pruning. Masks come
             from ``inputs_of``.
+        rooms: two tensors for hidden states of the calibration windows, which a recovery overwrites; needed if a layer
+            has to be recovered.
 
     Raises:
         ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
@@ -88,6 +90,7 @@ class LaneGroup:
     pattern_group: int | None = None
     local_windows: int = 0
     recovery: Recovery | None = None
+    rooms: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.lanes[0].removed is not None:
@@ -176,6 +179,7 @@ class LaneGroup:
         if not linears:
             self.lanes[lane].recovered.append({})
             return {}, None
+        assert self.rooms is not None, "a group that recovers has them"
         calibration = slice(0, self.calibration_windows)
         pruned = LayerToRecover(
             self.model,
@@ -184,6 +188,7 @@ class LaneGroup:
             linears,
             self.lanes[lane].hidden_states[calibration],
             self.lanes[0].hidden_states[calibration],
+            self.rooms,
         )
         new, outcome = recover_layer(pruned, self.recovery)
         if not outcome.accepted:

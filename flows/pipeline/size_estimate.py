@@ -81,16 +81,16 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        lanes = (together + 1) * self.of(request).lane
+        rooms = 0 if self.settings.recover is None else 2 * self.window * self.own_windows  # of a recovery
+        lanes = (together + 1) * self.of(request).lane + rooms
         pruned = min(self.plans, 2)
         if self.settings.recover is None:
             tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
             return max(captured, lanes, (pruned + 1) * tested)
         held_out = held_out_windows(self.settings.recover, self.windows["calibration"])
         tested = self.window * (held_out + self.windows["test"])  # by lanes with and without recovery
-        recovered = (
-            2 * self.window * self.windows["calibration"]
-        )  # the dense model's stream and the plan's own
+        # The dense model's stream and the plan's own, and two more while a layer is recovered.
+        recovered = 4 * self.window * self.windows["calibration"]
         return max(captured, lanes, recovered, (2 * pruned + 1) * tested)
 
     @property

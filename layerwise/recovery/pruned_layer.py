@@ -57,6 +57,7 @@ class LayerToRecover:
         linears: linears that lost weights.
         hidden_states: input of the layer in the pruned model, shape ``(windows, seqlen, hidden_size)``.
         dense_states: input of the layer in the dense model, same shape.
+        rooms: two tensors of the same shape that the recovery may overwrite.
     """
 
     model: StreamedModel
@@ -65,6 +66,7 @@ class LayerToRecover:
     linears: Sequence[PrunedLinear]
     hidden_states: Tensor
     dense_states: Tensor
+    rooms: tuple[Tensor, Tensor]
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """Return the layer's output with its current weights."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from layerwise.calibration.gram import require_full_float32
 from layerwise.models.hidden_states import batches
 from layerwise.pruners.conjugate_gradient import minimize
+from layerwise.recovery.kept_output import KeptOutput
 from layerwise.recovery.pruned_layer import (
     LayerToRecover,
     held_out_windows,
@@ -77,19 +78,26 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     windows = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))
     by_name = {each.linear.name: each for each in pruned.linears}
+    kept, kept_dense = (KeptOutput(pruned.layer, by_name, room) for room in pruned.rooms)
     for names in linears_by_input(pruned):
         moments = MixedMoments.empty(
             by_name[names[0]].linear.in_features, settings.alpha, pruned.model.device
         )
+        first = 0
         for states, dense_states in zip(
             batches(pruned.hidden_states[:windows]), batches(pruned.dense_states[:windows]), strict=True
         ):
+            batch = slice(first, first + len(states))
             dense_inputs = None
             if settings.alpha:
-                with weights_replaced(pruned.layer, pruned.dense_weights):
+                with (
+                    weights_replaced(pruned.layer, pruned.dense_weights),
+                    kept_dense.in_pass(batch, names[0], by_name),
+                ):
                     dense_inputs = inputs_of(pruned, names[0], dense_states)
-            with weights_replaced(pruned.layer, weights):
+            with weights_replaced(pruned.layer, weights), kept.in_pass(batch, names[0], weights):
                 moments.add(inputs_of(pruned, names[0], states), dense_inputs)
+            first = batch.stop
         prepared = moments.prepare(settings.damping)
         for name in names:
             each = by_name[name]

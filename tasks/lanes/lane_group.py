@@ -205,6 +205,10 @@ class _Group:
         for each in planned:
             states = room.empty(shape, self.model.dtype)
             self.lanes.append(Lane(each.removed, states, recovered_weights=each.recovered))
+        self.rooms: tuple[Tensor, Tensor] | None = None
+        if settings.recover is not None:
+            own_shape = (self.calibration_windows, *shape[1:])
+            self.rooms = room.empty(own_shape, self.model.dtype), room.empty(own_shape, self.model.dtype)
         self.outcomes: list[tuple[LaneLayer, ...]] = []  # of finished layers
         self.losses: list[list[float]] = []  # of scored lanes
         self.held_out_losses: list[list[float]] = []  # of scored lanes
@@ -249,6 +253,7 @@ class _Group:
             self.settings.pattern_group,
             self.local_windows,
             self.settings.recover,
+            self.rooms,
         )
         return group.advance(self.inputs.checkpoint.layers(first), first)
 

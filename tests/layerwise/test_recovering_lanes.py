@@ -39,8 +39,15 @@ def group_of(random_windows_of):
         lanes = [Lane(removed, embedded.clone()) for removed in (None, *plans)]
         for lane, weights in zip(lanes[1:], found or [], strict=False):
             lane.recovered_weights = weights.__getitem__
+        rooms = torch.empty(2, calibration_windows, 16, 32, dtype=dtype).unbind()
         return LaneGroup(
-            model, lanes, Wanda(), statistics.__getitem__, calibration_windows, recovery=recovery
+            model,
+            lanes,
+            Wanda(),
+            statistics.__getitem__,
+            calibration_windows,
+            recovery=recovery,
+            rooms=rooms,
         )
 
     return build

@@ -35,7 +35,9 @@ def pruned_layer(tiny_model):
                 mask = linear.oriented(mask.scatter_(1, smallest, True))
                 parameter.data.masked_fill_(mask, 0)
                 linears.append(PrunedLinear(linear, dense, mask, dense.to(stored or dtype)))
-            return LayerToRecover(model, 1, layer, linears, hidden_states.to(dtype), dense_states.to(dtype))
+            streams = hidden_states.to(dtype), dense_states.to(dtype)
+            rooms = torch.empty_like(streams[0]), torch.empty_like(streams[0])
+            return LayerToRecover(model, 1, layer, linears, *streams, rooms)
 
         yield load
 

@@ -1,10 +1,12 @@
 """The refit is a least-squares fit of the remaining weights, one row at a time."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 
+from layerwise.recovery.kept_output import KeptOutput
 from layerwise.recovery.pruned_layer import weights_replaced
 from layerwise.recovery.refit import MixedMoments, Refit, converted, refit_layer, refitted
 
@@ -141,6 +143,32 @@ def test_linears_are_refitted_on_the_inputs_that_the_refitted_ones_before_them_g
         assert float(reached) == pytest.approx(float(best), rel=0.01)
         assert reached < 0.9 * pruned_error
         assert torch.equal(fitted[name] == 0, each.mask)
+
+
+@pytest.mark.parametrize(
+    "family, passes",
+    [("llama", 1), ("phi3", 1), ("opt", 1), ("gpt-neox", 1), ("gpt2", 1), ("falcon", 1)]
+    + [("gemma2-window", 2), ("bloom", 2)],  # these also return the attention's weights
+)
+def test_attention_is_not_computed_again_when_its_output_does_not_change(
+    pruned_layer, family, passes, monkeypatch
+):
+    pruned = pruned_layer(family, torch.bfloat16, windows=600)  # 525 are fitted on, in three batches
+    attention = next(child for child in pruned.layer.children() if type(child).__name__.endswith("Attention"))
+    compute, finished = type(attention).forward, []
+
+    def counted(*args, **kwargs):
+        output = compute(*args, **kwargs)
+        finished.append(len(output[0]))
+        return output
+
+    monkeypatch.setattr(type(attention), "forward", counted)
+    fitted = refit_layer(pruned, Refit())
+    assert finished == [1, *passes * [256, 256, 256, 256, 13, 13]]  # both models, after a pass for the order
+    monkeypatch.setattr(KeptOutput, "in_pass", lambda *arguments: nullcontext())
+    computed = refit_layer(pruned, Refit())
+    assert fitted.keys() == computed.keys()
+    assert all(torch.equal(fitted[name], computed[name]) for name in fitted)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
