@@ -159,61 +159,6 @@ def weights_replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
             module.weight.data = before[name]
 
 
-class _Reached(Exception):
-    """The wanted linear was called, so the rest of the layer need not be computed."""
-
-
-def inputs_of(pruned: LayerToRecover, name: str, hidden_states: Tensor) -> Tensor:
-    """Return the input of one linear for these hidden states."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0])
-        raise _Reached
-
-    hook = pruned.layer.get_submodule(name).register_forward_pre_hook(catch)
-    try:
-        pruned.run(hidden_states)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return caught[0]
-
-
-def linears_by_input(pruned: LayerToRecover) -> list[list[str]]:
-    """Group the linears to recover by their input tensor, in the order in which the layer calls them.
-
-    Raises:
-        ValueError: the layer calls a linear twice, so that it has no single input.
-    """
-    groups: list[tuple[Tensor, int, list[str]]] = []  # keeps the tensors, so that no id is used twice
-
-    def watch(name: str) -> object:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tensor = inputs[0]
-            if any(name in names for _, _, names in groups):
-                raise ValueError(
-                    f"layer {pruned.index} calls {name} twice in one pass, so it has no single input to be refitted "
-                    f"on. Exclude it (--exclude '{name}'), or search without recovery."
-                )
-            for other, version, names in groups:
-                if other is tensor and version == tensor._version:
-                    names.append(name)
-                    return
-            groups.append((tensor, tensor._version, [name]))
-
-        return pruned.layer.get_submodule(name).register_forward_pre_hook(note)
-
-    hooks = [watch(each.linear.name) for each in pruned.linears]
-    try:
-        pruned.run(pruned.hidden_states[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()  # type: ignore[attr-defined]
-    return [names for _, _, names in groups]
-
-
 def weight_of(layer: nn.Module, name: str) -> Tensor:
     """Return the current weight of one linear, in the orientation of the module."""
     return layer.get_submodule(name).weight  # type: ignore[return-value]

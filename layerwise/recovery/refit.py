@@ -6,22 +6,25 @@ The objective is ``||X w - y||^2`` per output. ``X`` are the inputs that the lin
 all earlier layers, which overfits.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from layerwise.calibration.gram import require_full_float32
-from layerwise.models.hidden_states import batches
+from layerwise.models.skeleton import Linear
 from layerwise.pruners.conjugate_gradient import minimize
-from layerwise.recovery.kept_output import KeptOutput
+from layerwise.recovery.linear_inputs import LinearInputs, find_first_block, linears_by_input
 from layerwise.recovery.pruned_layer import (
     LayerToRecover,
+    PrunedLinear,
     held_out_windows,
-    inputs_of,
-    linears_by_input,
     weight_of,
     weights_replaced,
 )
@@ -76,76 +79,94 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> dict[str, Tensor]:
     weights, and two float32 matrices of the inputs of one linear, and three while it is refitted.
     """
     weights: dict[str, Tensor] = {}
-    windows = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))
+    fitted = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))
     by_name = {each.linear.name: each for each in pruned.linears}
-    kept, kept_dense = (KeptOutput(pruned.layer, by_name, room) for room in pruned.rooms)
+    block = find_first_block(pruned)
+    room, dense_room = pruned.rooms
+    inputs = LinearInputs(pruned, pruned.hidden_states[:fitted], block, room[:fitted])
+    dense_inputs = LinearInputs(pruned, pruned.dense_states[:fitted], block, dense_room[:fitted])
     for names in linears_by_input(pruned):
-        moments = MixedMoments.empty(
-            by_name[names[0]].linear.in_features, settings.alpha, pruned.model.device
-        )
-        first = 0
-        for states, dense_states in zip(
-            batches(pruned.hidden_states[:windows]), batches(pruned.dense_states[:windows]), strict=True
-        ):
-            batch = slice(first, first + len(states))
-            dense_inputs = None
+        linears = [by_name[name] for name in names]
+        moments = Moments.empty([each.linear for each in linears], settings.alpha, pruned.model.device)
+        for batch in range(len(inputs)):
+            target = None
             if settings.alpha:
-                with (
-                    weights_replaced(pruned.layer, pruned.dense_weights),
-                    kept_dense.in_pass(batch, names[0], by_name),
-                ):
-                    dense_inputs = inputs_of(pruned, names[0], dense_states)
-            with weights_replaced(pruned.layer, weights), kept.in_pass(batch, names[0], weights):
-                moments.add(inputs_of(pruned, names[0], states), dense_inputs)
-            first = batch.stop
+                with weights_replaced(pruned.layer, pruned.dense_weights):
+                    target = dense_inputs.of(names, batch)
+                if moments.of_outputs:
+                    target = _outputs_of(linears, target)
+            with weights_replaced(pruned.layer, weights):
+                moments.add(inputs.of(names, batch), target)
         prepared = moments.prepare(settings.damping)
-        for name in names:
-            each = by_name[name]
-            oriented = each.linear.oriented
-            current = weight_of(pruned.layer, name).to(each.dtype)
-            fitted = refitted(
-                oriented(each.dense), oriented(current), oriented(each.mask), prepared, settings.steps
+        first = 0
+        for each in linears:
+            oriented, last = each.linear.oriented, first + each.linear.out_features
+            current = weight_of(pruned.layer, each.linear.name).to(each.dtype)
+            new = refitted(
+                oriented(each.dense),
+                oriented(current),
+                oriented(each.mask),
+                prepared,
+                settings.steps,
+                slice(first, last),
             )
-            weights[name] = oriented(fitted).contiguous()
+            weights[each.linear.name] = oriented(new).contiguous()
+            first = last
     return weights
 
 
-@dataclass(frozen=True, eq=False)
-class MixedMoments:
-    """Second moments of a linear's inputs in the pruned model, and of these with the inputs of the target.
+def _outputs_of(linears: Sequence[PrunedLinear], inputs: Tensor) -> Tensor:
+    """Return the outputs of the dense weights of several linears without bias, one after the other."""
+    return torch.cat([linear(inputs, each.linear.oriented(each.dense)) for each in linears], dim=-1)
 
-    With ``x`` the input of a token in the pruned model and ``z`` in the dense model, the matrices are the sums of
-    ``x x^T`` and of ``((1 - alpha) x + alpha z) x^T``. Products and sums are in float32. Memory: 8 bytes per entry, 4
-    if alpha is 0.
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of the inputs ``x`` of linears in the pruned model, and of these with the dense model's tokens.
+
+    ``gram`` is the sum of ``x x^T`` over the tokens. ``cross`` is the sum of ``z x^T``, with the input ``z`` of the same
+    token in the dense model; or of ``y x^T``, with the dense model's outputs ``y`` of the linears one after the other,
+    where these are fewer. Products and sums are in float32.
+
+    Attributes:
+        gram: shape ``(in_features, in_features)``, float32.
+        cross: shape ``(in_features, in_features)`` or ``(outputs, in_features)``, float32; None if alpha is 0.
+        of_outputs: whether ``cross`` has outputs.
+        alpha: share of the dense model's outputs in the target.
     """
 
-    gram: Tensor  # (in_features, in_features), float32
-    target: Tensor  # (in_features, in_features), float32; the same tensor as gram if alpha is 0
+    gram: Tensor
+    cross: Tensor | None
+    of_outputs: bool
     alpha: float
 
     @classmethod
-    def empty(cls, in_features: int, alpha: float, device: torch.device) -> "MixedMoments":
+    def empty(cls, linears: Sequence[Linear], alpha: float, device: torch.device) -> Moments:
+        """Return the moments of no tokens, for linears that share their input."""
         require_full_float32()
+        in_features, outputs = linears[0].in_features, sum(each.out_features for each in linears)
         gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        return cls(gram, torch.zeros_like(gram) if alpha else gram, alpha)
+        of_outputs = outputs < in_features
+        cross = gram.new_zeros(outputs if of_outputs else in_features, in_features) if alpha else None
+        return cls(gram, cross, of_outputs, alpha)
 
-    def add(self, inputs: Tensor, dense_inputs: Tensor | None) -> None:
+    def add(self, inputs: Tensor, target: Tensor | None) -> None:
         """Add one batch.
 
         Args:
             inputs: inputs in the pruned model, shape ``(..., in_features)``, any dtype.
-            dense_inputs: inputs of the same tokens in the dense model, same shape; None if alpha is 0.
+            target: inputs or outputs of the same tokens in the dense model, see ``of_outputs``; None if alpha is 0.
         """
         own = inputs.reshape(-1, len(self.gram)).float()
         for start in range(0, len(self.gram), PANEL):
             stop = start + PANEL
             self.gram[start:stop, start:].addmm_(own[:, start:stop].T, own[:, start:])
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
-        if dense_inputs is not None:
-            mixed = torch.lerp(own, dense_inputs.reshape(own.shape).float(), self.alpha)
-            self.target.addmm_(mixed.T, own)
+        if self.cross is not None:
+            assert target is not None, "alpha is not 0"
+            self.cross.addmm_(target.reshape(len(own), -1).float().T, own)
 
-    def prepare(self, damping: float) -> "RefitInput":
+    def prepare(self, damping: float) -> RefitInput:
         """Scale the moments to a constant diagonal, once for all linears that share the inputs.
 
         Args:
@@ -163,12 +184,19 @@ class MixedMoments:
 class RefitInput:
     """Moments of the inputs of some linears, prepared for ``refitted``."""
 
-    moments: MixedMoments
+    moments: Moments
     scale: Tensor  # (in_features,), float32: 1 / sqrt(sum of squares + damping)
     hessian: Tensor  # (in_features, in_features), float32: damped second moments, scaled to diagonal 1
 
 
-def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, steps: int) -> Tensor:
+def refitted(
+    dense: Tensor,
+    pruned: Tensor,
+    mask: Tensor,
+    inputs: RefitInput,
+    steps: int,
+    outputs: slice = slice(None),
+) -> Tensor:
     """Fit the remaining entries of ``pruned``, starting from their values.
 
     Args:
@@ -176,21 +204,26 @@ def refitted(dense: Tensor, pruned: Tensor, mask: Tensor, inputs: RefitInput, st
         pruned: pruned weight, same shape, zero where ``mask`` is ``True``; left unchanged.
         mask: same shape, ``True`` means "removed".
         steps: number of conjugate-gradient steps.
+        outputs: position of this linear's outputs among those of all linears that share the inputs.
 
     Returns:
         New weight in the dtype of ``pruned``, zero where ``mask`` is ``True``. Computed in float32.
     """
+    moments = inputs.moments
     result = torch.empty_like(pruned)
     rows = max(1, REFITTED_ENTRIES // pruned.shape[1])
     for first in range(0, len(pruned), rows):
         some = slice(first, first + rows)
         start = pruned[some].to(torch.float32, copy=True)
-        fixed = mask[some]
-        residual = dense[some].float() @ inputs.moments.target
-        residual.sub_(start @ inputs.moments.gram).mul_(inputs.scale).masked_fill_(fixed, 0)
+        original, fixed = dense[some].float(), mask[some]
+        residual = ((1 - moments.alpha) * original - start) @ moments.gram
+        if moments.cross is not None:
+            cross = moments.cross[outputs][some] if moments.of_outputs else original @ moments.cross
+            residual.add_(cross, alpha=moments.alpha)
+        residual.mul_(inputs.scale).masked_fill_(fixed, 0)
         change = minimize(torch.zeros_like(start), residual, inputs.hessian, fixed, steps)
-        fitted = change.mul_(inputs.scale).add_(start).masked_fill_(fixed, 0)
-        result[some] = converted(fitted, pruned.dtype)
+        new = change.mul_(inputs.scale).add_(start).masked_fill_(fixed, 0)
+        result[some] = converted(new, pruned.dtype)
     return result
 
 

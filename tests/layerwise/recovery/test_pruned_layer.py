@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from layerwise.recovery.layer_recovery import recover_layer
+from layerwise.recovery.linear_inputs import linears_by_input
 from layerwise.recovery.pruned_layer import (
     held_out_windows,
-    linears_by_input,
     relative_errors,
     target_output,
     weights_replaced,

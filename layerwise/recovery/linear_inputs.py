@@ -1,0 +1,182 @@
+"""Inputs of the linears of a layer that is recovered, one linear after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from layerwise.models.hidden_states import batches
+from layerwise.recovery.pruned_layer import LayerToRecover
+
+
+class LinearInputs:
+    """Inputs of the linears for the calibration windows in the pruned or in the dense model, computed batch by batch.
+
+    Every linear needs a pass through the layer up to it, because the linears before it have new weights by then. Attention
+    is computed only once: the input of its last linear is kept for the passes to the linears behind it.
+
+    Args:
+        hidden_states: input of the layer, shape ``(windows, seqlen, hidden_size)``.
+        block: the layer's first block, whose last linear's input is kept; None to compute everything in every pass.
+        room: takes the kept inputs; same shape as ``hidden_states``. They are not kept if they are wider.
+    """
+
+    def __init__(
+        self, pruned: LayerToRecover, hidden_states: Tensor, block: FirstBlock | None, room: Tensor
+    ) -> None:
+        self._pruned, self._block = pruned, block
+        self._states = batches(hidden_states)
+        self._kept: dict[int, Tensor] = {}  # by batch
+        self._rooms = batches(room)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def of(self, names: Sequence[str], batch: int) -> Tensor:
+        """Return the input that the named linears share, computed with the layer's current weights.
+
+        Call it for the groups of ``linears_by_input`` in their order, for every batch before the next group.
+        """
+        block, kept = self._block, self._kept.get(batch)
+        behind = nullcontext() if block is None or kept is None else block.from_last_input(kept)
+        with behind:
+            inputs = _inputs_of(self._pruned, names[0], self._states[batch])
+        if block is not None and block.name in names:
+            room = self._rooms[batch][..., : inputs.shape[-1]]
+            if room.shape == inputs.shape and room.dtype == inputs.dtype:
+                self._kept[batch] = room.copy_(inputs)
+        return inputs
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """A direct submodule of a layer that returns the output of its last linear, such as ``self_attn`` with ``o_proj``.
+
+    As soon as the linears before the last one have their new weights, the input of the last one does not change any more.
+    From this input, the block's output has the same bits as from the input of the block.
+
+    Attributes:
+        module: the block.
+        last: its last linear.
+        name: name of the last linear in the layer.
+        others: what the block returns after the output; None if it does not return a tuple.
+    """
+
+    module: nn.Module
+    last: nn.Module
+    name: str
+    others: tuple[None, ...] | None
+
+    @contextmanager
+    def from_last_input(self, inputs: Tensor) -> Iterator[None]:
+        """Compute only the last linear in the block, from its ``inputs``, whatever the input of the block is."""
+
+        def compute(*arguments: object, **named: object) -> Tensor | tuple[Tensor | None, ...]:
+            output = self.last(inputs.to(self.last.weight.device))
+            return output if self.others is None else (output, *self.others)
+
+        forward = self.module.forward
+        self.module.forward = compute
+        try:
+            yield
+        finally:
+            self.module.forward = forward
+
+
+@torch.no_grad()
+def find_first_block(pruned: LayerToRecover) -> FirstBlock | None:
+    """Return the first direct submodule with linears to recover, if it returns the output of one of them and no more.
+
+    None for a layer without such a block, for example if attention also returns its weights.
+    """
+    names = [each.linear.name for each in pruned.linears]
+    for child, module in pruned.layer.named_children():
+        if inside := [name for name in names if name == child or name.startswith(f"{child}.")]:
+            return _as_first_block(pruned, module, inside)
+    return None
+
+
+def _as_first_block(pruned: LayerToRecover, module: nn.Module, linears: list[str]) -> FirstBlock | None:
+    outputs: dict[str, Tensor] = {}
+    found: list[FirstBlock] = []
+
+    def note_output(name: str) -> RemovableHandle:
+        def note(linear: nn.Module, inputs: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        return pruned.layer.get_submodule(name).register_forward_hook(note)
+
+    def compare(block: nn.Module, inputs: object, output: object) -> None:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        rest = (None,) * len(others) if isinstance(output, tuple) else None
+        for name, each in outputs.items():
+            if each is first and all(other is None for other in others):
+                found.append(FirstBlock(module, pruned.layer.get_submodule(name), name, rest))
+
+    hooks = [*map(note_output, linears), module.register_forward_hook(compare)]
+    try:
+        pruned.run(pruned.hidden_states[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if len(found) == 1 else None
+
+
+class _Reached(Exception):
+    """The wanted linear was called, so the rest of the layer need not be computed."""
+
+
+def _inputs_of(pruned: LayerToRecover, name: str, hidden_states: Tensor) -> Tensor:
+    """Return the input of one linear for these hidden states."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0])
+        raise _Reached
+
+    hook = pruned.layer.get_submodule(name).register_forward_pre_hook(catch)
+    try:
+        pruned.run(hidden_states)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def linears_by_input(pruned: LayerToRecover) -> list[list[str]]:
+    """Group the linears to recover by their input tensor, in the order in which the layer calls them.
+
+    Raises:
+        ValueError: the layer calls a linear twice, so that it has no single input.
+    """
+    groups: list[tuple[Tensor, int, list[str]]] = []  # keeps the tensors, so that no id is used twice
+
+    def watch(name: str) -> object:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tensor = inputs[0]
+            if any(name in names for _, _, names in groups):
+                raise ValueError(
+                    f"layer {pruned.index} calls {name} twice in one pass, so it has no single input to be refitted "
+                    f"on. Exclude it (--exclude '{name}'), or search without recovery."
+                )
+            for other, version, names in groups:
+                if other is tensor and version == tensor._version:
+                    names.append(name)
+                    return
+            groups.append((tensor, tensor._version, [name]))
+
+        return pruned.layer.get_submodule(name).register_forward_pre_hook(note)
+
+    hooks = [watch(each.linear.name) for each in pruned.linears]
+    try:
+        pruned.run(pruned.hidden_states[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]
+    return [names for _, _, names in groups]
