@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,10 @@ class LinearInputs:
         Call it for the groups of ``linears_by_input`` in their order, for every batch before the next group.
         """
         block, kept = self._block, self._kept.get(batch)
-        behind = nullcontext() if block is None or kept is None else block.from_last_input(kept)
-        with behind:
+        short: AbstractContextManager[None] = nullcontext()
+        if block is not None and kept is not None:
+            short = block.from_last_input(kept.to(self._pruned.model.device))
+        with short:
             inputs = _inputs_of(self._pruned, names[0], self._states[batch])
         if block is not None and block.name in names:
             room = self._rooms[batch][..., : inputs.shape[-1]]
@@ -77,7 +79,7 @@ class FirstBlock:
         """Compute only the last linear in the block, from its ``inputs``, whatever the input of the block is."""
 
         def compute(*arguments: object, **named: object) -> Tensor | tuple[Tensor | None, ...]:
-            output = self.last(inputs.to(self.last.weight.device))
+            output = self.last(inputs)
             return output if self.others is None else (output, *self.others)
 
         forward = self.module.forward
