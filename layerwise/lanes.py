@@ -23,7 +23,7 @@ class Lane:
     Attributes:
         removed: number of weights to remove from every linear of every layer; None for the dense model.
         hidden_states: shape ``(windows, seqlen, hidden_size)``; the lane's own calibration windows, if any, come
-            first.
+            first. The dense lane may lack the scored windows, or all: then no errors are measured.
         statistics: input statistics from the lane's own calibration, by layer and linear; only with sequential
             calibration.
         recovered_weights: returns the weights of a layer that an earlier recovery has found, by linear, in the
@@ -45,15 +45,15 @@ class LaneLayer:
     Attributes:
         error: squared Frobenius norm of this lane's output minus the dense model's output of this layer, summed over
             the scored windows. The input is the lane's own, so the errors of earlier layers are included (ATP, section
-            3: accumulated reconstruction error).
-        energy: squared Frobenius norm of the dense model's output.
+            3: accumulated reconstruction error). None if the dense lane has no scored windows.
+        energy: squared Frobenius norm of the dense model's output; None likewise.
         zeros: number of zero weights of every linear after pruning.
         parts: parts of the error, if they were measured; None for the dense lane.
         recovery: errors that decided on the recovery of this layer; None if it was not recovered in this group.
     """
 
-    error: float
-    energy: float
+    error: float | None
+    energy: float | None
     zeros: tuple[int, ...]
     parts: LocalErrors | None = None
     recovery: RecoveryOutcome | None = None
@@ -265,13 +265,14 @@ class LaneGroup:
         arriving = 0.0
         if dense_input is not None:
             arriving = squared_difference(self._first_windows(lane), dense_input)
-        hidden_states, dense = self.lanes[lane].hidden_states, self.lanes[0].hidden_states
-        error = energy = 0.0
-        scored = batches(hidden_states[self.calibration_windows :])
-        for states, reference in zip(scored, batches(dense[self.calibration_windows :]), strict=True):
+        scored, dense = (self.lanes[each].hidden_states[self.calibration_windows :] for each in (lane, 0))
+        error = energy = 0.0 if len(dense) else None
+        for number, states in enumerate(batches(scored)):
             output = self.model.run_layer(index, layer, states)
             states.copy_(output)
-            reference = reference.to(output.device).float()
+            if error is None or energy is None:
+                continue
+            reference = batches(dense)[number].to(output.device).float()
             error += (output.float() - reference).square().sum().item() if lane else 0.0
             energy += reference.square().sum().item()
         zeros = tuple(

@@ -57,9 +57,9 @@ def branch(
 ) -> list[LaneScore]:
     """Run the lanes that the store lacks in one group, and return the scores of all lanes in the order of ``plans``.
 
-    A lane's artifact holds ``losses.parquet`` (per selection window), ``layers.parquet`` (reconstruction error per
-    layer) and ``linears.parquet`` (realised sparsity per linear); with recovery also ``recovery.parquet`` (its errors
-    per layer). It does not depend on the group that the lane ran in.
+    A lane's artifact holds ``losses.parquet`` (per selection window) and ``linears.parquet`` (realised sparsity per
+    linear); with recovery also ``recovery.parquet`` (its errors per layer). It does not depend on the group that the lane
+    ran in. Reconstruction errors need the dense model on the same windows; ``evaluate`` measures them.
     """
     stages = [lane_stage(plan, inputs, settings) for plan in plans]
 
@@ -82,7 +82,7 @@ def _group(
     execution: Execution,
 ) -> Artifact:
     def build(draft: Draft) -> None:
-        title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'} and the dense model"
+        title = f"branch: {len(plans)} {'beta' if len(plans) == 1 else 'betas'}"
         planned = [PlannedLane(settings.removed(plan, linears)) for plan in plans]
         result = advance_group(store, draft, inputs, planned, settings, execution, title)
         for number in range(len(plans)):
@@ -104,12 +104,13 @@ def write_lane(
     losses = result.losses[lane]
     write_table(draft, f"{folder}/{LOSSES_FILE}", pa.table({"window": range(len(losses)), "loss": losses}))
     layers = [outcome[lane] for outcome in result.outcomes]
-    table = {
-        "layer": range(len(layers)),
-        "error": [layer.error for layer in layers],
-        "dense_energy": [layer.energy for layer in layers],
-    }
-    write_table(draft, f"{folder}/{LAYERS_FILE}", pa.table(table))
+    errors = [
+        {"layer": index, "error": layer.error, "dense_energy": layer.energy}
+        for index, layer in enumerate(layers)
+        if layer.error is not None
+    ]
+    if errors:
+        write_table(draft, f"{folder}/{LAYERS_FILE}", pa.Table.from_pylist(errors))
     parts = [
         {"layer": index, **asdict(layer.parts), "factor": layer.parts.factor}
         for index, layer in enumerate(layers)
@@ -158,8 +159,8 @@ def joined_stage(rounds: Sequence[LaneScore]) -> Stage:
 def join_rounds(store: ArtifactStore, lanes: Sequence[Sequence[LaneScore]]) -> list[LaneScore]:
     """Join the rounds of every lane; each round ran on a part of the windows.
 
-    The joined artifact holds what ``branch`` would have written for all windows: losses are concatenated, errors and
-    energies are summed. The pruned weights do not depend on the scored windows.
+    The joined artifact holds what ``branch`` would have written for all windows. The pruned weights do not depend on the
+    scored windows.
     """
     return [_joined(store, rounds) for rounds in lanes]
 
@@ -172,14 +173,8 @@ def _joined(store: ArtifactStore, rounds: Sequence[LaneScore]) -> LaneScore:
 def _join(store: ArtifactStore, rounds: Sequence[LaneScore], draft: Draft) -> None:
     first = rounds[0]
     for name in first.artifact.files:
-        if name not in (LOSSES_FILE, LAYERS_FILE):
+        if name not in (LOSSES_FILE, LAYERS_FILE):  # lanes of older versions have the errors of layers
             draft.write(name, store.read(first.artifact, name))
     losses = [loss for score in rounds for loss in score.losses]
     write_table(draft, LOSSES_FILE, pa.table({"window": range(len(losses)), "loss": losses}))
-    tables = [read_table(store, score.artifact, LAYERS_FILE) for score in rounds]
-    sums = {
-        name: [sum(parts) for parts in zip(*(table[name].to_pylist() for table in tables), strict=True)]
-        for name in ("error", "dense_energy")
-    }
-    write_table(draft, LAYERS_FILE, pa.table({"layer": tables[0]["layer"], **sums}))
     draft.facts |= plan_facts(first.plan) | {"selection perplexity": perplexity(losses)}

@@ -39,5 +39,6 @@ def group_count(lanes: int, workers: int, lanes_in_memory: int) -> int:
 
 
 def _lanes_in_memory(sizes: SearchSizes, runtime: FanOutRuntime) -> int:
-    """Return how many lanes fit into memory next to the dense model; 1 if none does, as its states then go to files."""
-    return max(runtime.hidden_states_bytes // max(sizes.lane, 1) - 1, 1)
+    """Return how many lanes fit into memory; 1 if none does, as its states then go to files."""
+    left = runtime.hidden_states_bytes - sizes.beside_lanes
+    return max(left // max(sizes.lane, 1), 1)

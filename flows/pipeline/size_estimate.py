@@ -60,6 +60,14 @@ class SearchSizes:
         return self.window * (self.own_windows + self.windows["selection"])
 
     @property
+    def beside_lanes(self) -> int:
+        """Hidden states of a group in addition to its lanes.
+
+        With recovery: the dense model's calibration windows, and twice as much while a layer is recovered.
+        """
+        return 0 if self.settings.recover is None else 3 * self.window * self.own_windows
+
+    @property
     def own_windows(self) -> int:
         """Number of calibration windows that every lane of a search carries through its own layers."""
         if self.settings.recover is not None:
@@ -81,8 +89,7 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        rooms = 0 if self.settings.recover is None else 2 * self.window * self.own_windows  # of a recovery
-        lanes = (together + 1) * self.of(request).lane + rooms
+        lanes = together * self.of(request).lane + self.beside_lanes
         pruned = min(self.plans, 2)
         if self.settings.recover is None:
             tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])

@@ -19,7 +19,7 @@ GROUP = "group"  # in a lane's resume point: keys of all lanes of its group; in 
 def group_stage(lanes: Sequence[Stage]) -> Stage:
     """Describe the group of these lanes."""
     return Stage(
-        f"{lanes[0].name}_group", 1, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)}
+        f"{lanes[0].name}_group", 2, None, {f"lane {number}": lane.key for number, lane in enumerate(lanes)}
     )
 
 

@@ -111,7 +111,7 @@ class GroupResult:
     """Losses and layer outcomes of the lanes: lane 0 is the dense model, then the plans in order.
 
     Attributes:
-        losses: by lane and scored window, in nats.
+        losses: by lane and scored window, in nats; none of the dense model if no errors were measured.
         outcomes: by layer and lane.
         held_out: losses by lane and held-out calibration window; empty lists if there are none.
     """
@@ -137,9 +137,9 @@ def advance_group(
     settings: PruneSettings,
     execution: Execution,
     title: str,
-    local_windows: int = 0,
+    local_windows: int | None = None,
 ) -> GroupResult:
-    """Advance the dense model and all pruned lanes together.
+    """Advance all pruned lanes together, and the dense model as far as it is needed.
 
     Leaves resume points in ``draft``, and resumes from the one that an earlier attempt left. With sequential
     calibration, writes every lane's own statistics into ``draft`` (``lane_folder(n)``/statistics, ``n`` from 0 in the
@@ -148,7 +148,8 @@ def advance_group(
     Args:
         planned: the pruned lanes.
         title: title of the progress display.
-        local_windows: number of scored windows on which the errors of layers are split into their parts.
+        local_windows: number of scored windows on which the errors of layers are split into their parts. None: no
+            errors are measured, so the dense model does not run on the scored windows.
     """
     read_before = inputs.checkpoint.bytes_read
     group = _Group(store, inputs, planned, settings, execution, local_windows)
@@ -188,10 +189,10 @@ class _Group:
         planned: Sequence[PlannedLane],
         settings: PruneSettings,
         execution: Execution,
-        local_windows: int,
+        local_windows: int | None,
     ) -> None:
         self.store, self.inputs, self.settings = store, inputs, settings
-        self.local_windows = local_windows
+        self.local_windows = local_windows or 0
         start, end = inputs.windows or (0, None)
         self.scored = read_input_ids(store, inputs.scored)[start:end]
         own = self._own_windows()
@@ -201,7 +202,10 @@ class _Group:
         room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
         self.planned = planned
-        self.lanes = [Lane(None, room.empty(shape, self.model.dtype))]
+        dense_windows = len(self.input_ids)
+        if local_windows is None:
+            dense_windows = self.calibration_windows if settings.recover is not None else 0
+        self.lanes = [Lane(None, room.empty((dense_windows, *shape[1:]), self.model.dtype))]
         for each in planned:
             states = room.empty(shape, self.model.dtype)
             self.lanes.append(Lane(each.removed, states, recovered_weights=each.recovered))
@@ -227,10 +231,11 @@ class _Group:
 
     def start(self, draft: Draft) -> None:
         """Set the hidden states to the inputs of the first unfinished layer."""
-        embed_windows(self.model, self.input_ids, self.lanes[0].hidden_states, self.calibration_windows)
+        first = self.lanes[1].hidden_states
+        embed_windows(self.model, self.input_ids, first, self.calibration_windows)
         if draft.resumed is None:
-            for lane in self.lanes[1:]:
-                lane.hidden_states.copy_(self.lanes[0].hidden_states)
+            for lane in self.lanes:
+                lane.hidden_states.copy_(first[: len(lane.hidden_states)])
             return
         state = draft.resumed.state
         for number, lane in enumerate(self.lanes):
@@ -277,6 +282,10 @@ class _Group:
     def score(self, lane: int) -> None:
         states = self.lanes[lane].hidden_states
         own = self.calibration_windows
+        if len(states) < len(self.input_ids):  # the dense model, which was not scored
+            self.losses.append([])
+            self.held_out_losses.append([])
+            return
         held_out = slice(own - self.inputs.held_out, own)
         self.held_out_losses.append(window_losses(self.model, states[held_out], self.input_ids[held_out]))
         self.losses.append(window_losses(self.model, states[own:], self.scored))

@@ -133,8 +133,8 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
 
     window = 16 * 32 * 4  # tokens, width, bytes
     plan = memory()
-    # The dense model and three betas, with four windows each.
-    assert plan.memory["hidden states"] == 4 * 4 * window
+    # Three betas with four windows each.
+    assert plan.memory["hidden states"] == 3 * 4 * window
     assert plan.resume_point == plan.memory["hidden states"]
     assert plan.resume_bytes_an_hour == 12 * plan.resume_point  # every five minutes
     assert plan.resume_bytes_a_stage == 0
@@ -146,7 +146,7 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     )
     assert plan.memory["layer in use"] == plan.memory["layer arriving"] == layer
     sequential = memory(calibration_mode="sequential")
-    assert sequential.memory["hidden states"] == 4 * (6 + 4) * window
+    assert sequential.memory["hidden states"] == 3 * (6 + 4) * window
     spilled = memory(gib=2 * window / 2**30)
     assert (spilled.memory["hidden states"], spilled.scratch) == (2 * window, 14 * window)
     tested = memory(test_windows=30)
@@ -174,7 +174,7 @@ def test_a_model_with_another_name_for_its_width_can_be_planned(workshop, tmp_pa
     plan = plan_search(
         workshop.settings(model=str(tmp_path / "gpt2")), SearchRuntime(store=str(tmp_path / "store"))
     )
-    assert plan.memory["hidden states"] == 4 * 4 * 16 * 32 * 4
+    assert plan.memory["hidden states"] == 3 * 4 * 16 * 32 * 4
 
 
 @pytest.mark.parametrize(

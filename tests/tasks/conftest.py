@@ -39,6 +39,7 @@ from layerwise.pruners.wanda import Wanda
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tables import read_table
 from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import branch
 from layerwise.tasks.capture import CaptureSettings, Retention, capture
@@ -296,6 +297,13 @@ class SmallRun:
     def evaluate(self, uniform: float, best: float, **execution) -> Artifact:
         plans, where = self.plans((uniform, best)), Execution(**execution)
         return evaluate.fn(self.store, self.inputs("test"), *plans, self.linears, self.pruning, where)
+
+    def errors(self, beta: float = 0.0) -> list[float]:
+        """Return the reconstruction errors of a plan by layer, on the test windows."""
+        table = read_table(
+            self.store, self.evaluate(0.0, beta), f"{'best' if beta else 'uniform'}/layers.parquet"
+        )
+        return table["error"].to_pylist()
 
     def files(self) -> set[str]:
         """Return every file in the store."""

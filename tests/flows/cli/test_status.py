@@ -26,7 +26,7 @@ from layerwise.storage.signs_of_life import announced, doing
 from layerwise.storage.store import ArtifactStore
 
 store = ArtifactStore(sys.argv[1])
-doing("branch: 3 betas and the dense model: layer 12 of 30")
+doing("branch: 3 betas: layer 12 of 30")
 with announced(store, "search: demo at 0.5"):
     print("announced", flush=True)
     threading.Event().wait()
@@ -198,7 +198,7 @@ def test_a_killed_process_is_listed_as_running_and_later_as_silent(
         text=True,
     )
     assert process.stdout.readline() == "announced\n"
-    about = "search: demo at 0.5 branch: 3 betas and the dense model: layer 12 of 30"
+    about = "search: demo at 0.5 branch: 3 betas: layer 12 of 30"
     assert shown(store, capsys)[2] == f"{socket.gethostname()} {process.pid} AGE AGE {about}"
     process.send_signal(signal.SIGKILL)
     process.communicate()

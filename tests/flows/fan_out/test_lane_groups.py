@@ -46,9 +46,9 @@ def test_a_plan_shows_the_groups_and_counts_one_read_of_the_model_for_each(works
     (spread_branch,) = (stage for stage in spread.stages if stage.name.startswith("branch"))
     assert (alone.groups, spread.groups) == ((5,), (3, 2))
     assert spread_branch.reads == 2 * branch.reads
-    assert alone.memory["hidden states"] == 6 * 4 * window  # five betas and the dense model
-    assert spread.memory["hidden states"] == 4 * 4 * window
-    assert plan(fan_out="processes:2", hidden_states_gib=3 * 4 * window / 2**30).groups == (2, 1, 1, 1)
+    assert alone.memory["hidden states"] == 5 * 4 * window
+    assert spread.memory["hidden states"] == 3 * 4 * window
+    assert plan(fan_out="processes:2", hidden_states_gib=2 * 4 * window / 2**30).groups == (2, 1, 1, 1)
     assert plan(fan_out="processes:2", groups=5).groups == (1, 1, 1, 1, 1)
     show_plan(Console(width=200), spread)
     assert (

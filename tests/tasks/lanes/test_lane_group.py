@@ -43,10 +43,10 @@ def inputs_of(layer, linears, model, input_ids):
 def test_reconstruction_errors_compare_the_pruned_with_the_dense_model(small_run, mode):
     run = small_run(calibration_mode=mode)
     lane = run.branch(0.0, 0.3)[1]
-    selection, prefix = run.input_ids("selection"), run.checkpoint.layer_prefix
-    dense = hidden_states(run.transformers_model(), prefix, selection)
-    pruned = hidden_states(run.exported_model(lane), prefix, selection)
-    layers = read_table(run.store, lane.artifact, "layers.parquet").to_pylist()
+    windows, prefix = run.input_ids("test"), run.checkpoint.layer_prefix
+    dense = hidden_states(run.transformers_model(), prefix, windows)
+    pruned = hidden_states(run.exported_model(lane), prefix, windows)
+    layers = read_table(run.store, run.evaluate(0.0, 0.3), "best/layers.parquet").to_pylist()
     for row, expected, output in zip(layers, dense, pruned, strict=True):
         assert row["error"] == pytest.approx((output - expected).square().sum().item(), rel=1e-4)
         assert row["dense_energy"] == pytest.approx(expected.square().sum().item(), rel=1e-4)
