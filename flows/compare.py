@@ -8,7 +8,7 @@ artifact does not depend on its group, so each search then finds all its artifac
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, product
@@ -105,7 +105,7 @@ class Allocation(BaseModel):
         if self.allocator is not None and self.allocator != common.allocator:
             # The common betas belong to the common allocator.
             no_betas = {"betas": None, "beta_count": None, "beta_step": None}
-            changes = {**no_betas, "strategy": "grid", **no_stops} | changes
+            changes = {**no_betas, "strategy": "auto", **no_stops} | changes
         return Search(**dict(common) | changes)
 
     def title(self, common: Search) -> str:
@@ -157,6 +157,22 @@ class Compare(BaseModel):
         description="Seeds of the random calibration windows; each seed needs its own pass of the dense model. Empty: "
         "that of the common search.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _common_search_may_recover(cls, data: Any) -> Any:
+        """Accept ``recover_windows`` in the common search if only the list of recoveries says what they are for."""
+        if not isinstance(data, Mapping) or not isinstance(search := data.get("search"), Mapping):
+            return data
+        recoveries = data.get("recoveries")
+        names = (
+            [each for each in recoveries if each not in ("none", None)]
+            if isinstance(recoveries, list | tuple)
+            else []
+        )
+        if search.get("recover_windows") is None or search.get("recover") is not None or not names:
+            return data
+        return {**data, "search": {**search, "recover": names[0]}}
 
     @model_validator(mode="after")
     def _each_search_once(self) -> "Compare":

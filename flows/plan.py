@@ -137,7 +137,7 @@ def _line_of_lanes(
 def _is_last(settings: Search, lanes: NextLanes) -> bool:
     """Return whether these lanes are the strategy's last request."""
     requested = lanes.step.tried + len(lanes.step.request.plans)
-    return settings.strategy == "grid" or (
+    return settings.strategy_for(len(lanes.step.plans)) == "grid" or (
         settings.stop_after is not None and requested >= settings.stop_after
     )
 

@@ -74,7 +74,9 @@ def _bare_url(value: Any) -> Any:
 BareUrl = Annotated[
     str, BeforeValidator(_bare_url), Field(min_length=1, json_schema_extra={"pattern": r"^(?!.*://[^/]*@)"})
 ]
-StrategyName = Literal["grid", "race", "adaptive", "two-parameter", "projections", "bayesian", "evolutionary"]
+StrategyName = Literal[
+    "auto", "grid", "race", "adaptive", "two-parameter", "projections", "bayesian", "evolutionary"
+]
 PrunerChoice = Annotated[
     Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps,
     Field(discriminator="method"),

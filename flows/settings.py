@@ -40,10 +40,11 @@ from layerwise.tasks.texts.documents import Role
 if TYPE_CHECKING:  # imports Prefect: the help of a command does without it
     from layerwise.tasks.allocate import AllocateSettings
 
-# Maximum number of plans to try, by strategy. adaptive: enough for a dozen betas on curves like those of the paper;
+# Maximum number of plans to try, by strategy. adaptive, auto: enough for a dozen betas on curves like those of the paper;
 # two-parameter: as many again for the offset; projections: two rounds over the seven kinds of projections of a LLaMA.
 # The paper's Bayesian search over all layers took about 1000 trials.
 TRIALS: dict[str, int] = {
+    "auto": 6,
     "adaptive": 6,
     "two-parameter": 12,
     "projections": 48,
@@ -62,6 +63,7 @@ MOST: dict[str, int] = {
     "trials": 10_000,
     "stop_after": 10_000,
 }
+FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
 LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
 OVER_LAYERS = ("bayesian", "evolutionary")
 
@@ -188,8 +190,10 @@ class Search(Settings):
         description=f"Step of the grid of betas within the legal range. Empty: {BETA_STEP:g}, as in the paper.",
     )
     strategy: StrategyName = Field(
-        default="grid",
-        description="Method that searches the plans. grid: score every beta on all selection windows. race: score the "
+        default="auto",
+        description="Method that searches the plans. auto: narrow down the best beta on the first 8 selection windows, "
+        "then score uniform and the two or three best plans on all windows; betas that you list are all scored on all "
+        "windows. grid: score every beta on all selection windows. race: score the "
         "betas in rounds of windows, and stop those that are clearly worse (paired t above 4, or worse on every window). "
         "adaptive: narrow down the minimum of the U-shaped curve with a few betas. two-parameter: the same for beta and "
         "offset. projections: first beta, then a difference for every kind of linear (q_proj, ..., down_proj). bayesian "
@@ -262,10 +266,11 @@ class Search(Settings):
                 f"strategy is {self.strategy}, which chooses a sparsity for every layer, but pattern is {self.pattern} "
                 f"and granularity is {self.granularity}. Use N:8 or no pattern, and granularity layer."
             )
-        if bool(self.offsets) != (self.strategy == "two-parameter") and self.strategy in TRIALS:
+        needs_offsets = self.strategy == "two-parameter"
+        if bool(self.offsets) != needs_offsets and self.strategy in TRIALS and self.strategy != "auto":
             raise ValueError(
                 f"strategy is {self.strategy}, and there are {len(self.offsets)} offsets. The strategy two-parameter needs "
-                "offsets; grid and race accept them; leave them out for the others."
+                "offsets; auto, grid and race accept them; leave them out for the others."
             )
         if self.recover_windows is not None and self.recover is None:
             raise ValueError(
@@ -332,7 +337,22 @@ class Search(Settings):
         Args:
             plans: number of plans of the allocator.
         """
-        return self.trials or TRIALS.get(self.strategy, plans)
+        name = self.strategy_for(plans)
+        return self.trials or TRIALS.get("two-parameter" if self.offsets and name == "auto" else name, plans)
+
+    def strategy_for(self, plans: int) -> StrategyName:
+        """Return the strategy; where ``auto`` scores all plans on the same windows, the one that does the same.
+
+        Args:
+            plans: number of plans of the allocator.
+        """
+        if self.strategy != "auto":
+            return self.strategy
+        if plans <= FEW_PLANS or (self.betas is not None and self.trials is None):
+            return "grid"
+        if self.recover is not None:  # a second round would recover its plans again
+            return "two-parameter" if self.offsets else "adaptive"
+        return "auto"
 
     @property
     def _is_fixed_pattern(self) -> bool:

@@ -13,15 +13,17 @@ from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import OVER_LAYERS, TRIALS, Search
 from layerwise.models.skeleton import Linear
+from layerwise.scoring.perplexity import mean_loss
 from layerwise.strategies.adaptive import AdaptiveSearch
 from layerwise.strategies.bayesian import BayesianSearch, require_optuna
 from layerwise.strategies.evolutionary import EvolutionarySearch
 from layerwise.strategies.projections import ProjectionSearch
-from layerwise.strategies.racing import beaten, rounds
+from layerwise.strategies.racing import FIRST_ROUND, beaten, rounds
 from layerwise.strategies.trials import Point, Trial
 from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
 
+MOST_FINALISTS = 3  # plans that the strategy auto scores on all windows, in addition to uniform
 # Each implements the protocol layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
 KnownLosses = Mapping[SparsityPlan, Sequence[float]]
@@ -82,13 +84,10 @@ class SearchStrategy:
             return None
         if self.name == "race":
             return self._race(known)
-        if self.name == "adaptive":
-            betas = tuple(sorted({plan.beta for plan in self.plans}))
-            return self._next_proposed(AdaptiveSearch(betas, self.trials), self._plan_of_parameters, known)
-        if self.name == "two-parameter":
-            spreads, offsets = ({plan.beta for plan in self.plans}, {plan.offset for plan in self.plans})
-            search = TwoParameterSearch(tuple(sorted(spreads)), tuple(sorted(offsets)), self.trials)
-            return self._next_proposed(search, self._plan_of_parameters, known)
+        if self.name == "auto":
+            return self._narrowed(known)
+        if self.name in ("adaptive", "two-parameter"):
+            return self._next_proposed(self._over_parameters(), self._plan_of_parameters, known)
         if self.name == "projections":
             return self._next_proposed(self._over_projections(), self._plan_of_projections, known)
         if self.name in OVER_LAYERS:
@@ -106,15 +105,39 @@ class SearchStrategy:
             running = [plan for plan in running if plan not in out]
         return None
 
+    def _narrowed(self, known: KnownLosses) -> LaneRequest | None:
+        """Search on the first windows, then score uniform and the best plans on the others too."""
+        few = FIRST_ROUND if self.windows >= 2 * FIRST_ROUND else self.windows
+        if request := self._next_proposed(self._over_parameters(), self._plan_of_parameters, known, few):
+            return request
+        first = {plan: losses[:few] for plan, losses in known.items()}
+        left = sorted(first.keys() - beaten(first), key=lambda plan: (mean_loss(first[plan]), plan.beta))
+        finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in left[:MOST_FINALISTS])
+        if all(len(known[plan]) == self.windows for plan in finalists):
+            return None
+        return LaneRequest(finalists, (few, self.windows))
+
     def _next_proposed(
-        self, search: Proposals, plan_of: Callable[[int, Point], SparsityPlan], known: KnownLosses
+        self,
+        search: Proposals,
+        plan_of: Callable[[int, Point], SparsityPlan],
+        known: KnownLosses,
+        first: int | None = None,
     ) -> LaneRequest | None:
+        """Return the next plans that a search proposes.
+
+        Args:
+            first: number of selection windows that the plans are compared on, the first ones; None for all.
+        """
+        windows = self.windows if first is None else first
         done: list[Trial] = []
         while points := _points(search, tuple(done)):
             plans = tuple(plan_of(number, point) for number, point in enumerate(points, len(done)))
             if any(plan not in known for plan in plans):
-                return LaneRequest(plans)
-            done += [Trial(point, tuple(known[plan])) for point, plan in zip(points, plans, strict=True)]
+                return LaneRequest(plans, None if windows == self.windows else (0, windows))
+            done += [
+                Trial(point, tuple(known[plan][:windows])) for point, plan in zip(points, plans, strict=True)
+            ]
         return None
 
     def _plan_of_parameters(self, number: int, point: Point) -> SparsityPlan:
@@ -148,6 +171,14 @@ class SearchStrategy:
             for linear in layer:
                 numel[linear.name] = numel.get(linear.name, 0) + linear.numel
         return {kind: size / sum(numel.values()) for kind, size in numel.items()}
+
+    def _over_parameters(self) -> AdaptiveSearch | TwoParameterSearch:
+        spreads, offsets = (
+            sorted({getattr(plan, name) for plan in self.plans}) for name in ("beta", "offset")
+        )
+        if len(offsets) > 1:
+            return TwoParameterSearch(tuple(spreads), tuple(offsets), self.trials)
+        return AdaptiveSearch(tuple(spreads), self.trials)
 
     def _over_projections(self) -> ProjectionSearch:
         betas = tuple(sorted(plan.beta for plan in self.plans))
@@ -184,7 +215,13 @@ def strategy_of(
     prunable = settings.pruning("auto").prunable(linears)
     trials = settings.trials_of(len(plans))
     return SearchStrategy(
-        settings.strategy, tuple(plans), trials, windows, settings.allocation, prunable, settings.stop_after
+        settings.strategy_for(len(plans)),
+        tuple(plans),
+        trials,
+        windows,
+        settings.allocation,
+        prunable,
+        settings.stop_after,
     )
 
 

@@ -77,6 +77,9 @@ def test_settings_that_are_not_given_are_those_of_the_common_search():
     common = Search(**LEAST, pruner="magnitude", seed=4, seqlen=99, betas=(0.01,))
     without_export = {"export": False}
     assert Compare(search=common).searches == (common.model_copy(update=without_export),)
+    recoveries = {"search": LEAST | {"recover_windows": 3}, "recoveries": ["none", "refit"]}
+    windows = [search.recover_windows for search in Compare.model_validate(recoveries).searches]
+    assert windows == [None, 3]
     (other,) = Compare(search=common, sparsities=(0.7,)).searches
     assert other == common.model_copy(update={"sparsity": 0.7, **without_export})
 

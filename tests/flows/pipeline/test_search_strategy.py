@@ -6,6 +6,7 @@ import pytest
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.search_strategy import LaneRequest, SearchStrategy
+from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.tasks.allocate import AllocateSettings
 
@@ -97,6 +98,52 @@ def test_an_adaptive_search_keeps_its_budget():
     betas = [0.001 * number for number in range(30)]
     requests = play(strategy("adaptive", betas, 5, 4), lambda plan: round(1000 * plan.beta) % 7)
     assert sum(len(request.plans) for request in requests) <= 5
+
+
+@pytest.mark.parametrize("best", range(12))
+def test_auto_narrows_down_on_the_first_windows_and_scores_uniform_and_the_best_on_all(best):
+    betas = [0.002 * number for number in range(12)]
+    auto = strategy("auto", betas, 8, 40)
+    *narrowing, final = play(auto, lambda plan: 3 + 0.02 * (round(500 * plan.beta) - best) ** 2)
+    assert {request.windows for request in narrowing} == {(0, 8)}
+    tried = [beta for request in narrowing for beta in betas_of(request)]
+    assert len(tried) == len(set(tried)) <= 8
+    assert final.windows == (8, 40)
+    assert {0.0, betas[best]} <= set(betas_of(final)) <= set(tried)
+    assert len(final.plans) <= 4
+
+
+def test_auto_drops_what_is_beaten_and_keeps_what_is_close():
+    def finalists(levels):
+        levels = dict(zip((0.0, 0.002, 0.004, 0.006, 0.008), levels, strict=True))
+        return betas_of(play(strategy("auto", levels, 6, 16), lambda plan: levels[plan.beta])[-1])
+
+    assert finalists((3.0, 2.0, 1.0, 2.0, 3.0)) == (0.0, 0.002, 0.004)  # the best two are always kept
+    assert finalists((3.0, 1.001, 1.0, 1.002, 3.0)) == (0.0, 0.002, 0.004, 0.006)
+
+
+def test_auto_on_few_windows_is_an_adaptive_search():
+    betas = [0.002 * number for number in range(12)]
+    requests = [
+        play(strategy(name, betas, 8, 15), lambda plan: 3 - plan.beta) for name in ("auto", "adaptive")
+    ]
+    assert requests[0] == requests[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "plans", "name"),
+    [
+        ({}, 11, "auto"),
+        ({}, 3, "grid"),
+        ({"betas": [0.1, 0.2, 0.3, 0.4]}, 5, "grid"),
+        ({"betas": [0.1, 0.2, 0.3, 0.4], "trials": 4}, 5, "auto"),
+        ({"recover": "refit"}, 11, "adaptive"),
+        ({"recover": "refit", "offsets": [0.1]}, 22, "two-parameter"),
+        ({"strategy": "race"}, 3, "race"),
+    ],
+)
+def test_auto_is_another_strategy_where_there_is_nothing_to_narrow_down(changes, plans, name):
+    assert Search.model_validate({"model": "demo", "sparsity": 0.5} | changes).strategy_for(plans) == name
 
 
 def test_a_two_parameter_search_finds_the_minimum_of_a_bowl_within_its_budget():
