@@ -18,7 +18,8 @@ test: $(VENV)/.ready-test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
-$(VENV)/.ready: pyproject.toml constraints.txt hatch_build.py layerwise/sparse/kernel.cpp
+$(VENV)/.ready: pyproject.toml constraints.txt hatch_build.py layerwise/sparse/kernel.cpp \
+    layerwise/sparse/ranking.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@

@@ -145,7 +145,8 @@ class LaneGroup:
             new, recovery = self._recovered(lane, index, layer, weights, prunings, dense)
             with weights_replaced(layer, new):
                 self._calibrate(lane, index, layer)
-                scored = self._score(lane, index, layer, dense_input)
+                zeros = self._known_zeros(lane, index, outcomes[0]) if not new else None
+                scored = self._score(lane, index, layer, dense_input, zeros)
             outcomes[lane] = replace(scored, recovery=recovery)
         if self.recovery is not None:
             with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
@@ -215,7 +216,8 @@ class LaneGroup:
                 for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
                     pruning.visit(0)
                 self._calibrate(number, index, layer)
-                outcomes.append(self._score(number, index, layer, dense_input))
+                zeros = self._known_zeros(number, index, outcomes[0])
+                outcomes.append(self._score(number, index, layer, dense_input, zeros))
                 for original, parameter in zip(dense, parameters, strict=True):
                     parameter.copy_(original)
         return tuple(outcomes)
@@ -253,7 +255,21 @@ class LaneGroup:
         for states in batches(self.lanes[lane].hidden_states[: self.calibration_windows]):
             states.copy_(self.model.run_layer(index, layer, states))
 
-    def _score(self, lane: int, index: int, layer: nn.Module, dense_input: Tensor | None = None) -> LaneLayer:
+    def _known_zeros(self, lane: int, index: int, dense: LaneLayer) -> Sequence[int | None] | None:
+        """Return the zeros of every linear that has as many as weights are removed; None for one that must be counted."""
+        if not isinstance(self.pruner, MaskPruner):
+            return None  # a corrected weight can be rounded to zero
+        removed = self._removed(lane, index)
+        return [None if zeros else count for zeros, count in zip(dense.zeros, removed, strict=True)]
+
+    def _score(
+        self,
+        lane: int,
+        index: int,
+        layer: nn.Module,
+        dense_input: Tensor | None = None,
+        known_zeros: Sequence[int | None] | None = None,
+    ) -> LaneLayer:
         """Advance one lane's scored windows in place and compare them with the dense lane's.
 
         Args:
@@ -261,6 +277,7 @@ class LaneGroup:
             index: index of the layer.
             layer: the layer, pruned for this lane.
             dense_input: the layer's input in the dense lane for the windows with local errors; None for the dense lane.
+            known_zeros: result of ``_known_zeros``; None to count the zeros of every linear.
         """
         arriving = 0.0
         if dense_input is not None:
@@ -275,9 +292,10 @@ class LaneGroup:
             reference = batches(dense)[number].to(output.device).float()
             error += (output.float() - reference).square().sum().item() if lane else 0.0
             energy += reference.square().sum().item()
+        linears = self.model.linears[index]
         zeros = tuple(
-            weight.numel() - int(weight.count_nonzero())
-            for weight in (_weight_of(layer, linear) for linear in self.model.linears[index])
+            _zeros(_weight_of(layer, linear)) if known is None else known
+            for linear, known in zip(linears, known_zeros or [None] * len(linears), strict=True)
         )
         parts = None
         if dense_input is not None and len(dense_input):
@@ -293,3 +311,7 @@ class LaneGroup:
 
 def _weight_of(layer: nn.Module, linear: Linear) -> Tensor:
     return layer.get_submodule(linear.name).weight  # type: ignore[return-value]
+
+
+def _zeros(weight: Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())

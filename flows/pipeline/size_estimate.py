@@ -11,7 +11,8 @@ from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
-from layerwise.pruners.masks import SORTED_ENTRIES
+from layerwise.pruners.masks import RANKED_ENTRIES
+from layerwise.pruners.row_levels import SCORE_BYTES
 from layerwise.recovery.layer_recovery import recovery_bytes
 from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.tasks.capture import SAMPLED_WINDOWS
@@ -131,9 +132,10 @@ class SearchSizes:
 
     @property
     def ranking(self) -> int:
-        """Scores, order and levels of the weights ranked at once: some rows for Wanda, a whole matrix for magnitude."""
+        """Memory to rank weights at once: some rows for Wanda and N:M patterns, otherwise a whole matrix."""
         entries = max(linear.numel for layer in self.linears for linear in layer)
-        return 17 * (min(entries, SORTED_ENTRIES) if self.settings.pruner.method == "wanda" else entries)
+        by_row = self.settings.pruner.method == "wanda" or self.settings.pattern is not None
+        return SCORE_BYTES * (min(entries, RANKED_ENTRIES) if by_row else entries)
 
     @property
     def memory(self) -> dict[str, int]:

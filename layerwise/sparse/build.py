@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernel.cpp", "ranking.cpp"))
 LIBRARY = Path(__file__).with_name("kernel.so")
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # timeout of the compiler, which needs about 5 s
@@ -33,13 +33,15 @@ def compiler() -> list[str]:
     return wanted
 
 
-def compile_kernel(library: Path, options: Sequence[str] = ("-O2",), source: Path = SOURCE) -> None:
-    """Compile ``source`` to ``library``, atomically.
+def compile_kernel(
+    library: Path, options: Sequence[str] = ("-O2",), sources: Sequence[Path] = SOURCES
+) -> None:
+    """Compile ``sources`` to ``library``, atomically.
 
     Args:
         library: file to write.
         options: additional compiler options.
-        source: C++ file.
+        sources: C++ files.
 
     Raises:
         NoKernel: a compiler was not found, or it failed.
@@ -54,7 +56,7 @@ def compile_kernel(library: Path, options: Sequence[str] = ("-O2",), source: Pat
         *options,
         "-o",
         str(unfinished),
-        str(source),
+        *map(str, sources),
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)

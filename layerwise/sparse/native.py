@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,10 @@ from layerwise.sparse.panel_weight import PanelWeight, panel_width
 Level = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # same order as Level in kernel.cpp
 KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # same order as Kind in kernel.cpp
+# Types of scores that can be ranked; same order as Kind in ranking.cpp.
+SCORES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 # Version of the interface; raise it by hand here and in kernel.cpp. A library with another version is not used.
-INTERFACE = 2
+INTERFACE = 3
 
 
 class _SparseWeight(ctypes.Structure):
@@ -120,6 +123,42 @@ class Kernel:
             rows.data_ptr(),
         )
 
+    def levels_of_rows(self, scores: Tensor, per_row: Sequence[int], extra: Sequence[int]) -> Tensor:
+        """Return the level of each weight within its row; see ``row_levels.levels_of_rows``.
+
+        Args:
+            scores: shape ``(rows, columns)``, on the CPU, with a dtype of ``SCORES``.
+            per_row: ascending numbers of weights to remove from every row, each in ``[0, columns]``; at most 255.
+            extra: by count, the number of leading rows that lose one weight more.
+
+        Raises:
+            MemoryError: there is not enough memory for equal scores.
+        """
+        rows, columns = scores.shape
+        assert scores.is_cpu, f"the scores are on {scores.device}"
+        assert columns < 1 << 32, f"a row of {columns} scores is too long"
+        assert len(per_row) == len(extra) <= 255, f"{len(per_row)} counts with {len(extra)} extra rows"
+        scores = scores.contiguous()
+        counts = torch.tensor([per_row, extra], dtype=torch.int64)
+        levels = torch.empty(scores.shape, dtype=torch.uint8)
+        failed = self.library.layerwise_levels(
+            torch.get_num_threads(),
+            SCORES[scores.dtype],
+            rows,
+            columns,
+            scores.data_ptr(),
+            len(per_row),
+            counts[0].data_ptr(),
+            counts[1].data_ptr(),
+            levels.data_ptr(),
+        )
+        if failed:
+            raise MemoryError(
+                f"there is not enough memory to rank {rows} x {columns} scores, many of which are equal: up to "
+                f"{8 * columns} bytes per thread. Use fewer threads (OMP_NUM_THREADS)."
+            )
+        return levels
+
     @staticmethod
     def require_fit(weight: PanelWeight, inputs: Tensor, bias: Tensor | None) -> None:
         """Raise if tensors cannot be multiplied; arguments and errors are those of ``multiply``."""
@@ -152,8 +191,9 @@ def kernel() -> Kernel | None:
         library = load(LIBRARY)
     except OSError as error:
         logging.getLogger(__name__).warning(
-            "pruned models run as slowly as dense ones, because the sparse kernel cannot be loaded: %s. Build it with "
-            "`python -m layerwise.sparse.build`, which needs a C++ compiler.",
+            "ranking weights takes four times as long, and pruned models run as slowly as dense ones, because the "
+            "sparse kernel cannot be loaded: %s. Build it with `python -m layerwise.sparse.build`, which needs a C++ "
+            "compiler.",
             error,
         )
         return None
@@ -161,7 +201,7 @@ def kernel() -> Kernel | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Load a library built from ``kernel.cpp``. Load it after torch, so that both share OpenMP threads.
+    """Load a library built from ``build.SOURCES``. Load it after torch, so that both share OpenMP threads.
 
     Raises:
         OSError: the file does not exist, is for another system, or was built from other sources.
@@ -175,6 +215,7 @@ def load(path: Path) -> ctypes.CDLL:
     weight = ctypes.POINTER(_SparseWeight)
     library.layerwise_multiply.argtypes = [weight, number, number, number, integer, address, address, address]
     library.layerwise_unpack.argtypes = [weight, number, number, number, integer, integer, address]
+    library.layerwise_levels.argtypes = [number, number, integer, integer, address, integer, *[address] * 3]
     return library
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     if native is None:
         sys.exit("the sparse kernel was not built. Build it with: python -m layerwise.sparse.build")
     with tempfile.TemporaryDirectory() as folder:
-        compile_kernel(Path(folder, "dense.so"), ("-O3",), Path(__file__).with_name("dense_kernel.cpp"))
+        compile_kernel(Path(folder, "dense.so"), ("-O3",), [Path(__file__).with_name("dense_kernel.cpp")])
         dense = ctypes.CDLL(str(Path(folder, "dense.so"))).dense_multiply
     print(
         f"{torch.get_num_threads()} threads, level {native.level}, reading {stream_bandwidth() / 1e9:.1f} GB/s"

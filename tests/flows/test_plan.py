@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
+from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.wanda import Wanda
 from layerwise.storage.store import ArtifactStore
 
 STAGES = [
@@ -154,6 +156,20 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     half = memory(dtype="bfloat16")
     assert half.memory["hidden states"] == plan.memory["hidden states"] / 2
     assert half.memory["layer in use"] > layer
+
+
+def test_wanda_and_patterns_rank_some_rows_at_a_time_and_magnitude_a_whole_matrix(
+    workshop, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("layerwise.flows.pipeline.size_estimate.RANKED_ENTRIES", 100)
+
+    def ranking(**changes):
+        plan = plan_search(workshop.settings(**changes), SearchRuntime(store=str(tmp_path)))
+        return plan.memory["order of removal"]
+
+    largest = 48 * 32
+    assert ranking(pruner=Magnitude()) - ranking(pruner=Wanda()) == 14 * (largest - 100)
+    assert ranking(pruner=Magnitude(), sparsity=0.5, pattern="N:8") == ranking(pruner=Wanda())
 
 
 def test_a_plan_counts_the_windows_of_a_text_that_is_not_tokenised_yet(workshop, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from layerwise.models.streaming import StreamedModel
+from layerwise.sparse import native
+from layerwise.sparse.build import NoKernel, compile_kernel
+from layerwise.sparse.native import Kernel
 
 VOCABULARY = 61
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -245,3 +249,33 @@ def layer_outputs() -> Callable[[PreTrainedModel, str, Tensor], list[Tensor]]:
         return outputs
 
     return run
+
+
+@pytest.fixture(scope="session")
+def library_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    try:
+        compile_kernel(path)
+    except NoKernel as reason:
+        pytest.skip(str(reason))
+    return path
+
+
+@pytest.fixture
+def best_kernel(library_path, monkeypatch) -> Kernel:
+    """Make linears and ``accelerate`` use the kernel at the highest level of this CPU."""
+    monkeypatch.setattr(native, "LIBRARY", library_path)
+    native.kernel.cache_clear()
+    found = native.kernel()
+    assert found is not None
+    yield found
+    native.kernel.cache_clear()
+
+
+@pytest.fixture
+def no_kernel(tmp_path, monkeypatch) -> None:
+    """Make the kernel unavailable, as on a machine without a compiler."""
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernel.so")
+    native.kernel.cache_clear()
+    yield
+    native.kernel.cache_clear()

@@ -260,6 +260,28 @@ def test_the_number_of_zeros_is_exactly_that_of_the_plan(tiny_model, advance):
     assert all(sum(outcome[0].zeros) == 0 for outcome in outcomes)
 
 
+@pytest.mark.parametrize("pruner", [Wanda(), Magnitude()])
+def test_zeros_of_the_checkpoint_that_a_lane_does_not_remove_are_counted(tiny_model, advance, pruner):
+    tiny = tiny_model()
+    linears = tiny.streamed().linears
+    with_zeros = [name for name in tiny.checkpoint if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    for name in with_zeros:
+        tiny.checkpoint[name][:, :2] = 0
+    plans = [
+        tuple(tuple(linear.out_features * each for linear in layer) for layer in linears) for each in (1, 3)
+    ]
+    _, outcomes = advance(tiny, plans, pruner)
+    for layer, outcome in zip(linears, outcomes, strict=True):
+        zeros = [
+            2 * linear.out_features if linear.name.endswith(("q_proj", "down_proj")) else 0
+            for linear in layer
+        ]
+        assert outcome[0].zeros == tuple(zeros)
+        for lane, each in ((1, 1), (2, 3)):  # zeros are removed first
+            removed = [linear.out_features * each for linear in layer]
+            assert outcome[lane].zeros == tuple(map(max, zeros, removed))
+
+
 def test_weights_are_ranked_in_the_dtype_of_the_checkpoint_and_not_of_the_computation(
     tiny_model, random_windows_of, layer_outputs, removed_of, advance
 ):

@@ -50,3 +50,17 @@ def test_a_weight_that_was_zero_from_the_start_is_restored_as_zero():
     zeroing.visit(0)
     zeroing.visit(1)
     assert weight.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_removed_weights_are_zero_and_the_others_keep_their_bits(dtype, monkeypatch):
+    monkeypatch.setattr("layerwise.pruners.layer_pruning.ZEROED_ENTRIES", 8)  # in pieces of two rows
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)
+    weight = special.repeat(3, 1)
+    zeroing = GradualZeroing(
+        LINEAR, weight, torch.tensor([[0, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 0]]).byte(), [0]
+    )
+    zeroing.visit(0)
+    expected = special.repeat(3, 1)
+    expected[[0, 1, 1, 2], [0, 1, 2, 3]] = 0
+    assert torch.equal(weight.view(torch.uint8), expected.view(torch.uint8))

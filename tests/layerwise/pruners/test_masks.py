@@ -119,12 +119,12 @@ def test_255_counts_fit_into_a_byte(by_row):
 def test_ranking_in_pieces_changes_nothing(monkeypatch, by_row, entries):
     scores, counts = random_scores(11, 8, ties=True), [0, 5, 17, 44, 45, 88]
     whole = levels_of(scores, counts, by_row)
-    monkeypatch.setattr("layerwise.pruners.masks.SORTED_ENTRIES", entries)
+    monkeypatch.setattr("layerwise.pruners.masks.RANKED_ENTRIES", entries)
     assert torch.equal(levels_of(scores, counts, by_row), whole)
 
 
 def test_a_transposed_weight_is_ranked_like_a_copy_of_it(monkeypatch):
-    monkeypatch.setattr("layerwise.pruners.masks.SORTED_ENTRIES", 20)
+    monkeypatch.setattr("layerwise.pruners.masks.RANKED_ENTRIES", 20)
     stored = random_scores(8, 6, ties=True)
     assert torch.equal(levels_of(stored.T, [13], True), levels_of(stored.T.contiguous(), [13], True))
 

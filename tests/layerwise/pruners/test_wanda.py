@@ -56,7 +56,7 @@ def test_masks_are_those_of_the_published_definition(published_wanda_mask, spars
 
 
 def test_several_counts_at_once_are_the_published_masks_of_each(published_wanda_mask, monkeypatch):
-    monkeypatch.setattr("layerwise.pruners.masks.SORTED_ENTRIES", 640)  # in pieces of ten rows
+    monkeypatch.setattr("layerwise.pruners.masks.RANKED_ENTRIES", 640)  # in pieces of ten rows
     generator = torch.Generator().manual_seed(1)
     weight, tokens = torch.randn(48, 64, generator=generator), torch.randn(32, 64, generator=generator)
     inputs = InputStatistics.empty(64)

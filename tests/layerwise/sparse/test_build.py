@@ -34,7 +34,7 @@ def test_a_compiler_that_fails_leaves_only_the_old_library(tmp_path, library_pat
     broken = tmp_path / "broken.cpp"
     broken.write_text("no C++ at all")
     with pytest.raises(NoKernel, match="broken.cpp failed: .*error"):
-        compile_kernel(old, source=broken)
+        compile_kernel(old, sources=[broken])
     assert old.read_bytes() == b"old"
     assert {file.name for file in tmp_path.iterdir()} == {"kernel.so", "broken.cpp"}
 

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from layerwise.sparse.build import SOURCE, NoKernel, compile_kernel, compiler
+from layerwise.sparse.build import SOURCES, NoKernel, compile_kernel, compiler
 from layerwise.sparse.native import LEVELS, load
 from tests.layerwise.sparse.conftest import EMULATION
 
@@ -18,10 +18,10 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def watched_library(folder: Path, source: Path = SOURCE, *options: str) -> Path:
-    library = folder / f"{source.stem}.so"
+def watched_library(folder: Path, sources: Sequence[Path] = SOURCES, *options: str) -> Path:
+    library = folder / "watched.so"
     try:
-        compile_kernel(library, (*WATCHED, *options), source)
+        compile_kernel(library, (*WATCHED, *options), sources)
     except NoKernel as reason:
         pytest.skip(f"no library with sanitizers can be made here: {reason}")
     return library
@@ -57,17 +57,18 @@ def test_the_levels_of_this_cpu_access_only_their_arrays(tmp_path, run, library_
 
 
 def test_emulated_avx512_accesses_only_its_arrays(tmp_path, run):
-    done = run(watched_library(tmp_path, SOURCE, "-include", str(EMULATION)), "avx512", "avx512_bf16")
+    done = run(watched_library(tmp_path, SOURCES, "-include", str(EMULATION)), "avx512", "avx512_bf16")
     assert done.stdout == "all done\n", done.stderr[-2000:]
 
 
 def test_a_kernel_that_reads_beyond_the_last_values_is_caught(tmp_path, run, library_path):
     if not load(library_path).layerwise_level():
         pytest.skip("this CPU has no vector level, whose loads could go beyond")
-    text, guard = SOURCE.read_text(), "if (end + OVERREAD <= count) return"
+    kernel, *others = SOURCES
+    text, guard = kernel.read_text(), "if (end + OVERREAD <= count) return"
     assert text.count(guard) == 1
     careless = tmp_path / "careless.cpp"
     careless.write_text(text.replace(guard, "if (count >= 0) return"))
-    done = run(watched_library(tmp_path, careless), "avx2")
+    done = run(watched_library(tmp_path, [careless, *others]), "avx2")
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert done.returncode
