@@ -176,6 +176,9 @@ def keys() -> dict[str, str]:
         "identity of a checkpoint": checkpoint.identity,
         "identity of a tokenizer": checkpoint.tokenizer_identity,
         "settings of a search": digest(settings.model_dump(mode="json")),
+        "settings of a grid": digest(
+            settings.model_copy(update={"strategy": "grid"}).model_dump(mode="json")
+        ),
     }
 
 
@@ -195,7 +198,7 @@ GOLDEN = {
     "lane, alps": "lane/e24b0dabbeaacd851d9783f9fae3fcd6",
     "lane, pattern and exclusion": "lane/30b362f6379aab03153321c56d572ad5",
     "lane, a round": "lane/b51fbe40aa73f619a01b308acd16fa71",
-    "lane_group": "lane_group/bbcc0bc97f7e292d7477864c78a1d79b",
+    "lane_group": "lane_group/e5c0e399c1c0f9999e21f1b7df54c581",
     "lane_rounds": "lane_rounds/982792a6871635432d7cb044c12b412e",
     "select": "select/a4c6c4a570d7a622c4eaca72238e9958",
     "export": "export/917947c0ef88ef4b9451a86dfaef6dbe",
@@ -212,7 +215,8 @@ GOLDEN = {
     "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",
     "identity of a checkpoint": "4eb37c8ea08b8bae7a0cfaa333a06b57",
     "identity of a tokenizer": "c499c195b44d0b3b3e69dffc935c3452",
-    "settings of a search": "15eca869bf95776acd7fadb219f630e6",
+    "settings of a search": "a7bee34486f7c103dbb1cfbb50091856",
+    "settings of a grid": "15eca869bf95776acd7fadb219f630e6",  # grid was the default
 }
 
 

@@ -259,7 +259,7 @@ def test_an_allocation_with_another_strategy_does_not_inherit_the_common_trials(
     assert (atp.trials, projections.trials, given.trials) == (4, None, 30)
     assert (atp.stop_after, projections.stop_after, given.stop_after) == (3, None, None)
     (owl,) = Compare(search=common, allocators=("owl",)).searches
-    assert (owl.strategy, owl.trials, owl.stop_after) == ("grid", None, None)
+    assert (owl.strategy, owl.trials, owl.stop_after) == ("auto", None, None)
 
 
 def with_test(result, allocator="atp", losses=(2.0, 3.0), seed=0, **test):

@@ -150,7 +150,7 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     sequential = memory(calibration_mode="sequential")
     assert sequential.memory["hidden states"] == 3 * (6 + 4) * window
     spilled = memory(gib=2 * window / 2**30)
-    assert (spilled.memory["hidden states"], spilled.scratch) == (2 * window, 14 * window)
+    assert (spilled.memory["hidden states"], spilled.scratch) == (2 * window, 10 * window)
     tested = memory(test_windows=30)
     assert tested.memory["hidden states"] == 3 * 30 * window  # dense, uniform and best
     half = memory(dtype="bfloat16")
