@@ -31,6 +31,7 @@ WINDOW = 32  # requests under way at once: with PIECE, 256 MB of memory in addit
 ORDERED_PIECE = 4 << 20
 ORDERED_HELD = 64  # pieces under way or waiting
 LONE_PIECE = 16 << 20  # maximum bytes of a request to a client that makes one request at a time
+READ_MEMORY = WINDOW * PIECE  # bytes
 GAP = 1 << 20  # unwanted bytes between two wanted ranges that cost less than another request
 BLOCK_GAP = 64 << 10  # the same for many small blocks, whose requests run concurrently
 ATTEMPTS = 4

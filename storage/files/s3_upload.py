@@ -18,6 +18,7 @@ PART = 8 << 20  # maximum bytes of a part, unless the file would have too many p
 SMALLEST = 5 << 20  # bytes: S3's minimum for all parts but the last one
 PARTS = 10_000  # S3's maximum number
 AT_ONCE = 32  # parts under way: 256 MB of memory
+UPLOAD_MEMORY = AT_ONCE * PART  # bytes
 FEWEST = 2  # parts under way, however large they are
 
 
@@ -70,7 +71,7 @@ def upload_in_parts(
                     number = under_way.pop(request)
                     done[number] = _described(number, request.result())
 
-    most = min(AT_ONCE, max(FEWEST, AT_ONCE * PART // size))
+    most = min(AT_ONCE, max(FEWEST, UPLOAD_MEMORY // size))
     try:
         for number, part in enumerate(parts, start=1):
             wait_until(most - 1)
