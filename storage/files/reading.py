@@ -263,7 +263,7 @@ def _fetched(
 
 def _is_concurrent(fs: AbstractFileSystem) -> bool:
     """Return whether several requests of this client can run at once."""
-    return "cat_file" in vars(fs)  # fsspec sets the blocking form of a coroutine on the object itself
+    return "cat_ranges" in vars(fs)  # fsspec sets the blocking form of a coroutine on the object itself
 
 
 def _request(fs: AbstractFileSystem, piece: Piece) -> Future[bytes]:
