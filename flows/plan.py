@@ -12,6 +12,8 @@ from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.pipeline.time_limit import check_minutes
 from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import TRIALS, Search
+from layerwise.storage.files.reading import READ_MEMORY
+from layerwise.storage.files.s3_upload import UPLOAD_MEMORY
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import windows_title
 
@@ -48,12 +50,13 @@ class Plan:
         memory: peak bytes by content, in addition to Python itself.
         scratch: bytes of hidden states that exceed the memory for them, in files.
         resume_point: bytes of one resume point of the largest stage.
-        resume_bytes_an_hour: bytes of resume points written per hour; each replaces the previous one.
+        resume_bytes_an_hour: maximum bytes of resume points written by time per hour; each replaces the previous one.
         resume_bytes_a_stage: bytes of resume points that one stage commits after numbers of layers; 0 if they are
             committed by time only.
         groups: number of betas in each group that has to run; each group reads the model once.
         fan_out: where the groups run; None if one process does all the work. Otherwise memory, scratch files and
             resume points are those of one of the processes.
+        resume_point_seconds: time to write one resume point of the largest stage; None if the store's rate is unknown.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -65,6 +68,7 @@ class Plan:
     resume_bytes_a_stage: int
     groups: tuple[int, ...]
     fan_out: str | None
+    resume_point_seconds: float | None = None
 
 
 def plan_search(settings: Search, runtime: SearchRuntime) -> Plan:
@@ -91,7 +95,7 @@ def plan_search(settings: Search, runtime: SearchRuntime) -> Plan:
     return Plan(
         stages=tuple(_lines(settings, found, sizes, groups)),
         betas=tuple(plan.beta for plan in plans),
-        memory=sizes.memory | {"hidden states": min(states, available)},
+        memory=sizes.memory | {"hidden states": min(states, available)} | _transfers(store, settings.model),
         scratch=max(states - available, 0),
         resume_point=states,
         resume_bytes_an_hour=60 / runtime.boundary_minutes * states,
@@ -132,6 +136,13 @@ def _line_of_lanes(
     verbs = "prune and score" if settings.recover is None else "prune, refit and score"
     work = f"{verbs} {missing} of them{windows_title(lanes.step.request.windows)}{more}"
     return PlannedStage(name, work, sizes.weights * len(groups), sizes.lanes_files(missing))
+
+
+def _transfers(store: ArtifactStore, model: str) -> dict[str, int]:
+    """Return the memory for requests to remote storages."""
+    reads = READ_MEMORY if not store.is_local or "://" in model else 0
+    writes = 0 if store.is_local else UPLOAD_MEMORY
+    return {"transfers": reads + writes} if reads else {}
 
 
 def _is_last(settings: Search, lanes: NextLanes) -> bool:

@@ -49,7 +49,8 @@ class Runtime(Settings):
         title="Minutes between resume points",
         default=5,
         gt=0,
-        description="Commit a resume point at the first layer after this time, in minutes.",
+        description="Commit a resume point at the first layer after this time, in minutes. After a slow commit, the next "
+        "one waits at least 20 times as long as it took.",
     )
     boundary_layers: int | None = Field(
         title="Layers between resume points",

@@ -19,6 +19,7 @@ from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.evaluation import RecoveryTest, read_recovery, read_test
+from layerwise.tasks.results.stage_times import READ
 from layerwise.tasks.results.summary import sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 
@@ -113,13 +114,18 @@ def _publish(
         pruned=None if chosen.exported is None else store.location(chosen.exported),
         stages=stages,
         built=tuple(built),
-        bytes_read=checkpoint.bytes_read,
+        bytes_read=checkpoint.bytes_read + _bytes_of_import(store, checkpoint.artifact),
         recovery=recovery,
         recovery_text="" if recovery is None else _recovery_text(settings, recovery, stages),
     )
     result, page = commit_result(store, result)
     publish_to_prefect(store, result, page)
     return result
+
+
+def _bytes_of_import(store: ArtifactStore, imported: Artifact) -> int:
+    """Return the bytes of weights that the import read in this process; 0 if the store had it."""
+    return int(str(imported.facts[READ])) if imported.key in store.built else 0
 
 
 def _recovery_text(settings: Search, recovery: RecoveryTest, stages: dict[str, Artifact]) -> str:

@@ -62,6 +62,7 @@ class Draft:
         name: str,
         data: bytes | Iterable[bytes | memoryview],
         tensors: dict[str, TensorEntry] | None = None,
+        expected_size: int = 0,
     ) -> StoredFile:
         """Write one file. After an error nothing of it remains.
 
@@ -69,6 +70,7 @@ class Draft:
             name: of the file, may contain "/".
             data: the content, as a whole or in consecutive pieces.
             tensors: entry of each tensor in the file (set by ``write_tensors``).
+            expected_size: see ``publish``; needed for pieces of more than 84 GB in all.
 
         Raises:
             ValueError: ``name`` is not a valid name, or this attempt already wrote it.
@@ -80,8 +82,9 @@ class Draft:
                 f"{self._stage.key}: the file {name!r} was already written. Files are never changed: "
                 "choose another name, or write it once."
             )
-        pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
-        size, digest, date = publish(self._store.fs, self._store.path(path), pieces)
+        if isinstance(data, bytes | bytearray | memoryview):
+            data, expected_size = [data], len(data)
+        size, digest, date = publish(self._store.fs, self._store.path(path), data, expected_size)
         # The latest: S3 truncates dates to seconds, and dates a large file by the beginning of its upload.
         self._booted = max(date - since_boot(), self._booted or 0.0)
         self.files[name] = StoredFile(path, size, digest, tensors)

@@ -8,10 +8,9 @@ from xxhash import xxh3_128
 
 from layerwise.storage.artifact import Artifact, Damaged, StoredFile
 from layerwise.storage.files.errors import Corrupt, Missing, reaching
-from layerwise.storage.files.reading import PIECE, WINDOW, read_exactly
+from layerwise.storage.files.reading import read_ahead
 from layerwise.storage.location import StoreLocation
 
-BUFFER = PIECE * WINDOW  # bytes in memory: as many as are requested at once
 CONCURRENT_REQUESTS = 16
 
 
@@ -80,10 +79,8 @@ def require_size(store: StoreLocation, file: StoredFile) -> None:
 
 
 def _digest(fs: AbstractFileSystem, path: str, size: int, count: Callable[[int], None]) -> str:
-    hasher, buffer = xxh3_128(), memoryview(bytearray(min(size, BUFFER)))
-    for start in range(0, size, BUFFER):
-        piece = buffer[: min(BUFFER, size - start)]
-        read_exactly(fs, path, start, piece)
+    hasher = xxh3_128()
+    for piece in read_ahead(fs, [(path, 0, size)]):
         hasher.update(piece)
         count(len(piece))
     return hasher.hexdigest()

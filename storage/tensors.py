@@ -52,7 +52,8 @@ def write_tensors(
             entries[key] = TensorEntry(place.dtype, place.shape, place.offset, xxh3_128_hexdigest(data))
             yield data
 
-    draft.write(name, pieces(), tensors=entries)
+    size = len(header) + sum(tensor.nbytes for tensor in ordered.values())
+    draft.write(name, pieces(), tensors=entries, expected_size=size)
 
 
 def read_tensors(

@@ -182,9 +182,10 @@ def show_plan(console: Console, plan: "Plan") -> None:
         if plan.resume_bytes_a_stage
         else ""
     )
+    duration = "" if plan.resume_point_seconds is None else f" in {plan.resume_point_seconds / 60:.1f} min"
     console.print(
-        f"a resume point of the largest stage: {size(plan.resume_point)}; each one replaces the one before. "
-        f"Written by time: {size(round(plan.resume_bytes_an_hour))} per hour{by_layers}"
+        f"a resume point of the largest stage: {size(plan.resume_point)}{duration}; each one replaces the one before. "
+        f"Written by time: at most {size(round(plan.resume_bytes_an_hour))} per hour, in less than 5 % of the time{by_layers}"
     )
 
 

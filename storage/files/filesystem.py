@@ -17,6 +17,7 @@ S3_CLIENT_SETTINGS = {  # measured; botocore's defaults do not survive an outage
     "retries": {"mode": "standard", "total_max_attempts": 10},
     "connect_timeout": 10,  # seconds
     "read_timeout": 60,  # seconds without a byte
+    "max_pool_connections": 64,  # reading and writing use up to 32 each; the default of 10 would limit them
 }
 MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # by file system
 

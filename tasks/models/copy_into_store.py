@@ -81,7 +81,7 @@ def _write_shards(
     read: Callable[[Shard], dict[str, Tensor]],
 ) -> CheckpointIndex:
     located = []
-    done = len(draft.files)
+    done, imported = len(draft.files), 0
     title = "import: copy into the store"
     with stop_deferred() as asked_to_stop, showing(title, len(shards), done, draft.resumed, "shard") as show:
         for step, (file, shard) in enumerate(shards.items(), start=1):
@@ -90,6 +90,7 @@ def _write_shards(
                 for tensor in shard:
                     if tensor.model_name is not None:
                         require_finite(weights[tensor.name], tensor.name, tensor.file)
+                imported += sum(tensor.entry.nbytes for tensor in shard)
                 write_tensors(draft, file, weights, metadata={"format": "pt"})
                 show(step)
                 draft.save_resume_point(step, _no_state)
@@ -98,6 +99,7 @@ def _write_shards(
             entries = draft.files[file].tensors
             assert entries is not None, "write_tensors records the place of every tensor"
             located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
+    draft.facts["weights read, bytes"] = imported
     return replace(index, in_place=False, tensors=tuple(located))
 
 

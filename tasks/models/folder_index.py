@@ -1,6 +1,8 @@
 """Index of a checkpoint in a folder."""
 
 import json
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,7 @@ from xxhash import xxh3_128
 
 from layerwise.models.skeleton import layer_prefix
 from layerwise.storage.draft import Draft
-from layerwise.storage.files.reading import read_exactly
+from layerwise.storage.files.reading import read_ahead
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
@@ -24,7 +26,6 @@ from layerwise.tasks.sources.model_config import (
     read_config_document,
 )
 
-PIECE = 32 << 20  # bytes read at a time to compute a digest: one window of requests to a remote storage
 DIGESTS = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -89,7 +90,8 @@ def refuse_adapter(folder: Folder) -> None:
 def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> CheckpointIndex:
     """Return the index of ``folder`` with the digest of every tensor; every byte is read once, in pieces.
 
-    Leaves a resume point after every file.
+    Later tensors of a file are read while the digests of earlier ones are computed. Leaves a resume point after every
+    file.
 
     Raises:
         ValueError: the files are not a model that can be pruned, or a weight holds NaN or infinity.
@@ -100,7 +102,7 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     check_tied_copies(folder, index)
     digests: dict[str, str] = json.loads(store.read(draft.resumed.state, DIGESTS)) if draft.resumed else {}
     files = list(dict.fromkeys(tensor.file for tensor in index.tensors))
-    total = len(index.tensors)
+    total, read = len(index.tensors), 0
     title = "import: checksums"
     with (
         stop_deferred() as asked_to_stop,
@@ -108,15 +110,17 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     ):
         for step, file in enumerate(files, start=1):
             todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
-            for tensor in todo:
-                digest = _digest(folder, tensor)
-                folder.require_unchanged(file)
-                digests[tensor.name] = digest
-                show(len(digests))
-                if asked_to_stop() or tensor is todo[-1]:
-                    _save(draft, step, digests)
-                if asked_to_stop():
-                    stop()
+            with closing(_digests(folder, todo)) as computed:
+                for tensor, digest in computed:
+                    folder.require_unchanged(file)
+                    digests[tensor.name] = digest
+                    read += tensor.entry.nbytes
+                    show(len(digests))
+                    if asked_to_stop() or tensor is todo[-1]:
+                        _save(draft, step, digests)
+                    if asked_to_stop():
+                        stop()
+    draft.facts["weights read, bytes"] = read
     tensors = (
         replace(tensor, entry=replace(tensor.entry, digest=digests[tensor.name])) for tensor in index.tensors
     )
@@ -135,7 +139,8 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
             continue
         original = named[copy.copy_of]
         same_kind = (copy.entry.dtype, copy.entry.shape) == (original.entry.dtype, original.entry.shape)
-        if not same_kind or _digest(folder, copy) != _digest(folder, original):
+        pair = [copy, original]
+        if not same_kind or len({digest for _, digest in _digests(folder, pair)}) > 1:
             raise ValueError(
                 f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
                 "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
@@ -143,18 +148,23 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
             )
 
 
-def _digest(folder: Folder, tensor: IndexedTensor) -> str:
-    """Return the digest of a tensor's bytes; refuse a weight that holds NaN or infinity."""
-    digest, entry = xxh3_128(), tensor.entry
-    piece = memoryview(bytearray(min(PIECE, entry.nbytes)))
-    for start in range(0, entry.nbytes, PIECE):
-        part = piece[: min(PIECE, entry.nbytes - start)]
-        read_exactly(folder.fs, folder.path(tensor.file), entry.offset + start, part)
-        digest.update(part)
-        if tensor.model_name is not None:
-            values = torch.frombuffer(part, dtype=entry.torch_dtype)  # PIECE is a multiple of every item size
-            require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
-    return digest.hexdigest()
+def _digests(
+    folder: Folder, tensors: Sequence[IndexedTensor]
+) -> Generator[tuple[IndexedTensor, str], None, None]:
+    """Yield each tensor with the digest of its bytes; refuse a weight that holds NaN or infinity."""
+    ranges = [(folder.path(tensor.file), tensor.entry.offset, tensor.entry.nbytes) for tensor in tensors]
+    with closing(read_ahead(folder.fs, ranges)) as content:
+        for tensor in tensors:
+            digest, entry, done = xxh3_128(), tensor.entry, 0
+            while done < entry.nbytes:
+                part = next(content)
+                digest.update(part)
+                done += len(part)
+                if tensor.model_name is not None:
+                    # The size of a piece is a multiple of every item size.
+                    values = torch.frombuffer(part, dtype=entry.torch_dtype)
+                    require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
+            yield tensor, digest.hexdigest()
 
 
 def _save(draft: Draft, step: int, digests: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.http import HTTPFileSystem
 
 from layerwise.storage.files.credentials import holds_credentials
 from layerwise.storage.files.errors import reaching
@@ -154,8 +155,8 @@ def find_source(model: str) -> Source:
 
     Args:
         model: ``demo``; a hub id ``owner/name`` or ``owner/name@revision``; the path or any fsspec URL of a
-            folder; the path or URL of a ``.gguf`` file. A local folder takes precedence over a hub id of the
-            same name.
+            folder, except HTTP; the path or URL of a ``.gguf`` file. A local folder takes precedence over a hub id of
+            the same name.
 
     Raises:
         ValueError: ``model`` is none of these, or a URL with credentials.
@@ -194,6 +195,12 @@ def _stored_source(url: str, label: str) -> FolderSource | GgufSource:
             ) from error
         refuse_pointers(fs, {path: state.size}, {path: label})
         return GgufSource(fs, path, label, state)
+    if isinstance(fs, HTTPFileSystem):
+        raise ValueError(
+            f"{label} cannot be used as a model: HTTP servers do not list the files of a folder. Give owner/name for a model "
+            "on huggingface.co; download any other folder, or copy it to a bucket such as s3://. Of an HTTP server, only "
+            ".gguf files can be used."
+        )
     with reaching(fs, path):
         is_file = fs.isfile(path)
     if is_file:

@@ -1,10 +1,14 @@
 """Plan: lists the remaining work before, during and after a search, and writes nothing."""
 
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from layerwise.flows.cli.tables import show_plan
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
@@ -108,8 +112,7 @@ def test_planned_bytes_match_those_that_the_search_reads_and_writes(workshop, pr
     settings = workshop.settings(retain="all")
     plan = plan_search(settings, runtime)
     result = search(settings, runtime)
-    reads = sum(stage.reads for stage in plan.stages if stage.name != "import_checkpoint")
-    assert reads == result.bytes_read
+    assert sum(stage.reads for stage in plan.stages) == result.bytes_read
     capture = result.stages["capture"]
     # The header of a Parquet file is larger than the statistics of three tiny layers; hidden states dominate.
     assert stage_of(plan, "capture").writes == pytest.approx(capture.size, rel=0.25)
@@ -170,6 +173,22 @@ def test_wanda_and_patterns_rank_some_rows_at_a_time_and_magnitude_a_whole_matri
     largest = 48 * 32
     assert ranking(pruner=Magnitude()) - ranking(pruner=Wanda()) == 14 * (largest - 100)
     assert ranking(pruner=Magnitude(), sparsity=0.5, pattern="N:8") == ranking(pruner=Wanda())
+
+
+def test_the_memory_for_transfers_counts_if_the_store_is_remote(workshop, tmp_path):
+    near = plan_search(workshop.settings(), SearchRuntime(store=str(tmp_path)))
+    far = plan_search(workshop.settings(), SearchRuntime(store=f"memory://{tmp_path.name}"))
+    assert far.memory == {**near.memory, "transfers": 512 << 20}
+
+
+def test_the_duration_of_a_resume_point_is_shown_if_it_is_known(workshop, tmp_path, capsys):
+    plan = plan_search(workshop.settings(), SearchRuntime(store=str(tmp_path)))
+    show_plan(Console(width=500), plan)
+    show_plan(Console(width=500), replace(plan, resume_point_seconds=90))
+    assert re.findall(r"of the largest stage: [\d.]+ kB( in 1\.5 min)?;", capsys.readouterr().out) == [
+        "",
+        " in 1.5 min",
+    ]
 
 
 def test_a_plan_counts_the_windows_of_a_text_that_is_not_tokenised_yet(workshop, tmp_path):

@@ -253,6 +253,12 @@ class OutOfOrder(MemoryFileSystem):
         return super().cat_file(path, start, end, **options)
 
 
+def test_an_import_counts_the_weights_that_it_read(local_store, llama, save_model):
+    model = llama()
+    facts = import_checkpoint(local_store, str(save_model(model))).artifact.facts
+    assert facts["weights read, bytes"] == sum(weight.nbytes for weight in model.state_dict().values())
+
+
 def test_an_interrupted_import_resumes_with_the_next_file(local_store, llama, save_model, monkeypatch):
     register_implementation("outoforder", OutOfOrder, clobber=True)
     shards = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]

@@ -137,9 +137,9 @@ def test_an_upload_in_parts_survives_one_fault_of_each_step(fault_proxy: FaultPr
     fault = {**FAULTS_OF_WRITES, "duplicated": duplicate}[name]
     fault_proxy.inject(fault, FirstTime(lambda request: request.writes), times=ALWAYS)
     path = f"{store.root}/large.bin"
-    content = bytes(range(256)) * (70 << 10)  # 17.5 MB: two parts
+    content = bytes(range(256)) * (70 << 10)  # 17.5 MB: three parts
     publish(store.fs, path, [content])
-    assert len(fault_proxy.caught) == 4  # create, two parts, complete
+    assert len(fault_proxy.caught) == 5  # create, three parts, complete
     fault_proxy.heal()
     assert store.fs.cat_file(path, start=0, end=len(content)) == content
 

@@ -69,7 +69,7 @@ def test_an_empty_store_has_no_findings(store):
 
 
 def test_a_file_larger_than_the_buffer_is_read_completely(store, monkeypatch):
-    monkeypatch.setattr("layerwise.storage.integrity.BUFFER", 1000)
+    monkeypatch.setattr("layerwise.storage.files.reading.ORDERED_PIECE", 1000)
     artifact = store.get_or_build(CAPTURE, lambda draft: draft.write("large.bin", bytes(2500)))
     assert list(verify(store)) == []
     path = f"{store.root}/{artifact.files['large.bin'].path}"

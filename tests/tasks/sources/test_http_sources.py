@@ -1,4 +1,4 @@
-"""Sources behind HTTP servers with and without range requests are identified by their content."""
+"""Sources behind HTTP servers: GGUF files are identified by their content, with and without range requests."""
 
 import os
 import re
@@ -63,3 +63,12 @@ def test_gguf_files_with_equal_names_sizes_and_times_are_distinguished_by_their_
         digests.add(source.identity["gguf"][2].split()[0])  # without the time
         assert source.local_gguf().read_bytes() == b"GGUF" + place.encode() * size
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("name", ["model", "model/", "model/config.json"])
+def test_a_folder_behind_an_http_server_is_refused_with_what_to_do(served, name):
+    url, folder = served
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{url}/{name} cannot be used as a model: HTTP .* Give owner/name"):
+        find_source(f"{url}/{name}")
