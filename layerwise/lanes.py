@@ -1,6 +1,7 @@
 """Lanes: several sparsity plans that advance through one model together, so that its weights are read once."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +12,8 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
-from layerwise.recovery.layer_recovery import Recovery, RecoveryOutcome, recover_layer
+from layerwise.recovery.layer_recovery import RecoveredLayer, Recovery, RecoveryOutcome, recover_layer
+from layerwise.recovery.linear_inputs import LinearInputs
 from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, weights_replaced
 from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
 
@@ -142,12 +144,12 @@ class LaneGroup:
             with torch.no_grad():
                 for pruning in prunings:
                     pruning.visit(visit)
-            new, recovery = self._recovered(lane, index, layer, weights, prunings, dense)
-            with weights_replaced(layer, new):
-                self._calibrate(lane, index, layer)
-                zeros = self._known_zeros(lane, index, outcomes[0]) if not new else None
+            found = self._recovered(lane, index, layer, weights, prunings, dense)
+            with weights_replaced(layer, found.weights):
+                self._calibrate(lane, index, layer, found.inputs)
+                zeros = None if found.weights else self._known_zeros(lane, index, outcomes[0])
                 scored = self._score(lane, index, layer, dense_input, zeros)
-            outcomes[lane] = replace(scored, recovery=recovery)
+            outcomes[lane] = replace(scored, recovery=found.outcome)
         if self.recovery is not None:
             with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
                 self._calibrate(0, index, layer)
@@ -161,11 +163,11 @@ class LaneGroup:
         stored: Mapping[str, Tensor],
         prunings: Sequence[LinearPruning],
         dense: Mapping[str, Tensor],
-    ) -> tuple[Mapping[str, Tensor], RecoveryOutcome | None]:
+    ) -> RecoveredLayer:
         """Return the weights that replace the pruned ones of a layer in one lane, found now or earlier."""
         found = self.lanes[lane].recovered_weights(index)
         if found is not None or self.recovery is None:
-            return found or {}, None
+            return RecoveredLayer(found or {})
         counts = dict(zip(self.model.linears[index], self._removed(lane, index), strict=True))
         linears = [
             PrunedLinear(
@@ -179,7 +181,7 @@ class LaneGroup:
         ]
         if not linears:
             self.lanes[lane].recovered.append({})
-            return {}, None
+            return RecoveredLayer({})
         assert self.rooms is not None, "a group that recovers has them"
         calibration = slice(0, self.calibration_windows)
         pruned = LayerToRecover(
@@ -191,11 +193,9 @@ class LaneGroup:
             self.lanes[0].hidden_states[calibration],
             self.rooms,
         )
-        new, outcome = recover_layer(pruned, self.recovery)
-        if not outcome.accepted:
-            new = {}
-        self.lanes[lane].recovered.append(new)
-        return new, outcome
+        recovered = recover_layer(pruned, self.recovery)
+        self.lanes[lane].recovered.append(recovered.weights)
+        return recovered
 
     def _sequentially(
         self, index: int, layer: nn.Module, weights: Mapping[str, Tensor]
@@ -250,10 +250,15 @@ class LaneGroup:
         scored = self.lanes[lane].hidden_states[self.calibration_windows :]
         return scored[: self.local_windows]
 
-    def _calibrate(self, lane: int, index: int, layer: nn.Module) -> None:
-        """Advance one lane's calibration windows in place."""
-        for states in batches(self.lanes[lane].hidden_states[: self.calibration_windows]):
-            states.copy_(self.model.run_layer(index, layer, states))
+    def _calibrate(self, lane: int, index: int, layer: nn.Module, inputs: LinearInputs | None = None) -> None:
+        """Advance one lane's calibration windows in place.
+
+        Args:
+            inputs: kept inputs of the layer's linears, which shorten the pass; None to compute everything.
+        """
+        for number, states in enumerate(batches(self.lanes[lane].hidden_states[: self.calibration_windows])):
+            with nullcontext() if inputs is None else inputs.from_kept(number, len(states)):
+                states.copy_(self.model.run_layer(index, layer, states))
 
     def _known_zeros(self, lane: int, index: int, dense: LaneLayer) -> Sequence[int | None] | None:
         """Return the zeros of every linear that has as many as weights are removed; None for one that must be counted."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.models.skeleton import Linear
+from layerwise.recovery.linear_inputs import LinearInputs
 from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, held_out_windows, relative_errors
 from layerwise.recovery.refit import REFITTED_ENTRIES, Refit, refit_layer
 from layerwise.recovery.train import TRAINED_ALPHA, TRAINED_BYTES, Train, train_layer
@@ -50,25 +51,40 @@ class RecoveryOutcome:
         return self.after < self.before
 
 
-@torch.no_grad()
-def recover_layer(pruned: LayerToRecover, settings: Recovery) -> tuple[Mapping[str, Tensor], RecoveryOutcome]:
-    """Recover a layer. Training starts from the refitted weights if the refit lowers the error, else from the pruned ones.
+@dataclass(frozen=True)
+class RecoveredLayer:
+    """Result of the recovery of one layer.
 
-    Returns:
-        New weights by linear, in the checkpoint's dtype and in the orientation of the module's weight, zero exactly
-        where the pruned weights are; and the errors that decide whether to use them.
+    Attributes:
+        weights: new weights by linear, in the checkpoint's dtype and in the orientation of the module's weight, zero
+            exactly where the pruned weights are; empty if they were not accepted.
+        outcome: the errors that decided on it; None if the layer was not recovered now.
+        inputs: inputs of the layer's linears with these weights, which shorten the next pass; None if they are not kept.
     """
+
+    weights: Mapping[str, Tensor]
+    outcome: RecoveryOutcome | None = None
+    inputs: LinearInputs | None = None
+
+
+@torch.no_grad()
+def recover_layer(pruned: LayerToRecover, settings: Recovery) -> RecoveredLayer:
+    """Recover a layer. Training starts from the refitted weights if the refit lowers the error, else from the pruned ones."""
     refit = settings if isinstance(settings, Refit) else settings.refit
-    weights: Mapping[str, Tensor] = refit_layer(pruned, refit)
+    refitted, inputs = refit_layer(pruned, refit)
+    weights: Mapping[str, Tensor] = refitted
     outcome = _outcome(pruned, weights, refit, refit.alpha)
     if isinstance(settings, Train):
         weights = train_layer(pruned, weights if outcome.accepted else {}, settings)
         outcome = _outcome(pruned, weights, refit, TRAINED_ALPHA)
-    return {
+    if not outcome.accepted:
+        return RecoveredLayer({}, outcome)
+    stored = {
         each.linear.name: _without_new_zeros(each, weights)
         for each in pruned.linears
         if each.linear.name in weights
-    }, outcome
+    }
+    return RecoveredLayer(stored, outcome, None if isinstance(settings, Train) else inputs)
 
 
 def _without_new_zeros(each: PrunedLinear, weights: Mapping[str, Tensor]) -> Tensor:

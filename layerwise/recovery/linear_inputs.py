@@ -42,17 +42,25 @@ class LinearInputs:
 
         Call it for the groups of ``linears_by_input`` in their order, for every batch before the next group.
         """
-        block, kept = self._block, self._kept.get(batch)
-        short: AbstractContextManager[None] = nullcontext()
-        if block is not None and kept is not None:
-            short = block.from_last_input(kept.to(self._pruned.model.device))
-        with short:
+        with self.from_kept(batch, len(self._states[batch])):
             inputs = _inputs_of(self._pruned, names[0], self._states[batch])
+        block = self._block
         if block is not None and block.name in names:
             room = self._rooms[batch][..., : inputs.shape[-1]]
             if room.shape == inputs.shape and room.dtype == inputs.dtype:
                 self._kept[batch] = room.copy_(inputs)
         return inputs
+
+    def from_kept(self, batch: int, windows: int) -> AbstractContextManager[None]:
+        """Within the block of code, let the layer compute its first block from the kept input, if there is one.
+
+        Args:
+            windows: number of windows of the pass. Only a pass of the same shape has the same bits.
+        """
+        kept = self._kept.get(batch)
+        if self._block is None or kept is None or len(kept) != windows:
+            return nullcontext()
+        return self._block.from_last_input(kept.to(self._pruned.model.device))
 
 
 @dataclass(frozen=True)

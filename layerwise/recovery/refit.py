@@ -72,11 +72,14 @@ class Refit:
 
 
 @torch.no_grad()
-def refit_layer(pruned: LayerToRecover, settings: Refit) -> dict[str, Tensor]:
+def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tensor], LinearInputs]:
     """Refit the linears of a layer in the order of the data flow, each on inputs that the refitted ones before it give.
 
     Linears that share their input are refitted together. Memory in addition to the layer: its dense and its new
     weights, and two float32 matrices of the inputs of one linear, and three while it is refitted.
+
+    Returns:
+        New weights by linear, and the inputs that the refitted layer has in the pruned model.
     """
     weights: dict[str, Tensor] = {}
     fitted = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))
@@ -112,7 +115,7 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> dict[str, Tensor]:
             )
             weights[each.linear.name] = oriented(new).contiguous()
             first = last
-    return weights
+    return weights, inputs
 
 
 def _outputs_of(linears: Sequence[PrunedLinear], inputs: Tensor) -> Tensor:

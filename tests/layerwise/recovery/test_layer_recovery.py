@@ -28,17 +28,20 @@ def unrelated():
 def test_a_refit_reports_the_errors_on_the_held_out_windows(pruned_layer, family):
     pruned = pruned_layer(family)
     settings = Refit(alpha=0.25)
-    weights, outcome = recover_layer(pruned, settings)
+    recovered = recover_layer(pruned, settings)
+    weights, outcome = recovered.weights, recovered.outcome
     assert outcome.before == relative_errors(pruned, [{}], 0.25, HELD_OUT)[0]
     assert outcome.after == relative_errors(pruned, [weights], 0.25, HELD_OUT)[0]
     assert outcome.accepted
-    fitted = refit_layer(pruned, settings)
+    fitted = refit_layer(pruned, settings)[0]
     assert all(torch.equal(weights[name], fitted[name]) for name in fitted)
 
 
 def test_an_overfitted_layer_is_not_accepted(pruned_layer, unrelated):
     pruned = unrelated(pruned_layer(windows=3))
-    _, outcome = recover_layer(pruned, Refit(alpha=1, damping=0, steps=100))
+    recovered = recover_layer(pruned, Refit(alpha=1, damping=0, steps=100))
+    weights, outcome = recovered.weights, recovered.outcome
+    assert weights == {}
     assert outcome.after > outcome.before
     assert not outcome.accepted
 
@@ -46,9 +49,9 @@ def test_an_overfitted_layer_is_not_accepted(pruned_layer, unrelated):
 def test_training_starts_from_the_pruned_weights_if_the_refit_is_worse(pruned_layer, unrelated):
     """A step of 1e-6 of the weights cannot leave the neighbourhood of its start."""
     pruned = unrelated(pruned_layer(windows=3))
-    weights, outcome = recover_layer(
-        pruned, Train(alpha=1, damping=0, steps=100, learning_rate=1e-6, epochs=1)
-    )
+    settings = Train(alpha=1, damping=0, steps=100, learning_rate=1e-6, epochs=1)
+    recovered = recover_layer(pruned, settings)
+    weights, outcome = recovered.weights, recovered.outcome
     assert outcome.after <= outcome.before
     for each in pruned.linears:
         start = each.dense.masked_fill(each.mask, 0)
@@ -57,8 +60,9 @@ def test_training_starts_from_the_pruned_weights_if_the_refit_is_worse(pruned_la
 
 def test_a_trained_layer_is_better_than_a_refitted_one(pruned_layer):
     pruned = pruned_layer(windows=64)
-    fitted, _ = recover_layer(pruned, Refit(alpha=0))
-    trained, outcome = recover_layer(pruned, Train(alpha=0, learning_rate=0.01))
+    fitted = recover_layer(pruned, Refit(alpha=0)).weights
+    recovered = recover_layer(pruned, Train(alpha=0, learning_rate=0.01))
+    trained, outcome = recovered.weights, recovered.outcome
     assert outcome.accepted
     assert outcome.after == relative_errors(pruned, [trained], 0.0, held_out=8)[0]
     assert outcome.after < relative_errors(pruned, [fitted], 0.0, held_out=8)[0]

@@ -85,6 +85,7 @@ def test_a_token_whose_target_is_zero_has_no_say(pruned_layer, settings):
     pruned = pruned_layer(windows=24)
     for states in (pruned.hidden_states, pruned.dense_states):
         states[[0, -1], 0] = 0
-    weights, outcome = recover_layer(pruned, settings)
+    recovered = recover_layer(pruned, settings)
+    weights, outcome = recovered.weights, recovered.outcome
     assert outcome.after < outcome.before < 1
     assert all(weight.isfinite().all() for weight in weights.values())

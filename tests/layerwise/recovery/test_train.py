@@ -18,7 +18,7 @@ def same(weights, others) -> bool:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2-window", "falcon", "opt", "recurrent-gemma"])
 def test_training_lowers_the_error_below_that_of_the_refit(pruned_layer, family):
     pruned = pruned_layer(family, windows=MANY)
-    fitted = refit_layer(pruned, Refit(alpha=0))
+    fitted = refit_layer(pruned, Refit(alpha=0))[0]
     trained = train_layer(pruned, fitted, Train())
     errors = relative_errors(pruned, [{}, fitted, trained], 0.0, HELD_OUT)
     assert errors[2] < errors[1] < errors[0]
@@ -62,7 +62,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
 
 def test_weights_that_training_makes_worse_are_not_used(pruned_layer):
     pruned = pruned_layer()
-    fitted = refit_layer(pruned, Refit())
+    fitted = refit_layer(pruned, Refit())[0]
     assert train_layer(pruned, fitted, Train(learning_rate=0.9)) is fitted
 
 
@@ -75,7 +75,7 @@ def test_results_are_the_same_bytes_and_depend_on_the_seed(pruned_layer):
 
 def test_training_does_not_change_the_layer_nor_the_random_numbers_of_the_process(pruned_layer):
     pruned = pruned_layer("gpt2")
-    fitted = refit_layer(pruned, Refit())
+    fitted = refit_layer(pruned, Refit())[0]
     before = {name: tensor.clone() for name, tensor in pruned.layer.state_dict().items()}
     start = {name: tensor.clone() for name, tensor in fitted.items()}
     states, random_state = pruned.hidden_states.clone(), torch.get_rng_state()
