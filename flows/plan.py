@@ -1,5 +1,6 @@
 """Plan: list the work that a search still has to do, and estimate its cost. Runs nothing."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -7,8 +8,9 @@ from math import ceil
 from layerwise.flows.fan_out.lane_groups import lane_groups
 from layerwise.flows.pipeline.graph import LaneStep
 from layerwise.flows.pipeline.lookup import FoundSearch, FoundStep, NextLanes, look_up
-from layerwise.flows.pipeline.search_strategy import strategy_of
+from layerwise.flows.pipeline.search_strategy import LaneRequest, strategy_of
 from layerwise.flows.pipeline.size_estimate import SearchSizes
+from layerwise.flows.pipeline.time_estimate import SearchTimes, expected_requests, measure_times
 from layerwise.flows.pipeline.time_limit import check_minutes
 from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import TRIALS, Search
@@ -28,12 +30,14 @@ class PlannedStage:
         state: ``IN_STORE``, or the work to do.
         reads: bytes of weights to read.
         writes: bytes that the stage adds to the store, without resume points, which are deleted at its end.
+        seconds: estimate of the time; None if there is none.
     """
 
     name: str
     state: str
     reads: int = 0
     writes: int = 0
+    seconds: float | None = None
 
     @property
     def to_do(self) -> bool:
@@ -47,7 +51,9 @@ class Plan:
 
     Attributes:
         betas: betas of the allocator's plans.
-        memory: peak bytes by content, in addition to Python itself.
+        device: torch device of the computation.
+        memory: peak bytes of this machine by content, in addition to Python itself.
+        device_memory: peak bytes of the device by content; empty if it is the CPU.
         scratch: bytes of hidden states that exceed the memory for them, in files.
         resume_point: bytes of one resume point of the largest stage.
         resume_bytes_an_hour: maximum bytes of resume points written by time per hour; each replaces the previous one.
@@ -57,22 +63,36 @@ class Plan:
         fan_out: where the groups run; None if one process does all the work. Otherwise memory, scratch files and
             resume points are those of one of the processes.
         resume_point_seconds: time to write one resume point of the largest stage; None if the store's rate is unknown.
+        measuring: seconds that the measurement of this machine took; None if nothing was measured.
+        notes: sentences on what was measured, and on what the times lack.
     """
 
     stages: tuple[PlannedStage, ...]
     betas: tuple[float, ...]
+    device: str
     memory: Mapping[str, int]
+    device_memory: Mapping[str, int]
     scratch: int
     resume_point: int
     resume_bytes_an_hour: float
     resume_bytes_a_stage: int
     groups: tuple[int, ...]
     fan_out: str | None
-    resume_point_seconds: float | None = None
+    resume_point_seconds: float | None
+    measuring: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages that have an estimate."""
+        return sum(stage.seconds or 0.0 for stage in self.stages)
 
 
-def plan_search(settings: Search, runtime: SearchRuntime) -> Plan:
-    """Plan a search from the store and the headers of the model. Writes nothing and reads no weights.
+def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False) -> Plan:
+    """Plan a search from the store and the headers of the model. Leaves nothing behind.
+
+    Args:
+        measure: also estimate the time of every stage, from a few seconds of reading and computing on this machine.
 
     Raises:
         ValueError: the search would refuse these settings.
@@ -92,40 +112,68 @@ def plan_search(settings: Search, runtime: SearchRuntime) -> Plan:
         together = max(together, ceil(largest / max(len(groups), 1)))
     available, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
     by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
+    memory, device_memory = sizes.memory(runtime.device_name)
+    times, began, notes = None, time.monotonic(), list[str]()
+    if measure and any(each.step.work and not each.is_done for each in found.steps):
+        try:
+            execution = runtime.execution()
+        except ValueError as error:  # a plan for another machine
+            notes.append(f"No times: {error}")
+        else:
+            times = measure_times(store, sizes, found.inputs.checkpoint, execution)
+            notes += times.transfer.notes
+    lanes_seconds = None
+    if times is not None:
+        lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
     return Plan(
-        stages=tuple(_lines(settings, found, sizes, groups)),
+        stages=tuple(_lines(settings, found, sizes, groups, times, lanes_seconds)),
         betas=tuple(plan.beta for plan in plans),
-        memory=sizes.memory | {"hidden states": min(states, available)} | _transfers(store, settings.model),
+        device=runtime.device_name,
+        memory=memory | {"hidden states": min(states, available)} | _transfers(store, settings.model),
+        device_memory=device_memory,
         scratch=max(states - available, 0),
         resume_point=states,
         resume_bytes_an_hour=60 / runtime.boundary_minutes * states,
         resume_bytes_a_stage=by_layers * states,
         groups=tuple(map(len, groups)),
         fan_out=None if runtime.fan_out == "local" else f"{runtime.fan_out}, {workers} at a time",
+        resume_point_seconds=None if times is None else times.written(states) or None,
+        measuring=None if times is None else time.monotonic() - began,
+        notes=tuple(notes),
     )
 
 
 def _lines(
-    settings: Search, found: FoundSearch, sizes: SearchSizes, groups: Sequence[Sequence[int]]
+    settings: Search,
+    found: FoundSearch,
+    sizes: SearchSizes,
+    groups: Sequence[Sequence[int]],
+    times: SearchTimes | None,
+    lanes_seconds: float | None,
 ) -> Iterator[PlannedStage]:
     """Yield a line for every step that takes time; all requests for lanes share one line."""
     lanes = found.next_lanes
     for each in found.steps:
         if each.step is lanes.step:
-            yield _line_of_lanes(settings, lanes, sizes, groups)
+            yield _line_of_lanes(settings, lanes, sizes, groups, lanes_seconds)
         elif each.step.work and not isinstance(each.step, LaneStep):
-            yield _line(each, sizes)
+            yield _line(each, sizes, times)
 
 
-def _line(found: FoundStep, sizes: SearchSizes) -> PlannedStage:
+def _line(found: FoundStep, sizes: SearchSizes, times: SearchTimes | None) -> PlannedStage:
     step = found.step
     if found.is_done:
         return PlannedStage(step.name, IN_STORE)
-    return PlannedStage(step.name, step.work, step.reads(sizes), step.writes(sizes))
+    seconds = None if times is None else step.seconds(times)
+    return PlannedStage(step.name, step.work, step.reads(sizes), step.writes(sizes), seconds)
 
 
 def _line_of_lanes(
-    settings: Search, lanes: NextLanes, sizes: SearchSizes, groups: Sequence[Sequence[int]]
+    settings: Search,
+    lanes: NextLanes,
+    sizes: SearchSizes,
+    groups: Sequence[Sequence[int]],
+    seconds: float | None,
 ) -> PlannedStage:
     tried = "trials" if settings.makes_plans else "betas"
     name = f"{lanes.step.name}: {settings.trials_of(sizes.plans)} {tried}"
@@ -135,7 +183,43 @@ def _line_of_lanes(
     more = "" if _is_last(settings, lanes) else "; more may follow"
     verbs = "prune and score" if settings.recover is None else "prune, refit and score"
     work = f"{verbs} {missing} of them{windows_title(lanes.step.request.windows)}{more}"
-    return PlannedStage(name, work, sizes.weights * len(groups), sizes.lanes_files(missing))
+    return PlannedStage(name, work, sizes.weights * len(groups), sizes.lanes_files(missing), seconds)
+
+
+def _seconds_of_lanes(
+    settings: Search,
+    found: FoundSearch,
+    times: SearchTimes,
+    groups: Sequence[Sequence[int]],
+    runtime: SearchRuntime,
+    workers: int,
+) -> float:
+    """Return the time of the lanes that are missing, and of those that the strategy is expected to request later."""
+    windows, lanes = found.inputs.texts.windows["selection"], found.next_lanes
+    if not lanes.missing:
+        return 0.0
+    together = workers if runtime.pool is not None else min(workers, _devices(runtime))
+
+    def seconds(request: LaneRequest, count: int, in_groups: int) -> float:
+        first, end = request.windows or (0, windows)
+        return times.lanes(count, end - first, in_groups, together)
+
+    total = seconds(lanes.step.request, len(lanes.missing), len(groups))
+    if _is_last(settings, lanes):
+        return total
+    done = sum(isinstance(each.step, LaneStep) for each in found.steps)
+    strategy = strategy_of(settings, lanes.step.plans, found.inputs.linears, windows)
+    return total + sum(
+        seconds(request, len(request.plans), min(workers, len(request.plans)))
+        for request in expected_requests(strategy)[done:]
+    )
+
+
+def _devices(runtime: SearchRuntime) -> int:
+    """Return the number of devices of this machine: processes share its CPU."""
+    import torch
+
+    return torch.cuda.device_count() if runtime.device_name == "cuda" else 1
 
 
 def _transfers(store: ArtifactStore, model: str) -> dict[str, int]:

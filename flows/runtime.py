@@ -85,6 +85,14 @@ class Runtime(Settings):
                 )
         return {name: value for name, value in values.items() if name not in others}
 
+    @property
+    def device_name(self) -> str:
+        """Torch device, such as cuda or cpu: "auto" is resolved. It may be missing on this machine."""
+        import torch
+
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return automatic if self.device == "auto" else self.device
+
     def execution(self) -> Execution:
         """Return the settings as the tasks take them.
 
@@ -95,8 +103,7 @@ class Runtime(Settings):
 
         # NVIDIA's containers allow TF32, whose 10 bits would decide which weights go, and differ from other machines'.
         torch.set_float32_matmul_precision("highest")
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        device = automatic if self.device == "auto" else self.device
+        device = self.device_name
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -66,6 +66,7 @@ MOST: dict[str, int] = {
 FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
 LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
 OVER_LAYERS = ("bayesian", "evolutionary")
+PLAN_MAKERS = (*OVER_LAYERS, "projections")
 
 # Number of windows for "auto" if the text is long enough: the calibration of the papers on Wanda and SparseGPT, and half
 # of it for the selection. The built-in text has about 27 and 13 windows of 2048 tokens.
@@ -329,7 +330,7 @@ class Search(Settings):
     @property
     def makes_plans(self) -> bool:
         """Whether the strategy makes its own plans instead of trying those of the allocator."""
-        return self.strategy in (*OVER_LAYERS, "projections")
+        return self.strategy in PLAN_MAKERS
 
     def trials_of(self, plans: int) -> int:
         """Return the maximum number of plans to try.

@@ -97,7 +97,7 @@ def _write_shards(
     pruned: tuple[str, ...],
     execution: Execution,
 ) -> None:
-    """Write one file per exported file, with at most one of them in memory."""
+    """Write one file per exported file, with one compressed file and one dense tensor in memory."""
     done = draft.resumed.step if draft.resumed else 0
     draft.gather()
     with (
@@ -106,7 +106,9 @@ def _write_shards(
     ):
         for step, (source, target) in enumerate([*shards.items()][done:], done + 1):
             tensors: dict[str, Tensor] = {}
-            for name, weight in read_tensors(store, exported, source).items():
+            for name in _tensors(exported.files[source]):
+                # One at a time: the tensors of one read share their memory, and any of them keeps all of it.
+                (weight,) = read_tensors(store, exported, source, [name]).values()
                 tensors |= compressed(name, weight) if name.endswith(pruned) else {name: weight}
             write_tensors(draft, target, tensors, metadata={"format": FORMAT})
             show(step)

@@ -234,7 +234,7 @@ class _Export:
         pruned = pruning.pruned_weights(left, self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
             weight = recovered.get(linear.name, weight)
-            weights[linear.weight_name] = weight
+            weights[linear.weight_name].copy_(weight)  # in place: no second copy of the layer
             if linear not in self.prunable[index]:
                 continue
             zeros = weight.numel() - int(weight.count_nonzero())

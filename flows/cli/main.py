@@ -128,9 +128,8 @@ def _plan(arguments: Namespace) -> None:
     from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 
-    show_plan(
-        open_console(), plan_search(read_options(arguments, Search), read_options(arguments, SearchRuntime))
-    )
+    settings, runtime = read_options(arguments, Search), read_options(arguments, SearchRuntime)
+    show_plan(open_console(), plan_search(settings, runtime, measure=not arguments.no_measure))
 
 
 def _status(arguments: Namespace) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerwise.display.byte_size import size
+from layerwise.display.duration import duration
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.results.distillation import Distillation, distillation_rows
@@ -23,7 +24,7 @@ from layerwise.tasks.results.summary import (
 if TYPE_CHECKING:  # a command imports only the flow that it runs
     from layerwise.flows.pipeline.comparison_tables import Compared
     from layerwise.flows.pipeline.result import SearchResult
-    from layerwise.flows.plan import Plan
+    from layerwise.flows.plan import Plan, PlannedStage
     from layerwise.flows.theory import TheoryResult
     from layerwise.sparse.speed import SpeedTable
 
@@ -152,18 +153,29 @@ def show_speed(console: Console, table: "SpeedTable", report: str | None) -> Non
 
 
 def show_plan(console: Console, plan: "Plan") -> None:
-    """Print the stages that would run, those that the store has, and the memory and bytes that they need."""
+    """Print the stages that would run, those that the store has, and the time, memory and bytes that they need."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     table.add_column("state")
     table.add_column("weights read", justify="right")
     table.add_column("store grows by", justify="right")
+    if plan.measuring is not None:
+        table.add_column("time", justify="right")
     for stage in plan.stages:
-        style = None if stage.to_do else "dim"
-        table.add_row(stage.name, stage.state, size(stage.reads), size(stage.writes), style=style)
+        cells = [stage.name, stage.state, size(stage.reads), size(stage.writes)]
+        if plan.measuring is not None:
+            cells.append(_time_of(stage))
+        table.add_row(*cells, style=None if stage.to_do else "dim")
     console.print(table)
-    betas = ", ".join(f"{beta:g}" for beta in plan.betas)
     console.print()
+    if plan.measuring is not None:
+        unknown = [stage.name for stage in plan.stages if stage.to_do and stage.seconds is None]
+        without = f" without {' and '.join(unknown)}" if unknown else ""
+        taken = f"estimated from {duration(plan.measuring)} of measuring this machine ({plan.device})"
+        console.print(f"time: about {duration(plan.seconds)}{without}, {taken}", soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"  {note}", soft_wrap=True)
+    betas = ", ".join(f"{beta:g}" for beta in plan.betas)
     console.print(f"betas: {betas} (0 is uniform)", soft_wrap=True)
     if plan.fan_out and plan.groups:
         groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
@@ -173,8 +185,9 @@ def show_plan(console: Console, plan: "Plan") -> None:
             "The following lines are for each process:",
             soft_wrap=True,
         )
-    parts = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items())
-    console.print(f"memory: about {size(sum(plan.memory.values()))}, in addition to Python's own: {parts}")
+    console.print(f"memory: about {_sum_of(plan.memory)}, in addition to Python's own", soft_wrap=True)
+    if plan.device_memory:
+        console.print(f"memory of {plan.device}: about {_sum_of(plan.device_memory)}", soft_wrap=True)
     if plan.scratch:
         console.print(f"scratch files: {size(plan.scratch)} of hidden states beyond the memory budget")
     by_layers = (
@@ -182,11 +195,22 @@ def show_plan(console: Console, plan: "Plan") -> None:
         if plan.resume_bytes_a_stage
         else ""
     )
-    duration = "" if plan.resume_point_seconds is None else f" in {plan.resume_point_seconds / 60:.1f} min"
+    taking = "" if plan.resume_point_seconds is None else f" in {duration(plan.resume_point_seconds)}"
     console.print(
-        f"a resume point of the largest stage: {size(plan.resume_point)}{duration}; each one replaces the one before. "
+        f"a resume point of the largest stage: {size(plan.resume_point)}{taking}; each one replaces the one before. "
         f"Written by time: at most {size(round(plan.resume_bytes_an_hour))} per hour, in less than 5 % of the time{by_layers}"
     )
+
+
+def _time_of(stage: "PlannedStage") -> str:
+    if stage.seconds is None:
+        return "unknown" if stage.to_do else ""
+    return duration(stage.seconds) if stage.seconds else ""
+
+
+def _sum_of(memory: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
+    return f"{size(sum(memory.values()))} ({parts})"
 
 
 def show_theory(console: Console, result: "TheoryResult") -> None:

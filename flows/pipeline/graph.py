@@ -15,6 +15,7 @@ from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
 from layerwise.flows.pipeline.search_strategy import LaneRequest, first_lanes, strategy_of
 from layerwise.flows.pipeline.size_estimate import SearchSizes
+from layerwise.flows.pipeline.time_estimate import SearchTimes
 from layerwise.flows.pipeline.time_limit import is_too_late, stop_after_tried
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
@@ -67,6 +68,7 @@ class Step:
         work: description of the work for a plan; empty if the step takes almost no time.
         reads: bytes of weights that the step reads.
         writes: bytes that the step adds to the store.
+        seconds: time that the step takes; None if it cannot be estimated. That of lanes depends on their groups.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Step:
     work: str = ""
     reads: Callable[[SearchSizes], int] = lambda sizes: 0
     writes: Callable[[SearchSizes], int] = lambda sizes: 0
+    seconds: Callable[[SearchTimes], float | None] = lambda times: 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         work="import",
         reads=lambda sizes: sizes.weights,
         writes=lambda sizes: 0 if sizes.index.in_place else sizes.weights,
+        seconds=lambda times: times.importing,
     )
 
     for role, request in inputs.texts.requests.items():
@@ -249,6 +253,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         work="run the dense model",
         reads=lambda sizes: sizes.weights,
         writes=lambda sizes: sizes.capture,
+        seconds=lambda times: times.capture,
     )
 
     grams = None
@@ -265,6 +270,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
             work="second moments of the linears' inputs, in the dense model",
             reads=lambda sizes: sizes.weights,
             writes=lambda sizes: sizes.grams,
+            seconds=lambda times: times.grams,
         )
 
     pruning, allocation = settings.pruning(dtype), settings.allocation
@@ -284,6 +290,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
             ],
             work=f"measure the layers for {allocation.allocator.method}",
             reads=lambda sizes: sum(sizes.index.layer_bytes),
+            seconds=lambda times: None,  # the methods differ too much
         )
         if measured is not None:
             scores = read_scores(store, measured)
@@ -440,6 +447,7 @@ def _export_step(
         work="write the pruned checkpoint",
         reads=lambda sizes: sizes.weights,
         writes=lambda sizes: sizes.weights,
+        seconds=lambda times: times.export,
     )
     return exported
 
@@ -459,6 +467,7 @@ def _test_step(
         build=lambda execution: [_evaluate(store, known(scored), execution)],
         work="dense, uniform and best on the test windows",
         reads=lambda sizes: sizes.weights,
+        seconds=lambda times: times.evaluation,
     )
     return tested
 
@@ -480,6 +489,7 @@ def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[A
         work=f"recover {'the best' if len(stages) == 1 else 'the uniform and the best'} plan",
         reads=lambda sizes: sizes.weights * len(stages),
         writes=lambda sizes: sum(sizes.index.layer_bytes) * len(stages),
+        seconds=lambda times: times.recovery(len(stages)),
     )
     found = [artifact for artifact in artifacts if artifact is not None]
     return found if len(found) == len(stages) and scored is not None else None

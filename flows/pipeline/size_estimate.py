@@ -137,25 +137,37 @@ class SearchSizes:
         by_row = self.settings.pruner.method == "wanda" or self.settings.pattern is not None
         return SCORE_BYTES * (min(entries, RANKED_ENTRIES) if by_row else entries)
 
-    @property
-    def memory(self) -> dict[str, int]:
-        """Peak memory by content, without hidden states and Python itself."""
+    def memory(self, device: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the peak memory of this machine and of the device, without hidden states and Python itself.
+
+        Args:
+            device: torch device of the computation. On the CPU, all memory is that of this machine.
+        """
         largest = max(self.index.layer_bytes)
         itemsize = DTYPES[self.dtype].itemsize
         weights = max(layer_sizes_of(self.linears))
-        cast = 0 if self.dtype == self.index.dtype else weights * itemsize
+        on_cpu = device.partition(":")[0] == "cpu"
+        # The CPU computes with the weights that were read, unless they are converted. A device has a copy.
+        cast = 0 if on_cpu and self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
+        reading = {"layer arriving": largest} if on_cpu else {"layers arriving and in use": 2 * largest}
+        in_use = largest if on_cpu else 0
+        # A device also holds the weights in the dtype of the checkpoint, which are ranked there.
+        stored = 0 if on_cpu else largest
         if isinstance(self.settings.pruner, MaskPruner):
             # One byte per weight, and the weights being sorted.
-            pruning = {"order of removal": weights + self.ranking}
+            pruning = {"order of removal": weights + self.ranking + stored}
         else:
             # Every lane starts from the layer's dense weights; the largest linear is in float32 while it is pruned.
             entries = max(linear.numel for layer in self.linears for linear in layer)
             widest = max(
                 (linear for layer in self.linears for linear in layer), key=lambda each: each.in_features
             )
-            moments = f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)"
+            matrix = 4 * widest.in_features**2
+            moments = f"second moments ({widest.name}: {size(matrix)} a matrix)"
             pruning = {moments: self.factors, "weights being pruned": largest + 3 * 4 * entries}
+            if not on_cpu:
+                reading["second moments arriving"] = matrix
         recovery = {}
         if self.settings.recover is not None:
             recovery["recovery"] = recovery_bytes(
@@ -163,11 +175,11 @@ class SearchSizes:
                 max(self.linears, key=lambda layer: sum(each.numel for each in layer)),
                 itemsize,
             )
-        return {
-            "layer in use": largest + cast + restored,
-            "layer arriving": largest,
+        computing = {
+            "layer in use": in_use + cast + restored,
             **pruning,
             **recovery,
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }
+        return (computing | reading, {}) if on_cpu else (reading, computing)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import torch
+from fsspec import AbstractFileSystem
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -140,13 +141,18 @@ class Checkpoint:
         contents = {name: self._store.read(self.artifact, name) for name in names}
         return TokenizerFiles(str(self.artifact.facts.get("source")), contents).load()
 
+    def place(self, file: str) -> tuple[AbstractFileSystem, str]:
+        """Return the file system and the path of a file with tensors."""
+        if self._folder is not None:
+            return self._folder.fs, self._folder.path(file)
+        return self._store.fs, f"{self._store.root}/{self._store.file(self.artifact, file).path}"
+
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:
             self._folder.require_unchanged(file, bytes_are_checked=True)
-            return read_entries(self._folder.fs, self._folder.path(file), entries, buffer)
+            return read_entries(*self.place(file), entries, buffer)
         with self._store.blaming(self.artifact, file):
-            path = f"{self._store.root}/{self._store.file(self.artifact, file).path}"
-            return read_entries(self._store.fs, path, entries, buffer)
+            return read_entries(*self.place(file), entries, buffer)
 
 
 def _by_file(tensors: Iterable[IndexedTensor]) -> dict[str, dict[str, TensorEntry]]:

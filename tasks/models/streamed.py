@@ -1,5 +1,6 @@
 """Open a checkpoint as a model that runs one layer at a time."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from layerwise.models.streaming import StreamedModel
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sources.model_config import outline_from_document
+from layerwise.tasks.sources.model_config import config_from_document, outline_from_document
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -19,6 +20,25 @@ def streamed_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> 
     """Open ``checkpoint`` without its decoder layers, computing in ``dtype``, e.g. "bfloat16"."""
     outer = OuterTensors(checkpoint)
     return StreamedModel(checkpoint.config, outer, DTYPES[dtype], execution.torch_device)
+
+
+def model_of_shapes(
+    index: CheckpointIndex, layer: int, dtype: str, device: torch.device
+) -> tuple[StreamedModel, dict[str, Tensor]]:
+    """Return a model with the shapes of a checkpoint, and random weights of one layer, to measure the time of its passes.
+
+    The weights of the layer share the memory of the largest. Those outside of the layers are zero, and take none.
+    """
+    computing = DTYPES[dtype]
+    nothing = torch.zeros((), dtype=computing, device=device)
+    outer = {name: nothing.expand(tensor.entry.shape) for name, tensor in index.outer_tensors().items()}
+    config = config_from_document(index.config, "the checkpoint")
+    shapes = {name: tensor.entry.shape for name, tensor in index.layer_tensors(layer).items()}
+    largest = max(map(math.prod, shapes.values()))
+    block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(computing)
+    values = block.repeat(-(-largest // len(block)))
+    weights = {name: values[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
+    return StreamedModel(config, outer, computing, device), weights
 
 
 class OuterTensors(Mapping[str, Tensor]):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -12,9 +13,11 @@ from layerwise.flows.cli.tables import show_plan
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
+from layerwise.flows.settings import Search
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 from layerwise.storage.store import ArtifactStore
+from tests.small_search import small_search
 
 STAGES = [
     "import_checkpoint",
@@ -40,6 +43,7 @@ def test_a_plan_for_an_empty_store_lists_every_stage_and_writes_nothing(workshop
     assert [stage.name for stage in plan.stages] == STAGES
     assert to_do(plan) == STAGES
     assert plan.betas == (0.0, 0.1, 0.25)
+    assert {stage.seconds for stage in plan.stages} == {None}
     assert list(store.artifacts()) == []
     if not fresh_store_url.startswith("s3"):  # a bucket has no folders that could be left empty
         assert not store.fs.exists(store.root)
@@ -232,3 +236,48 @@ def test_a_plan_shows_the_size_of_the_second_moments_of_the_widest_linear(worksh
     """The down_proj has 48 inputs, hence 48 x 48 numbers of 4 bytes."""
     plan = plan_search(workshop.settings(pruner="sparsegpt"), SearchRuntime(store=str(tmp_path / "store")))
     assert "second moments (mlp.down_proj: 9.22 kB a matrix)" in plan.memory
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_a_measured_plan_has_a_time_for_every_stage_that_computes(workshop, fresh_store_url, pruner):
+    store = ArtifactStore(fresh_store_url)
+    plan = plan_search(workshop.settings(pruner=pruner), SearchRuntime(store=fresh_store_url), measure=True)
+    computing = [stage for stage in plan.stages if stage.reads]
+    assert len(computing) == (5 if pruner == "wanda" else 6)
+    assert all(stage.seconds > 0 for stage in computing)
+    assert plan.seconds == pytest.approx(sum(stage.seconds for stage in computing))
+    assert "of the model at" in plan.notes[0]
+    assert list(store.artifacts()) == []
+    if not fresh_store_url.startswith("s3"):
+        assert not store.fs.exists(store.root)
+
+
+def test_stages_in_the_store_take_no_time_and_nothing_is_measured_for_a_finished_search(workshop, finished):
+    done = plan_search(workshop.settings(), finished[1], measure=True)
+    assert (done.measuring, done.seconds) == (None, 0)
+    plan = plan_search(workshop.settings(test_windows=1), finished[1], measure=True)
+    assert plan.seconds == stage_of(plan, "evaluate").seconds > 0
+
+
+def test_the_time_of_a_model_that_is_converted_into_the_store_lacks_the_conversion(
+    tmp_path,
+):
+    settings = Search(**small_search(tmp_path, layers=2))
+    plan = plan_search(settings, SearchRuntime(store=str(tmp_path / "store")), measure=True)
+    assert stage_of(plan, "import_checkpoint").seconds is None
+    assert stage_of(plan, "capture").seconds > 0
+    assert "The conversion of " in plan.notes[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has the device")
+def test_a_plan_for_a_device_of_another_machine_has_its_memory_but_no_times(workshop, tmp_path):
+    runtime = SearchRuntime(store=str(tmp_path), device="cuda")
+    plan = plan_search(workshop.settings(dtype="bfloat16"), runtime, measure=True)
+    assert plan.measuring is None
+    assert plan.notes[0].startswith("No times: torch cannot compute on device 'cuda' here")
+    assert plan.memory.keys() == {"layers arriving and in use", "hidden states"}
+    on_cpu = plan_search(
+        workshop.settings(dtype="bfloat16"), SearchRuntime(store=str(tmp_path), device="cpu")
+    )
+    assert on_cpu.device_memory == {}
+    assert plan.device_memory["logits of one window"] == on_cpu.memory["logits of one window"]

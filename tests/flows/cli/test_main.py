@@ -159,6 +159,7 @@ def said(several, options, finished, workshop, tmp_path_factory) -> dict[str, Do
         "report": ["report", runtime.store, search_that_made(finished)],
         "report a capture": ["report", runtime.store, key],
         "plan before": ["plan", *options(), "--store", empty],
+        "plan without measuring": ["plan", *options(), "--store", empty, "--no-measure"],
         "plan after": ["plan", *options(), "--store", runtime.store],
         "plan with all windows": ["plan", *options(selection_windows="", seqlen=4), "--store", empty],
         "wrong number": ["plan", *options(sparsity=2), "--store", empty],
@@ -263,6 +264,14 @@ def test_plan_shows_the_work_before_and_after_a_search(said):
     assert after.out.count("in the store") == 9
     assert "betas: 0, 0.1, 0.25 (0 is uniform)" in before.out
     assert "memory: about " in before.out
+    assert "time: about " in before.out
+    assert "time: about " not in after.out
+
+
+def test_plan_shows_no_times_if_it_shall_not_measure(said):
+    assert said["plan without measuring"].code == 0
+    assert "time" not in said["plan without measuring"].out.splitlines()[0].split()
+    assert "time: about " not in said["plan without measuring"].out
 
 
 def test_an_empty_option_means_all_windows_not_the_default(said):
