@@ -242,5 +242,5 @@ def test_a_time_limit_is_refused_for_searches_and_flows_that_cannot_stop_early(s
     ):
         evaluate(settings(strategy="adaptive"), runtime)
     with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
-        settings(stop_after=3)
+        settings(strategy="grid", stop_after=3)
     assert not Path(runtime.store).exists()
