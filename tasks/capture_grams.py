@@ -37,8 +37,9 @@ def capture_grams(
     """Run the dense model over the calibration windows; linears that share their input share one matrix.
 
     Returns:
-        An artifact with ``grams/layer-*.safetensors``. The tensor of some linears, named by their names joined with
-        "+", is the sum of ``x x^T`` over the tokens ``x``, float32, shape ``(in_features, in_features)``.
+        An artifact with ``grams/layer-*.safetensors``. The tensors of some linears, named by their names joined with "+",
+        are panels of the sum of ``x x^T`` over the tokens ``x``, float32: the rows from the one in the name (after "/"; 0
+        if absent), without the columns left of it.
     """
 
     def build(draft: Draft) -> None:

@@ -6,12 +6,14 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
+from layerwise.calibration.upper_triangle import panel_entries
 from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import RANKED_ENTRIES
+from layerwise.pruners.pruning_memory import prepared_bytes, temporary_bytes
 from layerwise.pruners.row_levels import SCORE_BYTES
 from layerwise.recovery.layer_recovery import recovery_bytes
 from layerwise.recovery.pruned_layer import held_out_windows
@@ -120,15 +122,26 @@ class SearchSizes:
 
     @property
     def grams(self) -> int:
-        """Gram matrices of all layers; an upper bound, as linears with the same input share one matrix."""
-        return sum(4 * linear.in_features**2 for layer in self.linears for linear in layer)
+        """Stored Gram matrices of all layers; an upper bound, as linears with the same input share one matrix."""
+        return sum(4 * panel_entries(linear.in_features) for layer in self.linears for linear in layer)
 
     @property
-    def factors(self) -> int:
-        """Gram matrices of the widest layer, and the temporary memory to factorise the largest matrix."""
-        largest = max(linear.in_features for layer in self.linears for linear in layer)
-        widest = max(sum(4 * linear.in_features**2 for linear in layer) for layer in self.linears)
-        return widest + 4 * 4 * largest**2
+    def second_moments(self) -> dict[str, int]:
+        """Memory for the second moments of one layer, while they are captured or used; the same upper bound."""
+        pruner = self.settings.pruner
+        widest = max(
+            (linear for layer in self.linears for linear in layer), key=lambda each: each.in_features
+        )
+        held = max(
+            sum(
+                4 * linear.in_features**2
+                if isinstance(pruner, MaskPruner)
+                else prepared_bytes(pruner, linear.in_features)
+                for linear in layer
+            )
+            for layer in self.linears
+        )
+        return {f"second moments ({widest.name}: {size(4 * widest.in_features**2)} a matrix)": held}
 
     @property
     def ranking(self) -> int:
@@ -152,22 +165,23 @@ class SearchSizes:
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         reading = {"layer arriving": largest} if on_cpu else {"layers arriving and in use": 2 * largest}
         in_use = largest if on_cpu else 0
-        # A device also holds the weights in the dtype of the checkpoint, which are ranked there.
-        stored = 0 if on_cpu else largest
         if isinstance(self.settings.pruner, MaskPruner):
-            # One byte per weight, and the weights being sorted.
-            pruning = {"order of removal": weights + self.ranking + stored}
+            # One byte per weight, and the weights being ranked. A device also holds them in the dtype of the checkpoint.
+            pruning = {"order of removal": weights + self.ranking + (0 if on_cpu else largest)}
         else:
-            # Every lane starts from the layer's dense weights; the largest linear is in float32 while it is pruned.
-            entries = max(linear.numel for layer in self.linears for linear in layer)
-            widest = max(
-                (linear for layer in self.linears for linear in layer), key=lambda each: each.in_features
+            # Every lane starts from the layer's dense weights, and has a mask of one byte per weight.
+            stored = DTYPES[self.index.dtype].itemsize
+            one = max(
+                temporary_bytes(self.settings.pruner, linear, stored)
+                for layer in self.linears
+                for linear in layer
             )
-            matrix = 4 * widest.in_features**2
-            moments = f"second moments ({widest.name}: {size(matrix)} a matrix)"
-            pruning = {moments: self.factors, "weights being pruned": largest + 3 * 4 * entries}
+            pruning = {"weights being pruned": largest + weights, "pruning of one linear": one}
+        if self.settings.needs_grams:
+            pruning = self.second_moments | pruning
             if not on_cpu:
-                reading["second moments arriving"] = matrix
+                widest = max(linear.in_features for layer in self.linears for linear in layer)
+                reading["second moments arriving"] = 4 * widest**2
         recovery = {}
         if self.settings.recover is not None:
             recovery["recovery"] = recovery_bytes(

@@ -8,10 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.upper_triangle import PANEL
 from layerwise.models.skeleton import Linear
-
-# Columns that are multiplied at a time: blocks on and right of the diagonal are computed, the others are mirrored.
-PANEL = 1024
 
 
 @dataclass(eq=False)  # compared by identity: linears with the same object share their input
@@ -44,6 +42,7 @@ class InputGram:
             )
         require_full_float32()
         tokens = inputs.detach().reshape(-1, in_features).float()
+        # Blocks on and right of the diagonal are computed, the others are mirrored.
         for start in range(0, in_features, PANEL):
             stop = start + PANEL
             self.gram[start:stop, start:].addmm_(tokens[:, start:stop].T, tokens[:, start:])

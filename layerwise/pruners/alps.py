@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.gram import require_full_float32
+from layerwise.calibration.upper_triangle import fill_symmetric, upper_panels
 from layerwise.pruners.conjugate_gradient import minimize
 from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, require_prunable
 
-# Maximum number of inputs for which the inverses for all levels of rho are kept: four take 1.1 GB at 8192 inputs. With
-# more inputs (13 GB at 28672) they are recomputed for each weight, which takes about a quarter more time if there are
-# three times as many inputs as outputs.
-KEPT_INPUTS = 8192
 # Limit of every number of steps; guards against a mistyped number that would make a run endless.
 MOST_STEPS = 1000
 
@@ -27,11 +24,15 @@ class AlpsInput:
     ``rho``, Cholesky inverses take the same time at 1536 inputs, little memory, and half the products per iteration.
     float32 is sufficient: ``rho`` bounds the condition number, and the inverses only select the weights to keep. In
     float64 the selection was not better, in tests with up to 1536 inputs, including nearly parallel inputs.
+
+    Inverses are symmetric, so half of each is kept. Completing it takes a small part of the time of one product.
     """
 
     scale: Tensor  # (in_features,), float32: root mean square of every input
     hessian: Tensor  # (in_features, in_features), float32: diagonal 1 + damping
-    inverses: tuple[Tensor, ...]  # inverses of hessian + rho, by level; empty above KEPT_INPUTS inputs
+    inverses: tuple[
+        tuple[tuple[int, Tensor], ...], ...
+    ]  # upper panels of the inverse of hessian + rho, by level
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,22 @@ class ALPS:
             if not least <= getattr(self, name) <= MOST_STEPS:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to {MOST_STEPS}.")
 
-    def prepare(self, gram: Tensor, tokens: int) -> AlpsInput:
+    def prepare(self, gram: Tensor, tokens: int, overwrite: bool = False) -> AlpsInput:
         """Scale the second moments and invert them for every level of ``rho``.
 
         The result depends on the inputs alone and serves every sparsity of every linear that shares them. An input that
         was always zero is treated as uncorrelated with all others.
 
-        Memory: ``1 + levels`` times the size of ``gram`` up to ``KEPT_INPUTS`` inputs. With more inputs, the size of
-        ``gram``, and twice that size during ``prune``: 9.9 GB in total at 28672 inputs.
+        Memory of the result: ``1 + levels / 2`` times the size of ``gram``, and once that size more here and in
+        ``prune``: 13.4 GB in total at 28672 inputs.
 
         Args:
-            gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``, float32; left unchanged.
+            gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``, float32.
             tokens: number of tokens.
+            overwrite: keep the result in the memory of ``gram``. Otherwise ``gram`` is left unchanged.
 
         Raises:
-            ValueError: ``tokens`` is 0, the inputs are not finite, or the matrix is not a sum of ``x x^T`` (above
-                ``KEPT_INPUTS`` inputs, this is detected in ``prune``).
+            ValueError: ``tokens`` is 0, the inputs are not finite, or the matrix is not a sum of ``x x^T``.
         """
         diagonal = gram.diagonal().double()
         if tokens < 1 or not diagonal.isfinite().all():
@@ -98,11 +99,15 @@ class ALPS:
                 "(--exclude with its name)."
             )
         inverse_norms = _reciprocal(diagonal.sqrt()).float()
-        hessian = (gram.float() * inverse_norms).mul_(inverse_norms[:, None])
+        hessian = gram.to(torch.float32, copy=not overwrite)
+        hessian.mul_(inverse_norms).mul_(inverse_norms[:, None])
         hessian.diagonal().fill_(1 + self.damping)
-        levels = range(self.levels if len(gram) <= KEPT_INPUTS else 0)
-        inverses = tuple(self._inverse(hessian, level) for level in levels)
-        return AlpsInput((diagonal / tokens).sqrt().float(), hessian, inverses)
+        inverse = torch.empty_like(hessian)
+        inverses = []
+        for level in range(self.levels):
+            self._invert(hessian, level, inverse)
+            inverses.append(tuple((first, panel.clone()) for first, panel in upper_panels(inverse)))
+        return AlpsInput((diagonal / tokens).sqrt().float(), hessian, tuple(inverses))
 
     def prune(self, weight: Tensor, prepared: AlpsInput, count: int, group: int | None = None) -> Tensor:
         """Remove ``count`` entries of a weight and correct the others.
@@ -112,7 +117,7 @@ class ALPS:
         almost uncorrelated inputs the selection by ADMM can be worse; it is then not used.
 
         Weights of inputs that were always zero count as zeros and are removed first; those that remain do not change.
-        Memory in addition to the result: about eight copies of the weight in float32.
+        Memory in addition to the result: the size of the Hessian, and about six copies of the weight in float32.
 
         Args:
             weight: shape ``(out_features, in_features)``; left unchanged.
@@ -132,10 +137,12 @@ class ALPS:
             removed_per_group(count, weight.shape, group)  # raises if the count does not fit the pattern
         require_full_float32()
         scaled = weight.detach().float() * prepared.scale
-        removed = _smallest(scaled, count, group)
+        removed = _smallest(scaled.abs(), count, group)
         change = refit(scaled.where(removed, 0).neg_(), prepared.hessian, removed, self.refit_steps)
         other, found = self._search(scaled, prepared, removed, count, group)
-        found = refit(found.sub_(scaled), prepared.hessian, other, self.refit_steps)
+        found.sub_(scaled)
+        del scaled  # its memory is needed for the fit
+        refit(found, prepared.hessian, other, self.refit_steps)
         if self._error(found, prepared) < self._error(change, prepared):
             removed, change = other, found
         # Add changes instead of taking new values, so that unchanged weights keep their exact value.
@@ -149,36 +156,37 @@ class ALPS:
         products = scaled @ prepared.hessian
         sparse = scaled.masked_fill(removed, 0)
         dual = scaled - sparse  # in units of rho
-        for level in range(self.levels):
-            inverse = (
-                prepared.inverses[level] if prepared.inverses else self._inverse(prepared.hessian, level)
-            )
+        whole = torch.empty_like(prepared.hessian)
+        for level, panels in enumerate(prepared.inverses):
+            inverse = fill_symmetric(
+                whole, panels
+            ).mT  # by column, as LAPACK returns it: same bits of the products
             if level:
                 dual.div_(2)
             for _ in range(self.iterations):
-                wanted = torch.add(products, sparse.sub_(dual), alpha=self._rho(level)) @ inverse
-                dual.add_(wanted)
-                removed = _smallest(dual, count, group)
-                sparse = dual.masked_fill(removed, 0)
+                torch.add(products, sparse.sub_(dual), alpha=self._rho(level), out=sparse)
+                dual.add_(sparse @ inverse)
+                removed = _smallest(torch.abs(dual, out=sparse), count, group)
+                sparse.copy_(dual).masked_fill_(removed, 0)
                 dual.sub_(sparse)
-            del inverse  # before the next one is computed
         return removed, sparse
 
     def _rho(self, level: int) -> float:
         return self.rho * 2**level
 
-    def _inverse(self, hessian: Tensor, level: int) -> Tensor:
-        shifted = hessian.clone()
-        shifted.diagonal().add_(self._rho(level))
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        del shifted
+    def _invert(self, hessian: Tensor, level: int, inverse: Tensor) -> None:
+        """Write the inverse of ``hessian + rho`` into ``inverse``."""
+        by_column = inverse.mT  # LAPACK works in place on matrices that are stored by column
+        by_column.copy_(hessian).diagonal().add_(self._rho(level))
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(by_column, out=(by_column, info))
         if info:
             raise ValueError(
                 f"the Hessian of {len(hessian)} inputs is not positive definite with damping {self.damping:g} and rho "
                 f"{self._rho(level):g}: its Gram matrix is not a sum of x x^T, or rounding errors are too large. Raise "
                 "rho, e.g. tenfold, and look for inputs that are not finite."
             )
-        return torch.cholesky_inverse(factor)
+        torch.cholesky_inverse(by_column, out=by_column)
 
     def _error(self, change: Tensor, prepared: AlpsInput) -> float:
         """Return the mean squared change of the outputs, summed over the outputs, without damping."""
@@ -192,15 +200,12 @@ def refit(change: Tensor, hessian: Tensor, removed: Tensor, steps: int) -> Tenso
     A preconditioner is not needed, because the Hessian has a constant diagonal.
 
     Args:
-        change: sparse weight minus dense weight, shape ``(out_features, in_features)``, float32; left unchanged.
+        change: sparse weight minus dense weight, shape ``(out_features, in_features)``, float32; changed in place and
+            returned.
         hessian: positive semidefinite, shape ``(in_features, in_features)``.
         removed: mask, same shape as ``change``; marked entries do not change.
         steps: number of products with the Hessian, in addition to the first.
-
-    Returns:
-        New change, same shape.
     """
-    change = change.clone()
     residual = (change @ hessian).neg_().masked_fill_(removed, 0)
     return minimize(change, residual, hessian, removed, steps)
 
@@ -210,9 +215,8 @@ def _reciprocal(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0)
 
 
-def _smallest(values: Tensor, count: int, group: int | None) -> Tensor:
-    """Mark the ``count`` entries of smallest magnitude; of equal entries the first."""
-    magnitudes = values.abs()
+def _smallest(magnitudes: Tensor, count: int, group: int | None) -> Tensor:
+    """Mark the ``count`` smallest entries; of equal entries the first."""
     if group is not None:
         return removal_levels(magnitudes, lambda rows: rows, [count], by_row=True, group=group) == 0
     return lowest(magnitudes, count)

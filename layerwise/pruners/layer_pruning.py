@@ -45,7 +45,7 @@ class WeightPruner(Protocol):
     @property
     def method(self) -> str: ...
 
-    def prepare(self, gram: Tensor, tokens: int) -> Any: ...
+    def prepare(self, gram: Tensor, tokens: int, overwrite: bool = False) -> Any: ...
 
     def prune(self, weight: Tensor, prepared: Any, count: int, group: int | None = None) -> Tensor: ...
 
@@ -79,7 +79,8 @@ class LayerPruning:
         linears: linears of the layer.
         stored: weights by name, in the checkpoint's dtype. These are ranked and pruned, as in an export; converting
             them first could make different weights equal.
-        inputs: calibration of the layer: input statistics by linear for a ``MaskPruner``, otherwise Gram matrices.
+        inputs: calibration of the layer: input statistics by linear for a ``MaskPruner``, otherwise Gram matrices, which
+            are overwritten: every pruning needs its own.
     """
 
     pruner: Pruner
@@ -171,7 +172,8 @@ class LayerPruning:
         for names, gram in self.inputs:
             if shared := [name for name in names if name in wanted]:
                 with _naming(self.index, ", ".join(shared)):
-                    prepared |= dict.fromkeys(shared, self.pruner.prepare(gram.gram.to(device), gram.tokens))
+                    of_input = self.pruner.prepare(gram.gram.to(device), gram.tokens, overwrite=True)
+                prepared |= dict.fromkeys(shared, of_input)
         return prepared
 
     def _zeroing(

@@ -17,6 +17,8 @@ from layerwise.pruners.masks import lowest, removal_levels, removed_per_group, r
 DOUBLE_INPUTS = 16384
 # Rows of the triangular factor that are inverted at a time.
 PANEL = 256
+# Entries that are moved at a time when a matrix is reversed.
+REVERSED_ENTRIES = 1 << 20
 MOST_COLUMNS = 2**20  # limit of block_size; larger than the number of inputs of any linear
 
 
@@ -50,7 +52,7 @@ class SparseGPT:
                 "diagonal, e.g. 0.01."
             )
 
-    def prepare(self, gram: Tensor, tokens: int) -> Tensor:
+    def prepare(self, gram: Tensor, tokens: int, overwrite: bool = False) -> Tensor:
         """Compute the upper triangular ``U`` with ``U^T U = (gram / tokens + damping)^-1``, for ``prune``.
 
         The result depends on the inputs alone and serves every sparsity of every linear that shares them. The inverse
@@ -60,11 +62,13 @@ class SparseGPT:
         Removing the weights of an input that was always zero costs nothing, so its ``U_kk`` is infinite. It does not
         affect the other inputs.
 
-        Memory in addition to ``gram``: three times its size in float64, twice its size in float32.
+        Memory in addition to the result: twice its size if computed in float64, nothing in float32.
 
         Args:
-            gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``; left unchanged.
+            gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``.
             tokens: number of tokens.
+            overwrite: store the result in the memory of ``gram``, which must be contiguous and in float32. Otherwise
+                ``gram`` is left unchanged.
 
         Returns:
             ``U`` in float32, shape ``(in_features, in_features)``.
@@ -85,25 +89,28 @@ class SparseGPT:
             )
         require_full_float32()
         mean = diagonal.sum().item() / max(int((~dead).sum()), 1) or 1.0
-        # Divided by the mean, so that the damping and the 1 of a dead input do not depend on the scale.
         dtype = torch.float64 if in_features <= DOUBLE_INPUTS else torch.float32
-        hessian = gram.flip((0, 1)).to(dtype).div_(mean)
+        prepared = gram.to(torch.float32, copy=not overwrite, memory_format=torch.contiguous_format)
+        hessian = prepared.to(dtype)  # in float32, all steps are in the memory of the result
+        _reverse(hessian)
+        # Divided by the mean, so that the damping and the 1 of a dead input do not depend on the scale.
+        hessian.div_(mean)
         hessian.diagonal().add_(self.damping)
         hessian.diagonal()[dead.flip(0)] = 1
         info = torch.empty((), dtype=torch.int32, device=gram.device)
-        factor, info = torch.linalg.cholesky_ex(hessian.mT, upper=True, out=(hessian.mT, info))
-        factor = factor.mT
+        torch.linalg.cholesky_ex(hessian.mT, upper=True, out=(hessian.mT, info))
         if not info:
-            _invert(factor)
-        if info or self._is_noise(factor):
+            _invert(hessian)
+        if info or self._is_noise(hessian):
             raise NotPositiveDefinite(
                 f"the Hessian of {in_features} inputs is not positive definite with damping {self.damping:g} after "
                 f"{tokens} tokens: some inputs are linear combinations of others. Raise the damping, e.g. to "
                 f"{max(10 * self.damping, 0.01):g}, or calibrate on more windows."
             )
-        prepared = factor.float()
-        del hessian, factor
-        prepared = prepared.flip((0, 1)).mul_(math.sqrt(tokens / mean))
+        if dtype == torch.float64:
+            prepared.copy_(hessian)
+        _reverse(prepared)
+        prepared.mul_(math.sqrt(tokens / mean))
         prepared.diagonal()[dead] = math.inf
         return prepared
 
@@ -156,6 +163,18 @@ class SparseGPT:
         size = self.block_size if group is None else max(self.block_size // group, 1) * group
         for start in range(0, in_features, size):
             yield start, min(start + size, in_features)
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse the order of the rows and of the columns of a contiguous matrix in place."""
+    flat = matrix.view(-1)
+    half = len(flat) // 2
+    for start in range(0, half, REVERSED_ENTRIES):
+        stop = min(start + REVERSED_ENTRIES, half)
+        head, tail = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        moved = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(moved)
 
 
 def _invert(lower: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layerwise.models.nan_check import is_finite
 from layerwise.pruners.masks import removal_levels
 
 MOST_ROUNDS = 1000  # guards against a mistyped number that would make a run endless
@@ -31,12 +32,13 @@ class WandaSwaps:
         if not 0 <= self.rounds <= MOST_ROUNDS:
             raise ValueError(f"rounds is {self.rounds}; it must be from 0 (plain Wanda) to {MOST_ROUNDS}.")
 
-    def prepare(self, gram: Tensor, tokens: int) -> Tensor:
+    def prepare(self, gram: Tensor, tokens: int, overwrite: bool = False) -> Tensor:
         """Return the second moments unchanged.
 
         Args:
             gram: sum of ``x x^T`` over the tokens, shape ``(in_features, in_features)``.
             tokens: number of tokens.
+            overwrite: without effect.
 
         Raises:
             ValueError: ``tokens`` is 0.
@@ -117,7 +119,7 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, rounds: int, group: int |
             f"{in_features} inputs cannot be split into groups of {group}. "
             "Choose an N:M pattern whose M divides the inputs of every linear."
         )
-    if not (weight.isfinite().all() and gram.isfinite().all()):
+    if not (is_finite(weight) and is_finite(gram)):
         raise ValueError(
             "the weight or its Gram matrix contains NaN or infinity, so swaps cannot be compared. "
             "Compute in bfloat16 or float32."

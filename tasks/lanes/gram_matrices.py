@@ -1,8 +1,16 @@
-"""Gram matrices as safetensors: one file per decoder layer, one matrix for linears that share their input."""
+"""Gram matrices as safetensors: one file per decoder layer, one matrix for linears that share their input.
+
+The matrices are symmetric, so only the panels of their upper triangle are stored. Stores of older versions have whole
+matrices, which are read as well. Factors and inverses are not stored: they belong to one pruner and its damping, while
+the matrices serve all pruners and allocators.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
 from layerwise.calibration.gram import InputGram, linears_by_input
+from layerwise.calibration.upper_triangle import fill_symmetric, upper_panels
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
@@ -10,16 +18,21 @@ from layerwise.storage.tensors import read_tensors, write_tensors
 
 TOKENS_FACT = "calibration tokens"  # fact of the artifact
 SEPARATOR = "+"  # between the names of linears that share their input
+ROW_MARK = "/"  # before the first row of a panel; a panel without it begins at row 0
 
 
 def write_grams(draft: Draft, layer: int, grams: Mapping[str, InputGram]) -> None:
-    """Write the matrices of one layer.
+    """Write the matrices of one layer, with one panel at a time copied.
 
     Args:
         grams: by linear; linears that share their input have the same object.
     """
-    tensors = {SEPARATOR.join(names): grams[names[0]].gram for names in linears_by_input(grams)}
-    write_tensors(draft, _grams_file(layer), tensors)
+    panels = {
+        SEPARATOR.join(names) + (f"{ROW_MARK}{first}" if first else ""): panel
+        for names in linears_by_input(grams)
+        for first, panel in upper_panels(grams[names[0]].gram)
+    }
+    write_tensors(draft, _grams_file(layer), panels)
 
 
 def read_grams(
@@ -28,12 +41,27 @@ def read_grams(
     """Read the matrices of one layer, one at a time.
 
     Yields:
-        Names of the linears that share an input, and the Gram matrix of that input.
+        Names of the linears that share an input, and the Gram matrix of that input, which the caller may overwrite.
     """
     name = _grams_file(layer)
     tokens = int(str(artifact.facts[TOKENS_FACT]))
-    for key in store.file(artifact, name).tensors or {}:
-        yield key.split(SEPARATOR), InputGram(read_tensors(store, artifact, name, [key])[key], tokens)
+    entries = store.file(artifact, name).tensors or {}
+    rows_of: dict[str, dict[int, str]] = {}  # by linears: keys of the panels by first row
+    for key in entries:
+        linears, _, first = key.partition(ROW_MARK)
+        rows_of.setdefault(linears, {})[int(first or 0)] = key
+
+    for linears, keys in rows_of.items():
+        if len(keys) == 1:
+            (key,) = keys.values()
+            gram = read_tensors(store, artifact, name, [key])[key]
+        else:
+            size = entries[keys[0]].shape[1]
+            gram = fill_symmetric(
+                torch.empty(size, size),
+                ((first, read_tensors(store, artifact, name, [key])[key]) for first, key in keys.items()),
+            )
+        yield linears.split(SEPARATOR), InputGram(gram, tokens)
 
 
 def _grams_file(layer: int) -> str:

@@ -281,3 +281,30 @@ def test_a_plan_for_a_device_of_another_machine_has_its_memory_but_no_times(work
     )
     assert on_cpu.device_memory == {}
     assert plan.device_memory["logits of one window"] == on_cpu.memory["logits of one window"]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "matrices", "one"),
+    [
+        # A factor for each matrix. In float64: the widest matrix and two panels of its rows.
+        ("sparsegpt", 1, 8 * 48**2 + 2 * 8 * 256 * 48),
+        # The Hessian and four inverses (a small matrix is one panel). A whole inverse, six copies of the weight, two masks.
+        ("alps", 5, 4 * 48**2 + 26 * 32 * 48),
+        # The matrices themselves. Seven copies of the weight, its result in float32 and three masks.
+        ("wanda_swaps", 1, (7 * 4 + 4 + 3) * 32 * 48),
+    ],
+)
+def test_the_memory_of_pruners_that_use_second_moments(
+    workshop, tmp_path, monkeypatch, pruner, matrices, one
+):
+    monkeypatch.setattr("layerwise.pruners.pruning_memory.kernel", lambda: "a kernel")
+    plan = plan_search(workshop.settings(pruner=pruner), SearchRuntime(store=str(tmp_path / "store")))
+    (moments,) = (value for name, value in plan.memory.items() if name.startswith("second moments"))
+    assert moments == matrices * 4 * (6 * 32**2 + 48**2)
+    assert plan.memory["pruning of one linear"] == one
+
+
+def test_an_allocator_that_uses_second_moments_needs_memory_for_them(workshop, tmp_path):
+    settings = workshop.settings(allocator={"method": "lsa"}, betas=None)
+    plan = plan_search(settings, SearchRuntime(store=str(tmp_path / "store")))
+    assert plan.memory["second moments (mlp.down_proj: 9.22 kB a matrix)"] == 4 * (6 * 32**2 + 48**2)

@@ -46,6 +46,43 @@ def test_grams_are_the_second_moments_of_the_inputs_of_every_linear(small_run):
         assert gram.tokens == 5 * 12
 
 
+@pytest.fixture
+def small_panels(monkeypatch):
+    """Split the matrices of a small model (32 and 48 inputs) into panels, computed and stored alike."""
+    for module in ("upper_triangle", "gram"):
+        monkeypatch.setattr(f"layerwise.calibration.{module}.PANEL", 20)
+
+
+def test_only_the_upper_panels_are_stored_and_the_matrices_read_are_whole(small_run, small_panels):
+    run = small_run(pruner=SparseGPT())
+    grams = run.grams()
+    stored = grams.files["grams/layer-00001.safetensors"].tensors
+    down = {key: entry.shape for key, entry in stored.items() if key.startswith("mlp.down_proj")}
+    assert down == {"mlp.down_proj": (20, 48), "mlp.down_proj/20": (20, 28), "mlp.down_proj/40": (8, 8)}
+    for _, gram in read_grams(run.store, grams, 1):
+        assert torch.equal(gram.gram, gram.gram.T)
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps()])
+def test_whole_matrices_of_older_stores_are_read_and_give_the_same_lane(
+    small_run, another_store, small_panels, monkeypatch, pruner
+):
+    run = small_run(pruner=pruner)
+    old = small_run(run.folder, store=another_store(), pruner=pruner)
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.tasks.lanes.gram_matrices.upper_panels", lambda matrix: [(0, matrix)])
+        old_grams = old.grams()
+    (linears, *_) = old_grams.files["grams/layer-00001.safetensors"].tensors
+    assert old_grams.files["grams/layer-00001.safetensors"].tensors[linears].shape == (32, 32)
+    assert old_grams.key == run.grams().key
+    (lane,), (old_lane,) = run.branch(0.1), old.branch(0.1)
+    assert lane.losses == old_lane.losses
+    exported, old_exported = run.export(lane).files, old.export(old_lane).files
+    weights = [name for name in exported if name.endswith(".safetensors")]
+    assert weights
+    assert all(exported[name].digest == old_exported[name].digest for name in weights)
+
+
 PRUNERS = pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps()])
 
 
@@ -74,9 +111,9 @@ def test_each_input_is_prepared_once_for_all_lanes_and_linears_that_share_it(sma
     run, prepared = small_run(pruner=SparseGPT()), []
     prepare = SparseGPT.prepare
 
-    def counted(pruner, gram, tokens):
+    def counted(pruner, gram, tokens, overwrite=False):
         prepared.append(len(gram))
-        return prepare(pruner, gram, tokens)
+        return prepare(pruner, gram, tokens, overwrite)
 
     monkeypatch.setattr(SparseGPT, "prepare", counted)
     run.branch(0.0, 0.05, 0.1, 0.2)

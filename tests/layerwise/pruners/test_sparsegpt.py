@@ -223,6 +223,22 @@ def test_the_factor_is_that_of_the_inverse_hessian(monkeypatch, double_inputs, p
     )
 
 
+@pytest.mark.parametrize("double_inputs", [0, 16384])
+@pytest.mark.parametrize("in_features, moved", [(10, 1), (11, 3), (11, 1000)])
+def test_a_preparation_in_the_memory_of_the_gram_matrix_is_the_same(
+    monkeypatch, double_inputs, in_features, moved
+):
+    monkeypatch.setattr("layerwise.pruners.sparsegpt.DOUBLE_INPUTS", double_inputs)
+    _, inputs = random_case(1, in_features)
+    inputs[:, 4] = 0
+    gram = inputs.T @ inputs
+    expected = SparseGPT().prepare(gram, TOKENS)
+    monkeypatch.setattr("layerwise.pruners.sparsegpt.REVERSED_ENTRIES", moved)
+    prepared = SparseGPT().prepare(gram, TOKENS, overwrite=True)
+    assert torch.equal(prepared, expected)
+    assert prepared.data_ptr() == gram.data_ptr()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_unit_of_the_inputs_does_not_matter(scale):
     weight, inputs = random_case(8, 10)
