@@ -153,18 +153,18 @@ def _pruning(
     columns -= columns % (group or 1)
     linear = Linear("sample", rows, columns, transposed=False)
     sample = weight[:rows, :columns].contiguous()
-    inputs: LayerInputs
-    if by_mask:
-        inputs = {linear.name: InputStatistics(torch.rand(columns, dtype=torch.float64), tokens=1)}
-    else:
-        tokens = torch.randn(2 * columns, columns)
-        inputs = [([linear.name], InputGram(tokens.T @ tokens, len(tokens)))]
+    statistics = {linear.name: InputStatistics(torch.rand(columns, dtype=torch.float64), tokens=1)}
+    tokens = torch.randn(2 * columns, 0 if by_mask else columns)
+    moments = tokens.T @ tokens
     unit = linear.numel // (group or linear.numel)  # an N:M pattern removes multiples of it
     counts = [round(sparsity * linear.numel / unit) * unit for sparsity in sparsities]
 
     taken: list[tuple[float, float]] = []
 
     def prune() -> None:
+        inputs: LayerInputs = statistics
+        if not by_mask:  # the pruner overwrites the moments
+            inputs = [([linear.name], InputGram(moments.clone(), len(tokens)))]
         began = time.perf_counter()
         layer = LayerPruning(pruner, group, 0, [linear], {linear.weight_name: sample}, inputs)
         prunings = layer.in_lanes([sample.clone()], [counts])
