@@ -105,7 +105,8 @@ class Allocation(BaseModel):
         if self.allocator is not None and self.allocator != common.allocator:
             # The common betas belong to the common allocator.
             no_betas = {"betas": None, "beta_count": None, "beta_step": None}
-            changes = {**no_betas, "strategy": "auto", **no_stops} | changes
+            strategy = common.strategy if common.strategy == "grid" else "auto"
+            changes = {**no_betas, "strategy": strategy, **no_stops} | changes
         return Search(**dict(common) | changes)
 
     def title(self, common: Search) -> str:

@@ -107,10 +107,13 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     workers = _workers(runtime)
     groups = lane_groups(store, lanes, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
-    if settings.strategy in TRIALS and not _is_last(settings, lanes):  # a later request may be larger
-        largest = strategy_of(settings, plans, linears, windows["selection"]).largest_request
-        together = max(together, ceil(largest / max(len(groups), 1)))
-    available, states = runtime.hidden_states_bytes, sizes.hidden_states(together, request)
+    most: LaneRequest | None = request
+    if not _is_last(settings, lanes):  # a later request may have more lanes, and score them on more windows
+        most = None
+        if settings.strategy in TRIALS:
+            largest = strategy_of(settings, plans, linears, windows["selection"]).largest_request
+            together = max(together, ceil(largest / max(len(groups), 1)))
+    available, states = runtime.hidden_states_bytes, sizes.hidden_states(together, most)
     by_layers = 0 if runtime.boundary_layers is None else index.num_layers // runtime.boundary_layers
     memory, device_memory = sizes.memory(runtime.device_name)
     times, began, notes = None, time.monotonic(), list[str]()
@@ -120,8 +123,11 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
         except ValueError as error:  # a plan for another machine
             notes.append(f"No times: {error}")
         else:
-            times = measure_times(store, sizes, found.inputs.checkpoint, execution)
-            notes += times.transfer.notes
+            try:
+                times = measure_times(store, sizes, found.inputs.checkpoint, execution)
+                notes += times.transfer.notes
+            except Exception as error:  # the rest of the plan does not depend on the measurement
+                notes.append(f"No times, because the measurement failed: {type(error).__name__}: {error}")
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
@@ -207,11 +213,12 @@ def _seconds_of_lanes(
     total = seconds(lanes.step.request, len(lanes.missing), len(groups))
     if _is_last(settings, lanes):
         return total
-    done = sum(isinstance(each.step, LaneStep) for each in found.steps)
     strategy = strategy_of(settings, lanes.step.plans, found.inputs.linears, windows)
+    end = (lanes.step.request.windows or (0, windows))[1]
+    scored = {**lanes.step.scored, **dict.fromkeys(lanes.step.request.plans, end)}
     return total + sum(
         seconds(request, len(request.plans), min(workers, len(request.plans)))
-        for request in expected_requests(strategy)[done:]
+        for request in expected_requests(strategy, scored)
     )
 
 
@@ -231,10 +238,11 @@ def _transfers(store: ArtifactStore, model: str) -> dict[str, int]:
 
 def _is_last(settings: Search, lanes: NextLanes) -> bool:
     """Return whether these lanes are the strategy's last request."""
+    name = settings.strategy_for(len(lanes.step.plans))
+    if name == "grid" or (name == "auto" and lanes.step.request.continues):
+        return True
     requested = lanes.step.tried + len(lanes.step.request.plans)
-    return settings.strategy_for(len(lanes.step.plans)) == "grid" or (
-        settings.stop_after is not None and requested >= settings.stop_after
-    )
+    return name != "auto" and settings.stop_after is not None and requested >= settings.stop_after
 
 
 def _workers(runtime: FanOutRuntime) -> int:

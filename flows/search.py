@@ -125,7 +125,7 @@ def _publish(
 
 def _bytes_of_import(store: ArtifactStore, imported: Artifact) -> int:
     """Return the bytes of weights that the import read in this process; 0 if the store had it."""
-    return int(str(imported.facts[READ])) if imported.key in store.built else 0
+    return int(str(imported.facts.get(READ, 0))) if imported.key in store.built else 0
 
 
 def _recovery_text(settings: Search, recovery: RecoveryTest, stages: dict[str, Artifact]) -> str:

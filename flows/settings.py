@@ -252,10 +252,11 @@ class Search(Settings):
     def _check_combination(self) -> "Search":
         _ = self.allocation
         for name in ("trials", "stop_after"):
-            if getattr(self, name) is not None and self.strategy not in TRIALS:
+            if getattr(self, name) is not None and self.tries_all:
+                listed = " and listed betas" if self.strategy in TRIALS else ""
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but the strategy {self.strategy} tries all plans. Leave {name} "
-                    f"empty, or set strategy to {', '.join(TRIALS)}."
+                    f"{name} is {getattr(self, name)}, but the strategy {self.strategy}{listed} tries all plans. Leave "
+                    f"{name} empty, set trials, or set strategy to {', '.join(TRIALS)}."
                 )
         if self.strategy == "projections" and self.pattern is not None:
             raise ValueError(
@@ -339,7 +340,14 @@ class Search(Settings):
             plans: number of plans of the allocator.
         """
         name = self.strategy_for(plans)
-        return self.trials or TRIALS.get("two-parameter" if self.offsets and name == "auto" else name, plans)
+        most = self.trials or TRIALS.get("two-parameter" if self.offsets and name == "auto" else name, plans)
+        return most if self.makes_plans else min(most, plans)
+
+    @property
+    def tries_all(self) -> bool:
+        """Whether the strategy tries all plans, however many they are."""
+        listed = self.strategy == "auto" and self.betas is not None and self.trials is None
+        return listed or self.strategy not in TRIALS
 
     def strategy_for(self, plans: int) -> StrategyName:
         """Return the strategy; where ``auto`` scores all plans on the same windows, the one that does the same.
@@ -349,7 +357,7 @@ class Search(Settings):
         """
         if self.strategy != "auto":
             return self.strategy
-        if plans <= FEW_PLANS or (self.betas is not None and self.trials is None):
+        if self.tries_all or (plans <= FEW_PLANS and self.stop_after is None):
             return "grid"
         if self.recover is not None:  # a second round would recover its plans again
             return "two-parameter" if self.offsets else "adaptive"

@@ -105,7 +105,7 @@ def _forward_pass(model: StreamedModel, index: int, layer: nn.Module, seqlen: in
     if window <= LONGEST:
         windows = min(max(1, TOKENS_PER_FORWARD // seqlen), math.floor(LONGEST / window))
         return seconds(windows, seqlen) / windows
-    tokens = max(few, int(few * LONGEST / first))
+    tokens = min(seqlen, max(few, int(few * LONGEST / first)))
     measured = first if tokens == few else seconds(1, tokens)
     return measured * _operations(linears, seqlen) / _operations(linears, tokens)
 

@@ -89,9 +89,10 @@ def _spread(store: ArtifactStore, shared: SharedSearch, deadline: float) -> Sear
             fan_out.run([parts.capture()])
             found = look_up(store, settings)
         while missing := found.next_lanes.missing:
-            lanes, tried = found.next_lanes.stages, found.next_lanes.step.tried
-            if len(missing) == len(lanes) and is_too_late(tried, deadline):
-                settings = stop_after_tried(settings, tried)
+            lanes, step = found.next_lanes.stages, found.next_lanes.step
+            begins = len(missing) == len(lanes) and not step.request.continues
+            if begins and is_too_late(step.tried, deadline):
+                settings = stop_after_tried(settings, step.tried)
                 parts = SearchParts(store, settings, runtime)
             else:
                 fan_out.run(parts.groups(found, fan_out.running("branch"), executor.workers))

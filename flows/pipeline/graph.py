@@ -9,6 +9,7 @@ from the look-up. The parts of a search that other processes run are sections of
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 from typing import TypeVar
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
@@ -87,12 +88,17 @@ class LaneStep(Step):
     Attributes:
         request: plans of these lanes, and the selection windows that they are scored on.
         plans: all plans of the allocator.
-        tried: number of plans scored before.
+        scored: number of selection windows that a plan was scored on before, for every plan tried.
     """
 
     request: LaneRequest
     plans: tuple[SparsityPlan, ...]
-    tried: int
+    scored: Mapping[SparsityPlan, int]
+
+    @property
+    def tried(self) -> int:
+        """Number of plans scored before."""
+        return len(self.scored)
 
 
 Answer = Sequence[Artifact | None]  # artifacts of a step, in the order of its stages
@@ -334,12 +340,13 @@ def lane_steps(
     # For every plan, one score for each range of windows that it was scored on.
     rounds: dict[SparsityPlan, list[LaneScore]] = {}
     while request := strategy.next_lanes(losses_of(rounds)):
-        step = lane_step(store, captured, captured.plans, request, len(rounds))
-        if is_too_late(len(rounds), deadline) and not any(
-            store.find(known(stage)) for _, stage in step.stages
-        ):
+        scored = {plan: len(losses) for plan, losses in losses_of(rounds).items()}
+        step = lane_step(store, captured, captured.plans, request, scored)
+        is_late = is_too_late(len(rounds), deadline) and not request.continues
+        if is_late and not any(store.find(known(stage)) for _, stage in step.stages):
             settings = stop_after_tried(settings, len(rounds))
-            break
+            strategy = strategy_of(settings, captured.plans, captured.linears, windows)
+            continue
         artifacts = yield step
         for plan, artifact in zip(request.plans, artifacts, strict=True):
             if artifact is None:
@@ -368,14 +375,14 @@ def lane_step(
     captured: Captured | None,
     plans: Sequence[SparsityPlan],
     request: LaneRequest,
-    tried: int = 0,
+    scored: Mapping[SparsityPlan, int] = MappingProxyType({}),
 ) -> LaneStep:
     """Return the step of one request.
 
     Args:
         captured: inputs of the lanes; None if they do not exist yet.
         plans: all plans of the allocator.
-        tried: number of plans scored before.
+        scored: see ``LaneStep``.
     """
     inputs = None if captured is None else captured.inputs("selection", request.windows)
 
@@ -393,7 +400,7 @@ def lane_step(
         build=build,
         request=request,
         plans=tuple(plans),
-        tried=tried,
+        scored=scored,
     )
 
 

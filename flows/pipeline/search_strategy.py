@@ -40,6 +40,11 @@ class LaneRequest:
     plans: tuple[SparsityPlan, ...]
     windows: tuple[int, int] | None = None
 
+    @property
+    def continues(self) -> bool:
+        """Whether the plans were scored on earlier windows before."""
+        return self.windows is not None and self.windows[0] > 0
+
 
 @dataclass(frozen=True)
 class SearchStrategy:
@@ -80,12 +85,12 @@ class SearchStrategy:
         Args:
             known: losses of each plan on the first selection windows, in nats.
         """
-        if self.stop_after is not None and len(known) >= self.stop_after:
+        if self.name == "auto":
+            return self._narrowed(known)
+        if self._is_stopped(known):
             return None
         if self.name == "race":
             return self._race(known)
-        if self.name == "auto":
-            return self._narrowed(known)
         if self.name in ("adaptive", "two-parameter"):
             return self._next_proposed(self._over_parameters(), self._plan_of_parameters, known)
         if self.name == "projections":
@@ -108,14 +113,20 @@ class SearchStrategy:
     def _narrowed(self, known: KnownLosses) -> LaneRequest | None:
         """Search on the first windows, then score uniform and the best plans on the others too."""
         few = FIRST_ROUND if self.windows >= 2 * FIRST_ROUND else self.windows
-        if request := self._next_proposed(self._over_parameters(), self._plan_of_parameters, known, few):
-            return request
+        if not self._is_stopped(known):
+            request = self._next_proposed(self._over_parameters(), self._plan_of_parameters, known, few)
+            if request is not None:
+                return request
         first = {plan: losses[:few] for plan, losses in known.items()}
-        left = sorted(first.keys() - beaten(first), key=lambda plan: (mean_loss(first[plan]), plan.beta))
+        out = beaten(first)
+        left = sorted((plan for plan in first if plan not in out), key=lambda plan: mean_loss(first[plan]))
         finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in left[:MOST_FINALISTS])
         if all(len(known[plan]) == self.windows for plan in finalists):
             return None
         return LaneRequest(finalists, (few, self.windows))
+
+    def _is_stopped(self, known: KnownLosses) -> bool:
+        return self.stop_after is not None and len(known) >= self.stop_after
 
     def _next_proposed(
         self,

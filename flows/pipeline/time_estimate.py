@@ -1,6 +1,7 @@
 """Estimate of the time of a search's stages, from rates measured on this machine."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -171,17 +172,22 @@ def measure_times(
     return SearchTimes(sizes, compute, transfer)
 
 
-def expected_requests(strategy: SearchStrategy) -> list[LaneRequest]:
-    """Return the requests that a strategy makes if the losses are those of a typical curve.
+def expected_requests(strategy: SearchStrategy, scored: Mapping[SparsityPlan, int]) -> list[LaneRequest]:
+    """Return the requests that a strategy still makes if the losses are those of a typical curve.
 
     A strategy that makes its own plans is assumed to try as many as it may, and as many together as it ever does.
+
+    Args:
+        scored: number of selection windows that a plan was scored on, for every plan tried so far.
     """
     uniform, trials = strategy.plans[0], strategy.trials
     if strategy.name in PLAN_MAKERS:
         most = strategy.largest_request
-        return [LaneRequest((uniform,) * min(most, trials - first)) for first in range(0, trials, most)]
+        return [
+            LaneRequest((uniform,) * min(most, trials - first)) for first in range(len(scored), trials, most)
+        ]
     requests: list[LaneRequest] = []
-    known: dict[SparsityPlan, list[float]] = {}
+    known = {plan: _typical_losses(strategy, plan, windows) for plan, windows in scored.items()}
     while request := strategy.next_lanes(known):
         requests.append(request)
         end = strategy.windows if request.windows is None else request.windows[1]

@@ -15,10 +15,11 @@ def check_minutes(settings: Search, runtime: SearchRuntime) -> None:
     Raises:
         ValueError: the strategy scores all plans.
     """
-    if runtime.minutes is not None and settings.strategy not in TRIALS:
+    if runtime.minutes is not None and settings.tries_all:
+        listed = " with listed betas" if settings.strategy in TRIALS else ""
         raise ValueError(
-            f"minutes is {runtime.minutes:g}, but the strategy {settings.strategy} scores all plans before it chooses. "
-            f"Leave minutes empty, or set strategy to {' or '.join(TRIALS)}."
+            f"minutes is {runtime.minutes:g}, but the strategy {settings.strategy}{listed} scores all plans before it "
+            f"chooses. Leave minutes empty, set trials, or set strategy to {' or '.join(TRIALS)}."
         )
 
 
@@ -31,7 +32,8 @@ def is_too_late(tried: int, deadline: float) -> bool:
     """Return whether no further lanes may be started.
 
     Args:
-        tried: number of plans scored before. The first lanes are always scored, as they include the uniform plan.
+        tried: number of plans scored before. The first lanes are always scored, as they include the uniform plan. So are
+            the last ones of the strategy auto, without which the best plans would be known on a few windows only.
         deadline: on the clock ``time.monotonic``.
     """
     return tried > 0 and time.monotonic() >= deadline

@@ -23,7 +23,7 @@ class LinearInputs:
     Args:
         hidden_states: input of the layer, shape ``(windows, seqlen, hidden_size)``.
         block: the layer's first block, whose last linear's input is kept; None to compute everything in every pass.
-        room: takes the kept inputs; same shape as ``hidden_states``. They are not kept if they are wider.
+        room: takes the kept inputs; contiguous, same shape as ``hidden_states``. They are not kept if they are wider.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class LinearInputs:
         """
         with self.from_kept(batch, len(self._states[batch])):
             inputs = _inputs_of(self._pruned, names[0], self._states[batch])
-        block = self._block
-        if block is not None and block.name in names:
-            room = self._rooms[batch][..., : inputs.shape[-1]]
-            if room.shape == inputs.shape and room.dtype == inputs.dtype:
-                self._kept[batch] = room.copy_(inputs)
+        block, room = self._block, self._rooms[batch].view(-1)[: inputs.numel()]
+        fits = inputs.is_contiguous() and room.numel() == inputs.numel() and room.dtype == inputs.dtype
+        if block is not None and block.name in names and fits:
+            # Stored as it is laid out: a product can have other bits for another layout.
+            self._kept[batch] = room.view(inputs.shape).copy_(inputs)
         return inputs
 
     def from_kept(self, batch: int, windows: int) -> AbstractContextManager[None]:
@@ -106,26 +106,28 @@ def find_first_block(pruned: LayerToRecover) -> FirstBlock | None:
     """
     names = [each.linear.name for each in pruned.linears]
     for child, module in pruned.layer.named_children():
-        if inside := [name for name in names if name == child or name.startswith(f"{child}.")]:
+        if child in names:  # the layer itself calls its first linear, as XGLM's MLP
+            return None
+        if inside := [name for name in names if name.startswith(f"{child}.")]:
             return _as_first_block(pruned, module, inside)
     return None
 
 
 def _as_first_block(pruned: LayerToRecover, module: nn.Module, linears: list[str]) -> FirstBlock | None:
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, tuple[Tensor, int]] = {}  # with the version, which changes if the tensor is written to
     found: list[FirstBlock] = []
 
     def note_output(name: str) -> RemovableHandle:
         def note(linear: nn.Module, inputs: object, output: Tensor) -> None:
-            outputs[name] = output
+            outputs[name] = output, output._version
 
         return pruned.layer.get_submodule(name).register_forward_hook(note)
 
     def compare(block: nn.Module, inputs: object, output: object) -> None:
         first, *others = output if isinstance(output, tuple) else (output,)
         rest = (None,) * len(others) if isinstance(output, tuple) else None
-        for name, each in outputs.items():
-            if each is first and all(other is None for other in others):
+        for name, (each, version) in outputs.items():
+            if each is first and each._version == version and all(other is None for other in others):
                 found.append(FirstBlock(module, pruned.layer.get_submodule(name), name, rest))
 
     hooks = [*map(note_output, linears), module.register_forward_hook(compare)]

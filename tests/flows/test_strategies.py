@@ -243,4 +243,8 @@ def test_a_time_limit_is_refused_for_searches_and_flows_that_cannot_stop_early(s
         evaluate(settings(strategy="adaptive"), runtime)
     with pytest.raises(ValueError, match="stop_after is 3, but the strategy grid tries all plans"):
         settings(strategy="grid", stop_after=3)
+    with pytest.raises(
+        ValueError, match="stop_after is 3, but the strategy auto and listed betas tries all plans"
+    ):
+        settings(betas=[0.1, 0.2, 0.3, 0.4], stop_after=3)
     assert not Path(runtime.store).exists()

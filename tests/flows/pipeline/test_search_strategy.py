@@ -122,6 +122,15 @@ def test_auto_drops_what_is_beaten_and_keeps_what_is_close():
     assert finalists((3.0, 1.001, 1.0, 1.002, 3.0)) == (0.0, 0.002, 0.004, 0.006)
 
 
+def test_auto_that_is_stopped_still_scores_the_best_plans_on_all_windows():
+    betas = [0.002 * number for number in range(12)]
+    stopped = replace(strategy("auto", betas, 8, 40), stop_after=3)
+    first, final = play(stopped, lambda plan: 3 + plan.beta)
+    assert (len(first.plans), first.windows, first.continues) == (3, (0, 8), False)
+    assert (final.windows, final.continues) == ((8, 40), True)
+    assert 0.0 in betas_of(final)
+
+
 def test_auto_on_few_windows_is_an_adaptive_search():
     betas = [0.002 * number for number in range(12)]
     requests = [
@@ -137,6 +146,7 @@ def test_auto_on_few_windows_is_an_adaptive_search():
         ({}, 3, "grid"),
         ({"betas": [0.1, 0.2, 0.3, 0.4]}, 5, "grid"),
         ({"betas": [0.1, 0.2, 0.3, 0.4], "trials": 4}, 5, "auto"),
+        ({"stop_after": 2}, 3, "auto"),
         ({"recover": "refit"}, 11, "adaptive"),
         ({"recover": "refit", "offsets": [0.1]}, 22, "two-parameter"),
         ({"strategy": "race"}, 3, "race"),

@@ -81,7 +81,8 @@ def strategy(name: str, trials: int, windows: int = 32) -> SearchStrategy:
 def lane_windows(search: SearchStrategy) -> int:
     """Return the number of windows of all lanes together."""
     ranges = [
-        (len(request.plans), request.windows or (0, search.windows)) for request in expected_requests(search)
+        (len(request.plans), request.windows or (0, search.windows))
+        for request in expected_requests(search, {})
     ]
     return sum(lanes * (end - first) for lanes, (first, end) in ranges)
 
@@ -95,4 +96,14 @@ def test_a_search_is_expected_to_run_as_many_lanes_as_its_strategy_needs_for_a_t
 
 def test_a_strategy_that_makes_its_own_plans_is_expected_to_make_all_that_it_may():
     search = strategy("evolutionary", 64)
-    assert sum(len(request.plans) for request in expected_requests(search)) == 64
+    assert sum(len(request.plans) for request in expected_requests(search, {})) == 64
+
+
+@pytest.mark.parametrize("name", ["auto", "adaptive", "race"])
+def test_what_is_left_of_a_search_is_what_it_would_do_after_the_lanes_so_far(name):
+    search = strategy(name, 6)
+    requests, scored = expected_requests(search, {}), {}
+    for number, request in enumerate(requests):
+        assert expected_requests(search, scored) == requests[number:]
+        scored |= dict.fromkeys(request.plans, (request.windows or (0, 32))[1])
+    assert expected_requests(search, scored) == []

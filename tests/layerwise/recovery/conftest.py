@@ -19,8 +19,16 @@ def pruned_layer(tiny_model):
     """
     with ExitStack() as stack:
 
-        def load(family="llama", dtype=torch.float32, stored=None, noise=0.1, windows=WINDOWS):
-            tiny = tiny_model(family)
+        def load(
+            family="llama",
+            dtype=torch.float32,
+            stored=None,
+            noise=0.1,
+            windows=WINDOWS,
+            exclude=None,
+            **changes,
+        ):
+            tiny = tiny_model(family, **changes)
             model = tiny.streamed(dtype)
             layer = stack.enter_context(model.loaded(1, tiny.layers()[1]))
             generator = torch.Generator().manual_seed(3)
@@ -28,6 +36,8 @@ def pruned_layer(tiny_model):
             hidden_states = dense_states + noise * torch.randn(dense_states.shape, generator=generator)
             linears = []
             for linear in model.linears[1]:
+                if exclude is not None and exclude in linear.name:
+                    continue
                 parameter = layer.get_submodule(linear.name).weight
                 dense = parameter.detach().clone()
                 smallest = linear.oriented(dense).abs().argsort(dim=1)[:, : linear.in_features // 2]

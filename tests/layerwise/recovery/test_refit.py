@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.recovery import refit
 from layerwise.recovery.pruned_layer import weights_replaced
@@ -173,6 +174,29 @@ def test_attention_is_computed_only_up_to_its_last_linear(pruned_layer, family, 
     computed = refit_layer(pruned, Refit())[0]
     assert fitted.keys() == computed.keys()
     assert all(torch.equal(fitted[name], computed[name]) for name in fitted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        (
+            "llama",
+            {"attention_bias": True, "head_dim": 4},
+        ),  # the last linear's input is narrower than the hidden states
+        ("recurrent-gemma", {}),  # the input of the last linear of a recurrent block is not contiguous
+        ("opt", {"exclude": "self_attn"}),  # the first linear is not in a submodule
+    ],
+)
+def test_a_kept_input_gives_the_same_bits(pruned_layer, family, changes, dtype):
+    """Also in the pass after the refit, which an interrupted run computes without kept inputs."""
+    pruned = pruned_layer(family, dtype, windows=600, **changes)
+    fitted, inputs = refit_layer(pruned, Refit())
+    with weights_replaced(pruned.layer, fitted):
+        for number, states in enumerate(batches(pruned.hidden_states)):
+            with inputs.from_kept(number, len(states)):
+                shortened = pruned.run(states)
+            assert torch.equal(shortened, pruned.run(states))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
