@@ -13,6 +13,10 @@ from layerwise.recovery.layer_recovery import Recovery
 from layerwise.recovery.train import Train
 
 
+# 2: other last bits, as narrow outputs are fitted to the sums of the dense model's outputs.
+RECOVERY_VERSION = 2
+
+
 @dataclass(frozen=True)
 class PruneSettings:
     """Settings shared by all lanes of a search.
@@ -42,6 +46,8 @@ class PruneSettings:
         """Settings as part of a key. Fields that were added later are left out if unused, to keep older keys."""
         unused = [name for name in ("pattern", "exclude", "recover") if getattr(self, name) is None]
         own = {name: value for name, value in vars(self).items() if name not in unused}
+        if self.recover is not None:
+            own["recovery version"] = RECOVERY_VERSION
         return {"type": type(self).__name__, **own}
 
     @property
