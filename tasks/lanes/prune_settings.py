@@ -12,7 +12,6 @@ from layerwise.pruners.patterns import Pattern, removed_on_levels
 from layerwise.recovery.layer_recovery import Recovery
 from layerwise.recovery.train import Train
 
-
 # 2: other last bits, as narrow outputs are fitted to the sums of the dense model's outputs.
 RECOVERY_VERSION = 2
 
