@@ -5,7 +5,7 @@ STORE ?= .layerwise
 
 .PHONY: demo test
 
-# Seven betas on a real model of 135M parameters and the text that comes with Python; some minutes on two cores.
+# The best of seven betas on a real model of 135M parameters and the text that comes with Python; some minutes on two cores.
 # In float32, which every CPU has instructions for. Then how fast the pruned model is beside the dense one.
 demo: $(VENV)/.ready
 	$(BIN)/layerwise search --model demo --sparsity 0.6 --store $(STORE) --beta-count 6 --dtype float32 \
