@@ -10,10 +10,6 @@ from torch import Tensor
 
 from layerwise.display.byte_size import size_in
 
-# Tokens per forward pass of one layer: enough to keep the matrix products busy, small compared with a layer's
-# weights.
-# A constant and no setting: the batch's shape decides the order of additions, and so the last bits of every
-# result.
 # Tokens per forward pass of one layer: enough for efficient matrix products, with activations that are small compared
 # with a layer's weights. This is not a setting, because the shape of a batch determines the order of additions and so
 # the last bits of every result.

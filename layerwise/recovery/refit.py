@@ -79,7 +79,7 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tens
     weights, and two float32 matrices of the inputs of one linear, and three while it is refitted.
 
     Returns:
-        New weights by linear, and the inputs that the refitted layer has in the pruned model.
+        New weights by linear, and the kept inputs of the refitted layer in the pruned model.
     """
     weights: dict[str, Tensor] = {}
     fitted = len(pruned.hidden_states) - held_out_windows(settings, len(pruned.hidden_states))

@@ -3,9 +3,9 @@
     .venv/bin/python tests/benchmarks/search_ratio.py --calibration c4.txt --selection wiki.valid.txt --store /tmp/ratio
 
 The loop does what a script of the paper's kind does, one beta after the other: load the model, calibrate every layer on the
-pruned model, prune it, and measure the perplexity, on 32 calibration and 32 selection windows. Then the strategies run in
-stores of their own, without export; their test is on two windows. All in one process; the ratios are of CPU time. Takes
-about twenty minutes for one sparsity and seed on one core. Exits with 1 if ``auto`` takes more than 1 / 5.5 of the loop's
+pruned model, prune it, and measure the perplexity, on 32 calibration and 32 selection windows. The strategies run in
+stores of their own, from the import up to the scores of their lanes. All in one process; the ratios are of CPU time. Exits
+with 1 if ``auto`` takes more than 1 / 5.5 of the loop's
 time, or chooses a beta more than one step of .002 from the grid's best with a perplexity outside of its standard error.
 """
 
