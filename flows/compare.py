@@ -243,7 +243,7 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
         SearchFailed: A search failed. The results of the searches before it stay in the store.
         CancelledRun: With ``fan_out``, the run of this comparison or of a part was cancelled.
     """
-    store = ArtifactStore(runtime.store)
+    store = runtime.open_store()
 
     def run() -> list[Compared]:
         _warn_if_samples_overlap(store, settings)
@@ -294,7 +294,7 @@ def _run_cell(cell: Sequence[NamedSearch], before: int, total: int, runtime: Fan
         with _naming_failures(
             f"searches {before + 1} to {before + len(cell)} of {total}: {cell[0].title}, ..."
         ):
-            store, execution = ArtifactStore(runtime.store), runtime.execution()
+            store, execution = runtime.open_store(), runtime.execution()
             searches = [each.search for each in cell]
             rebuild_damaged(store, lambda: _advance_together(store, searches, execution))
     together = time.monotonic() - began
@@ -304,7 +304,7 @@ def _run_cell(cell: Sequence[NamedSearch], before: int, total: int, runtime: Fan
         began = time.monotonic()
         with _naming_failures(which):
             # Each search gets its own store object, which records what that search has built.
-            store = ArtifactStore(runtime.store)
+            store = runtime.open_store()
             result = run_search(store, each.search, runtime)
             losses = best_losses(store, result.stages["evaluate"])
         results.append(Compared(result, each.allocator, losses, time.monotonic() - began))

@@ -13,7 +13,6 @@ from layerwise.flows.report import make_report, newest_speed
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compress import compress as compress_export
 from layerwise.tasks.pages.model_card import ModelCard
@@ -44,7 +43,7 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
     """
-    store, execution = existing_store(runtime.store), runtime.execution()
+    store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
         store,
         "compress",

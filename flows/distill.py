@@ -15,7 +15,6 @@ from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane
@@ -90,7 +89,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
         KeyError: The store has no such search.
         ValueError: There is too little memory for the model, or there are too few windows.
     """
-    store, execution = existing_store(runtime.store), runtime.execution()
+    store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
         store, "distill", lambda: rebuild_damaged(store, lambda: _distilled(store, settings, execution))
     )

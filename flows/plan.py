@@ -98,7 +98,7 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
         ValueError: the search would refuse these settings.
     """
     check_minutes(settings, runtime)
-    store = ArtifactStore(runtime.store)
+    store = ArtifactStore(runtime.store)  # without the layer cache, whose folder would be created
     found = look_up(store, settings)
     index, linears, windows = found.inputs.index, found.inputs.linears, found.inputs.texts.windows
     lanes = found.next_lanes
@@ -128,6 +128,8 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
                 notes += times.transfer.notes
             except Exception as error:  # the rest of the plan does not depend on the measurement
                 notes.append(f"No times, because the measurement failed: {type(error).__name__}: {error}")
+    if runtime.layer_cache is not None:
+        notes.append("Bytes and times are those without the layer cache, from which later stages read.")
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)

@@ -8,6 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from layerwise.flows.setting_types import BareUrl, Settings
+from layerwise.storage.existing_store import existing_store
+from layerwise.storage.layer_cache import LayerCache
+from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lanes.group_membership import MOST_PLANS
 from layerwise.tasks.running.execution import Execution
 
@@ -59,10 +62,33 @@ class Runtime(Settings):
         description="Also commit a resume point after this number of layers; empty: by time only.",
     )
 
+    layer_cache: Path | None = Field(
+        title="Folder of the layer cache",
+        default=None,
+        description="Folder on a fast local disk in which layers that come from a remote store or folder are kept, so that "
+        "they are read from there once, and not in every stage. Empty: no cache.",
+    )
+    layer_cache_gib: float | None = Field(
+        title="Size of the layer cache in GiB",
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="Maximum size of the layer cache, in GiB. Empty: 90 % of the free space of its disk.",
+    )
+
     @property
     def hidden_states_bytes(self) -> int:
         """Memory for hidden states, in bytes."""
         return int(self.hidden_states_gib * 2**30)
+
+    @model_validator(mode="after")
+    def _size_needs_layer_cache(self) -> "Runtime":
+        if self.layer_cache_gib is not None and self.layer_cache is None:
+            raise ValueError(
+                f"layer_cache_gib is {self.layer_cache_gib:g}, but there is no layer_cache. Give its folder, or leave "
+                "layer_cache_gib empty."
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +118,28 @@ class Runtime(Settings):
 
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         return automatic if self.device == "auto" else self.device
+
+    def open_store(self) -> ArtifactStore:
+        """Open the store, with the layer cache.
+
+        Raises:
+            OSError: the folder of the cache cannot be written.
+        """
+        return ArtifactStore(self.store, self._open_layer_cache())
+
+    def open_existing_store(self) -> ArtifactStore:
+        """Open a store that must exist, with the layer cache.
+
+        Raises:
+            OSError: the folder of the cache cannot be written; or see ``existing_store``.
+        """
+        return existing_store(self.store, self._open_layer_cache())
+
+    def _open_layer_cache(self) -> LayerCache | None:
+        if self.layer_cache is None:
+            return None
+        size = None if self.layer_cache_gib is None else int(self.layer_cache_gib * 2**30)
+        return LayerCache(self.layer_cache, size)
 
     def execution(self) -> Execution:
         """Return the settings as the tasks take them.

@@ -38,7 +38,7 @@ def search(settings: Search, runtime: SearchRuntime) -> SearchResult:
         CancelledRun: With ``fan_out``, the run of this search or of a part was cancelled.
     """
     check_minutes(settings, runtime)
-    store, deadline = ArtifactStore(runtime.store), deadline_of(runtime)
+    store, deadline = runtime.open_store(), deadline_of(runtime)
     return run_announced(
         store, f"search: {settings.title}", lambda: run_search(store, settings, runtime, deadline)
     )

@@ -127,7 +127,7 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
         ValueError: The model does not allow these settings.
         CancelledRun: The run was cancelled.
     """
-    store, execution = ArtifactStore(runtime.store), runtime.execution()
+    store, execution = runtime.open_store(), runtime.execution()
     return run_announced(
         store,
         f"theory: {settings.title}",

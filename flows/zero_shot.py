@@ -12,7 +12,6 @@ from layerwise.flows.pipeline.finished_search import reopen_search
 from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
-from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.comparison import (
     ZeroShotComparison,
@@ -82,7 +81,7 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
         ValueError: lm-eval does not know a task, or a task is not decided by log-probabilities.
         ImportError: lm-eval is not installed.
     """
-    store, execution = existing_store(runtime.store), runtime.execution()
+    store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
         store,
         f"zero-shot: {', '.join(settings.tasks)}",

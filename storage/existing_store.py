@@ -5,13 +5,17 @@ from typing import Any
 
 from layerwise.storage.files.errors import reaching
 from layerwise.storage.inventory import RUNNING_FILE, is_temporary
+from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.store import KEY, ArtifactStore
 
 NAMED = 3  # maximum number of entries that the message about a folder without a store lists
 
 
-def existing_store(url: str) -> ArtifactStore:
+def existing_store(url: str, layer_cache: LayerCache | None = None) -> ArtifactStore:
     """Open the store at ``url``. An empty folder is an empty store. Creates nothing.
+
+    Args:
+        layer_cache: see ``ArtifactStore``.
 
     Raises:
         ValueError: ``url`` is empty, as from an unset shell variable. It does not mean the current folder.
@@ -22,7 +26,7 @@ def existing_store(url: str) -> ArtifactStore:
         raise ValueError(
             f"the name of the store is empty ({url!r}). Give its folder or URL; for the current folder, give a dot."
         )
-    store = ArtifactStore(url)
+    store = ArtifactStore(url, layer_cache)
     try:
         with reaching(store.fs, store.root):
             rows = store.fs.ls(store.root, detail=True)

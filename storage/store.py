@@ -24,6 +24,7 @@ from layerwise.storage.files.reading import read_exactly
 from layerwise.storage.formats.document import read_sealed, seal
 from layerwise.storage.integrity import require_size
 from layerwise.storage.inventory import take_inventory
+from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.location import StoreLocation
 from layerwise.storage.pauses import why_files_are_gone
 from layerwise.storage.resume_points import ResumePoint, read_resume_point
@@ -44,14 +45,16 @@ class ArtifactStore(StoreLocation):
 
     Args:
         url: a folder or any fsspec URL, such as ``s3://bucket/runs``; credentials come from the environment.
+        layer_cache: local cache for the tensors of checkpoints in the store, or in remote folders; None for none.
         options: for fsspec, such as ``endpoint_url``.
 
     Attributes:
         built: keys of the stages whose ``build`` was called through this object; all other artifacts were reused.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, layer_cache: LayerCache | None = None, **options: Any) -> None:
         super().__init__(url, **options)
+        self.layer_cache = layer_cache
         self.built: set[str] = set()
         self._writable = False  # not checked yet
 

@@ -7,12 +7,13 @@ from fsspec import AbstractFileSystem
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
-from layerwise.storage.artifact import Artifact
+from layerwise.storage.artifact import Artifact, StoredFile
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.reading import read_exactly, read_scattered
 from layerwise.storage.formats.safetensors_header import METADATA, encode_header
 from layerwise.storage.formats.tensor_entry import DTYPE_NAMES, TensorEntry, dtype_name
+from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.store import ArtifactStore
 
 ALIGNMENT = 64  # bytes: a cache line, and the alignment of torch's own allocator
@@ -144,6 +145,46 @@ def read_entries(
         if entry.digest is not None:
             _check(fs, path, key, entry, spans[key])
     return tensors
+
+
+def read_through(
+    cache: LayerCache | None,
+    fs: AbstractFileSystem,
+    path: str,
+    entries: Mapping[str, TensorEntry],
+    buffer: Tensor,
+) -> dict[str, Tensor]:
+    """Read tensors of one file as ``read_entries`` does: those that ``cache`` has from there, and add the others to it.
+
+    Args:
+        cache: None for none.
+        entries: the tensors by name, with digests.
+    """
+    if cache is None or not cache.serves(fs, path):
+        return read_entries(fs, path, entries, buffer)
+    found: dict[str, Tensor] = {}
+    start = 0
+    for key, entry in entries.items():
+        flat = buffer[start : start + entry.nbytes]
+        assert entry.digest is not None, "the import has computed it"
+        if cache.read(entry.digest, flat.numpy().data):
+            found[key] = flat.view(entry.torch_dtype).view(entry.shape)
+            start += _aligned(entry.nbytes)
+    missing = {key: entry for key, entry in entries.items() if key not in found}
+    if missing:
+        for key, tensor in read_entries(fs, path, missing, buffer[start:]).items():
+            found[key] = tensor
+            cache.add(str(missing[key].digest), _bytes_of(tensor))
+    return {key: found[key] for key in entries}
+
+
+def add_to_cache(store: ArtifactStore, file: StoredFile, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the tensors of a file that was just written in the store's layer cache, if it has one."""
+    cache = store.layer_cache
+    if cache is None or not cache.serves(store.fs, store.path(file.path)):
+        return
+    for key, entry in (file.tensors or {}).items():
+        cache.add(str(entry.digest), _bytes_of(tensors[key]))
 
 
 def _check(fs: AbstractFileSystem, path: str, key: str, entry: TensorEntry, span: memoryview) -> None:

@@ -121,7 +121,7 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
             folder = source.open()
             described = describe_folder(folder)
             check_tied_copies(folder, described)
-            index = copy_into_store(draft, folder, described)
+            index = copy_into_store(store, draft, folder, described)
             _copy_small_files(draft, folder)
             found = license_of_folder(folder)
         case GgufSource() | DemoSource():
@@ -129,7 +129,7 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
 
             weights = GgufWeights(source.local_gguf())
             small_files = weights.small_files()  # first, to fail fast on a tokenizer that cannot be opened
-            index = convert_gguf(draft, weights, source.require_unchanged)
+            index = convert_gguf(store, draft, weights, source.require_unchanged)
             for name, content in small_files.items():
                 draft.write(name, content)
             found = None if weights.license is None else License(weights.license)

@@ -102,7 +102,7 @@ def _run_part(
     try:
         with stopping_on_sigterm():
             stop_with_parent()
-            store = ArtifactStore(runtime.store)
+            store = runtime.open_store()
             with announced(store, f"{settings.title}: {title}", name):
                 rebuild_damaged(store, lambda: work(store, settings, execution))
     except Unreachable as error:

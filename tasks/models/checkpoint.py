@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tensors import needed_bytes, read_entries
+from layerwise.storage.tensors import needed_bytes, read_through
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.tokenizer import TokenizerFiles, encoding_identity, tokenizer_identity
 from layerwise.tasks.sources.checkpoint_files import copied_files
@@ -150,9 +150,9 @@ class Checkpoint:
     def _read_file(self, file: str, entries: Mapping[str, TensorEntry], buffer: Tensor) -> dict[str, Tensor]:
         if self._folder is not None:
             self._folder.require_unchanged(file, bytes_are_checked=True)
-            return read_entries(*self.place(file), entries, buffer)
+            return read_through(self._store.layer_cache, *self.place(file), entries, buffer)
         with self._store.blaming(self.artifact, file):
-            return read_entries(*self.place(file), entries, buffer)
+            return read_through(self._store.layer_cache, *self.place(file), entries, buffer)
 
 
 def _by_file(tensors: Iterable[IndexedTensor]) -> dict[str, dict[str, TensorEntry]]:

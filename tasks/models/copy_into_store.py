@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from layerwise.storage.draft import Draft
-from layerwise.storage.tensors import needed_bytes, read_entries, write_tensors
+from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import add_to_cache, needed_bytes, read_entries, write_tensors
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
 from layerwise.tasks.running.progress import showing
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 Shard = Sequence[IndexedTensor]
 
 
-def copy_into_store(draft: Draft, folder: Folder, index: CheckpointIndex) -> CheckpointIndex:
+def copy_into_store(
+    store: ArtifactStore, draft: Draft, folder: Folder, index: CheckpointIndex
+) -> CheckpointIndex:
     """Copy the tensors of ``folder`` by ranged reads through one buffer of the size of a shard.
 
     Returns:
@@ -44,11 +47,11 @@ def copy_into_store(draft: Draft, folder: Folder, index: CheckpointIndex) -> Che
             start = end
         return weights
 
-    return _write_shards(draft, index, shards, read)
+    return _write_shards(store, draft, index, shards, read)
 
 
 def convert_gguf(
-    draft: Draft, weights: "GgufWeights", require_unchanged: Callable[[], None]
+    store: ArtifactStore, draft: Draft, weights: "GgufWeights", require_unchanged: Callable[[], None]
 ) -> CheckpointIndex:
     """Dequantize a GGUF file into the store.
 
@@ -67,7 +70,7 @@ def convert_gguf(
         require_unchanged()
         return tensors
 
-    return _write_shards(draft, weights.index, _shards(weights.index), dequantize)
+    return _write_shards(store, draft, weights.index, _shards(weights.index), dequantize)
 
 
 def _no_state(state: Draft) -> None:
@@ -75,6 +78,7 @@ def _no_state(state: Draft) -> None:
 
 
 def _write_shards(
+    store: ArtifactStore,
     draft: Draft,
     index: CheckpointIndex,
     shards: Mapping[str, Shard],
@@ -92,6 +96,7 @@ def _write_shards(
                         require_finite(weights[tensor.name], tensor.name, tensor.file)
                 imported += sum(tensor.entry.nbytes for tensor in shard)
                 write_tensors(draft, file, weights, metadata={"format": "pt"})
+                add_to_cache(store, draft.files[file], weights)
                 show(step)
                 draft.save_resume_point(step, _no_state)
             if asked_to_stop():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from xxhash import xxh3_128
 from layerwise.models.skeleton import layer_prefix
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import read_ahead
+from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
@@ -110,7 +111,7 @@ def index_in_place(store: ArtifactStore, draft: Draft, folder: Folder) -> Checkp
     ):
         for step, file in enumerate(files, start=1):
             todo = [tensor for tensor in index.tensors if tensor.file == file and tensor.name not in digests]
-            with closing(_digests(folder, todo)) as computed:
+            with closing(_digests(folder, todo, store.layer_cache)) as computed:
                 for tensor, digest in computed:
                     folder.require_unchanged(file)
                     digests[tensor.name] = digest
@@ -149,21 +150,27 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
 
 
 def _digests(
-    folder: Folder, tensors: Sequence[IndexedTensor]
+    folder: Folder, tensors: Sequence[IndexedTensor], cache: LayerCache | None = None
 ) -> Generator[tuple[IndexedTensor, str], None, None]:
-    """Yield each tensor with the digest of its bytes; refuse a weight that holds NaN or infinity."""
+    """Yield each tensor with the digest of its bytes, and keep it in ``cache``; refuse a weight with NaN or infinity."""
     ranges = [(folder.path(tensor.file), tensor.entry.offset, tensor.entry.nbytes) for tensor in tensors]
     with closing(read_ahead(folder.fs, ranges)) as content:
         for tensor in tensors:
             digest, entry, done = xxh3_128(), tensor.entry, 0
-            while done < entry.nbytes:
-                part = next(content)
-                digest.update(part)
-                done += len(part)
-                if tensor.model_name is not None:
-                    # The size of a piece is a multiple of every item size.
-                    values = torch.frombuffer(part, dtype=entry.torch_dtype)
-                    require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
+            is_cached = cache is not None and cache.serves(folder.fs, folder.path(tensor.file))
+            with cache.receiving(entry.nbytes) if cache and is_cached else nullcontext() as arriving:
+                while done < entry.nbytes:
+                    part = next(content)
+                    digest.update(part)
+                    done += len(part)
+                    if tensor.model_name is not None:
+                        # The size of a piece is a multiple of every item size.
+                        values = torch.frombuffer(part, dtype=entry.torch_dtype)
+                        require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")
+                    if arriving is not None:
+                        arriving.write(part)
+                if arriving is not None:
+                    arriving.keep(digest.hexdigest())
             yield tensor, digest.hexdigest()
 
 

@@ -4,7 +4,11 @@ import random
 import uuid
 
 import pytest
+from safetensors.torch import load_file
 
+from layerwise.flows.runtime import SearchRuntime
+from layerwise.flows.search import search
+from layerwise.storage.files.filesystem import open_filesystem
 from tests.fault_proxy import FaultProxy, Request
 from tests.faults import cut_body, duplicate, error, flip_bit, lose_answer, stall_in_body, truncate
 
@@ -47,3 +51,31 @@ def test_a_search_over_a_bad_network_ends_with_the_right_result(
     assert content_of(result) == content_of(finished[0])
     fault_proxy.heal()
     assert run_search(url).selection == finished[0].selection
+
+
+def test_with_a_layer_cache_remote_weights_are_read_once(
+    finished, workshop, run_search, fault_proxy: FaultProxy, url, tmp_path
+):
+    fs, root = open_filesystem(f"{url}/model")
+    fs.put(f"{workshop.model}/", root, recursive=True)
+    size = sum(weight.nbytes for weight in load_file(workshop.model / "model.safetensors").values())
+
+    def weights_read() -> int:
+        ranges = [
+            request.headers["range"].removeprefix("bytes=").split("-")
+            for request in fault_proxy.requests
+            if request.method == "GET" and request.path.endswith("/model.safetensors")
+        ]
+        fault_proxy.requests = []
+        return sum(int(end) + 1 - int(begin) for begin, end in ranges)
+
+    cached = SearchRuntime(store=f"{url}/store", layer_cache=tmp_path / "cache")
+    result = search(workshop.settings(model=f"{url}/model"), cached)
+    header = 1 << 20
+    assert size <= weights_read() < size + header
+    assert content_of(result) == content_of(finished[0])
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"damaged")
+    again = search(workshop.settings(model=f"{url}/model", betas=[0.2]), cached)
+    assert size <= weights_read() < size + header
+    assert again.selection == run_search(betas=[0.2]).selection

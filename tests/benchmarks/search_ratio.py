@@ -1,0 +1,197 @@
+"""CPU time of a search, compared with a plain loop over the betas: SmolLM2-135M, Wanda, bf16, windows of 512 tokens.
+
+    .venv/bin/python tests/benchmarks/search_ratio.py --calibration c4.txt --selection wiki.valid.txt --store /tmp/ratio
+
+The loop does what a script of the paper's kind does, one beta after the other: load the model, calibrate every layer on the
+pruned model, prune it, and measure the perplexity, on 32 calibration and 32 selection windows. The strategies run in
+stores of their own, from the import up to the scores of their lanes. All in one process; the ratios are of CPU time.
+
+Exits with 1 if ``auto`` takes more than 1 / 5.5 of the loop's time, or chooses a beta more than one step of .002 from the
+grid's best, or one with a perplexity outside of the grid's standard error.
+"""
+
+import argparse
+import math
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from prefect import flow
+
+from layerwise.allocators.atp import arithmetic
+from layerwise.allocators.beta_grid import BETA_STEP, beta_grid
+from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.flows.pipeline.build import build
+from layerwise.flows.pipeline.graph import Scored, scoring_steps
+from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.runtime import Runtime
+from layerwise.flows.settings import Search
+from layerwise.scoring.perplexity import paired_difference
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.models.streamed import layer_sizes_of
+from layerwise.tasks.models.whole_model import whole_model
+from layerwise.tasks.texts.token_windows import read_input_ids
+
+GOAL = 5.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--selection", required=True)
+    parser.add_argument("--store", type=Path, required=True, help="a new folder")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--strategies", nargs="*", default=[], help="in addition to grid and auto")
+    parser.add_argument(
+        "--loop-betas", type=int, help="betas of the loop that are run; the time is scaled to all"
+    )
+    arguments = parser.parse_args()
+    ServerStart().wait()
+    problems = []
+    for sparsity in arguments.sparsities:
+        for seed in arguments.seeds:
+            problems += compare(arguments, sparsity, seed)
+    print("\n".join(problems) or "all figures are in their ranges")
+    sys.exit(bool(problems))
+
+
+def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[str]:
+    """Run the loop and the strategies for one sparsity and seed, and print a row for each."""
+    seconds, scored = {}, {}
+    for strategy in dict.fromkeys(("grid", *arguments.strategies, "auto")):
+        folder = arguments.store / f"{strategy}-{sparsity}-{seed}"
+        settings = Search(
+            model="demo",
+            sparsity=sparsity,
+            seed=seed,
+            strategy=strategy,
+            calibration=arguments.calibration,
+            selection=arguments.selection,
+            calibration_windows=32,
+            selection_windows=32,
+            test_windows=2,
+            seqlen=512,
+            dtype="bfloat16",
+        )
+        began = time.process_time()
+        scored[strategy] = search(ArtifactStore(str(folder)), settings)
+        seconds[strategy] = time.process_time() - began
+    betas = beta_grid(sparsity, layer_sizes_of(scored["grid"].captured.linears))
+    count = arguments.loop_betas or len(betas)
+    began = time.process_time()
+    loop(
+        ArtifactStore(str(arguments.store / f"grid-{sparsity}-{seed}")),
+        scored["grid"],
+        sparsity,
+        betas[:count],
+    )
+    seconds["loop"] = (time.process_time() - began) * len(betas) / count
+    losses = {score.plan.beta: score.losses for score in scored["grid"].scores}
+    best = scored["grid"].best.plan.beta
+    problems = []
+    for name, found in scored.items():
+        beta = found.best.plan.beta
+        row = f"S={sparsity:g}, seed {seed}, {name}: {seconds[name]:.0f} CPU s, {seconds['loop'] / seconds[name]:.1f} times"
+        print(
+            f"{row} faster than the loop, beta {beta:g}, perplexity {perplexity_of(losses[beta]):.1f}",
+            flush=True,
+        )
+        difference = paired_difference(losses[beta], losses[best])
+        within = difference.t is None or difference.t <= 1
+        if name == "auto" and not (within and abs(beta - best) <= 1.01 * BETA_STEP):
+            problems.append(f"OFF S={sparsity:g}, seed {seed}: auto chose {beta:g}, the grid {best:g}")
+    print(
+        f"S={sparsity:g}, seed {seed}, loop over {len(betas)} betas: {seconds['loop']:.0f} CPU s", flush=True
+    )
+    if seconds["loop"] < GOAL * seconds["auto"]:
+        problems.append(f"OFF S={sparsity:g}, seed {seed}: auto is less than {GOAL:g} times faster")
+    return problems
+
+
+def search(store: ArtifactStore, settings: Search) -> Scored:
+    """Run a search up to the scores of its lanes."""
+
+    @flow(name="search_ratio")
+    def run() -> Scored:
+        return build(
+            scoring_steps(store, settings, check_inputs(store, settings)),
+            Runtime(store=store.url).execution(),
+        )[0]
+
+    return run()
+
+
+def perplexity_of(losses: tuple[float, ...]) -> float:
+    return math.exp(sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def loop(store: ArtifactStore, scored: Scored, sparsity: float, betas: tuple[float, ...]) -> None:
+    """Prune and score a model in memory, one beta after the other."""
+    captured = scored.captured
+    execution = Runtime(store=store.url).execution()
+    calibration, selection = (
+        read_input_ids(store, captured.windows[role]) for role in ("calibration", "selection")
+    )
+    for beta in betas:
+        model = whole_model(captured.checkpoint, "bfloat16", execution)
+        plan = arithmetic(sparsity, beta, layer_sizes_of(captured.linears))
+        prune_model(model, calibration, plan.layers)
+        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in selection]
+        print(f"loop, beta {beta:g}: perplexity {perplexity_of(tuple(losses)):.1f}", flush=True)
+
+
+def prune_model(model: torch.nn.Module, calibration: torch.Tensor, sparsities: tuple[float, ...]) -> None:
+    """Prune layer after layer by Wanda, each calibrated on the outputs of the pruned layers before it."""
+    states, arguments = first_inputs(model, calibration)
+    for layer, sparsity in zip(model.model.layers, sparsities, strict=True):
+        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        squares = {linear: torch.zeros(linear.in_features) for linear in linears}
+
+        def observe(linear: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares[linear] += inputs[0].reshape(-1, inputs[0].shape[-1]).float().square().sum(dim=0)  # noqa: B023
+
+        hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
+        for window in states:
+            layer(window, **arguments)
+        for hook in hooks:
+            hook.remove()
+        for linear in linears:
+            scores = linear.weight.abs().float() * squares[linear].sqrt()
+            removed = scores.argsort(dim=1, stable=True)[:, : round(sparsity * linear.in_features)]
+            linear.weight.scatter_(1, removed, 0)
+        for number, window in enumerate(states):
+            output = layer(window, **arguments)
+            states[number] = output if isinstance(output, torch.Tensor) else output[0]
+
+
+def first_inputs(
+    model: torch.nn.Module, calibration: torch.Tensor
+) -> tuple[list[torch.Tensor], dict[str, object]]:
+    """Return the first layer's input of every window, and the other arguments of a layer."""
+    states: list[torch.Tensor] = []
+    others: dict[str, object] = {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, object]) -> None:
+        states.append(inputs[0])
+        others.update(named)
+        raise Caught
+
+    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for window in calibration:
+        with suppress(Caught):
+            model(input_ids=window[None], use_cache=False)
+    hook.remove()
+    return states, others
+
+
+if __name__ == "__main__":
+    main()
