@@ -15,7 +15,14 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.branch import write_lane
 from layerwise.tasks.lanes.group_membership import copy_member
-from layerwise.tasks.lanes.lane_group import GroupResult, LaneInputs, PlannedLane, advance_group, lane_folder
+from layerwise.tasks.lanes.lane_group import (
+    GroupResult,
+    LaneInputs,
+    LayerWatch,
+    PlannedLane,
+    advance_group,
+    lane_folder,
+)
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.results.evaluation import (
@@ -80,6 +87,7 @@ def evaluate(
     settings: PruneSettings,
     execution: Execution,
     recovered: Sequence[str] = (),
+    watch: LayerWatch | None = None,
 ) -> Artifact:
     """Score the dense, the uniform and the best model once on the test windows.
 
@@ -89,6 +97,7 @@ def evaluate(
     Args:
         inputs: with the test windows as ``scored``.
         recovered: see ``evaluate_stage``.
+        watch: see ``advance_group``; not called if the evaluation exists.
     """
     plans = _distinct(uniform, best)
 
@@ -103,7 +112,7 @@ def evaluate(
                 *planned,
             ]
         scored, pruning = _scored_inputs(inputs, settings), settings.one_shot
-        result = advance_group(store, draft, scored, planned, pruning, execution, title, LOCAL_WINDOWS)
+        result = advance_group(store, draft, scored, planned, pruning, execution, title, LOCAL_WINDOWS, watch)
         lanes = range(len(plans) + 1)
         draft.facts |= _facts(_write_evaluation(draft, result.of(lanes), linears, settings))
         if settings.recover is not None:

@@ -1,7 +1,8 @@
 """Export: write the pruned checkpoint in Hugging Face format, layer by layer, in the source's dtype."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -11,14 +12,14 @@ from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import LayerPruning
 from layerwise.storage.artifact import Artifact
-from layerwise.storage.draft import Draft
+from layerwise.storage.draft import Committed, Draft
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import write_tensors
 from layerwise.tasks.branch import plan_facts
-from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.pages.model_card import model_card, recovery_section
@@ -31,7 +32,7 @@ from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery, text_name
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
-from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running.progress import ProgressUpdate, showing
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE, copied_files
 
@@ -46,17 +47,17 @@ class RecoveredExport:
 
     Attributes:
         recovered: the plan's artifact of ``recover``.
-        tested: artifact of ``evaluate``, with the perplexities without and with recovery for the model card.
+        tested: key of the artifact of ``evaluate``, with the perplexities without and with recovery for the model card.
         test: windows of the test.
     """
 
     recovered: Artifact
-    tested: Artifact
+    tested: str
     test: Artifact
 
     def section(self, store: ArtifactStore, inputs: LaneInputs, settings: PruneSettings) -> str:
         """Return the section of the model card."""
-        test = read_recovery(store, self.tested)
+        test = read_recovery(store, store.get(self.tested))
         assert test is not None, "the test of a search with recovery compares both"
         stages = {"calibration": inputs.calibration, "test": self.test, RECOVERED_BEST: self.recovered}
         text = sentences_on_recovery(settings.recovery.method, test, stages, inputs.recovery_windows)
@@ -86,7 +87,7 @@ def export_stage(
         "uniform": uniform.artifact.key,  # for the model card
     }
     if recovery is not None:
-        by_role |= {"recovered": recovery.recovered.key, "tested": recovery.tested.key}
+        by_role |= {"recovered": recovery.recovered.key, "tested": recovery.tested}
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if recovery is not None:  # the section on recovery names the texts, which equal tokens do not determine
         card["texts"] = [text_name(inputs.calibration.facts), text_name(recovery.test.facts)]
@@ -109,6 +110,7 @@ def export(
     settings: PruneSettings,
     execution: Execution,
     recovery: RecoveredExport | None = None,
+    beside: Callable[[LayerWatch], object] | None = None,
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
@@ -118,12 +120,14 @@ def export(
     Args:
         uniform: score of the uniform plan, for the model card.
         recovery: recovery of the chosen plan; None without recovery.
+        beside: runs another stage over the layers, and calls its argument with each of them: the export uses the same pass
+            over the weights. None: the export reads them itself.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
     def build(draft: Draft) -> None:
         writer = _Export(store, calibrated, chosen.plan, linears, settings, execution)
-        writer.write_weights(draft)
+        writer.write_weights(draft, beside)
         for name in copied_files(checkpoint.artifact.files):
             draft.write(name, store.read(checkpoint.artifact, name))
         realised = sum(row["zeros"] for row in writer.rows) / sum(row["weights"] for row in writer.rows)
@@ -177,32 +181,52 @@ class _Export:
         self.recovered = RecoveredLayers(store, plan, inputs, settings)
         self.rows: list[dict] = []  # of sparsity.json so far
 
-    def write_weights(self, draft: Draft) -> None:
-        """Write one shard per layer, and one per tensor outside of the layers, which may be larger than a layer."""
+    def write_weights(self, draft: Draft, beside: Callable[[LayerWatch], object] | None) -> None:
+        """Write one shard per layer, and one per tensor outside of the layers, which may be larger than a layer.
+
+        Args:
+            beside: see ``export``.
+        """
         outer = self.checkpoint.source_tensors().get(None, [])
         total = self.checkpoint.num_layers
         if draft.resumed is not None:
             self.rows += json.loads(self.store.read(draft.resumed.state, ROWS_FILE))
-        first = draft.resumed.step if draft.resumed else 0  # number of the first shard to write
+        written = draft.resumed.step if draft.resumed else 0  # shards
 
         def write(tensors: dict[str, Tensor]) -> None:
-            name = f"model-{len(draft.files) + 1:05d}-of-{len(outer) + total:05d}.safetensors"
+            nonlocal written
+            name = f"model-{written + 1:05d}-of-{len(outer) + total:05d}.safetensors"
             write_tensors(draft, name, tensors, metadata={"format": "pt"})
+            written += 1
+            reached(written)
+
+        def write_layer(index: int, weights: dict[str, Tensor]) -> None:
+            self._prune(index, weights)
+            write(self._by_source_name(index, weights))
+
+        def write_layers_before(end: int, show: ProgressUpdate | None = None) -> None:
+            first = written - len(outer)
+            with closing(self.checkpoint.layers(first)) as layers:
+                for index, weights in zip(range(first, end), layers, strict=False):
+                    write_layer(index, weights)
+                    if show is not None:
+                        show(index + 1)
+
+        def follow(index: int, weights: Mapping[str, Tensor]) -> None:
+            write_layers_before(index)  # if the other stage resumed at a later layer
+            if index == written - len(outer):
+                write_layer(index, {name: weight.clone() for name, weight in weights.items()})
 
         draft.gather()
-        first_layer = max(first - len(outer), 0)
-        with (
-            boundaries(draft, self.execution, self._write_rows) as reached,
-            showing("export: pruned checkpoint", total, first_layer, draft.resumed) as show,
-        ):
-            for shard, tensor in enumerate(outer[first:], first + 1):
+        with boundaries(draft, self.execution, self._write_rows) as reached:
+            for tensor in outer[written:]:
                 write(self.checkpoint.read({tensor.name: tensor}))
-                reached(shard)
-            for index, weights in enumerate(self.checkpoint.layers(first_layer), first_layer):
-                self._prune(index, weights)
-                write(self._by_source_name(index, weights))
-                show(index + 1)
-                reached(len(outer) + index + 1)
+            if beside is not None:
+                _run_beside(beside, follow)
+            first, resumed = max(written - len(outer), 0), None if beside else draft.resumed
+            if first < total:
+                with showing("export: pruned checkpoint", total, first, resumed) as show:
+                    write_layers_before(total, show)
         if draft.resumed is not None:
             draft.save_resume_point(len(outer) + total, self._write_rows)  # the check below takes time
             draft.check_inherited()
@@ -247,6 +271,35 @@ class _Export:
                     "sparsity": zeros / linear.numel,
                 }
             )
+
+
+def _run_beside(beside: Callable[[LayerWatch], object], follow: LayerWatch) -> None:
+    """Run the other stage, whose own errors are told apart from those of ``follow``.
+
+    The store handles certain errors of a stage while it builds it: those of the export must not end up there.
+    """
+    failure: Exception | None = None
+
+    def watch(index: int, weights: Mapping[str, Tensor]) -> None:
+        nonlocal failure
+        if failure is not None:
+            return
+        try:
+            follow(index, weights)
+        except Committed as error:  # another process has finished the export; the other stage goes on
+            failure = error
+        except Exception as error:
+            failure = error
+            raise _Failed from error
+
+    with suppress(_Failed):
+        beside(watch)
+    if failure is not None:
+        raise failure
+
+
+class _Failed(Exception):
+    """The export has failed inside of the other stage."""
 
 
 def _weights_index(shards: Draft) -> dict[str, object]:

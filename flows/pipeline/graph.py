@@ -30,7 +30,7 @@ from layerwise.tasks.capture_grams import capture_grams, grams_stage
 from layerwise.tasks.evaluate import evaluate, evaluate_stage
 from layerwise.tasks.export import RecoveredExport, export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import recovered_stage
 from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
@@ -421,29 +421,40 @@ def choice_steps(store: ArtifactStore, settings: Search, scored: Scored | None) 
     if settings.recover is not None:
         recovered = yield from _recovery_steps(store, scored)
 
+    test = None
+    if scored is not None and "test" in scored.captured.windows and (settings.recover is None or recovered):
+        test = _test_stage(scored, recovered or ())
     exported = None
-    if settings.recover is None and settings.export:
-        exported = yield from _export_step(store, scored, None, None)
-    tested = yield from _test_step(store, settings, scored, recovered)
-    if settings.recover is not None and settings.export:  # the model card has the results of the test
-        exported = yield from _export_step(store, scored, recovered, tested)
+    if settings.export:
+        exported = yield from _export_step(store, scored, recovered, test)
+    in_one_pass = settings.export and exported is None
+    (tested,) = yield Step(
+        name="evaluate",
+        stages=[(EVALUATE, test)],
+        build=lambda execution: [_evaluate(store, known(scored), execution)],
+        work="dense, uniform and best on the test windows",
+        reads=lambda sizes: sizes.index.outer_bytes if in_one_pass else sizes.weights,
+        seconds=lambda times: times.evaluation,
+    )
     if scored is None or selected is None or tested is None or (settings.export and exported is None):
         return None
     return Chosen(scored, read_selection(store, selected), exported, tested)
 
 
 def _export_step(
-    store: ArtifactStore,
-    scored: Scored | None,
-    recovered: Sequence[Artifact] | None,
-    tested: Artifact | None,
+    store: ArtifactStore, scored: Scored | None, recovered: Sequence[Artifact] | None, test: Stage | None
 ) -> Steps[Artifact | None]:
-    """Yield the export of the best plan; ``recovered`` and ``tested`` are None without recovery."""
+    """Yield the export of the best plan, which also tests it in the same pass over the weights.
+
+    Args:
+        recovered: None without recovery.
+        test: stage of the test; None if it is not known yet.
+    """
     stage = None
     if scored is not None:
         before, recovery = scored.captured, None
-        if recovered is not None and tested is not None:
-            recovery = RecoveredExport(recovered[-1], tested, before.windows["test"])
+        if recovered is not None and test is not None:
+            recovery = RecoveredExport(recovered[-1], test.key, before.windows["test"])
         if (before.pruning.recover is None) == (recovery is None):
             lanes = scored.best, scored.uniform
             stage = export_stage(before.inputs("selection"), *lanes, before.pruning, recovery)
@@ -459,24 +470,10 @@ def _export_step(
     return exported
 
 
-def _test_step(
-    store: ArtifactStore, settings: Search, scored: Scored | None, recovered: Sequence[Artifact] | None
-) -> Steps[Artifact | None]:
-    """Yield the test of the dense, the uniform and the best model."""
-    stage = None
-    if scored is not None and "test" in scored.captured.windows and (settings.recover is None or recovered):
-        tested_plans = scored.uniform.plan, scored.best.plan
-        keys = [artifact.key for artifact in recovered or ()]
-        stage = evaluate_stage(scored.captured.inputs("test"), *tested_plans, scored.captured.pruning, keys)
-    (tested,) = yield Step(
-        name="evaluate",
-        stages=[(EVALUATE, stage)],
-        build=lambda execution: [_evaluate(store, known(scored), execution)],
-        work="dense, uniform and best on the test windows",
-        reads=lambda sizes: sizes.weights,
-        seconds=lambda times: times.evaluation,
-    )
-    return tested
+def _test_stage(scored: Scored, recovered: Sequence[Artifact]) -> Stage:
+    """Describe the test of the dense, the uniform and the best model."""
+    plans, keys = (scored.uniform.plan, scored.best.plan), [artifact.key for artifact in recovered]
+    return evaluate_stage(scored.captured.inputs("test"), *plans, scored.captured.pruning, keys)
 
 
 def _recovery_steps(store: ArtifactStore, scored: Scored | None) -> Steps[list[Artifact] | None]:
@@ -510,22 +507,39 @@ def _recover(
 
 
 def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution: Execution) -> Artifact:
-    """Export the checkpoint pruned by the plan of ``lane``, and recovered if the search recovers, unless it exists."""
+    """Export the checkpoint pruned by the plan of ``lane``, and recovered if the search recovers, unless it exists.
+
+    The test of the search, if it is missing, runs in the same pass over the weights.
+    """
     before, recovery = scored.captured, None
+    tested = _recovered_plans(store, scored, execution)
+    test = _test_stage(scored, tested)
     if before.pruning.recover is not None:
         (recovered,) = _recover(store, scored, [lane.plan], execution)
-        recovery = RecoveredExport(recovered, _evaluate(store, scored, execution), before.windows["test"])
+        recovery = RecoveredExport(recovered, test.key, before.windows["test"])
+
+    def run_test(watch: LayerWatch) -> None:
+        _evaluate(store, scored, execution, watch)
+
     inputs, lanes = before.inputs("selection"), (lane, scored.uniform)
-    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovery)
+    beside = run_test if store.find(test) is None else None
+    return export(store, inputs, *lanes, before.linears, before.pruning, execution, recovery, beside)
 
 
-def _evaluate(store: ArtifactStore, scored: Scored, execution: Execution) -> Artifact:
+def _recovered_plans(store: ArtifactStore, scored: Scored, execution: Execution) -> Sequence[Artifact]:
+    """Return the recovered uniform and best plan; nothing without recovery."""
+    if scored.captured.pruning.recover is None:
+        return ()
+    return _recover(store, scored, list(scored.plans_to_recover.values()), execution)
+
+
+def _evaluate(
+    store: ArtifactStore, scored: Scored, execution: Execution, watch: LayerWatch | None = None
+) -> Artifact:
     before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
-    keys: list[str] = []
-    if before.pruning.recover is not None:
-        recovered = _recover(store, scored, list(scored.plans_to_recover.values()), execution)
-        keys = [artifact.key for artifact in recovered]
-    return evaluate(store, before.inputs("test"), *plans, before.linears, before.pruning, execution, keys)
+    keys = [artifact.key for artifact in _recovered_plans(store, scored, execution)]
+    inputs = before.inputs("test"), *plans, before.linears, before.pruning, execution
+    return evaluate(store, *inputs, keys, watch)
 
 
 def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:

@@ -164,6 +164,8 @@ class SearchSizes:
         cast = 0 if on_cpu and self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         reading = {"layer arriving": largest} if on_cpu else {"layers arriving and in use": 2 * largest}
+        if self.settings.export:  # in the same pass as the test
+            reading["layer being exported"] = largest
         in_use = largest if on_cpu else 0
         if isinstance(self.settings.pruner, MaskPruner):
             # One byte per weight, and the weights being ranked. A device also holds them in the dtype of the checkpoint.

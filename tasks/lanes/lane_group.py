@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +33,10 @@ from layerwise.tasks.texts.token_windows import read_input_ids
 # Files of a resume point.
 STATES_FILE = "hidden_states.safetensors"
 OUTCOMES_FILE = "outcomes.json"
+
+LayerWatch = Callable[
+    [int, Mapping[str, Tensor]], None
+]  # gets a layer and its weights by name, and does not change them
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ def advance_group(
     execution: Execution,
     title: str,
     local_windows: int | None = None,
+    watch: LayerWatch | None = None,
 ) -> GroupResult:
     """Advance all pruned lanes together, and the dense model as far as it is needed.
 
@@ -150,9 +156,10 @@ def advance_group(
         title: title of the progress display.
         local_windows: number of scored windows on which the errors of layers are split into their parts. None: no
             errors are measured, so the dense model does not run on the scored windows.
+        watch: is called with every layer before the lanes prune it, so that another stage shares the pass over the weights.
     """
     read_before = inputs.checkpoint.bytes_read
-    group = _Group(store, inputs, planned, settings, execution, local_windows)
+    group = _Group(store, inputs, planned, settings, execution, local_windows, watch)
     group.start(draft)
     total, lanes = group.model.num_layers, len(group.lanes)
     with boundaries(draft, execution, group.write_state) as reached:
@@ -190,7 +197,9 @@ class _Group:
         settings: PruneSettings,
         execution: Execution,
         local_windows: int | None,
+        watch: LayerWatch | None,
     ) -> None:
+        self.watch = watch
         self.store, self.inputs, self.settings = store, inputs, settings
         self.local_windows = local_windows or 0
         start, end = inputs.windows or (0, None)
@@ -260,7 +269,14 @@ class _Group:
             self.settings.recover,
             self.rooms,
         )
-        return group.advance(self.inputs.checkpoint.layers(first), first)
+        return group.advance(self._watched_layers(first), first)
+
+    def _watched_layers(self, first: int) -> Iterator[dict[str, Tensor]]:
+        with closing(self.inputs.checkpoint.layers(first)) as layers:
+            for index, weights in enumerate(layers, first):
+                if self.watch is not None:
+                    self.watch(index, weights)
+                yield weights
 
     def finish_layer(self, draft: Draft, index: int, outcome: tuple[LaneLayer, ...]) -> None:
         self.outcomes.append(outcome)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
@@ -75,7 +75,7 @@ class Checkpoint:
         """Return all tensors, including unused ones, by decoder layer; ``None`` is the key of those outside."""
         return dict(self.index.groups)
 
-    def layers(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
+    def layers(self, first: int = 0) -> Generator[dict[str, Tensor], None, None]:
         """Read the decoder layers from ``first`` on; the next layer is read in the background while the caller works.
 
         Two buffers are used alternately, so tensors are valid only until the next layer is requested. Closing the

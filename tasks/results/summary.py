@@ -36,14 +36,14 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
 
 
 def recovery_rows(recovery: RecoveryTest) -> list[dict[str, str | float]]:
-    """Return the perplexities with and without recovery on two texts, one row per model."""
+    """Return the perplexities with and without recovery on two texts, one row per model; once if uniform is the best."""
     models = {
         "dense": recovery.dense,
         "uniform, pruned": recovery.uniform_before,
         "uniform, recovered": recovery.uniform,
-        "best, pruned": recovery.best_before,
-        "best, recovered": recovery.best,
     }
+    if (recovery.best_before, recovery.best) != (recovery.uniform_before, recovery.uniform):
+        models |= {"best, pruned": recovery.best_before, "best, recovered": recovery.best}
     return [
         {
             "model": model,

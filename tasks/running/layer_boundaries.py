@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from layerwise.storage.draft import Draft
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.running.stopping import stop, stop_deferred
+from layerwise.tasks.running.stopping import Stopped, stop, stop_deferred
 
 SHARE = 20  # a resume point that is due by time waits at least this many times the duration of the one before
 
@@ -70,6 +70,11 @@ def boundaries(
             if asked_to_stop():
                 stop()
 
-        yield reached
+        try:
+            yield reached
+        except Stopped:  # by the boundary of another stage that shares this stage's pass over the layers
+            if reached_step > committed_step:
+                commit()
+            raise
         if asked_to_stop() and reached_step > committed_step:
             commit()

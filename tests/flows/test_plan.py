@@ -74,7 +74,7 @@ def test_a_plan_of_a_finished_search_lists_no_work(workshop, finished):
 def test_a_plan_shows_the_recovery_and_its_memory(workshop, fresh_store_url):
     settings = workshop.settings(recover="train", recover_windows=4)
     plan = plan_search(settings, SearchRuntime(store=fresh_store_url))
-    assert [stage.name for stage in plan.stages] == [*STAGES[:-2], "recover", "evaluate", "export"]
+    assert [stage.name for stage in plan.stages] == [*STAGES[:-2], "recover", "export", "evaluate"]
     assert stage_of(plan, "branch").state == "prune, refit and score 3 of them"
     recovering = stage_of(plan, "recover")
     assert recovering.reads == 2 * stage_of(plan, "export").reads

@@ -53,7 +53,7 @@ def test_a_search_over_a_bad_network_ends_with_the_right_result(
     assert run_search(url).selection == finished[0].selection
 
 
-def test_with_a_layer_cache_remote_weights_are_read_once(
+def test_remote_weights_are_read_four_times_and_with_a_layer_cache_once(
     finished, workshop, run_search, fault_proxy: FaultProxy, url, tmp_path
 ):
     fs, root = open_filesystem(f"{url}/model")
@@ -69,9 +69,13 @@ def test_with_a_layer_cache_remote_weights_are_read_once(
         fault_proxy.requests = []
         return sum(int(end) + 1 - int(begin) for begin, end in ranges)
 
+    header = 1 << 20
+    search(workshop.settings(model=f"{url}/model"), SearchRuntime(store=f"{url}/uncached"))
+    assert (
+        4 * size <= weights_read() < 4 * (size + header)
+    )  # import, capture, lanes, export together with the test
     cached = SearchRuntime(store=f"{url}/store", layer_cache=tmp_path / "cache")
     result = search(workshop.settings(model=f"{url}/model"), cached)
-    header = 1 << 20
     assert size <= weights_read() < size + header
     assert content_of(result) == content_of(finished[0])
     for file in (tmp_path / "cache").iterdir():

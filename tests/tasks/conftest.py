@@ -47,7 +47,7 @@ from layerwise.tasks.capture_grams import capture_grams
 from layerwise.tasks.evaluate import evaluate
 from layerwise.tasks.export import export
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.lanes.lane_group import LaneInputs
+from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
@@ -293,6 +293,17 @@ class SmallRun:
         lanes = chosen, uniform or chosen
         where = Execution(**execution)
         return export.fn(self.store, self.inputs(), *lanes, self.linears, self.pruning, where)
+
+    def export_and_test(self, uniform: LaneScore, best: LaneScore, **execution) -> tuple[Artifact, Artifact]:
+        """Export the best lane and test both in one pass over the weights."""
+        where, plans = Execution(**execution), (uniform.plan, best.plan)
+        rest = self.linears, self.pruning, where
+
+        def run_test(watch: LayerWatch) -> Artifact:
+            return evaluate.fn(self.store, self.inputs("test"), *plans, *rest, watch=watch)
+
+        exported = export.fn(self.store, self.inputs(), best, uniform, *rest, beside=run_test)
+        return exported, evaluate.fn(self.store, self.inputs("test"), *plans, *rest)
 
     def evaluate(self, uniform: float, best: float, **execution) -> Artifact:
         plans, where = self.plans((uniform, best)), Execution(**execution)

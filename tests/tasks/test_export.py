@@ -20,11 +20,14 @@ from transformers import (
 
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.pruners.magnitude import Magnitude
+from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.pruners.wanda import Wanda
 from layerwise.storage.artifact import Damaged
 from layerwise.storage.tables import read_table
 from layerwise.storage.upkeep.garbage_collection import collect, plan_collection
 from layerwise.tasks.export import export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint, open_exported
+from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.sources.checkpoint_files import copied_files
 
@@ -345,3 +348,81 @@ def test_a_shard_damaged_between_two_attempts_is_not_committed(small_run, dying_
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     resumed = run.export(lane, boundary_layers=1)
     assert Path(run.store.location(resumed, shard.name)).read_bytes() == content
+
+
+@MODES
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT(), Magnitude()], ids=lambda pruner: pruner.method)
+def test_an_export_in_the_pass_of_the_test_is_the_same_and_reads_the_layers_once(
+    small_run, another_store, mode, pruner
+):
+    if mode == "sequential" and isinstance(pruner, SparseGPT):
+        pytest.skip("SparseGPT needs the dense calibration")
+    run = small_run(pruner=pruner, calibration_mode=mode)
+    lanes = run.branch(0.0, 0.25)
+    read_before = run.checkpoint.bytes_read
+    exported, tested = run.export_and_test(*lanes)
+    layers = sum(
+        tensor.entry.nbytes for layer in range(3) for tensor in run.checkpoint.layer_tensors(layer).values()
+    )
+    outer = sum(tensor.entry.nbytes for tensor in run.checkpoint.outer_tensors().values())
+    assert run.checkpoint.bytes_read - read_before == layers + 2 * outer
+    alone = small_run(run.folder, another_store(), pruner=pruner, calibration_mode=mode)
+    uniform, best = alone.branch(0.0, 0.25)
+    assert exported.content == alone.export(best, uniform).content
+    assert tested.content == alone.evaluate(0.0, 0.25).content
+
+
+@pytest.mark.parametrize(("of_test", "of_export"), [(0, 4), (1, 0), (2, 1), (2, 3), (1, 4), (2, 5)])
+def test_an_export_and_a_test_that_resume_at_different_layers_share_the_rest_of_the_pass(
+    small_run, another_store, dying_at, of_test, of_export
+):
+    """There are two shards before the three layers."""
+    run = small_run()
+    uniform, best = run.branch(0.0, 0.25)
+    if of_test:
+        with dying_at("layerwise.tasks.lanes.lane_group.LaneGroup._score", call=3 * of_test + 1):
+            run.evaluate(0.0, 0.25, boundary_layers=1)
+    if of_export:
+        with dying_at("layerwise.tasks.export.write_tensors", call=of_export + 1):
+            run.export(best, uniform, boundary_layers=1)
+    exported, tested = run.export_and_test(uniform, best)
+    alone = small_run(run.folder, another_store())
+    uniform, best = alone.branch(0.0, 0.25)
+    assert exported.content == alone.export(best, uniform).content
+    assert tested.content == alone.evaluate(0.0, 0.25).content
+
+
+@pytest.mark.parametrize("call", [1, 3, 4, 5])
+def test_an_export_that_fails_in_the_pass_of_the_test_is_raised_as_such_and_both_resume(
+    small_run, another_store, dying_at, call
+):
+    run = small_run()
+    uniform, best = run.branch(0.0, 0.25)
+    with dying_at("layerwise.tasks.export.write_tensors", call=call):
+        run.export_and_test(uniform, best, boundary_layers=1)
+    exported, tested = run.export_and_test(uniform, best)
+    alone = small_run(run.folder, another_store())
+    uniform, best = alone.branch(0.0, 0.25)
+    assert exported.content == alone.export(best, uniform).content
+    assert tested.content == alone.evaluate(0.0, 0.25).content
+
+
+@pytest.mark.parametrize("first", ["export", "test"])
+def test_another_process_that_finishes_one_of_both_ends_only_that_one(
+    small_run, monkeypatch, computed_layers, first
+):
+    run = small_run()
+    uniform, best = run.branch(0.0, 0.25)
+    begun, done, read = [], [], Checkpoint.layers
+
+    def with_another_process(checkpoint, start=0):
+        for index, layer in enumerate(read(checkpoint, start), start):
+            if index == 1 and not begun:
+                begun.append(True)
+                done.append(run.export(best, uniform) if first == "export" else run.evaluate(0.0, 0.25))
+            yield layer
+
+    monkeypatch.setattr(Checkpoint, "layers", with_another_process)
+    both = run.export_and_test(uniform, best, boundary_layers=1)
+    assert done[0] in both
+    assert computed_layers.count(2) == 3  # capture, lanes, and one test

@@ -123,6 +123,35 @@ def test_every_stage_stops_after_its_layer_and_resumes_with_the_next(
     assert STAGES[stage](undisturbed).content == resumed.content
 
 
+def test_an_export_and_the_test_in_one_pass_stop_and_resume_together(
+    small_run, another_store, monkeypatch, computed_layers
+):
+    run = small_run()
+    lanes = run.branch(0.0, 0.25)
+    read = Checkpoint.layers
+
+    def with_a_signal_in_the_second_layer(checkpoint, first=0):
+        for index, layer in enumerate(read(checkpoint, first), first):
+            if index == 1:
+                terminate()
+            yield layer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "layers", with_a_signal_in_the_second_layer)
+        with pytest.raises(Stopped):
+            run.export_and_test(*lanes)
+    computed_layers.clear()
+    read_before = run.checkpoint.bytes_read
+    exported, tested = run.export_and_test(*lanes)
+    assert computed_layers == [1, 2]  # the export stopped before the test computed the second layer
+    layers = [sum(weight.nbytes for weight in layer.values()) for layer in read(run.checkpoint)]
+    undisturbed = small_run(run.folder, another_store())
+    assert undisturbed.export_and_test(*undisturbed.branch(0.0, 0.25))[0].content == exported.content
+    assert undisturbed.evaluate(0.0, 0.25).content == tested.content
+    outer = sum(tensor.entry.nbytes for tensor in run.checkpoint.outer_tensors().values())
+    assert run.checkpoint.bytes_read - read_before == 2 * sum(layers) - layers[0] + outer
+
+
 def test_a_signal_during_the_computation_of_losses_loses_no_layer(small_run, monkeypatch, computed_layers):
     run = small_run()
     window_losses = capture_module.window_losses
