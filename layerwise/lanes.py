@@ -12,6 +12,7 @@ from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.pruners.layer_pruning import LayerInputs, LayerPruning, LinearPruning, MaskPruner, Pruner
+from layerwise.pruners.masks import count_zeros
 from layerwise.recovery.layer_recovery import RecoveredLayer, Recovery, RecoveryOutcome, recover_layer
 from layerwise.recovery.linear_inputs import LinearInputs
 from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, weights_replaced
@@ -299,7 +300,7 @@ class LaneGroup:
             energy += reference.square().sum().item()
         linears = self.model.linears[index]
         zeros = tuple(
-            _zeros(_weight_of(layer, linear)) if known is None else known
+            count_zeros(_weight_of(layer, linear)) if known is None else known
             for linear, known in zip(linears, known_zeros or [None] * len(linears), strict=True)
         )
         parts = None
@@ -316,7 +317,3 @@ class LaneGroup:
 
 def _weight_of(layer: nn.Module, linear: Linear) -> Tensor:
     return layer.get_submodule(linear.name).weight  # type: ignore[return-value]
-
-
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())

@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import LayerPruning
+from layerwise.pruners.masks import count_zeros
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Committed, Draft
 from layerwise.storage.formats.canonical_json import digest
@@ -212,10 +213,19 @@ class _Export:
                     if show is not None:
                         show(index + 1)
 
+        room: dict[str, Tensor] = {}  # reused, because new memory takes longer than the copy
+
+        def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            for name, weight in weights.items():
+                if name not in room or (room[name].dtype, room[name].shape) != (weight.dtype, weight.shape):
+                    room[name] = torch.empty_like(weight)
+                room[name].copy_(weight)
+            return {name: room[name] for name in weights}
+
         def follow(index: int, weights: Mapping[str, Tensor]) -> None:
             write_layers_before(index)  # if the other stage resumed at a later layer
             if index == written - len(outer):
-                write_layer(index, {name: weight.clone() for name, weight in weights.items()})
+                write_layer(index, copied(weights))
 
         draft.gather()
         with boundaries(draft, self.execution, self._write_rows) as reached:
@@ -258,10 +268,11 @@ class _Export:
         pruned = pruning.pruned_weights(left, self.execution.torch_device)
         for linear, weight in zip(linears, pruned, strict=True):
             weight = recovered.get(linear.name, weight)
-            weights[linear.weight_name].copy_(weight)  # in place: no second copy of the layer
+            if weight is not weights[linear.weight_name]:
+                weights[linear.weight_name].copy_(weight)  # in place: no second copy of the layer
             if linear not in self.prunable[index]:
                 continue
-            zeros = weight.numel() - int(weight.count_nonzero())
+            zeros = count_zeros(weight)
             self.rows.append(
                 {
                     "layer": index,

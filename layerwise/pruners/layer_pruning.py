@@ -131,6 +131,8 @@ class LayerPruning:
     def pruned_weights(self, counts: Sequence[int], device: torch.device) -> Iterator[Tensor]:
         """Yield the pruned weight of every linear, in the checkpoint's dtype and orientation, on the CPU.
 
+        A ``MaskPruner`` on the CPU prunes the stored weight in place and yields it.
+
         Args:
             counts: number of weights to remove from every linear.
             device: device of the computation.
@@ -144,12 +146,14 @@ class LayerPruning:
             if not count:
                 yield self.stored[linear.weight_name]
                 continue
-            weight = linear.oriented(self.stored[linear.weight_name]).to(device)
+            stored = self.stored[linear.weight_name]
+            weight = linear.oriented(stored).to(device)
             if isinstance(self.pruner, MaskPruner):
-                pruned = weight.masked_fill(self.removal_levels(linear, weight, [count]) == 0, 0)
+                self._zeroing(linear, weight, weight, [count]).visit(0)
+                yield stored if weight.device == stored.device else linear.oriented(weight).contiguous().cpu()
             else:
                 pruned = self.corrected(linear, weight, prepared, count)
-            yield linear.oriented(pruned).contiguous().cpu()
+                yield linear.oriented(pruned).contiguous().cpu()
 
     def removal_levels(self, linear: Linear, weight: Tensor, counts: Sequence[int]) -> Tensor:
         """Rank the weights of a linear with a ``MaskPruner``; see ``masks.removal_levels``."""

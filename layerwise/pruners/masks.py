@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.pruners.row_levels import kernel_for, levels_of_rows, ordered_integers
+from layerwise.pruners.row_levels import INTEGERS, kernel_for, levels_of_rows, ordered_integers
 
 # Entries that are scored and ranked at a time: ``row_levels.SCORE_BYTES`` each, about 15 MB in total.
 RANKED_ENTRIES = 1 << 20
+COUNTED_ENTRIES = 1 << 18  # half a megabyte in bfloat16: stays in the processor's cache
 
 
 def removal_levels(
@@ -66,6 +68,17 @@ def removal_levels(
             ranked = levels_of_rows(scores, [count // rows for count in counts], extra)
         levels[first : first + step] = ranked
     return levels
+
+
+def count_zeros(weight: Tensor) -> int:
+    """Return the number of weights that are zero, of either sign."""
+    if weight.device.type != "cpu":
+        return weight.numel() - int(weight.count_nonzero())
+    nonzero, step = 0, max(1, COUNTED_ENTRIES // max(weight.shape[-1], 1))
+    for rows in weight.detach().split(step):
+        # Without the bit of the sign. torch's count_nonzero takes 17 times as long in bfloat16.
+        nonzero += int(np.count_nonzero(rows.view(INTEGERS[rows.element_size()]).numpy() << 1))
+    return weight.numel() - nonzero
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

@@ -34,7 +34,7 @@ FICLONE = 0x40049409  # ioctl of Linux: let a file share the blocks of another
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # flags of fallocate
 HEADER = 16384  # bytes of a shard's header: a multiple of the block size
 STAGES = ("import_checkpoint", "capture", "branch", "export")
-SEQLEN = 32
+SEQLEN = 8
 
 
 def main() -> None:

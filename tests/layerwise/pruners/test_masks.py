@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.pruners.masks import lowest, removal_levels
+from layerwise.pruners.masks import count_zeros, lowest, removal_levels
 
 
 def levels_of(scores: Tensor, counts: list[int], by_row: bool) -> Tensor:
@@ -185,3 +185,12 @@ def test_in_groups_every_group_loses_the_same_number():
 def test_counts_and_inputs_that_do_not_fit_the_groups_are_refused(count, group, named):
     with pytest.raises(ValueError, match=named):
         removal_levels(torch.ones(2, 4), lambda rows: rows, [count], by_row=True, group=group)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_zeros_of_either_sign_are_counted_in_any_layout(dtype):
+    weight = torch.randn(700, 900).to(dtype)
+    weight[torch.rand(weight.shape) < 0.3] = 0
+    weight[torch.rand(weight.shape) < 0.3] = -0.0
+    for each in (weight, weight.T, weight[::2, 1:], torch.zeros(0, 4, dtype=dtype)):
+        assert count_zeros(each) == int((each == 0).sum())
