@@ -18,6 +18,7 @@ from layerwise.storage.files.reading import READ_MEMORY
 from layerwise.storage.files.s3_upload import UPLOAD_MEMORY
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import windows_title
+from layerwise.tasks.running.execution import free_bytes
 
 IN_STORE = "in the store"
 
@@ -133,13 +134,18 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
+    on_device = min(states, _device_states(runtime))
+    if on_device:
+        device_memory = {**device_memory, "hidden states": on_device}
     return Plan(
         stages=tuple(_lines(settings, found, sizes, groups, times, lanes_seconds)),
         betas=tuple(plan.beta for plan in plans),
         device=runtime.device_name,
-        memory=memory | {"hidden states": min(states, available)} | _transfers(store, settings.model),
+        memory=memory
+        | {"hidden states": min(states - on_device, available)}
+        | _transfers(store, settings.model),
         device_memory=device_memory,
-        scratch=max(states - available, 0),
+        scratch=max(states - on_device - available, 0),
         resume_point=states,
         resume_bytes_an_hour=60 / runtime.boundary_minutes * states,
         resume_bytes_a_stage=by_layers * states,
@@ -222,6 +228,20 @@ def _seconds_of_lanes(
         seconds(request, len(request.plans), min(workers, len(request.plans)))
         for request in expected_requests(strategy, scored)
     )
+
+
+def _device_states(runtime: SearchRuntime) -> int:
+    """Return the bytes of hidden states that the device takes; 0 if it is the CPU, or unknown."""
+    import torch
+
+    kind = runtime.device_name.partition(":")[0]
+    if kind == "cpu":
+        return 0
+    if runtime.device_memory_gib is not None:
+        return int(runtime.device_memory_gib * 2**30)
+    if kind != "cuda" or not torch.cuda.is_available():
+        return 0  # a plan for another machine
+    return free_bytes(torch.device(runtime.device_name)) // 2
 
 
 def _devices(runtime: SearchRuntime) -> int:

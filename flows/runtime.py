@@ -43,6 +43,14 @@ class Runtime(Settings):
         le=1_000_000,
         description="Memory for hidden states, in GiB. Hidden states beyond it are kept in files.",
     )
+    device_memory_gib: float | None = Field(
+        title="Device memory for hidden states in GiB",
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Memory of the device for hidden states, in GiB, if the device is not the CPU. Those beyond it cross to "
+        "this machine and back at every layer. Empty: half of the memory that is free on the device.",
+    )
     scratch: Path | None = Field(
         title="Scratch folder",
         default=None,
@@ -160,9 +168,11 @@ class Runtime(Settings):
                 "Use cpu, or install torch for this machine's accelerator."
             ) from error
         optional = {} if self.scratch is None else {"scratch": self.scratch}
+        on_device = None if self.device_memory_gib is None else int(self.device_memory_gib * 2**30)
         return Execution(
             device=device,
             hidden_states_bytes=self.hidden_states_bytes,
+            device_states_bytes=on_device,
             boundary_layers=self.boundary_layers,
             boundary_seconds=60 * self.boundary_minutes,
             **optional,

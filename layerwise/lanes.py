@@ -16,7 +16,7 @@ from layerwise.pruners.masks import count_zeros
 from layerwise.recovery.layer_recovery import RecoveredLayer, Recovery, RecoveryOutcome, recover_layer
 from layerwise.recovery.linear_inputs import LinearInputs
 from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, weights_replaced
-from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference
+from layerwise.scoring.local_errors import LocalErrors, local_errors, squared_difference, squared_norm
 
 
 @dataclass
@@ -137,10 +137,11 @@ class LaneGroup:
             dense = {linear.name: _weight_of(layer, linear).detach().clone() for linear in linears}
         with torch.no_grad():
             prunings = self._prunings(index, layer, weights, inputs, order)
-        dense_input = self._first_windows(0).clone()
+        dense_input = self._first_windows(0).to(self.model.device, copy=True)
         if self.recovery is None:
             self._calibrate(0, index, layer)
         outcomes = {0: self._score(0, index, layer)}
+        recoveries: dict[int, RecoveryOutcome | None] = {}
         for visit, lane in enumerate(order):
             with torch.no_grad():
                 for pruning in prunings:
@@ -148,13 +149,14 @@ class LaneGroup:
             found = self._recovered(lane, index, layer, weights, prunings, dense)
             with weights_replaced(layer, found.weights):
                 self._calibrate(lane, index, layer, found.inputs)
-                zeros = None if found.weights else self._known_zeros(lane, index, outcomes[0])
-                scored = self._score(lane, index, layer, dense_input, zeros)
-            outcomes[lane] = replace(scored, recovery=found.outcome)
+                has_known_zeros = not found.weights
+                outcomes[lane] = self._score(lane, index, layer, dense_input, outcomes[0], has_known_zeros)
+            recoveries[lane] = found.outcome
         if self.recovery is not None:
             with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
                 self._calibrate(0, index, layer)
-        return tuple(outcomes[lane] for lane in range(len(self.lanes)))
+        read = _read([outcomes[lane] for lane in range(len(self.lanes))])
+        return tuple(replace(each, recovery=recoveries.get(lane)) for lane, each in enumerate(read))
 
     def _recovered(
         self,
@@ -207,7 +209,7 @@ class LaneGroup:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
-        dense_input = self._first_windows(0).clone()
+        dense_input = self._first_windows(0).to(self.model.device, copy=True)
         self._calibrate(0, index, layer)
         outcomes = [self._score(0, index, layer)]
         with torch.no_grad():
@@ -217,11 +219,10 @@ class LaneGroup:
                 for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
                     pruning.visit(0)
                 self._calibrate(number, index, layer)
-                zeros = self._known_zeros(number, index, outcomes[0])
-                outcomes.append(self._score(number, index, layer, dense_input, zeros))
+                outcomes.append(self._score(number, index, layer, dense_input, outcomes[0]))
                 for original, parameter in zip(dense, parameters, strict=True):
                     parameter.copy_(original)
-        return tuple(outcomes)
+        return tuple(_read(outcomes))
 
     def _prunings(
         self,
@@ -261,12 +262,27 @@ class LaneGroup:
             with nullcontext() if inputs is None else inputs.from_kept(number, len(states)):
                 states.copy_(self.model.run_layer(index, layer, states))
 
-    def _known_zeros(self, lane: int, index: int, dense: LaneLayer) -> Sequence[int | None] | None:
-        """Return the zeros of every linear that has as many as weights are removed; None for one that must be counted."""
-        if not isinstance(self.pruner, MaskPruner):
-            return None  # a corrected weight can be rounded to zero
-        removed = self._removed(lane, index)
-        return [None if zeros else count for zeros, count in zip(dense.zeros, removed, strict=True)]
+    def _zeros(
+        self, lane: int, index: int, layer: nn.Module, dense: "_Measured | None", are_known: bool
+    ) -> list[int | Tensor]:
+        """Return the zeros of every linear: counted, or those removed if a mask pruner was all that made zeros."""
+        linears = self.model.linears[index]
+        removed: Sequence[int | None] = [None] * len(linears)
+        # A corrected weight can be rounded to zero.
+        if dense is not None and are_known and isinstance(self.pruner, MaskPruner):
+            before = dense.zeros
+            if not all(
+                isinstance(zeros, int) for zeros in before
+            ):  # counted on a device: read once for all lanes
+                before = dense.zeros = [
+                    int(zeros) for zeros in torch.stack([*map(torch.as_tensor, before)]).cpu().tolist()
+                ]
+            counts = zip(before, self._removed(lane, index), strict=True)
+            removed = [None if zeros else count for zeros, count in counts]
+        return [
+            count_zeros(_weight_of(layer, linear)) if known is None else known
+            for linear, known in zip(linears, removed, strict=True)
+        ]
 
     def _score(
         self,
@@ -274,8 +290,9 @@ class LaneGroup:
         index: int,
         layer: nn.Module,
         dense_input: Tensor | None = None,
-        known_zeros: Sequence[int | None] | None = None,
-    ) -> LaneLayer:
+        dense: "_Measured | None" = None,
+        has_known_zeros: bool = True,
+    ) -> "_Measured":
         """Advance one lane's scored windows in place and compare them with the dense lane's.
 
         Args:
@@ -283,26 +300,25 @@ class LaneGroup:
             index: index of the layer.
             layer: the layer, pruned for this lane.
             dense_input: the layer's input in the dense lane for the windows with local errors; None for the dense lane.
-            known_zeros: result of ``_known_zeros``; None to count the zeros of every linear.
+            dense: what was measured in the dense lane; None for the dense lane.
+            has_known_zeros: whether the weights are those of the checkpoint with the mask of the lane.
         """
-        arriving = 0.0
+        device = self.model.device
+        arriving = torch.zeros((), dtype=torch.float64, device=device)
         if dense_input is not None:
-            arriving = squared_difference(self._first_windows(lane), dense_input)
-        scored, dense = (self.lanes[each].hidden_states[self.calibration_windows :] for each in (lane, 0))
-        error = energy = 0.0 if len(dense) else None
+            arriving = squared_difference(self._first_windows(lane).to(device), dense_input)
+        scored, reference = (self.lanes[each].hidden_states[self.calibration_windows :] for each in (lane, 0))
+        error = torch.zeros((), dtype=torch.float64, device=device)
+        energy = torch.zeros_like(error) if dense is None else dense.energy
         for number, states in enumerate(batches(scored)):
             output = self.model.run_layer(index, layer, states)
             states.copy_(output)
-            if error is None or energy is None:
+            if not len(reference):
                 continue
-            reference = batches(dense)[number].to(output.device).float()
-            error += (output.float() - reference).square().sum().item() if lane else 0.0
-            energy += reference.square().sum().item()
-        linears = self.model.linears[index]
-        zeros = tuple(
-            count_zeros(_weight_of(layer, linear)) if known is None else known
-            for linear, known in zip(linears, known_zeros or [None] * len(linears), strict=True)
-        )
+            if dense is None:
+                energy = energy + squared_norm(output.to(states.dtype))
+            else:
+                error += squared_norm(output.float() - batches(reference)[number].to(device).float())
         parts = None
         if dense_input is not None and len(dense_input):
 
@@ -312,7 +328,48 @@ class LaneGroup:
             parts = local_errors(
                 run, dense_input, arriving, self._first_windows(lane), self._first_windows(0)
             )
-        return LaneLayer(error, energy, zeros, parts)
+        zeros = self._zeros(lane, index, layer, dense, has_known_zeros)
+        windows = 0 if dense_input is None else len(dense_input)
+        return _Measured(error, energy, zeros, parts, bool(len(reference)), windows)
+
+
+@dataclass
+class _Measured:
+    """Result of one layer in one lane, with scalars on the device: reading one waits for the computation.
+
+    Attributes:
+        parts: norms of ``LocalErrors``; None if they were not measured.
+        has_error: whether the dense lane has scored windows, so that ``error`` and ``energy`` mean something.
+        local_windows: number of windows of ``parts``.
+    """
+
+    error: Tensor
+    energy: Tensor
+    zeros: Sequence[int | Tensor]
+    parts: Tensor | None
+    has_error: bool
+    local_windows: int
+
+
+def _read(measured: Sequence[_Measured]) -> list[LaneLayer]:
+    """Read the results of all lanes together."""
+    scalars: list[Tensor] = []
+    for each in measured:
+        scalars += [each.error, each.energy, *(() if each.parts is None else each.parts)]
+        scalars += [zeros for zeros in each.zeros if isinstance(zeros, Tensor)]
+    values = iter(torch.stack([scalar.double() for scalar in scalars]).cpu().tolist())
+    found = []
+    for each in measured:
+        error, energy = next(values), next(values)
+        parts = None
+        if each.parts is not None:
+            parts = LocalErrors(each.local_windows, *(next(values) for _ in each.parts))
+        zeros = tuple(int(next(values)) if isinstance(zeros, Tensor) else zeros for zeros in each.zeros)
+        if each.has_error:
+            found.append(LaneLayer(error, energy, zeros, parts))
+        else:
+            found.append(LaneLayer(None, None, zeros, parts))
+    return found
 
 
 def _weight_of(layer: nn.Module, linear: Linear) -> Tensor:

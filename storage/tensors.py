@@ -87,7 +87,7 @@ def read_tensor_into(
 
     Args:
         key: name of the tensor in the file.
-        destination: contiguous CPU tensor of the same dtype and shape.
+        destination: contiguous tensor of the same dtype and shape; on another device than the CPU it takes a copy.
 
     Raises:
         KeyError: the artifact has no such file, or the file no such tensor.
@@ -104,10 +104,13 @@ def read_tensor_into(
             f"{artifact.key}: tensor {key!r} of {name!r} is {entry.dtype} of shape {entry.shape}, but the destination "
             f"is {destination.dtype} of shape {tuple(destination.shape)}. Read it with read_tensors."
         )
-    path, span = store.path(file.path), destination.view(-1).view(torch.uint8).numpy().data
+    into = destination if destination.device.type == "cpu" else torch.empty_like(destination, device="cpu")
+    path, span = store.path(file.path), into.view(-1).view(torch.uint8).numpy().data
     with store.blaming(artifact, name):
         read_exactly(store.fs, path, entry.offset, span)
         _check(store.fs, path, key, entry, span)
+    if into is not destination:
+        destination.copy_(into)
 
 
 def needed_bytes(entries: Mapping[str, TensorEntry]) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.capture import capture_layers, embed_windows
-from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.scoring.perplexity import DIVERGED, perplexity, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -97,13 +96,13 @@ class _Capture:
         self.calibration_windows = len(windows[0])
         self.input_ids = torch.cat(windows)
         self.model = streamed_model(checkpoint, settings.dtype, execution)
-        room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
+        room = execution.hidden_states_room()
         hidden_size = checkpoint.config.get_text_config().hidden_size
         self.hidden_states = room.empty((*self.input_ids.shape, hidden_size), self.model.dtype)
 
     def run(self, draft: Draft) -> None:
         first = self._start(draft)
-        layers = self.checkpoint.layers(first)
+        layers = self.checkpoint.layers(first, self.model.device)
         with (
             boundaries(draft, self.execution, self._write_state) as reached,
             showing("capture: dense model", self.model.num_layers, first, draft.resumed) as show,

@@ -6,7 +6,6 @@ pruners share them. The price is a second pass over the calibration windows.
 
 from layerwise.calibration.capture import capture_grams as grams_of_layers
 from layerwise.calibration.capture import embed_windows
-from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -45,7 +44,7 @@ def capture_grams(
     def build(draft: Draft) -> None:
         input_ids = read_input_ids(store, calibration)
         model = streamed_model(checkpoint, dtype, execution)
-        room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
+        room = execution.hidden_states_room()
         hidden_size = checkpoint.config.get_text_config().hidden_size
         hidden_states = room.empty((*input_ids.shape, hidden_size), model.dtype)
         embed_windows(model, input_ids, hidden_states, len(input_ids))
@@ -61,7 +60,7 @@ def capture_grams(
             boundaries(draft, execution, write_state) as reached,
             showing("grams: dense model", model.num_layers, first, draft.resumed) as show,
         ):
-            layers = grams_of_layers(model, checkpoint.layers(first), hidden_states, first)
+            layers = grams_of_layers(model, checkpoint.layers(first, model.device), hidden_states, first)
             for index, grams in enumerate(layers, first):
                 write_grams(draft, index, grams)
                 show(index + 1)

@@ -207,7 +207,7 @@ class _Export:
 
         def write_layers_before(end: int, show: ProgressUpdate | None = None) -> None:
             first = written - len(outer)
-            with closing(self.checkpoint.layers(first)) as layers:
+            with closing(self.checkpoint.layers(first, self.execution.torch_device)) as layers:
                 for index, weights in zip(range(first, end), layers, strict=False):
                     write_layer(index, weights)
                     if show is not None:
@@ -218,7 +218,7 @@ class _Export:
         def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for name, weight in weights.items():
                 if name not in room or (room[name].dtype, room[name].shape) != (weight.dtype, weight.shape):
-                    room[name] = torch.empty_like(weight)
+                    room[name] = torch.empty_like(weight)  # on the device, where it is pruned
                 room[name].copy_(weight)
             return {name: room[name] for name in weights}
 
@@ -272,7 +272,7 @@ class _Export:
                 weights[linear.weight_name].copy_(weight)  # in place: no second copy of the layer
             if linear not in self.prunable[index]:
                 continue
-            zeros = count_zeros(weight)
+            zeros = int(count_zeros(weight))
             self.rows.append(
                 {
                     "layer": index,

@@ -105,7 +105,7 @@ def measure(
             boundaries(draft, execution, write_rows) as reached,
             showing(title, checkpoint.num_layers, first, draft.resumed) as show,
         ):
-            for index, weights in enumerate(checkpoint.layers(first), first):
+            for index, weights in enumerate(checkpoint.layers(first, execution.torch_device), first):
                 layer = linears[index]
                 oriented = {
                     linear.name: linear.oriented(weights[linear.weight_name]).to(execution.torch_device)

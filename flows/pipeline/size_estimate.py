@@ -160,16 +160,13 @@ class SearchSizes:
         itemsize = DTYPES[self.dtype].itemsize
         weights = max(layer_sizes_of(self.linears))
         on_cpu = device.partition(":")[0] == "cpu"
-        # The CPU computes with the weights that were read, unless they are converted. A device has a copy.
-        cast = 0 if on_cpu and self.dtype == self.index.dtype else weights * itemsize
+        # The layer is computed with the weights that were read, unless they are converted.
+        cast = 0 if self.dtype == self.index.dtype else weights * itemsize
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
-        reading = {"layer arriving": largest} if on_cpu else {"layers arriving and in use": 2 * largest}
-        if self.settings.export:  # in the same pass as the test
-            reading["layer being exported"] = largest
-        in_use = largest if on_cpu else 0
+        reading = {"layer arriving": largest}
         if isinstance(self.settings.pruner, MaskPruner):
-            # One byte per weight, and the weights being ranked. A device also holds them in the dtype of the checkpoint.
-            pruning = {"order of removal": weights + self.ranking + (0 if on_cpu else largest)}
+            # One byte per weight, and the weights being ranked.
+            pruning = {"order of removal": weights + self.ranking}
         else:
             # Every lane starts from the layer's dense weights, and has a mask of one byte per weight.
             stored = DTYPES[self.index.dtype].itemsize
@@ -192,7 +189,11 @@ class SearchSizes:
                 itemsize,
             )
         computing = {
-            "layer in use": in_use + cast + restored,
+            "layer in use": largest + cast + restored,
+            **({} if on_cpu else {"next layer": largest}),
+            **(
+                {"layer being exported": largest} if self.settings.export else {}
+            ),  # in the same pass as the test
             **pruning,
             **recovery,
             "embeddings and head": self.index.outer_bytes,

@@ -8,7 +8,7 @@ from torch import Tensor
 from layerwise.calibration.gram import InputGram, collect_grams
 from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
-from layerwise.models.nan_check import is_finite
+from layerwise.models.nan_check import FiniteCheck, is_finite
 from layerwise.models.streaming import StreamedModel
 
 OTHER_DTYPE = "Use another dtype: --dtype bfloat16 or float32."
@@ -33,11 +33,13 @@ def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor
     Raises:
         ValueError: the embedding returns NaN or infinity.
     """
+    outputs = FiniteCheck()
     for part in (slice(0, first_part), slice(first_part, None)):
         for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
             some_states.copy_(model.embed(some_ids))
-            if not is_finite(some_states):
-                raise ValueError(f"the embedding returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}")
+            outputs.add(some_states)
+    if not outputs.is_finite():
+        raise ValueError(f"the embedding returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}")
     model.release_embedding()
 
 
@@ -62,14 +64,17 @@ def capture_layers(
         ValueError: a layer returns NaN or infinity.
     """
     for index, weights in enumerate(layers, first):
+        outputs = FiniteCheck()
         with model.loaded(index, weights) as layer:
             with collect_statistics(layer, model.linears[index]) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
-                    _require_finite(model, index, weights, states)
+                    outputs.add(states)
             for states in batches(hidden_states[calibration_windows:]):
                 states.copy_(model.run_layer(index, layer, states))
-                _require_finite(model, index, weights, states)
+                outputs.add(states)
+        if not outputs.is_finite():
+            raise _not_finite(model, index, weights)
         yield CapturedLayer(index, statistics)
 
 
@@ -94,15 +99,13 @@ def capture_grams(
         yield grams
 
 
-def _require_finite(model: StreamedModel, index: int, weights: Mapping[str, Tensor], states: Tensor) -> None:
-    if is_finite(states):
-        return
+def _not_finite(model: StreamedModel, index: int, weights: Mapping[str, Tensor]) -> ValueError:
     if damaged := [name for name, weight in weights.items() if not is_finite(weight)]:
-        raise ValueError(
+        return ValueError(
             f"layer {index} of the dense model returns NaN or infinity, because its {', '.join(damaged)} contain such "
             "values. Replace the checkpoint by an undamaged copy."
         )
-    raise ValueError(
+    return ValueError(
         f"layer {index} of the dense model returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}"
     )
 

@@ -19,12 +19,12 @@ class InputStatistics:
     times larger than one addend, which would silently ignore the rest of a long calibration text.
     """
 
-    sum_of_squares: Tensor  # (in_features,), float64, on the CPU
+    sum_of_squares: Tensor  # (in_features,), float64; on the CPU once the collection has ended
     tokens: int = 0
 
     @classmethod
-    def empty(cls, in_features: int) -> Self:
-        return cls(torch.zeros(in_features, dtype=torch.float64))
+    def empty(cls, in_features: int, device: torch.device | None = None) -> Self:
+        return cls(torch.zeros(in_features, dtype=torch.float64, device=device))
 
     def add(self, sum_of_squares: Tensor, tokens: int) -> None:
         """Add one batch.
@@ -33,7 +33,7 @@ class InputStatistics:
             sum_of_squares: sum over the batch's tokens, per channel, shape ``(in_features,)``.
             tokens: number of tokens in the batch.
         """
-        self.sum_of_squares += sum_of_squares.double().cpu()
+        self.sum_of_squares += sum_of_squares.double()
         self.tokens += tokens
 
     @property
@@ -45,7 +45,13 @@ class InputStatistics:
 @contextmanager
 def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
     """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block."""
-    statistics = {linear.name: InputStatistics.empty(linear.in_features) for linear in linears}
+    statistics = {
+        linear.name: InputStatistics.empty(
+            linear.in_features,
+            layer.get_submodule(linear.name).weight.device,  # type: ignore[union-attr,arg-type]
+        )
+        for linear in linears
+    }
     # q, k and v (and gate and up) receive the same tensor object; its squares are summed once.
     last_inputs: list[tuple[Tensor, Tensor]] = []
 
@@ -64,3 +70,15 @@ def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[
     finally:
         for hook in hooks:
             hook.remove()  # type: ignore[attr-defined]
+    _move_to_cpu(list(statistics.values()))
+
+
+def _move_to_cpu(statistics: Sequence[InputStatistics]) -> None:
+    """Move all sums in one copy, because each waits for the device."""
+    if not statistics or statistics[0].sum_of_squares.is_cpu:
+        return
+    sizes = [len(each.sum_of_squares) for each in statistics]
+    for each, sums in zip(
+        statistics, torch.cat([each.sum_of_squares for each in statistics]).cpu().split(sizes), strict=True
+    ):
+        each.sum_of_squares = sums

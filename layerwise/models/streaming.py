@@ -304,8 +304,10 @@ class StreamedModel:
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
-    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> float:
+    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
+
+        The scalar stays on the device, because reading it would wait for the computation.
 
         Args:
             hidden_states: output of the last layer, shape ``(1, seqlen, hidden_size)``.
@@ -318,7 +320,7 @@ class StreamedModel:
             logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
         ):
             total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
-        return (total / len(targets)).item()
+        return total / len(targets)
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:

@@ -129,9 +129,9 @@ class LayerPruning:
         ]
 
     def pruned_weights(self, counts: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-        """Yield the pruned weight of every linear, in the checkpoint's dtype and orientation, on the CPU.
+        """Yield the pruned weight of every linear, in the dtype, orientation and device of the stored weights.
 
-        A ``MaskPruner`` on the CPU prunes the stored weight in place and yields it.
+        A ``MaskPruner`` prunes a stored weight that is on the device of the computation in place, and yields it.
 
         Args:
             counts: number of weights to remove from every linear.
@@ -150,10 +150,10 @@ class LayerPruning:
             weight = linear.oriented(stored).to(device)
             if isinstance(self.pruner, MaskPruner):
                 self._zeroing(linear, weight, weight, [count]).visit(0)
-                yield stored if weight.device == stored.device else linear.oriented(weight).contiguous().cpu()
             else:
-                pruned = self.corrected(linear, weight, prepared, count)
-                yield linear.oriented(pruned).contiguous().cpu()
+                weight = self.corrected(linear, weight, prepared, count)
+            is_in_place = isinstance(self.pruner, MaskPruner) and weight.device == stored.device
+            yield stored if is_in_place else linear.oriented(weight).contiguous().to(stored.device)
 
     def removal_levels(self, linear: Linear, weight: Tensor, counts: Sequence[int]) -> Tensor:
         """Rank the weights of a linear with a ``MaskPruner``; see ``masks.removal_levels``."""

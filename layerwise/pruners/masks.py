@@ -70,10 +70,13 @@ def removal_levels(
     return levels
 
 
-def count_zeros(weight: Tensor) -> int:
-    """Return the number of weights that are zero, of either sign."""
+def count_zeros(weight: Tensor) -> int | Tensor:
+    """Return the number of weights that are zero, of either sign.
+
+    On a device other than the CPU, as a scalar there: reading it waits for the computation.
+    """
     if weight.device.type != "cpu":
-        return weight.numel() - int(weight.count_nonzero())
+        return weight.numel() - weight.count_nonzero()
     nonzero, step = 0, max(1, COUNTED_ENTRIES // max(weight.shape[-1], 1))
     for rows in weight.detach().split(step):
         # Without the bit of the sign. torch's count_nonzero takes 17 times as long in bfloat16.

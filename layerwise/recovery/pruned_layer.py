@@ -116,7 +116,7 @@ def relative_errors(
                 error = pruned.run(states).float() - target
             totals[number] += (error.square().sum(dim=-1) * weight_of_tokens(target)).sum(dtype=torch.float64)
         tokens += states.shape[0] * states.shape[1]
-    return [total / tokens for total in totals.tolist()]
+    return [total / tokens for total in totals.cpu().tolist()]
 
 
 def weight_of_tokens(target: Tensor) -> Tensor:
@@ -149,14 +149,15 @@ def target_output(pruned: LayerToRecover, states: Tensor, dense_states: Tensor, 
 def weights_replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Replace the weights of some linears, given by name, within the block; converted to the module's dtype."""
     modules = {name: layer.get_submodule(name) for name in weights}
-    before = {name: weight_of(layer, name).data for name in weights}
+    before = {name: weight_of(layer, name) for name in weights}
     try:
         for name, module in modules.items():
-            module.weight.data = weights[name].to(before[name].device, before[name].dtype)
+            weight = weights[name].to(before[name].device, before[name].dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
         for name, module in modules.items():
-            module.weight.data = before[name]
+            module.weight = before[name]  # type: ignore[assignment]
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:

@@ -8,6 +8,7 @@ g(X) - f(X), and the propagated error, g(Y) - g(X).
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from layerwise.models.hidden_states import batches
@@ -45,30 +46,44 @@ class LocalErrors:
 def local_errors(
     run: Callable[[Tensor], Tensor],
     dense_input: Tensor,
-    arriving: float,
+    arriving: Tensor,
     output: Tensor,
     dense_output: Tensor,
-) -> LocalErrors:
+) -> Tensor:
     """Run the pruned layer on the dense model's input and measure the parts of its error.
+
+    Returns:
+        The norms of ``LocalErrors`` in their order, float64, on the device of the computation: reading them waits for it.
 
     Args:
         run: applies the pruned layer to hidden states of shape ``(windows, seqlen, hidden_size)``.
         dense_input: X, for the measured windows.
-        arriving: squared Frobenius norm of Y - X; passed as a number, because the output has overwritten Y.
+        arriving: squared Frobenius norm of Y - X, a scalar, because the output has overwritten Y.
         output: g(Y).
         dense_output: f(X).
     """
-    local = propagated = accumulated = energy = 0.0
+    device = arriving.device
+    local, propagated, accumulated, energy = torch.zeros(4, dtype=torch.float64, device=device).unbind()
     for inputs, own, dense in zip(batches(dense_input), batches(output), batches(dense_output), strict=True):
-        pruned = run(inputs).to(own.device)
+        pruned, own, dense = run(inputs), own.to(device), dense.to(device)
         local += squared_difference(pruned, dense)
         propagated += squared_difference(own, pruned)
         accumulated += squared_difference(own, dense)
-        energy += dense.float().square().sum().item()
-    return LocalErrors(len(dense_input), local, arriving, propagated, accumulated, energy)
+        energy += squared_norm(dense)
+    return torch.stack([local, arriving, propagated, accumulated, energy])
 
 
-def squared_difference(one: Tensor, other: Tensor) -> float:
-    """Return the squared Frobenius norm of the difference of two tensors of the same shape, in float32 by batches."""
-    pairs = zip(batches(one), batches(other), strict=True)
-    return sum((a.float() - b.float()).square().sum().item() for a, b in pairs)
+def squared_difference(one: Tensor, other: Tensor) -> Tensor:
+    """Return the squared Frobenius norm of the difference of two tensors of the same shape and device.
+
+    In float32 by batches, which are added in float64. The scalar stays on the device.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=one.device)
+    for a, b in zip(batches(one), batches(other), strict=True):
+        total += squared_norm(a.float() - b.float())
+    return total
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the squared Frobenius norm, summed in float32, as a float64 scalar on the device of the tensor."""
+    return tensor.float().square().sum().double()

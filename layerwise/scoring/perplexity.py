@@ -41,10 +41,13 @@ def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor
         hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
     """
-    return [
-        finite_loss(model.loss(hidden_states[number, None], input_ids[number, None]))
-        for number in range(len(input_ids))
+    import torch
+
+    losses = [
+        model.loss(hidden_states[number, None], input_ids[number, None]) for number in range(len(input_ids))
     ]
+    # Read together, because every reading waits for the device.
+    return [finite_loss(loss) for loss in torch.stack(losses).cpu().tolist()] if losses else []
 
 
 def finite_loss(loss: float) -> float:

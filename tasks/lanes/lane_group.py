@@ -11,7 +11,6 @@ from torch import Tensor
 
 from layerwise.calibration.capture import embed_windows
 from layerwise.lanes import Lane, LaneGroup, LaneLayer
-from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.pruners.layer_pruning import LayerInputs
 from layerwise.recovery.layer_recovery import RecoveryOutcome
 from layerwise.scoring.local_errors import LocalErrors
@@ -208,7 +207,7 @@ class _Group:
         self.calibration_windows = len(own)
         self.input_ids = torch.cat([own, self.scored])
         self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
-        room = HiddenStatesRoom(execution.hidden_states_bytes, execution.scratch)
+        room = execution.hidden_states_room()
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
         self.planned = planned
         dense_windows = len(self.input_ids)
@@ -272,7 +271,7 @@ class _Group:
         return group.advance(self._watched_layers(first), first)
 
     def _watched_layers(self, first: int) -> Iterator[dict[str, Tensor]]:
-        with closing(self.inputs.checkpoint.layers(first)) as layers:
+        with closing(self.inputs.checkpoint.layers(first, self.model.device)) as layers:
             for index, weights in enumerate(layers, first):
                 if self.watch is not None:
                     self.watch(index, weights)

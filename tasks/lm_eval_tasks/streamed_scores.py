@@ -7,7 +7,6 @@ from dataclasses import astuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerwise.models.hidden_states import HiddenStatesRoom
 from layerwise.models.streaming import StreamedModel
 from layerwise.scoring.continuations import (
     Continuation,
@@ -104,7 +103,9 @@ class _Passes:
             for number in range(first // layers, len(self.passes)):
                 start = max(first - number * layers, 0)
                 self.begin(number, draft, start)
-                for index, weights in enumerate(self.checkpoint.layers(start), start):
+                for index, weights in enumerate(
+                    self.checkpoint.layers(start, self.execution.torch_device), start
+                ):
                     advance(self.model, index, weights, self.hidden_states)
                     if index == layers - 1:
                         self.finish(number)
@@ -115,7 +116,7 @@ class _Passes:
 
     def begin(self, number: int, draft: Draft, start: int) -> None:
         """Prepare the hidden states of a pass as inputs of layer ``start``."""
-        room = HiddenStatesRoom(self.execution.hidden_states_bytes, self.execution.scratch)
+        room = self.execution.hidden_states_room()
         hidden_size = self.checkpoint.config.get_text_config().hidden_size
         for _, batch in self.passes[number]:
             states = room.empty((*batch.input_ids.shape, hidden_size), self.model.dtype)

@@ -11,6 +11,7 @@ from fsspec import AbstractFileSystem
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from layerwise.models.device_copies import DeviceCopies
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.store import ArtifactStore
@@ -75,27 +76,39 @@ class Checkpoint:
         """Return all tensors, including unused ones, by decoder layer; ``None`` is the key of those outside."""
         return dict(self.index.groups)
 
-    def layers(self, first: int = 0) -> Generator[dict[str, Tensor], None, None]:
+    def layers(
+        self,
+        first: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> Generator[dict[str, Tensor], None, None]:
         """Read the decoder layers from ``first`` on; the next layer is read in the background while the caller works.
 
         Two buffers are used alternately, so tensors are valid only until the next layer is requested. Closing the
-        iterator early ends the background thread.
+        iterator early ends the background thread. For CUDA, the background thread also copies the next layer to the device.
 
         Yields:
-            Tensors by their name inside the layer, in the dtype of the source.
+            Tensors by their name inside the layer, in the dtype of the source, on ``device``.
 
         Raises:
             Corrupt: a tensor differs from the one that was imported.
         """
         layers = [self.layer_tensors(index) for index in range(first, self.num_layers)]
         size = max((_buffer_size(layer.values()) for layer in layers), default=0)
-        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(min(2, len(layers)))]
+        copies = DeviceCopies(device)
+        count = min(1 if copies.in_background else 2, len(layers))
+        buffers = [
+            torch.empty(size, dtype=torch.uint8, pin_memory=copies.in_background) for _ in range(count)
+        ]
+
+        def arrive(number: int) -> dict[str, Tensor]:
+            return copies.begin(self.read(layers[number], buffers[number % count]))
+
         with ThreadPoolExecutor(1, thread_name_prefix="layer-reader") as reader:
-            arriving = [reader.submit(self.read, layers[0], buffers[0])] if layers else []
+            arriving = [reader.submit(arrive, 0)] if layers else []
             for following in range(1, len(layers) + 1):
-                layer = arriving.pop().result()
+                layer = copies.finish(arriving.pop().result())
                 if following < len(layers):
-                    arriving.append(reader.submit(self.read, layers[following], buffers[following % 2]))
+                    arriving.append(reader.submit(arrive, following))
                 yield layer
 
     def read(self, tensors: Mapping[str, IndexedTensor], buffer: Tensor | None = None) -> dict[str, Tensor]:

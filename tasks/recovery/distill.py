@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from layerwise.calibration.capture import embed_windows
-from layerwise.models.hidden_states import HiddenStatesRoom, batches
+from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.models.streaming import StreamedModel
 from layerwise.recovery.distillation import in_stored_dtype
@@ -222,7 +222,9 @@ class _Distillation:
     def _teach(self) -> Tensor:
         """Return the dense model's output of the last decoder layer for all windows, and score the held-out ones."""
         model = streamed_model(self.inputs.dense, self.inputs.dtype, self.execution)
-        states = self._run(model, self.inputs.dense.layers(), self.input_ids, "distill: dense model")
+        states = self._run(
+            model, self.inputs.dense.layers(device=model.device), self.input_ids, "distill: dense model"
+        )
         held_out = slice(len(self.input_ids) - self.settings.held_out, None)
         self.dense_held_out = perplexity(window_losses(model, states[held_out], self.input_ids[held_out]))
         return states
@@ -231,7 +233,7 @@ class _Distillation:
         self, model: StreamedModel, layers: Iterator[Mapping[str, Tensor]], input_ids: Tensor, title: str
     ) -> Tensor:
         """Return the output of the last layer, shape ``(windows, seqlen, hidden_size)``."""
-        room = HiddenStatesRoom(self.execution.hidden_states_bytes, self.execution.scratch)
+        room = self.execution.hidden_states_room()
         hidden_size = self.pruned.config.get_text_config().hidden_size
         hidden_states = room.empty((*input_ids.shape, hidden_size), model.dtype)
         embed_windows(model, input_ids, hidden_states, 0)

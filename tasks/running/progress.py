@@ -163,4 +163,9 @@ def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -
 
 
 def _memory() -> str:
-    return size_in("GiB", psutil.Process().memory_info().rss, 1)
+    text = size_in("GiB", psutil.Process().memory_info().rss, 1)
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return text
+    free, total = torch.cuda.mem_get_info()
+    return f"{text}; device {size_in('GiB', total - free, 1)} of {size_in('GiB', total, 1)}"

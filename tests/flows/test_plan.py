@@ -156,6 +156,12 @@ def test_memory_follows_from_the_settings(workshop, tmp_path):
     assert plan.memory["layer in use"] == plan.memory["layer arriving"] == layer
     sequential = memory(calibration_mode="sequential")
     assert sequential.memory["hidden states"] == 3 * (6 + 4) * window
+    elsewhere = SearchRuntime(store=str(tmp_path), device="cuda", device_memory_gib=10 * window / 2**30)
+    on_device = plan_search(workshop.settings(), elsewhere)
+    assert (on_device.device_memory["hidden states"], on_device.memory["hidden states"]) == (
+        10 * window,
+        2 * window,
+    )
     spilled = memory(gib=2 * window / 2**30)
     assert (spilled.memory["hidden states"], spilled.scratch) == (2 * window, 10 * window)
     tested = memory(test_windows=30)
@@ -275,7 +281,7 @@ def test_a_plan_for_a_device_of_another_machine_has_its_memory_but_no_times(work
     plan = plan_search(workshop.settings(dtype="bfloat16"), runtime, measure=True)
     assert plan.measuring is None
     assert plan.notes[0].startswith("No times: torch cannot compute on device 'cuda' here")
-    assert plan.memory.keys() == {"layers arriving and in use", "hidden states"}
+    assert plan.memory.keys() == {"layer arriving", "hidden states"}
     on_cpu = plan_search(
         workshop.settings(dtype="bfloat16"), SearchRuntime(store=str(tmp_path), device="cpu")
     )

@@ -415,8 +415,8 @@ def test_another_process_that_finishes_one_of_both_ends_only_that_one(
     uniform, best = run.branch(0.0, 0.25)
     begun, done, read = [], [], Checkpoint.layers
 
-    def with_another_process(checkpoint, start=0):
-        for index, layer in enumerate(read(checkpoint, start), start):
+    def with_another_process(checkpoint, start=0, *device):
+        for index, layer in enumerate(read(checkpoint, start, *device), start):
             if index == 1 and not begun:
                 begun.append(True)
                 done.append(run.export(best, uniform) if first == "export" else run.evaluate(0.0, 0.25))

@@ -19,14 +19,17 @@ def test_the_parts_of_an_error_on_a_layer_of_two_weights():
 
     dense_input, own_input = states(1, 3), states(2, 5)
     arriving = squared_difference(own_input, dense_input)
-    parts = local_errors(pruned, dense_input, arriving, pruned(own_input), 2 * dense_input)
+    norms = local_errors(pruned, dense_input, arriving, pruned(own_input), 2 * dense_input)
+    parts = LocalErrors(1, *norms.tolist())
     # g(X) - f(X) = (0, -6); Y - X = (1, 2); g(Y) - g(X) = (2, 0); g(Y) - f(X) = (2, -6); f(X) = (2, 6)
     assert parts == LocalErrors(1, local=36, arriving=5, propagated=4, accumulated=40, energy=40)
     assert parts.factor == pytest.approx(0.8)
 
 
 def test_without_an_arriving_error_the_factor_is_undefined():
-    parts = local_errors(lambda x: 0 * x, states(1, 1), 0.0, states(0, 0), states(1, 1))
+    nothing = torch.zeros((), dtype=torch.float64)
+    norms = local_errors(lambda x: 0 * x, states(1, 1), nothing, states(0, 0), states(1, 1))
+    parts = LocalErrors(1, *norms.tolist())
     assert (parts.local, parts.accumulated, parts.factor) == (2, 2, None)
 
 

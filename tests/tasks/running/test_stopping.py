@@ -100,8 +100,8 @@ def test_every_stage_stops_after_its_layer_and_resumes_with_the_next(
         STAGES[each](run)
     read = Checkpoint.layers
 
-    def with_a_signal_in_the_second_layer(checkpoint, first=0):
-        for index, layer in enumerate(read(checkpoint, first), first):
+    def with_a_signal_in_the_second_layer(checkpoint, first=0, *device):
+        for index, layer in enumerate(read(checkpoint, first, *device), first):
             if index == 1:
                 terminate()
             yield layer
@@ -130,8 +130,8 @@ def test_an_export_and_the_test_in_one_pass_stop_and_resume_together(
     lanes = run.branch(0.0, 0.25)
     read = Checkpoint.layers
 
-    def with_a_signal_in_the_second_layer(checkpoint, first=0):
-        for index, layer in enumerate(read(checkpoint, first), first):
+    def with_a_signal_in_the_second_layer(checkpoint, first=0, *device):
+        for index, layer in enumerate(read(checkpoint, first, *device), first):
             if index == 1:
                 terminate()
             yield layer

@@ -1,0 +1,164 @@
+"""A simulated accelerator: placement of tensors, traffic and waiting can be tested on a machine without one.
+
+Tensors on the device ``sim:0`` are computed by the CPU. As with CUDA, an operation on tensors of two devices fails.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "sim"
+_setup_privateuseone_for_python_backend(NAME)
+DEVICE = torch.device(NAME, 0)
+CPU = torch.device("cpu")
+# Operations that accept a tensor of the CPU beside one of the device: copies, and indices.
+MIXED = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+# Operations whose result the CPU has to wait for, in addition to copies to it.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::is_nonzero",
+}
+
+
+@dataclass
+class Traffic:
+    """What a block of code did with the device.
+
+    Attributes:
+        to_device: bytes copied to it.
+        to_host: bytes copied from it.
+        waits: number of times that the CPU waited for it.
+    """
+
+    to_device: int = 0
+    to_host: int = 0
+    waits: int = 0
+
+
+class OnDevice(Tensor):
+    """A tensor of the simulated device; ``values`` has its values."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "OnDevice":
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=values.dtype, device=DEVICE, **layout
+        )
+        made.values = values
+        return made
+
+    def __init__(self, values: Tensor) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        function: Any,
+        types: Any,
+        arguments: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _compute(function, arguments, options or {}, _current)
+
+
+class _Watching(TorchDispatchMode):
+    """Also sees operations without a tensor of the device, such as those that make one."""
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _compute(function, arguments, options or {}, _current)
+
+
+_current = Traffic()
+
+
+@contextmanager
+def simulated_device() -> Iterator[Traffic]:
+    """Provide the device within the block, in this thread, and count its traffic."""
+    global _current
+    _current = Traffic()
+    with _Watching():
+        yield _current
+
+
+def _compute(function: Any, arguments: Sequence[Any], options: Mapping[str, Any], traffic: Traffic) -> Any:
+    name = function._schema.name
+    tensors = [each for each in tree_leaves((arguments, options)) if isinstance(each, Tensor)]
+    here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+    wanted = options.get("device")
+    is_on_device = bool(here) if wanted is None else torch.device(wanted).type == NAME
+    if here and name not in MIXED:
+        _refuse_others(name, tensors)
+    if name == "aten::_fused_sdp_choice":
+        return 0  # attention by its formula
+    is_discarded = wanted is not None and torch.device(wanted).type == "meta"
+    _count(name, arguments, is_on_device, is_discarded, bool(here), traffic)
+    computed = {key: _values(value) for key, value in options.items() if key != "pin_memory"}
+    if wanted is not None and is_on_device:
+        computed["device"] = CPU
+    result = function(*tree_map(_values, arguments), **tree_map(_values, computed))
+    schema = function._schema
+    if not schema.returns:
+        return None
+    changed = schema.arguments[0].alias_info if schema.arguments else None
+    if changed is not None and changed.is_write:
+        return arguments[0]  # in place
+    return tree_map(_on_device, result) if is_on_device else result
+
+
+def _refuse_others(name: str, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        # Scalars of the CPU take part in every operation, as with CUDA.
+        if not isinstance(tensor, OnDevice) and (tensor.dim() or tensor.is_meta):
+            raise RuntimeError(f"{name}: tensors on {DEVICE} and on {tensor.device}")
+
+
+def _count(
+    name: str,
+    arguments: Sequence[Any],
+    is_on_device: bool,
+    is_discarded: bool,
+    reads_device: bool,
+    traffic: Traffic,
+) -> None:
+    if name in WAITING and reads_device:
+        traffic.waits += 1
+    if name == "aten::_to_copy":
+        source, target = arguments[0], is_on_device
+        if is_discarded:
+            return
+    elif name == "aten::copy_":
+        source, target = arguments[1], isinstance(arguments[0], OnDevice)
+    else:
+        return
+    if isinstance(source, OnDevice) and not target:
+        traffic.to_host += source.nbytes
+        traffic.waits += 1
+    elif not isinstance(source, OnDevice) and target and not source.is_meta:
+        traffic.to_device += source.nbytes
+
+
+def _values(value: Any) -> Any:
+    return value.values if isinstance(value, OnDevice) else value
+
+
+def _on_device(value: Any) -> Any:
+    is_plain = isinstance(value, Tensor) and not isinstance(value, OnDevice) and value.device == CPU
+    return OnDevice(value) if is_plain else value
