@@ -51,6 +51,8 @@ class Plan:
     """Remaining work of a search, and its cost.
 
     Attributes:
+        layer_bytes: bytes of the weights of every decoder layer.
+        weights: bytes of all weights of the model.
         betas: betas of the allocator's plans.
         device: torch device of the computation.
         memory: peak bytes of this machine by content, in addition to Python itself.
@@ -69,6 +71,8 @@ class Plan:
     """
 
     stages: tuple[PlannedStage, ...]
+    layer_bytes: tuple[int, ...]
+    weights: int
     betas: tuple[float, ...]
     device: str
     memory: Mapping[str, int]
@@ -139,6 +143,8 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
         device_memory = {**device_memory, "hidden states": on_device}
     return Plan(
         stages=tuple(_lines(settings, found, sizes, groups, times, lanes_seconds)),
+        layer_bytes=tuple(index.layer_bytes),
+        weights=sizes.weights,
         betas=tuple(plan.beta for plan in plans),
         device=runtime.device_name,
         memory=memory

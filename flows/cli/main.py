@@ -45,7 +45,7 @@ def main() -> None:
             FLOWS[parsed.command](parsed, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
-            commands |= {"gc": _collect, "verify": _verify, "bench": _bench}
+            commands |= {"gc": _collect, "verify": _verify, "bench": _bench, "doctor": _doctor}
             commands[parsed.command](parsed)
     except KeyboardInterrupt:
         stop("interrupted; finished stages and resume points are kept", 130)
@@ -165,6 +165,12 @@ def _bench(arguments: Namespace) -> None:
 
     settings = SpeedSettings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds)
     show_speed(open_console(), *bench(arguments.model, arguments.key, settings))
+
+
+def _doctor(arguments: Namespace) -> None:
+    from layerwise.flows.cli.doctor import examine
+
+    sys.exit(examine(arguments.store, arguments.model, arguments.debug))
 
 
 def _collect(arguments: Namespace) -> None:

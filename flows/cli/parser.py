@@ -34,6 +34,7 @@ ON_STORES = {
 DEBUG = "Show the traceback of an error, for a bug report."
 NO_MEASURE = "Do not measure this machine: show no times. Measuring reads up to 256 MB of the model, and takes about 5 seconds."
 BENCH = "measure the speed of a checkpoint on this machine's CPU, dense and with packed weights"
+DOCTOR = "show what this machine has, what that means for a model, and what is wrong with the set-up"
 STORE = "Folder or fsspec URL (s3://bucket/prefix) of the store."
 NEWEST_SEARCH = "Key of a search or its beginning, as ls prints it. Default: the newest search."
 
@@ -85,7 +86,7 @@ def parse_command(arguments: Sequence[str]) -> Namespace:
     if not arguments:
         parser.print_help()
         parser.exit()
-    commands = [*WITH_SETTINGS, *ON_STORES, "bench"]
+    commands = [*WITH_SETTINGS, *ON_STORES, "bench", "doctor"]
     if command is None and not {"-h", "--help", "--version"} & set(arguments):
         parser.error(f"a command is missing: one of {', '.join(commands)}")
     if command is not None and command not in commands:
@@ -114,11 +115,12 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
         name: commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        for name, what in {**WITH_SETTINGS, **ON_STORES, "bench": BENCH}.items()
+        for name, what in {**WITH_SETTINGS, **ON_STORES, "bench": BENCH, "doctor": DOCTOR}.items()
     }
     for name in ON_STORES:
         _add_arguments_of_a_store(parsers[name], name)
     _add_arguments_of_bench(parsers["bench"])
+    _add_arguments_of_doctor(parsers["doctor"])
     for each in parsers.values():
         # Without a default here, which would overwrite a --debug before the command.
         each.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG)
@@ -183,6 +185,18 @@ def _add_arguments_of_bench(parser: ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar=metavar, help=f"{what} Default: {default}."
         )
+
+
+def _add_arguments_of_doctor(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        help=f"{STORE} It is checked, and measured with a temporary file of 34 MB, which is deleted.",
+    )
+    parser.add_argument(
+        "--model",
+        help="Model, as for search: also show what a search of it with the default settings needs. The model is read "
+        "for about two seconds.",
+    )
 
 
 def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:

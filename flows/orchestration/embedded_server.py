@@ -89,7 +89,7 @@ class ServerStart:
                 _start_embedded(settings)
             check_server()
         except BaseException as error:  # raised by ``wait`` in the thread that calls it
-            self._error = _in_one_line(error)
+            self._error = in_one_line(error)
         self.seconds = time.monotonic() - began
 
 
@@ -106,6 +106,30 @@ def death_of_embedded_server() -> str | None:
     code = None if _process is None else _process.poll()
     return (
         None if code is None else f"Prefect's embedded server has ended (exit code {code}). {_log_advice()}"
+    )
+
+
+def home_of_server(settings: "Settings") -> tuple[Path, bool]:
+    """Return the folder of the embedded server, and whether it is ours. Otherwise it belongs to the user."""
+    from importlib.metadata import version
+
+    own = not _user_has_chosen_a_database(settings)
+    folder = cache_folder() / f"prefect-{version('prefect')}" if own else Path(settings.home).expanduser()
+    return folder, own
+
+
+def in_one_line(error: BaseException) -> BaseException:
+    """Return ``error``; for settings that Prefect refuses, an error that names them without their values."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return error
+    wrong = "; ".join(
+        ": ".join(filter(None, [".".join(map(str, each["loc"])), each["msg"]])) for each in error.errors()
+    )
+    return ConnectionError(
+        f"Prefect cannot read its settings ({wrong}). Correct the variables PREFECT_..., the active Prefect profile or "
+        "prefect.toml."
     )
 
 
@@ -133,10 +157,7 @@ def _start_embedded(settings: "Settings") -> None:
     server = SubprocessASGIServer()
     if server.running:  # Prefect has already started it for a flow of this process
         return
-    from importlib.metadata import version
-
-    own = not _user_has_chosen_a_database(settings)
-    folder = cache_folder() / f"prefect-{version('prefect')}" if own else Path(settings.home).expanduser()
+    folder, own = home_of_server(settings)
     limit = settings.server.ephemeral.startup_timeout_seconds
     try:
         with ServerHome(folder, own, limit) as home:
@@ -253,21 +274,6 @@ def _why_it_ended(home: ServerHome, before: int, own: bool) -> str:
     else:
         advice = _log_advice()
     return f"Prefect's embedded server did not start ({reason}). {advice}"
-
-
-def _in_one_line(error: BaseException) -> BaseException:
-    """Return ``error``; for settings that Prefect refuses, an error that names them without their values."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return error
-    wrong = "; ".join(
-        ": ".join(filter(None, [".".join(map(str, each["loc"])), each["msg"]])) for each in error.errors()
-    )
-    return ConnectionError(
-        f"Prefect cannot read its settings ({wrong}). Correct the variables PREFECT_..., the active Prefect profile or "
-        "prefect.toml."
-    )
 
 
 def _log_advice() -> str:

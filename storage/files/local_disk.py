@@ -68,6 +68,17 @@ def link_file(source: str, target: str) -> None:
     _sync_directory(os.path.dirname(target))
 
 
+def drop_from_cache(path: str, offset: int, length: int) -> None:
+    """Remove a range of a file from the system's cache, so that the next read comes from the disk."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def explaining_refusals(path: str, written: int = 0, wanted: int = 0) -> Iterator[None]:
     """Within the block, replace errors of a full or read-only disk by errors with sizes and advice.

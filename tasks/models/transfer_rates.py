@@ -13,6 +13,7 @@ from xxhash import xxh3_128_digest
 from layerwise.display.byte_size import size
 from layerwise.models.nan_check import is_finite
 from layerwise.storage.files.filesystem import is_local
+from layerwise.storage.files.local_disk import drop_from_cache
 from layerwise.storage.files.reading import PIECE, WINDOW, read_exactly
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.models.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def _read_rates(place: Place, index: CheckpointIndex) -> tuple[float | None, flo
             fs, path = place(tensor.file)
             offset, part = tensor.entry.offset + start, buffer[:length]
             if is_local(fs):
-                _forget(path, offset, length)
+                drop_from_cache(path, offset, length)  # a large model does not fit into it
             began = time.perf_counter()
             read_exactly(fs, path, offset, part)
             xxh3_128_digest(part)
@@ -107,17 +108,6 @@ def _pieces(index: CheckpointIndex, longest: int) -> Iterator[tuple[IndexedTenso
             length = min(limit, tensor.entry.nbytes - start)
             yield tensor, start, length
             start, limit = start + length, longest
-
-
-def _forget(path: str, offset: int, length: int) -> None:
-    """Remove a range of a local file from the system's cache: a large model does not fit into it."""
-    if not hasattr(os, "posix_fadvise"):  # macOS
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def _store_rates(store: ArtifactStore) -> tuple[float | None, float | None, tuple[str, ...]]:

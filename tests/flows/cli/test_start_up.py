@@ -38,7 +38,7 @@ def imported_by(pytestconfig):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("ls", "gc", "bench"))]
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("ls", "gc", "bench", "doctor"))]
 )
 def test_help_of_commands_without_settings_imports_nothing_heavy(imported_by, arguments):
     assert imported_by(*arguments) == []
