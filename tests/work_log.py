@@ -11,12 +11,11 @@ STAGES = (
     "allocate",
     "branch",
     "select",
+    "evaluate",  # in the pass of the export, which ends a little later
     "export",
-    "evaluate",
     "report",
 )
-# With recovery, the test comes before the export.
-RECOVERING_STAGES = (*STAGES[:-3], "recover", "evaluate", "export", "report")
+RECOVERING_STAGES = (*STAGES[:-3], "recover", *STAGES[-3:])
 START, END = "start", "end"  # names for kills before and after all stages
 STAGE_OF_TITLE = {"import": "import_checkpoint"}  # titles of progress that differ from the task's name
 FINISHED = re.compile(r"INFO prefect\.task_runs (?P<stage>\w+) Finished in state Completed\(\)")
