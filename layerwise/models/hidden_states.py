@@ -56,10 +56,13 @@ class HiddenStatesRoom:
         if size <= self._left_on_device:
             self._left_on_device -= size
             return torch.empty(shape, dtype=dtype, device=self._device)
+        pinned = 1 << max(size - 1, 0).bit_length()  # torch rounds pinned memory up to a power of two
+        if self._device.type == "cuda" and pinned <= self._left:
+            self._left -= pinned
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # copied several times as fast
         if size <= self._left:
             self._left -= size
-            # CUDA copies from and to pinned memory several times as fast.
-            return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+            return torch.empty(shape, dtype=dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
         descriptor, path = tempfile.mkstemp(prefix="hidden_states-", dir=self._folder)
         try:
