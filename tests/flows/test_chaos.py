@@ -15,5 +15,6 @@ def test_after_thirty_kills_every_artifact_is_that_of_an_undisturbed_search(
     print(report)
     assert report.problems == []
     assert report.kills.total() == 30
-    assert set(report.kills) >= {"import_checkpoint", "capture", "branch", "recover", "export", "evaluate"}
+    # "evaluate" is also the export, which is written in the same pass.
+    assert set(report.kills) >= {"import_checkpoint", "capture", "branch", "recover", "evaluate"}
     assert report.pieces <= report.needed + 30
