@@ -138,7 +138,8 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
-    on_device = min(states, _device_states(runtime))
+    lane = sizes.of(most).lane
+    on_device = min(states, _device_states(runtime) // lane * lane)  # whole lanes
     if on_device:
         device_memory = {**device_memory, "hidden states": on_device}
     return Plan(
@@ -247,7 +248,10 @@ def _device_states(runtime: SearchRuntime) -> int:
         return int(runtime.device_memory_gib * 2**30)
     if kind != "cuda" or not torch.cuda.is_available():
         return 0  # a plan for another machine
-    return free_bytes(torch.device(runtime.device_name)) // 2
+    try:
+        return free_bytes(torch.device(runtime.device_name)) // 2
+    except (RuntimeError, AssertionError):  # such as cuda:1 of a machine with one GPU
+        return 0
 
 
 def _devices(runtime: SearchRuntime) -> int:

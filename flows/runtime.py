@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from layerwise.flows.setting_types import BareUrl, Settings
@@ -88,6 +88,16 @@ class Runtime(Settings):
     def hidden_states_bytes(self) -> int:
         """Memory for hidden states, in bytes."""
         return int(self.hidden_states_gib * 2**30)
+
+    @field_validator("layer_cache", mode="before")
+    @classmethod
+    def _a_local_folder(cls, value: Any) -> Any:
+        if isinstance(value, str) and (not value.strip() or "://" in value):
+            kind = "a URL" if value.strip() else "empty"  # a URL may hold credentials
+            raise ValueError(
+                f"layer_cache is {kind}; give a folder on a local disk, such as /nvme/layers, or leave it out."
+            )
+        return value
 
     @model_validator(mode="after")
     def _size_needs_layer_cache(self) -> "Runtime":

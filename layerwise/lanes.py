@@ -316,7 +316,7 @@ class LaneGroup:
             if not len(reference):
                 continue
             if dense is None:
-                energy = energy + squared_norm(output.to(states.dtype))
+                energy = energy + squared_norm(output.to(states.dtype).contiguous())
             else:
                 error += squared_norm(output.float() - batches(reference)[number].to(device).float())
         parts = None

@@ -3,22 +3,24 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from xxhash import xxh3_128_hexdigest
 
 from layerwise.storage.files.filesystem import is_local
-from layerwise.storage.files.local_disk import FULL
 
 logger = logging.getLogger(__name__)
 
 SHARE_OF_DISK = 0.9  # of the free space at the start, if no size is given
 TEMPORARY = ".part"
+OWN_FILE = re.compile(rf"[0-9a-f]{{32}}({re.escape(TEMPORARY)})?")  # all other files are left alone
 ABANDONED = 24 * 3600  # seconds after which a temporary file belongs to a process that has died
 SCAN_INTERVAL = 10  # seconds between looks at what other processes have added
 
@@ -28,7 +30,7 @@ class LayerCache:
 
     When the cache is full, it deletes tensors that this process has not used, the least recently used first, and then
     keeps no more: every pass reads the layers in the same order, so replacing layers by later ones would leave nothing
-    for the next pass.
+    for the next pass. After an error of the disk, the cache is not used any more: tensors are read from their source.
 
     Args:
         folder: created if it does not exist.
@@ -40,23 +42,31 @@ class LayerCache:
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{uuid.uuid4().hex}{TEMPORARY}"
-        probe.touch()  # an error now, instead of at the first layer
-        probe.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f"{uuid.uuid4().hex}{TEMPORARY}"
+            probe.touch()  # an error now, instead of at the first layer
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the layer cache {folder} cannot be written ({error.strerror}). Give a folder on a local disk that you "
+                "may write to, or leave the layer cache out.",
+            ) from error
         self._device = folder.stat().st_dev
         self._used: set[str] = set()  # digests of tensors that this process has read or added
-        self._is_full_said = False
+        self._is_full_said = self._has_failed = False
         self._scanned = 0.0
-        self._others: list[
-            tuple[float, int, Path]
-        ] = []  # last use, size and path of tensors that may be deleted
+        # Last use, size and path of tensors that may be deleted.
+        self._others: list[tuple[float, int, Path]] = []
         self._kept = self._scan()
         free = shutil.disk_usage(folder).free
         self.size = int(SHARE_OF_DISK * (free + self._kept)) if size is None else size
 
     def serves(self, fs: AbstractFileSystem, path: str) -> bool:
         """Return whether a file of tensors is worth caching: not if it is on the same disk as the cache."""
+        if self._has_failed:
+            return False
         if not is_local(fs):
             return True
         return os.stat(fs._strip_protocol(path)).st_dev != self._device
@@ -72,14 +82,17 @@ class LayerCache:
                 done = 0
                 while done < len(into) and (count := file.readinto(into[done:])):
                     done += count
+            if done < len(into) or xxh3_128_hexdigest(into) != digest:
+                logger.warning("%s is damaged; it is deleted, and the tensor is read from its source", path)
+                path.unlink(missing_ok=True)
+                return False
         except FileNotFoundError:
             return False
-        if done < len(into) or xxh3_128_hexdigest(into) != digest:
-            logger.warning("%s is damaged; it is deleted, and the tensor is read from its source", path)
-            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(error)
             return False
         self._used.add(digest)
-        with contextlib.suppress(FileNotFoundError):  # another process has just deleted it to make room
+        with contextlib.suppress(OSError):  # deleted by another process, or owned by another user
             os.utime(path)
         return True
 
@@ -92,14 +105,31 @@ class LayerCache:
     @contextlib.contextmanager
     def receiving(self, nbytes: int) -> Iterator["Arriving"]:
         """Yield a file for a tensor of ``nbytes`` whose digest is not known yet. It is dropped unless it is kept."""
-        arriving = Arriving(self.folder if self._has_room(nbytes) else None)
+        arriving = Arriving()
+        try:
+            if not self._has_failed and self._has_room(nbytes):
+                arriving.open(self.folder)
+        except OSError as error:
+            self._fail(error)
         try:
             yield arriving
         finally:
             arriving.close()
+        if arriving.error is not None:
+            self._fail(arriving.error)
         if arriving.kept is not None:
             self._kept += nbytes
             self._used.add(arriving.kept)
+
+    def _fail(self, error: OSError) -> None:
+        """Stop using the cache: the source has everything."""
+        if not self._has_failed:
+            logger.warning(
+                "the layer cache %s is not used any more (%s); layers are read from their source",
+                self.folder,
+                error,
+            )
+        self._has_failed = True
 
     def _has_room(self, nbytes: int) -> bool:
         if time.monotonic() - self._scanned > SCAN_INTERVAL:
@@ -126,6 +156,8 @@ class LayerCache:
         """Return the size of the kept tensors in bytes; note those that may be deleted, and delete abandoned files."""
         kept, self._others, self._scanned = 0, [], time.monotonic()
         for entry in os.scandir(self.folder):
+            if not OWN_FILE.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
             with contextlib.suppress(FileNotFoundError):  # deleted by another process
                 found = entry.stat()
                 if not entry.name.endswith(TEMPORARY):
@@ -138,17 +170,21 @@ class LayerCache:
 
 
 class Arriving:
-    """A tensor on its way into the cache. A full disk drops it.
+    """A tensor on its way into the cache. An error of the disk drops it.
 
     Attributes:
         kept: its digest, once it is kept.
+        error: the error that dropped it; None if there was none.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self) -> None:
         self.kept: str | None = None
-        self._file = None
-        if folder is not None:
-            self._file = (folder / f"{uuid.uuid4().hex}{TEMPORARY}").open("xb", buffering=0)
+        self.error: OSError | None = None
+        self._file: FileIO | None = None
+
+    def open(self, folder: Path) -> None:
+        """Begin a file; without it, nothing is kept."""
+        self._file = (folder / f"{uuid.uuid4().hex}{TEMPORARY}").open("xb", buffering=0)
 
     def write(self, piece: memoryview) -> None:
         """Append bytes."""
@@ -157,23 +193,31 @@ class Arriving:
             try:
                 rest = rest[self._file.write(rest) :]
             except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                logger.warning("%s: the disk of the layer cache is full", self._file.name)
-                self.close()
+                self._drop(error)
 
     def keep(self, digest: str) -> None:
         """Keep the tensor under the digest of all bytes written."""
         if self._file is None:
             return
         path = Path(self._file.name)
-        path.rename(path.with_name(digest))
-        self._file.close()
-        self._file, self.kept = None, digest
+        try:
+            path.rename(path.with_name(digest))
+            self._file.close()
+        except OSError as error:
+            self._drop(error)
+        else:
+            self._file, self.kept = None, digest
 
     def close(self) -> None:
         """Drop the tensor unless it was kept."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
             self._file.close()
+        with contextlib.suppress(OSError):
             Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
+        self._file = None
+
+    def _drop(self, error: OSError) -> None:
+        self.error = error
+        self.close()

@@ -305,8 +305,11 @@ def _run_beside(beside: Callable[[LayerWatch], object], follow: LayerWatch) -> N
 
     with suppress(_Failed):
         beside(watch)
-    if failure is not None:
-        raise failure
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        failure = None  # its traceback refers to this frame, and to the memory of the other stage
 
 
 class _Failed(Exception):

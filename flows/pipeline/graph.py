@@ -539,7 +539,9 @@ def _evaluate(
     before, plans = scored.captured, (scored.uniform.plan, scored.best.plan)
     keys = [artifact.key for artifact in _recovered_plans(store, scored, execution)]
     inputs = before.inputs("test"), *plans, before.linears, before.pruning, execution
-    return evaluate(store, *inputs, keys, watch)
+    # Within the export, whose retries repeat both.
+    task = evaluate if watch is None else evaluate.with_options(retries=0)
+    return task(store, *inputs, keys, watch)
 
 
 def run(steps: Steps[Result], answer: Callable[[Step], Answer]) -> Result:

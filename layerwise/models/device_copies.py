@@ -13,7 +13,7 @@ class DeviceCopies:
         device: device of the computation.
 
     Attributes:
-        in_background: whether ``begin`` copies, so that it belongs into the thread that reads. Its tensors should then be in
+        in_background: whether ``begin`` copies, so that it belongs in the thread that reads. Its tensors should then be in
             pinned memory, and may be overwritten as soon as it returns.
     """
 

@@ -84,7 +84,8 @@ class Checkpoint:
         """Read the decoder layers from ``first`` on; the next layer is read in the background while the caller works.
 
         Two buffers are used alternately, so tensors are valid only until the next layer is requested. Closing the
-        iterator early ends the background thread. For CUDA, the background thread also copies the next layer to the device.
+        iterator early ends the background thread. For CUDA, this thread also copies the next layer to the device, through
+        one buffer of pinned memory.
 
         Yields:
             Tensors by their name inside the layer, in the dtype of the source, on ``device``.

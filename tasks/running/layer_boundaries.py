@@ -72,9 +72,14 @@ def boundaries(
 
         try:
             yield reached
-        except Stopped:  # by the boundary of another stage that shares this stage's pass over the layers
-            if reached_step > committed_step:
-                commit()
+        except (
+            Stopped
+        ) as stopped:  # by the boundary of another stage that shares this stage's pass over the layers
+            try:
+                if reached_step > committed_step:
+                    commit()
+            except Exception as error:  # must not hide the request to stop, which is cleared
+                raise stopped from error
             raise
         if asked_to_stop() and reached_step > committed_step:
             commit()

@@ -167,5 +167,6 @@ def _memory() -> str:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return text
-    free, total = torch.cuda.mem_get_info()
+    device = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)  # the one in use
+    free, total = torch.cuda.mem_get_info(device)
     return f"{text}; device {size_in('GiB', total - free, 1)} of {size_in('GiB', total, 1)}"

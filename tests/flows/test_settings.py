@@ -71,6 +71,10 @@ def test_a_search_that_means_nothing_is_refused_by_the_name_of_its_field(changes
         ({"boundary_minutes": 0}, "boundary_minutes"),
         ({"boundary_layers": 0}, "boundary_layers"),
         ({"devise": "cpu"}, "devise"),
+        ({"layer_cache": ""}, "layer_cache is empty"),
+        ({"layer_cache": "s3://key:SECRET@bucket/layers"}, "layer_cache is a URL; give a folder"),
+        ({"layer_cache_gib": 5}, "layer_cache_gib is 5, but there is no layer_cache"),
+        ({"device_memory_gib": -1}, "device_memory_gib"),
     ],
 )
 def test_a_runtime_that_means_nothing_is_refused_by_the_name_of_its_field(changes, named):

@@ -1,8 +1,10 @@
 """The layer cache: what it keeps, what it gives up, and damage."""
 
 import os
+import shutil
 import time
 
+import fsspec
 import pytest
 from xxhash import xxh3_128_hexdigest
 
@@ -81,15 +83,48 @@ def test_an_interrupted_tensor_is_dropped_and_those_of_dead_processes_are_delete
     with pytest.raises(KeyboardInterrupt):
         receive()
     assert list(tmp_path.iterdir()) == []
-    of_living, of_dead = tmp_path / "a.part", tmp_path / "b.part"
+    of_living, of_dead = tmp_path / f"{'a' * 32}.part", tmp_path / f"{'b' * 32}.part"
     of_living.touch()
     of_dead.touch()
     os.utime(of_dead, times=(time.time() - ABANDONED - 1,) * 2)
     LayerCache(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.part"]
+    assert list(tmp_path.iterdir()) == [of_living]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         LayerCache(tmp_path / "file" / "cache")
+
+
+def test_files_that_are_not_of_the_cache_are_left_alone(tmp_path):
+    foreign = [tmp_path / "thesis.txt", tmp_path / "old.part", tmp_path / ("c" * 31)]
+    for path in foreign:
+        path.write_bytes(bytes(1000))
+        os.utime(path, times=(0, 0))
+    (tmp_path / ("d" * 32)).mkdir()
+    (tmp_path / ("e" * 32)).symlink_to(foreign[0])
+    cache = LayerCache(tmp_path, 150)
+    add(cache, 1)
+    cache = LayerCache(tmp_path, 150)
+    add(cache, 2)
+    assert kept(cache, 1, 2) == [2]
+    assert all(path.exists() for path in foreign)
+
+
+@pytest.mark.parametrize("moment", ["before", "while a tensor arrives"])
+def test_after_an_error_of_the_disk_the_cache_is_not_used(tmp_path, moment, caplog):
+    cache = LayerCache(tmp_path / "cache")
+    if moment == "before":
+        shutil.rmtree(tmp_path / "cache")
+        add(cache, 1)
+    else:
+        with cache.receiving(100) as arriving:
+            arriving.write(memoryview(bytes(100)))
+            shutil.rmtree(tmp_path / "cache")
+            arriving.keep(tensor(0)[0])
+    assert "is not used any more" in caplog.text
+    assert not cache.serves(fsspec.filesystem("memory"), "/x")
+    add(cache, 2)
+    assert kept(cache, 1, 2) == []
+    assert not (tmp_path / "cache").exists()
