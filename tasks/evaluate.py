@@ -111,6 +111,8 @@ def evaluate(
                 *(replace(lane, recovered=read) for lane, read in zip(planned, layers, strict=True)),
                 *planned,
             ]
+        if watch is not None:
+            title = f"{title}; the export is written in the same pass"
         scored, pruning = _scored_inputs(inputs, settings), settings.one_shot
         result = advance_group(store, draft, scored, planned, pruning, execution, title, LOCAL_WINDOWS, watch)
         lanes = range(len(plans) + 1)

@@ -433,7 +433,8 @@ def test_ctrl_c_ends_a_search_with_its_processes_and_prints_how_to_resume(start,
 def test_a_first_search_with_the_embedded_server_shows_progress_and_the_result(first_search, finished):
     store, done = first_search()
     assert done.code == 0, done.err
-    for stage in ("capture: dense model", "branch: 3 betas", "export: pruned checkpoint"):
+    last = "evaluate: dense, uniform and best on the test windows; the export is written in the same pass"
+    for stage in ("capture: dense model", "branch: 3 betas", last):
         assert re.search(rf"^{stage}.*: layer 3 of 3, 0 s left, \d+\.\d GiB$", done.err, re.MULTILINE)
     assert {line.rpartition(",")[2].strip()[-3:] for line in done.err.splitlines()} == {"GiB"}
     assert finished[0].selection.verdict in done.out
