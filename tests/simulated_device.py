@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "sim"
-_setup_privateuseone_for_python_backend(NAME)
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks a backend for; also in tests on the CPU that run after this module was imported."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
 # Operations that accept a tensor of the CPU beside one of the device: copies, and indices.

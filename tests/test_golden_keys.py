@@ -152,7 +152,7 @@ def keys() -> dict[str, str]:
             score,
             uniform,
             refit,
-            RecoveredExport(artifact("recovered", 11), artifact("evaluate", 10), selection),
+            RecoveredExport(artifact("recovered", 11), artifact("evaluate", 10).key, selection),
         ),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),

@@ -21,9 +21,9 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 
 read, passes = Checkpoint.layers, []
 
-def layers(checkpoint, first=0):
+def layers(checkpoint, first=0, *device):
     passes.append(first)
-    for index, layer in enumerate(read(checkpoint, first), first):
+    for index, layer in enumerate(read(checkpoint, first, *device), first):
         if len(passes) == 2 and index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         yield layer

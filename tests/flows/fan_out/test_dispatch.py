@@ -313,8 +313,7 @@ def test_three_groups_on_two_machines_build_the_same_artifacts_as_one_process(
     for runs, kind in (
         (captures, "capture, layer"),
         *((group, "branch, layer") for group in groups_of(branches).values()),
-        (evaluations, "export, layer"),
-        (evaluations, "evaluate, layer"),
+        (evaluations, "evaluate, layer"),  # and the export, in the same pass
     ):
         assert [log.work[kind] for log in logs_of(runs, workers)] == [NEEDED]
     pids = {pid_of(run) for run in branches}
