@@ -30,6 +30,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from tests.benchmarks.memory_by_depth import memory
+
 FICLONE = 0x40049409  # ioctl of Linux: let a file share the blocks of another
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # flags of fallocate
 HEADER = 16384  # bytes of a shard's header: a multiple of the block size
@@ -247,13 +249,6 @@ def bytes_read() -> int:
     found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
     assert found, "/proc/self/io has rchar"
     return int(found[1])
-
-
-def memory(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"/proc/self/status has {field}"
-    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":
