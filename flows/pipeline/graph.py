@@ -512,8 +512,7 @@ def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution
     The test of the search, if it is missing, runs in the same pass over the weights.
     """
     before, recovery = scored.captured, None
-    tested = _recovered_plans(store, scored, execution)
-    test = _test_stage(scored, tested)
+    test = _test_stage(scored, _recovered_plans(store, scored, execution))
     if before.pruning.recover is not None:
         (recovered,) = _recover(store, scored, [lane.plan], execution)
         recovery = RecoveredExport(recovered, test.key, before.windows["test"])

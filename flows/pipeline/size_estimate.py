@@ -188,12 +188,12 @@ class SearchSizes:
                 max(self.linears, key=lambda layer: sum(each.numel for each in layer)),
                 itemsize,
             )
+        # The test runs in the same pass, so the export has a layer of its own.
+        exporting = {"layer being exported": largest} if self.settings.export else {}
         computing = {
             "layer in use": largest + cast + restored,
             **({} if on_cpu else {"next layer": largest}),
-            **(
-                {"layer being exported": largest} if self.settings.export else {}
-            ),  # in the same pass as the test
+            **exporting,
             **pruning,
             **recovery,
             "embeddings and head": self.index.outer_bytes,

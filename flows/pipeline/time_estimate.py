@@ -21,7 +21,7 @@ from layerwise.tasks.running.execution import Execution
 
 # A refitted lane in plain lanes of as many windows, with its calibration windows, those of the dense model, and the windows
 # that it is scored on (docs/figures.md#recovery).
-REFITTED_LANES = 6.2
+REFITTED_LANES = 5.8
 # Passes of a window and an epoch of training: the target, forward, backward (two), and the steps of Adam.
 TRAINING_PASSES = 5
 MOST_MEASURED_LANES = 8  # masks of more lanes take a little longer to rank

@@ -82,6 +82,16 @@ def test_a_resume_point_is_committed_before_the_stop(local_store):
     assert again.resumed.step == 2
 
 
+read_layers = Checkpoint.layers
+
+
+def with_a_signal_in_the_second_layer(checkpoint, first=0, *device):
+    for index, layer in enumerate(read_layers(checkpoint, first, *device), first):
+        if index == 1:
+            terminate()
+        yield layer
+
+
 STAGES = {
     "capture": lambda run: run.capture(),
     "branch": lambda run: run.branch(0.25)[0].artifact,
@@ -98,14 +108,6 @@ def test_every_stage_stops_after_its_layer_and_resumes_with_the_next(
     before = {"capture": [], "branch": ["capture"], "export": ["branch"], "evaluate": ["branch"]}
     for each in before[stage]:
         STAGES[each](run)
-    read = Checkpoint.layers
-
-    def with_a_signal_in_the_second_layer(checkpoint, first=0, *device):
-        for index, layer in enumerate(read(checkpoint, first, *device), first):
-            if index == 1:
-                terminate()
-            yield layer
-
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "layers", with_a_signal_in_the_second_layer)
         with pytest.raises(Stopped):
@@ -115,7 +117,7 @@ def test_every_stage_stops_after_its_layer_and_resumes_with_the_next(
     resumed = STAGES[stage](run)
     assert "resumed from layer 2 of 3, saved " in capsys.readouterr().err
     if stage == "export":
-        (last,) = read(run.checkpoint, 2)
+        (last,) = read_layers(run.checkpoint, 2)
         assert run.checkpoint.bytes_read - read_before == 2 * sum(weight.nbytes for weight in last.values())
     else:
         assert computed_layers == [2]
@@ -128,14 +130,6 @@ def test_an_export_and_the_test_in_one_pass_stop_and_resume_together(
 ):
     run = small_run()
     lanes = run.branch(0.0, 0.25)
-    read = Checkpoint.layers
-
-    def with_a_signal_in_the_second_layer(checkpoint, first=0, *device):
-        for index, layer in enumerate(read(checkpoint, first, *device), first):
-            if index == 1:
-                terminate()
-            yield layer
-
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "layers", with_a_signal_in_the_second_layer)
         with pytest.raises(Stopped):
@@ -144,7 +138,7 @@ def test_an_export_and_the_test_in_one_pass_stop_and_resume_together(
     read_before = run.checkpoint.bytes_read
     exported, tested = run.export_and_test(*lanes)
     assert computed_layers == [1, 2]  # the export stopped before the test computed the second layer
-    layers = [sum(weight.nbytes for weight in layer.values()) for layer in read(run.checkpoint)]
+    layers = [sum(weight.nbytes for weight in layer.values()) for layer in read_layers(run.checkpoint)]
     undisturbed = small_run(run.folder, another_store())
     assert undisturbed.export_and_test(*undisturbed.branch(0.0, 0.25))[0].content == exported.content
     assert undisturbed.evaluate(0.0, 0.25).content == tested.content
