@@ -18,7 +18,6 @@ from layerwise.storage.files.reading import READ_MEMORY
 from layerwise.storage.files.s3_upload import UPLOAD_MEMORY
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import windows_title
-from layerwise.tasks.running.execution import free_bytes
 
 IN_STORE = "in the store"
 
@@ -108,7 +107,7 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     index, linears, windows = found.inputs.index, found.inputs.linears, found.inputs.texts.windows
     lanes = found.next_lanes
     request, plans = lanes.step.request, lanes.step.plans
-    sizes = SearchSizes(settings, index, linears, settings.dtype_for(index.dtype), len(plans), windows)
+    sizes = found.inputs.sizes(settings, len(plans))
     workers = _workers(runtime)
     groups = lane_groups(store, lanes, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
@@ -138,6 +137,10 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
+    try:
+        sizes.require_device(runtime.execution().torch_device)
+    except ValueError as error:  # also for a device that is not here, whose memory is unknown
+        notes.append(f"On this machine: {error}")
     lane = sizes.of(most).lane
     on_device = min(states, _device_states(runtime) // lane * lane)  # whole lanes
     if on_device:
@@ -239,19 +242,11 @@ def _seconds_of_lanes(
 
 def _device_states(runtime: SearchRuntime) -> int:
     """Return the bytes of hidden states that the device takes; 0 if it is the CPU, or unknown."""
-    import torch
-
-    kind = runtime.device_name.partition(":")[0]
-    if kind == "cpu":
-        return 0
-    if runtime.device_memory_gib is not None:
-        return int(runtime.device_memory_gib * 2**30)
-    if kind != "cuda" or not torch.cuda.is_available():
-        return 0  # a plan for another machine
     try:
-        return free_bytes(torch.device(runtime.device_name)) // 2
-    except (RuntimeError, AssertionError):  # such as cuda:1 of a machine with one GPU
-        return 0
+        return runtime.execution().most_device_states_bytes
+    except ValueError:  # a plan for another machine
+        given = runtime.device_memory_gib
+        return 0 if given is None else int(given * 2**30)
 
 
 def _devices(runtime: SearchRuntime) -> int:

@@ -1,11 +1,13 @@
-"""A simulated accelerator: placement of tensors, traffic and waiting can be tested on a machine without one.
+"""A simulated accelerator: placement of tensors, traffic, waiting and memory can be tested on a machine without one.
 
 Tensors on the device ``sim:0`` are computed by the CPU. As with CUDA, an operation on tensors of two devices fails.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +24,14 @@ class _Backend(_DummyBackendModule):
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+    def mem_get_info(self, device: object = None) -> tuple[int, int]:
+        return _current.total - _current.used, _current.total
+
+    def memory_allocated(self, device: object = None) -> int:
+        return _current.used
+
+    memory_reserved = memory_allocated
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
@@ -47,11 +57,41 @@ class Traffic:
         to_device: bytes copied to it.
         to_host: bytes copied from it.
         waits: number of times that the CPU waited for it.
+        used, peak: bytes of its tensors now, and at most. Temporary memory within an operation is not counted.
+        total: bytes of its memory.
     """
 
     to_device: int = 0
     to_host: int = 0
     waits: int = 0
+    used: int = 0
+    peak: int = 0
+    total: int = 1 << 40
+    storages: Counter[int] = field(default_factory=Counter)  # tensors by the address of their memory
+
+    def restart(self) -> None:
+        """Count anew from here."""
+        self.to_device = self.to_host = self.waits = 0
+        self.peak = self.used
+
+    def hold(self, tensor: "OnDevice") -> None:
+        """Count the memory of a tensor until its last view is gone."""
+        storage = tensor.values.untyped_storage()
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        if not self.storages[address]:
+            if self.used + nbytes > self.total:
+                raise torch.OutOfMemoryError(
+                    f"{NAME}: {nbytes} bytes, of {self.total} are {self.used} in use"
+                )
+            self.used += nbytes
+            self.peak = max(self.peak, self.used)
+        self.storages[address] += 1
+        weakref.finalize(tensor, self._drop, address, nbytes).atexit = False
+
+    def _drop(self, address: int, nbytes: int) -> None:
+        self.storages[address] -= 1
+        if not self.storages[address]:
+            self.used -= nbytes
 
 
 class OnDevice(Tensor):
@@ -66,6 +106,7 @@ class OnDevice(Tensor):
             cls, values.shape, dtype=values.dtype, device=DEVICE, **layout
         )
         made.values = values
+        _current.hold(made)
         return made
 
     def __init__(self, values: Tensor) -> None:

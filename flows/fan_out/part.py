@@ -9,7 +9,6 @@ from prefect.client.schemas.objects import FlowRun
 from layerwise.flows.fan_out.lane_groups import lane_groups
 from layerwise.flows.pipeline.lookup import FoundSearch, NextLanes, look_up
 from layerwise.flows.pipeline.search_strategy import LaneRequest
-from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.formats.canonical_json import digest
@@ -81,9 +80,7 @@ class SearchParts:
             if left.intersection(group) and not any(lane in other for other in kept for lane in group):
                 kept.append(group)
                 left -= set(group)
-        index, windows = found.inputs.index, found.inputs.texts.windows
-        dtype = self.settings.dtype_for(index.dtype)
-        sizes = SearchSizes(self.settings, index, found.inputs.linears, dtype, len(lanes.step.plans), windows)
+        sizes = found.inputs.sizes(self.settings, len(lanes.step.plans))
         to_start = replace(lanes, missing=sorted(left))
         groups = kept + lane_groups(self.store, to_start, sizes.of(lanes.step.request), self.runtime, workers)
         return [

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.search_strategy import first_lanes
+from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
@@ -41,16 +44,26 @@ class SearchInputs:
     linears: Sequence[Sequence[Linear]]
     texts: Texts
 
+    def sizes(self, settings: Search, plans: int) -> SearchSizes:
+        """Return the sizes of a search with this number of plans."""
+        dtype = settings.dtype_for(self.index.dtype)
+        return SearchSizes(settings, self.index, self.linears, dtype, plans, self.texts.windows)
+
 
 @stage_task(name="check_inputs", about=lambda settings, **_: title_of(settings.model))
-def check_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
+def check_inputs(store: ArtifactStore, settings: Search, device: torch.device | None = None) -> SearchInputs:
     """Check the model and the texts before the model is imported, and store the token counts.
 
+    Args:
+        device: device that the search is computed on; None if this process computes nothing.
+
     Raises:
-        ValueError: see ``inspect_inputs``.
+        ValueError: a layer does not fit on the device; or see ``inspect_inputs``.
         OSError: see ``inspect_inputs``.
     """
     inputs = inspect_inputs(store, settings)
+    if device is not None:
+        inputs.sizes(settings, len(expected_plans(settings, inputs.linears))).require_device(device)
     inputs.texts.keep(store)
     return inputs
 

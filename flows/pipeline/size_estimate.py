@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from transformers import PretrainedConfig
 
 from layerwise.calibration.upper_triangle import panel_entries
@@ -20,6 +21,7 @@ from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.tasks.capture import SAMPLED_WINDOWS
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
 from layerwise.tasks.models.streamed import DTYPES, layer_sizes_of
+from layerwise.tasks.running.execution import device_memory
 from layerwise.tasks.sources.model_config import config_from_document
 from layerwise.tasks.texts.documents import Role
 
@@ -165,8 +167,7 @@ class SearchSizes:
         restored = weights * itemsize if self.settings.calibration_mode == "sequential" else 0
         reading = {"layer arriving": largest}
         if isinstance(self.settings.pruner, MaskPruner):
-            # One byte per weight, and the weights being ranked.
-            pruning = {"order of removal": weights + self.ranking}
+            pruning, step = {"order of removal": weights}, ("ranking", self.ranking)  # one byte per weight
         else:
             # Every lane starts from the layer's dense weights, and has a mask of one byte per weight.
             stored = DTYPES[self.index.dtype].itemsize
@@ -175,19 +176,17 @@ class SearchSizes:
                 for layer in self.linears
                 for linear in layer
             )
-            pruning = {"weights being pruned": largest + weights, "pruning of one linear": one}
+            pruning, step = {"weights being pruned": largest + weights}, ("pruning of one linear", one)
         if self.settings.needs_grams:
             pruning = self.second_moments | pruning
             if not on_cpu:
                 widest = max(linear.in_features for layer in self.linears for linear in layer)
                 reading["second moments arriving"] = 4 * widest**2
-        recovery = {}
         if self.settings.recover is not None:
-            recovery["recovery"] = recovery_bytes(
-                self.settings.recover,
-                max(self.linears, key=lambda layer: sum(each.numel for each in layer)),
-                itemsize,
-            )
+            widest_layer = max(self.linears, key=lambda layer: sum(each.numel for each in layer))
+            # A layer is recovered after it is pruned.
+            recovery = "recovery", recovery_bytes(self.settings.recover, widest_layer, itemsize)
+            step = max(step, recovery, key=lambda each: each[1])
         # The test runs in the same pass, so the export has a layer of its own.
         exporting = {"layer being exported": largest} if self.settings.export else {}
         computing = {
@@ -195,8 +194,25 @@ class SearchSizes:
             **({} if on_cpu else {"next layer": largest}),
             **exporting,
             **pruning,
-            **recovery,
+            **dict([step]),
             "embeddings and head": self.index.outer_bytes,
             "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
         }
         return (computing | reading, {}) if on_cpu else (reading, computing)
+
+    def require_device(self, device: torch.device) -> None:
+        """Refuse a search whose layers are too large for a device, even with no hidden states on it.
+
+        Raises:
+            ValueError: the device has too little memory; the message lists what needs it.
+        """
+        memory = device_memory(device)
+        _, needed = self.memory(device.type)
+        if memory is None or sum(needed.values()) <= memory.total:
+            return
+        parts = ", ".join(f"{name} {size(count)}" for name, count in needed.items() if count)
+        raise ValueError(
+            f"this search needs about {size(sum(needed.values()))} on {device} ({parts}), which has {size(memory.total)}. A "
+            "layer cannot be split over devices: use a device with more memory, the pruner wanda without recovery, which "
+            "needs the least, or --device cpu."
+        )

@@ -9,6 +9,7 @@ import torch
 from layerwise.display.byte_size import size
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.distillation import LOSS_POSITIONS
+from layerwise.tasks.running.execution import device_memory
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 # Tensors of logits in float32 at a time: student, teacher, both log-softmaxes, divergence, gradient.
@@ -92,7 +93,6 @@ def distillation_memory(
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    """Return the bytes that are free on ``device``; those of this machine for a device that does not tell."""
+    memory = device_memory(device)
+    return int(psutil.virtual_memory().available) if memory is None else memory.free

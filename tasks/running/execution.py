@@ -1,5 +1,6 @@
 """Machine-side settings of a run. They do not change results, so they are not part of any key."""
 
+import gc
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,56 @@ class Execution:
     def torch_device(self) -> torch.device:
         return torch.device(self.device)
 
+    @property
+    def most_device_states_bytes(self) -> int:
+        """Maximum size of hidden states on the device, by what is free on it now; 0 on the CPU."""
+        if self.torch_device.type == "cpu":
+            return 0
+        if self.device_states_bytes is not None:
+            return self.device_states_bytes
+        memory = device_memory(self.torch_device)
+        return 0 if memory is None else memory.free // 2
+
     def hidden_states_room(self) -> HiddenStatesRoom:
         """Return an allocator of hidden states for one stage, by what is free on the device now."""
-        device, on_device = self.torch_device, self.device_states_bytes
-        if on_device is None:
-            on_device = free_bytes(device) // 2
-        return HiddenStatesRoom(self.hidden_states_bytes, self.scratch, device, on_device)
+        return HiddenStatesRoom(
+            self.hidden_states_bytes, self.scratch, self.torch_device, self.most_device_states_bytes
+        )
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device; 0 for the CPU, and for a device that does not tell."""
-    if device.type != "cuda":
-        return 0
-    free, _ = torch.cuda.mem_get_info(device)
-    # Memory that torch keeps for later tensors is free for them.
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a device other than the CPU, in bytes.
+
+    Attributes:
+        free: what this process can still use, including what torch keeps for later tensors.
+        taken: what all processes use, including what torch keeps.
+    """
+
+    free: int
+    taken: int
+    total: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """Return the memory of a device; None for the CPU, and for a device that does not tell.
+
+    Raises:
+        RuntimeError: this machine does not have the device.
+    """
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free, total = module.mem_get_info(device)
+    kept = module.memory_reserved(device) - module.memory_allocated(device)
+    return DeviceMemory(free + kept, total - free, total)
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the memory of unreachable tensors, and what torch keeps of it for later tensors on ``device``."""
+    gc.collect()
+    module = torch.get_device_module(device)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()

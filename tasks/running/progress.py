@@ -168,5 +168,8 @@ def _memory() -> str:
     if torch is None or not torch.cuda.is_initialized():
         return text
     device = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)  # the one in use
-    free, total = torch.cuda.mem_get_info(device)
-    return f"{text}; device {size_in('GiB', total - free, 1)} of {size_in('GiB', total, 1)}"
+    from layerwise.tasks.running.execution import device_memory  # imports torch
+
+    memory = device_memory(torch.device("cuda", device))
+    assert memory is not None, "CUDA tells"
+    return f"{text}; device {size_in('GiB', memory.taken, 1)} of {size_in('GiB', memory.total, 1)}"

@@ -8,7 +8,8 @@ the GPU by kind of work, the share of time in which it is idle, TFLOP/s of the m
 device, its peak memory. Before that, a small model is searched in float32 on the CPU and on the device: the losses
 must agree to 1e-3. Exits with 1 if they do not.
 
-``--device cpu --small`` tries the script on a machine without a GPU; it prints times per layer only.
+``--device sim:0 --small --windows 4 --seqlen 128`` tries the script on a simulated device, on a machine without a GPU: it
+prints what crosses to the device and back, how often the CPU waits, and the peak memory.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.texts.token_windows import TOKENS_FILE
 from tests.benchmarks.memory_by_depth import write_model
+from tests.simulated_device import Traffic, simulated_device
 
 BETAS = (0.0, 0.002, 0.004, 0.006, 0.008)
 SPARSITY = 0.7
@@ -67,12 +70,14 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     if arguments.device.startswith("cuda"):
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    agree = equality(arguments)
     widths = {"7B": (8, {}), "70B": (2, SEVENTY)}
     if arguments.small:
         widths = {"small": (3, SMALL)}
-    for name, (layers, sizes) in widths.items():
-        measure(arguments, name, layers, sizes)
+    is_simulated = arguments.device.startswith("sim")
+    with simulated_device() if is_simulated else nullcontext() as traffic:
+        agree = equality(arguments)
+        for name, (layers, sizes) in widths.items():
+            measure(arguments, name, layers, sizes, traffic)
     sys.exit(not agree)
 
 
@@ -91,8 +96,14 @@ def equality(arguments: argparse.Namespace) -> bool:
     return difference < 1e-3
 
 
-def measure(arguments: argparse.Namespace, name: str, layers: int, sizes: dict[str, int]) -> None:
-    """Print the figures of one width."""
+def measure(
+    arguments: argparse.Namespace, name: str, layers: int, sizes: dict[str, int], traffic: Traffic | None
+) -> None:
+    """Print the figures of one width.
+
+    Args:
+        traffic: counters of the simulated device; None for a real one.
+    """
     model = arguments.folder / f"model-{name}"
     write_model(model, layers, **sizes)
     on_cuda = arguments.device.startswith("cuda")
@@ -104,8 +115,10 @@ def measure(arguments: argparse.Namespace, name: str, layers: int, sizes: dict[s
     if on_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    if traffic is not None:
+        traffic.restart()
     began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CUDA] if on_cuda else [ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA]) if on_cuda else nullcontext() as profiled:
         run.branch(captured)
         if on_cuda:
             torch.cuda.synchronize()
@@ -114,6 +127,14 @@ def measure(arguments: argparse.Namespace, name: str, layers: int, sizes: dict[s
         f"{name} width, {layers} layers, {len(BETAS)} lanes of {arguments.windows} windows of {arguments.seqlen}:"
     )
     print(f"  {seconds / layers:.2f} s per layer, {seconds:.1f} s in all")
+    if traffic is not None:
+        layer, waits = run.checkpoint.index.layer_bytes[0], traffic.waits / layers
+        print(
+            f"  to the device {traffic.to_device / layer / layers:.2f} times the weights, {waits:.0f} waits per layer"
+        )
+        print(
+            f"  to the host {traffic.to_host / 1e6:.3f} MB, peak memory {traffic.peak / layer:.1f} times a layer"
+        )
     if not on_cuda:
         return
     by_kind, busy = Counter[str](), []

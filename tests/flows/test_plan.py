@@ -176,7 +176,7 @@ def test_wanda_and_patterns_rank_some_rows_at_a_time_and_magnitude_a_whole_matri
 
     def ranking(**changes):
         plan = plan_search(workshop.settings(**changes), SearchRuntime(store=str(tmp_path)))
-        return plan.memory["order of removal"]
+        return plan.memory["ranking"]
 
     largest = 48 * 32
     assert ranking(pruner=Magnitude()) - ranking(pruner=Wanda()) == 14 * (largest - 100)
