@@ -1,5 +1,6 @@
 """Executor that runs the parts of a search in processes on this machine, each with its own device."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from layerwise.flows.orchestration.embedded_server import lifeline
 from layerwise.flows.orchestration.parent_process import ENDS_WITH_PARENT
 from layerwise.storage.files.credentials import without_secrets
 
+logger = logging.getLogger(__name__)
+
 OUTPUT_SHOWN = 2000  # last characters of the output of a dead process that an error shows
 
 
@@ -47,6 +50,13 @@ class LocalProcesses:
         self.workers = count
         self._client = client
         self._gpus = _gpus() if device in ("auto", "cuda") else []
+        if 0 < len(self._gpus) < count:
+            logger.warning(
+                "%d processes share the memory of %d GPUs, and are not faster than one for each: use --fan-out processes:%d.",
+                count,
+                len(self._gpus),
+                len(self._gpus),
+            )
         self._children: dict[UUID, _Child] = {}
         self._logs = tempfile.TemporaryDirectory(prefix="layerwise-")
 

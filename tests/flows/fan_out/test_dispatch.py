@@ -426,10 +426,14 @@ def test_the_group_of_a_killed_local_process_continues_from_its_last_layer(
     here = Machine(folder / "here", server.url)
     for name in ("PREFECT_HOME", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, here.environment[name])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     runtime = {"store": store.url, "fan_out": "processes:2", "groups": 2, "boundary_layers": 1}
     parent = begin(settings, runtime)
     pid = here.wait_until_said(layer_of_a_group(2), LIMIT).pid
     (process,) = [process for process in here.processes() if process.pid == pid]
+    gpus = {process.environ().get("CUDA_VISIBLE_DEVICES") for process in here.processes()}
+    assert {"4", "7"} <= gpus  # each process has a GPU of its own
     process.kill()
     parent.result(timeout=LIMIT)
     assert contents(store) == contents(undisturbed)
