@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.models.hidden_states import batches
 from layerwise.models.streaming import LOSS_POSITIONS, StreamedModel
@@ -142,19 +142,33 @@ def score_batch(model: StreamedModel, hidden_states: Tensor, batch: Continuation
         positions = (ends[:, None] + torch.arange(-longest, 0)).clamp(min=0)  # (rows, longest)
         rows = torch.arange(start, start + len(asked))[:, None]
         log_probabilities = model.logits(hidden_states[rows, positions]).float().log_softmax(-1)
-        for of_row, row in zip(log_probabilities, asked, strict=True):
-            scores |= {number: _score(of_row, continuation) for number, continuation in row}
+        scores |= _scores(log_probabilities, asked)
     return scores
 
 
-def _score(log_probabilities: Tensor, continuation: Continuation) -> Score:
-    """Score one continuation from the log-probabilities at the last positions of its row.
+def _scores(
+    log_probabilities: Tensor, asked: Sequence[Sequence[tuple[int, Continuation]]]
+) -> dict[int, Score]:
+    """Score continuations from the log-probabilities at the last positions of their rows; read from the device once.
 
     Args:
-        log_probabilities: shape ``(positions, vocab_size)``.
-        continuation: the continuation to score.
+        log_probabilities: shape ``(rows, positions, vocab_size)``.
+        asked: the continuations of each row, and their indices.
     """
-    ours = log_probabilities[-continuation.length :]
-    targets = torch.tensor(continuation.targets, device=ours.device)
-    loss = nn.functional.nll_loss(ours, targets, reduction="sum")
-    return Score(-loss.item(), bool((ours.argmax(-1) == targets).all()))
+    device, longest = log_probabilities.device, log_probabilities.shape[1]
+    numbered = [(row, each) for row, of_row in enumerate(asked) for each in of_row]
+    targets = torch.zeros(len(numbered), longest, dtype=torch.long)
+    padding = torch.ones(len(numbered), longest, dtype=torch.bool)
+    for (_, (_, continuation)), line, padded in zip(numbered, targets, padding, strict=True):
+        line[-continuation.length :] = torch.tensor(continuation.targets)
+        padded[-continuation.length :] = False
+    rows = torch.tensor([row for row, _ in numbered])
+    rows, targets, padding = rows.to(device), targets.to(device), padding.to(device)
+    positions = torch.arange(longest, device=device)
+    of_targets = log_probabilities[rows[:, None], positions, targets].masked_fill_(padding, 0)
+    greedy = (log_probabilities.argmax(-1)[rows] == targets).logical_or_(padding).all(-1)
+    found = torch.stack([of_targets.sum(-1, dtype=torch.float64), greedy.double()], dim=1).cpu().tolist()
+    return {
+        number: Score(log_probability, bool(is_greedy))
+        for (_, (number, _)), (log_probability, is_greedy) in zip(numbered, found, strict=True)
+    }

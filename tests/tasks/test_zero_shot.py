@@ -16,6 +16,7 @@ from layerwise.storage.tables import read_table
 from layerwise.tasks.lm_eval_tasks.answers import DOCUMENTS_FILE, read_answers
 from layerwise.tasks.zero_shot import ZeroShotSettings
 from tests.lm_task_files import answered, give_words, write_task
+from tests.simulated_device import simulated_device
 
 WAYS = ["streamed", "memory"]
 
@@ -46,6 +47,27 @@ def test_every_number_agrees_with_lm_eval(local_store, folder_of, lm_tasks, fami
             assert row["log_probabilities"] == pytest.approx(expected, abs=1e-3)
             assert row["greedy"] == [response[1] for response in sample["filtered_resps"]]
             assert (row["document"], row["acc"]) == (sample["doc_id"], bool(sample["acc"]))
+
+
+def test_the_streamed_way_computes_on_a_device_from_which_only_scores_return(
+    local_store, another_store, folder_of, lm_tasks
+):
+    folder = folder_of()
+    on_cpu = log_probabilities(local_store, answered(local_store, folder, lm_tasks[:1])["one"])
+    for gib in (0, 1):
+        store = another_store()
+        with simulated_device() as traffic:
+            execution = {"device": "sim:0", "device_states_bytes": gib << 30}
+            found = answered(store, folder, lm_tasks[:1], **execution)["one"]
+        for row, expected in zip(log_probabilities(store, found), on_cpu, strict=True):
+            assert row == pytest.approx(expected, abs=1e-3)
+        if gib:
+            assert traffic.to_host == 16 * sum(map(len, on_cpu))
+
+
+def log_probabilities(store, answers) -> list[list[float]]:
+    """Return those of every document's choices."""
+    return [row["log_probabilities"] for row in read_table(store, answers, DOCUMENTS_FILE).to_pylist()]
 
 
 @pytest.mark.parametrize("way", WAYS)
