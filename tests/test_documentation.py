@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,13 @@ def test_modules_and_functions_exist(page):
         if not (ROOT / f"{path}/{member}.py").is_file():
             module = ast.parse((ROOT / f"{path}.py").read_text())
             assert member in {getattr(node, "name", None) for node in module.body}, name
+
+
+def test_the_pages_of_options_and_settings_are_those_of_the_code():
+    made = subprocess.run(
+        [sys.executable, ROOT / "docs" / "make_reference.py", "--check"], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
 
 
 def test_the_readme_lists_every_folder_of_the_code():
