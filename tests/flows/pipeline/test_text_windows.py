@@ -113,6 +113,6 @@ def test_a_stored_count_is_reused_and_checked_for_every_model(texts_of, memory_s
 
 
 def test_samples_overlap_if_they_take_more_than_half_of_the_windows(texts_of):
-    assert texts_of(1000).samples_overlap
-    assert texts_of(1000, calibration_windows=26).samples_overlap
-    assert not texts_of(1000, calibration_windows=25).samples_overlap
+    assert texts_of(1000).overlapping_sample is not None
+    assert texts_of(1000, calibration_windows=26).overlapping_sample is not None
+    assert texts_of(1000, calibration_windows=25).overlapping_sample is None
