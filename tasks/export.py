@@ -25,10 +25,10 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
-from layerwise.tasks.results.calibration_mix import MIX, published_rows, text_name
+from layerwise.tasks.results.calibration_mix import published_rows, text_name
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery

@@ -14,11 +14,12 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensors, write_tensors
+from layerwise.tasks.results.roles import SOURCES
 from layerwise.tasks.texts.corpora import SHARES
 from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus, Role
 from layerwise.tasks.texts.text_mix import interleaved, proportional_shares
 from layerwise.tasks.texts.token_stream import tokenise_corpus
-from layerwise.tasks.texts.token_windows import INPUT_IDS, RESPONSES, SOURCES, TOKENS_FILE
+from layerwise.tasks.texts.token_windows import INPUT_IDS, RESPONSES, TOKENS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
 Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
-for stages that were new after it (recovery, distillation). A new value is a decision that stands in CHANGELOG.md.
+for stages that were new after it (recovery, distillation, mixes). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -43,7 +43,7 @@ from layerwise.tasks.recovery.distill import DistillInputs, distill_stage
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY
-from layerwise.tasks.sample_tokens import TokenRequest, token_stage
+from layerwise.tasks.sample_tokens import MixRequest, TokenRequest, token_stage
 from layerwise.tasks.select import select_stage
 from layerwise.tasks.texts.hub_corpus import HubCorpus
 from layerwise.tasks.theory import page_stage, theory_stage
@@ -119,6 +119,15 @@ def keys() -> dict[str, str]:
         "calibration windows": token_stage(
             checkpoint.encoding_identity, TokenRequest("calibration", text, 128, 2048, (0.0, 0.5), 0)
         ),
+        "calibration windows of a mix": token_stage(
+            checkpoint.encoding_identity,
+            MixRequest(
+                (
+                    TokenRequest("calibration", text, 64, 2048, (0.0, 0.5), 0),
+                    TokenRequest("calibration", replace(text, split="validation"), 64, 2048, (0.0, 1.0), 0),
+                )
+            ),
+        ),
         "test windows": token_stage(checkpoint.encoding_identity, TokenRequest("test", text, None, 2048)),
         "capture": capture_stage(checkpoint.identity, calibration, selection, CaptureSettings("bfloat16")),
         "grams": grams_stage(checkpoint.identity, calibration, "bfloat16"),
@@ -186,6 +195,7 @@ GOLDEN = {
     "import, demo": "import_checkpoint/4c9ea97c6cd3226a3322436ca22b74c9",
     "import, hub": "import_checkpoint/78a662bcaa03862f140a2856a5bf9670",
     "calibration windows": "sample_tokens/370c75663fccffd2658cd2be447ca4c2",
+    "calibration windows of a mix": "mix_tokens/e9f8c02b7ee3dccf9025baf8a2aaacab",
     "test windows": "sample_tokens/f15a06fe206d8a527cc390f775e316ea",
     "capture": "capture/00f4ee86783ce48ca5ea92e9d1776b38",
     "grams": "grams/27740f962eeecdc381561b299ca84147",

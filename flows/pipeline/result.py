@@ -17,6 +17,7 @@ from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.calibration_mix import mix_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
+from layerwise.tasks.results.roles import MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
 
@@ -81,7 +82,7 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
     if result.recovery is not None:
         document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
     if mix := mix_rows(result.stages["calibration"].facts):
-        document["calibration mix"] = mix
+        document[MIX] = mix
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

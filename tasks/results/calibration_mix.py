@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from layerwise.tasks.texts.token_windows import SOURCES
+from layerwise.tasks.results.roles import MIX, SOURCES
 
 SOURCE_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
-
-MIX = "calibration mix"  # fact of an exported checkpoint: the rows of its model card
 
 
 def mix_rows(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from layerwise.storage.tensors import read_tensors
 
 TOKENS_FILE = "tokens.safetensors"
 INPUT_IDS, RESPONSES = "input_ids", "responses"  # tensors of the file; only conversations have responses
-SOURCES = "sources"  # fact of a mix: the facts of the windows of every text
 
 
 def read_input_ids(store: ArtifactStore, artifact: Artifact) -> Tensor:
