@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
 Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
-for stages that were new after it (recovery, distillation, mixes). A new value is a decision that stands in CHANGELOG.md.
+for stages that were new after it (recovery, distillation, mixes, generated texts). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -30,6 +30,8 @@ from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.compress import compress_stage
 from layerwise.tasks.evaluate import evaluate_stage
 from layerwise.tasks.export import RecoveredExport, export_stage
+from layerwise.tasks.generation.generate_calibration import GenerationSettings, generate_stage
+from layerwise.tasks.generation.prompts import Prompt
 from layerwise.tasks.import_checkpoint import import_stage
 from layerwise.tasks.lanes.group_membership import group_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
@@ -165,6 +167,12 @@ def keys() -> dict[str, str]:
         ),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),
+        "generate_calibration": generate_stage(
+            checkpoint,
+            [Prompt(None, "text", (1, 2)), Prompt([{"role": "user", "content": "Why?"}], "Why?", (3,))],
+            [2],
+            GenerationSettings("bfloat16", 512, 1.0, 8, 0),
+        ),
         "distill": distill_stage(
             DistillInputs(
                 checkpoint,
@@ -219,6 +227,7 @@ GOLDEN = {
     "export, recovered": "export/7a72f34fb565262bf4518fb122df4043",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
+    "generate_calibration": "generate_calibration/763a46dcd811d3e89c34b8e3c0b2f140",
     "distill": "distill/acdfc494ca07669cdc552f8dd29c7849",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",

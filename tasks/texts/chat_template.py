@@ -90,11 +90,19 @@ class ChatTemplate:
             content = self._text(messages)
             ranges = self._marked(messages) if self.marks_responses else self._found(messages, content)
         except REFUSALS as error:
-            raise ValueError(
-                f"{conversation.place}: the model's chat template cannot write the conversation ({error}). Remove or "
-                "correct the row."
-            ) from error
+            raise _refused(conversation, error) from error
         return ChatText(content, tuple(ranges))
+
+    def prompt(self, conversation: Conversation) -> str:
+        """Return the text of a conversation up to the response that the model is to write.
+
+        Raises:
+            ValueError: the template refuses the conversation; names the row.
+        """
+        try:
+            return self._text(conversation.messages, add_generation_prompt=True)
+        except REFUSALS as error:
+            raise _refused(conversation, error) from error
 
     def _text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         conversation: list[dict[str, Any]] = [dict(message) for message in messages]
@@ -173,3 +181,9 @@ class ChatTemplate:
             (token for token in self.ends_of_turn if token and after.startswith(token)), key=len, default=""
         )
         return len(content) - len(after) + len(ending) if ending else end
+
+
+def _refused(conversation: Conversation, error: Exception) -> ValueError:
+    return ValueError(
+        f"{conversation.place}: the model's chat template cannot write the conversation ({error}). Remove or correct the row."
+    )
