@@ -244,6 +244,12 @@ class Search(Settings):
             name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
         }
 
+    @field_validator("calibration")
+    @classmethod
+    def _text_or_mix(cls, value: str) -> str:
+        parse_mix(value)
+        return value
+
     @field_validator(*MOST)
     @classmethod
     def _at_most(cls, value: int | str | None, field: ValidationInfo) -> int | str | None:

@@ -219,7 +219,8 @@ def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--results-only",
             action="store_true",
-            help="Keep only the results of finished searches: selection, pruned model, test, pages. Stop all searches first.",
+            help="Keep only the results of finished searches (selection, pruned model, test, pages) and generated texts. Stop all "
+            "searches first.",
         )
     if command == "verify":
         parser.add_argument(

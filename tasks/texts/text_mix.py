@@ -46,12 +46,12 @@ def parse_mix(value: str) -> tuple[MixSource, ...]:
     if missing := [source.name for source in sources if source.windows is None]:
         if len(missing) < len(sources):
             raise ValueError(
-                f"the mix {value!r} has a number of windows for some of its texts, but not for {', '.join(missing)}. Give "
+                f"a mix has a number of windows for some of its texts, but not for {', '.join(missing)}. Give "
                 "one for every text, as in c4:64,wikitext2:32, or for none, and they share the windows equally. In a mix, "
                 "a number at the end of a name is always a number of windows."
             )
     elif empty := [source.name for source in sources if source.windows == 0]:
-        raise ValueError(f"the mix {value!r} has 0 windows of {empty[0]}. Leave it out, or give 1 or more.")
+        raise ValueError(f"a mix has 0 windows of {empty[0]}. Leave it out, or give 1 or more.")
     return sources
 
 
