@@ -259,14 +259,15 @@ def _warn_if_samples_overlap(store: ArtifactStore, settings: Compare) -> None:
     if len(settings.seeds) < 2:
         return
     texts = rebuild_damaged(store, lambda: check_inputs(store, settings.searches[0])).texts
-    if texts.samples_overlap:
+    if (sample := texts.overlapping_sample) is not None:
         logger.warning(
-            "each of the %d seeds uses %d of the %d calibration windows in the text. Their samples share most windows, "
+            "each of the %d seeds uses %d of the %d calibration windows in %s. Their samples share most windows, "
             "so the spread over the seeds is too small. Use a longer text (calibration) or fewer windows "
             "(calibration_windows).",
             len(settings.seeds),
-            texts.windows["calibration"],
-            texts.fitting("calibration"),
+            sample.windows,
+            texts.fitting(sample),
+            sample.corpus.label,
         )
 
 

@@ -23,7 +23,6 @@ from layerwise.tasks.recovery.distill import distill as distill_export
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sample_tokens import require_windows
 from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 from layerwise.tasks.texts.token_windows import shape_of
 
@@ -119,9 +118,8 @@ def _calibration(store: ArtifactStore, finished: ReopenedSearch, windows: int | 
     if windows is None:
         return finished.scored.captured.windows["calibration"]
     texts = finished.inputs.texts
-    request = replace(texts.requests["calibration"], windows=windows)
-    count = texts.counts["calibration"]
-    require_windows(request, count.tokens, count.truncated)
+    request = texts.requests["calibration"].with_windows(windows)
+    texts.require_windows(request)
     return sample_windows(store, finished.scored.captured.checkpoint, request)
 
 

@@ -24,6 +24,7 @@ from layerwise.pruners.wanda_swaps import WandaSwaps
 from layerwise.recovery.refit import Refit
 from layerwise.recovery.train import Train
 from layerwise.storage.files.credentials import holds_credentials
+from layerwise.tasks.texts.text_mix import parse_mix
 
 
 def _method(value: Any) -> Any:
@@ -55,7 +56,7 @@ def _is_number(text: str) -> bool:
 
 def _bare_url(value: Any) -> Any:
     """Refuse a URL with credentials before it gets into a flow run, the store or a log."""
-    if isinstance(value, str) and holds_credentials(value):
+    if isinstance(value, str) and any(map(holds_credentials, _urls(value))):
         raise PydanticCustomError(
             "credentials",
             "the URL holds credentials (not shown), which would end up in logs and reports; put them into the "
@@ -68,6 +69,14 @@ def _bare_url(value: Any) -> Any:
             "link to it",
         )
     return value
+
+
+def _urls(value: str) -> list[str]:
+    """Return the URL of a text or a model, or those of a mix of texts."""
+    try:
+        return [source.name for source in parse_mix(value)] or [value]
+    except ValueError:  # reported by the search's own check
+        return [value]
 
 
 # With the pattern, Prefect's server refuses parameters that hold a password.

@@ -36,6 +36,7 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.texts.documents import Role
+from layerwise.tasks.texts.text_mix import MixSource, parse_mix
 
 if TYPE_CHECKING:  # imports Prefect: the help of a command does without it
     from layerwise.tasks.allocate import AllocateSettings
@@ -143,12 +144,14 @@ class Search(Settings):
         default="builtin",
         description="Text for calibration: wikitext2, c4 or ptb, as used in papers; hf:owner/name[/config][:split]; a "
         ".txt, .jsonl, .json or .parquet file, a folder of such files, or a pattern such as 'data/*.jsonl.gz' (path or "
-        "URL); or builtin (the documentation in Python's pydoc_data.topics).",
+        "URL); or builtin (the documentation in Python's pydoc_data.topics). Rows of messages, or of prompt and completion, "
+        "are written by the model's chat template. A mix of texts: names separated by commas, file: before every path, and "
+        "the number of windows after each text or none, such as c4:64,file:chat.jsonl:32,wikitext2:32 (none: equal shares).",
     )
     selection: BareUrl = Field(
         title="Selection text",
         default="builtin",
-        description="Text on which beta is chosen; the same choices as for calibration.",
+        description="Text on which beta is chosen; the same choices as for calibration, except a mix.",
     )
     test: BareUrl | None = Field(
         title="Test text",
@@ -159,7 +162,8 @@ class Search(Settings):
     calibration_windows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all windows of its part of "
-        "the text if there are fewer. A number: exactly that many; a text that is too short is refused.",
+        "the text if there are fewer. A number: exactly that many; a text that is too short is refused. With a mix that has "
+        "numbers of windows: their sum.",
     )
     selection_windows: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
         default="auto",
@@ -240,6 +244,12 @@ class Search(Settings):
             name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
         }
 
+    @field_validator("calibration")
+    @classmethod
+    def _text_or_mix(cls, value: str) -> str:
+        parse_mix(value)
+        return value
+
     @field_validator(*MOST)
     @classmethod
     def _at_most(cls, value: int | str | None, field: ValidationInfo) -> int | str | None:
@@ -251,6 +261,7 @@ class Search(Settings):
     @model_validator(mode="after")
     def _check_combination(self) -> "Search":
         _ = self.allocation
+        self._check_mix()
         for name in ("trials", "stop_after"):
             if getattr(self, name) is not None and self.tries_all:
                 listed = " and listed betas" if self.strategy in TRIALS else ""
@@ -295,6 +306,30 @@ class Search(Settings):
                 "serves all plans and the export. Set calibration_mode to dense, or use wanda or magnitude."
             )
         return self
+
+    def _check_mix(self) -> None:
+        counts, asked = [source.windows for source in self.mix], self.calibration_windows
+        total = sum(count or 0 for count in counts)
+        if total and asked not in ("auto", total):
+            raise ValueError(
+                f"calibration_windows is {asked}, but the windows of the calibration mix ({self.calibration}) add up to "
+                f"{total}. Leave calibration_windows out, correct it, or leave the numbers out of the mix for equal shares."
+            )
+        if total > MOST["calibration_windows"]:
+            raise ValueError(
+                f"the windows of the calibration mix ({self.calibration}) add up to {total}, more than "
+                f"{MOST['calibration_windows']}. Give fewer."
+            )
+        if isinstance(asked, int) and asked < len(counts):
+            raise ValueError(
+                f"calibration_windows is {asked}, which is too few for the {len(counts)} texts of the calibration mix "
+                f"({self.calibration}). Use {len(counts)} or more."
+            )
+
+    @property
+    def mix(self) -> tuple[MixSource, ...]:
+        """Texts of the calibration mix; empty if the calibration has one text."""
+        return parse_mix(self.calibration)
 
     @property
     def allocation(self) -> "AllocateSettings":

@@ -25,12 +25,13 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
+from layerwise.tasks.results.calibration_mix import published_rows, text_name
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery, text_name
+from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import ProgressUpdate, showing
@@ -92,6 +93,8 @@ def export_stage(
     card = {"source": source_name(checkpoint), "dense": dense_perplexity(inputs.capture)}
     if recovery is not None:  # the section on recovery names the texts, which equal tokens do not determine
         card["texts"] = [text_name(inputs.calibration.facts), text_name(recovery.test.facts)]
+    if mix := published_rows(inputs.calibration.facts):
+        card["mix"] = mix
     if (known := source_license(checkpoint)) is not None:
         card["license"] = known.facts  # left out if unknown, so that the keys of older imports stay
     return Stage("export", 1, {"prune": settings.identity, "card": card}, by_role)
@@ -150,8 +153,11 @@ def export(
             }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
-        draft.write(CARD_FILE, model_card(card, "dense", section).encode())
+        mix = published_rows(inputs.calibration.facts)
+        draft.write(CARD_FILE, model_card(card, "dense", section, mix=mix).encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
+        if mix:
+            draft.facts[MIX] = mix
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, recovery), build)
     require_whole(store, exported)  # a reused export is not read by any later stage

@@ -1,7 +1,8 @@
 """Sample tokens: tokenise a corpus, count its tokens, and cut windows for calibration, selection and test."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,13 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tensors import write_tensors
-from layerwise.tasks.texts.corpora import SHARES, read_text
+from layerwise.storage.tensors import read_tensors, write_tensors
+from layerwise.tasks.results.roles import SOURCES
+from layerwise.tasks.texts.corpora import SHARES
 from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus, Role
-from layerwise.tasks.texts.token_windows import TOKENS_FILE
+from layerwise.tasks.texts.text_mix import interleaved, proportional_shares
+from layerwise.tasks.texts.token_stream import tokenise_corpus
+from layerwise.tasks.texts.token_windows import INPUT_IDS, RESPONSES, TOKENS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,13 +69,88 @@ class TokenRequest:
                 f"{self.role} windows are not random, but the seed is {self.seed}. Leave out the seed."
             )
 
+    @property
+    def sources(self) -> "tuple[TokenRequest, ...]":
+        """The request itself; a mix has several."""
+        return (self,)
 
-def token_stage(encoding_identity: str, request: TokenRequest) -> Stage:
+    def with_windows(self, windows: int) -> "TokenRequest":
+        """Return the request for another number of windows."""
+        return replace(self, windows=windows)
+
+
+@dataclass(frozen=True)
+class MixRequest:
+    """Calibration windows of several texts. Every beginning and every end of them has the proportions of the mix.
+
+    Attributes:
+        sources: windows of every text.
+    """
+
+    sources: tuple[TokenRequest, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2 or {source.role for source in self.sources} != {"calibration"}:
+            raise ValueError(
+                f"a mix of {[source.role for source in self.sources]} texts was requested. Give two or more for calibration."
+            )
+        if len({source.seqlen for source in self.sources}) > 1:
+            raise ValueError(
+                f"the windows of a mix have {[source.seqlen for source in self.sources]} tokens. Give one length."
+            )
+
+    @property
+    def role(self) -> Role:
+        """Role of all texts."""
+        return self.sources[0].role
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of windows of every text."""
+        return [source.windows or 0 for source in self.sources]
+
+    @property
+    def windows(self) -> int:
+        """Number of windows of all texts."""
+        return sum(self.counts)
+
+    @property
+    def seqlen(self) -> int:
+        """Number of tokens in each window."""
+        return self.sources[0].seqlen
+
+    def with_windows(self, windows: int) -> "MixRequest":
+        """Return the request for another number of windows in the same proportions.
+
+        Raises:
+            ValueError: a text gets none of them.
+        """
+        shares = proportional_shares(windows, self.counts)
+        if 0 in shares:
+            labels = [
+                source.corpus.label for source, share in zip(self.sources, shares, strict=True) if not share
+            ]
+            raise ValueError(
+                f"{windows} windows are too few for the mix of {len(self.sources)} calibration texts: there would be none "
+                f"of {', '.join(labels)}. Use more windows."
+            )
+        return MixRequest(
+            tuple(source.with_windows(share) for source, share in zip(self.sources, shares, strict=True))
+        )
+
+
+WindowRequest = TokenRequest | MixRequest
+
+
+def token_stage(encoding_identity: str, request: WindowRequest) -> Stage:
     """Describe the windows of a request.
 
     Args:
         encoding_identity: identity of the tokenizer, see ``layerwise.tasks.models.tokenizer.encoding_identity``.
     """
+    if isinstance(request, MixRequest):
+        keys = [token_stage(encoding_identity, source).key for source in request.sources]
+        return Stage("mix_tokens", 1, None, {f"source {number}": key for number, key in enumerate(keys, 1)})
     settings = {
         "corpus": request.corpus.identity,
         "role": request.role,
@@ -89,9 +168,9 @@ def sample_tokens(
     store: ArtifactStore,
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     encoding_identity: str,
-    request: TokenRequest,
+    request: WindowRequest,
 ) -> Artifact:
-    """Tokenise a corpus and cut windows from it. Loads neither tokenizer nor text if the store has the windows.
+    """Tokenise a corpus or several and cut windows. Loads neither tokenizer nor text if the store has the windows.
 
     Args:
         load_tokenizer: called at most once.
@@ -99,27 +178,35 @@ def sample_tokens(
 
     Returns:
         An artifact with ``tokens.safetensors`` (``input_ids``, int64, shape ``(windows, seqlen)``) and facts about the
-        text. Later stages use its ``content`` as input key, so equal token ids give equal keys, even from different
-        texts.
+        text. Windows of conversations also have ``responses``, of the same shape: ``True`` for tokens that the model
+        writes. Later stages use its ``content`` as input key, so equal tokens give equal keys, even from different texts.
 
     Raises:
         ValueError: the text is too short; the message names the corpus, its number of tokens and the tokens needed.
     """
+    if isinstance(request, MixRequest):
+        return _mix_tokens(store, load_tokenizer, encoding_identity, request)
 
     def build(draft: Draft) -> None:
-        text = read_text(request.corpus)
         tokenizer = load_tokenizer()
-        token_ids = tokenise(tokenizer, text.content)
+        text = tokenise_corpus(request.corpus, tokenizer)
+        token_ids = text.token_ids
         start, end = part_bounds(len(token_ids), request.part)
         require_windows(request, len(token_ids), text.truncated)
         input_ids = _cut_windows(token_ids[start:end], request)
-        write_tensors(draft, TOKENS_FILE, {"input_ids": input_ids})
+        tensors = {INPUT_IDS: input_ids}
+        if text.responses is not None:
+            tensors[RESPONSES] = _cut_windows(text.responses[start:end], request)
+            draft.facts.update(
+                conversations=text.conversations, response_tokens=int(tensors[RESPONSES].sum())
+            )
+        write_tensors(draft, TOKENS_FILE, tensors)
         bos = tokenizer.bos_token_id
         draft.facts.update(
             request.corpus.facts,
             role=request.role,
             text_sha256=text.sha256,
-            characters=len(text.content),
+            characters=text.characters,
             truncated=text.truncated,
             text_tokens=len(token_ids),
             part_tokens=[start, end],
@@ -128,6 +215,37 @@ def sample_tokens(
             windows=input_ids.shape[0],
             seqlen=input_ids.shape[1],
         )
+
+    return store.get_or_build(token_stage(encoding_identity, request), build)
+
+
+def _mix_tokens(
+    store: ArtifactStore,
+    load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
+    encoding_identity: str,
+    request: MixRequest,
+) -> Artifact:
+    """Sample the windows of every text of a mix, and join them."""
+    load_once = cache(load_tokenizer)
+
+    def build(draft: Draft) -> None:
+        artifacts = [sample_tokens(store, load_once, encoding_identity, source) for source in request.sources]
+        parts = [read_tensors(store, artifact, TOKENS_FILE) for artifact in artifacts]
+        order = interleaved(request.counts)
+        tensors = {INPUT_IDS: torch.cat([part[INPUT_IDS] for part in parts])[order]}
+        if any(RESPONSES in part for part in parts):
+            none = [torch.zeros_like(part[INPUT_IDS], dtype=torch.bool) for part in parts]
+            masks = [part.get(RESPONSES, zeros) for part, zeros in zip(parts, none, strict=True)]
+            tensors[RESPONSES] = torch.cat(masks)[order]
+        write_tensors(draft, TOKENS_FILE, tensors)
+        sources = [dict(artifact.facts) for artifact in artifacts]
+        draft.facts.update(
+            corpus=", ".join(f"{facts['corpus']}:{facts['windows']}" for facts in sources),
+            role=request.role,
+            windows=request.windows,
+            seqlen=request.seqlen,
+        )
+        draft.facts[SOURCES] = sources
 
     return store.get_or_build(token_stage(encoding_identity, request), build)
 
@@ -161,17 +279,6 @@ def fitting_windows(tokens: int, part: tuple[float, float], seqlen: int) -> int:
     return (end - start) // seqlen
 
 
-def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
-    """Tokenise a text as one string, with the special tokens that the tokenizer adds by default.
-
-    Returns:
-        Token ids, int64, shape ``(tokens,)``.
-    """
-    # verbose=False suppresses the warning about texts longer than the model's context; this text is cut later.
-    encoded = tokenizer(text, truncation=False, padding=False, return_attention_mask=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-
 @dataclass(frozen=True)
 class TokenCount:
     """Number of tokens that a tokenizer makes of a text.
@@ -192,13 +299,11 @@ def count_tokens(corpus: Corpus, load_tokenizer: Callable[[], "PreTrainedTokeniz
 
     Raises:
         ValueError: the text cannot be read, or the tokenizer cannot be opened.
-        OSError: as ``read_text``.
+        OSError: as ``tokenise_corpus``.
     """
-    tokenizer = load_tokenizer()  # first, because it fails faster than the text arrives
-    text = read_text(corpus)
-    token_ids = tokenise(tokenizer, text.content)
-    largest = int(token_ids.max()) if len(token_ids) else -1
-    return TokenCount(len(token_ids), largest, text.truncated)
+    text = tokenise_corpus(corpus, load_tokenizer())
+    largest = int(text.token_ids.max()) if len(text.token_ids) else -1
+    return TokenCount(len(text.token_ids), largest, text.truncated)
 
 
 def find_count(store: ArtifactStore, encoding_identity: str, corpus: Corpus) -> TokenCount | None:
@@ -224,15 +329,15 @@ def _count_stage(encoding_identity: str, corpus: Corpus) -> Stage:
     return Stage("count_tokens", 1, settings, inputs={"tokenizer": encoding_identity})
 
 
-def _cut_windows(token_ids: Tensor, request: TokenRequest) -> Tensor:
+def _cut_windows(stream: Tensor, request: TokenRequest) -> Tensor:
     """Cut the windows of a request.
 
     Args:
-        token_ids: the role's part of the text, shape ``(tokens,)``.
+        stream: token ids or a mask of the role's part of the text, shape ``(tokens,)``.
 
     Returns:
-        Token ids, shape ``(windows, seqlen)``.
+        The same values, shape ``(windows, seqlen)``.
     """
     if request.windows is not None and request.seed is not None:
-        return random_windows(token_ids, request.windows, request.seqlen, request.seed)
-    return consecutive_windows(token_ids, request.windows, request.seqlen)
+        return random_windows(stream, request.windows, request.seqlen, request.seed)
+    return consecutive_windows(stream, request.windows, request.seqlen)

@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
 Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
-for stages that were new after it (recovery, distillation). A new value is a decision that stands in CHANGELOG.md.
+for stages that were new after it (recovery, distillation, mixes, generated texts). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -30,6 +30,8 @@ from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.compress import compress_stage
 from layerwise.tasks.evaluate import evaluate_stage
 from layerwise.tasks.export import RecoveredExport, export_stage
+from layerwise.tasks.generation.generate_calibration import GenerationSettings, generate_stage
+from layerwise.tasks.generation.prompts import Prompt
 from layerwise.tasks.import_checkpoint import import_stage
 from layerwise.tasks.lanes.group_membership import group_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
@@ -43,7 +45,7 @@ from layerwise.tasks.recovery.distill import DistillInputs, distill_stage
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY
-from layerwise.tasks.sample_tokens import TokenRequest, token_stage
+from layerwise.tasks.sample_tokens import MixRequest, TokenRequest, token_stage
 from layerwise.tasks.select import select_stage
 from layerwise.tasks.texts.hub_corpus import HubCorpus
 from layerwise.tasks.theory import page_stage, theory_stage
@@ -119,6 +121,15 @@ def keys() -> dict[str, str]:
         "calibration windows": token_stage(
             checkpoint.encoding_identity, TokenRequest("calibration", text, 128, 2048, (0.0, 0.5), 0)
         ),
+        "calibration windows of a mix": token_stage(
+            checkpoint.encoding_identity,
+            MixRequest(
+                (
+                    TokenRequest("calibration", text, 64, 2048, (0.0, 0.5), 0),
+                    TokenRequest("calibration", replace(text, split="validation"), 64, 2048, (0.0, 1.0), 0),
+                )
+            ),
+        ),
         "test windows": token_stage(checkpoint.encoding_identity, TokenRequest("test", text, None, 2048)),
         "capture": capture_stage(checkpoint.identity, calibration, selection, CaptureSettings("bfloat16")),
         "grams": grams_stage(checkpoint.identity, calibration, "bfloat16"),
@@ -156,6 +167,12 @@ def keys() -> dict[str, str]:
         ),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),
+        "generate_calibration": generate_stage(
+            checkpoint,
+            [Prompt(None, "text", (1, 2)), Prompt([{"role": "user", "content": "Why?"}], "Why?", (3,))],
+            [2],
+            GenerationSettings("bfloat16", 512, 1.0, 8, 0),
+        ),
         "distill": distill_stage(
             DistillInputs(
                 checkpoint,
@@ -186,6 +203,7 @@ GOLDEN = {
     "import, demo": "import_checkpoint/4c9ea97c6cd3226a3322436ca22b74c9",
     "import, hub": "import_checkpoint/78a662bcaa03862f140a2856a5bf9670",
     "calibration windows": "sample_tokens/370c75663fccffd2658cd2be447ca4c2",
+    "calibration windows of a mix": "mix_tokens/e9f8c02b7ee3dccf9025baf8a2aaacab",
     "test windows": "sample_tokens/f15a06fe206d8a527cc390f775e316ea",
     "capture": "capture/00f4ee86783ce48ca5ea92e9d1776b38",
     "grams": "grams/27740f962eeecdc381561b299ca84147",
@@ -209,6 +227,7 @@ GOLDEN = {
     "export, recovered": "export/7a72f34fb565262bf4518fb122df4043",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
+    "generate_calibration": "generate_calibration/763a46dcd811d3e89c34b8e3c0b2f140",
     "distill": "distill/acdfc494ca07669cdc552f8dd29c7849",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",

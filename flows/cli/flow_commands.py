@@ -1,5 +1,6 @@
 """Commands that run a flow: read its settings from the options, run it, print its result."""
 
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -119,6 +120,23 @@ def run_distill(arguments: Namespace, began: float) -> None:
     folder, seconds = run_flow(lambda: distill(settings, runtime), server, None, began)
     console = open_console()
     show_distilled(console, read_distillation(store, folder), store.location(folder))
+    console.print(seconds)
+
+
+def run_generate_calibration(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.generate_calibration import GenerateCalibration, generate_calibration
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import Runtime
+    from layerwise.tasks.generation.generate_calibration import TEXT_FILE
+
+    settings, runtime = read_options(arguments, GenerateCalibration), read_options(arguments, Runtime)
+    server = ServerStart()
+    artifact, seconds = run_flow(lambda: generate_calibration(settings, runtime), server, None, began)
+    console = open_console()
+    location = runtime.open_store().location(artifact, TEXT_FILE)
+    console.print(f"{artifact.facts['responses']} responses: {location}", soft_wrap=True)
+    console.print(f"  layerwise search --calibration {shlex.quote(location)} ...", soft_wrap=True)
     console.print(seconds)
 
 

@@ -13,6 +13,7 @@ from layerwise.flows.cli.flow_commands import (
     run_compare,
     run_compress,
     run_distill,
+    run_generate_calibration,
     run_search,
     run_theory,
     run_zero_shot,
@@ -26,6 +27,7 @@ FLOWS = {
     "zero-shot": run_zero_shot,
     "compress": run_compress,
     "distill": run_distill,
+    "generate-calibration": run_generate_calibration,
     "theory": run_theory,
 }
 

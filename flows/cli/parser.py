@@ -21,6 +21,7 @@ WITH_SETTINGS = {
     "plan": "show what a search would run and need, without running it",
     "zero-shot": "test the models of a finished search on lm-eval's zero-shot tasks",
     "compress": "write the pruned checkpoint of a finished search without its zeros: smaller files",
+    "generate-calibration": "let the dense model write a text to calibrate on, as answers to prompts",
     "distill": "train the weights that a finished search kept towards the dense model: lower perplexity",
 }
 ON_STORES = {
@@ -149,6 +150,10 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
         from layerwise.flows.zero_shot import ZeroShot
 
         add_options(parser, ZeroShot)
+    elif command == "generate-calibration":
+        from layerwise.flows.generate_calibration import GenerateCalibration
+
+        add_options(parser, GenerateCalibration)
     elif command == "compress":
         from layerwise.flows.compress import Compress
 
@@ -214,7 +219,8 @@ def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--results-only",
             action="store_true",
-            help="Keep only the results of finished searches: selection, pruned model, test, pages. Stop all searches first.",
+            help="Keep only the results of finished searches (selection, pruned model, test, pages) and generated texts. Stop all "
+            "searches first.",
         )
     if command == "verify":
         parser.add_argument(

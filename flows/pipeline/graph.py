@@ -49,7 +49,7 @@ from layerwise.tasks.results.run_names import model_title, title_of
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY, Selection, read_selection
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sample_tokens import TokenRequest, sample_tokens, token_stage
+from layerwise.tasks.sample_tokens import WindowRequest, sample_tokens, token_stage
 from layerwise.tasks.select import compare, select, select_stage
 from layerwise.tasks.texts.documents import Role
 
@@ -230,7 +230,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
 
     for role, request in inputs.texts.requests.items():
 
-        def build_windows(execution: Execution, request: TokenRequest = request) -> list[Artifact]:
+        def build_windows(execution: Execution, request: WindowRequest = request) -> list[Artifact]:
             return [sample_windows(store, known(checkpoint), request)]
 
         (sampled,) = yield Step(
@@ -588,6 +588,6 @@ def load_checkpoint(store: ArtifactStore, settings: Search) -> Checkpoint:
 @stage_task(
     name="sample_tokens", about=lambda checkpoint, request, **_: f"{model_title(checkpoint)}: {request.role}"
 )
-def sample_windows(store: ArtifactStore, checkpoint: Checkpoint, request: TokenRequest) -> Artifact:
+def sample_windows(store: ArtifactStore, checkpoint: Checkpoint, request: WindowRequest) -> Artifact:
     """Cut the token windows of one role. Roles that share a text never share windows."""
     return sample_tokens(store, checkpoint.tokenizer, checkpoint.encoding_identity, request)

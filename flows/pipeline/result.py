@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from layerwise.flows.options import search_command
 from layerwise.flows.settings import Search
@@ -13,8 +14,10 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import PAGE_FILE, report
+from layerwise.tasks.results.calibration_mix import mix_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
+from layerwise.tasks.results.roles import MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
 
@@ -67,7 +70,7 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         The result with its artifact and the location of its report, and the report's artifact.
     """
     keys = {role: artifact.key for role, artifact in result.stages.items()}
-    document = {
+    document: dict[str, Any] = {
         "settings": result.settings.model_dump(mode="json"),
         "source": result.source,
         "verdict": result.selection.verdict,
@@ -78,6 +81,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
     }
     if result.recovery is not None:
         document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
+    if mix := mix_rows(result.stages["calibration"].facts):
+        document[MIX] = mix
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

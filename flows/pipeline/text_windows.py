@@ -1,23 +1,28 @@
 """Token windows of a search: their number, and the part of a text that each role takes them from."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from layerwise.flows.settings import AUTO_WINDOWS, Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.sample_tokens import (
     LEAST_WINDOWS,
+    MixRequest,
     TokenCount,
     TokenRequest,
+    WindowRequest,
     count_tokens,
     find_count,
     fitting_windows,
     keep_count,
     require_windows,
 )
-from layerwise.tasks.texts.corpora import assign_parts, open_corpus, require_apart
+from layerwise.tasks.texts.corpora import assign_parts, open_corpus, require_apart, require_different
 from layerwise.tasks.texts.documents import Corpus, Role
+from layerwise.tasks.texts.text_mix import equal_or_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,56 +34,80 @@ class Texts:
 
     Attributes:
         encoding_identity: identity of the tokenizer that counted the tokens.
-        counts: token counts by role.
+        counts: token counts of all texts.
         requests: windows of each role; "auto" is replaced by a number.
     """
 
     encoding_identity: str
-    counts: Mapping[Role, TokenCount]
-    requests: Mapping[Role, TokenRequest]
+    counts: Mapping[Corpus, TokenCount]
+    requests: Mapping[Role, WindowRequest]
 
     @property
     def windows(self) -> dict[Role, int]:
         """Number of windows of each role."""
-        return {role: request.windows or self.fitting(role) for role, request in self.requests.items()}
+        return {role: sum(map(self._windows_of, request.sources)) for role, request in self.requests.items()}
 
-    def fitting(self, role: Role) -> int:
-        """Return the number of windows that fit into the role's part of its text."""
-        request = self.requests[role]
-        return fitting_windows(self.counts[role].tokens, request.part, request.seqlen)
+    def fitting(self, request: TokenRequest) -> int:
+        """Return the number of windows that fit into a request's part of its text."""
+        return fitting_windows(self.counts[request.corpus].tokens, request.part, request.seqlen)
 
     @property
-    def samples_overlap(self) -> bool:
-        """Whether the calibration samples of two seeds share most of their windows."""
-        return 2 * self.windows["calibration"] > self.fitting("calibration")
+    def overlapping_sample(self) -> TokenRequest | None:
+        """First calibration text of which the samples of two seeds share most of their windows; None if there is none."""
+        sources = self.requests["calibration"].sources
+        return next((each for each in sources if 2 * self._windows_of(each) > self.fitting(each)), None)
+
+    def require_windows(self, request: WindowRequest) -> None:
+        """Refuse a request for more windows than there are.
+
+        Raises:
+            ValueError: see ``layerwise.tasks.sample_tokens.require_windows``.
+        """
+        for source in request.sources:
+            count = self.counts[source.corpus]
+            require_windows(source, count.tokens, count.truncated)
 
     def keep(self, store: ArtifactStore) -> None:
         """Commit the token counts, so that no later search has to tokenise the texts to count them."""
-        for role, request in self.requests.items():
-            keep_count(store, self.encoding_identity, request.corpus, self.counts[role])
+        for corpus, count in self.counts.items():
+            keep_count(store, self.encoding_identity, corpus, count)
+
+    def _windows_of(self, request: TokenRequest) -> int:
+        return request.windows or self.fitting(request)
 
 
-def open_corpora(settings: Search) -> dict[Role, Corpus]:
-    """Return the corpus of each role. Reads none of the texts.
+Corpora = Mapping[Role, Sequence[Corpus]]  # texts of every role; only calibration may have several
+
+
+def open_corpora(settings: Search) -> Corpora:
+    """Return the texts of each role. Reads none of them.
 
     Raises:
         ValueError: a name is not the name of a text, or two texts have files in common.
         OSError: a text does not exist or cannot be reached.
     """
-    names: dict[Role, str] = {
-        "calibration": settings.calibration,
-        "selection": settings.selection,
-        "test": settings.test or settings.selection,
-    }
-    corpora = {role: open_corpus(name, role) for role, name in names.items()}
-    require_apart(corpora)
-    return corpora
+    here = settings.calibration.removeprefix("file:")
+    if settings.mix and os.path.exists(here):
+        path = here if os.path.isabs(here) else f"./{here}"
+        raise ValueError(
+            f"calibration is {settings.calibration!r}, which is a mix of {len(settings.mix)} texts, and also the name of a "
+            f"file or folder. For the file or folder, write {path!r}; for the mix, write a space after each comma."
+        )
+    selection = open_corpus(settings.selection, "selection")
+    test = open_corpus(settings.test or settings.selection, "test")
+    names = [source.name for source in settings.mix] or [settings.calibration]
+    calibration = [open_corpus(name, "calibration") for name in names]
+    for corpus in calibration:
+        require_apart({"calibration": corpus, "selection": selection, "test": test})
+    for one, other in combinations(calibration, 2):
+        require_different(one, other)
+    return {"calibration": calibration, "selection": [selection], "test": [test]}
 
 
 def count_texts(
     store: ArtifactStore,
     settings: Search,
-    corpora: Mapping[Role, Corpus],
+    corpora: Corpora,
     encoding_identity: str,
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     vocabulary: int,
@@ -94,40 +123,69 @@ def count_texts(
             cannot be used.
         OSError: a text cannot be reached.
     """
-    counts: dict[Role, TokenCount] = {}
-    for role, corpus in corpora.items():
-        same = next((each for each in counts if corpora[each] == corpus), None)
-        if same is not None:
-            counts[role] = counts[same]
-            continue
-        found = find_count(store, encoding_identity, corpus)
-        counts[role] = count_tokens(corpus, load_tokenizer) if found is None else found
-        _require_known_ids(settings.model, corpus, counts[role], vocabulary)
-    requests = _requests(settings, corpora, counts)
-    for role, request in requests.items():
-        require_windows(request, counts[role].tokens, counts[role].truncated)
-    return Texts(encoding_identity, counts, requests)
+    counts: dict[Corpus, TokenCount] = {}
+    for corpus in (corpus for texts in corpora.values() for corpus in texts):
+        if corpus not in counts:
+            found = find_count(store, encoding_identity, corpus)
+            counts[corpus] = count_tokens(corpus, load_tokenizer) if found is None else found
+            _require_known_ids(settings.model, corpus, counts[corpus], vocabulary)
+    texts = Texts(encoding_identity, counts, _requests(settings, corpora, counts))
+    for request in texts.requests.values():
+        texts.require_windows(request)
+    return texts
 
 
 def _requests(
-    settings: Search, corpora: Mapping[Role, Corpus], counts: Mapping[Role, TokenCount]
-) -> dict[Role, TokenRequest]:
+    settings: Search, corpora: Corpora, counts: Mapping[Corpus, TokenCount]
+) -> dict[Role, WindowRequest]:
     asked: dict[Role, int | str | None] = {
         "calibration": settings.calibration_windows,
         "selection": settings.selection_windows,
         "test": settings.test_windows,
     }
-    parts = assign_parts(corpora)
-    requests: dict[Role, TokenRequest] = {}
-    for role, corpus in corpora.items():
+    requests: dict[Role, WindowRequest] = {}
+    for role, texts in corpora.items():
+        parts = [_part(role, corpus, corpora) for corpus in texts]
+        fitting = [
+            fitting_windows(counts[corpus].tokens, part, settings.seqlen)
+            for corpus, part in zip(texts, parts, strict=True)
+        ]
         windows = asked[role]
-        if isinstance(windows, str):
-            fitting = fitting_windows(counts[role].tokens, parts[role], settings.seqlen)
+        if len(texts) > 1:
+            shares: Sequence[int | None] = _shares_of_mix(settings, fitting)
+        elif isinstance(windows, str):
             # If fewer windows fit than the role needs, the needed number is requested, and refused with the numbers.
-            windows = max(min(AUTO_WINDOWS[role], fitting), LEAST_WINDOWS[role])
+            shares = [max(min(AUTO_WINDOWS[role], *fitting), LEAST_WINDOWS[role])]
+        else:
+            shares = [windows]
         seed = settings.seed if role == "calibration" else None
-        requests[role] = TokenRequest(role, corpus, windows, settings.seqlen, parts[role], seed)
+        sources = tuple(
+            TokenRequest(role, corpus, share, settings.seqlen, part, seed)
+            for corpus, share, part in zip(texts, shares, parts, strict=True)
+        )
+        requests[role] = sources[0] if len(sources) == 1 else MixRequest(sources)
     return requests
+
+
+def _part(role: Role, corpus: Corpus, corpora: Corpora) -> tuple[float, float]:
+    """Return the role's part of a text, which other roles may also use."""
+    return assign_parts({each: corpus for each, texts in corpora.items() if corpus in texts})[role]
+
+
+def _shares_of_mix(settings: Search, fitting: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of windows of every text of a mix.
+
+    Args:
+        fitting: number of windows that fit into every text's part.
+    """
+    if isinstance(settings.calibration_windows, int):
+        return equal_or_given(settings.mix, settings.calibration_windows)
+    # As many as usual, or the largest number of which every text has its share; one of each is refused with the numbers.
+    for total in range(AUTO_WINDOWS["calibration"], len(fitting), -1):
+        shares = equal_or_given(settings.mix, total)
+        if all(share <= most for share, most in zip(shares, fitting, strict=True)):
+            return shares
+    return equal_or_given(settings.mix, len(fitting))
 
 
 def _require_known_ids(model: str, corpus: Corpus, count: TokenCount, vocabulary: int) -> None:

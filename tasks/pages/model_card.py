@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 import yaml
@@ -116,7 +116,11 @@ class ModelCard:
 
 
 def model_card(
-    card: ModelCard, form: Literal["dense", "compressed"], recovery: str = "", distillation: str = ""
+    card: ModelCard,
+    form: Literal["dense", "compressed"],
+    recovery: str = "",
+    distillation: str = "",
+    mix: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -124,6 +128,7 @@ def model_card(
         form: form of the checkpoint next to the card: "dense" (with zeros, for transformers) or "compressed".
         recovery: section on the recovery of the remaining weights; empty without recovery.
         distillation: how the model was distilled after the pruning; empty if it was not.
+        mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
@@ -147,7 +152,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
+{_calibration(mix)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
 
@@ -173,6 +178,30 @@ def recovery_section(text: str, rows: Sequence[Mapping[str, object]]) -> str:
     head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
     lines = [f"| {' | '.join(plain(str(value)) for value in row.values())} |" for row in rows]
     return "\n".join(["## Recovery", "", plain(text), "", head, *lines, "", ""])
+
+
+def _calibration(mix: Sequence[Mapping[str, Any]]) -> str:
+    if not mix:
+        return ""
+    rows = [
+        f"| {plain(row['corpus'])} | {row['windows']} x {row['seqlen']} | {100 * row['share']:.1f} | "
+        f"{row['part_tokens'][0]} to {row['part_tokens'][1]} of {row['text_tokens']} | {row['text_sha256']} |"
+        for row in mix
+    ]
+    table = "\n".join(
+        [
+            "| text | windows x tokens | share, % | drawn from tokens | SHA-256 of the text |",
+            "|:--|--:|--:|--:|:--|",
+            *rows,
+        ]
+    )
+    return f"""## Calibration
+
+The weights to remove were chosen on windows of {len(mix)} texts.
+
+{table}
+
+"""
 
 
 def _front_matter(card: ModelCard, form: str) -> str:

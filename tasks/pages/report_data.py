@@ -9,6 +9,7 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
+from layerwise.tasks.results.calibration_mix import SOURCE_FACTS, mix_rows
 from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
@@ -26,7 +27,6 @@ from layerwise.tasks.results.stage_times import stages_table
 from layerwise.tasks.results.summary import recovery_rows
 
 TEXTS = ("calibration", "selection", "test")
-TEXT_FACTS = ("corpus", "text_sha256", "text_tokens", "part_tokens", "windows", "seqlen")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,10 @@ def _artifacts(search: FinishedSearch) -> Rows:
 
 def _texts(search: FinishedSearch) -> Rows:
     facts = {role: search.stages[role].facts for role in TEXTS}
-    return [{"text": role, **{name: facts[role].get(name) for name in TEXT_FACTS}} for role in TEXTS]
+    rows: Rows = [{"text": role, **{name: facts[role].get(name) for name in SOURCE_FACTS}} for role in TEXTS]
+    if not (mix := mix_rows(facts["calibration"])):
+        return rows
+    return [{"text": "calibration", **row} for row in mix] + [{**row, "share": 1.0} for row in rows[1:]]
 
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:

@@ -44,6 +44,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         stages=tables["stages"],
         artifacts=tables["artifacts"],
         texts=tables["texts"],
+        mixed="share" in tables["texts"][0],
         exported=next((row["bytes"] for row in tables["artifacts"] if row["role"] == "export"), None),
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),

@@ -25,6 +25,7 @@ from layerwise.tasks.models.streamed import DTYPES, linears_by_layer, streamed_m
 from layerwise.tasks.pages.model_card import ModelCard, Result, model_card
 from layerwise.tasks.recovery.distillation_memory import distillation_memory
 from layerwise.tasks.recovery.student import DistillSettings, Student, TaughtWindows
+from layerwise.tasks.results.calibration_mix import mix_of_export, text_name
 from layerwise.tasks.results.distillation import (
     DISTILL_STAGE,
     DISTILLATION_FILE,
@@ -34,7 +35,6 @@ from layerwise.tasks.results.distillation import (
 )
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.run_names import model_title
-from layerwise.tasks.results.summary import text_name
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -122,7 +122,8 @@ def distill(
         result = run.write_checkpoint(draft)
         draft.write(DISTILLATION_FILE, result.to_json())
         with_results = replace(card, results=_results(result))
-        draft.write(CARD_FILE, model_card(with_results, "dense", recovery, result.sentence).encode())
+        mix = mix_of_export(inputs.exported.facts)
+        draft.write(CARD_FILE, model_card(with_results, "dense", recovery, result.sentence, mix).encode())
         draft.facts |= {"steps": result.steps, "best step": result.best_step}
         draft.facts |= {f"{row.model} perplexity": row.test for row in result.rows}
 

@@ -8,7 +8,7 @@ from layerwise.storage.upkeep.garbage_collection import KINDS, Collected, Collec
 from layerwise.tasks.results.roles import RESULTS
 
 LISTED = 20  # files that are named in the output; the others are counted
-# Names of the stages that people read: pages, tables, the compressed model, speed.
+# Names of the stages that people read or give to a search: pages, tables, the compressed model, speed, generated texts.
 MADE_OF_RESULTS = (
     "report",
     "compare",
@@ -18,6 +18,7 @@ MADE_OF_RESULTS = (
     "distill",
     "zero_shot_table",
     "speed",
+    "generate_calibration",
 )
 
 

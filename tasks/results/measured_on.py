@@ -12,10 +12,14 @@ from layerwise.storage.artifact import Artifact
 from layerwise.tasks.texts.documents import Role
 
 SCORED: tuple[Role, ...] = ("selection", "test")  # roles of texts that perplexities are measured on
+TEXTS = "documents joined to one text and tokenised once"
 CONVENTION = (
-    "documents joined to one text and tokenised once; consecutive windows of seqlen tokens that do not overlap, the "
+    f"{TEXTS}; consecutive windows of seqlen tokens that do not overlap, the "
     "rest dropped; the exponential of the mean over windows of the mean cross-entropy of a window's seqlen - 1 "
     "predictions (as GPTQ, SparseGPT and Wanda)"
+)
+CONVERSATIONS = (
+    "conversations written by the model's chat template, each tokenised by itself, one after another"
 )
 
 
@@ -79,6 +83,7 @@ def _of_text(facts: Mapping[str, Any], dtype: str) -> MeasuredOn:
         facts["seqlen"],
         facts["text_starts_with_bos"],
         dtype,
+        convention=CONVENTION.replace(TEXTS, CONVERSATIONS) if "conversations" in facts else CONVENTION,
     )
 
 

@@ -5,6 +5,8 @@ SELECT, EXPORT, EVALUATE = "select", "export", "evaluate"
 RESULTS = (SELECT, EXPORT, EVALUATE)
 RECOVERED_UNIFORM, RECOVERED_BEST = "recovered uniform", "recovered best"  # only with recovery
 
+# Fact of the windows of a mix: the facts of the windows of every text. Fact of an export: the rows of its model card.
+SOURCES, MIX = "sources", "calibration mix"
 # Facts of a recovered plan.
 LAYERS_RECOVERED, LAYERS_ROLLED_BACK = "layers recovered", "layers rolled back"
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from layerwise.scoring.perplexity import format_perplexity, rounded_perplexity
 from layerwise.storage.artifact import Artifact
+from layerwise.tasks.results.calibration_mix import mix_rows, text_name
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.selection import Selection
@@ -78,17 +79,12 @@ def sentences_on_recovery(
     if on_some or method != "refit":
         where = f" on {search_windows} of the {windows} windows" if on_some else ""
         parts.append(f"The plans were compared after a refit{where}.")
-    if calibration["corpus"] == test["corpus"]:
+    sources = [source["corpus"] for source in mix_rows(calibration)] or [calibration["corpus"]]
+    if test["corpus"] in sources:
         parts.append(
             "The test text is from the same source as the calibration text; on other text the recovery may gain less."
         )
     return " ".join(parts)
-
-
-def text_name(facts: Mapping[str, object]) -> str:
-    """Return the name of a text. The folder of a file is left out, because the name is published with the model card."""
-    corpus = str(facts.get("corpus", "unknown"))
-    return corpus if corpus.startswith("hf:") else corpus.rpartition("/")[2]
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:

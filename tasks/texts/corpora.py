@@ -5,9 +5,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import accumulate, combinations, pairwise
+from itertools import accumulate, chain, combinations, pairwise
 
-from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus, Role, Text, join_documents
+from layerwise.tasks.texts.documents import (
+    TEXT_LIMIT,
+    Conversation,
+    Conversations,
+    Corpus,
+    Role,
+    Text,
+    collect_conversations,
+    join_documents,
+)
 from layerwise.tasks.texts.file_corpus import FileCorpus, open_file
 from layerwise.tasks.texts.hub_corpus import PAPER_NAMES, open_hub
 from layerwise.tasks.texts.sharded_corpus import ShardedCorpus, is_sharded, open_shards
@@ -64,14 +73,21 @@ def open_corpus(name: str, role: Role) -> Corpus:
     return open_shards(name) if is_sharded(name) else open_file(name)
 
 
-def read_text(corpus: Corpus, limit: int = TEXT_LIMIT) -> Text:
-    """Read the documents of a corpus up to ``limit`` characters, joined as for its published perplexities.
+def read_text(corpus: Corpus, limit: int = TEXT_LIMIT) -> Text | Conversations:
+    """Read the documents of a corpus up to ``limit`` characters. Texts are joined as for published perplexities.
 
     Raises:
         ValueError: the corpus cannot be read as text; names the position.
         OSError: the corpus has changed since it was opened.
     """
-    text = join_documents(corpus.documents(), corpus.label, limit, corpus.joint)
+    documents = corpus.documents()
+    first = next(documents, None)
+    everything = documents if first is None else chain((first,), documents)
+    text: Text | Conversations
+    if isinstance(first, Conversation):
+        text = collect_conversations(everything, corpus.label, limit)
+    else:
+        text = join_documents(everything, corpus.label, limit, corpus.joint)
     corpus.require_unchanged()
     return text
 
@@ -109,6 +125,20 @@ def require_apart(corpora: Mapping[Role, Corpus]) -> None:
                 f"{role} ({corpus.label}) and {other_role} ({other.label}) both contain {common[0]}, so they would use "
                 "the same text. Give them different files, or exactly the same files, which are then split into parts."
             )
+
+
+def require_different(one: Corpus, other: Corpus) -> None:
+    """Refuse a mix that has a text twice, as a whole or by a common file.
+
+    Raises:
+        ValueError: names the corpora, and a common file.
+    """
+    common = sorted(file.name for file in set(_files(one)) & set(_files(other)))
+    if one == other or common:
+        what = f"both contain {common[0]}" if common and one != other else "are the same text"
+        raise ValueError(
+            f"two texts of the calibration mix, {one.label} and {other.label}, {what}. Name every text once."
+        )
 
 
 def _files(corpus: Corpus) -> tuple[FileCorpus, ...]:

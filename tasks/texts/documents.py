@@ -1,6 +1,7 @@
-"""Corpora and their documents, which are joined into one text and then tokenised."""
+"""Corpora and their documents: texts, which are joined into one, or conversations."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,24 @@ TEXT_LIMIT = 16 * 2**20
 
 # Field with the document in JSON lines, Parquet files and hub data sets; C4, WikiText and most others use this name.
 TEXT_FIELD = "text"
-# Fields with conversations in chat data sets.
-CHAT_FIELDS = ("messages", "conversations", "conversation")
+ONE_KIND = "Put texts and conversations into different files; a calibration mix may have both."
 BLANK_LINE = "\n\n"  # separator of documents in all but one of the texts of published perplexities
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation; the model's chat template decides its text.
+
+    Attributes:
+        messages: messages as chat templates read them: ``role``, ``content`` and possibly more.
+        place: row of the corpus, for messages.
+    """
+
+    messages: tuple[Mapping[str, object], ...]
+    place: str
+
+
+Document = str | Conversation
 
 
 class Corpus(ABC):
@@ -45,7 +61,7 @@ class Corpus(ABC):
         return BLANK_LINE
 
     @abstractmethod
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Yield the documents in order, reading as few as the caller needs.
 
         Raises:
@@ -76,8 +92,20 @@ class Text:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations of a corpus.
+
+    Attributes:
+        truncated: whether the corpus continues after the last one.
+    """
+
+    items: tuple[Conversation, ...]
+    truncated: bool
+
+
 def join_documents(
-    documents: Iterable[str], label: str, limit: int = TEXT_LIMIT, joint: str = BLANK_LINE
+    documents: Iterable[Document], label: str, limit: int = TEXT_LIMIT, joint: str = BLANK_LINE
 ) -> Text:
     """Join documents, and cut the text after ``limit`` characters.
 
@@ -90,11 +118,16 @@ def join_documents(
         joint: separator of two documents.
 
     Raises:
-        ValueError: the text is empty, or it contains half a surrogate pair, which UTF-8 cannot encode.
+        ValueError: the text is empty, contains half a surrogate pair, which UTF-8 cannot encode, or is followed by a
+            conversation.
     """
     pieces: list[str] = []
     length = 0
     for document in documents:
+        if isinstance(document, Conversation):
+            raise ValueError(
+                f"{document.place} is a conversation, and the rows before it are texts. {ONE_KIND}"
+            )
         if pieces:
             document = joint + document
         pieces.append(document)
@@ -106,49 +139,41 @@ def join_documents(
         raise ValueError(
             f"{label} contains no text: {len(pieces)} documents were read. Give a corpus that contains text."
         )
+    return Text(content, sha256_of(content, label), truncated=length > limit)
+
+
+def sha256_of(content: str, label: str) -> str:
+    """Return the SHA-256 of the UTF-8 bytes of a text, in hex.
+
+    Raises:
+        ValueError: the text contains half a surrogate pair, which UTF-8 cannot encode; names its position.
+    """
     try:
-        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(content.encode()).hexdigest()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{label} has half a surrogate pair, {ascii(content[error.start])}, at character {error.start}. "
             "Tokenizers cannot read it. Remove it from the corpus."
         ) from None
-    return Text(content, sha256, truncated=length > limit)
 
 
-def text_of(row: Mapping[str, object], number: int, label: str, field: str = TEXT_FIELD) -> str:
-    """Return the text field of a row.
-
-    Args:
-        row: values by field name.
-        number: position of the row in its corpus, from 1; for messages.
-        label: name of the corpus for messages.
-        field: name of the field with the text.
+def collect_conversations(
+    documents: Iterable[Document], label: str, limit: int = TEXT_LIMIT
+) -> Conversations:
+    """Return the first conversations, at least one, with at most ``limit`` characters of JSON together.
 
     Raises:
-        ValueError: the row has no such field, or the field is not a string.
+        ValueError: a conversation is followed by a text.
     """
-    if field not in row:
-        raise ValueError(missing_field(row, label, f"row {number}", field))
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{label}, row {number}: field {field!r} holds {type(text).__name__}, not a string. "
-            "Remove or correct the row."
-        )
-    return text
-
-
-def missing_field(fields: Iterable[str], label: str, place: str, field: str = TEXT_FIELD) -> str:
-    """Return the message about a missing text field. It lists the fields that exist."""
-    there = sorted(fields)
-    if chats := [name for name in CHAT_FIELDS if name in there]:
-        return (
-            f"{label}, {place}: there is no field {field!r}, but a conversation in {chats[0]!r}. Conversations need "
-            "the model's chat template, which is not applied here. Convert them to plain text with "
-            f"tokenizer.apply_chat_template(..., tokenize=False), and write it into a field {field!r}."
-        )
-    return (
-        f"{label}, {place}: there is no field {field!r}, only {there}. "
-        f"Rename the field with the documents to {field!r}."
-    )
+    items: list[Conversation] = []
+    length = 0
+    for document in documents:
+        if not isinstance(document, Conversation):
+            raise ValueError(
+                f"{label}, document {len(items) + 1} is a text, and those before it are conversations. {ONE_KIND}"
+            )
+        length += len(json.dumps(document.messages, ensure_ascii=False))
+        if items and length > limit:
+            return Conversations(tuple(items), truncated=True)
+        items.append(document)
+    return Conversations(tuple(items), truncated=False)

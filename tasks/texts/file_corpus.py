@@ -20,7 +20,9 @@ from layerwise.storage.files.errors import Corrupt, reaching
 from layerwise.storage.files.filesystem import is_local, open_filesystem
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
 from layerwise.tasks.sources.file_identity import fingerprints, require_target, state_of_entry
-from layerwise.tasks.texts.documents import TEXT_FIELD, TEXT_LIMIT, Corpus, missing_field, text_of
+from layerwise.tasks.texts.documents import TEXT_FIELD, TEXT_LIMIT, Corpus, Document
+from layerwise.tasks.texts.rows import document_of, fields_of_document
+from layerwise.tasks.texts.text_mix import mix_hint
 
 FileFormat = Literal["text", "json lines", "json", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {
@@ -63,11 +65,11 @@ class FileCorpus(Corpus):
     def identity(self) -> dict[str, object]:
         return {"file": self.name, "size": self.size, "fingerprint": self.fingerprint}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Yield the documents in order. A plain text is one document: the unchanged file.
 
         Raises:
-            ValueError: the file is not UTF-8 or not JSON, or a row has no text; names file and row.
+            ValueError: the file is not UTF-8 or not JSON, or a row has no document; names file and row.
             OSError: compressed data are cut off, or the storage fails.
         """
         filesystem, path = open_filesystem(self.url)
@@ -122,7 +124,7 @@ class FileCorpus(Corpus):
         with self._open_text(filesystem, path) as file:
             return file.read(TEXT_LIMIT + 1)  # the extra character shows that the text is truncated
 
-    def _json_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+    def _json_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[Document]:
         with self._open_text(filesystem, path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -137,9 +139,9 @@ class FileCorpus(Corpus):
                         f"{self.label}, row {number} is not valid JSON: {error}. Write one object on each line"
                         f"{', or one array of objects' if self.file_format == 'json' else ''}."
                     ) from None
-                yield self._text_of(row, number)
+                yield self._document_of(row, number)
 
-    def _array(self, content: str) -> Iterator[str]:
+    def _array(self, content: str) -> Iterator[Document]:
         """Yield the documents of a file that is one array."""
         if len(content) > ARRAY_LIMIT:
             raise ValueError(
@@ -153,30 +155,29 @@ class FileCorpus(Corpus):
                 f"{self.label} is not valid JSON: {error}. Write one array of objects, or one object on each line."
             ) from None
         for number, row in enumerate(rows, start=1):
-            yield self._text_of(row, number)
+            yield self._document_of(row, number)
 
-    def _text_of(self, row: object, number: int) -> str:
+    def _document_of(self, row: object, number: int) -> Document:
         if not isinstance(row, dict):
             raise ValueError(
                 f"{self.label}, row {number} holds {type(row).__name__}, not an object. "
                 f'Write each document as {{"{TEXT_FIELD}": "..."}} on its own line.'
             )
-        return text_of(row, number, self.label)
+        return document_of(row, number, self.label)
 
-    def _parquet_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+    def _parquet_rows(self, filesystem: AbstractFileSystem, path: str) -> Iterator[Document]:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
 
         try:
             with filesystem.open(path, "rb") as file:
                 table = ParquetFile(file)
-                if TEXT_FIELD not in table.schema_arrow.names:
-                    raise ValueError(missing_field(table.schema_arrow.names, self.label, "schema"))
+                columns = fields_of_document(table.schema_arrow.names, f"{self.label}, schema")
                 number = 0
-                for batch in table.iter_batches(batch_size=1024, columns=[TEXT_FIELD]):
+                for batch in table.iter_batches(batch_size=1024, columns=list(columns)):
                     for row in batch.to_pylist():
                         number += 1
-                        yield text_of(row, number, self.label)
+                        yield document_of(row, number, self.label)
         except ArrowInvalid as error:
             raise ValueError(
                 f"{self.label} cannot be read as Parquet: {error} Write it again, or correct its suffix."
@@ -205,7 +206,9 @@ def open_file(url: str) -> FileCorpus:
         with reaching(filesystem, path):
             information = filesystem.info(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no corpus at {label}. Check the name, or use 'builtin'.") from None
+        raise FileNotFoundError(
+            f"there is no corpus at {label}. Check the name, or use 'builtin'.{mix_hint(url)}"
+        ) from None
     if information["type"] != "file":
         raise ValueError(f"{label} is a {information['type']}, not a file. Give one of its files.")
     return listed_files(filesystem, {path: (url, information)})[0]
@@ -253,7 +256,7 @@ def format_of(url: str) -> FileFormat:
             f"{without_credentials(url)!r} is not a corpus. Use 'builtin', 'hf:owner/name[/config][:split]', "
             "'wikitext2', 'c4', 'ptb', a path or URL that ends in one of "
             f"{sorted(SUFFIXES)} (or in .txt.gz, .jsonl.gz, .json.gz, ...), a folder of such files, or a pattern such "
-            "as 'data/*.jsonl.gz'."
+            f"as 'data/*.jsonl.gz'.{mix_hint(url)}"
         )
     return file_format
 

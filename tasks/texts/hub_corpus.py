@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_FIELD, Corpus, Role, text_of
+from layerwise.tasks.texts.documents import BLANK_LINE, TEXT_FIELD, Corpus, Document, Role
+from layerwise.tasks.texts.rows import document_of
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -93,11 +94,11 @@ class HubCorpus(Corpus):
     def facts(self) -> dict[str, object]:
         return {**super().facts, "split_note": self.note}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Yield the rows in order.
 
         Raises:
-            ValueError: a row has no text; lists the fields that exist.
+            ValueError: a row has no document; lists the fields that exist.
             OSError: the data set in the cache is another commit.
         """
         builder = _load_builder(self.repo, self.config, self.commit)
@@ -108,7 +109,7 @@ class HubCorpus(Corpus):
             )
         # Streaming also reads a cached data set, from its Arrow files, and holds one batch in memory.
         for number, row in enumerate(builder.as_streaming_dataset(split=self.split), start=1):
-            yield text_of(row, number, self.label, defaults_of(self.repo).field)
+            yield document_of(row, number, self.label, defaults_of(self.repo).field)
 
     def require_unchanged(self) -> None:
         """Do nothing: a commit does not change."""

@@ -13,7 +13,7 @@ from layerwise.storage.files.errors import reaching
 from layerwise.storage.files.filesystem import is_local, open_filesystem
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.tasks.sources.file_identity import resolve_link
-from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus
+from layerwise.tasks.texts.documents import TEXT_LIMIT, Corpus, Document
 from layerwise.tasks.texts.file_corpus import FileCorpus, known_format, listed_files
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ShardedCorpus(Corpus):
     def facts(self) -> dict[str, object]:
         return {**super().facts, "shards_found": self.found}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Yield the documents of all files. Each file is opened after the one before it has been read.
 
         Raises:

@@ -7,16 +7,17 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensors
 
 TOKENS_FILE = "tokens.safetensors"
+INPUT_IDS, RESPONSES = "input_ids", "responses"  # tensors of the file; only conversations have responses
 
 
 def read_input_ids(store: ArtifactStore, artifact: Artifact) -> Tensor:
     """Return the token ids of an artifact of ``sample_tokens``, int64, shape ``(windows, seqlen)``."""
-    return read_tensors(store, artifact, TOKENS_FILE)["input_ids"]
+    return read_tensors(store, artifact, TOKENS_FILE, [INPUT_IDS])[INPUT_IDS]
 
 
 def shape_of(windows: Artifact) -> tuple[int, int]:
     """Return the number of windows and their length in tokens, without reading them."""
     entries = windows.files[TOKENS_FILE].tensors
     assert entries is not None, "write_tensors records where tensors lie"
-    count, seqlen = entries["input_ids"].shape
+    count, seqlen = entries[INPUT_IDS].shape
     return count, seqlen

@@ -36,6 +36,7 @@ PARAMETERS = {
     "zero-shot": {"settings": {"tasks": ["arc_easy"], "documents": 100}},
     "compress": {"settings": {}},
     "distill": {"settings": {}},
+    "generate-calibration": {"settings": {"model": "demo", "prompts": "chat.jsonl"}},
     "theory": {"settings": {"search": SEARCH}},
     "gc": {},
 }
@@ -82,14 +83,16 @@ def test_a_run_that_waits_is_not_in_the_pool_that_computes(deployed):
     assert pools == {
         **dict.fromkeys(["search", "compare", "gc"], "control-of-test"),
         **dict.fromkeys(["capture", "branch", "evaluate"], "devices-of-test"),
-        **dict.fromkeys(["zero-shot", "compress", "distill", "theory"], "devices-of-test"),
+        **dict.fromkeys(
+            ["zero-shot", "compress", "distill", "generate-calibration", "theory"], "devices-of-test"
+        ),
     }
 
 
 def test_store_and_pools_come_from_the_environment(deployed):
     assert deployed["search"].parameters == {"runtime": FAN_OUT}
     assert deployed["compare"].parameters == {"runtime": FAN_OUT}
-    for name in ("zero-shot", "compress", "distill", "theory"):
+    for name in ("zero-shot", "compress", "distill", "generate-calibration", "theory"):
         assert deployed[name].parameters == {"runtime": {"store": "s3://bucket/prefix"}}
     assert deployed["gc"].parameters == {"store": "s3://bucket/prefix"}
 

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -233,6 +235,40 @@ def test_the_result_records_the_texts_of_its_perplexities(finished, workshop):
     }
 
 
+def test_a_search_is_calibrated_on_a_mix_and_shows_each_of_its_texts(workshop, prefect_backend, tmp_path):
+    """The selection uses a text of the mix, which gives it the same part as to a search without a mix."""
+    model, chat = tmp_path / "chat model", tmp_path / "chat.jsonl"
+    shutil.copytree(workshop.model, model)
+    template = "{% for message in messages %}{{ message.role + ' ' + message.content + ' ' }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    turns = [{"role": "user", "content": "w1 w2 w3"}, {"role": "assistant", "content": "w4 w5 w6 w7"}]
+    chat.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(10)))
+    mix = f"file:{workshop.text}:4,file:{chat}:2"
+    settings = workshop.settings(model=str(model), calibration=mix)
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
+    result = search(settings, runtime)
+    store = ArtifactStore(runtime.store)
+    text = {"corpus": str(workshop.text), "text_tokens": 2000, "part_tokens": [0, 1000], "windows": 4}
+    chats = {"corpus": str(chat), "text_tokens": 90, "part_tokens": [0, 90], "windows": 2}
+    rows = json.loads(store.read(result.artifact, RESULT_FILE))["calibration mix"]
+    hashes = [row.pop("text_sha256") for row in rows]
+    shares = [(text, 2 / 3), (chats, 1 / 3)]
+    assert rows == [{**facts, "seqlen": 16, "share": share} for facts, share in shares]
+    assert hashes[0] == hashlib.sha256(workshop.text.read_bytes()).hexdigest()
+    page, card = Path(result.report).read_text(), Path(result.pruned, "README.md").read_text()
+    for digest in hashes:
+        assert digest in page
+        assert digest in card
+    assert "| chat.jsonl | 2 x 16 | 33.3 | 0 to 90 of 90 |" in card
+    assert str(tmp_path) not in card
+    assert "66.7 %</td><td>0 to 1,000</td>" in page
+    windows = read_input_ids(store, result.stages["calibration"])
+    words = [0, *(int(word[1:]) + 1 for word in workshop.text.read_text().split()[:1000])]
+    runs = {tuple(words[start : start + 16]) for start in range(len(words))}
+    assert [tuple(window) in runs for window in windows.tolist()] == [True, False, True, True, False, True]
+    assert search(settings, runtime).built == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -253,6 +289,10 @@ def test_the_result_records_the_texts_of_its_perplexities(finished, workshop):
             r"500 tokens, but 2 x 300 = 600 are needed",
         ),
         ({"calibration": "nowhere.txt"}, "there is no corpus at nowhere.txt"),
+        (
+            {"calibration": "chat.jsonl"},
+            "chat.jsonl contains conversations, but the model's tokenizer has no chat template",
+        ),
     ],
 )
 def test_a_search_that_cannot_work_is_refused_before_the_import(
@@ -260,6 +300,9 @@ def test_a_search_that_cannot_work_is_refused_before_the_import(
 ):
     if changes.get("model") in ("experts", "short", "narrow", "mute"):
         changes = {"model": str(workshop.folder / changes["model"])}
+    if changes.get("calibration") == "chat.jsonl":
+        (tmp_path / "chat.jsonl").write_text('{"prompt": "w1", "completion": "w2"}')
+        changes = {"calibration": str(tmp_path / "chat.jsonl")}
     store = str(tmp_path / "store")
     with pytest.raises((ValueError, OSError), match=message):
         search(workshop.settings(**changes), SearchRuntime(store=store))

@@ -49,6 +49,12 @@ def test_a_model_and_a_sparsity_are_enough():
         ({"recover": "refit", "calibration_mode": "sequential"}, "Set calibration_mode to dense"),
         ({"calibration_windows": "all"}, "calibration_windows"),
         ({"calibration_windows": None}, "calibration_windows"),
+        ({"calibration": "c4:4,ptb:2", "calibration_windows": 5}, r"is 5, but .*\(c4:4,ptb:2\) add up to 6"),
+        ({"calibration": "c4,ptb", "calibration_windows": 1}, "is 1, which is too few for the 2 texts"),
+        ({"calibration": "c4:4,ptb"}, "number of windows for some of its texts, but not for ptb"),
+        ({"calibration": "c4:4,ptb:0"}, "has 0 windows of ptb"),
+        ({"calibration": "c4:4,ptb:1000000"}, "add up to 1000004, more than 1000000"),
+        ({"calibration": "c4:4,ptb:2,a.txt"}, "but not for ptb:2,a.txt"),
         ({"selection_windows": 1}, "selection_windows"),
         ({"seqlen": 1}, "seqlen"),
         ({"betas": ["steep"]}, "betas"),
@@ -89,6 +95,7 @@ SECRETS = [
     "https://host/text.txt?X-Amz-Signature=SECRET",
     "https://host/text.txt?sv=1&sig=SECRET",
     "simplecache::https://host/text.txt?token=SECRET",
+    "c4:4,file:s3://key:SECRET@bucket/text.txt:4",
 ]
 
 

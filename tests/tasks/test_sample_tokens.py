@@ -13,7 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import read_tensors
 from layerwise.tasks.sample_tokens import (
+    MixRequest,
     TokenCount,
     TokenRequest,
     count_tokens,
@@ -23,7 +25,7 @@ from layerwise.tasks.sample_tokens import (
     token_stage,
 )
 from layerwise.tasks.texts.corpora import assign_parts, open_corpus
-from layerwise.tasks.texts.token_windows import read_input_ids
+from layerwise.tasks.texts.token_windows import TOKENS_FILE, read_input_ids
 
 IDENTITY = "0123456789abcdef"
 
@@ -113,6 +115,40 @@ def test_calibration_windows_follow_their_seed(store, words_100):
     repeated = sample(other, TokenRequest("calibration", words_100, windows=4, seqlen=8, seed=1))
     assert repeated.content == calibration(1).content
     assert repeated.key == calibration(1).key
+
+
+def test_a_mix_has_the_windows_of_every_text_evenly_spread_and_the_mask_of_its_responses(
+    store, tmp_path, words_100
+):
+    rows = [
+        {"prompt": numbered_words(4, start), "response": numbered_words(4, start + 4)}
+        for start in range(0, 80, 8)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat = open_corpus(str(tmp_path / "chat.jsonl"), "calibration")
+    sources = [
+        TokenRequest("calibration", corpus, windows, 8, seed=1)
+        for corpus, windows in ((words_100, 4), (chat, 2))
+    ]
+    template = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+    options = {"words": 100, "chat_template": template}
+    mix = sample(store, MixRequest(tuple(sources)), **options)
+    alone = [sample_tokens(store, never, IDENTITY, source) for source in sources]
+    tensors = read_tensors(store, mix, TOKENS_FILE)
+    texts = [read_input_ids(store, artifact) for artifact in alone]
+    from_chat = [1, 4]
+    assert tensors["input_ids"][from_chat].equal(texts[1])
+    assert tensors["input_ids"][[0, 2, 3, 5]].equal(texts[0])
+    is_response = tensors["input_ids"] % 8 >= 4
+    is_response[[0, 2, 3, 5]] = False
+    assert tensors["responses"].equal(is_response)
+    assert alone[1].facts["response_tokens"] == 8
+    assert mix.facts["sources"] == [artifact.facts for artifact in alone]
+    assert (mix.facts["windows"], mix.facts["seqlen"]) == (6, 8)
+    assert sample_tokens(store, never, IDENTITY, MixRequest(tuple(sources))) == mix
+    assert MixRequest(tuple(sources)).with_windows(3).counts == [2, 1]
+    with pytest.raises(ValueError, match=r"1 windows are too few .* none of .*chat.jsonl"):
+        MixRequest(tuple(sources)).with_windows(1)
 
 
 def test_the_same_text_in_another_file_has_another_key_but_equal_content(store, tmp_path, words_100):

@@ -112,7 +112,72 @@ def test_a_stored_count_is_reused_and_checked_for_every_model(texts_of, memory_s
         texts_of(1000, load=never, vocabulary=5)
 
 
+@pytest.fixture
+def mix_of(tmp_path, texts_of):
+    """Return a function that counts the texts of a search with a mix of texts with different numbers of words."""
+
+    def texts(mix, **changes):
+        for words in (200, 400, 1000):
+            (tmp_path / f"{words}.txt").write_text(" ".join(str(n % 10) for n in range(words)))
+        return texts_of(400, calibration=mix.replace("file:", f"file:{tmp_path}/"), **changes)
+
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("mix", "windows", "shares"),
+    [
+        ("file:400.txt:3,file:1000.txt:7", "auto", [3, 7]),
+        ("file:400.txt:3,file:1000.txt:7", 10, [3, 7]),
+        ("file:400.txt,file:1000.txt,file:200.txt", 10, [4, 3, 3]),
+        ("file:1000.txt,builtin", "auto", [64, 64]),
+        ("file:1000.txt,file:200.txt", "auto", [21, 20]),  # 20 windows of the shorter text fit
+    ],
+)
+def test_the_texts_of_a_mix_have_the_given_windows_or_equal_shares(mix_of, mix, windows, shares):
+    texts = mix_of(mix, calibration_windows=windows, vocabulary=97)
+    assert [source.windows for source in texts.requests["calibration"].sources] == shares
+    assert texts.windows["calibration"] == sum(shares)
+
+
+def test_a_text_of_a_mix_shares_no_tokens_with_the_same_selection_text(mix_of):
+    texts = mix_of("file:1000.txt:8,file:400.txt:8")
+    parts = [source.part for source in texts.requests["calibration"].sources]
+    assert parts == [(0.0, 1.0), (0.0, 0.5)]  # the selection and the test text is 400.txt
+    assert texts.requests["selection"].part == (0.5, 0.75)
+    assert texts.overlapping_sample is None
+    assert mix_of("file:1000.txt:8,file:400.txt:11").overlapping_sample.corpus.name == "400.txt"
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("file:1000.txt:8,file:400.txt:21", r"400.txt for calibration .* has 200 tokens, but 21 x 10 = 210"),
+        ("file:1000.txt,file:none.txt", "there is no corpus at .*none.txt"),
+        ("file:1000.txt:1,file:./1000.txt:2", "two texts of the calibration mix, .*, are the same text"),
+        ("file:200.txt,file:*00.txt", r"calibration \(.*\) and selection .* both contain 400.txt"),
+        ("file:200.txt,file:[12]*.txt", "two texts of the calibration mix, .* both contain 200.txt"),
+        ("file:1000.txt:1,200.txt:1", r"1000.txt:1,200.txt:1. is not a corpus.*A mix of texts .* file: before every"),
+        ("c4:64", r"'c4:64' is not a corpus.*A mix of texts has at least two of them"),
+    ],
+)  # fmt: skip
+def test_a_mix_that_cannot_work_is_refused(mix_of, mix, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        mix_of(mix)
+
+
+def test_a_value_that_is_a_mix_and_a_folder_is_refused_with_both_ways_to_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4,ptb").mkdir()
+    (tmp_path / "c4,ptb" / "a.txt").write_text("words")
+    settings = Search(model="some/model", sparsity=0.5, calibration="c4,ptb")
+    with pytest.raises(ValueError, match=r"write './c4,ptb'; for the mix, write a space after each comma"):
+        open_corpora(settings)
+    as_folder = settings.model_copy(update={"calibration": "./c4,ptb"})
+    assert open_corpora(as_folder)["calibration"][0].label == "./c4,ptb"
+
+
 def test_samples_overlap_if_they_take_more_than_half_of_the_windows(texts_of):
-    assert texts_of(1000).samples_overlap
-    assert texts_of(1000, calibration_windows=26).samples_overlap
-    assert not texts_of(1000, calibration_windows=25).samples_overlap
+    assert texts_of(1000).overlapping_sample is not None
+    assert texts_of(1000, calibration_windows=26).overlapping_sample is not None
+    assert texts_of(1000, calibration_windows=25).overlapping_sample is None

@@ -15,6 +15,7 @@ from pyarrow.parquet import write_table
 from layerwise.tasks.texts.corpora import assign_parts, open_corpus, read_text, require_apart
 from layerwise.tasks.texts.hub_corpus import HubCorpus
 
+CHAT = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]}
 DOCUMENTS = ["One.", "", "Zwei: ä\r\nund drei."]
 JOINED = "One.\n\n\n\nZwei: ä\r\nund drei."
 
@@ -143,8 +144,16 @@ def test_a_text_as_long_as_the_limit_is_not_truncated(tmp_path):
             b'{\n"text": "x"}',
             "row 1 is not valid JSON.*one object on each line, or one array of objects",
         ),
-        ("chat.jsonl", b'{"messages": []}', "a conversation in 'messages'.*apply_chat_template"),
-        ("chat.parquet", as_parquet([{"conversations": "x"}]), "a conversation in 'conversations'"),
+        ("chat.jsonl", b'{"messages": []}', "row 1: field 'messages' holds no messages"),
+        ("chat.parquet", as_parquet([{"conversations": "x"}]), "field 'conversations' holds str, not a list"),
+        (
+            "chat.jsonl",
+            as_json_lines([{"conversations": [{"from": "human", "value": "x"}]}]),
+            r"row 1: field 'conversations' has a message without a role.*\['from', 'value'\].*\"role\": \"user\"",
+        ),
+        ("chat.jsonl", as_json_lines([{"prompt": "x"}]), r"no field 'text', only \['prompt'\].*'completion'"),
+        ("mixed.jsonl", as_json_lines([{"text": "x"}, CHAT]), "row 2 is a conversation, and .* are texts"),
+        ("mixed.jsonl", as_json_lines([CHAT, {"text": "x"}]), "document 2 is a text, .* are conversations"),
         ("a.parquet", b"PAR1 but no more", "cannot be read as Parquet"),
         ("a.txt", "ä".encode("latin-1"), "is not valid UTF-8: byte 0xe4"),
         ("a.txt", b" \n", "contains no text"),

@@ -1,0 +1,1 @@
+"""Text that the dense model writes itself, to calibrate on."""

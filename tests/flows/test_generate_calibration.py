@@ -1,0 +1,117 @@
+"""Text that the dense model writes itself, and a calibration on it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from layerwise.flows.generate_calibration import GenerateCalibration, generate_calibration
+from layerwise.flows.runtime import Runtime
+from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.generation.generate_calibration import TEXT_FILE, write_responses
+from layerwise.tasks.texts.corpora import open_corpus
+from layerwise.tasks.texts.token_stream import tokenise_corpus
+
+TEMPLATE = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+PROMPTS = [
+    {"prompt": "w1 w2 w3", "completion": "never read"},
+    {"messages": [{"role": "user", "content": "w4"}]},
+    {"prompt": "w5 w6 w7 w8 w9", "response": "never read"},
+]
+
+
+@pytest.fixture(scope="module")
+def place(workshop, tmp_path_factory) -> Path:
+    """A folder with a model that has a chat template, and prompts."""
+    folder = tmp_path_factory.mktemp("generated")
+    shutil.copytree(workshop.model, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"w{n} w{n + 1}"}) for n in range(3)))
+    return folder
+
+
+@pytest.fixture
+def generated(place, prefect_backend):
+    """Return a function that runs the flow, and returns the rows and the location of the text."""
+
+    def run(store, prompts="chat.jsonl", **changes):
+        settings = {
+            "model": str(place / "model"),
+            "prompts": str(place / prompts),
+            "max_tokens": 8,
+            "batch": 2,
+        }
+        runtime = Runtime(store=str(store), device="cpu", boundary_layers=1)
+        artifact = generate_calibration(GenerateCalibration(**settings | changes), runtime)
+        location = ArtifactStore(str(store)).location(artifact, TEXT_FILE)
+        return list(map(json.loads, Path(location).read_text().splitlines())), location
+
+    return run
+
+
+def test_the_responses_are_those_of_transformers_and_a_text_to_calibrate_on(generated, place, tmp_path):
+    rows, location = generated(tmp_path / "store", temperature=0)
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    questions = [row.get("prompt") or row["messages"][0]["content"] for row in PROMPTS]
+    for row, question in zip(rows, questions, strict=True):
+        ids = tokenizer(f"{question} ", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            written = model.generate(
+                ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        expected = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        assert row["messages"] == [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": expected},
+        ]
+    stream = tokenise_corpus(open_corpus(location, "calibration"), tokenizer)
+    assert (stream.conversations, int(stream.responses.sum())) == (3, 3 * 8)
+
+
+def test_texts_are_continued_and_the_draws_follow_the_seed_also_after_an_interruption(
+    generated, tmp_path, monkeypatch
+):
+    texts = {"prompts": "texts.jsonl", "temperature": 1.5}
+    rows, location = generated(tmp_path / "one", **texts)
+    assert [row["text"][:3] for row in rows] == ["w0 ", "w1 ", "w2 "]
+    other, _ = generated(tmp_path / "one", **texts, seed=1)
+    assert other != rows
+
+    calls = []
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("the machine died")
+        return write_responses(*arguments)
+
+    monkeypatch.setattr("layerwise.tasks.generation.generate_calibration.write_responses", dying)
+    with pytest.raises(OSError, match="the machine died"):
+        generated(tmp_path / "two", **texts)
+    again, resumed = generated(tmp_path / "two", **texts)
+    assert len(calls) == 3
+    assert Path(resumed).read_bytes() == Path(location).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 64}, "max_tokens is 64, but the context of .* has 64 tokens"),
+        ({"max_tokens": 60}, "document 3 is a prompt of 5 tokens, and .* room for 4 before the response"),
+        ({"prompts": "nothing.jsonl"}, "contains no prompts"),
+        ({"prompts": "answers.jsonl"}, "row 1 has only messages of the assistant, and no prompt"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused_before_the_import(
+    generated, place, tmp_path, changes, message
+):
+    (place / "nothing.jsonl").write_text("")
+    (place / "answers.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "w1"}]}))
+    with pytest.raises(ValueError, match=message):
+        generated(tmp_path / "store", **changes)
+    assert list(ArtifactStore(str(tmp_path / "store")).artifacts()) == []
