@@ -58,23 +58,28 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise if a model cannot be pruned layer by layer, judged by its configuration.
 
     Raises:
-        UnsupportedModel: the model is an encoder, an encoder-decoder, a multimodal model or a mixture of experts, or
-            transformers has no causal language model for it.
+        UnsupportedModel: the model is an encoder, an encoder-decoder or a mixture of experts, or transformers has no
+            language model for it.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
 
-    if config.is_encoder_decoder:
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder or text_config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
             "Use a causal language model such as LLaMA, Mistral, Qwen or GPT-2."
         )
-    towers = [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
-    if towers:
-        raise UnsupportedModel(
-            f"{config.model_type} is a multimodal model ({', '.join(towers)}); layerwise prunes text-only models. "
-            "Use a text-only language model, or save the language model of this one separately."
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_multimodal(config):
+        if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            raise UnsupportedModel(
+                f"transformers has no model for {config.model_type!r} that takes text and returns text "
+                f"({', '.join(_towers(config))}), so there is no language model to prune. Use a language model."
+            )
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
             f"transformers has no causal language model for {config.model_type!r}, and layerwise does not run code "
             "that comes with a model. Use a model that transformers supports."
@@ -84,7 +89,6 @@ def check_supported(config: PretrainedConfig) -> None:
             f"{config.model_type} is an encoder (tokens attend to later tokens); layerwise prunes causal language "
             'models. If this model was trained as a decoder, set "is_decoder": true in its config.json.'
         )
-    text_config = config.get_text_config()
     for name in EXPERT_COUNTS:
         if (count := getattr(text_config, name, None)) and count > 1:
             raise UnsupportedModel(
@@ -100,11 +104,10 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedModel: see ``check_supported`` and ``layer_prefix``.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     check_supported(config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _model_of(config)
     layer_prefix(model)  # raises if the model has no list of decoder layers
     return model.eval()
 
@@ -115,13 +118,32 @@ def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedModel: as for ``build_skeleton``.
     """
-    from transformers import AutoModelForCausalLM
-
     check_supported(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _model_of(config)
     layer_prefix(model)
     return model.eval()
+
+
+def _model_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the language model of ``config``; if it is multimodal, the whole model.
+
+    Only the class of the whole model computes positions, masks and embeddings of text exactly as it does.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    model_class = AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
+    model: PreTrainedModel = model_class.from_config(config, dtype=torch.float32)
+    return model
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    """Return whether the model of ``config`` has parts for images or sound besides its language model."""
+    return bool(_towers(config))
+
+
+def _towers(config: PretrainedConfig) -> list[str]:
+    return [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
 
 
 def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
@@ -140,9 +162,11 @@ def layer_prefix(model: PreTrainedModel) -> str:
         UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules of the same class.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
+    root = _language_model(model)
+    start = f"{root}." if root else ""
     found = [
-        name
-        for name, module in model.named_modules()
+        start + name
+        for name, module in model.get_submodule(root).named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == num_layers
         and len({type(m) for m in module}) == 1
@@ -156,10 +180,44 @@ def layer_prefix(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
+def _language_model(model: PreTrainedModel) -> str:
+    """Return the name of the module that holds the decoder layers of a multimodal model; empty for other models."""
+    if not is_multimodal(model.config):
+        return ""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return state-dict name and shape of every tensor that a checkpoint must contain, without tied tensors."""
+    """Return state-dict name and shape of every tensor that a checkpoint must contain, without tied tensors.
+
+    In a multimodal model these are the tensors of the language model and of its head. The others are never computed
+    with: text does not need them.
+    """
     tied = set(model.all_tied_weights_keys)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    if not (language_model := _language_model(model)):
+        return shapes
+    modules = {id(module): name for name, module in model.named_modules()}
+    head = modules.get(id(model.get_output_embeddings()), language_model)
+    return {
+        name: shape for name, shape in shapes.items() if name.startswith((f"{language_model}.", f"{head}."))
+    }
+
+
+def fill_unused_parts(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameters of a multimodal model that text does not need a place on ``device``, without memory.
+
+    Some models move inputs to the device of their first parameter. The values are NaN, so that a result that does depend
+    on them is noticed.
+    """
+    used = {*expected_tensors(model), *model.all_tied_weights_keys}
+    nan = torch.full((), torch.nan, dtype=dtype, device=device)
+    for name, parameter in model.named_parameters():
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
+            model.get_submodule(owner)._parameters[leaf] = filled
 
 
 def linears_of(layer: nn.Module) -> tuple[Linear, ...]:

@@ -95,8 +95,8 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             else quantization
         )
         raise ValueError(
-            f"{name} is quantized with {method}, but only float16, bfloat16 and float32 weights can be pruned. "
-            "Give the original model. The pruned model can be quantized afterwards."
+            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32, fp8 with block scales "
+            "and mxfp4 can be read. Give the original model. The pruned model can be quantized afterwards."
         )
     return built(_config, document, f"{CONFIG} of {name}")
 
