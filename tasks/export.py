@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
-from layerwise.models.skeleton import Linear, is_multimodal
+from layerwise.models.skeleton import Linear, auto_class, is_multimodal
 from layerwise.pruners.layer_pruning import LayerPruning
 from layerwise.pruners.masks import count_zeros
 from layerwise.storage.artifact import Artifact
@@ -28,7 +28,7 @@ from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, LOADED_BY, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery, text_name
@@ -150,9 +150,12 @@ def export(
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
             }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
+        loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
-        draft.write(CARD_FILE, model_card(card, "dense", section).encode())
+        draft.write(CARD_FILE, model_card(card, "dense", section, auto_class=loaded_by).encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
+        if is_multimodal(checkpoint.config):
+            draft.facts[LOADED_BY] = loaded_by
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, recovery), build)
     require_whole(store, exported)  # a reused export is not read by any later stage

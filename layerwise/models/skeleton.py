@@ -130,11 +130,17 @@ def _model_of(config: PretrainedConfig) -> PreTrainedModel:
 
     Only the class of the whole model computes positions, masks and embeddings of text exactly as it does.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    import transformers
 
-    model_class = AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
-    model: PreTrainedModel = model_class.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = getattr(transformers, auto_class(config)).from_config(
+        config, dtype=torch.float32
+    )
     return model
+
+
+def auto_class(config: PretrainedConfig) -> str:
+    """Return the name of the class of transformers that loads the whole model."""
+    return "AutoModelForMultimodalLM" if is_multimodal(config) else "AutoModelForCausalLM"
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:
@@ -159,18 +165,18 @@ def layer_prefix(model: PreTrainedModel) -> str:
     """Return the name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
-        UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules of the same class.
+        UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     root = _language_model(model)
     start = f"{root}." if root else ""
-    found = [
-        start + name
+    lists = {
+        start + name: {type(each) for each in module}
         for name, module in model.get_submodule(root).named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and len({type(m) for m in module}) == 1
-    ]
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    # Hybrids may have a class for every kind of layer.
+    found = [name for name, classes in lists.items() if len(classes) == 1] or list(lists)
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outermost) != 1:
         raise UnsupportedModel(

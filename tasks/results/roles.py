@@ -5,6 +5,7 @@ SELECT, EXPORT, EVALUATE = "select", "export", "evaluate"
 RESULTS = (SELECT, EXPORT, EVALUATE)
 RECOVERED_UNIFORM, RECOVERED_BEST = "recovered uniform", "recovered best"  # only with recovery
 
+LOADED_BY = "loaded by"  # fact of an exported multimodal model: the class of transformers
 # Facts of a recovered plan.
 LAYERS_RECOVERED, LAYERS_ROLLED_BACK = "layers recovered", "layers rolled back"
 
