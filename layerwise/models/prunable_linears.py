@@ -99,10 +99,16 @@ def _probe(model: PreTrainedModel) -> frozenset[str] | None:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), False)
+        quiet = logging.getLogger(
+            "torch._subclasses.fake_tensor"
+        )  # it logs a traceback before it raises an error
+        was_disabled, quiet.disabled = quiet.disabled, True
         try:
             probe(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             # A model that looks at values. A linear that it does not call is an error when statistics are collected.
             logger.debug("the linears that %s calls are not known: %s", model.config.model_type, error)
             return None
+        finally:
+            quiet.disabled = was_disabled
     return frozenset(seen)

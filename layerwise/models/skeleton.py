@@ -6,6 +6,7 @@ import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ OTHER_TOWERS = (
     "speech",
     "vq_",
 )  # parts of the names of configurations within a configuration
+PLAIN = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)  # parameters of a function, not *args
 # Entries of a configuration that change the output of a forward pass, with the values that streaming needs.
 PLAIN_FORWARD = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
@@ -129,12 +131,22 @@ def _model_of(config: PretrainedConfig) -> PreTrainedModel:
     """Build the language model of ``config``; if it is multimodal, the whole model.
 
     Only the class of the whole model computes positions, masks and embeddings of text exactly as it does.
+
+    Raises:
+        UnsupportedModel: the model does not run on tokens alone.
     """
     import transformers
 
     model: PreTrainedModel = getattr(transformers, auto_class(config)).from_config(
         config, dtype=torch.float32
     )
+    parameters = signature(model.forward).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind in PLAIN]
+    if others := [name for name in needed if name != "input_ids"]:
+        raise UnsupportedModel(
+            f"{config.model_type} needs more than tokens ({', '.join(others)}), so its language model cannot be run on "
+            "text alone. Use another model."
+        )
     return model
 
 

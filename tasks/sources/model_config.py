@@ -187,6 +187,10 @@ def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], 
         return build(document)
     except (UnsupportedModel, MemoryError):
         raise
+    except ImportError as error:  # some image encoders come from other packages
+        raise ValueError(
+            f"the model of {place} needs a package that is not installed: {short_reason(error)}. Install it."
+        ) from error
     except Exception as error:
         raise ValueError(
             f"{place} cannot be used{_culprit(build, document)}: {short_reason(error)}. Correct the value, or "

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import (
     BartConfig,
     BertConfig,
+    Blip2Config,
     CLIPConfig,
     FalconConfig,
     Gemma3Config,
@@ -220,6 +221,11 @@ def test_only_the_language_model_of_a_multimodal_model_is_expected(config_class)
 def test_a_multimodal_model_that_returns_no_text_is_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"'clip' that takes text and returns text \(vision_config\)"):
         build_skeleton(CLIPConfig())
+
+
+def test_a_multimodal_model_that_needs_an_image_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"blip-2 needs more than tokens \(pixel_values\)"):
+        build_outline(Blip2Config())
 
 
 def test_an_encoder_is_refused_unless_it_is_configured_as_a_decoder():
