@@ -1,12 +1,13 @@
 """Dequantization of weights that are stored as small numbers with a scale for every block of them.
 
-The results equal those of transformers bit for bit.
+The results equal those of transformers bit for bit. Blocks that do not divide a weight are cut off at its edges, as in
+the code of DeepSeek; transformers refuses such a weight, or divides it into smaller blocks.
 """
 
 import torch
 from torch import Tensor
 
-FP4_VALUES = (
+POSITIVE_FP4 = (
     0.0,
     0.5,
     1.0,
@@ -15,15 +16,7 @@ FP4_VALUES = (
     3.0,
     4.0,
     6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)  # E2M1, by bits
+)  # E2M1, by the lower three bits; the highest is the sign
 E8M0_BIAS = 127  # an exponent e of 8 bits stands for 2 ** (e - 127)
 
 
@@ -73,7 +66,9 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     Returns:
         Weights, shape ``(experts, columns, rows)`` with ``columns = 2 * blocks * bytes``.
     """
-    values = torch.tensor(FP4_VALUES, dtype=dtype, device=blocks.device)
+    values = torch.tensor(
+        (*POSITIVE_FP4, *(-value for value in POSITIVE_FP4)), dtype=dtype, device=blocks.device
+    )
     pairs = torch.stack((values[(blocks & 0x0F).long()], values[(blocks >> 4).long()]), dim=-1)
     scaled = torch.ldexp(pairs.flatten(-2), scales.to(torch.int32).unsqueeze(-1) - E8M0_BIAS)
     return scaled.to(dtype).flatten(-2).transpose(-2, -1).contiguous()

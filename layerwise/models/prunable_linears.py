@@ -25,7 +25,7 @@ KEPT_DENSE = re.compile(
 )
 PROBE_TOKENS = 8
 
-# Linears by layer, by name in the layer: what a forward pass calls, for the configurations seen by this process.
+# What `_called_linears` found, by configuration: a process opens the same model many times.
 _called: dict[str, frozenset[str] | None] = {}
 
 
@@ -99,9 +99,8 @@ def _probe(model: PreTrainedModel) -> frozenset[str] | None:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), False)
-        quiet = logging.getLogger(
-            "torch._subclasses.fake_tensor"
-        )  # it logs a traceback before it raises an error
+        # It logs a traceback before it raises an error.
+        quiet = logging.getLogger("torch._subclasses.fake_tensor")
         was_disabled, quiet.disabled = quiet.disabled, True
         try:
             probe(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)

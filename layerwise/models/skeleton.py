@@ -212,15 +212,24 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     In a multimodal model these are the tensors of the language model and of its head. The others are never computed
     with: text does not need them.
     """
-    tied = set(model.all_tied_weights_keys)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    if not (language_model := _language_model(model)):
-        return shapes
-    modules = {id(module): name for name, module in model.named_modules()}
-    head = modules.get(id(model.get_output_embeddings()), language_model)
+    tied, of_text = set(model.all_tied_weights_keys), text_modules(model)
     return {
-        name: shape for name, shape in shapes.items() if name.startswith((f"{language_model}.", f"{head}."))
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.startswith(of_text)
     }
+
+
+def text_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the beginnings of the names of all modules and tensors that text needs, each with a dot at its end.
+
+    In a multimodal model these are the language model and its head; in other models, everything.
+    """
+    if not (language_model := _language_model(model)):
+        return ("",)
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    return tuple(f"{name}." for name in (language_model, *heads))
 
 
 def fill_unused_parts(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
+from layerwise.sparse.engines import weight_bytes
 from layerwise.tasks.compress import require_compressible
 from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
 from layerwise.tasks.models.model_in_folder import model_in_folder
@@ -184,15 +185,42 @@ def test_the_export_of_a_multimodal_model_has_few_shards_and_everything_to_load_
         require_compressible(run.checkpoint)
 
 
-def test_an_encoder_takes_no_memory(save_model, local_store):
+@pytest.mark.parametrize("make", [gemma3, llava, qwen2_5_vl])
+def test_names_as_in_the_state_dict_are_read_as_well(save_model, local_store, make):
+    folder, model = save_model(make()), make()
+    names = set(load_file(folder / "model.safetensors"))
+    state = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    state = {name: weight for name, weight in state.items() if name not in model.all_tied_weights_keys}
+    assert set(state) != names
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = import_checkpoint(local_store, str(folder))
+    for index, layer in enumerate(checkpoint.layers()):
+        for name, weight in layer.items():
+            assert torch.equal(weight, state[f"{checkpoint.layer_prefix}.{index}.{name}"])
+
+
+def test_an_encoder_takes_no_memory_and_is_not_measured(save_model, local_store):
     checkpoint = import_checkpoint(local_store, str(save_model(gemma3())))
-    (encoder,) = (
-        m
-        for name, m in whole_model(checkpoint, "float32", Execution()).named_modules()
-        if name == "model.vision_tower"
-    )
-    assert {parameter.untyped_storage().nbytes() for parameter in encoder.parameters()} == {4}
     assert not any("vision" in name for name in checkpoint.outer_tensors())
+    model = whole_model(checkpoint, "float32", Execution())
+    encoder = model.get_submodule("model.vision_tower")
+    assert {parameter.untyped_storage().nbytes() for parameter in encoder.parameters()} == {4}
+    linears = [linear for layer in linears_by_layer(checkpoint.index, 8) for linear in layer]
+    head = model.lm_head.weight.numel()
+    assert weight_bytes(model) == 4 * (sum(linear.numel for linear in linears) + head)
+
+
+def test_layers_that_transformers_ignores_are_copied(save_model, edit_tensors, local_store, caplog):
+    folder = save_model(qwen3_5())
+    prediction = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(48, 32), "mtp.norm.weight": torch.ones(32)}
+    edit_tensors(folder, lambda tensors: tensors.update(prediction))
+    unused = {
+        tensor.name
+        for tensor in import_checkpoint(local_store, str(folder)).source_tensors()[None]
+        if not tensor.is_used
+    }
+    assert prediction.keys() <= unused
+    assert "not used" not in caplog.text
 
 
 def test_tensors_in_another_layout_are_converted_for_the_model_and_back_for_the_export(small_run):
