@@ -17,7 +17,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -103,7 +102,7 @@ class StoredNames:
         # Some renamings depend on the names before, in the order of transformers; so does the order of merged tensors.
         for name in sorted(names, key=dot_natural_key):
             loaded_as, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            renamed = apply_renamings(name, renamings)
+            renamed, _ = rename_source_key(name, renamings, [])
             if pattern is not None and loaded_as in state:
                 inputs.setdefault(loaded_as, []).append(ConvertedTensor(name, renamed, pattern))
             # A base model is saved without the prefix that it has in a language model, and the reverse.
