@@ -275,19 +275,21 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
         known = getattr(config, "max_seq_len", None)
     if known is None or seqlen <= known:
         return
+    of_text = text_modules(model)  # an image encoder has a table of positions of its own
     # A table may have a few more rows than positions: OPT's first two are for padding.
     learned = any(
         isinstance(module, nn.Embedding)
         and 0 <= module.num_embeddings - known <= 8
         and module is not model.get_input_embeddings()
-        for module in model.modules()
+        for name, module in model.named_modules()
+        if name.startswith(of_text)
     )
     # GPT-J's table is computed, but has a fixed length as well.
-    if (
-        learned
-        or has_table
-        or any(name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers())
-    ):
+    computed = any(
+        name.startswith(of_text) and name.endswith("embed_positions") and len(buffer) == known
+        for name, buffer in model.named_buffers()
+    )
+    if learned or has_table or computed:
         raise ValueError(
             f"a window has {seqlen} tokens, but {model.config.model_type} has {'learned' if learned else 'a table of'} "
             f"{known} positions. Set the window length (--seqlen) to {known} or less."

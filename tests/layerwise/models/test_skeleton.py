@@ -218,6 +218,13 @@ def test_only_the_language_model_of_a_multimodal_model_is_expected(config_class)
     assert outside == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
 
 
+def test_the_positions_of_an_image_encoder_are_not_those_of_text(caplog):
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 4}
+    images = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # four patches
+    require_positions(build_outline(Gemma3Config(text_config=text, vision_config=images)), 16)
+    assert "was made for 4 positions" in caplog.text
+
+
 def test_a_multimodal_model_that_returns_no_text_is_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"'clip' that takes text and returns text \(vision_config\)"):
         build_skeleton(CLIPConfig())
