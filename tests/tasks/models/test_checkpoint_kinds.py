@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -169,6 +170,15 @@ def test_the_language_model_of_a_multimodal_model_is_pruned_and_the_rest_is_copi
     run = small_run(MULTIMODAL[family]())
     result = check_search(run, AutoModelForImageTextToText)
     assert any("visual" in name or "vision" in name for name in result)
+    if (
+        type(run.checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):  # transformers opens it as a text model as well
+        exported = Path(run.store.location(run.export(run.branch(0.25)[0])))
+        model, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+        assert not info["missing_keys"]
+        losses = torch.tensor(run.losses(model.eval(), "test"))
+        tested = read_test(run.store, run.evaluate(0.0, 0.25))
+        assert tested.best == pytest.approx(losses.mean().exp().item(), rel=1e-5)
 
 
 def test_the_export_of_a_multimodal_model_has_few_shards_and_everything_to_load_it(save_model, small_run):
