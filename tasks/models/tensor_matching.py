@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -57,19 +57,14 @@ def match_tensors(
     converted = [
         weight for each in conversions for weight in _converted_weights(each, stored, expected, source)
     ]
+    made_from = {weight.name: weight.made_by for weight in converted}
+    for name, model_name in model_names.items():
+        if model_name in made_from:
+            parts = [each for each, target in part_of.items() if target == made_from[model_name]]
+            raise _two_tensors_for_one_weight(model_name, name, " with ".join(parts[:3]), source)
     _check_complete(expected, {*model_names.values(), *(weight.name for weight in converted)}, source)
     copies = _tied_copies(model_names, whole, names, model)
-    state = model.state_dict()
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    explained = {
-        name
-        for name in whole
-        if name in model_names
-        or name in copies
-        or COMPUTED_BUFFERS.fullmatch(name)
-        or any(alias in state for alias in names.aliases(name))  # of an image or sound encoder
-        or any(pattern.search(alias) for pattern in ignored for alias in names.aliases(name))
-    }
+    explained = {*model_names, *copies, *_known_unused(whole, names, model)}
     if unexplained := sorted(whole.keys() - explained):
         logger.warning(
             "%s: %d tensors are not used by the model: %s", source, len(unexplained), unexplained[:8]
@@ -97,6 +92,20 @@ def match_tensors(
     return tensors, tuple(replace(each, layer=layer_of_conversion[each.made_by]) for each in converted)
 
 
+def _known_unused(stored: Iterable[str], names: StoredNames, model: PreTrainedModel) -> Iterator[str]:
+    """Yield the tensors that are known not to be used: buffers, image and sound encoders, and what transformers ignores."""
+    state = model.state_dict()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in stored:
+        aliases = names.aliases(name)
+        if (
+            COMPUTED_BUFFERS.fullmatch(name)
+            or any(alias in state for alias in aliases)
+            or any(pattern.search(alias) for pattern in ignored for alias in aliases)
+        ):
+            yield name
+
+
 def _converted_weights(
     conversion: Conversion,
     stored: Mapping[str, StoredTensor],
@@ -118,6 +127,11 @@ def _converted_weights(
             f"{source}: the conversion of {shown} into {conversion.target} fails: {error}. The stored tensors are "
             "incomplete, or from a model of another configuration. Copy all files again."
         ) from error
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise ValueError(
+            f"{source}: {shown} are converted into {', '.join(unknown)}, which the model does not have. The files are from "
+            "a model of another configuration. Copy all files again."
+        )
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     _check_shapes(shapes, dict.fromkeys(shapes, shown), {name: name for name in shapes}, expected, source)
     return [
