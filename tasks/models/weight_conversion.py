@@ -46,6 +46,8 @@ class Conversion:
     Attributes:
         target: state-dict name of the first weight; identifies the conversion in a checkpoint.
         sources: in the order in which the operations take them.
+        converter: the operations, as transformers defines them for this kind of model.
+        model: the model on the meta device; some operations depend on its configuration.
     """
 
     target: str
@@ -59,9 +61,8 @@ class Conversion:
         Args:
             stored: the sources, by name in their files; other tensors are ignored.
         """
-        converter: Any = deepcopy(
-            self.converter
-        )  # it collects the tensors, of which its types know only futures
+        # A copy, because it collects the tensors. Its type hints know only futures of them.
+        converter: Any = deepcopy(self.converter)
         for source in self.sources:
             converter.add_tensor(self.target, source.name, source.pattern, stored[source.name])
         made = converter.convert(self.target, model=self.model, config=self.model.config)
