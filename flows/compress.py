@@ -15,6 +15,7 @@ from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compress import compress as compress_export
+from layerwise.tasks.compress import require_compressible
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane, results_on_test
 from layerwise.tasks.running.execution import Execution
@@ -42,6 +43,7 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
+        ValueError: The model cannot be stored without its zeros.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
@@ -53,6 +55,7 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
 
 def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
     finished = reopen_search(store, settings.search, execution)
+    require_compressible(finished.scored.captured.checkpoint)
     exported = finished.exported(store, finished.best, execution)
     card, section = _card(store, finished, exported), finished.recovery_section
     folder = compress_export(store, exported, card, execution, section)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from layerwise.models.skeleton import is_multimodal
 from layerwise.storage.artifact import Artifact, StoredFile
 from layerwise.storage.draft import Draft
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -23,6 +24,7 @@ from layerwise.tasks.compressed.file_format import (
     parts_of,
 )
 from layerwise.tasks.export import CARD_FILE
+from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.calibration_mix import mix_of_export
 from layerwise.tasks.results.run_names import title_of
@@ -41,6 +43,24 @@ def compress_stage(exported_key: str, card: ModelCard, recovery: str = "") -> St
     """
     section = {"recovery": recovery} if recovery else {}
     return Stage("compress", 1, {"card": card, **section}, {"export": exported_key})
+
+
+def require_compressible(checkpoint: Checkpoint) -> None:
+    """Refuse a model that the compressed format cannot hold.
+
+    Raises:
+        ValueError: the model is multimodal, or transformers stores its weights in another layout than it computes with.
+    """
+    if is_multimodal(checkpoint.config) or checkpoint.index.converted:
+        kind = (
+            "is multimodal"
+            if is_multimodal(checkpoint.config)
+            else "is stored in another layout than it has in memory"
+        )
+        raise ValueError(
+            f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported "
+            "folder of the search."
+        )
 
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")

@@ -1,7 +1,7 @@
 """Export: write the pruned checkpoint in Hugging Face format, layer by layer, in the source's dtype."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
-from layerwise.models.skeleton import Linear
+from layerwise.models.skeleton import Linear, auto_class, is_multimodal
 from layerwise.pruners.layer_pruning import LayerPruning
 from layerwise.pruners.masks import count_zeros
 from layerwise.storage.artifact import Artifact
@@ -23,12 +23,13 @@ from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
+from layerwise.tasks.models.checkpoint_index import IndexedTensor
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
 from layerwise.tasks.results.calibration_mix import published_rows, text_name
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, MIX, RECOVERED_BEST
+from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
@@ -152,12 +153,16 @@ def export(
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
             }
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
+        loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
         mix = published_rows(inputs.calibration.facts)
-        draft.write(CARD_FILE, model_card(card, "dense", section, mix=mix).encode())
+        content = model_card(card, "dense", section, mix=mix, auto_class=loaded_by)
+        draft.write(CARD_FILE, content.encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
         if mix:
             draft.facts[MIX] = mix
+        if is_multimodal(checkpoint.config):
+            draft.facts[LOADED_BY] = loaded_by
 
     exported = store.get_or_build(export_stage(inputs, chosen, uniform, settings, recovery), build)
     require_whole(store, exported)  # a reused export is not read by any later stage
@@ -191,10 +196,12 @@ class _Export:
     def write_weights(self, draft: Draft, beside: Callable[[LayerWatch], object] | None) -> None:
         """Write one shard per layer, and one per tensor outside of the layers, which may be larger than a layer.
 
+        The many small tensors of image and sound encoders share shards of the size of a layer.
+
         Args:
             beside: see ``export``.
         """
-        outer = self.checkpoint.source_tensors().get(None, [])
+        outer = self._outer_shards()
         total = self.checkpoint.num_layers
         if draft.resumed is not None:
             self.rows += json.loads(self.store.read(draft.resumed.state, ROWS_FILE))
@@ -209,7 +216,7 @@ class _Export:
 
         def write_layer(index: int, weights: dict[str, Tensor]) -> None:
             self._prune(index, weights)
-            write(self._by_source_name(index, weights))
+            write(self.checkpoint.layer_by_stored_name(index, weights))
 
         def write_layers_before(end: int, show: ProgressUpdate | None = None) -> None:
             first = written - len(outer)
@@ -235,8 +242,8 @@ class _Export:
 
         draft.gather()
         with boundaries(draft, self.execution, self._write_rows) as reached:
-            for tensor in outer[written:]:
-                write(self.checkpoint.read({tensor.name: tensor}))
+            for tensors in outer[written:]:
+                write(self.checkpoint.read({tensor.name: tensor for tensor in tensors}))
             if beside is not None:
                 _run_beside(beside, follow)
             first, resumed = max(written - len(outer), 0), None if beside else draft.resumed
@@ -248,15 +255,21 @@ class _Export:
             draft.check_inherited()
         draft.write(WEIGHTS_INDEX, json.dumps(_weights_index(draft), indent=2).encode())
 
+    def _outer_shards(self) -> list[list[IndexedTensor]]:
+        """Return the tensors outside of the layers, by shard."""
+        tensors = self.checkpoint.source_tensors().get(None, [])
+        room, has_encoders = max(self.checkpoint.index.layer_bytes), is_multimodal(self.checkpoint.config)
+        shards: list[list[IndexedTensor]] = []
+        for tensor in tensors:
+            shares = has_encoders and not tensor.is_used and tensor.copy_of is None
+            if shares and shards and not shards[-1][0].is_used and _bytes([*shards[-1], tensor]) <= room:
+                shards[-1].append(tensor)
+            else:
+                shards.append([tensor])
+        return shards
+
     def _write_rows(self, state: Draft) -> None:
         state.write(ROWS_FILE, json.dumps(self.rows).encode())
-
-    def _by_source_name(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a layer's tensors by their names in the source, including tensors that the model does not use."""
-        names = {relative: tensor.name for relative, tensor in self.checkpoint.layer_tensors(index).items()}
-        group = self.checkpoint.source_tensors()[index]
-        unused = {tensor.name: tensor for tensor in group if tensor.name not in names.values()}
-        return {names[name]: weight for name, weight in weights.items()} | self.checkpoint.read(unused)
 
     @torch.no_grad()
     def _prune(self, index: int, weights: dict[str, Tensor]) -> None:
@@ -288,6 +301,10 @@ class _Export:
                     "sparsity": zeros / linear.numel,
                 }
             )
+
+
+def _bytes(tensors: Iterable[IndexedTensor]) -> int:
+    return sum(tensor.entry.nbytes for tensor in tensors)
 
 
 def _run_beside(beside: Callable[[LayerWatch], object], follow: LayerWatch) -> None:

@@ -1,9 +1,11 @@
 """Import a checkpoint: find every tensor, check it against the configuration, and record its digest.
 
 A folder is used in place; its bytes are read once to compute digests. A hub repository, a GGUF file and the demo model
-are copied into the store, one shard per decoder layer, with at most one shard in memory.
+are copied into the store, one shard per decoder layer, with at most one shard in memory. So is a folder with quantized
+weights, which are dequantized.
 """
 
+import json
 from dataclasses import replace
 
 from layerwise.storage.artifact import Artifact, Damaged
@@ -19,9 +21,10 @@ from layerwise.tasks.models.folder_index import (
     check_tied_copies,
     describe_folder,
     index_in_place,
+    is_quantized,
     refuse_adapter,
 )
-from layerwise.tasks.sources.checkpoint_files import copied_files
+from layerwise.tasks.sources.checkpoint_files import CONFIG, copied_files
 from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_source import (
     DemoSource,
@@ -31,6 +34,7 @@ from layerwise.tasks.sources.model_source import (
     Source,
     find_source,
 )
+from layerwise.tasks.sources.quantized_weights import QUANTIZATION
 from layerwise.tasks.sources.source_license import License, license_of_folder
 
 
@@ -113,16 +117,16 @@ def inspect_source(model: str) -> CheckpointIndex:
 
 def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
     match source:
-        case FolderSource():
+        case FolderSource() if not is_quantized(source.folder):
             index = index_in_place(store, draft, source.folder)
-            _copy_small_files(draft, source.folder)
+            _copy_small_files(draft, source.folder, index)
             found = license_of_folder(source.folder)
-        case HubSource():
-            folder = source.open()
+        case FolderSource() | HubSource():
+            folder = source.folder if isinstance(source, FolderSource) else source.open()
             described = describe_folder(folder)
             check_tied_copies(folder, described)
             index = copy_into_store(store, draft, folder, described)
-            _copy_small_files(draft, folder)
+            _copy_small_files(draft, folder, index)
             found = license_of_folder(folder)
         case GgufSource() | DemoSource():
             from layerwise.tasks.models.gguf_weights import GgufWeights
@@ -142,6 +146,9 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
     } | ({} if found is None else {"license": found.facts})
 
 
-def _copy_small_files(draft: Draft, folder: Folder) -> None:
+def _copy_small_files(draft: Draft, folder: Folder, index: CheckpointIndex) -> None:
     for name in copied_files(folder.files):
-        draft.write(name, folder.read(name))
+        content = folder.read(name)
+        if name == CONFIG and QUANTIZATION in json.loads(content):
+            content = json.dumps(index.config, indent=2).encode()  # the weights are dequantized
+        draft.write(name, content)

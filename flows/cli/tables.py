@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # a command imports only the flow that it runs
 
 def show_result(console: Console, result: "SearchResult") -> None:
     """Print the table of a search, its verdict, the test perplexities, the model's folder, and the work done."""
-    from layerwise.flows.pipeline.result import work_sentence
+    from layerwise.flows.pipeline.result import loading_class, work_sentence
 
     title = f"{result.source} at sparsity {result.settings.sparsity:g}, {result.settings.pruner.method}"
     show_selection(console, title, result.selection)
@@ -44,7 +44,9 @@ def show_result(console: Console, result: "SearchResult") -> None:
         console.print(f"Pruned model: {_short(result.pruned)}", soft_wrap=True)
     if result.pruned is not None and "://" not in result.pruned:  # transformers opens no URL
         console.print(
-            f"  AutoModelForCausalLM.from_pretrained({_short(result.pruned)!r})", style="dim", soft_wrap=True
+            f"  {loading_class(result)}.from_pretrained({_short(result.pruned)!r})",
+            style="dim",
+            soft_wrap=True,
         )
     console.print(f"Report: {_short(result.report)}", soft_wrap=True)
     console.print(work_sentence(result))

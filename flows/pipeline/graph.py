@@ -224,7 +224,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         build=build_checkpoint,
         work="import",
         reads=lambda sizes: sizes.weights,
-        writes=lambda sizes: 0 if sizes.index.in_place else sizes.weights,
+        writes=lambda sizes: 0 if sizes.index.in_place else sizes.files,
         seconds=lambda times: times.importing,
     )
 
@@ -464,7 +464,7 @@ def _export_step(
         build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
         work="write the pruned checkpoint",
         reads=lambda sizes: sizes.weights,
-        writes=lambda sizes: sizes.weights,
+        writes=lambda sizes: sizes.files,
         seconds=lambda times: times.export,
     )
     return exported

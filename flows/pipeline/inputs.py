@@ -1,6 +1,7 @@
 """Inputs of a search: the model and the texts, checked before the model is imported."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     checkpoint = None if store.find(stage) is None else import_checkpoint(store, settings.model)
     index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
     linears = linears_by_layer(index, settings.seqlen)
-    check_plans(settings, linears)
+    check_plans(settings, linears, _matrices(index))
     vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
     if checkpoint is None:
         tokenizer = tokenizer_of_source(settings.model)
@@ -94,8 +95,24 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     return SearchInputs(stage, checkpoint, index, linears, texts)
 
 
-def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
+def _matrices(index: CheckpointIndex) -> list[str]:
+    """Return the names of all modules of the layers that have a matrix as their weight."""
+    return [
+        f"{layer}.{name.removesuffix('.weight')}"
+        for layer in range(index.num_layers)
+        for name, weight in index.layer_tensors(layer).items()
+        if name.endswith(".weight") and len(weight.entry.shape) == 2
+    ]
+
+
+def check_plans(
+    settings: Search, linears: Sequence[Sequence[Linear]], matrices: Collection[str] = ()
+) -> None:
     """Refuse plans that the shape of the model does not allow.
+
+    Args:
+        matrices: names that ``exclude`` may match without effect: linears that stay dense by default are not in
+            ``linears``.
 
     Raises:
         ValueError: a beta is outside its legal range, a layer has nothing to prune, or an N:M pattern does not divide
@@ -105,7 +122,8 @@ def check_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> None:
     prunable = pruning.prunable(linears)
     names = [f"{index}.{linear.name}" for index, layer in enumerate(linears) for linear in layer]
     left = sum(map(len, prunable))
-    if settings.exclude is not None and left in (0, len(names)):
+    is_known = settings.exclude is not None and any(re.search(settings.exclude, name) for name in matrices)
+    if settings.exclude is not None and (left == 0 or (left == len(names) and not is_known)):
         found = "every one" if left == 0 else "none"
         raise ValueError(
             f"exclude is {settings.exclude!r}, which matches {found} of the model's {len(names)} linears, such as "

@@ -6,7 +6,7 @@ import shlex
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
-from layerwise.flows.pipeline.result import SearchResult, work_sentence
+from layerwise.flows.pipeline.result import SearchResult, loading_class, work_sentence
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.files.filesystem import is_local
@@ -19,18 +19,18 @@ from layerwise.tasks.running.progress import going_on_without_prefect
 
 # Prefect's pages do not link to s3:// or to files, and take a path for one of their own: places are text to copy.
 LOAD_HERE = """```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained({place!r})
+model = {auto_class}.from_pretrained({place!r})
 ```
 """
 LOAD_FROM_AFAR = """```python
 import fsspec
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
 fs, folder = fsspec.url_to_fs({place!r})
 fs.get(f"{{folder}}/", "pruned-model/", recursive=True)
-model = AutoModelForCausalLM.from_pretrained("pruned-model")
+model = {auto_class}.from_pretrained("pruned-model")
 ```
 """
 
@@ -60,7 +60,7 @@ def publish_to_prefect(store: ArtifactStore, result: SearchResult, page: Artifac
         )
         if result.pruned is not None:
             create_markdown_artifact(
-                how_to_load(result.pruned),
+                how_to_load(result.pruned, loading_class(result)),
                 key="pruned-model",
                 description=f"{name}: the pruned model",
             )
@@ -97,7 +97,7 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 
 ## The pruned model
 
-{NOT_WRITTEN if result.pruned is None else how_to_load(result.pruned)}
+{NOT_WRITTEN if result.pruned is None else how_to_load(result.pruned, loading_class(result))}
 ## The report
 
 {where_the_report_is(result.report)}
@@ -123,10 +123,14 @@ def where_the_report_is(place: str) -> str:
     return f"A single HTML page; a browser opens it without a network.\n\n{fenced(place)}\n"
 
 
-def how_to_load(place: str) -> str:
-    """Format the path of an exported model and the code that loads it, in blocks that a long name cannot break."""
+def how_to_load(place: str, auto_class: str = "AutoModelForCausalLM") -> str:
+    """Format the path of an exported model and the code that loads it, in blocks that a long name cannot break.
+
+    Args:
+        auto_class: class of transformers that loads the model.
+    """
     load = LOAD_FROM_AFAR if "://" in place else LOAD_HERE  # transformers opens no URL
-    return f"{fenced(place)}\n\n{load.format(place=place)}"
+    return f"{fenced(place)}\n\n{load.format(place=place, auto_class=auto_class)}"
 
 
 def _stage_rows(result: SearchResult) -> str:

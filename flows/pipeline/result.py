@@ -17,7 +17,7 @@ from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.calibration_mix import mix_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
-from layerwise.tasks.results.roles import MIX
+from layerwise.tasks.results.roles import EXPORT, LOADED_BY, MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
 
@@ -61,6 +61,11 @@ class SearchResult:
     recovery_text: str = ""
     artifact: Artifact | None = None
     report: str = ""
+
+
+def loading_class(result: SearchResult) -> str:
+    """Return the name of the class of transformers that loads the exported model."""
+    return str(result.stages[EXPORT].facts.get(LOADED_BY, "AutoModelForCausalLM"))
 
 
 def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchResult, Artifact]:

@@ -51,8 +51,13 @@ class SearchSizes:
 
     @property
     def weights(self) -> int:
-        """All weights of the model."""
+        """All weights that the model computes with."""
         return sum(self.index.layer_bytes) + self.index.outer_bytes
+
+    @property
+    def files(self) -> int:
+        """All tensors of the model's files, including image and sound encoders, which are only copied."""
+        return sum(tensor.entry.nbytes for tensor in self.index.tensors)
 
     @property
     def window(self) -> int:

@@ -6,6 +6,7 @@ import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ OTHER_TOWERS = (
     "speech",
     "vq_",
 )  # parts of the names of configurations within a configuration
+PLAIN = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)  # parameters of a function, not *args
 # Entries of a configuration that change the output of a forward pass, with the values that streaming needs.
 PLAIN_FORWARD = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
@@ -58,23 +60,28 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise if a model cannot be pruned layer by layer, judged by its configuration.
 
     Raises:
-        UnsupportedModel: the model is an encoder, an encoder-decoder, a multimodal model or a mixture of experts, or
-            transformers has no causal language model for it.
+        UnsupportedModel: the model is an encoder, an encoder-decoder or a mixture of experts, or transformers has no
+            language model for it.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
 
-    if config.is_encoder_decoder:
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder or text_config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
             "Use a causal language model such as LLaMA, Mistral, Qwen or GPT-2."
         )
-    towers = [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
-    if towers:
-        raise UnsupportedModel(
-            f"{config.model_type} is a multimodal model ({', '.join(towers)}); layerwise prunes text-only models. "
-            "Use a text-only language model, or save the language model of this one separately."
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_multimodal(config):
+        if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            raise UnsupportedModel(
+                f"transformers has no model for {config.model_type!r} that takes text and returns text "
+                f"({', '.join(_towers(config))}), so there is no language model to prune. Use a language model."
+            )
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
             f"transformers has no causal language model for {config.model_type!r}, and layerwise does not run code "
             "that comes with a model. Use a model that transformers supports."
@@ -84,7 +91,6 @@ def check_supported(config: PretrainedConfig) -> None:
             f"{config.model_type} is an encoder (tokens attend to later tokens); layerwise prunes causal language "
             'models. If this model was trained as a decoder, set "is_decoder": true in its config.json.'
         )
-    text_config = config.get_text_config()
     for name in EXPERT_COUNTS:
         if (count := getattr(text_config, name, None)) and count > 1:
             raise UnsupportedModel(
@@ -100,11 +106,10 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedModel: see ``check_supported`` and ``layer_prefix``.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     check_supported(config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _model_of(config)
     layer_prefix(model)  # raises if the model has no list of decoder layers
     return model.eval()
 
@@ -115,13 +120,48 @@ def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedModel: as for ``build_skeleton``.
     """
-    from transformers import AutoModelForCausalLM
-
     check_supported(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _model_of(config)
     layer_prefix(model)
     return model.eval()
+
+
+def _model_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the language model of ``config``; if it is multimodal, the whole model.
+
+    Only the class of the whole model computes positions, masks and embeddings of text exactly as it does.
+
+    Raises:
+        UnsupportedModel: the model does not run on tokens alone.
+    """
+    import transformers
+
+    model: PreTrainedModel = getattr(transformers, auto_class(config)).from_config(
+        config, dtype=torch.float32
+    )
+    parameters = signature(model.forward).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind in PLAIN]
+    if others := [name for name in needed if name != "input_ids"]:
+        raise UnsupportedModel(
+            f"{config.model_type} needs more than tokens ({', '.join(others)}), so its language model cannot be run on "
+            "text alone. Use another model."
+        )
+    return model
+
+
+def auto_class(config: PretrainedConfig) -> str:
+    """Return the name of the class of transformers that loads the whole model."""
+    return "AutoModelForMultimodalLM" if is_multimodal(config) else "AutoModelForCausalLM"
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    """Return whether the model of ``config`` has parts for images or sound besides its language model."""
+    return bool(_towers(config))
+
+
+def _towers(config: PretrainedConfig) -> list[str]:
+    return [name for name in config.sub_configs if any(word in name for word in OTHER_TOWERS)]
 
 
 def with_plain_forward(config: PretrainedConfig) -> PretrainedConfig:
@@ -137,16 +177,18 @@ def layer_prefix(model: PreTrainedModel) -> str:
     """Return the name of the list of decoder layers, e.g. ``model.layers``.
 
     Raises:
-        UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules of the same class.
+        UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and len({type(m) for m in module}) == 1
-    ]
+    root = _language_model(model)
+    start = f"{root}." if root else ""
+    lists = {
+        start + name: {type(each) for each in module}
+        for name, module in model.get_submodule(root).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    # Hybrids may have a class for every kind of layer.
+    found = [name for name, classes in lists.items() if len(classes) == 1] or list(lists)
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outermost) != 1:
         raise UnsupportedModel(
@@ -156,10 +198,53 @@ def layer_prefix(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
+def _language_model(model: PreTrainedModel) -> str:
+    """Return the name of the module that holds the decoder layers of a multimodal model; empty for other models."""
+    if not is_multimodal(model.config):
+        return ""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return state-dict name and shape of every tensor that a checkpoint must contain, without tied tensors."""
-    tied = set(model.all_tied_weights_keys)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    """Return state-dict name and shape of every tensor that a checkpoint must contain, without tied tensors.
+
+    In a multimodal model these are the tensors of the language model and of its head. The others are never computed
+    with: text does not need them.
+    """
+    tied, of_text = set(model.all_tied_weights_keys), text_modules(model)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.startswith(of_text)
+    }
+
+
+def text_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the beginnings of the names of all modules and tensors that text needs, each with a dot at its end.
+
+    In a multimodal model these are the language model and its head; in other models, everything.
+    """
+    if not (language_model := _language_model(model)):
+        return ("",)
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    return tuple(f"{name}." for name in (language_model, *heads))
+
+
+def fill_unused_parts(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameters of a multimodal model that text does not need a place on ``device``, without memory.
+
+    Some models move inputs to the device of their first parameter. The values are NaN, so that a result that does depend
+    on them is noticed.
+    """
+    used = {*expected_tensors(model), *model.all_tied_weights_keys}
+    nan = torch.full((), torch.nan, dtype=dtype, device=device)
+    for name, parameter in model.named_parameters():
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
+            model.get_submodule(owner)._parameters[leaf] = filled
 
 
 def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
@@ -190,19 +275,21 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
         known = getattr(config, "max_seq_len", None)
     if known is None or seqlen <= known:
         return
+    of_text = text_modules(model)  # an image encoder has a table of positions of its own
     # A table may have a few more rows than positions: OPT's first two are for padding.
     learned = any(
         isinstance(module, nn.Embedding)
         and 0 <= module.num_embeddings - known <= 8
         and module is not model.get_input_embeddings()
-        for module in model.modules()
+        for name, module in model.named_modules()
+        if name.startswith(of_text)
     )
     # GPT-J's table is computed, but has a fixed length as well.
-    if (
-        learned
-        or has_table
-        or any(name.endswith("embed_positions") and len(b) == known for name, b in model.named_buffers())
-    ):
+    computed = any(
+        name.startswith(of_text) and name.endswith("embed_positions") and len(buffer) == known
+        for name, buffer in model.named_buffers()
+    )
+    if learned or has_table or computed:
         raise ValueError(
             f"a window has {seqlen} tokens, but {model.config.model_type} has {'learned' if learned else 'a table of'} "
             f"{known} positions. Set the window length (--seqlen) to {known} or less."

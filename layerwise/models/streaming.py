@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from layerwise.models.prunable_linears import prunable_linears
 from layerwise.models.skeleton import (
     UnsupportedModel,
     build_skeleton,
     expected_tensors,
+    fill_unused_parts,
     layer_prefix,
-    linears_of,
     with_plain_forward,
 )
 
@@ -130,8 +131,9 @@ class StreamedModel:
         self.model = build_skeleton(with_plain_forward(config))
         self.prefix = layer_prefix(self.model)
         self.layers = cast(nn.ModuleList, self.model.get_submodule(self.prefix))
-        self.linears = tuple(linears_of(layer) for layer in self.layers)
+        self.linears = tuple(prunable_linears(self.model))
         self.num_layers = len(self.layers)
+        fill_unused_parts(self.model, dtype, device)
         self._outer = outer
         self._vocabulary, self._embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape
         self._embedding = self._untied(self.model.get_input_embeddings())

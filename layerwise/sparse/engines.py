@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layerwise.display.byte_size import size_in
+from layerwise.models.skeleton import text_modules
 from layerwise.sparse.accelerate import accelerate, replace_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.openvino_linear import OpenVinoLinear, has_openvino
@@ -74,22 +75,25 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the linears that compute with text."""
+    of_text = text_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | BitmaskLinear | OpenVinoLinear)
+        if f"{name}.".startswith(of_text)
+        and isinstance(module, nn.Linear | Conv1D | BitmaskLinear | OpenVinoLinear)
     }
 
 
-def linears_run_by(engine: nn.Module) -> int:
+def linears_run_by(engine: PreTrainedModel) -> int:
     """Return the number of linears that the engine runs itself: the replaced ones, or all for torch."""
     linears = _linears(engine).values()
     swapped = [module for module in linears if isinstance(module, BitmaskLinear | OpenVinoLinear)]
     return len(swapped or linears)
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """Return the size of the weights of all linears in bytes: the memory read for every new token."""
     return sum(_bytes_of(module) for module in _linears(model).values())
 

@@ -93,7 +93,9 @@ class CompressedFolder:
         document = read_config_document(self.folder)
         check_values(document, f"{CONFIG} of {self.folder.name}", layers_stored(stored))
         # Compares names and shapes before any memory of the sizes in the configuration is allocated.
-        matched = match_tensors(stored, outline_from_document(document, self.folder.name), self.folder.name)
+        matched, _ = match_tensors(
+            stored, outline_from_document(document, self.folder.name), self.folder.name
+        )
         self.config = config_from_document(document, self.folder.name)
         self.model = build_skeleton(deepcopy(self.config))
         self.model_names = {each.name: each.model_name for each in matched if each.model_name is not None}

@@ -16,11 +16,17 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import needed_bytes, read_through
-from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
+from layerwise.tasks.models.checkpoint_index import (
+    CheckpointIndex,
+    ConvertedWeight,
+    IndexedTensor,
+    ModelWeight,
+)
 from layerwise.tasks.models.tokenizer import TokenizerFiles, encoding_identity, tokenizer_identity
+from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, model_weights
 from layerwise.tasks.sources.checkpoint_files import copied_files
 from layerwise.tasks.sources.folder import Folder
-from layerwise.tasks.sources.model_config import config_from_document
+from layerwise.tasks.sources.model_config import config_from_document, outline_from_document
 
 INDEX_FILE = "checkpoint.json"
 
@@ -31,7 +37,7 @@ class Checkpoint:
     Args:
         store: store that holds ``artifact``.
         artifact: an artifact of ``import_checkpoint``.
-        folder: source folder of a checkpoint that is read in place; None if its tensors are in the store.
+        folder: source folder of the checkpoint, if it has one; used only if the tensors are read in place.
 
     Attributes:
         bytes_read: bytes of tensors read so far.
@@ -41,7 +47,7 @@ class Checkpoint:
         self.artifact = artifact
         self.index = CheckpointIndex.from_json(store.read(artifact, INDEX_FILE))
         self.bytes_read = 0
-        self._store, self._folder = store, folder
+        self._store, self._folder = store, folder if self.index.in_place else None
         self._counting = threading.Lock()
 
     @cached_property
@@ -64,12 +70,12 @@ class Checkpoint:
         """Name of the list of decoder layers, e.g. ``model.layers``."""
         return self.index.layer_prefix
 
-    def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
-        """Return the tensors of one decoder layer by their name inside the layer."""
+    def layer_tensors(self, index: int) -> dict[str, ModelWeight]:
+        """Return the weights of one decoder layer by their name inside the layer."""
         return self.index.layer_tensors(index)
 
-    def outer_tensors(self) -> dict[str, IndexedTensor]:
-        """Return the tensors outside of the decoder layers by state-dict name."""
+    def outer_tensors(self) -> dict[str, ModelWeight]:
+        """Return the weights outside of the decoder layers by state-dict name."""
         return self.index.outer_tensors()
 
     def source_tensors(self) -> dict[int | None, list[IndexedTensor]]:
@@ -94,7 +100,7 @@ class Checkpoint:
             Corrupt: a tensor differs from the one that was imported.
         """
         layers = [self.layer_tensors(index) for index in range(first, self.num_layers)]
-        size = max((_buffer_size(layer.values()) for layer in layers), default=0)
+        size = max((self._buffer_size(layer.values()) for layer in layers), default=0)
         copies = DeviceCopies(device)
         count = min(1 if copies.in_background else 2, len(layers))
         buffers = [
@@ -112,8 +118,8 @@ class Checkpoint:
                     arriving.append(reader.submit(arrive, following))
                 yield layer
 
-    def read(self, tensors: Mapping[str, IndexedTensor], buffer: Tensor | None = None) -> dict[str, Tensor]:
-        """Read tensors and return them under the given names.
+    def read(self, tensors: Mapping[str, ModelWeight], buffer: Tensor | None = None) -> dict[str, Tensor]:
+        """Read tensors and return them under the given names; weights in another layout are converted.
 
         Args:
             tensors: tensors to read, by their name in the result.
@@ -123,17 +129,51 @@ class Checkpoint:
             Corrupt: a tensor differs from the one that was imported; ``Damaged`` if it is in the store.
             SourceChanged: a file that is read in place has changed since the checkpoint was opened.
         """
+        parts = self.index.stored_tensors(tensors.values())
         if buffer is None:
-            buffer = torch.empty(_buffer_size(tensors.values()), dtype=torch.uint8)
+            buffer = torch.empty(_size_of(parts), dtype=torch.uint8)
         found: dict[str, Tensor] = {}  # by name in the file, which errors refer to
         start = 0
-        for file, entries in _by_file(tensors.values()).items():
+        for file, entries in _by_file(parts).items():
             size = needed_bytes(entries)
             found |= self._read_file(file, entries, buffer[start : start + size])
             start += size
         with self._counting:
-            self.bytes_read += sum(tensor.entry.nbytes for tensor in tensors.values())
-        return {name: found[tensor.name] for name, tensor in tensors.items()}
+            self.bytes_read += sum(tensor.entry.nbytes for tensor in parts)
+        return model_weights(tensors, found, self._conversions)
+
+    def layer_by_stored_name(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``weights`` of a decoder layer under the names and in the layout of the files.
+
+        The result includes stored tensors of the layer that the model does not use.
+
+        Args:
+            weights: weights of the layer, by name inside it.
+        """
+        tensors = self.layer_tensors(index)
+        stored: dict[str, Tensor] = {}
+        made: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for relative, weight in weights.items():
+            tensor = tensors[relative]
+            if isinstance(tensor, ConvertedWeight):
+                made[tensor.made_by][tensor.name] = weight
+            else:
+                stored[tensor.name] = weight
+        for conversion in self._conversions:
+            if conversion.target in made:
+                stored |= conversion.stored(made[conversion.target])
+        unused = {tensor.name: tensor for tensor in self.index.groups[index] if not tensor.is_used}
+        return stored | self.read(unused)
+
+    @cached_property
+    def _conversions(self) -> tuple[Conversion, ...]:
+        if not self.index.converted:
+            return ()
+        model = outline_from_document(self.index.config, self.artifact.key)
+        return StoredNames((tensor.name for tensor in self.index.tensors), model).conversions
+
+    def _buffer_size(self, weights: Iterable[ModelWeight]) -> int:
+        return _size_of(self.index.stored_tensors(weights))
 
     @property
     def tokenizer_identity(self) -> str:
@@ -176,5 +216,5 @@ def _by_file(tensors: Iterable[IndexedTensor]) -> dict[str, dict[str, TensorEntr
     return files
 
 
-def _buffer_size(tensors: Iterable[IndexedTensor]) -> int:
+def _size_of(tensors: Iterable[IndexedTensor]) -> int:
     return needed_bytes({tensor.name: tensor.entry for tensor in tensors})

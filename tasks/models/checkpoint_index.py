@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
+from layerwise.tasks.sources.checkpoint_files import QuantizedWeight
 
 # Entries of config.json that describe its origin, not the model.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")
@@ -22,6 +24,9 @@ class IndexedTensor:
         model_name: name in the state dict of the model; None if the model does not use the tensor.
         layer: number of its decoder layer; None for a tensor outside of the layers.
         copy_of: for an unused tensor, the name of the stored tensor that the model ties it to.
+        part_of: for a tensor that transformers converts, the name of the conversion (``Conversion.target``); such a tensor
+            has no ``model_name``.
+        quantized: place of a weight that an import dequantizes; ``entry`` then describes the result.
     """
 
     name: str
@@ -30,6 +35,44 @@ class IndexedTensor:
     file: str
     entry: TensorEntry
     copy_of: str | None = None
+    part_of: str | None = None
+    quantized: QuantizedWeight | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the model computes with the values."""
+        return self.model_name is not None or self.part_of is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tensor as plain JSON. Fields that were added later are left out if unused."""
+        assert self.quantized is None, "an import stores dequantized weights"
+        plain = {name: value for name, value in vars(self).items() if name not in ("part_of", "quantized")}
+        added = {} if self.part_of is None else {"part_of": self.part_of}
+        return {**plain, "entry": self.entry.to_json(), **added}
+
+
+@dataclass(frozen=True)
+class ConvertedWeight:
+    """One weight of the model that is made from stored tensors.
+
+    Attributes:
+        name: name in the state dict of the model.
+        made_by: name of the conversion, see ``IndexedTensor.part_of``.
+        layer: number of its decoder layer; None outside of the layers.
+        entry: dtype and shape; the weight has no place in a file.
+    """
+
+    name: str
+    made_by: str
+    layer: int | None
+    entry: TensorEntry
+
+    @property
+    def model_name(self) -> str:
+        return self.name
+
+
+ModelWeight = IndexedTensor | ConvertedWeight
 
 
 @dataclass(frozen=True)
@@ -41,19 +84,37 @@ class CheckpointIndex:
     num_layers: int
     in_place: bool  # the tensors are in the source folder, not in the artifact
     tensors: tuple[IndexedTensor, ...]
+    converted: tuple[ConvertedWeight, ...] = ()
 
-    def layer_tensors(self, index: int) -> dict[str, IndexedTensor]:
-        """Return the tensors of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
+    def layer_tensors(self, index: int) -> dict[str, ModelWeight]:
+        """Return the weights of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
         start = len(f"{self.layer_prefix}.{index}.")
-        return {
-            tensor.model_name[start:]: tensor
-            for tensor in self.groups[index]
-            if tensor.model_name is not None
-        }
+        return {name[start:]: weight for name, weight in self.weights(index).items()}
 
-    def outer_tensors(self) -> dict[str, IndexedTensor]:
-        """Return the tensors outside of the decoder layers (embeddings, final norm, head) by state-dict name."""
-        return {tensor.model_name: tensor for tensor in self.groups[None] if tensor.model_name is not None}
+    def outer_tensors(self) -> dict[str, ModelWeight]:
+        """Return the weights outside of the decoder layers (embeddings, final norm, head) by state-dict name."""
+        return self.weights(None)
+
+    def weights(self, layer: int | None) -> dict[str, ModelWeight]:
+        """Return the weights of one decoder layer, or those outside of the layers, by state-dict name."""
+        stored = {tensor.model_name: tensor for tensor in self.groups[layer] if tensor.model_name is not None}
+        return stored | {weight.name: weight for weight in self.converted if weight.layer == layer}
+
+    def stored_tensors(self, weights: Iterable[ModelWeight]) -> list[IndexedTensor]:
+        """Return all stored tensors that ``weights`` consist of or are made from."""
+        weights = list(weights)
+        conversions = {weight.made_by for weight in weights if isinstance(weight, ConvertedWeight)}
+        sources = [tensor for name in conversions for tensor in self._sources[name]]
+        return [weight for weight in weights if isinstance(weight, IndexedTensor)] + sources
+
+    @cached_property
+    def _sources(self) -> dict[str, list[IndexedTensor]]:
+        """Inputs of the conversions."""
+        found: dict[str, list[IndexedTensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            if tensor.part_of is not None:
+                found[tensor.part_of].append(tensor)
+        return found
 
     @cached_property
     def groups(self) -> dict[int | None, list[IndexedTensor]]:
@@ -81,16 +142,14 @@ class CheckpointIndex:
         """Torch dtype of most bytes of the decoder layers, e.g. "bfloat16"."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors:
-            if tensor.layer is not None and tensor.model_name is not None:
+            if tensor.layer is not None and tensor.is_used:
                 sizes[str(tensor.entry.torch_dtype).removeprefix("torch.")] += tensor.entry.nbytes
         return sizes.most_common(1)[0][0]
 
     @property
     def parameters(self) -> int:
         """Number of weights of the model; tied weights count once."""
-        return sum(
-            t.entry.nbytes // t.entry.torch_dtype.itemsize for t in self.tensors if t.model_name is not None
-        )
+        return sum(t.entry.nbytes // t.entry.torch_dtype.itemsize for t in self.tensors if t.is_used)
 
     @property
     def identity(self) -> str:
@@ -111,8 +170,12 @@ class CheckpointIndex:
             "layer_bytes": self.layer_bytes,
             "outer_bytes": self.outer_bytes,
             "in_place": self.in_place,
-            "tensors": [{**vars(tensor), "entry": tensor.entry.to_json()} for tensor in self.tensors],
+            "tensors": [tensor.to_json() for tensor in self.tensors],
         }
+        if self.converted:
+            document["converted"] = [
+                {**vars(weight), "entry": weight.entry.to_json()} for weight in self.converted
+            ]
         return json.dumps(document, indent=1).encode()
 
     @staticmethod
@@ -127,5 +190,9 @@ class CheckpointIndex:
             tuple(
                 IndexedTensor(**{**plain, "entry": TensorEntry.from_json(plain["entry"])})
                 for plain in document["tensors"]
+            ),
+            tuple(
+                ConvertedWeight(**{**plain, "entry": TensorEntry.from_json(plain["entry"])})
+                for plain in document.get("converted", ())
             ),
         )

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
-from layerwise.storage.tensors import add_to_cache, needed_bytes, read_entries, write_tensors
+from layerwise.storage.tensors import add_to_cache, write_tensors
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
+from layerwise.tasks.models.folder_index import read_size, read_tensors_of
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stopping import stop, stop_deferred
 from layerwise.tasks.sources.folder import Folder
@@ -27,6 +28,8 @@ def copy_into_store(
 ) -> CheckpointIndex:
     """Copy the tensors of ``folder`` by ranged reads through one buffer of the size of a shard.
 
+    Quantized weights are dequantized.
+
     Returns:
         The index with the places of the copies.
 
@@ -34,18 +37,10 @@ def copy_into_store(
         Corrupt: a file is shorter than its header says, or cannot be read.
     """
     shards = _shards(index)
-    size = max(needed_bytes({tensor.name: tensor.entry for tensor in shard}) for shard in shards.values())
-    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = torch.empty(max(map(read_size, shards.values())), dtype=torch.uint8)
 
     def read(shard: Shard) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        start = 0
-        for file in dict.fromkeys(tensor.file for tensor in shard):
-            entries = {tensor.name: tensor.entry for tensor in shard if tensor.file == file}
-            end = start + needed_bytes(entries)
-            weights |= read_entries(folder.fs, folder.path(file), entries, buffer[start:end])
-            start = end
-        return weights
+        return read_tensors_of(folder, shard, buffer)
 
     return _write_shards(store, draft, index, shards, read)
 
@@ -92,7 +87,7 @@ def _write_shards(
             if file not in draft.files:
                 weights = read(shard)
                 for tensor in shard:
-                    if tensor.model_name is not None:
+                    if tensor.is_used:
                         require_finite(weights[tensor.name], tensor.name, tensor.file)
                 imported += sum(tensor.entry.nbytes for tensor in shard)
                 write_tensors(draft, file, weights, metadata={"format": "pt"})
@@ -103,7 +98,9 @@ def _write_shards(
                 stop()
             entries = draft.files[file].tensors
             assert entries is not None, "write_tensors records the place of every tensor"
-            located += [replace(tensor, file=file, entry=entries[tensor.name]) for tensor in shard]
+            located += [
+                replace(tensor, file=file, entry=entries[tensor.name], quantized=None) for tensor in shard
+            ]
     draft.facts["weights read, bytes"] = imported
     return replace(index, in_place=False, tensors=tuple(located))
 

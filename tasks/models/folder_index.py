@@ -1,18 +1,22 @@
 """Index of a checkpoint in a folder."""
 
 import json
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from xxhash import xxh3_128
 
 from layerwise.models.skeleton import layer_prefix
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import read_ahead
+from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.tensors import needed_bytes, read_entries
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex, IndexedTensor
 from layerwise.tasks.models.finite_weights import require_finite
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
@@ -26,6 +30,12 @@ from layerwise.tasks.sources.model_config import (
     outline_from_document,
     read_config_document,
 )
+from layerwise.tasks.sources.quantized_weights import (
+    QUANTIZATION,
+    dequantized,
+    dequantized_tensors,
+    quantization_of,
+)
 
 DIGESTS = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -33,6 +43,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def describe_folder(folder: Folder) -> CheckpointIndex:
     """Read the index of ``folder`` without digests, from ``config.json`` and the headers of the tensor files.
+
+    The index of a quantized model describes the dequantized weights: it is not ``in_place``.
 
     The headers are read first, so that no model is built from a configuration that asks for more than they hold.
 
@@ -44,11 +56,68 @@ def describe_folder(folder: Folder) -> CheckpointIndex:
     document = read_config_document(folder)
     stored = stored_tensors(folder)
     check_values(document, f"{CONFIG} of {folder.name}", layers_stored(stored))
+    quantization = quantization_of(document)
+    if quantization is not None:
+        stored = dequantized_tensors(stored, quantization, folder.name)
+        del document[QUANTIZATION]
     model = outline_from_document(document, folder.name)
     notice_own_code(document, folder.name)
-    tensors = match_tensors(stored, model, folder.name)
+    tensors, converted = match_tensors(stored, model, folder.name)
     num_layers = model.config.get_text_config().num_hidden_layers
-    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place=True, tensors=tensors)
+    in_place = quantization is None
+    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place, tensors, converted)
+
+
+def is_quantized(folder: Folder) -> bool:
+    """Return whether ``folder`` has quantized weights that an import dequantizes."""
+    return quantization_of(read_config_document(folder)) is not None
+
+
+def read_tensors_of(
+    folder: Folder, tensors: Sequence[IndexedTensor], buffer: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Read tensors of ``folder`` by their names, and dequantize the quantized ones.
+
+    Args:
+        buffer: uint8 memory of ``read_size(tensors)`` bytes to read into; None to allocate it.
+
+    Raises:
+        Corrupt: a file is shorter than its header says, or cannot be read.
+        SourceChanged: a file has changed since the folder was listed.
+    """
+    if buffer is None:
+        buffer = torch.empty(read_size(tensors), dtype=torch.uint8)
+    found: dict[str, Tensor] = {}
+    start = 0
+    for file, entries in _stored_parts(tensors).items():
+        end = start + needed_bytes(entries)
+        found |= read_entries(folder.fs, folder.path(file), entries, buffer[start:end])
+        folder.require_unchanged(file)
+        start = end
+    weights = {}
+    for tensor in tensors:
+        if (parts := tensor.quantized) is None:
+            weights[tensor.name] = found[tensor.name]
+        else:
+            weights[tensor.name] = dequantized(parts, found[parts.values_name], found[parts.scales_name])
+    return weights
+
+
+def read_size(tensors: Sequence[IndexedTensor]) -> int:
+    """Return the size of the buffer, in bytes, that ``read_tensors_of`` needs."""
+    return sum(needed_bytes(entries) for entries in _stored_parts(tensors).values())
+
+
+def _stored_parts(tensors: Sequence[IndexedTensor]) -> dict[str, dict[str, TensorEntry]]:
+    """Return the stored tensors that ``tensors`` consist of, by file and name."""
+    files: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for tensor in tensors:
+        if (parts := tensor.quantized) is None:
+            files[tensor.file][tensor.name] = tensor.entry
+        else:
+            files[parts.values.file][parts.values_name] = parts.values.entry
+            files[parts.scales.file][parts.scales_name] = parts.scales.entry
+    return files
 
 
 def refuse_adapter(folder: Folder) -> None:
@@ -141,7 +210,11 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
         original = named[copy.copy_of]
         same_kind = (copy.entry.dtype, copy.entry.shape) == (original.entry.dtype, original.entry.shape)
         pair = [copy, original]
-        if not same_kind or len({digest for _, digest in _digests(folder, pair)}) > 1:
+        if any(each.quantized is not None for each in pair):
+            equal = same_kind and torch.equal(*read_tensors_of(folder, pair).values())
+        else:
+            equal = same_kind and len({digest for _, digest in _digests(folder, pair)}) == 1
+        if not equal:
             raise ValueError(
                 f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
                 "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
@@ -163,7 +236,7 @@ def _digests(
                     part = next(content)
                     digest.update(part)
                     done += len(part)
-                    if tensor.model_name is not None:
+                    if tensor.is_used:
                         # The size of a piece is a multiple of every item size.
                         values = torch.frombuffer(part, dtype=entry.torch_dtype)
                         require_finite(values, tensor.name, f"{tensor.file} of {folder.name}")

@@ -5,15 +5,16 @@ the folder, applies adapters, and initialises missing weights at random.
 """
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from layerwise.storage.tensors import read_entries
-from layerwise.tasks.models.folder_index import check_tied_copies, describe_folder
+from layerwise.tasks.models.folder_index import check_tied_copies, describe_folder, read_tensors_of
+from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, model_weights
 from layerwise.tasks.models.whole_model import model_of_weights
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.sources.checkpoint_files import GENERATION_CONFIG
 from layerwise.tasks.sources.folder import Folder
-from layerwise.tasks.sources.model_config import config_from_document, short_reason
+from layerwise.tasks.sources.model_config import config_from_document, outline_from_document, short_reason
 
 
 def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
@@ -25,11 +26,16 @@ def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     """
     index = describe_folder(folder)
     check_tied_copies(folder, index)
-    weights = {}
-    for tensor in index.tensors:
-        if tensor.model_name is not None:
-            read = read_entries(folder.fs, folder.path(tensor.file), {tensor.name: tensor.entry})
-            weights[tensor.model_name] = read[tensor.name].to(dtype)
+    conversions: tuple[Conversion, ...] = ()
+    if index.converted:
+        model = outline_from_document(index.config, folder.name)
+        conversions = StoredNames((tensor.name for tensor in index.tensors), model).conversions
+    weights: dict[str, Tensor] = {}
+    for layer in (None, *range(index.num_layers)):
+        wanted = index.weights(layer)
+        found = read_tensors_of(folder, index.stored_tensors(wanted.values()))
+        made = model_weights(wanted, found, conversions)
+        weights |= {name: weight.to(dtype) for name, weight in made.items()}
     model = model_of_weights(
         config_from_document(index.config, folder.name), weights, Execution().torch_device
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.models.skeleton import Linear, linears_of, require_positions
+from layerwise.models.prunable_linears import prunable_linears
+from layerwise.models.skeleton import Linear, require_positions
 from layerwise.models.streaming import StreamedModel
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.checkpoint_index import CheckpointIndex
@@ -61,14 +62,14 @@ class OuterTensors(Mapping[str, Tensor]):
 
 
 def linears_by_layer(index: CheckpointIndex, seqlen: int) -> list[tuple[Linear, ...]]:
-    """Return the linears of every decoder layer, in the order of ``StreamedModel.linears``.
+    """Return the prunable linears of every decoder layer, in the order of ``StreamedModel.linears``.
 
     Raises:
         ValueError: the model does not have positions for windows of ``seqlen`` tokens.
     """
     model = outline_from_document(index.config, "the checkpoint")
     require_positions(model, seqlen)
-    return [linears_of(layer) for layer in model.get_submodule(index.layer_prefix).children()]
+    return prunable_linears(model)
 
 
 def layer_sizes_of(linears: Sequence[Sequence[Linear]]) -> list[int]:

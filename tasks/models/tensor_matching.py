@@ -3,15 +3,16 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from layerwise.models.skeleton import expected_tensors, layer_prefix
-from layerwise.tasks.models.checkpoint_index import IndexedTensor
+from layerwise.storage.formats.tensor_entry import TensorEntry, dtype_name
+from layerwise.tasks.models.checkpoint_index import ConvertedWeight, IndexedTensor
+from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, weights_on_meta
 from layerwise.tasks.sources.checkpoint_files import StoredTensor
 from layerwise.tasks.sources.model_config import warn_once
 
@@ -26,55 +27,119 @@ COMPUTED_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|a
 
 def match_tensors(
     stored: Mapping[str, StoredTensor], model: PreTrainedModel, source: str
-) -> tuple[IndexedTensor, ...]:
+) -> tuple[tuple[IndexedTensor, ...], tuple[ConvertedWeight, ...]]:
     """Find the model's weights among the stored tensors.
 
-    A name is matched with and without the prefix of the base model: ``layers.0`` in a checkpoint saved from the base
-    model is ``model.layers.0``. Any one of several tied weights may be stored. Wrappers around the model are removed
-    from the names, with a warning.
+    A name is matched as transformers renames it, and with and without the prefix of the base model: ``layers.0`` in a
+    checkpoint saved from the base model is ``model.layers.0``. Any one of several tied weights may be stored. Wrappers
+    around the model are removed from the names, with a warning.
 
     Args:
         model: the model on the meta device.
         source: name of the checkpoint, for errors.
+
+    Returns:
+        All tensors, and the weights that transformers makes from some of them.
 
     Raises:
         ValueError: a tensor is missing, has the wrong shape or dtype, or belongs to a layer that the configuration does
             not have; or two tensors match one weight.
     """
     expected = expected_tensors(model)
-    stored = _without_wrappers(stored, expected, model, source)
-    model_names = _model_names(stored, expected, model, source)
-    _check_complete(expected, model_names, source)
-    _check_fit(stored, expected, model_names, source)
-    copies = _tied_copies(model_names, stored, model)
-    unused = sorted(name for name in stored if name not in model_names and name not in copies)
-    if unexplained := [name for name in unused if not COMPUTED_BUFFERS.fullmatch(name)]:
+    stored, names = _without_wrappers(stored, expected, model, source)
+    conversions = [each for each in names.conversions if each.target in expected]
+    part_of = {tensor.name: each.target for each in conversions for tensor in each.sources}
+    whole = {name: place for name, place in stored.items() if name not in part_of}
+    model_names = _model_names(whole, names, expected, model, source)
+    _check_dtypes({name: stored[name] for name in (*model_names, *part_of)}, source)
+    shapes = {name: tuple(stored[name].entry.shape) for name in model_names}
+    _check_shapes(shapes, {name: stored[name].file for name in shapes}, model_names, expected, source)
+    converted = [
+        weight for each in conversions for weight in _converted_weights(each, stored, expected, source)
+    ]
+    made_from = {weight.name: weight.made_by for weight in converted}
+    for name, model_name in model_names.items():
+        if model_name in made_from:
+            parts = [each for each, target in part_of.items() if target == made_from[model_name]]
+            raise _two_tensors_for_one_weight(model_name, name, " with ".join(parts[:3]), source)
+    _check_complete(expected, {*model_names.values(), *(weight.name for weight in converted)}, source)
+    copies = _tied_copies(model_names, whole, names, model)
+    explained = {*model_names, *copies, *_known_unused(whole, names, model)}
+    if unexplained := sorted(whole.keys() - explained):
         logger.warning(
             "%s: %d tensors are not used by the model: %s", source, len(unexplained), unexplained[:8]
         )
-    layers = {name: _layer_of(name, model, source) for name in stored}
+    in_a_layer = re.compile(rf"{re.escape(layer_prefix(model))}\.(\d+)\.")
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layers = {
+        name: _layer_of(name, names, in_a_layer, num_layers, name in explained, source) for name in stored
+    }
+    layer_of_conversion = {each.target: layers[each.sources[0].name] for each in conversions}
     ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].entry.offset))
-    return tuple(
-        IndexedTensor(name, model_names.get(name), layers[name], place.file, place.entry, copies.get(name))
+    tensors = tuple(
+        IndexedTensor(
+            name,
+            model_names.get(name),
+            layers[name],
+            place.file,
+            place.entry,
+            copies.get(name),
+            part_of.get(name),
+            place.quantized,
+        )
         for name, place in ordered
     )
+    return tensors, tuple(replace(each, layer=layer_of_conversion[each.made_by]) for each in converted)
 
 
-def aliases(name: str, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the possible names in the model of a stored tensor.
+def _known_unused(stored: Iterable[str], names: StoredNames, model: PreTrainedModel) -> Iterator[str]:
+    """Yield the tensors that are known not to be used: buffers, image and sound encoders, and what transformers ignores."""
+    state = model.state_dict()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in stored:
+        aliases = names.aliases(name)
+        if (
+            COMPUTED_BUFFERS.fullmatch(name)
+            or any(alias in state for alias in aliases)
+            or any(pattern.search(alias) for pattern in ignored for alias in aliases)
+        ):
+            yield name
 
-    These are the name itself, the name with and without the base model's prefix, and the name that transformers gives
-    it on loading (``lm_head`` for GPT-NeoX's ``embed_out``).
+
+def _converted_weights(
+    conversion: Conversion,
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> list[ConvertedWeight]:
+    """Return the weights that a conversion makes.
+
+    Raises:
+        ValueError: the stored tensors do not fit, or the conversion cannot be undone.
     """
-    prefix = f"{model.base_model_prefix}."
-    renamed, _ = rename_source_key(name, _renamings(model), [])
-    return name, prefix + name, name.removeprefix(prefix), renamed
-
-
-@lru_cache(maxsize=1)
-def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
-    found = get_model_conversion_mapping(model, add_legacy=False)
-    return [each for each in found if isinstance(each, WeightRenaming)]
+    entries = {each.name: stored[each.name].entry for each in conversion.sources}
+    empty = {n: torch.empty(e.shape, dtype=e.torch_dtype, device="meta") for n, e in entries.items()}
+    shown = f"{', '.join(list(entries)[:3])}{' ...' if len(entries) > 3 else ''}"
+    try:
+        weights = weights_on_meta(conversion, empty)
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: the conversion of {shown} into {conversion.target} fails: {error}. The stored tensors are "
+            "incomplete, or from a model of another configuration. Copy all files again."
+        ) from error
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise ValueError(
+            f"{source}: {shown} are converted into {', '.join(unknown)}, which the model does not have. The files are from "
+            "a model of another configuration. Copy all files again."
+        )
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    _check_shapes(shapes, dict.fromkeys(shapes, shown), {name: name for name in shapes}, expected, source)
+    return [
+        ConvertedWeight(
+            name, conversion.target, None, TensorEntry(dtype_name(weight.dtype), tuple(weight.shape), 0)
+        )
+        for name, weight in weights.items()
+    ]
 
 
 def layers_stored(names: Iterable[str]) -> int:
@@ -88,18 +153,19 @@ def layers_stored(names: Iterable[str]) -> int:
 
 def _without_wrappers(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
-) -> Mapping[str, StoredTensor]:
-    """Return the tensors by their names without wrappers.
+) -> tuple[Mapping[str, StoredTensor], StoredNames]:
+    """Return the tensors by their names without wrappers, and the meaning of these names.
 
     Raises:
         ValueError: two tensors then have the same name.
     """
+    names = StoredNames(stored, model)
     clean: dict[str, StoredTensor] = {}
     originals: dict[str, str] = {}
     for name, place in stored.items():
         parts = name.split(".")
         shorter = ".".join(part for part in parts if part not in WRAPPERS)
-        if any(alias in expected for alias in aliases(name, model)):
+        if any(alias in expected for alias in names.aliases(name)):
             shorter = name  # a module of the model itself has the name of a wrapper
         if shorter in clean:
             raise _two_tensors_for_one_weight(shorter, originals[shorter], name, source)
@@ -111,7 +177,8 @@ def _without_wrappers(
             f"{source}: {len(renamed)} of {len(stored)} tensors were saved from a wrapped model. Their names are used "
             f"and exported without {' and '.join(wrappers)}."
         )
-    return clean
+        names = StoredNames(clean, model)
+    return clean, names
 
 
 def _two_tensors_for_one_weight(model_name: str, one: str, other: str, source: str) -> ValueError:
@@ -122,19 +189,23 @@ def _two_tensors_for_one_weight(model_name: str, one: str, other: str, source: s
 
 
 def _model_names(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, object], model: PreTrainedModel, source: str
+    stored: Iterable[str],
+    names: StoredNames,
+    expected: Mapping[str, object],
+    model: PreTrainedModel,
+    source: str,
 ) -> dict[str, str]:
     """Map stored names to state-dict names."""
     found: dict[str, str] = {}  # state-dict name -> stored name
     for name in stored:
-        model_name = next((alias for alias in aliases(name, model) if alias in expected), None)
+        model_name = next((alias for alias in names.aliases(name) if alias in expected), None)
         if model_name is None:
             continue
         if model_name in found:
             raise _two_tensors_for_one_weight(model_name, found[model_name], name, source)
         found[model_name] = name
     for name in stored:  # tied weights, if only the other one was saved
-        for alias in aliases(name, model):
+        for alias in names.aliases(name):
             tied_to = model.all_tied_weights_keys.get(alias)
             if tied_to is not None and tied_to in expected:
                 found.setdefault(tied_to, name)
@@ -142,20 +213,21 @@ def _model_names(
 
 
 def _tied_copies(
-    model_names: Mapping[str, str], stored: Mapping[str, StoredTensor], model: PreTrainedModel
+    model_names: Mapping[str, str], stored: Iterable[str], names: StoredNames, model: PreTrainedModel
 ) -> dict[str, str]:
     """Map stored tensors to the stored tensors that the model ties them to."""
     stored_as = {model_name: name for name, model_name in model_names.items()}
     return {
         name: stored_as[tied_to]
         for name in stored
-        for alias in aliases(name, model)
+        for alias in names.aliases(name)
         if name not in model_names and (tied_to := model.all_tied_weights_keys.get(alias)) in stored_as
     }
 
 
-def _check_complete(expected: Mapping[str, object], model_names: Mapping[str, str], source: str) -> None:
-    missing = sorted(set(expected) - set(model_names.values()))
+def _check_complete(expected: Iterable[str], found: Iterable[str], source: str) -> None:
+    expected = list(expected)
+    missing = sorted(set(expected) - set(found))
     if not missing:
         return
     hint = "Download the checkpoint again; if it is an adapter (LoRA), merge it into its base model first."
@@ -167,23 +239,27 @@ def _check_complete(expected: Mapping[str, object], model_names: Mapping[str, st
     )
 
 
-def _check_fit(
-    stored: Mapping[str, StoredTensor],
-    expected: Mapping[str, tuple[int, ...]],
+def _check_dtypes(weights: Mapping[str, StoredTensor], source: str) -> None:
+    for name, place in weights.items():
+        if place.entry.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{name} in {place.file} of {source} is stored as {place.entry.dtype}; weights must be one "
+                f"of {', '.join(WEIGHT_DTYPES)} to be pruned. {_dtype_advice(place.entry.dtype)}"
+            )
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, str],
     model_names: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
     source: str,
 ) -> None:
-    for name, model_name in model_names.items():
-        entry = stored[name].entry
-        if entry.dtype not in WEIGHT_DTYPES:
+    for name, shape in shapes.items():
+        if shape != expected[model_names[name]]:
             raise ValueError(
-                f"{name} in {stored[name].file} of {source} is stored as {entry.dtype}; weights must be one "
-                f"of {', '.join(WEIGHT_DTYPES)} to be pruned. {_dtype_advice(entry.dtype)}"
-            )
-        if tuple(entry.shape) != expected[model_name]:
-            raise ValueError(
-                f"{name} in {stored[name].file} of {source} has the shape {tuple(entry.shape)}, but "
-                f"config.json asks for {expected[model_name]}. Weights and config.json are from different "
+                f"{name} in {places[name]} of {source} has the shape {shape}, but "
+                f"config.json asks for {expected[model_names[name]]}. Weights and config.json are from different "
                 "models: copy both again."
             )
 
@@ -202,12 +278,22 @@ def _dtype_advice(dtype: str) -> str:
     return "Use the original model, not a quantized one; the pruned model can be quantized afterwards."
 
 
-def _layer_of(name: str, model: PreTrainedModel, source: str) -> int | None:
-    pattern = re.compile(rf"{re.escape(layer_prefix(model))}\.(\d+)\.")
-    matches = [match for alias in aliases(name, model) if (match := pattern.match(alias))]
+def _layer_of(
+    name: str,
+    names: StoredNames,
+    in_a_layer: re.Pattern[str],
+    num_layers: int,
+    is_explained: bool,
+    source: str,
+) -> int | None:
+    matches = [match for alias in names.aliases(name) if (match := in_a_layer.match(alias))]
     if not matches:
         return None
-    layer, num_layers = int(matches[0][1]), model.config.get_text_config().num_hidden_layers
+    layer = int(matches[0][1])
+    if (
+        layer >= num_layers and is_explained
+    ):  # e.g. layers for multi-token prediction, which transformers ignores
+        return None
     if layer >= num_layers:
         raise ValueError(
             f"{source} holds {name}, but config.json says the model has {num_layers} layers (the last is "

@@ -59,7 +59,7 @@ def measure_transfers(
         read, _, note = _read_rates(checkpoint.place, index)
         return TransferRates(read, None, written, (note, *notes))
     source = find_source(model)
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource) and index.in_place:
         folder = source.folder
         read, imported, note = _read_rates(lambda file: (folder.fs, folder.path(file)), index)
         return TransferRates(read, imported, written, (note, *notes))
@@ -98,9 +98,7 @@ def _read_rates(place: Place, index: CheckpointIndex) -> tuple[float | None, flo
 
 def _pieces(index: CheckpointIndex, longest: int) -> Iterator[tuple[IndexedTensor, int, int]]:
     """Yield ranges of the layers' tensors, the largest tensors first: tensor, first byte in it, length."""
-    inside = [
-        tensor for tensor in index.tensors if tensor.layer is not None and tensor.model_name is not None
-    ]
+    inside = [tensor for tensor in index.tensors if tensor.layer is not None and tensor.is_used]
     limit = FIRST_PIECE
     for tensor in sorted(inside, key=lambda tensor: -tensor.entry.nbytes):
         start = 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layerwise.models.skeleton import build_skeleton, with_plain_forward
+from layerwise.models.skeleton import build_skeleton, fill_unused_parts, with_plain_forward
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import DTYPES
 from layerwise.tasks.running.execution import Execution
@@ -32,12 +32,15 @@ def whole_model(checkpoint: Checkpoint, dtype: str, execution: Execution) -> Pre
 def model_of_weights(
     config: PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device
 ) -> PreTrainedModel:
-    """Build the model of ``config`` with these weights, for inference.
+    """Build the model of ``config`` with these weights, for inference on text.
+
+    The image and sound encoders of a multimodal model have no values and take no memory.
 
     Args:
         weights: all weights of the model on ``device``, by state-dict name; tied weights once.
     """
     model = build_skeleton(with_plain_forward(config))
+    fill_unused_parts(model, next(iter(weights.values())).dtype, device)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     for name, buffer in model.named_buffers():

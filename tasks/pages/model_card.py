@@ -19,9 +19,9 @@ HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 LOAD_DENSE = """The zeros are stored, so the files are as large as those of the dense model.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 LOAD_COMPRESSED = """The zeros are not stored. The package layerwise loads the files:
@@ -121,6 +121,7 @@ def model_card(
     recovery: str = "",
     distillation: str = "",
     mix: Sequence[Mapping[str, Any]] = (),
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -129,6 +130,7 @@ def model_card(
         recovery: section on the recovery of the remaining weights; empty without recovery.
         distillation: how the model was distilled after the pruning; empty if it was not.
         mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
+        auto_class: class of transformers that loads the model.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
@@ -154,7 +156,7 @@ every linear.
 
 {_calibration(mix)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
 
-{LOAD_DENSE if form == "dense" else LOAD_COMPRESSED}
+{LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 
 ## Licence
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.calibration.capture import embed_windows
 from layerwise.models.hidden_states import batches
-from layerwise.models.skeleton import Linear
+from layerwise.models.skeleton import Linear, auto_class
 from layerwise.models.streaming import StreamedModel
 from layerwise.recovery.distillation import in_stored_dtype
 from layerwise.scoring.perplexity import perplexity, window_losses
@@ -123,7 +123,9 @@ def distill(
         draft.write(DISTILLATION_FILE, result.to_json())
         with_results = replace(card, results=_results(result))
         mix = mix_of_export(inputs.exported.facts)
-        draft.write(CARD_FILE, model_card(with_results, "dense", recovery, result.sentence, mix).encode())
+        loaded_by = auto_class(inputs.dense.config)
+        content = model_card(with_results, "dense", recovery, result.sentence, mix, loaded_by)
+        draft.write(CARD_FILE, content.encode())
         draft.facts |= {"steps": result.steps, "best step": result.best_step}
         draft.facts |= {f"{row.model} perplexity": row.test for row in result.rows}
 

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from layerwise.storage.formats.large_file_pointer import refuse_pointers
 from layerwise.storage.formats.safetensors_header import read_header
@@ -36,6 +37,7 @@ TOKENIZER_FILES = (
     "*.spm",
     "tekken.json",
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 SUBFOLDERS = ("additional_chat_templates",)  # transformers reads no other subfolders
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
 NOT_THE_MODEL = re.compile(
@@ -44,19 +46,39 @@ NOT_THE_MODEL = re.compile(
 
 
 @dataclass(frozen=True)
+class QuantizedWeight:
+    """The two stored tensors of a quantized weight.
+
+    Attributes:
+        settings: the quantization's entry of config.json.
+    """
+
+    values_name: str
+    values: "StoredTensor"
+    scales_name: str
+    scales: "StoredTensor"
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """Position of a tensor in a safetensors file of the folder."""
+    """Position of a tensor in a safetensors file of the folder.
+
+    Attributes:
+        quantized: the stored tensors of a weight that has to be dequantized; ``entry`` then describes the result.
+    """
 
     file: str
     entry: TensorEntry
+    quantized: QuantizedWeight | None = None
 
 
 def copied_files(names: Iterable[str]) -> list[str]:
-    """Return the configuration and tokenizer files among ``names``. An import copies them byte for byte.
+    """Return the configuration, tokenizer and processor files among ``names``. An import copies them byte for byte.
 
     Files with a suffix of pickles are excluded, whatever the rest of the name is, because a user might open the copy.
     """
-    wanted = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+    wanted = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES)
     return sorted(name for name in names if _matches(name, wanted) and not _matches(name, PICKLES))
 
 

@@ -95,8 +95,8 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             else quantization
         )
         raise ValueError(
-            f"{name} is quantized with {method}, but only float16, bfloat16 and float32 weights can be pruned. "
-            "Give the original model. The pruned model can be quantized afterwards."
+            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32, fp8 with block scales "
+            "and mxfp4 can be read. Give the original model. The pruned model can be quantized afterwards."
         )
     return built(_config, document, f"{CONFIG} of {name}")
 
@@ -187,6 +187,10 @@ def built(build: Callable[[Mapping[str, Any]], T], document: Mapping[str, Any], 
         return build(document)
     except (UnsupportedModel, MemoryError):
         raise
+    except ImportError as error:  # some image encoders come from other packages
+        raise ValueError(
+            f"the model of {place} needs a package that is not installed: {short_reason(error)}. Install it."
+        ) from error
     except Exception as error:
         raise ValueError(
             f"{place} cannot be used{_culprit(build, document)}: {short_reason(error)}. Correct the value, or "

@@ -15,6 +15,13 @@ from layerwise.models.skeleton import Linear
 LINEARS = [[Linear("self_attn.q_proj", 32, 32, False), Linear("mlp.down_proj", 32, 64, False)]] * 3
 
 
+def test_linears_that_stay_dense_by_default_may_be_excluded():
+    settings = Search(model="demo", sparsity=0.5, exclude="dt_proj$")
+    check_plans(settings, LINEARS, ["0.mixer.dt_proj"])
+    with pytest.raises(ValueError, match="matches none of the model's 6 linears"):
+        check_plans(settings, LINEARS, ["0.mixer.x_proj"])
+
+
 def read(*options: str) -> Search:
     """The settings of a search; with its plans made for a model of three layers."""
     parser = ArgumentParser()

@@ -345,7 +345,7 @@ def small_run(local_store, save_model) -> Callable[..., SmallRun]:
             model = save_model(model, max_shard_size=max_shard_size)
         checkpoint = import_checkpoint(store, str(model))
         artifacts = {
-            role: _random_windows(store, role, count, checkpoint.config.vocab_size)
+            role: _random_windows(store, role, count, checkpoint.config.get_text_config().vocab_size)
             for role, count in ({"calibration": 5, "selection": 3, "test": 2} | (windows or {})).items()
         }
         defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}

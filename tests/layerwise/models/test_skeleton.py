@@ -6,6 +6,8 @@ from torch import nn
 from transformers import (
     BartConfig,
     BertConfig,
+    Blip2Config,
+    CLIPConfig,
     FalconConfig,
     Gemma3Config,
     GPTJConfig,
@@ -209,11 +211,28 @@ def test_alibi_has_no_limit(caplog):
 
 
 @pytest.mark.parametrize("config_class", [Gemma3Config, Qwen2_5_VLConfig])
-def test_a_multimodal_model_is_refused_by_name(config_class):
-    with pytest.raises(
-        UnsupportedModel, match=rf"{config_class.model_type} is a multimodal model \(vision_config"
-    ):
-        build_skeleton(config_class())
+def test_only_the_language_model_of_a_multimodal_model_is_expected(config_class):
+    outline = build_outline(config_class())
+    assert layer_prefix(outline) == "model.language_model.layers"
+    outside = {name for name in expected_tensors(outline) if ".layers." not in name} - {"lm_head.weight"}
+    assert outside == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
+
+
+def test_the_positions_of_an_image_encoder_are_not_those_of_text(caplog):
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 4}
+    images = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # four patches
+    require_positions(build_outline(Gemma3Config(text_config=text, vision_config=images)), 16)
+    assert "was made for 4 positions" in caplog.text
+
+
+def test_a_multimodal_model_that_returns_no_text_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"'clip' that takes text and returns text \(vision_config\)"):
+        build_skeleton(CLIPConfig())
+
+
+def test_a_multimodal_model_that_needs_an_image_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"blip-2 needs more than tokens \(pixel_values\)"):
+        build_outline(Blip2Config())
 
 
 def test_an_encoder_is_refused_unless_it_is_configured_as_a_decoder():

@@ -1,0 +1,113 @@
+"""Linears of the decoder layers that can be pruned. The others stay dense, and do not count in the sparsity."""
+
+from __future__ import annotations
+
+import logging
+import re
+from copy import deepcopy
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from layerwise.models.skeleton import Linear, layer_prefix, linears_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Linear attention computes the decay and the write strength of every head's memory from these. They have one output
+# per head, so they hold less than 1 % of a layer's weights, and an error in them grows along the whole sequence.
+KEPT_DENSE = re.compile(
+    r"(linear_attn\.(in_proj_a|in_proj_b|in_proj_ba|a_proj)|(linear_attn|self_attn)\.b_proj)$"
+)
+PROBE_TOKENS = 8
+
+# What `_called_linears` found, by configuration: a process opens the same model many times.
+_called: dict[str, frozenset[str] | None] = {}
+
+
+def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
+    """Return the linears of every decoder layer that are pruned, in the order of the module tree.
+
+    These are all except small gates (``KEPT_DENSE``) and linears that a forward pass does not call, because the
+    statistics of their inputs cannot be measured: Mamba multiplies by the weight of its ``dt_proj`` itself, and a layer
+    that uses the keys and values of an earlier layer may have projections without use. A warning names the latter.
+
+    Args:
+        model: the model, with or without weights.
+    """
+    layers = [linears_of(layer) for layer in model.get_submodule(layer_prefix(model)).children()]
+    called = _called_linears(model)
+    if called is not None:
+        uncalled = [
+            f"{index}.{linear.name}"
+            for index, layer in enumerate(layers)
+            for linear in layer
+            if f"{index}.{linear.name}" not in called
+        ]
+        if uncalled:
+            _warn_uncalled(model.config.model_type, tuple(uncalled))
+    return [
+        tuple(
+            linear
+            for linear in layer
+            if not KEPT_DENSE.search(linear.name) and (called is None or f"{index}.{linear.name}" in called)
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+@cache
+def _warn_uncalled(model_type: str, names: tuple[str, ...]) -> None:
+    logger.warning(
+        "%d linears of this %s model are not called by its layers, which use the weights directly or not at all. They "
+        "stay dense: %s",
+        len(names),
+        model_type,
+        ", ".join(names[:4]) + (" ..." if len(names) > 4 else ""),
+    )
+
+
+def _called_linears(model: PreTrainedModel) -> frozenset[str] | None:
+    """Return the linears that a forward pass calls, as ``layer.linear``; None if it cannot be found out."""
+    key = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)}"
+    if key not in _called:
+        _called[key] = _probe(model)
+    return _called[key]
+
+
+def _probe(model: PreTrainedModel) -> frozenset[str] | None:
+    """Run the model on tensors that have shapes but no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    probe, seen = deepcopy(model), set[str]()
+
+    def note(module: nn.Module, _inputs: object) -> None:
+        seen.add(names[module])
+
+    layers = probe.get_submodule(layer_prefix(probe))
+    names = {module: name for name, module in layers.named_modules()}
+    for index, layer in enumerate(layers.children()):
+        for linear in linears_of(layer):
+            layers.get_submodule(f"{index}.{linear.name}").register_forward_pre_hook(note)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in probe.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), False)
+        # It logs a traceback before it raises an error.
+        quiet = logging.getLogger("torch._subclasses.fake_tensor")
+        was_disabled, quiet.disabled = quiet.disabled, True
+        try:
+            probe(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            # A model that looks at values. A linear that it does not call is an error when statistics are collected.
+            logger.debug("the linears that %s calls are not known: %s", model.config.model_type, error)
+            return None
+        finally:
+            quiet.disabled = was_disabled
+    return frozenset(seen)
