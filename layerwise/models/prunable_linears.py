@@ -60,6 +60,17 @@ def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
     ]
 
 
+def dense_linears(model: PreTrainedModel) -> list[str]:
+    """Return the linears of all decoder layers that are not pruned, as ``layer.linear``; see ``prunable_linears``."""
+    every = [linears_of(layer) for layer in model.get_submodule(layer_prefix(model)).children()]
+    return [
+        f"{index}.{linear.name}"
+        for index, (layer, pruned) in enumerate(zip(every, prunable_linears(model), strict=True))
+        for linear in layer
+        if linear not in pruned
+    ]
+
+
 @cache
 def _warn_uncalled(model_type: str, names: tuple[str, ...]) -> None:
     logger.warning(

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from layerwise.models.device_copies import DeviceCopies
+from layerwise.models.prunable_linears import dense_linears
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import needed_bytes, read_through
@@ -52,8 +54,13 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of the configuration and all tensors; equal for copies of a model in different places."""
-        return self.index.identity
+        """Digest of the configuration and all tensors; equal for copies of a model in different places.
+
+        Linears that layerwise does not prune are part of it, because versions of layerwise and transformers differ in them.
+        """
+        dense = dense_linears(outline_from_document(self.index.config, self.artifact.key))
+        identity = self.index.identity
+        return digest({"checkpoint": identity, "dense linears": dense}) if dense else identity
 
     @cached_property
     def config(self) -> PretrainedConfig:
