@@ -12,6 +12,7 @@ from layerwise.flows.cli.parser import ON_STORES, WITH_SETTINGS, command_parser
 from layerwise.flows.compare import Compare
 from layerwise.flows.compress import Compress
 from layerwise.flows.distill import Distill
+from layerwise.flows.generate_calibration import GenerateCalibration
 from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.flows.theory import Theory
@@ -59,7 +60,7 @@ def settings() -> str:
         f"dashes ([Commands and options](cli.md)). {MADE}",
     ]
     for each in (
-        Search, Compare, Theory, ZeroShot, Compress, Distill, Runtime, FanOutRuntime, SearchRuntime
+        Search, Compare, Theory, ZeroShot, Compress, Distill, GenerateCalibration, Runtime, FanOutRuntime, SearchRuntime
     ):  # fmt: skip
         parent = each.__mro__[1]
         inherited = parent.model_fields if parent.__name__ in ("Runtime", "FanOutRuntime", "Search") else {}
