@@ -34,7 +34,7 @@ class Distill(Settings):
         default=None,
         description="Key of the search, as `layerwise ls` prints it, or its beginning. Empty: the newest search.",
     )
-    steps: int = Field(default=256, ge=1, description="Number of changes of the weights.")
+    steps: int = Field(default=64, ge=1, description="Number of changes of the weights.")
     learning_rate: float = Field(
         default=4e-3,
         gt=0,
@@ -42,7 +42,13 @@ class Distill(Settings):
         description="Largest step size of AdamW, relative to the root mean square of the kept weights of each linear. It "
         "rises during the first tenth of the steps, and then falls like a cosine.",
     )
-    batch: int = Field(title="Windows per step", default=1, ge=1, description="Number of windows per step.")
+    batch: int = Field(
+        title="Windows per step",
+        default=4,
+        ge=1,
+        description="Number of windows per step. 1 learns faster from the same text at 70 % sparsity; at 50 % it is too noisy for "
+        "the default learning rate.",
+    )
     windows: Annotated[int, Field(ge=2)] | None = Field(
         title="Calibration windows",
         default=None,
@@ -57,7 +63,7 @@ class Distill(Settings):
     )
     evaluate_every: int = Field(
         title="Steps between evaluations",
-        default=32,
+        default=8,
         ge=1,
         description="Number of steps between evaluations on the held-out windows.",
     )

@@ -147,7 +147,8 @@ def write_responses(
         use_cache=True,
         **sampling,
     )
-    with torch.random.fork_rng(), torch.inference_mode():
+    own = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(own, device_type=own[0].type if own else "cuda"), torch.inference_mode():
         torch.manual_seed(seed)
         written: Tensor = model.generate(  # type: ignore[operator]
             input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how

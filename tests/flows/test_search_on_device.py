@@ -26,8 +26,7 @@ METHODS = {
     "alps, owl": {"pruner": "alps", "allocator": "owl", "betas": None},
     "wanda_swaps, alpha_pruning": {"pruner": "wanda_swaps", "allocator": "alpha_pruning", "betas": None},
     "sequential, dlp": {"calibration_mode": "sequential", "allocator": "dlp", "betas": None},
-    "race, dsa": {"strategy": "race", "allocator": "dsa", "betas": None},
-    "train": {"recover": {"method": "train", "epochs": 1}},
+    "train, dsa": {"recover": {"method": "train", "epochs": 1}, "allocator": "dsa", "betas": None},
 }
 
 
@@ -96,9 +95,8 @@ def files_of(store: Path) -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "alps, refit"])
 def test_a_search_needs_the_memory_of_its_plan_and_is_refused_where_there_is_less(
-    workshop, prefect_backend, tmp_path, method
+    workshop, prefect_backend, tmp_path
 ):
     model = tmp_path / "wide"
     torch.manual_seed(0)
@@ -107,8 +105,7 @@ def test_a_search_needs_the_memory_of_its_plan_and_is_refused_where_there_is_les
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(model)
     for file in workshop.model.glob("token*"):
         (model / file.name).write_bytes(file.read_bytes())
-    pruner, _, recover = method.partition(", ")
-    settings = workshop.settings(model=str(model), pruner=pruner, recover=recover or None, betas=[0.1])
+    settings = workshop.settings(model=str(model), pruner="alps", recover="refit", betas=[0.1])
     runtime = SearchRuntime(store=str(tmp_path / "store"), device="sim:0", device_memory_gib=0)
     with simulated_device() as traffic:
         planned = sum(plan_search(settings, runtime).device_memory.values())

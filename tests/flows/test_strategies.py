@@ -160,9 +160,8 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
     )
 
 
-@pytest.mark.parametrize("strategy", ["bayesian", "projections"])
-def test_a_search_that_makes_plans_has_the_same_result_over_processes(strategy, request, tmp_path):
-    alone = request.getfixturevalue(strategy)
+def test_a_search_that_makes_plans_has_the_same_result_over_processes(bayesian, tmp_path):
+    alone = bayesian
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
     spread = search(alone.settings, runtime)
     assert spread.selection == alone.selection

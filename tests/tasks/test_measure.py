@@ -1,5 +1,7 @@
 """Measure: scores for allocators, with and without an interruption; the same for Gram matrices."""
 
+from importlib import import_module
+
 import pytest
 
 from layerwise.allocators.alpha_pruning import AlphaPruning, tail_exponent
@@ -40,7 +42,7 @@ def test_an_interrupted_measurement_resumes_at_the_next_layer(
     with dying_at("layerwise.tasks.measure._scores", 3):
         scores(again, allocator, boundary_layers=1)
     measured = []
-    original = measure.fn.__globals__["_scores"]
+    original = import_module("layerwise.tasks.measure")._scores
 
     def counted(*arguments):
         measured.append(arguments[4])
