@@ -338,8 +338,7 @@ def _advance_together(store: ArtifactStore, searches: Sequence[Search], executio
         searches: searches of one cell, whose lanes depend on the same settings, except for the plan.
     """
     captured = [
-        build(capture_steps(store, search, check_inputs(store, search, execution.torch_device)), execution)[0]
-        for search in searches
+        build(capture_steps(store, search, check_inputs(store, search)), execution)[0] for search in searches
     ]
     while requests := _missing_lanes([look_up(store, search).next_lanes for search in searches]):
         lane_step(store, captured[0], captured[0].plans, requests[0]).build(execution)
@@ -360,9 +359,7 @@ def _missing_lanes(lanes: Sequence[NextLanes]) -> list[LaneRequest]:
 
 
 def _score(store: ArtifactStore, search: Search, execution: Execution) -> Scored:
-    scored, _ = build(
-        scoring_steps(store, search, check_inputs(store, search, execution.torch_device)), execution
-    )
+    scored, _ = build(scoring_steps(store, search, check_inputs(store, search)), execution)
     return scored
 
 

@@ -65,7 +65,7 @@ def _search_here(
     store: ArtifactStore, settings: Search, execution: Execution, deadline: float
 ) -> SearchResult:
     """Build all artifacts of a search in this process."""
-    inputs = check_inputs(store, settings, execution.torch_device)
+    inputs = check_inputs(store, settings)
     chosen, stages = build(search_steps(store, settings, inputs, deadline), execution)
     built = [role for role, artifact in stages.items() if artifact.key in store.built]
     return _publish(store, settings, chosen, stages, built)

@@ -136,7 +136,7 @@ def theory(settings: Theory, runtime: Runtime) -> TheoryResult:
 
 
 def _measure(store: ArtifactStore, settings: Theory, execution: Execution) -> TheoryResult:
-    inputs = check_inputs(store, settings.used_search, execution.torch_device)
+    inputs = check_inputs(store, settings.used_search)
     before, _ = build(capture_steps(store, settings.used_search, inputs), execution)
     sizes = layer_sizes_of(before.pruning.prunable(before.linears))
     plans = theory_plans(settings.search.sparsity, settings.beta, sizes)

@@ -67,6 +67,9 @@ class RecoveredExport:
         return recovery_section(text, recovery_rows(test))
 
 
+Beside = Callable[[LayerWatch, Execution], object]  # see ``export``
+
+
 def export_stage(
     inputs: LaneInputs,
     chosen: LaneScore,
@@ -115,7 +118,7 @@ def export(
     settings: PruneSettings,
     execution: Execution,
     recovery: RecoveredExport | None = None,
-    beside: Callable[[LayerWatch], object] | None = None,
+    beside: Beside | None = None,
 ) -> Artifact:
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
@@ -125,8 +128,8 @@ def export(
     Args:
         uniform: score of the uniform plan, for the model card.
         recovery: recovery of the chosen plan; None without recovery.
-        beside: runs another stage over the layers, and calls its argument with each of them: the export uses the same pass
-            over the weights. None: the export reads them itself.
+        beside: runs another stage over the layers, and calls its first argument with each of them: the export uses the same
+            pass over the weights. None: the export reads them itself.
     """
     checkpoint, calibrated = inputs.checkpoint, _calibration_of(inputs, chosen, settings)
 
@@ -193,7 +196,7 @@ class _Export:
         self.recovered = RecoveredLayers(store, plan, inputs, settings)
         self.rows: list[dict] = []  # of sparsity.json so far
 
-    def write_weights(self, draft: Draft, beside: Callable[[LayerWatch], object] | None) -> None:
+    def write_weights(self, draft: Draft, beside: Beside | None) -> None:
         """Write one shard per layer, and one per tensor outside of the layers, which may be larger than a layer.
 
         The many small tensors of image and sound encoders share shards of the size of a layer.
@@ -245,7 +248,7 @@ class _Export:
             for tensors in outer[written:]:
                 write(self.checkpoint.read({tensor.name: tensor for tensor in tensors}))
             if beside is not None:
-                _run_beside(beside, follow)
+                _run_beside(beside, follow, self.execution)
             first, resumed = max(written - len(outer), 0), None if beside else draft.resumed
             if first < total:
                 with showing("export: pruned checkpoint", total, first, resumed) as show:
@@ -307,7 +310,7 @@ def _bytes(tensors: Iterable[IndexedTensor]) -> int:
     return sum(tensor.entry.nbytes for tensor in tensors)
 
 
-def _run_beside(beside: Callable[[LayerWatch], object], follow: LayerWatch) -> None:
+def _run_beside(beside: Beside, follow: LayerWatch, execution: Execution) -> None:
     """Run the other stage, whose own errors are told apart from those of ``follow``.
 
     The store handles certain errors of a stage while it builds it: those of the export must not end up there.
@@ -327,7 +330,7 @@ def _run_beside(beside: Callable[[LayerWatch], object], follow: LayerWatch) -> N
             raise _Failed from error
 
     with suppress(_Failed):
-        beside(watch)
+        beside(watch, execution)
     try:
         if failure is not None:
             raise failure

@@ -113,15 +113,15 @@ def _run_part(
 
 
 def _capture(store: ArtifactStore, settings: Search, execution: Execution) -> None:
-    build(capture_steps(store, settings, check_inputs(store, settings, execution.torch_device)), execution)
+    build(capture_steps(store, settings, check_inputs(store, settings)), execution)
 
 
 def _score_all(store: ArtifactStore, settings: Search, execution: Execution) -> None:
-    build(scoring_steps(store, settings, check_inputs(store, settings, execution.torch_device)), execution)
+    build(scoring_steps(store, settings, check_inputs(store, settings)), execution)
 
 
 def _search(store: ArtifactStore, settings: Search, execution: Execution) -> None:
-    build(search_steps(store, settings, check_inputs(store, settings, execution.torch_device)), execution)
+    build(search_steps(store, settings, check_inputs(store, settings)), execution)
 
 
 def _score(
@@ -137,9 +137,7 @@ def _score(
     Raises:
         ValueError: the search has no plan for one of ``points``.
     """
-    captured, _ = build(
-        capture_steps(store, settings, check_inputs(store, settings, execution.torch_device)), execution
-    )
+    captured, _ = build(capture_steps(store, settings, check_inputs(store, settings)), execution)
     if layers is None:
         plan_of = {(plan.beta, plan.offset): plan for plan in captured.plans}
         if unknown := sorted(set(points) - set(plan_of)):

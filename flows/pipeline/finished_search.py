@@ -1,6 +1,8 @@
 """A finished search, reopened with its lanes for zero-shot tasks, a compressed or a distilled checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.build import build
@@ -67,10 +69,25 @@ def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -
 
     Raises:
         KeyError: no artifact has this key, or several keys begin with it; or artifacts of the search were deleted.
-        ValueError: the artifact is not the result of a search.
+        ValueError: the artifact is not the result of a search, or other linears are pruned today.
     """
     search = read_search(store, artifact_by_key(store, key))
     settings = Search.model_validate(search.settings)
     inputs = check_inputs(store, settings)
+    _require_same_linears(search, inputs)
     scored, _ = build(scoring_steps(store, settings, inputs), execution)
     return ReopenedSearch(search, settings, inputs, scored, scored.scores[search.selection.best])
+
+
+def _require_same_linears(search: FinishedSearch, inputs: SearchInputs) -> None:
+    """Refuse a search whose lanes pruned linears that stay dense today, or the other way round.
+
+    Its model would be pruned anew, and be presented with the test results of the old one.
+    """
+    captured = search.stages["capture"]
+    recorded = cast(Mapping[str, str], captured.recipe.get("inputs", {})).get("checkpoint")
+    if recorded is not None and inputs.checkpoint is not None and recorded != inputs.checkpoint.identity:
+        raise ValueError(
+            f"{search.artifact.key} was made by a version of layerwise or transformers that prunes other linears of this "
+            "model. Run the search again."
+        )

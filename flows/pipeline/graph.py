@@ -213,8 +213,14 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     checkpoint, linears, index = inputs.checkpoint, inputs.linears, inputs.index
     windows: dict[Role, Artifact] = {}
 
+    def require_device(execution: Execution) -> None:
+        plans = len(expected_plans(settings, inputs.linears))
+        inputs.sizes(settings, plans).require_device(execution.torch_device)
+
     def build_checkpoint(execution: Execution) -> list[Artifact]:
         nonlocal checkpoint
+        if checkpoint is None:
+            require_device(execution)
         checkpoint = load_checkpoint(store, settings)
         return [checkpoint.artifact]
 
@@ -248,14 +254,17 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     stage = None
     if checkpoint is not None and calibration is not None and selection is not None:
         stage = capture_stage(checkpoint.identity, calibration, selection, capture_settings)
+
+    def build_capture(execution: Execution) -> list[Artifact]:
+        if store.find(known(stage)) is None:
+            require_device(execution)
+        texts = known(calibration), known(selection)
+        return [capture(store, known(checkpoint), *texts, capture_settings, execution)]
+
     (statistics,) = yield Step(
         name="capture",
         stages=[("capture", stage)],
-        build=lambda execution: [
-            capture(
-                store, known(checkpoint), known(calibration), known(selection), capture_settings, execution
-            )
-        ],
+        build=build_capture,
         work="run the dense model",
         reads=lambda sizes: sizes.weights,
         writes=lambda sizes: sizes.capture,
@@ -517,7 +526,7 @@ def export_lane(store: ArtifactStore, scored: Scored, lane: LaneScore, execution
         (recovered,) = _recover(store, scored, [lane.plan], execution)
         recovery = RecoveredExport(recovered, test.key, before.windows["test"])
 
-    def run_test(watch: LayerWatch) -> None:
+    def run_test(watch: LayerWatch, execution: Execution) -> None:
         _evaluate(store, scored, execution, watch)
 
     inputs, lanes = before.inputs("selection"), (lane, scored.uniform)

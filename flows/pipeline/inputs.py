@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.search_strategy import first_lanes
 from layerwise.flows.pipeline.size_estimate import SearchSizes
@@ -52,19 +50,14 @@ class SearchInputs:
 
 
 @stage_task(name="check_inputs", about=lambda settings, **_: title_of(settings.model))
-def check_inputs(store: ArtifactStore, settings: Search, device: torch.device | None = None) -> SearchInputs:
+def check_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     """Check the model and the texts before the model is imported, and store the token counts.
 
-    Args:
-        device: device that the search is computed on; None if this process computes nothing.
-
     Raises:
-        ValueError: a layer does not fit on the device; or see ``inspect_inputs``.
+        ValueError: see ``inspect_inputs``.
         OSError: see ``inspect_inputs``.
     """
     inputs = inspect_inputs(store, settings)
-    if device is not None:
-        inputs.sizes(settings, len(expected_plans(settings, inputs.linears))).require_device(device)
     inputs.texts.keep(store)
     return inputs
 

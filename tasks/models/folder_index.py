@@ -216,9 +216,9 @@ def check_tied_copies(folder: Folder, index: CheckpointIndex) -> None:
             equal = same_kind and len({digest for _, digest in _digests(folder, pair)}) == 1
         if not equal:
             raise ValueError(
-                f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings), "
-                "but their stored values differ. If the model has a head of its own, set tie_word_embeddings "
-                f"to false in config.json; if not, remove {copy.name} from {copy.file}."
+                f"config.json of {folder.name} ties {copy.name} to {original.name} (tie_word_embeddings, or its default if "
+                "it is missing), but their stored values differ. If the model has a head of its own, set "
+                f"tie_word_embeddings to false in config.json; if not, remove {copy.name} from {copy.file}."
             )
 
 

@@ -36,6 +36,7 @@ SIZES = (
 )
 SEARCH_SECONDS = 0.5  # time limit of the search for the invalid value
 MOST_NESTED = 50  # levels; real configurations have four
+MOST_ENCODER_LAYERS = 1000  # of images or sound; not all of them have numbered layers in the files
 LABELS = "num_labels"  # classes of a classifier; transformers builds a table of their names for every model
 MOST_LABELS = 10**6
 # Far above every model, and products of two sizes still fit into the 64 bits of torch.
@@ -129,9 +130,10 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
     if model_type not in CONFIG_MAPPING:
         return  # config_from_document refuses it
     own_names: Mapping[str, str] = CONFIG_MAPPING[model_type].attribute_map
-    for entries in (document, document.get("text_config")):
-        if not isinstance(entries, dict):
-            continue
+    parts = [
+        value for name, value in document.items() if name.endswith("_config") and isinstance(value, dict)
+    ]
+    for entries in (document, *parts):
         for size in SIZES:
             for key in dict.fromkeys((size, own_names.get(size, size))):
                 if (value := entries.get(key)) is not None:
@@ -143,7 +145,8 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
                 "entry. Remove it."
             )
         num_layers = entries.get(NUM_LAYERS, entries.get(own_names.get(NUM_LAYERS, NUM_LAYERS)))
-        if _is_number(num_layers) and num_layers > layers_stored:
+        is_text = entries is document or entries is document.get("text_config")
+        if _is_number(num_layers) and num_layers > (layers_stored if is_text else MOST_ENCODER_LAYERS):
             raise ValueError(
                 f"{place} asks for {num_layers} layers ({NUM_LAYERS}), but the files hold tensors of "
                 f"{layers_stored}. The two are from different models, or files are missing. Copy all of "

@@ -50,7 +50,8 @@ METHODS = {  # by quant_method
 def quantization_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the quantization in the content of ``config.json`` if an import can undo it, else None."""
     settings = document.get(QUANTIZATION)
-    return settings if isinstance(settings, dict) and settings.get("quant_method") in METHODS else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return settings if isinstance(method, str) and method in METHODS else None
 
 
 def dequantized_tensors(
@@ -83,7 +84,7 @@ def dequantized_tensors(
         quantized = QuantizedWeight(values, stored[values], scales, stored[scales], settings)
         try:
             weight = dequantized(quantized, *(_empty(stored[each].entry) for each in (values, scales)))
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        except (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(
                 f"{values} of {source} cannot be dequantized: {error}. Copy the files again, or use the original model."
             ) from error

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,14 @@ def test_a_recovered_model_is_compared_with_the_pruned_one_and_compressed(
     page = ArtifactStore(runtime.store).read(newest(runtime, "report"), PAGE_FILE).decode()
     assert "<h2>Without and with recovery</h2>" in page
     assert "before recovery" in page
+
+
+def test_a_search_that_pruned_other_linears_is_not_continued(done, monkeypatch):
+    monkeypatch.setattr("layerwise.models.prunable_linears.KEPT_DENSE", re.compile("down_proj$"))
+    before = names_in(done[1])
+    with pytest.raises(ValueError, match="prunes other linears of this model. Run the search again"):
+        compress(Compress(), done[1])
+    assert names_in(done[1]) == before
 
 
 def test_more_windows_than_the_calibration_text_has_are_refused(done):

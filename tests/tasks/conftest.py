@@ -299,8 +299,10 @@ class SmallRun:
         where, plans = Execution(**execution), (uniform.plan, best.plan)
         rest = self.linears, self.pruning, where
 
-        def run_test(watch: LayerWatch) -> Artifact:
-            return evaluate.fn(self.store, self.inputs("test"), *plans, *rest, watch=watch)
+        def run_test(watch: LayerWatch, where: Execution) -> Artifact:
+            return evaluate.fn(
+                self.store, self.inputs("test"), *plans, self.linears, self.pruning, where, watch=watch
+            )
 
         exported = export.fn(self.store, self.inputs(), best, uniform, *rest, beside=run_test)
         return exported, evaluate.fn(self.store, self.inputs("test"), *plans, *rest)
