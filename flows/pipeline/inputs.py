@@ -124,6 +124,11 @@ def check_plans(
         )
     if not all(prunable):
         empty = [index for index, layer in enumerate(prunable) if not layer]
+        if settings.exclude is None:
+            raise ValueError(
+                f"the layers {empty} have no linear that can be pruned: text does not pass through them, or all of their "
+                "linears stay dense. Use another model."
+            )
         raise ValueError(
             f"{settings.exclude!r} leaves nothing to prune in the layers {empty}: every layer needs a linear. Exclude "
             "fewer of them."
