@@ -87,10 +87,11 @@ def generate_calibration(
     def build(draft: Draft) -> None:
         _require_memory(checkpoint, settings.dtype, execution)
         rows: list[dict[str, object]] = []
+        first = 0
         if draft.resumed is not None:
+            first = draft.resumed.step
             rows += map(json.loads, store.read(draft.resumed.state, TEXT_FILE).splitlines())
         batches = range(0, len(prompts), settings.batch)
-        first = len(rows) // settings.batch
 
         def write_rows(state: Draft) -> None:
             state.write(TEXT_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerwise.flows.generate_calibration import GenerateCalibration, generate_calibration
 from layerwise.flows.runtime import Runtime
+from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import TEXT_FILE, write_responses
 from layerwise.tasks.texts.corpora import open_corpus
@@ -96,6 +97,28 @@ def test_texts_are_continued_and_the_draws_follow_the_seed_also_after_an_interru
     again, resumed = generated(tmp_path / "two", **texts)
     assert len(calls) == 3
     assert Path(resumed).read_bytes() == Path(location).read_bytes()
+
+
+def test_a_run_that_dies_after_the_last_partial_batch_does_not_write_its_rows_again(
+    generated, tmp_path, monkeypatch
+):
+    texts = {"prompts": "texts.jsonl", "temperature": 1.5}
+
+    require_files = Draft.require_files  # called just before the commit
+
+    def dying(draft):
+        if "responses" in draft.facts:
+            raise OSError("the machine died")
+        require_files(draft)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, "require_files", dying)
+        with pytest.raises(OSError, match="the machine died"):
+            generated(tmp_path / "one", **texts)
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.tasks.generation.generate_calibration.write_responses", None)  # not called
+        resumed, _ = generated(tmp_path / "one", **texts)
+    assert resumed == generated(tmp_path / "two", **texts)[0]
 
 
 @pytest.mark.parametrize(
