@@ -107,9 +107,7 @@ def generate_calibration(
                 seed = int(digest([settings.seed, number])[:15], 16)
                 written = write_responses(model, [each.token_ids for each in together], ends, settings, seed)
                 for prompt, token_ids in zip(together, written, strict=True):
-                    response = tokenizer.decode(token_ids, skip_special_tokens=True)
-                    assert isinstance(response, str), "one list of tokens is one text"
-                    rows.append(prompt.with_response(response))
+                    rows.append(prompt.with_response(token_ids, tokenizer))
                 show(number + 1)
                 reached(number + 1)
         write_rows(draft)
