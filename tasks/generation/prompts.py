@@ -99,10 +99,9 @@ def read_prompts(
         else:
             prompts.append(prompt)
     corpus.require_unchanged()
-    skipped = (
-        f"{empty} empty rows and {too_long} rows of more than {positions} tokens, the room that the model's context has "
-        "before the response"
-    )
+    skipped = f"{empty} empty rows"
+    if positions is not None:
+        skipped += f" and {too_long} rows of more than {positions} tokens, the room in the context before the response"
     if not prompts:
         raise ValueError(
             f"{corpus.label} contains no prompts that the model can answer; it has {skipped}, in the first "

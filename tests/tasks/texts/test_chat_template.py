@@ -191,6 +191,7 @@ def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(stream_
         (CHATML, [{"role": "user", "content": ["x"]}], "row 1: the model's chat template cannot write"),
         (TWICE, TWO_TURNS, "row 1: .* writes a response more than once"),
         (CHATML + "{{ 1 // (messages | length - 4) }}", TWO_TURNS, "row 1: .*cannot write.* by zero"),
+        (CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() if messages | length > 3 }}", TWO_TURNS, "row 1: .*recursion"),
         (CHATML + "{% if %}", TWO_TURNS, r"^the model's chat template has an error in line \d: Expected an expression"),
         ("Hello.", TWO_TURNS, "does not write a message of the user.* leaves out the content"),
     ],
