@@ -7,6 +7,7 @@ from pydantic import Field
 
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
+from layerwise.flows.pipeline.text_windows import require_known_ids
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import BareUrl, Settings
 from layerwise.storage.artifact import Artifact
@@ -34,7 +35,8 @@ class GenerateCalibration(Settings):
         title="Number of prompts",
         default=None,
         ge=1,
-        description="Number of prompts to answer, from the first one. Empty: all.",
+        description="Number of prompts to answer, from the first one. Empty rows, and rows that are too long for the "
+        "model's context, are skipped and not counted. Empty: all, up to 16 Mi characters.",
     )
     max_tokens: int = Field(
         title="Maximum length of a response",
@@ -103,6 +105,8 @@ def _generated(store: ArtifactStore, settings: GenerateCalibration, execution: E
         )
     tokenizer = tokenizer_of_source(settings.model).load() if checkpoint is None else checkpoint.tokenizer()
     prompts = read_prompts(corpus, tokenizer, settings.documents, room)
+    largest_id = max(max(prompt.token_ids) for prompt in prompts)
+    require_known_ids(settings.model, corpus, largest_id, config.vocab_size)
     checkpoint = checkpoint or import_checkpoint(store, settings.model)
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
     how = GenerationSettings(dtype, settings.max_tokens, settings.temperature, settings.batch, settings.seed)

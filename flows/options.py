@@ -1,6 +1,7 @@
 """Options of the command line, made from the fields of the settings, so that help, form and schema cannot differ."""
 
 import json
+import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 # Fields that take several values, separated by commas.
 LISTS = ("betas", "offsets", "sparsities", "pruners", "recoveries", "allocators", "seeds", "tasks")
 LONGEST = 200  # characters of a value in an error message
+CAPITAL_INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def add_options(
@@ -33,7 +35,8 @@ def add_options(
         optional: fields that may be left out although ``settings`` requires them.
         group: title of the options in the help; the name of ``settings`` if left out.
     """
-    options = parser.add_argument_group(group or settings.__name__.lower())
+    words = CAPITAL_INSIDE.sub(" ", settings.__name__).lower()  # "generate calibration"
+    options = parser.add_argument_group(group or words)
     for name, field in settings.model_fields.items():
         if name in without:
             continue

@@ -227,7 +227,7 @@ GOLDEN = {
     "export, recovered": "export/7a72f34fb565262bf4518fb122df4043",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
-    "generate_calibration": "generate_calibration/763a46dcd811d3e89c34b8e3c0b2f140",
+    "generate_calibration": "generate_calibration/27b76a3bd997d70f38ba935ecaae0ad7",
     "distill": "distill/acdfc494ca07669cdc552f8dd29c7849",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",

@@ -128,11 +128,29 @@ def count_texts(
         if corpus not in counts:
             found = find_count(store, encoding_identity, corpus)
             counts[corpus] = count_tokens(corpus, load_tokenizer) if found is None else found
-            _require_known_ids(settings.model, corpus, counts[corpus], vocabulary)
+            require_known_ids(settings.model, corpus, counts[corpus].largest_id, vocabulary)
     texts = Texts(encoding_identity, counts, _requests(settings, corpora, counts))
     for request in texts.requests.values():
         texts.require_windows(request)
     return texts
+
+
+def require_known_ids(model: str, corpus: Corpus, largest_id: int, vocabulary: int) -> None:
+    """Refuse a text with token ids for which the model's embedding has no row.
+
+    Args:
+        largest_id: largest token id of the text.
+        vocabulary: number of rows of the embedding.
+
+    Raises:
+        ValueError: names the model and the text.
+    """
+    if largest_id >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {model} makes token ids up to {largest_id} of the text {corpus.label}, but the "
+            f"model's embedding has {vocabulary} rows. Either the tokenizer belongs to another model, or the embedding "
+            "was not resized for it: put the tokenizer files that belong to these weights next to them."
+        )
 
 
 def _requests(
@@ -186,12 +204,3 @@ def _shares_of_mix(settings: Search, fitting: Sequence[int]) -> tuple[int, ...]:
         if all(share <= most for share, most in zip(shares, fitting, strict=True)):
             return shares
     return equal_or_given(settings.mix, len(fitting))
-
-
-def _require_known_ids(model: str, corpus: Corpus, count: TokenCount, vocabulary: int) -> None:
-    if count.largest_id >= vocabulary:
-        raise ValueError(
-            f"the tokenizer of {model} makes token ids up to {count.largest_id} of the text {corpus.label}, but the "
-            f"model's embedding has {vocabulary} rows. Either the tokenizer belongs to another model, or the embedding "
-            "was not resized for it: put the tokenizer files that belong to these weights next to them."
-        )

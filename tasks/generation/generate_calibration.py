@@ -87,10 +87,11 @@ def generate_calibration(
     def build(draft: Draft) -> None:
         _require_memory(checkpoint, settings.dtype, execution)
         rows: list[dict[str, object]] = []
+        first = 0
         if draft.resumed is not None:
+            first = draft.resumed.step
             rows += map(json.loads, store.read(draft.resumed.state, TEXT_FILE).splitlines())
         batches = range(0, len(prompts), settings.batch)
-        first = len(rows) // settings.batch
 
         def write_rows(state: Draft) -> None:
             state.write(TEXT_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
@@ -106,9 +107,7 @@ def generate_calibration(
                 seed = int(digest([settings.seed, number])[:15], 16)
                 written = write_responses(model, [each.token_ids for each in together], ends, settings, seed)
                 for prompt, token_ids in zip(together, written, strict=True):
-                    response = tokenizer.decode(token_ids, skip_special_tokens=True)
-                    assert isinstance(response, str), "one list of tokens is one text"
-                    rows.append(prompt.with_response(response))
+                    rows.append(prompt.with_response(token_ids, tokenizer))
                 show(number + 1)
                 reached(number + 1)
         write_rows(draft)

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from layerwise.tasks.texts.documents import Conversation
 
@@ -20,8 +19,9 @@ MARKS_RESPONSES = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Two responses without a common start or end. The texts of a conversation with the one and with the other differ
 # exactly where the response stands.
 STAND_INS = ("Apple pie", "Banana split")
+PROBE = "Cherry tart"  # content of a message that shows in which form a template reads contents
 # Errors of a template: its own (raise_exception), and those of operations on values that it does not expect.
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError)
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 # Some templates write the current date, so that the same conversation would have other tokens tomorrow. This is the date
 # that the templates of Llama 3 write if they are not given one. The last line keeps the start of the template as it is.
 DATE = {
@@ -51,11 +51,15 @@ class ChatText:
 class ChatTemplate:
     """The chat template of a tokenizer.
 
+    Most templates read the content of a message as a string. Those of some multimodal models (LLaVA, SmolVLM, Idefics)
+    read a list of parts and silently leave out strings. For these, strings become lists with one part.
+
     Args:
         label: name of the corpus for messages.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or several and none of them is the default.
+        ValueError: the tokenizer has no chat template, or several and none of them is the default; or the template has an
+            error, or does not write the content of a message.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", label: str) -> None:
@@ -78,6 +82,8 @@ class ChatTemplate:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         # A turn does not end with the token that starts a text, unless one token has both meanings.
         self.ends_of_turn = {tokenizer.eos_token} | special - {tokenizer.bos_token} - {None}
+        self.reads_parts = False
+        self.reads_parts = self._drops_strings()
 
     def write(self, conversation: Conversation) -> ChatText:
         """Return the text of a conversation and its responses.
@@ -105,15 +111,45 @@ class ChatTemplate:
             raise _refused(conversation, error) from error
 
     def _text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        conversation: list[dict[str, Any]] = [dict(message) for message in messages]
         text = self.tokenizer.apply_chat_template(
-            conversation,
+            self._readable(messages),
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
         assert isinstance(text, str), "one conversation that is not tokenised is one string"
         return text
+
+    def _readable(self, messages: Messages) -> list[dict[str, Any]]:
+        """Return the messages with their contents in the form that the template reads."""
+        readable: list[dict[str, Any]] = [dict(message) for message in messages]
+        for message in readable:
+            if self.reads_parts and isinstance(message.get("content"), str):
+                message["content"] = _parts(message["content"])
+        return readable
+
+    def _drops_strings(self) -> bool:
+        """Return whether the template writes a content only if it is a list of parts."""
+        reason = ""
+        contents: tuple[object, ...] = (PROBE, _parts(PROBE))
+        for content in contents:
+            message = {"role": "user", "content": content}
+            # Some templates require a system message.
+            for before in ([], [{"role": "system", "content": ""}]):
+                try:
+                    if PROBE in self._text([*before, message]):
+                        return content is not PROBE
+                except TemplateSyntaxError as error:
+                    raise ValueError(
+                        f"the model's chat template has an error in line {error.lineno}: {error.message} Correct its "
+                        "chat_template.jinja or tokenizer_config.json, or give plain text."
+                    ) from error
+                except REFUSALS as error:
+                    reason = reason or str(error)
+        raise ValueError(
+            f"the model's chat template does not write a message of the user, neither with a string nor with a list of parts "
+            f"as its content ({reason or 'it leaves out the content'}). Correct the template, or give plain text."
+        )
 
     def _marked(self, messages: Messages) -> list[tuple[int, int]]:
         """Return the ranges that the template itself marks as generated by the model."""
@@ -124,7 +160,7 @@ class ChatTemplate:
         special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         rendered: Any = (
             render_jinja_template(  # annotated as a string, but returns the texts and their ranges
-                [[dict(message) for message in messages]],
+                [self._readable(messages)],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **special_tokens,
@@ -145,21 +181,48 @@ class ChatTemplate:
 
         The response is replaced by two others. What all three texts have in common before and after it is not part of the
         response, whatever the template does with its content: trims it, or writes tool calls or thoughts from other fields.
+
+        Some templates refuse a response without tool calls in its place, such as Mistral's if the result of a tool follows.
+        Then the response is found by the text before it. The last choice is to replace only the content, which leaves
+        out tool calls.
         """
-        others = [
-            self._text([*messages[:index], {"role": RESPONDER, "content": each}, *messages[index + 1 :]])
-            for each in STAND_INS
-        ]
-        if others[0] == others[1]:
+        others = self._replaced(messages, index, {"role": RESPONDER})
+        if others is None:
+            if found := self._after_prompt(messages, index, content):
+                return found
+            others = self._replaced(messages, index, messages[index])
+        if others is None or others[0] == others[1]:
             return None
         if others[0].count(STAND_INS[0]) - others[1].count(STAND_INS[0]) > 1:
             raise ValueError("it writes a response more than once, so its tokens are not known")
-        texts = [content, *others]
-        start = len(commonprefix(texts))
-        end = len(content) - len(commonprefix([text[::-1] for text in texts]))
+        start = min(_common_start(content, other) for other in others)
+        backwards = content[::-1]
+        end = len(content) - min(_common_start(backwards, other[::-1]) for other in others)
         if end < start:
             return None
         return self._start_of_turn(messages[:index], content, start), self._end_of_turn(content, end)
+
+    def _replaced(self, messages: Messages, index: int, fields: Mapping[str, object]) -> list[str] | None:
+        """Return the texts with each stand-in and ``fields`` in place of a response; None if the template refuses them."""
+        before, after = messages[:index], messages[index + 1 :]
+        try:
+            return [self._text([*before, {**fields, "content": each}, *after]) for each in STAND_INS]
+        except REFUSALS:
+            return None
+
+    def _after_prompt(self, messages: Messages, index: int, content: str) -> tuple[int, int] | None:
+        """Return the range between the texts of the conversation before and up to a response; None if it has other texts."""
+        try:
+            before = self._text(messages[:index], add_generation_prompt=True)
+            up_to = self._text(messages[: index + 1])
+        except REFUSALS:
+            return None
+        if not (up_to.startswith(before) and content.startswith(up_to)):
+            return None
+        # The white space after the token that ends a turn is the template's.
+        stripped = up_to.rstrip()
+        ends_turn = stripped.endswith(tuple(token for token in self.ends_of_turn if token))
+        return len(before), len(stripped) if ends_turn else len(up_to)
 
     def _start_of_turn(self, before: Messages, content: str, start: int) -> int:
         """Return the position at which the model starts to write: after the prompt, if the text starts with the prompt.
@@ -187,3 +250,19 @@ def _refused(conversation: Conversation, error: Exception) -> ValueError:
     return ValueError(
         f"{conversation.place}: the model's chat template cannot write the conversation ({error}). Remove or correct the row."
     )
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def _common_start(one: str, other: str) -> int:
+    """Return the length of the common start of two strings, by bisection: a loop over characters takes far longer."""
+    shortest, longest = 0, min(len(one), len(other))
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        if one[shortest:middle] == other[shortest:middle]:
+            shortest = middle
+        else:
+            longest = middle - 1
+    return shortest

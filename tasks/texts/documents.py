@@ -163,7 +163,7 @@ def collect_conversations(
     """Return the first conversations, at least one, with at most ``limit`` characters of JSON together.
 
     Raises:
-        ValueError: a conversation is followed by a text.
+        ValueError: a conversation is followed by a text, or has a value that JSON does not have.
     """
     items: list[Conversation] = []
     length = 0
@@ -172,8 +172,22 @@ def collect_conversations(
             raise ValueError(
                 f"{label}, document {len(items) + 1} is a text, and those before it are conversations. {ONE_KIND}"
             )
-        length += len(json.dumps(document.messages, ensure_ascii=False))
+        length += characters_of(document)
         if items and length > limit:
             return Conversations(tuple(items), truncated=True)
         items.append(document)
     return Conversations(tuple(items), truncated=False)
+
+
+def characters_of(conversation: Conversation) -> int:
+    """Return the length of the JSON of a conversation.
+
+    Raises:
+        ValueError: a message has a value that JSON does not have, such as a date or bytes of a Parquet file; names the row.
+    """
+    try:
+        return len(json.dumps(conversation.messages, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{conversation.place}: a message has a value that JSON does not have ({error}). Write it as text, or remove it."
+        ) from error

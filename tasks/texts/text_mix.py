@@ -35,14 +35,22 @@ def parse_mix(value: str) -> tuple[MixSource, ...]:
     ``file:`` and a path or URL. Any other value is one text. ``:NUMBER`` at the end of a source is its number of windows.
 
     Raises:
-        ValueError: only some sources have a number of windows, or one has none to give.
+        ValueError: a source has no name; only some sources have a number of windows; or one has 0 windows.
     """
     if STARTS_WITH_SOURCE.match(value) is None:
         return ()
     pieces = BETWEEN_SOURCES.split(value)
+    if any(piece.rstrip().endswith(",") for piece in pieces):
+        raise ValueError(
+            f"the mix {value!r} has a comma without a text after it. Remove it, or write the missing text."
+        )
     if len(pieces) == 1:
         return ()
     sources = tuple(map(_source, pieces))
+    if not all(source.name for source in sources):
+        raise ValueError(
+            f"the mix {value!r} has a text without a name. Write a path or URL after file:, as in file:chat.jsonl:32."
+        )
     if missing := [source.name for source in sources if source.windows is None]:
         if len(missing) < len(sources):
             raise ValueError(

@@ -1,15 +1,19 @@
 """Text that the dense model writes itself, and a calibration on it."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerwise.flows.generate_calibration import GenerateCalibration, generate_calibration
 from layerwise.flows.runtime import Runtime
+from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import TEXT_FILE, write_responses
 from layerwise.tasks.texts.corpora import open_corpus
@@ -98,20 +102,62 @@ def test_texts_are_continued_and_the_draws_follow_the_seed_also_after_an_interru
     assert Path(resumed).read_bytes() == Path(location).read_bytes()
 
 
+def test_a_run_that_dies_after_the_last_partial_batch_does_not_write_its_rows_again(
+    generated, tmp_path, monkeypatch
+):
+    texts = {"prompts": "texts.jsonl", "temperature": 1.5}
+
+    require_files = Draft.require_files  # called just before the commit
+
+    def dying(draft):
+        if "responses" in draft.facts:
+            raise OSError("the machine died")
+        require_files(draft)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, "require_files", dying)
+        with pytest.raises(OSError, match="the machine died"):
+            generated(tmp_path / "one", **texts)
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.tasks.generation.generate_calibration.write_responses", None)  # not called
+        resumed, _ = generated(tmp_path / "one", **texts)
+    assert resumed == generated(tmp_path / "two", **texts)[0]
+
+
+def test_empty_and_long_prompts_are_skipped_with_one_warning(generated, place, tmp_path, caplog):
+    (place / "mixed.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("w1 " * 70, "", "w2", "w3"))
+    )
+    rows, _ = generated(tmp_path / "store", prompts="mixed.jsonl", documents=1)
+    assert [row["text"][:2] for row in rows] == ["w2"]
+    (warning,) = [each.message for each in caplog.records if "skipped" in each.message]
+    assert "skipped 1 empty rows and 1 rows of more than 56 tokens" in warning
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_tokens": 64}, "max_tokens is 64, but the context of .* has 64 tokens"),
-        ({"max_tokens": 60}, "document 3 is a prompt of 5 tokens, and .* room for 4 before the response"),
+        ({"prompts": "long.jsonl"}, "no prompts that the model can answer; it has 0 empty rows and 1 rows of more than 56"),
         ({"prompts": "nothing.jsonl"}, "contains no prompts"),
+        ({"prompts": "half.jsonl"}, "document 1 has half a surrogate pair, '.ud800', at character 3"),
+        ({"prompts": "dated.parquet"}, "row 1: a message has a value that JSON does not have .*datetime"),
+        ({"model": "narrow", "prompts": "rare.jsonl"}, "narrow makes token ids up to 61 of the text .*rare.jsonl, but"),
         ({"prompts": "answers.jsonl"}, "row 1 has only messages of the assistant, and no prompt"),
     ],
-)
+)  # fmt: skip
 def test_prompts_that_cannot_be_answered_are_refused_before_the_import(
-    generated, place, tmp_path, changes, message
+    generated, place, workshop, tmp_path, changes, message
 ):
     (place / "nothing.jsonl").write_text("")
     (place / "answers.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "w1"}]}))
+    (place / "half.jsonl").write_text(json.dumps({"text": "w1 \ud800"}))
+    dated = {"role": "user", "content": "w1", "at": datetime.datetime(2024, 7, 26)}
+    pq.write_table(pa.Table.from_pylist([{"messages": [dated]}]), place / "dated.parquet")
+    (place / "long.jsonl").write_text(json.dumps({"text": "w1 " * 70}))
+    (place / "rare.jsonl").write_text(json.dumps({"text": "w60"}))
+    if "model" in changes:
+        changes = {**changes, "model": str(workshop.folder / changes["model"])}
     with pytest.raises(ValueError, match=message):
         generated(tmp_path / "store", **changes)
     assert list(ArtifactStore(str(tmp_path / "store")).artifacts()) == []

@@ -1,6 +1,7 @@
 """Conversations: rows of chat data sets, their text by the tokenizer's chat template, and the tokens of the responses."""
 
 import json
+import time
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -8,7 +9,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from layerwise.tasks.texts.chat_template import ChatTemplate
 from layerwise.tasks.texts.corpora import open_corpus
+from layerwise.tasks.texts.documents import Conversation
 from layerwise.tasks.texts.token_stream import tokenise_corpus
 
 CHATML = (
@@ -36,6 +39,25 @@ THINKING = (
 PLAIN = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n\n' }}{% endfor %}"
 STRICT = (
     "{% if messages[0].role != 'user' %}{{ raise_exception('the user has to begin') }}{% endif %}" + PLAIN
+)
+# As SmolVLM: contents are lists of parts.
+PARTS = CHATML.replace(
+    "message.content + '<|im_end|>\n' }}",
+    "''}}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}",
+)
+# As LLaVA: marked as well.
+MARKED_PARTS = MARKED.replace(
+    "{{ message.content + '<|im_end|>' }}",
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}",
+)
+# As Mistral: the result of a tool may only follow a tool call, whose content is left out.
+TOOLS = (
+    "{% for message in messages %}{% if message.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('a result without a call') }}{% endif %}"
+    "{{ '[' + message.role + ']' + (message.tool_calls | string if message.tool_calls else message.content) }}"
+    "{% if message.role == 'assistant' %}{{ eos_token + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 DATED = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
 TWICE = "{{ messages[-1].content }}" + CHATML
@@ -97,6 +119,8 @@ def responses_in(stream, tokenizer):
         (TRIMMED, [f" {FIRST.strip()} <|im_end|>", " It is \U0001f967. <|im_end|>"]),
         (THINKING, [f"{FIRST}<|im_end|>", "<think>pie!</think>It is \U0001f967.<|im_end|>"]),
         (PLAIN, [FIRST, " It is \U0001f967."]),
+        (PARTS, [f"{FIRST}<|im_end|>", "It is \U0001f967.<|im_end|>"]),
+        (MARKED_PARTS, [f"{FIRST}<|im_end|>", "It is \U0001f967.<|im_end|>"]),
     ],
 )
 def test_the_tokens_of_responses_are_those_that_the_model_writes(stream_of, tokenizer, template, responses):
@@ -125,6 +149,34 @@ def test_conversations_are_packed_as_the_tokenizer_writes_each_of_them(stream_of
     assert len(responses_in(stream, tokenizer)) == 7
 
 
+def test_contents_are_strings_or_lists_of_parts_as_the_template_reads_them(stream_of):
+    parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in TWO_TURNS]
+    as_strings = stream_of(CHATML, {"messages": TWO_TURNS})
+    for messages in (TWO_TURNS, parts):
+        as_parts = stream_of(PARTS, {"messages": messages})
+        assert as_parts.token_ids.tolist() == as_strings.token_ids.tolist()
+        assert as_parts.responses.tolist() == as_strings.responses.tolist()
+
+
+def test_a_tool_call_that_cannot_be_replaced_by_text_is_a_response(stream_of, tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    messages = [TWO_TURNS[0], call, {"role": "tool", "content": "7"}, TWO_TURNS[3]]
+    stream = stream_of(TOOLS, {"messages": messages})
+    assert responses_in(stream, tokenizer) == ["[{'name': 'f'}]<|im_end|>", "It is \U0001f967.<|im_end|>"]
+
+
+def test_responses_of_a_long_conversation_are_found_fast(tokenizer):
+    tokenizer.chat_template = CHATML
+    conversation = Conversation(
+        tuple({"role": each["role"], "content": 1000 * "w "} for _ in range(100) for each in TWO_TURNS),
+        "row 1",
+    )
+    began = time.process_time()
+    text = ChatTemplate(tokenizer, "chat").write(conversation)
+    assert len(text.responses) == 200
+    assert time.process_time() - began < 10  # about 2 s; a loop over the characters takes 20 s
+
+
 def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(stream_of, tokenizer):
     stream = stream_of(DATED, {"messages": TWO_TURNS})
     assert tokenizer.decode(stream.token_ids[:12]).startswith("26 Jul 2024\n")
@@ -138,6 +190,10 @@ def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(stream_
         (STRICT, TWO_TURNS[1:], "row 1: the model's chat template cannot write the .*the user has to begin"),
         (CHATML, [{"role": "user", "content": ["x"]}], "row 1: the model's chat template cannot write"),
         (TWICE, TWO_TURNS, "row 1: .* writes a response more than once"),
+        (CHATML + "{{ 1 // (messages | length - 4) }}", TWO_TURNS, "row 1: .*cannot write.* by zero"),
+        (CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() if messages | length > 3 }}", TWO_TURNS, "row 1: .*recursion"),
+        (CHATML + "{% if %}", TWO_TURNS, r"^the model's chat template has an error in line \d: Expected an expression"),
+        ("Hello.", TWO_TURNS, "does not write a message of the user.* leaves out the content"),
     ],
 )  # fmt: skip
 def test_conversations_that_cannot_be_written_are_refused(stream_of, template, messages, message):

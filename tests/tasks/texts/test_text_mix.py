@@ -46,6 +46,21 @@ def test_every_value_that_does_not_start_with_a_source_or_has_only_one_is_one_te
     assert parse_mix(value) == ()
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("file:,c4", "has a text without a name"),
+        ("file::32,c4:64", "has a text without a name"),
+        ("c4:64,", "has a comma without a text after it"),
+        ("c4:64,,ptb:32", "has a comma without a text after it"),
+        ("c4, ptb , ", "has a comma without a text after it"),
+    ],
+)
+def test_missing_names_and_superfluous_commas_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mix(value)
+
+
 def test_shares_are_equal_unless_they_are_given_and_the_first_texts_get_the_remainder():
     assert equal_or_given(parse_mix("c4,ptb,builtin"), 128) == (43, 43, 42)
     assert equal_or_given(parse_mix("c4:1,ptb:5"), 6) == (1, 5)
