@@ -161,12 +161,11 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
 
 
 def test_a_search_that_makes_plans_has_the_same_result_over_processes(bayesian, tmp_path):
-    alone = bayesian
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
-    spread = search(alone.settings, runtime)
-    assert spread.selection == alone.selection
+    spread = search(bayesian.settings, runtime)
+    assert spread.selection == bayesian.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
-        role: artifact.content for role, artifact in alone.stages.items()
+        role: artifact.content for role, artifact in bayesian.stages.items()
     }
 
 
