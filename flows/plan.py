@@ -137,10 +137,8 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     lanes_seconds = None
     if times is not None:
         lanes_seconds = _seconds_of_lanes(settings, found, times, groups, runtime, workers)
-    try:
-        sizes.require_device(runtime.execution().torch_device)
-    except ValueError as error:  # also for a device that is not here, whose memory is unknown
-        notes.append(f"On this machine: {error}")
+    if problem := _device_problem(sizes, runtime):
+        notes.append(f"On this machine, the search would be refused: {problem}")
     lane = sizes.of(most).lane
     on_device = min(states, _device_states(runtime) // lane * lane)  # whole lanes
     if on_device:
@@ -238,6 +236,19 @@ def _seconds_of_lanes(
         seconds(request, len(request.plans), min(workers, len(request.plans)))
         for request in expected_requests(strategy, scored)
     )
+
+
+def _device_problem(sizes: SearchSizes, runtime: SearchRuntime) -> str:
+    """Return why the device of this machine is too small for a search; "" if it is not, or is on another machine."""
+    try:
+        device = runtime.execution().torch_device
+    except ValueError:
+        return ""
+    try:
+        sizes.require_device(device)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _device_states(runtime: SearchRuntime) -> int:

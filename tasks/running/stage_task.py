@@ -87,9 +87,8 @@ def _with_less_on_device(function: Callable[Parameters, Result]) -> Callable[Par
             except torch.OutOfMemoryError as error:
                 if not execution.most_device_states_bytes:
                     raise
-                reason = str(error).splitlines()[
-                    0
-                ]  # the error itself keeps the tensors of this attempt alive
+                # Only its text is kept: the error refers to the tensors of this attempt.
+                reason = str(error).partition("\n")[0]
             release_memory(execution.torch_device)
             before = execution.most_device_states_bytes
             less = int(fraction * before)

@@ -68,10 +68,8 @@ def test_weights_cross_once_in_each_pass_and_hidden_states_only_if_they_do_not_f
         assert 0 <= to_host - layers < small  # the export
 
         run("crosses", 0)
-        lanes, windows = (
-            3 + 2,
-            4,
-        )  # of the search, and of the test, which also has the dense model; about so many windows
+        # Lanes of the search and of the test, without the dense model; each has at least about four windows.
+        lanes, windows = 3 + 2, 4
         states = 4 * 16 * 32 * windows * lanes * index.num_layers
         assert traffic.to_device - 3 * (layers + outer) > states
         assert traffic.to_host - layers > states
