@@ -32,6 +32,7 @@ from layerwise.flows.setting_types import (
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
+from layerwise.scoring.criterion import Criterion
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.selection import TRIAL
@@ -65,7 +66,8 @@ MOST: dict[str, int] = {
     "stop_after": 10_000,
 }
 FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
-LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
+# Not in the settings of stored searches: left out where they have their defaults.
+LATER_FIELDS = ("recover", "recover_windows", "criterion")
 OVER_LAYERS = ("bayesian", "evolutionary")
 PLAN_MAKERS = (*OVER_LAYERS, "projections")
 
@@ -153,6 +155,13 @@ class Search(Settings):
         default="builtin",
         description="Text on which beta is chosen; the same choices as for calibration, except a mix.",
     )
+    criterion: Criterion = Field(
+        title="Figure that the best plan minimises",
+        default="perplexity",
+        description="Figure on the selection text by which plans are compared, in every strategy. perplexity: of the "
+        "pruned model. kl: KL divergence of the pruned model's distribution of the next token from the dense model's, mean "
+        "over the tokens; perplexity is measured too.",
+    )
     test: BareUrl | None = Field(
         title="Test text",
         default=None,
@@ -237,11 +246,13 @@ class Search(Settings):
     )
 
     @model_serializer(mode="wrap")
-    def _without_unused_recovery(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the fields on recovery if there is none: searches of older versions do not have them."""
+    def _without_unused_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later fields that have their defaults: searches of older versions do not have them."""
         values: dict[str, Any] = serialize(self)
         return {
-            name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
+            name: value
+            for name, value in values.items()
+            if name not in LATER_FIELDS or value != type(self).model_fields[name].default
         }
 
     @field_validator("calibration")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.calibration.capture import capture_layers, embed_windows
+from layerwise.models.hidden_states import batches
 from layerwise.scoring.perplexity import DIVERGED, perplexity, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -15,6 +16,7 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import write_table
 from layerwise.storage.tensors import read_tensor_into, write_tensors
+from layerwise.tasks.lanes.dense_states import dense_states_stage, write_dense_states
 from layerwise.tasks.lanes.statistics_table import write_statistics
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.dtype_speed import warn_if_slow
@@ -63,6 +65,7 @@ def capture(
     selection: Artifact,
     settings: CaptureSettings,
     execution: Execution,
+    keeps_dense_states: bool = False,
 ) -> Artifact:
     """Record the statistics of every linear's inputs and the dense model's loss on every selection window.
 
@@ -70,14 +73,62 @@ def capture(
         An artifact with ``statistics/layer-*.parquet`` (calibration windows), ``losses.parquet`` (selection windows)
         and, depending on the retention, ``hidden_states/boundary-*.safetensors``: the inputs of layer ``n`` (the last
         file: of the final norm) as ``calibration`` and ``selection``, shape ``(windows, seqlen, hidden_size)``.
+
+    Args:
+        keeps_dense_states: also commit the artifact of ``capture_dense_states``, which a search by the criterion ``kl`` reads.
     """
 
     def build(draft: Draft) -> None:
         warn_if_slow(settings.dtype, execution)
         windows = [read_input_ids(store, calibration), read_input_ids(store, selection)]
-        _Capture(store, checkpoint, windows, settings, execution).run(draft)
+        captured = _Capture(store, checkpoint, windows, settings, execution)
+        captured.run(draft)
+        if keeps_dense_states:
+            last = captured.hidden_states[captured.calibration_windows :]
+            dense = dense_states_stage(checkpoint.identity, selection, settings.dtype)
+            store.get_or_build(dense, lambda beside: write_dense_states(beside, last))
 
     return store.get_or_build(capture_stage(checkpoint.identity, calibration, selection, settings), build)
+
+
+@stage_task(name="dense_states", about=lambda checkpoint, **_: model_title(checkpoint))
+def capture_dense_states(
+    store: ArtifactStore, checkpoint: Checkpoint, selection: Artifact, dtype: str, execution: Execution
+) -> Artifact:
+    """Run the dense model over the selection windows, unless the capture has kept its hidden states.
+
+    Returns:
+        An artifact with ``hidden_states.safetensors``: the output of the last decoder layer, in the dtype of the
+        computation, shape ``(windows, seqlen, hidden_size)``.
+    """
+
+    def build(draft: Draft) -> None:
+        input_ids = read_input_ids(store, selection)
+        model = streamed_model(checkpoint, dtype, execution)
+        hidden_size = checkpoint.config.get_text_config().hidden_size
+        hidden_states = execution.hidden_states_room().empty((*input_ids.shape, hidden_size), model.dtype)
+        embed_windows(model, input_ids, hidden_states, 0)
+        first = 0
+        if draft.resumed is not None:
+            first = draft.resumed.step
+            read_tensor_into(store, draft.resumed.state, STATES_FILE, "hidden_states", hidden_states)
+
+        def write_state(state: Draft) -> None:
+            write_dense_states(state, hidden_states)
+
+        with (
+            boundaries(draft, execution, write_state) as reached,
+            showing("dense states: dense model", model.num_layers, first, draft.resumed) as show,
+        ):
+            for index, weights in enumerate(checkpoint.layers(first, model.device), first):
+                with model.loaded(index, weights) as layer:
+                    for states in batches(hidden_states):
+                        states.copy_(model.run_layer(index, layer, states))
+                show(index + 1)
+                reached(index + 1)
+        write_dense_states(draft, hidden_states)
+
+    return store.get_or_build(dense_states_stage(checkpoint.identity, selection, dtype), build)
 
 
 class _Capture:

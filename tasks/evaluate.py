@@ -8,7 +8,7 @@ from functools import partial
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.pruned_layer import held_out_windows
-from layerwise.scoring.perplexity import paired_difference, perplexity
+from layerwise.scoring.perplexity import mean_loss, paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -29,6 +29,7 @@ from layerwise.tasks.results.evaluation import (
     RECOVERY_FILE,
     TEST_FILE,
     RecoveryTest,
+    TestDivergence,
     TestResult,
     TwoTexts,
     read_test,
@@ -59,7 +60,8 @@ def evaluate_stage(
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
     by_role = {f"recovered {number}": key for number, key in enumerate(recovered)}
     keys = _scored_inputs(inputs, settings).keys(settings) | by_role
-    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, keys)
+    criterion = {} if inputs.criterion == "perplexity" else {"criterion": inputs.criterion}
+    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity, **criterion}, keys)
 
 
 def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
@@ -89,7 +91,7 @@ def evaluate(
     recovered: Sequence[str] = (),
     watch: LayerWatch | None = None,
 ) -> Artifact:
-    """Score the dense, the uniform and the best model once on the test windows.
+    """Score the dense, the uniform and the best model once on the test windows, also by the criterion of the search.
 
     With recovery, the recovered models are scored, and for comparison the pruned models before it, on the test windows
     and on the calibration windows that the recovery held out.
@@ -179,9 +181,19 @@ def _write_evaluation(
         write_lane(draft, f"{folder}{name}", result, lane, linears, settings)
     dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
     gain = None if len(result.losses) == 2 else paired_difference(chosen, plain)
-    test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
-    draft.write(f"{folder}{TEST_FILE}", json.dumps(asdict(test), indent=1).encode())
+    kl = _test_divergence(result.divergences[1:])
+    test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain, kl)
+    draft.write(f"{folder}{TEST_FILE}", json.dumps(test.document, indent=1).encode())
     return test
+
+
+def _test_divergence(divergences: Sequence[Sequence[float]]) -> TestDivergence | None:
+    """Summarise the divergences of the uniform lane and, if it is another one, the best lane; None without any."""
+    plain, chosen = divergences[0], divergences[-1]
+    if not plain:
+        return None
+    gain = None if len(divergences) == 1 else paired_difference(chosen, plain)
+    return TestDivergence(mean_loss(plain), mean_loss(chosen), gain)
 
 
 def _write_recovery_test(draft: Draft, result: GroupResult, plans: int) -> None:
@@ -209,4 +221,5 @@ def _copy_evaluation(store: ArtifactStore, group: Artifact, folder: str, draft: 
 
 
 def _facts(test: TestResult) -> dict[str, float]:
-    return {"dense": test.dense, "uniform": test.uniform, "best": test.best}
+    kl = {} if test.kl is None else {"KL, uniform": test.kl.uniform, "KL, best": test.kl.best}
+    return {"dense": test.dense, "uniform": test.uniform, "best": test.best, **kl}

@@ -79,8 +79,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         "settings": result.settings.model_dump(mode="json"),
         "source": result.source,
         "verdict": result.selection.verdict,
-        "selection": asdict(result.selection),
-        "test": asdict(result.test),
+        "selection": result.selection.document,
+        "test": result.test.document,
         "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
         "stages": keys,
     }

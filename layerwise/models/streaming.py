@@ -315,14 +315,7 @@ class StreamedModel:
             hidden_states: output of the last layer, shape ``(1, seqlen, hidden_size)``.
             input_ids: tokens of the window, shape ``(1, seqlen)``.
         """
-        logits = self.logits(hidden_states)[0, :-1]
-        targets = input_ids[0, 1:].to(logits.device)
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for some_logits, some_targets in zip(
-            logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
-        ):
-            total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
-        return total / len(targets)
+        return next_token_loss(self.logits(hidden_states), input_ids)
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
@@ -334,6 +327,23 @@ class StreamedModel:
             yield
         finally:
             setattr(parent, leaf, self.layers)
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
+
+    Args:
+        logits: shape ``(1, seqlen, vocab_size)``.
+        input_ids: tokens of the window, shape ``(1, seqlen)``.
+    """
+    predictions = logits[0, :-1]
+    targets = input_ids[0, 1:].to(logits.device)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for some_logits, some_targets in zip(
+        predictions.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
+    ):
+        total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
+    return total / len(targets)
 
 
 def _to_meta(module: nn.Module) -> None:

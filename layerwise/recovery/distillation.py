@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from layerwise.scoring.divergence import kl_per_token
+
 # Positions whose logits are in memory at a time: 256 x 128k vocabulary x 4 bytes = 134 MB for each of a few tensors.
 LOSS_POSITIONS = 256
 BETAS = (
@@ -23,20 +25,6 @@ LARGEST_NORM = 1.0  # of the gradient; it is usually below, except in the first 
 WEIGHT, MOMENTS = ".kept", ("exp_avg", "exp_avg_sq")
 
 Head = Callable[[Tensor], Tensor]  # from hidden states to logits
-
-
-def kl_per_token(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the divergence from the teacher's distribution to the student's, in nats, computed in float32.
-
-    Args:
-        logits, teacher_logits: shape ``(..., vocab_size)``.
-
-    Returns:
-        Divergence of every token, shape ``(...)``.
-    """
-    log_student = logits.float().log_softmax(-1)
-    log_teacher = teacher_logits.float().log_softmax(-1)
-    return nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
 
 
 def kl_and_gradient(head: Head, hidden_states: Tensor, teacher_states: Tensor) -> tuple[float, Tensor]:

@@ -1,7 +1,8 @@
 """Evaluation of a search: test perplexity of the dense, the uniform and the best model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.artifact import Artifact
@@ -20,12 +21,34 @@ class TestResult:
     Attributes:
         gain: paired difference between the loss of the best plan and that of the uniform plan, in nats; None if the
             uniform plan is the best one.
+        kl: divergences from the dense model on the same windows; None if the criterion is perplexity.
     """
 
     __test__ = False  # not a test class for pytest
 
     windows: int
     dense: float
+    uniform: float
+    best: float
+    gain: PairedDifference | None
+    kl: "TestDivergence | None" = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The result as plain JSON. Divergences are left out if they were not measured."""
+        return {name: value for name, value in asdict(self).items() if name != "kl" or value is not None}
+
+
+@dataclass(frozen=True)
+class TestDivergence:
+    """Mean KL divergence from the dense model on the test windows, in nats.
+
+    Attributes:
+        gain: paired difference between the best plan and the uniform plan; None if the uniform plan is the best one.
+    """
+
+    __test__ = False
+
     uniform: float
     best: float
     gain: PairedDifference | None
@@ -77,7 +100,13 @@ def read_recovery(store: ArtifactStore, artifact: Artifact) -> RecoveryTest | No
 def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:
     """Read an artifact of ``evaluate``, or one evaluation of a group from its ``folder`` (ends with "/")."""
     document = json.loads(store.read(artifact, f"{folder}{TEST_FILE}"))
-    return TestResult(**{**document, "gain": document["gain"] and PairedDifference(**document["gain"])})
+    kl = document.pop("kl", None)
+    divergence = None if kl is None else TestDivergence(**{**kl, "gain": _paired(kl["gain"])})
+    return TestResult(**{**document, "gain": _paired(document["gain"])}, kl=divergence)
+
+
+def _paired(document: dict[str, Any] | None) -> PairedDifference | None:
+    return None if document is None else PairedDifference(**document)
 
 
 def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:

@@ -11,11 +11,11 @@ from layerwise.recovery.distillation import (
     MaskedAdamW,
     in_stored_dtype,
     kl_and_gradient,
-    kl_per_token,
     rate_factor,
     window_losses,
     window_order,
 )
+from layerwise.scoring.divergence import kl_per_token
 
 HEAD = nn.Linear(4, 7).requires_grad_(False)
 
