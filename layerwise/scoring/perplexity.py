@@ -75,6 +75,11 @@ def rounded_perplexity(value: float) -> float | str:
     return "diverged" if has_diverged(value) else round(value, 2)
 
 
+def format_divergence(value: float) -> str:
+    """Return a KL divergence as text, in nats."""
+    return "diverged" if value >= 0.999 * DIVERGED else f"{value:.4g}"
+
+
 def has_diverged(perplexity: float) -> bool:
     """Return whether a perplexity belongs to the loss ``DIVERGED``, up to rounding."""
     return math.log(perplexity) >= 0.999 * DIVERGED

@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import yaml
 
-from layerwise.scoring.perplexity import format_perplexity
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import format_divergence, format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.tasks.pages.markdown import code, displayable, plain
 from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
@@ -35,6 +36,7 @@ unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary ch
 
 `COMPRESSED.md` describes the files, and has a short loader that needs only torch and safetensors."""
 ON_SELECTION_TEXT = "The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic."
+BY_KL = f"The plan was chosen by the {KL} from the dense model, in nats per token, not by perplexity."
 ON_HELD_OUT_TEXT = (
     "The distillation did not train on the held-out windows. They are from the text that it trained on, they decided when it "
     "stopped, and the pruning and the recovery before it may have used them. The test text had no part in any choice."
@@ -65,6 +67,17 @@ class Result:
     windows: int
     seqlen: int
     perplexity: float
+
+
+@dataclass(frozen=True)
+class ResultByKL(Result):
+    """One row of the table of results of a search by the criterion ``kl``.
+
+    Attributes:
+        kl: mean KL divergence from the dense model, in nats per token.
+    """
+
+    kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -231,11 +244,15 @@ def _layer_table(layers: Sequence[float]) -> str:
 def _results(results: Sequence[Result], note: str) -> str:
     if not results:
         return ""
+    by_kl = any(isinstance(row, ResultByKL) for row in results)
+    head = f"| model | text | windows x tokens | perplexity |{f' {KL} |' if by_kl else ''}"
     rows = [
         f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {format_perplexity(row.perplexity)} |"
+        + (f" {format_divergence(row.kl)} |" if isinstance(row, ResultByKL) else "")
         for row in results
     ]
-    table = "\n".join(["| model | text | windows x tokens | perplexity |", "|:--|:--|--:|--:|", *rows])
+    table = "\n".join([head, f"|:--|:--|--:|--:|{'--:|' if by_kl else ''}", *rows])
+    note = f"{note} {BY_KL}".strip() if by_kl else note
     return f"""## Results
 
 {table}

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.scoring.criterion import Criterion
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
@@ -94,6 +95,8 @@ class ReportData:
         theory: findings on the theorems of the paper; None if they were not measured.
         recovery: sentences on the recovery; empty without recovery.
         distillation: result of the distillation; None if the model was not distilled.
+        criterion: what the plans were compared by.
+        kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
     """
 
     search: str
@@ -112,6 +115,8 @@ class ReportData:
     theory: TheorySection | None
     recovery: str
     distillation: Distillation | None
+    criterion: Criterion
+    kl_gain: Mapping[str, Any] | None
 
 
 def report_data(
@@ -129,7 +134,7 @@ def report_data(
     """
     versions = search.artifact.facts.get(VERSIONS, {})
     assert isinstance(versions, dict), "versions are recorded by package"
-    gain = search.test.gain
+    gain, kl = search.test.gain, search.test.kl
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
     distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
     return ReportData(
@@ -166,6 +171,8 @@ def report_data(
         theory,
         search.recovery_text,
         distillation,
+        search.selection.criterion,
+        None if kl is None or kl.gain is None else vars(kl.gain),
     )
 
 

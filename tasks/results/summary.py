@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from layerwise.scoring.perplexity import format_perplexity, rounded_perplexity
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import format_divergence, format_perplexity, rounded_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.results.calibration_mix import mix_rows, text_name
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
@@ -11,7 +12,7 @@ from layerwise.tasks.results.selection import Selection
 
 
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
-    """Return the result table: one row per plan, with the paired difference to the best plan."""
+    """Return the result table: one row per plan, with the paired difference to the best plan in the criterion."""
     rows: list[dict[str, str | float]] = []
     stopped_early = len({row.windows for row in selection.rows}) > 1
     with_offsets = any(row.offset for row in selection.rows)
@@ -20,13 +21,17 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
         difference = row.above_best
         windows = {"windows": row.windows} if stopped_early else {}
         offset = {"offset": row.offset} if with_offsets else {}
+        kl = {} if row.kl is None else {KL: format_divergence(row.kl)}
         rows.append(
             {
                 selection.parameter.rpartition(" ")[2]: row.beta,
                 **offset,
                 "loss": round(row.loss, 4),
                 "perplexity": rounded_perplexity(row.perplexity),
-                "above best": "best" if difference is None else f"{difference.mean:+.4f}",
+                **kl,
+                f"{KL} above best" if kl else "above best": "best"
+                if difference is None
+                else f"{difference.mean:+.4f}",
                 "t": "" if difference is None or difference.t is None else f"{difference.t:.1f}",
                 "realised sparsity": round(row.realised_sparsity, 5),
                 **windows,
@@ -95,7 +100,7 @@ def sentence_on_stop(stop_after: int | None, tried: int) -> str:
 
 
 def sentence_on_test(test: TestResult) -> str:
-    """State the test perplexities and how certain the gain is."""
+    """State the test perplexities, and the divergences if they were measured, and how certain the gain is."""
     gain = ""
     if test.gain is not None:
         t = "" if test.gain.t is None else f", t = {test.gain.t:.1f}"
@@ -103,5 +108,18 @@ def sentence_on_test(test: TestResult) -> str:
         gain = f" ({abs(change):.1f} % {'below' if change < 0 else 'above'} uniform{t})"
     return (
         f"On the test text, {test.windows} windows: dense {format_perplexity(test.dense)}, uniform {format_perplexity(test.uniform)}, "
-        f"best {format_perplexity(test.best)}{gain}."
+        f"best {format_perplexity(test.best)}{gain}.{_sentence_on_divergence(test)}"
     )
+
+
+def _sentence_on_divergence(test: TestResult) -> str:
+    """State the divergences from the dense model; "" if they were not measured."""
+    if test.kl is None:
+        return ""
+    gain = ""
+    if test.kl.gain is not None:
+        t = "" if test.kl.gain.t is None else f", t = {test.kl.gain.t:.1f}"
+        change = 100 * test.kl.gain.mean / test.kl.uniform if test.kl.uniform > 0 else 0.0
+        gain = f" ({abs(change):.1f} % {'below' if change < 0 else 'above'} uniform{t})"
+    uniform, best = format_divergence(test.kl.uniform), format_divergence(test.kl.best)
+    return f" {KL} from the dense model, in nats: uniform {uniform}, best {best}{gain}."
