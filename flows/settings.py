@@ -36,6 +36,7 @@ from layerwise.scoring.criterion import Criterion
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.texts.calibrate_on import CalibrateOn
 from layerwise.tasks.texts.documents import Role
 from layerwise.tasks.texts.text_mix import MixSource, parse_mix
 
@@ -67,7 +68,7 @@ MOST: dict[str, int] = {
 }
 FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
 # Not in the settings of stored searches: left out where they have their defaults.
-LATER_FIELDS = ("recover", "recover_windows", "criterion")
+LATER_FIELDS = ("recover", "recover_windows", "criterion", "calibrate_on")
 OVER_LAYERS = ("bayesian", "evolutionary")
 PLAN_MAKERS = (*OVER_LAYERS, "projections")
 
@@ -149,6 +150,12 @@ class Search(Settings):
         "URL); or builtin (the documentation in Python's pydoc_data.topics). Rows of messages, or of prompt and completion, "
         "are written by the model's chat template. A mix of texts: names separated by commas, file: before every path, and "
         "the number of windows after each text or none, such as c4:64,file:chat.jsonl:32,wikitext2:32 (none: equal shares).",
+    )
+    calibrate_on: CalibrateOn = Field(
+        title="Tokens that calibration uses",
+        default="all",
+        description="Tokens of the calibration windows that input statistics, recovery and distillation use. all: every "
+        "token. responses: the tokens that the model writes in conversations, and every token of plain texts in a mix.",
     )
     selection: BareUrl = Field(
         title="Selection text",
@@ -447,4 +454,5 @@ class Search(Settings):
             self.pattern,
             self.exclude,
             self.recover,
+            self.calibrate_on,
         )

@@ -22,13 +22,15 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.dtype_speed import warn_if_slow
 from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.results.lane_scores import LOSSES_FILE
+from layerwise.tasks.results.roles import CALIBRATION_TOKENS
 from layerwise.tasks.results.run_names import model_title
 from layerwise.tasks.results.selection import DENSE_PERPLEXITY
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.texts.token_windows import read_input_ids
+from layerwise.tasks.texts.calibrate_on import CalibrateOn, only_if_masked
+from layerwise.tasks.texts.token_windows import read_counted, read_input_ids
 
 STATES_FILE = "hidden_states.safetensors"  # of a resume point
 SAMPLED_WINDOWS = 4  # of each role, kept with retention "sampled": enough to inspect, small enough to keep
@@ -43,10 +45,18 @@ class CaptureSettings:
     Attributes:
         dtype: dtype that the model computes in, e.g. "bfloat16".
         retention: windows whose hidden states are kept at every layer boundary.
+        calibrate_on: tokens of the calibration windows that the statistics use.
     """
 
     dtype: str
     retention: Retention = "none"
+    calibrate_on: CalibrateOn = "all"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings as part of a key."""
+        own = {"type": type(self).__name__, "dtype": self.dtype, "retention": self.retention}
+        return {**own, **only_if_masked(self.calibrate_on)}
 
 
 def capture_stage(
@@ -54,7 +64,7 @@ def capture_stage(
 ) -> Stage:
     """Describe a capture; ``identity`` is that of the checkpoint."""
     inputs = {"checkpoint": identity, "calibration": calibration.content, "selection": selection.content}
-    return Stage("capture", 1, settings, inputs)
+    return Stage("capture", 1, settings.identity, inputs)
 
 
 @stage_task(about=lambda checkpoint, **_: model_title(checkpoint))
@@ -81,7 +91,8 @@ def capture(
     def build(draft: Draft) -> None:
         warn_if_slow(settings.dtype, execution)
         windows = [read_input_ids(store, calibration), read_input_ids(store, selection)]
-        captured = _Capture(store, checkpoint, windows, settings, execution)
+        counted = read_counted(store, calibration, settings.calibrate_on)
+        captured = _Capture(store, checkpoint, windows, counted, settings, execution)
         captured.run(draft)
         if keeps_dense_states:
             last = captured.hidden_states[captured.calibration_windows :]
@@ -139,9 +150,11 @@ class _Capture:
         store: ArtifactStore,
         checkpoint: Checkpoint,
         windows: list[Tensor],
+        counted: Tensor | None,
         settings: CaptureSettings,
         execution: Execution,
     ) -> None:
+        self.counted = counted
         self.store, self.checkpoint, self.settings, self.execution = store, checkpoint, settings, execution
         self.read_before = checkpoint.bytes_read
         self.calibration_windows = len(windows[0])
@@ -158,7 +171,9 @@ class _Capture:
             boundaries(draft, self.execution, self._write_state) as reached,
             showing("capture: dense model", self.model.num_layers, first, draft.resumed) as show,
         ):
-            captured = capture_layers(self.model, layers, self.hidden_states, self.calibration_windows, first)
+            captured = capture_layers(
+                self.model, layers, self.hidden_states, self.calibration_windows, first, self.counted
+            )
             for layer in captured:
                 write_statistics(draft, layer.index, layer.statistics)
                 self._retain(draft, layer.index + 1)
@@ -174,7 +189,9 @@ class _Capture:
         write_table(draft, LOSSES_FILE, pa.table({"window": range(len(losses)), "loss": losses}))
         draft.facts |= {
             DENSE_PERPLEXITY: perplexity(losses),
-            "calibration tokens": self.input_ids[: self.calibration_windows].numel(),
+            CALIBRATION_TOKENS: self.input_ids[: self.calibration_windows].numel()
+            if self.counted is None
+            else int(self.counted.sum()),
             "weights read, bytes": self.checkpoint.bytes_read - self.read_before,
             "first layer of the last attempt": first,
         }

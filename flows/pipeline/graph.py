@@ -264,7 +264,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     calibration, selection = windows.get("calibration"), windows.get("selection")
 
     dtype = settings.dtype_for((index if checkpoint is None else checkpoint.index).dtype)
-    capture_settings = CaptureSettings(dtype, settings.retain)
+    capture_settings = CaptureSettings(dtype, settings.retain, settings.calibrate_on)
     stage = None
     if checkpoint is not None and calibration is not None and selection is not None:
         stage = capture_stage(checkpoint.identity, calibration, selection, capture_settings)
@@ -311,12 +311,14 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     if settings.needs_grams:
         stage = None
         if checkpoint is not None and calibration is not None:
-            stage = grams_stage(checkpoint.identity, calibration, dtype)
+            stage = grams_stage(checkpoint.identity, calibration, dtype, settings.calibrate_on)
         (grams,) = yield Step(
             name="grams",
             stages=[("grams", stage)],
             build=lambda execution: [
-                capture_grams(store, known(checkpoint), known(calibration), dtype, execution)
+                capture_grams(
+                    store, known(checkpoint), known(calibration), dtype, execution, settings.calibrate_on
+                )
             ],
             work="second moments of the linears' inputs, in the dense model",
             reads=lambda sizes: sizes.weights,

@@ -33,18 +33,26 @@ T_BOUNDS = {
 }
 
 
-def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor) -> list[float]:
+def window_losses(
+    model: StreamedModel, hidden_states: Tensor, input_ids: Tensor, counted: Tensor | None = None
+) -> list[float]:
     """Return the mean cross-entropy of each window, in nats; ``DIVERGED`` where it is not finite.
 
     Args:
         model: applies its norm and head.
         hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
+        counted: mask of the tokens whose prediction counts, same shape; None for all.
     """
     import torch
 
     losses = [
-        model.loss(hidden_states[number, None], input_ids[number, None]) for number in range(len(input_ids))
+        model.loss(
+            hidden_states[number, None],
+            input_ids[number, None],
+            None if counted is None else counted[number, None],
+        )
+        for number in range(len(input_ids))
     ]
     # Read together, because every reading waits for the device.
     return [finite_loss(loss) for loss in torch.stack(losses).cpu().tolist()] if losses else []

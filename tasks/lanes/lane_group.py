@@ -31,7 +31,7 @@ from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
-from layerwise.tasks.texts.token_windows import read_input_ids
+from layerwise.tasks.texts.token_windows import read_counted, read_input_ids
 
 # Files of a resume point.
 STATES_FILE = "hidden_states.safetensors"
@@ -220,7 +220,7 @@ class _Group:
         self.local_windows = local_windows or 0
         start, end = inputs.windows or (0, None)
         self.scored = read_input_ids(store, inputs.scored)[start:end]
-        own = self._own_windows()
+        own, self.counted = self._own_windows()
         self.calibration_windows = len(own)
         self.input_ids = torch.cat([own, self.scored])
         self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
@@ -243,17 +243,23 @@ class _Group:
         self.held_out_losses: list[list[float]] = []  # of scored lanes
         self.divergences: list[list[float]] = []  # of scored lanes
 
-    def _own_windows(self) -> Tensor:
-        """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``."""
+    def _own_windows(self) -> tuple[Tensor, Tensor | None]:
+        """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``, and their mask.
+
+        The mask is that of ``read_counted``: None if all tokens count.
+        """
         plain = self.settings.calibration_mode == "dense" and self.settings.recover is None
         if plain and not self.inputs.held_out:
-            return self.scored[:0]
+            return self.scored[:0], None
         windows = read_input_ids(self.store, self.inputs.calibration)
         if self.settings.calibration_mode == "sequential":
-            return windows
-        if self.settings.recover is not None:
-            return windows[: self.inputs.recovery_windows]
-        return windows[len(windows) - self.inputs.held_out :]
+            own = slice(None)
+        elif self.settings.recover is not None:
+            own = slice(self.inputs.recovery_windows)
+        else:
+            own = slice(len(windows) - self.inputs.held_out, None)
+        counted = read_counted(self.store, self.inputs.calibration, self.settings.calibrate_on)
+        return windows[own], None if counted is None else counted[own]
 
     def start(self, draft: Draft) -> None:
         """Set the hidden states to the inputs of the first unfinished layer."""
@@ -286,6 +292,7 @@ class _Group:
             self.local_windows,
             self.settings.recover,
             self.rooms,
+            self.counted,
         )
         return group.advance(self._watched_layers(first), first)
 
@@ -322,7 +329,9 @@ class _Group:
             self.divergences.append([])
             return
         held_out = slice(own - self.inputs.held_out, own)
-        self.held_out_losses.append(window_losses(self.model, states[held_out], self.input_ids[held_out]))
+        counted = None if self.counted is None else self.counted[held_out]
+        losses = window_losses(self.model, states[held_out], self.input_ids[held_out], counted)
+        self.held_out_losses.append(losses)
         if self.inputs.criterion == "kl" and lane:
             scored = self.model, states[own:], self.dense_scored, self.scored
             losses, divergences = losses_and_divergences(*scored)

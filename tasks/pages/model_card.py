@@ -135,6 +135,7 @@ def model_card(
     distillation: str = "",
     mix: Sequence[Mapping[str, Any]] = (),
     auto_class: str = "AutoModelForCausalLM",
+    counted: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -144,6 +145,7 @@ def model_card(
         distillation: how the model was distilled after the pruning; empty if it was not.
         mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
         auto_class: class of transformers that loads the model.
+        counted: sentence on the calibration tokens that count; empty if all do.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
@@ -167,7 +169,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{_calibration(mix)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
+{_calibration(mix, counted)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 
@@ -195,9 +197,9 @@ def recovery_section(text: str, rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(["## Recovery", "", plain(text), "", head, *lines, "", ""])
 
 
-def _calibration(mix: Sequence[Mapping[str, Any]]) -> str:
+def _calibration(mix: Sequence[Mapping[str, Any]], counted: str) -> str:
     if not mix:
-        return ""
+        return f"## Calibration\n\n{counted}\n\n" if counted else ""
     rows = [
         f"| {plain(row['corpus'])} | {row['windows']} x {row['seqlen']} | {100 * row['share']:.1f} | "
         f"{row['part_tokens'][0]} to {row['part_tokens'][1]} of {row['text_tokens']} | {row['text_sha256']} |"
@@ -216,7 +218,7 @@ The weights to remove were chosen on windows of {len(mix)} texts.
 
 {table}
 
-"""
+{f"{counted}{chr(10)}{chr(10)}" if counted else ""}"""
 
 
 def _front_matter(card: ModelCard, form: str) -> str:

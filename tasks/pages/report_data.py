@@ -10,7 +10,12 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
-from layerwise.tasks.results.calibration_mix import SOURCE_FACTS, mix_rows
+from layerwise.tasks.results.calibration_mix import (
+    SOURCE_FACTS,
+    counted_document,
+    counted_sentence,
+    mix_rows,
+)
 from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
@@ -96,6 +101,7 @@ class ReportData:
         recovery: sentences on the recovery; empty without recovery.
         distillation: result of the distillation; None if the model was not distilled.
         criterion: what the plans were compared by.
+        counted: sentence on the calibration tokens that count; empty if all do.
         kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
     """
 
@@ -117,6 +123,7 @@ class ReportData:
     distillation: Distillation | None
     criterion: Criterion
     kl_gain: Mapping[str, Any] | None
+    counted: str
 
 
 def report_data(
@@ -173,7 +180,14 @@ def report_data(
         distillation,
         search.selection.criterion,
         None if kl is None or kl.gain is None else vars(kl.gain),
+        counted_sentence(_counted(search)),
     )
+
+
+def _counted(search: FinishedSearch) -> Mapping[str, int]:
+    if search.settings.get("calibrate_on", "all") == "all":
+        return {}
+    return counted_document(search.stages["calibration"], search.stages["capture"])
 
 
 def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:

@@ -78,7 +78,7 @@ def method_sentence(data: ReportData) -> str:
         f"{data.source}. The sparsity of each layer was set by {_allocation(data)}. {plans} scored on "
         f"{windows} windows of {settings['seqlen']} tokens of the selection text. {by_kl}The best plan was tested on "
         f"{'all' if tested is None else tested} windows of the test text, which had no part in the choice. "
-        f"{sentence_on_stop(settings.get('stop_after'), len(betas))}"
+        f"{data.counted} {sentence_on_stop(settings.get('stop_after'), len(betas))}"
     ).strip()
 
 

@@ -9,6 +9,7 @@ from layerwise.tasks.results.calibration_mix import mix_rows, text_name
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.selection import Selection
+from layerwise.tasks.texts.calibrate_on import CalibrateOn
 
 
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
@@ -61,29 +62,39 @@ def recovery_rows(recovery: RecoveryTest) -> list[dict[str, str | float]]:
 
 
 def sentences_on_recovery(
-    method: str, recovery: RecoveryTest, stages: Mapping[str, Artifact], search_windows: int | None
+    method: str,
+    recovery: RecoveryTest,
+    stages: Mapping[str, Artifact],
+    search_windows: int | None,
+    calibrate_on: CalibrateOn = "all",
 ) -> str:
     """Describe the recovery of a search: what it was fitted on, and the layers that it left as they were.
 
     Args:
         stages: artifacts of the search, by role.
         search_windows: number of calibration windows that the plans were compared on; None for all.
+        calibrate_on: tokens of the calibration windows that the recovery used.
     """
     calibration, test = stages["calibration"].facts, stages["test"].facts
     windows = int(str(calibration["windows"]))
     fitted = windows - recovery.held_out_windows
     tokens = fitted * int(str(calibration["seqlen"]))
+    used = f"{fitted} windows ({tokens:,} tokens) of {text_name(calibration)}"
+    if calibrate_on == "responses":
+        used = f"the responses in {used}"
     layers = stages[RECOVERED_BEST].facts[LAYERS_ROLLED_BACK]
     assert isinstance(layers, list), "the layers are listed"
     rolled_back = ", ".join(map(str, layers)) if layers else "none"
     parts = [
-        f"Recovery by {method}, fitted on {fitted} windows ({tokens:,} tokens) of {text_name(calibration)}; "
+        f"Recovery by {method}, fitted on {used}; "
         f"{recovery.held_out_windows} more are held out. Layers rolled back: {rolled_back}."
     ]
     on_some = search_windows is not None and search_windows < windows
     if on_some or method != "refit":
         where = f" on {search_windows} of the {windows} windows" if on_some else ""
         parts.append(f"The plans were compared after a refit{where}.")
+    if calibrate_on == "responses":
+        parts.append("The perplexities on held-out calibration text are those of the responses.")
     sources = [source["corpus"] for source in mix_rows(calibration)] or [calibration["corpus"]]
     if test["corpus"] in sources:
         parts.append(
