@@ -104,11 +104,12 @@ def _distilled(store: ArtifactStore, settings: Distill, execution: Execution) ->
     finished = reopen_search(store, settings.search, execution)
     before = finished.scored.captured
     settings.training.require_windows(settings.windows or shape_of(before.windows["calibration"])[0])
+    calibration = _calibration(store, finished, settings.windows)
     exported = finished.exported(store, finished.best, execution)
     inputs = DistillInputs(
         before.checkpoint,
         exported,
-        _calibration(store, finished, settings.windows),
+        calibration,
         before.windows["test"],
         finished.search.stages[EVALUATE],
         before.pruning.dtype,

@@ -109,8 +109,8 @@ def capture_dense_states(
     """Run the dense model over the selection windows, unless the capture has kept its hidden states.
 
     Returns:
-        An artifact with ``hidden_states.safetensors``: the output of the last decoder layer, in the dtype of the
-        computation, shape ``(windows, seqlen, hidden_size)``.
+        An artifact with ``hidden_states.safetensors``: the output of the last decoder layer in the dtype of the
+        computation, one tensor of shape ``(seqlen, hidden_size)`` per window.
     """
 
     def build(draft: Draft) -> None:
@@ -125,7 +125,7 @@ def capture_dense_states(
             read_tensor_into(store, draft.resumed.state, STATES_FILE, "hidden_states", hidden_states)
 
         def write_state(state: Draft) -> None:
-            write_dense_states(state, hidden_states)
+            write_tensors(state, STATES_FILE, {"hidden_states": hidden_states})
 
         with (
             boundaries(draft, execution, write_state) as reached,

@@ -101,7 +101,7 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        lanes = together * self.of(request).lane + self.beside_lanes
+        lanes = together * self.of(request).lane + self.of(request).beside_lanes
         pruned = min(self.plans, 2)
         if self.settings.recover is None:
             tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])

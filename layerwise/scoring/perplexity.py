@@ -58,6 +58,24 @@ def window_losses(
     return [finite_loss(loss) for loss in torch.stack(losses).cpu().tolist()] if losses else []
 
 
+def loss_of_tokens(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor, counted: Tensor) -> float:
+    """Return the mean cross-entropy of some tokens of all windows together, in nats; ``DIVERGED`` if it is not finite.
+
+    Args:
+        model: applies its norm and head.
+        hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
+        input_ids: shape ``(windows, seqlen)``.
+        counted: mask of the tokens, same shape. The first token of a window is not predicted. At least one other token.
+    """
+    tokens = counted[:, 1:].sum(dim=1).tolist()
+    total = 0.0
+    for number, count in enumerate(tokens):
+        if count:
+            one = slice(number, number + 1)
+            total += count * window_losses(model, hidden_states[one], input_ids[one], counted[one])[0]
+    return finite_loss(total / sum(tokens))
+
+
 def finite_loss(loss: float) -> float:
     """Return ``loss`` (in nats) limited to ``DIVERGED``, which also replaces NaN and infinity."""
     return min(loss, DIVERGED) if math.isfinite(loss) else DIVERGED

@@ -15,19 +15,16 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensor_into, write_tensors
 
 STATES_FILE = "hidden_states.safetensors"
-HIDDEN_STATES = "hidden_states"
 
 
 def dense_states_stage(identity: str, selection: Artifact, dtype: str) -> Stage:
     """Describe the hidden states of the dense model; ``identity`` is that of the checkpoint."""
-    return Stage(
-        "dense_states", 1, {"dtype": dtype}, {"checkpoint": identity, "selection": selection.content}
-    )
+    return Stage("dense_states", 1, {"dtype": dtype}, {"checkpoint": identity, "selection": selection.content})
 
 
 def write_dense_states(draft: Draft, hidden_states: Tensor) -> None:
-    """Write hidden states, shape ``(windows, seqlen, hidden_size)``, to a draft of the stage or its resume point."""
-    write_tensors(draft, STATES_FILE, {HIDDEN_STATES: hidden_states})
+    """Write hidden states, shape ``(windows, seqlen, hidden_size)``, one tensor per window."""
+    write_tensors(draft, STATES_FILE, ((_name(number), window) for number, window in enumerate(hidden_states)))
 
 
 def read_dense_states(
@@ -37,12 +34,17 @@ def read_dense_states(
 
     Args:
         windows: first window, and one past the last; None for all.
-        room: takes the hidden states of all windows.
+        room: takes the hidden states.
     """
     entries = artifact.files[STATES_FILE].tensors
     assert entries is not None, "write_tensors records where tensors lie"
-    entry = entries[HIDDEN_STATES]
-    hidden_states = room.empty(entry.shape, entry.torch_dtype)
-    read_tensor_into(store, artifact, STATES_FILE, HIDDEN_STATES, hidden_states)
-    first, end = windows or (0, len(hidden_states))
-    return hidden_states[first:end]
+    first, end = windows or (0, len(entries))
+    entry = entries[_name(first)]
+    hidden_states = room.empty((end - first, *entry.shape), entry.torch_dtype)
+    for number, window in enumerate(hidden_states, first):
+        read_tensor_into(store, artifact, STATES_FILE, _name(number), window)
+    return hidden_states
+
+
+def _name(window: int) -> str:
+    return f"window-{window:05d}"

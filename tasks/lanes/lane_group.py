@@ -17,7 +17,7 @@ from layerwise.recovery.layer_recovery import RecoveryOutcome
 from layerwise.scoring.criterion import Criterion
 from layerwise.scoring.divergence import losses_and_divergences
 from layerwise.scoring.local_errors import LocalErrors
-from layerwise.scoring.perplexity import window_losses
+from layerwise.scoring.perplexity import loss_of_tokens, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
@@ -31,7 +31,7 @@ from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
-from layerwise.tasks.texts.token_windows import read_counted, read_input_ids
+from layerwise.tasks.texts.token_windows import read_counted, read_input_ids, read_responses
 
 # Files of a resume point.
 STATES_FILE = "hidden_states.safetensors"
@@ -133,12 +133,15 @@ class GroupResult:
         held_out: losses by lane and held-out calibration window; empty lists if there are none.
         divergences: divergences from the dense model by lane and scored window, in nats; empty lists for the dense model,
             and if the criterion is not ``kl``.
+        response_losses: mean loss of the tokens of responses in the scored windows by lane; None for plain text, and if no
+            errors were measured.
     """
 
     losses: list[list[float]]
     outcomes: list[tuple[LaneLayer, ...]]
     held_out: list[list[float]]
     divergences: list[list[float]]
+    response_losses: list[float | None]
 
     def of(self, lanes: Sequence[int]) -> "GroupResult":
         """Return the results of some lanes."""
@@ -147,6 +150,7 @@ class GroupResult:
             [tuple(outcome[lane] for lane in lanes) for outcome in self.outcomes],
             [self.held_out[lane] for lane in lanes],
             [self.divergences[lane] for lane in lanes],
+            [self.response_losses[lane] for lane in lanes],
         )
 
 
@@ -194,7 +198,9 @@ def advance_group(
                     show(lane + 1)
                     reached(total + lane + 1)
     draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
-    return GroupResult(group.losses, group.outcomes, group.held_out_losses, group.divergences)
+    return GroupResult(
+        group.losses, group.outcomes, group.held_out_losses, group.divergences, group.response_losses
+    )
 
 
 def lane_folder(plan: int) -> str:
@@ -242,6 +248,10 @@ class _Group:
         self.losses: list[list[float]] = []  # of scored lanes
         self.held_out_losses: list[list[float]] = []  # of scored lanes
         self.divergences: list[list[float]] = []  # of scored lanes
+        self.response_losses: list[float | None] = []  # of scored lanes
+        self.responses = None
+        if local_windows is not None:
+            self.responses = read_responses(store, inputs.scored)
 
     def _own_windows(self) -> tuple[Tensor, Tensor | None]:
         """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``, and their mask.
@@ -279,6 +289,7 @@ class _Group:
         # Resume points of older versions have no held-out windows.
         self.held_out_losses += done.get("held_out", [[] for _ in done["losses"]])
         self.divergences += done.get("divergences", [[] for _ in done["losses"]])
+        self.response_losses += done.get("responses", [None for _ in done["losses"]])
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
         inputs_of = self._captured if self.settings.calibration_mode == "dense" else None
@@ -317,7 +328,12 @@ class _Group:
             state, STATES_FILE, ((_lane_tensor(n), lane.hidden_states) for n, lane in enumerate(self.lanes))
         )
         outcomes = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
-        losses = {"losses": self.losses, "held_out": self.held_out_losses, "divergences": self.divergences}
+        losses = {
+            "losses": self.losses,
+            "held_out": self.held_out_losses,
+            "divergences": self.divergences,
+            "responses": self.response_losses,
+        }
         state.write(OUTCOMES_FILE, json.dumps({"outcomes": outcomes, **losses}).encode())
 
     def score(self, lane: int) -> None:
@@ -327,6 +343,7 @@ class _Group:
             self.losses.append([])
             self.held_out_losses.append([])
             self.divergences.append([])
+            self.response_losses.append(None)
             return
         held_out = slice(own - self.inputs.held_out, own)
         counted = None if self.counted is None else self.counted[held_out]
@@ -339,6 +356,10 @@ class _Group:
             losses, divergences = window_losses(self.model, states[own:], self.scored), []
         self.losses.append(losses)
         self.divergences.append(divergences)
+        of_responses = None
+        if self.responses is not None:
+            of_responses = loss_of_tokens(self.model, states[own:], self.scored, self.responses)
+        self.response_losses.append(of_responses)
 
     @cached_property
     def dense_scored(self) -> Tensor:

@@ -22,6 +22,7 @@ class TestResult:
         gain: paired difference between the loss of the best plan and that of the uniform plan, in nats; None if the
             uniform plan is the best one.
         kl: divergences from the dense model on the same windows; None if the criterion is perplexity.
+        responses: perplexities of the responses alone; None for plain text, and in results of earlier versions.
     """
 
     __test__ = False  # not a test class for pytest
@@ -32,11 +33,13 @@ class TestResult:
     best: float
     gain: PairedDifference | None
     kl: "TestDivergence | None" = None
+    responses: "TestResponses | None" = None
 
     @property
     def document(self) -> dict[str, Any]:
-        """The result as plain JSON. Divergences are left out if they were not measured."""
-        return {name: value for name, value in asdict(self).items() if name != "kl" or value is not None}
+        """The result as plain JSON. Divergences and perplexities of responses are left out if they were not measured."""
+        later = ("kl", "responses")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,22 @@ class TestDivergence:
     uniform: float
     best: float
     gain: PairedDifference | None
+
+
+@dataclass(frozen=True)
+class TestResponses:
+    """Perplexity of the tokens of responses in the test windows, all windows together.
+
+    Attributes:
+        tokens: number of these tokens.
+    """
+
+    __test__ = False
+
+    tokens: int
+    dense: float
+    uniform: float
+    best: float
 
 
 @dataclass(frozen=True)
@@ -100,9 +119,11 @@ def read_recovery(store: ArtifactStore, artifact: Artifact) -> RecoveryTest | No
 def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:
     """Read an artifact of ``evaluate``, or one evaluation of a group from its ``folder`` (ends with "/")."""
     document = json.loads(store.read(artifact, f"{folder}{TEST_FILE}"))
-    kl = document.pop("kl", None)
+    kl, responses = document.pop("kl", None), document.pop("responses", None)
     divergence = None if kl is None else TestDivergence(**{**kl, "gain": _paired(kl["gain"])})
-    return TestResult(**{**document, "gain": _paired(document["gain"])}, kl=divergence)
+    of_responses = None if responses is None else TestResponses(**responses)
+    gain = _paired(document.pop("gain"))
+    return TestResult(**document, gain=gain, kl=divergence, responses=of_responses)
 
 
 def _paired(document: dict[str, Any] | None) -> PairedDifference | None:

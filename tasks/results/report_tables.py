@@ -24,7 +24,8 @@ WORST_SHOWN = 1000.0
 def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
     """Return the perplexities and numbers of zeros of the dense, the uniform and the best model.
 
-    With the criterion ``kl``, also the divergences from the dense model.
+    With the criterion ``kl``, also the divergences from the dense model; for a test text of conversations, also the
+    perplexities of the responses.
     """
     selection, test = search.selection, search.test
     uniform, best = selection.rows[0], selection.best_row
@@ -41,6 +42,10 @@ def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
             **({} if test.kl is None else {"selection_kl": 0.0, "test_kl": 0.0}),
         }
     ]
+    of_responses = {}
+    if test.responses is not None:
+        of_responses = {UNIFORM: test.responses.uniform, BEST: test.responses.best}
+        rows[0]["test_responses"] = test.responses.dense
     divergences = (None, None) if test.kl is None else (test.kl.uniform, test.kl.best)
     tests = zip((test.uniform, test.best), divergences, strict=True)
     for name, row, (tested, kl) in zip((UNIFORM, BEST), (uniform, best), tests, strict=True):
@@ -53,6 +58,7 @@ def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
                 "weights": weights,
                 "zeros": sum(linears[row]["zeros"].to_pylist()),
                 **({} if kl is None else {"selection_kl": row.kl, "test_kl": kl}),
+                **({"test_responses": of_responses[name]} if of_responses else {}),
             }
         )
     return rows

@@ -119,7 +119,19 @@ def sentence_on_test(test: TestResult) -> str:
         gain = f" ({abs(change):.1f} % {'below' if change < 0 else 'above'} uniform{t})"
     return (
         f"On the test text, {test.windows} windows: dense {format_perplexity(test.dense)}, uniform {format_perplexity(test.uniform)}, "
-        f"best {format_perplexity(test.best)}{gain}.{_sentence_on_divergence(test)}"
+        f"best {format_perplexity(test.best)}{gain}.{_sentence_on_divergence(test)}{_sentence_on_responses(test)}"
+    )
+
+
+def _sentence_on_responses(test: TestResult) -> str:
+    """State the perplexities of the responses alone; "" for plain text."""
+    if test.responses is None:
+        return ""
+    dense, uniform, best = map(
+        format_perplexity, (test.responses.dense, test.responses.uniform, test.responses.best)
+    )
+    return (
+        f" Responses alone, {test.responses.tokens:,} tokens: dense {dense}, uniform {uniform}, best {best}."
     )
 
 

@@ -29,6 +29,14 @@ def read_counted(store: ArtifactStore, artifact: Artifact, calibrate_on: Calibra
     return None if counted.all() else counted
 
 
+def read_responses(store: ArtifactStore, artifact: Artifact) -> Tensor | None:
+    """Return the mask of the responses, shape ``(windows, seqlen)``; None if no predicted token belongs to one."""
+    if RESPONSES not in (artifact.files[TOKENS_FILE].tensors or {}):
+        return None
+    responses = read_tensors(store, artifact, TOKENS_FILE, [RESPONSES])[RESPONSES]
+    return responses if responses[:, 1:].any() else None
+
+
 def shape_of(windows: Artifact) -> tuple[int, int]:
     """Return the number of windows and their length in tokens, without reading them."""
     entries = windows.files[TOKENS_FILE].tensors

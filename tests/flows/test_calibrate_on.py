@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from layerwise.flows.distill import Distill, distill
@@ -16,6 +17,7 @@ from layerwise.storage.tables import read_table
 from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.results.roles import lane_role
 from layerwise.tasks.results.search_result import RESULT_FILE
+from layerwise.tasks.results.summary import sentence_on_test
 from layerwise.tasks.texts.token_windows import read_input_ids
 
 RESPONSE = torch.tensor([5, 6, 7, 8])  # token ids of "w4 w5 w6 w7", which no prompt has
@@ -82,9 +84,30 @@ def test_statistics_are_sums_over_the_tokens_of_responses(run, chat):
     assert sentence in Path(result.pruned, "README.md").read_text()
 
 
-def test_lanes_that_calibrate_themselves_count_the_same_tokens(run):
-    search_with, place = run
-    result, store = search_with(calibration_mode="sequential", export=False), ArtifactStore(place)
+@pytest.fixture(scope="module")
+def sequential(run, chat):
+    """A search whose selection and test text are conversations too."""
+    texts = {"selection": str(chat / "chat.jsonl"), "selection_windows": 3}
+    return run[0](calibration_mode="sequential", export=False, **texts)
+
+
+def test_a_test_text_of_conversations_also_has_the_perplexity_of_its_responses(run, chat, sequential):
+    store = ArtifactStore(run[1])
+    input_ids = read_input_ids(store, sequential.stages["test"])
+    with torch.no_grad():
+        logits = (
+            AutoModelForCausalLM.from_pretrained(chat / "model").eval()(input_ids=input_ids).logits[:, :-1]
+        )
+    targets = input_ids[:, 1:]
+    losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")[torch.isin(targets, RESPONSE)]
+    assert sequential.test.responses.dense == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    assert sequential.test.responses.tokens == len(losses)
+    assert f"Responses alone, {len(losses)} tokens: dense" in sentence_on_test(sequential.test)
+    assert "perplexity, responses in the test text" in Path(sequential.report).read_text()
+
+
+def test_lanes_that_calibrate_themselves_count_the_same_tokens(run, sequential):
+    result, store = sequential, ArtifactStore(run[1])
     lane = result.stages[lane_role(0.1, 0.0)]
     tokens = read_table(store, lane, "statistics/layer-00001.parquet")["tokens"].to_pylist()
     assert set(tokens) == {int(counted_by_hand(store, result).sum())}
