@@ -130,4 +130,6 @@ def _bytes_of_import(store: ArtifactStore, imported: Artifact) -> int:
 
 def _recovery_text(settings: Search, recovery: RecoveryTest, stages: dict[str, Artifact]) -> str:
     assert settings.recover is not None, "only a search with recovery compares both"
-    return sentences_on_recovery(settings.recover.method, recovery, stages, settings.recover_windows)
+    return sentences_on_recovery(
+        settings.recover.method, recovery, stages, settings.recover_windows, settings.calibrate_on
+    )

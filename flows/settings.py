@@ -32,9 +32,11 @@ from layerwise.flows.setting_types import (
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
+from layerwise.scoring.criterion import Criterion
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.texts.calibrate_on import CalibrateOn
 from layerwise.tasks.texts.documents import Role
 from layerwise.tasks.texts.text_mix import MixSource, parse_mix
 
@@ -65,7 +67,8 @@ MOST: dict[str, int] = {
     "stop_after": 10_000,
 }
 FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
-LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
+# Not in the settings of stored searches: left out where they have their defaults.
+LATER_FIELDS = ("recover", "recover_windows", "criterion", "calibrate_on")
 OVER_LAYERS = ("bayesian", "evolutionary")
 PLAN_MAKERS = (*OVER_LAYERS, "projections")
 
@@ -148,10 +151,23 @@ class Search(Settings):
         "are written by the model's chat template. A mix of texts: names separated by commas, file: before every path, and "
         "the number of windows after each text or none, such as c4:64,file:chat.jsonl:32,wikitext2:32 (none: equal shares).",
     )
+    calibrate_on: CalibrateOn = Field(
+        title="Tokens that calibration uses",
+        default="all",
+        description="Tokens of the calibration windows that input statistics, recovery and distillation use. all: every "
+        "token. responses: the tokens that the model writes in conversations, and every token of plain texts in a mix.",
+    )
     selection: BareUrl = Field(
         title="Selection text",
         default="builtin",
         description="Text on which beta is chosen; the same choices as for calibration, except a mix.",
+    )
+    criterion: Criterion = Field(
+        title="Figure that the best plan minimises",
+        default="perplexity",
+        description="Figure on the selection text by which plans are compared, in every strategy. perplexity: of the "
+        "pruned model. kl: KL divergence of the pruned model's distribution of the next token from the dense model's, mean "
+        "over the tokens; perplexity is measured too.",
     )
     test: BareUrl | None = Field(
         title="Test text",
@@ -237,11 +253,13 @@ class Search(Settings):
     )
 
     @model_serializer(mode="wrap")
-    def _without_unused_recovery(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the fields on recovery if there is none: searches of older versions do not have them."""
+    def _without_unused_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later fields that have their defaults: searches of older versions do not have them."""
         values: dict[str, Any] = serialize(self)
         return {
-            name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
+            name: value
+            for name, value in values.items()
+            if name not in LATER_FIELDS or value != type(self).model_fields[name].default
         }
 
     @field_validator("calibration")
@@ -436,4 +454,5 @@ class Search(Settings):
             self.pattern,
             self.exclude,
             self.recover,
+            self.calibrate_on,
         )

@@ -80,6 +80,8 @@ class LaneGroup:
             from ``inputs_of``.
         rooms: two tensors for hidden states of the calibration windows, which a recovery overwrites; needed if a layer
             has to be recovered.
+        counted: mask of the tokens of these windows that statistics and recovery use, shape
+            ``(calibration_windows, seqlen)``; None for all.
 
     Raises:
         ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
@@ -94,6 +96,7 @@ class LaneGroup:
     local_windows: int = 0
     recovery: Recovery | None = None
     rooms: tuple[Tensor, Tensor] | None = None
+    counted: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.lanes[0].removed is not None:
@@ -195,6 +198,7 @@ class LaneGroup:
             self.lanes[lane].hidden_states[calibration],
             self.lanes[0].hidden_states[calibration],
             self.rooms,
+            self.counted,
         )
         recovered = recover_layer(pruned, self.recovery)
         self.lanes[lane].recovered.append(recovered.weights)
@@ -205,7 +209,7 @@ class LaneGroup:
     ) -> tuple[LaneLayer, ...]:
         """Run the unpruned layer on each lane's hidden states to collect statistics, then prune the lane's layer with them."""
         for lane in self.lanes[1:]:
-            with collect_statistics(layer, self.model.linears[index]) as statistics:
+            with collect_statistics(layer, self.model.linears[index], self.counted) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)

@@ -26,7 +26,7 @@ from layerwise.tasks.compressed.file_format import (
 from layerwise.tasks.export import CARD_FILE
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
-from layerwise.tasks.results.calibration_mix import mix_of_export
+from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
@@ -88,8 +88,9 @@ def compress(
         description = Description(tuple(shards.values()), _sparse_tensors(exported, draft, shards), sizes)
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
-        mix = mix_of_export(exported.facts)
-        draft.write(CARD_FILE, model_card(card, "compressed", recovery, mix=mix).encode())
+        mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
+        content = model_card(card, "compressed", recovery, mix=mix, counted=counted)
+        draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 
     result = store.get_or_build(compress_stage(exported.key, card, recovery), build)

@@ -26,10 +26,15 @@ from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.models.checkpoint_index import IndexedTensor
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
-from layerwise.tasks.results.calibration_mix import published_rows, text_name
+from layerwise.tasks.results.calibration_mix import (
+    counted_document,
+    counted_sentence,
+    published_rows,
+    text_name,
+)
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
+from layerwise.tasks.results.roles import COUNTED, LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
 from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
@@ -63,7 +68,9 @@ class RecoveredExport:
         test = read_recovery(store, store.get(self.tested))
         assert test is not None, "the test of a search with recovery compares both"
         stages = {"calibration": inputs.calibration, "test": self.test, RECOVERED_BEST: self.recovered}
-        text = sentences_on_recovery(settings.recovery.method, test, stages, inputs.recovery_windows)
+        text = sentences_on_recovery(
+            settings.recovery.method, test, stages, inputs.recovery_windows, settings.calibrate_on
+        )
         return recovery_section(text, recovery_rows(test))
 
 
@@ -159,7 +166,12 @@ def export(
         loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
         mix = published_rows(inputs.calibration.facts)
-        content = model_card(card, "dense", section, mix=mix, auto_class=loaded_by)
+        counted = {}
+        if settings.calibrate_on == "responses":
+            counted = counted_document(inputs.calibration, inputs.capture)
+            draft.facts[COUNTED] = counted
+        sentence = counted_sentence(counted)
+        content = model_card(card, "dense", section, mix=mix, auto_class=loaded_by, counted=sentence)
         draft.write(CARD_FILE, content.encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
         if mix:

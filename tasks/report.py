@@ -6,6 +6,7 @@ from dataclasses import asdict
 import altair
 import pyarrow as pa
 
+from layerwise.scoring.criterion import KL
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -36,6 +37,8 @@ TITLES = {
     "stages": "Time of every stage",
     **THEORY_TITLES,
 }
+
+KL_TITLE = f"{KL} from the dense model on the selection text"
 
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
@@ -84,7 +87,8 @@ def report(
         charts = figures_of(data)
         inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
         draft.write(PAGE_FILE, report_page(data, inside).encode())
-        write_figures(draft, charts, TITLES, data.title)
+        titles = TITLES if data.criterion == "perplexity" else TITLES | {"perplexity": KL_TITLE}
+        write_figures(draft, charts, titles, data.title)
         for name, rows in data.tables.items():
             if rows:
                 write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
@@ -98,7 +102,7 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
     tables = data.tables
     return {
         "perplexity": perplexity_by_beta(
-            tables["betas"], tables["models"][0]["selection_perplexity"], data.parameter
+            tables["betas"], tables["models"][0]["selection_perplexity"], data.parameter, data.criterion
         ),
         "sparsity": sparsity_by_layer(tables["sparsities"]),
         "errors": error_by_layer(tables["errors"]),

@@ -7,7 +7,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.scoring.perplexity import DIVERGED, has_diverged, paired_difference, rounded_perplexity
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import (
+    DIVERGED,
+    format_divergence,
+    has_diverged,
+    paired_difference,
+    rounded_perplexity,
+)
 from layerwise.tasks.pages.markdown import plain
 
 Row = dict[str, str | float]
@@ -79,6 +86,7 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
             "test: dense": rounded_perplexity(test.dense),
             "test: uniform": rounded_perplexity(test.uniform),
             "test: best": rounded_perplexity(test.best),
+            **_divergences(result),
             "times dense": round(test.best / test.dense, 3) if not has_diverged(test.best) else "",
             "gain %": round(100 * (1 - test.best / test.uniform), 1),
             "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
@@ -117,6 +125,8 @@ def summary_of(searches: Sequence[Compared]) -> list[Row]:
             "spread": _spread(best),
             "gain %": round(100 * (1 - math.exp(fmean(map(_gain, members)))), 1),
         }
+        if divergences := [each.result.test.kl.best for each in members if each.result.test.kl is not None]:
+            row[f"{KL}, test"] = format_divergence(fmean(divergences))
         if allocator != searches[0].allocator:
             row |= _above(members, reference)
         rows.append(row)
@@ -129,6 +139,20 @@ def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
     lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "--:|" * len(names)]
     lines += ["| " + " | ".join(plain(str(row.get(name, ""))) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _divergences(result: SearchResult) -> Row:
+    """Return the divergences from the dense model; nothing if the criterion is perplexity."""
+    selection, test = result.selection, result.test.kl
+    uniform, best = selection.rows[0].kl, selection.best_row.kl
+    if uniform is None or best is None or test is None:
+        return {}
+    return {
+        f"selection: {KL}, uniform": format_divergence(uniform),
+        f"selection: {KL}, best": format_divergence(best),
+        f"test: {KL}, uniform": format_divergence(test.uniform),
+        f"test: {KL}, best": format_divergence(test.best),
+    }
 
 
 def _gain(each: Compared) -> float:

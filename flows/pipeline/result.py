@@ -14,10 +14,10 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import PAGE_FILE, report
-from layerwise.tasks.results.calibration_mix import mix_rows
+from layerwise.tasks.results.calibration_mix import counted_document, mix_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
-from layerwise.tasks.results.roles import EXPORT, LOADED_BY, MIX
+from layerwise.tasks.results.roles import COUNTED, EXPORT, LOADED_BY, MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
 
@@ -79,8 +79,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         "settings": result.settings.model_dump(mode="json"),
         "source": result.source,
         "verdict": result.selection.verdict,
-        "selection": asdict(result.selection),
-        "test": asdict(result.test),
+        "selection": result.selection.document,
+        "test": result.test.document,
         "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
         "stages": keys,
     }
@@ -88,6 +88,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
     if mix := mix_rows(result.stages["calibration"].facts):
         document[MIX] = mix
+    if result.settings.calibrate_on == "responses":
+        document[COUNTED] = counted_document(result.stages["calibration"], result.stages["capture"])
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

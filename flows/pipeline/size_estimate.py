@@ -73,9 +73,11 @@ class SearchSizes:
     def beside_lanes(self) -> int:
         """Hidden states of a group in addition to its lanes.
 
-        With recovery: the dense model's calibration windows, and twice as much while a layer is recovered.
+        With recovery: the dense model's calibration windows, and twice as much while a layer is recovered. With the
+        criterion kl: the dense model's output on the selection windows.
         """
-        return 0 if self.settings.recover is None else 3 * self.window * self.own_windows
+        recovering = 0 if self.settings.recover is None else 3 * self.window * self.own_windows
+        return recovering + (self.dense_states if self.settings.criterion == "kl" else 0)
 
     @property
     def own_windows(self) -> int:
@@ -99,7 +101,7 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        lanes = together * self.of(request).lane + self.beside_lanes
+        lanes = together * self.of(request).lane + self.of(request).beside_lanes
         pruned = min(self.plans, 2)
         if self.settings.recover is None:
             tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
@@ -122,6 +124,11 @@ class SearchSizes:
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
         return self.statistics + (self.index.num_layers + 1) * count * self.window
+
+    @property
+    def dense_states(self) -> int:
+        """Output of the dense model on the selection windows."""
+        return self.window * self.windows["selection"]
 
     def lanes_files(self, lanes: int) -> int:
         """Return the statistics of lanes that calibrate themselves, stored with their group and with each lane."""
@@ -194,6 +201,7 @@ class SearchSizes:
             step = max(step, recovery, key=lambda each: each[1])
         # The test runs in the same pass, so the export has a layer of its own.
         exporting = {"layer being exported": largest} if self.settings.export else {}
+        models = 2 if self.settings.criterion == "kl" else 1
         computing = {
             "layer in use": largest + cast + restored,
             **({} if on_cpu else {"next layer": largest}),
@@ -201,7 +209,7 @@ class SearchSizes:
             **pruning,
             **dict([step]),
             "embeddings and head": self.index.outer_bytes,
-            "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
+            "logits of one window": models * self.settings.seqlen * self.config.vocab_size * itemsize,
         }
         return (computing | reading, {}) if on_cpu else (reading, computing)
 

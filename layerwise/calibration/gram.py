@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.calibration.upper_triangle import PANEL
 from layerwise.models.skeleton import Linear
 
@@ -69,16 +70,21 @@ def require_full_float32() -> None:
 
 
 @contextmanager
-def collect_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
+def collect_grams(
+    layer: nn.Module, linears: Sequence[Linear], counted: Tensor | None = None
+) -> Iterator[dict[str, InputGram]]:
     """Collect the Gram matrices of ``linears`` from every forward pass of ``layer`` within the block.
 
     Linears that receive the same tensor object within a pass (q, k and v; gate and up) share one ``InputGram``; see
     ``linears_by_input``. Entries are added by the first pass; a linear that the pass does not call has no entry.
 
+    Args:
+        counted: mask of the tokens that count, see ``collect_statistics``.
+
     Raises:
         ValueError: a linear runs twice in a pass, or a pass shares inputs differently from the first pass.
     """
-    watched = _GramHooks(layer)
+    watched = _GramHooks(layer, counted)
     try:
         for linear in linears:
             watched.watch(linear.name)
@@ -98,7 +104,9 @@ def linears_by_input(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], .
 class _GramHooks:
     """Hooks on one layer, and the Gram matrices that they collect."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, counted: Tensor | None) -> None:
+        self._masks = counted_batches(counted)
+        self._mask: Tensor | None = None  # of the current pass
         self.grams: dict[str, InputGram] = {}
         self._layer = layer
         # Inputs of the current pass. They are kept until it ends, so that the id of one cannot be reused. The version
@@ -106,7 +114,7 @@ class _GramHooks:
         self._inputs: list[tuple[Tensor, int, list[str]]] = []
         self._groups: set[frozenset[str]] = set()
         self._hooks = [
-            layer.register_forward_pre_hook(lambda *_: self._inputs.clear()),
+            layer.register_forward_pre_hook(lambda *_: self._begin()),
             layer.register_forward_hook(lambda *_: self._finish()),
         ]
 
@@ -120,6 +128,10 @@ class _GramHooks:
         self._inputs.clear()
         for hook in self._hooks:
             hook.remove()
+
+    def _begin(self) -> None:
+        self._inputs.clear()
+        self._mask = next(self._masks)
 
     def _count(self, name: str, inputs: Tensor) -> None:
         if any(name in names for _, _, names in self._inputs):
@@ -135,7 +147,7 @@ class _GramHooks:
         self._inputs.append((inputs, inputs._version, [name]))
         if name not in self.grams:
             self.grams[name] = InputGram.empty(inputs.shape[-1], inputs.device)
-        self.grams[name].add(inputs)
+        self.grams[name].add(counted_rows(inputs, self._mask))
 
     def _finish(self) -> None:
         groups = {frozenset(names) for _, _, names in self._inputs}

@@ -7,6 +7,7 @@ runs with one layer that injects the last hidden states, so the final norm and t
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -306,7 +307,7 @@ class StreamedModel:
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
-    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+    def loss(self, hidden_states: Tensor, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
 
         The scalar stays on the device, because reading it would wait for the computation.
@@ -314,15 +315,9 @@ class StreamedModel:
         Args:
             hidden_states: output of the last layer, shape ``(1, seqlen, hidden_size)``.
             input_ids: tokens of the window, shape ``(1, seqlen)``.
+            counted: see ``next_token_loss``.
         """
-        logits = self.logits(hidden_states)[0, :-1]
-        targets = input_ids[0, 1:].to(logits.device)
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for some_logits, some_targets in zip(
-            logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
-        ):
-            total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
-        return total / len(targets)
+        return next_token_loss(self.logits(hidden_states), input_ids, counted)
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
@@ -334,6 +329,31 @@ class StreamedModel:
             yield
         finally:
             setattr(parent, leaf, self.layers)
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
+
+    Args:
+        logits: shape ``(1, seqlen, vocab_size)``.
+        input_ids: tokens of the window, shape ``(1, seqlen)``.
+        counted: mask of the tokens whose prediction counts, same shape, with one after the first token; None for all.
+    """
+    predictions = logits[0, :-1]
+    targets = input_ids[0, 1:].to(logits.device)
+    count: int | Tensor = len(targets)
+    masks: Iterable[Tensor | None] = repeat(None)
+    if counted is not None:
+        of_targets = counted[0, 1:].to(logits.device)
+        count, masks = of_targets.sum(), of_targets.split(LOSS_POSITIONS)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for some_logits, some_targets, mask in zip(
+        predictions.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), masks, strict=False
+    ):
+        if mask is not None:
+            some_logits, some_targets = some_logits[mask], some_targets[mask]
+        total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
+    return total / count
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.calibration.gram import require_full_float32
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.conjugate_gradient import minimize
@@ -90,16 +91,18 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tens
     dense_inputs = LinearInputs(pruned, pruned.dense_states[:fitted], block, dense_room[:fitted])
     for names in linears_by_input(pruned):
         linears = [by_name[name] for name in names]
+        masks = counted_batches(pruned.counted_in(slice(fitted)))
         moments = Moments.empty([each.linear for each in linears], settings.alpha, pruned.model.device)
-        for batch in range(len(inputs)):
+        for batch, counted in zip(range(len(inputs)), masks, strict=False):
             target = None
             if settings.alpha:
                 with weights_replaced(pruned.layer, pruned.dense_weights):
                     target = dense_inputs.of(names, batch)
                 if moments.of_outputs:
                     target = _outputs_of(linears, target)
+                target = counted_rows(target, counted)
             with weights_replaced(pruned.layer, weights):
-                moments.add(inputs.of(names, batch), target)
+                moments.add(counted_rows(inputs.of(names, batch), counted), target)
         prepared = moments.prepare(settings.damping)
         first = 0
         for each in linears:

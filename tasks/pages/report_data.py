@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.scoring.criterion import Criterion
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
-from layerwise.tasks.results.calibration_mix import SOURCE_FACTS, mix_rows
+from layerwise.tasks.results.calibration_mix import (
+    SOURCE_FACTS,
+    counted_document,
+    counted_sentence,
+    mix_rows,
+)
 from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
@@ -94,6 +100,9 @@ class ReportData:
         theory: findings on the theorems of the paper; None if they were not measured.
         recovery: sentences on the recovery; empty without recovery.
         distillation: result of the distillation; None if the model was not distilled.
+        criterion: what the plans were compared by.
+        counted: sentence on the calibration tokens that count; empty if all do.
+        kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
     """
 
     search: str
@@ -112,6 +121,9 @@ class ReportData:
     theory: TheorySection | None
     recovery: str
     distillation: Distillation | None
+    criterion: Criterion
+    kl_gain: Mapping[str, Any] | None
+    counted: str
 
 
 def report_data(
@@ -129,7 +141,7 @@ def report_data(
     """
     versions = search.artifact.facts.get(VERSIONS, {})
     assert isinstance(versions, dict), "versions are recorded by package"
-    gain = search.test.gain
+    gain, kl = search.test.gain, search.test.kl
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
     distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
     return ReportData(
@@ -166,7 +178,16 @@ def report_data(
         theory,
         search.recovery_text,
         distillation,
+        search.selection.criterion,
+        None if kl is None or kl.gain is None else vars(kl.gain),
+        counted_sentence(_counted(search)),
     )
+
+
+def _counted(search: FinishedSearch) -> Mapping[str, int]:
+    if search.settings.get("calibrate_on", "all") == "all":
+        return {}
+    return counted_document(search.stages["calibration"], search.stages["capture"])
 
 
 def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:
