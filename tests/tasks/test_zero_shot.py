@@ -216,7 +216,7 @@ def test_an_interrupted_run_in_memory_resumes_at_the_requests_it_reached(
     local_store, another_store, folder_of, lm_tasks, dying_at, monkeypatch
 ):
     # Eight requests per part give five parts for each task.
-    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.whole_model_scores.REQUESTS_PER_PART", 8)
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.whole_model_answers.REQUESTS_PER_PART", 8)
     folder = folder_of()
     undisturbed = answered(another_store(), folder, lm_tasks, "memory")
     with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=7):
