@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
         "acc_norm": pa.bool_(),
     }
 )
-# ``acc`` is the outcome that is compared; the other outcomes follow in a column each.
+# ``acc`` is the outcome that is compared; the other outcomes follow in a column each, see ``_column``.
 GENERATED_COLUMNS = {
     "document": pa.int64(),
     "response": pa.string(),
@@ -129,10 +129,10 @@ def read_answers(store: ArtifactStore, artifact: Artifact, folder: str = "") -> 
     # Artifacts of earlier versions do not have these.
     found["length"] = found.get("length") and ResponseLength(**found["length"])
     found["others"] = {name: Accuracy(**other) for name, other in found.get("others", {}).items()}
-    columns = ["acc", *found["others"]]
+    columns = ["acc", *map(_column, found["others"])]
     table = read_table(store, artifact, f"{folder}{DOCUMENTS_FILE}", columns)
     correct, *others = (tuple(table[name].to_pylist()) for name in columns)
-    return TaskAnswers(TaskMetrics(**found), correct, dict(zip(columns[1:], others, strict=True)))
+    return TaskAnswers(TaskMetrics(**found), correct, dict(zip(found["others"], others, strict=True)))
 
 
 def _of_scores(questions: Questions, scores: Sequence[Score]) -> tuple[pa.Table, TaskMetrics]:
@@ -180,7 +180,7 @@ def _of_responses(questions: Questions, responses: Sequence[Response]) -> tuple[
             "tokens": response.tokens,
             "cut": response.cut,
             "acc": grade[compared],
-            **{name: grade[name] for name in others},
+            **{_column(name): grade[name] for name in others},
         }
         for document, response, grade in zip(questions.document_ids, responses, grades, strict=True)
     ]
@@ -200,5 +200,10 @@ def _of_responses(questions: Questions, responses: Sequence[Response]) -> tuple[
         ),
         {name: accuracy([grade[name] for grade in grades]) for name in others},
     )
-    columns = GENERATED_COLUMNS | dict.fromkeys(others, pa.bool_())
+    columns = GENERATED_COLUMNS | dict.fromkeys(map(_column, others), pa.bool_())
     return pa.Table.from_pylist(rows, schema=pa.schema(columns)), metrics
+
+
+def _column(metric: str) -> str:
+    """Return the column of another metric; metrics may have the name of another column."""
+    return f"acc by {metric}"

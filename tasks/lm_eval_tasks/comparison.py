@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 from layerwise.scoring.accuracy import Accuracy, average, average_by_size, combined_error, pooled_error
 from layerwise.scoring.mcnemar import paired_answers, pooled
@@ -152,16 +153,30 @@ def store_comparison(
     return store.get_or_build(Stage(TABLE_STAGE, 1, settings, {"search": search.key, **by_role}), build)
 
 
+def read_comparison(store: ArtifactStore, table: Artifact) -> ZeroShotComparison:
+    """Read what ``store_comparison`` wrote, also in an earlier version."""
+    found = json.loads(store.read(table, TABLE_FILE))
+    rows, groups, others = (tuple(map(_parsed, found.get(name, ()))) for name in ("rows", "groups", "others"))
+    return ZeroShotComparison(rows, _parsed(found["average"]), groups, others)
+
+
+def is_plain(comparison: ZeroShotComparison) -> bool:
+    """Return whether all tasks are zero-shot, have the metric acc and no group, and no prompt was truncated."""
+    return not comparison.groups and all(
+        row.metric == ACCURACY and not row.shots and not row.truncated for row in comparison.rows
+    )
+
+
 def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | float]]:
     """Return the table as rows for people: accuracies in per cent, differences, and p-values of McNemar's test.
 
-    Columns on examples, metrics and generated answers are left out if all tasks are zero-shot and have the metric acc.
+    Columns on examples, metrics and generated answers are left out if ``is_plain``.
     """
     rows = in_reading_order(comparison)
-    plain = all(
-        row.metric == ACCURACY and not row.shots and not row.truncated for row in rows if row.task != AVERAGE
-    )
-    return [_cells(row, plain, any(each.lengths for each in rows)) for row in rows]
+    written = [
+        name for name in ("dense", "uniform", "best", "pruned") if any(name in row.lengths for row in rows)
+    ]
+    return [_cells(row, is_plain(comparison), written) for row in rows]
 
 
 def in_reading_order(comparison: ZeroShotComparison) -> list[ZeroShotRow]:
@@ -182,7 +197,13 @@ def in_reading_order(comparison: ZeroShotComparison) -> list[ZeroShotRow]:
     return [*rows, comparison.average]
 
 
-def _cells(row: ZeroShotRow, plain: bool, with_lengths: bool) -> dict[str, str | float]:
+def _cells(row: ZeroShotRow, plain: bool, written: Sequence[str]) -> dict[str, str | float]:
+    """Return the cells of a row.
+
+    Args:
+        plain: leave out the columns on examples and metrics.
+        written: models with generated answers, whose lengths get a column.
+    """
     error = row.best.standard_error
     cells: dict[str, str | float] = {"task": f"- {row.task}" if row.group else row.task}
     if not plain:
@@ -200,16 +221,26 @@ def _cells(row: ZeroShotRow, plain: bool, with_lengths: bool) -> dict[str, str |
     if row.pruned is not None and row.to_pruned is not None:
         cells |= {"without recovery": round(100 * row.pruned.value, 2)}
         cells |= _shown("by recovery", row.to_pruned)
-    if with_lengths:
-        for name in ("dense", "uniform", "best", "pruned"):
-            length = row.lengths.get(name)
-            title = "without recovery" if name == "pruned" else name
-            if length is not None or name != "pruned":
-                cells[f"tokens, {title}"] = "" if length is None else round(length.tokens, 1)
-                cells[f"cut, {title}"] = "" if length is None else length.cut
+    for name in written:
+        length = row.lengths.get(name)
+        title = "without recovery" if name == "pruned" else name
+        cells[f"tokens, {title}"] = "" if length is None else f"{length.tokens:.1f} ({length.cut} cut)"
     if not plain:
         cells["truncated prompts"] = row.truncated
     return cells
+
+
+def _parsed(row: Mapping[str, Any]) -> ZeroShotRow:
+    """Return a row from its JSON."""
+    accuracies = {
+        name: row.get(name) and Accuracy(**row[name]) for name in ("dense", "uniform", "best", "pruned")
+    }
+    paired = {
+        name: row.get(name) and PairedAccuracy(**row[name])
+        for name in ("to_dense", "to_uniform", "to_pruned")
+    }
+    lengths = {name: ResponseLength(**length) for name, length in row.get("lengths", {}).items()}
+    return ZeroShotRow(**{**row, **accuracies, **paired, "lengths": lengths})
 
 
 def _answers(store: ArtifactStore, artifacts: Mapping[str, Artifact]) -> dict[str, TaskAnswers]:

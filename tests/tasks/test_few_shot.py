@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -57,11 +58,13 @@ def by_lm_eval(folder, task: str, shots: int | None, documents: dict[str, list[i
     )
 
 
-def answers_of(store, folder, tasks, way="memory", **options):
+def answers_of(store, folder, tasks, way="memory", boundary_layers=None, **options):
     loaded = load_tasks(tasks, **options)
     checkpoint = import_checkpoint(store, str(folder))
     settings = ZeroShotSettings("float32", way)
-    return loaded, zero_shot.fn(store, checkpoint, loaded.questions, settings, Execution())
+    return loaded, zero_shot.fn(
+        store, checkpoint, loaded.questions, settings, Execution(boundary_layers=boundary_layers)
+    )
 
 
 @pytest.mark.parametrize("way", ["streamed", "memory"])
@@ -93,8 +96,10 @@ def test_examples_of_a_group_are_those_of_lm_eval_and_its_average_too(local_stor
 
 
 def test_generated_answers_and_their_length_are_those_of_lm_eval(local_store, folder_of, tmp_path):
-    folder = folder_of()
-    task = write_generated_task(tmp_path, "writing", some_documents(20, seed=1), num_fewshot=1)
+    folder = folder_of()  # has 64 positions, too few for the last prompt
+    documents = some_documents(20, seed=1)
+    documents.append({**documents[0], "question": "red blue green " * 30})
+    task = write_generated_task(tmp_path, "writing", documents, num_fewshot=1)
     _, artifacts = answers_of(local_store, folder, [task])
     expected = by_lm_eval(folder, task, None)
     table = read_table(local_store, artifacts["writing"], DOCUMENTS_FILE).to_pylist()
@@ -107,11 +112,12 @@ def test_generated_answers_and_their_length_are_those_of_lm_eval(local_store, fo
     for row, whole, word in zip(table, *by_filter.values(), strict=True):
         assert row["response"] == whole["resps"][0][0]
         assert row["tokens"] == len(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
-        assert (row["acc"], row["exact_match,first-word"]) == (
+        assert (row["acc"], row["acc by exact_match,first-word"]) == (
             bool(whole["exact_match"]),
             bool(word["exact_match"]),
         )
         prompt = tokenizer(whole["arguments"][0][0], return_tensors="pt")
+        prompt = {name: values[:, -(64 - 12) :] for name, values in prompt.items()}
         written = model.generate(**prompt, do_sample=False, max_new_tokens=12)[
             0, prompt["input_ids"].shape[1] :
         ]
@@ -126,4 +132,92 @@ def test_generated_answers_and_their_length_are_those_of_lm_eval(local_store, fo
     assert (metrics.metric, metrics.shots) == ("exact_match,whole", 1)
     assert metrics.acc.value == pytest.approx(results["exact_match,whole"])
     assert metrics.others["exact_match,first-word"].value == pytest.approx(results["exact_match,first-word"])
-    assert 0 < metrics.length.cut < 20
+    assert 0 < metrics.length.cut < 21
+    assert metrics.length.tokens == pytest.approx(fmean(row["tokens"] for row in table))
+    assert (
+        metrics.truncated
+        == sum(len(tokenizer(each["arguments"][0][0])["input_ids"]) > 52 for each in by_filter["whole"])
+        > 0
+    )
+
+
+def test_an_interrupted_generation_resumes_at_the_batch_it_reached(
+    local_store, another_store, folder_of, tmp_path, dying_at, monkeypatch
+):
+    folder = folder_of()
+    scored = write_task(tmp_path, "one", some_documents(6))
+    written = write_generated_task(tmp_path, "writing", some_documents(20, seed=1))
+    _, undisturbed = answers_of(another_store(), folder, [written, scored])
+    with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=3):
+        answers_of(local_store, folder, [written, scored], boundary_layers=1)
+    generated = []
+    generate = HFLM.generate_until
+
+    def counted(lm, requests, **options):
+        generated.append(len(requests))
+        return generate(lm, requests, **options)
+
+    monkeypatch.setattr(HFLM, "generate_until", counted)
+    _, resumed = answers_of(local_store, folder, [written, scored], boundary_layers=1)
+    assert generated == [8, 4]  # the first of three batches was done
+    assert {n: a.content for n, a in resumed.items()} == {n: a.content for n, a in undisturbed.items()}
+
+
+def test_generated_answers_of_a_streamed_model_are_refused_with_their_cost(local_store, folder_of, tmp_path):
+    task = write_generated_task(tmp_path, "writing", some_documents(4))
+    with pytest.raises(ValueError, match=r"writing: .* up to 12 tokens.* 12 passes, .* Use --way memory"):
+        answers_of(local_store, folder_of(), [task], "streamed")
+
+
+def test_answers_longer_than_the_model_are_refused(local_store, folder_of, tmp_path):
+    task = write_generated_task(
+        tmp_path, "writing", some_documents(4), generation_kwargs={"until": [], "max_gen_toks": 64}
+    )
+    with pytest.raises(ValueError, match="answers of up to 64 tokens, but the model has 64 positions"):
+        answers_of(local_store, folder_of("opt"), [task])
+
+
+@pytest.mark.parametrize(
+    "own, number, fewshot, expected",
+    [
+        ({}, "", None, 0),
+        ({"num_fewshot": 2}, "", None, 2),
+        ({"num_fewshot": 2}, "", 3, 3),
+        ({"num_fewshot": 2}, ":0", 3, 0),
+        ({}, ":4", 3, 4),
+        ({"num_fewshot": 0}, "", 3, 0),
+    ],
+)
+def test_the_number_of_examples_is_that_of_the_task_the_option_or_the_file(
+    tmp_path, own, number, fewshot, expected
+):
+    task = write_generated_task(tmp_path, "writing", some_documents(6), **own)
+    (questions,) = load_tasks([task + number], fewshot=fewshot).questions
+    assert questions.shots == expected
+    assert questions.requests[0][0][0].count("\n\n") == expected
+
+
+@pytest.mark.parametrize(
+    "own, number, message",
+    [
+        ({"num_fewshot": 0}, ":2", "sets num_fewshot to 0, which lm-eval never changes"),
+        ({}, ":7", "cannot be asked with 7 examples"),
+        ({"generation_kwargs": {"do_sample": True, "temperature": 0.5}}, "", "draws its answers at random"),
+        ({"repeats": 4}, "", "draws its answers at random"),
+        ({"metric_list": [{"metric": "bleu"}]}, "", "no metric that says whether an answer is right"),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "none such"}]}]}, "", "cannot be loaded"),
+    ],
+)
+def test_tasks_that_cannot_be_compared_are_refused_before_any_work(tmp_path, own, number, message):
+    task = write_generated_task(tmp_path, "writing", some_documents(6), **own)
+    with pytest.raises(ValueError, match=message):
+        load_tasks([task + number])
+
+
+def test_another_filter_gives_another_identity_of_the_same_questions(tmp_path):
+    filters = [{"name": "last", "filter": [{"function": "take_first"}]}]
+    (before,) = load_tasks([write_generated_task(tmp_path, "writing", some_documents(4))]).questions
+    changed = write_generated_task(tmp_path, "writing", some_documents(4), filter_list=filters)
+    (after,) = load_tasks([changed]).questions
+    assert before.requests == after.requests
+    assert before.identity != after.identity
