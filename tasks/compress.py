@@ -1,7 +1,7 @@
 """Compress: write the exported checkpoint without its zeros, shard by shard."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -35,13 +35,18 @@ from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, SPARSITY_FILE, copied_files
 
 
-def compress_stage(exported_key: str, card: ModelCard, recovery: str = "") -> Stage:
+def compress_stage(
+    exported_key: str, card: ModelCard, recovery: str = "", tasks: Sequence[Mapping[str, str]] = ()
+) -> Stage:
     """Describe the compression of an export, given by its key.
 
     Args:
         recovery: section on the recovery in README.md; empty without recovery.
+        tasks: table of few-shot tasks in README.md; empty if there is none.
     """
-    section = {"recovery": recovery} if recovery else {}
+    section: dict[str, object] = {"recovery": recovery} if recovery else {}
+    if tasks:
+        section["tasks"] = [dict(row) for row in tasks]
     return Stage("compress", 1, {"card": card, **section}, {"export": exported_key})
 
 
@@ -65,7 +70,12 @@ def require_compressible(checkpoint: Checkpoint) -> None:
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
 def compress(
-    store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution, recovery: str = ""
+    store: ArtifactStore,
+    exported: Artifact,
+    card: ModelCard,
+    execution: Execution,
+    recovery: str = "",
+    tasks: Sequence[Mapping[str, str]] = (),
 ) -> Artifact:
     """Write ``exported`` to a new folder, with every pruned weight stored without its zeros where that is smaller.
 
@@ -76,6 +86,7 @@ def compress(
     Args:
         card: content of README.md, with the results of the evaluation.
         recovery: section on the recovery in README.md; empty without recovery.
+        tasks: table of few-shot tasks in README.md; empty if there is none.
     """
 
     def build(draft: Draft) -> None:
@@ -89,11 +100,11 @@ def compress(
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
         mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
-        content = model_card(card, "compressed", recovery, mix=mix, counted=counted)
+        content = model_card(card, "compressed", recovery, mix=mix, counted=counted, tasks=tasks)
         draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 
-    result = store.get_or_build(compress_stage(exported.key, card, recovery), build)
+    result = store.get_or_build(compress_stage(exported.key, card, recovery, tasks), build)
     require_whole(store, result)  # a reused artifact is not read by any later stage
     return result
 

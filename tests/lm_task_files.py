@@ -92,3 +92,28 @@ def answered(
     checkpoint = import_checkpoint(store, str(folder))
     questions = load_questions(tasks, documents, seed)
     return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))
+
+
+def write_generated_task(folder: Path, name: str, documents: Sequence[Mapping], **changes: object) -> str:
+    """Write a task whose answers the model writes, with two filters; return the path of its YAML file.
+
+    The right answer is the first word of the first choice, and examples are drawn from the documents themselves.
+    """
+    first = {"function": "take_first"}
+    filters = {"whole": [first], "first-word": [{"function": "regex", "regex_pattern": r"^\s*(\w+)"}, first]}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    task = {
+        "output_type": "generate_until",
+        "doc_to_choice": None,
+        "doc_to_target": "{{choices[0].split(' ')[0]}}",
+        "fewshot_split": "validation",
+        "generation_kwargs": {
+            "until": ["redcar"],
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": 12,
+        },
+        "filter_list": [{"name": name, "filter": steps} for name, steps in filters.items()],
+        "metric_list": [metric],
+    }
+    return write_task(folder, name, documents, **(task | changes))

@@ -70,7 +70,7 @@ def artifact(stage: str, number: int, **facts: object) -> Artifact:
 class FixedQuestions:
     """Inputs of a key of zero-shot answers, without lm-eval and its data sets."""
 
-    task, identity = "arc_easy", "f" * 32
+    task, identity, generated = "arc_easy", "f" * 32, False
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,8 @@ class Extras:
     """Results that were measured after the search. The report omits those that are missing.
 
     Attributes:
+        tasks: rows of the table of tasks, by title of the column, if it has few-shot tasks, groups or generated answers; it is
+            shown in place of ``zero_shot``.
         theory: key of the artifact of ``layerwise.tasks.theory.measure_theory``; empty if there is none.
         distilled: key of the artifact of ``layerwise.tasks.recovery.distill.distill``; empty if there is none.
     """
@@ -82,6 +84,7 @@ class Extras:
     speed: SpeedTable | None = None
     theory: str = ""
     distilled: str = ""
+    tasks: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,12 @@ def _texts(search: FinishedSearch) -> Rows:
 
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
     sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot}
+    if extras.tasks:
+        found["tasks"] = [dict(row) for row in extras.tasks]
     if extras.sizes is not None:
         sequences["sizes"] = [extras.sizes]
     if extras.speed is not None:
         sequences["speed"] = extras.speed.speeds
-    return {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}
+    return found | {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}
