@@ -30,7 +30,8 @@ REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 def figure_of(*layers: altair.Chart, height: int = HEIGHT) -> altair.LayerChart:
     """Combine layers into a figure with the common style."""
-    return _styled(cast(altair.LayerChart, altair.layer(*layers).properties(width=WIDTH, height=height)))
+    # In one call: each of Altair's methods, such as ``properties``, copies the chart with all its data.
+    return cast(altair.LayerChart, altair.layer(*layers, width=WIDTH, height=height, config=_style()))
 
 
 def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
@@ -126,8 +127,8 @@ def _with_own_identifiers(svg: str, name: str) -> str:
     return REFERENCE.sub(lambda match: f"url(#{numbers.get(match[1], match[1])})", svg)
 
 
-def _styled(chart: altair.LayerChart) -> altair.LayerChart:
-    """Apply the common style: no frame, faint grid, text in the colour of the page."""
+def _style() -> altair.Config:
+    """Return the common style: no frame, faint grid, text in the colour of the page."""
     text: dict[str, Any] = {
         "labelColor": INK,
         "titleColor": INK,
@@ -135,15 +136,15 @@ def _styled(chart: altair.LayerChart) -> altair.LayerChart:
         "titleFontSize": 13,
         "titleFontWeight": "normal",
     }
-    lines = {"gridColor": INK, "gridOpacity": 0.13, "domainColor": INK, "domainOpacity": 0.5}
-    ticks = {"tickColor": INK, "tickOpacity": 0.5, "titlePadding": 8}
-    styled: altair.LayerChart = (
-        chart.configure(font=FONT, background="transparent")
-        .configure_view(stroke=None)
-        .configure_axis(**text, **lines, **ticks)
-        .configure_legend(**text, orient="top", labelLimit=420, symbolSize=95, symbolStrokeWidth=2)
+    lines: dict[str, Any] = {"gridColor": INK, "gridOpacity": 0.13, "domainColor": INK, "domainOpacity": 0.5}
+    ticks: dict[str, Any] = {"tickColor": INK, "tickOpacity": 0.5, "titlePadding": 8}
+    return altair.Config(
+        font=FONT,
+        background="transparent",
+        view=altair.ViewConfig(stroke=None),
+        axis=altair.AxisConfig(**text, **lines, **ticks),
+        legend=altair.LegendConfig(**text, orient="top", labelLimit=420, symbolSize=95, symbolStrokeWidth=2),
     )
-    return styled
 
 
 # Ratio of the highest to the lowest value above which the axis is logarithmic.
