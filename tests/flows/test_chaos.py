@@ -10,7 +10,7 @@ def test_after_twenty_kills_every_artifact_is_that_of_an_undisturbed_search(
     s3_bucket, prefect_backend, tmp_path
 ):
     stores = [str(tmp_path / "stores"), f"s3://{s3_bucket}/{uuid.uuid4().hex}"]
-    settings = small_search(tmp_path / "model") | {"recover": "refit"}
+    settings = small_search(tmp_path / "model", layers=6) | {"recover": "refit"}
     report = Chaos(settings, stores, tmp_path / "attempts", prefect_backend, seed=0).run(kills=20)
     print(report)
     assert report.problems == []
