@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerwise.calibration.statistics import InputStatistics
+from layerwise.flows.report import make_report
 from layerwise.flows.runtime import FanOutRuntime, Runtime
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -36,6 +37,8 @@ def test_a_search_with_the_pruner_of_a_script_exports_reports_and_is_found_again
     assert json.loads(Path(result.pruned, "sparsity.json").read_text())
     again = example["main"](Runtime(store=examples_store), **workshop.parameters())
     assert (again.artifact, again.built) == (result.artifact, ())
+    with pytest.raises(ValueError, match=r"does not know \(pruner\)"):
+        make_report(examples_store, result.artifact.key)
 
 
 def test_the_comparison_prints_a_line_for_every_search(workshop, prefect_backend, examples_store, capsys):
