@@ -10,7 +10,7 @@ from typing import Any
 
 from layerwise.flows.options import search_command
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key, finished_searches
-from layerwise.flows.settings import Search
+from layerwise.flows.pipeline.finished_search import settings_of
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
@@ -42,14 +42,14 @@ def make_report(
 
     Raises:
         KeyError: no artifact has this key, or several keys begin with it; or artifacts of the search were deleted.
-        ValueError: the artifact is not the result of a search.
+        ValueError: the artifact is not the result of a search, or its settings are unknown.
         FileNotFoundError: there is no store at ``store_url``.
         OSError: the store cannot be reached, or ``output`` cannot be written.
     """
     store = existing_store(store_url)
     artifact = artifact_by_key(store, key)
     search = read_search(store, artifact)
-    command = search_command(Search.model_validate(search.settings))
+    command = search_command(settings_of(search))
     page = report.fn(store, artifact, command, find_extras(store, search, table))
     if output is None:
         return store.location(page, PAGE_FILE)

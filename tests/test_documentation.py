@@ -1,15 +1,23 @@
-"""Links, module names and the folder tree of README.md and of the pages in docs/ and deployments/."""
+"""Links, module names and commands of README.md and of the pages in docs/ and deployments/, and the tree of folders."""
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from layerwise.flows.cli.parser import parse_command
+from layerwise.flows.options import read_options
+from layerwise.flows.settings import Search
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "deployments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages whose commands are checked; docs/cli.md has none, and its options come from the parser itself.
+COMMANDS_IN = [*PAGES, *sorted((ROOT / "examples").glob("*.sh"))]
+NEEDS_A_MODEL = ("search", "plan", "compare", "theory", "generate-calibration")
 PACKAGES = ["flows", "tasks", "layerwise", "storage"]
 
 
@@ -38,6 +46,31 @@ def test_modules_and_functions_exist(page):
             assert member in {getattr(node, "name", None) for node in module.body}, name
 
 
+def commands_in(page: Path) -> list[list[str]]:
+    """Arguments of every `layerwise ...` in the code blocks of a page; for an example, of the whole script."""
+    text = page.read_text()
+    blocks = [text] if page.suffix == ".sh" else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("layerwise ")]
+
+
+@pytest.mark.parametrize("page", COMMANDS_IN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_accepted_by_the_parser(page, capsys):
+    """`...` stands for the required options, and `a|b` for one of two commands."""
+    for words in commands_in(page):
+        for command in words[0].split("|"):
+            arguments = [word for word in words[1:] if word not in ("...", "[KEY]")]
+            if "..." in words and command in NEEDS_A_MODEL:
+                given = {"--model": "demo", "--sparsity": "0.5", "--store": "s"}
+                arguments += [part for name in given if name not in words for part in (name, given[name])]
+            try:
+                parsed = parse_command([command, *arguments])
+            except SystemExit:
+                pytest.fail(f"layerwise {' '.join(words)}: {capsys.readouterr().err}")
+            if command in ("search", "plan") and not any("..." in word for word in arguments):
+                read_options(parsed, Search)
+
+
 def test_the_pages_of_options_and_settings_are_those_of_the_code():
     made = subprocess.run(
         [sys.executable, ROOT / "docs" / "make_reference.py", "--check"], capture_output=True, text=True
@@ -45,9 +78,11 @@ def test_the_pages_of_options_and_settings_are_those_of_the_code():
     assert made.returncode == 0, made.stderr
 
 
-def test_the_readme_lists_every_folder_of_the_code():
+def test_the_page_for_developers_lists_every_folder_of_the_code():
     block = re.search(
-        r"^## How the code is laid out\n\n```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+        r"^## How the code is laid out\n\n```\n(.*?)^```",
+        (ROOT / "docs" / "development.md").read_text(),
+        re.M | re.S,
     )
     assert block
     listed, package = set(), ""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from pydantic import ValidationError
+
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, export_lane, scoring_steps
@@ -69,14 +71,31 @@ def reopen_search(store: ArtifactStore, key: str | None, execution: Execution) -
 
     Raises:
         KeyError: no artifact has this key, or several keys begin with it; or artifacts of the search were deleted.
-        ValueError: the artifact is not the result of a search, or other linears are pruned today.
+        ValueError: the artifact is not the result of a search, its settings are unknown, or other linears are pruned
+            today.
     """
     search = read_search(store, artifact_by_key(store, key))
-    settings = Search.model_validate(search.settings)
+    settings = settings_of(search)
     inputs = check_inputs(store, settings)
     _require_same_linears(search, inputs)
     scored, _ = build(scoring_steps(store, settings, inputs), execution)
     return ReopenedSearch(search, settings, inputs, scored, scored.scores[search.selection.best])
+
+
+def settings_of(search: FinishedSearch) -> Search:
+    """Return the settings of a finished search.
+
+    Raises:
+        ValueError: this version does not know a setting, such as a pruner that was defined in a script.
+    """
+    try:
+        return Search.model_validate(search.settings)
+    except ValidationError as error:
+        unknown = sorted({str(problem["loc"][0]) for problem in error.errors() if problem["loc"]})
+        raise ValueError(
+            f"{search.artifact.key} has settings that this version of layerwise does not know ({', '.join(unknown)}). Use "
+            "the version that made it. A pruner of your own must be added to the package: see docs/development.md."
+        ) from error
 
 
 def _require_same_linears(search: FinishedSearch, inputs: SearchInputs) -> None:
