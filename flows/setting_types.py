@@ -19,6 +19,7 @@ from layerwise.allocators.lamp import LAMP
 from layerwise.allocators.lsa import LSA
 from layerwise.allocators.owl import OWL
 from layerwise.pruners.alps import ALPS
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.sparsegpt import SparseGPT
@@ -90,7 +91,7 @@ StrategyName = Literal[
     "auto", "grid", "race", "adaptive", "two-parameter", "projections", "bayesian", "evolutionary"
 ]
 PrunerChoice = Annotated[
-    Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps,
+    Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps | DSnoT,
     Field(discriminator="method"),
     BeforeValidator(_method),
 ]

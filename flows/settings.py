@@ -87,8 +87,8 @@ class Search(Settings):
     pruner: PrunerChoice = Field(
         default=Wanda(),
         description="Method that chooses the weights to remove. wanda: by weight times input norm. magnitude: by weight. "
-        "wanda_swaps: like wanda, refined by the correlations of the inputs. sparsegpt, alps: also correct the remaining "
-        "weights.",
+        "wanda_swaps: like wanda, refined by the correlations of the inputs. dsnot: like wanda (or sparsegpt's mask), refined by "
+        "the means of the inputs. sparsegpt, alps: also correct the remaining weights.",
     )
     pattern: PatternText | None = Field(
         title="N:M pattern",

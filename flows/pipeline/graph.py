@@ -273,14 +273,15 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
 
     grams = None
     if settings.needs_grams:
+        with_sums = settings.pruning(dtype).needs_sums
         stage = None
         if checkpoint is not None and calibration is not None:
-            stage = grams_stage(checkpoint.identity, calibration, dtype)
+            stage = grams_stage(checkpoint.identity, calibration, dtype, with_sums)
         (grams,) = yield Step(
             name="grams",
             stages=[("grams", stage)],
             build=lambda execution: [
-                capture_grams(store, known(checkpoint), known(calibration), dtype, execution)
+                capture_grams(store, known(checkpoint), known(calibration), dtype, execution, with_sums)
             ],
             work="second moments of the linears' inputs, in the dense model",
             reads=lambda sizes: sizes.weights,

@@ -79,12 +79,17 @@ def capture_layers(
 
 
 def capture_grams(
-    model: StreamedModel, layers: Iterable[Mapping[str, Tensor]], hidden_states: Tensor, first: int = 0
+    model: StreamedModel,
+    layers: Iterable[Mapping[str, Tensor]],
+    hidden_states: Tensor,
+    first: int = 0,
+    with_sums: bool = False,
 ) -> Iterator[Mapping[str, InputGram]]:
     """Advance the calibration windows in place through the dense model, one layer per step.
 
     Args:
         model, layers, hidden_states, first: as for ``capture_layers``.
+        with_sums: also collect the sum of every input over the tokens.
 
     Yields:
         Gram matrices of the layer's inputs, by linear; linears that share their input have the same object.
@@ -92,7 +97,7 @@ def capture_grams(
     for index, weights in enumerate(layers, first):
         with (
             model.loaded(index, weights) as layer,
-            collect_grams(layer, model.linears[index]) as grams,
+            collect_grams(layer, model.linears[index], with_sums) as grams,
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))

@@ -21,7 +21,7 @@ METHODS = {
     "alpha_pruning": {"allocator": "alpha_pruning", "betas": None},
     "dsa": {"allocator": "dsa", "betas": None},
     "dlp": {"allocator": {"method": "dlp", "statistic": "mean"}, "betas": None},
-    "global": {"allocator": "global", "betas": None, "granularity": "linear"},
+    "global, dsnot": {"allocator": "global", "betas": None, "granularity": "linear", "pruner": "dsnot"},
     "er_plus": {"allocator": "er_plus", "betas": None, "granularity": "linear"},
     "erf": {"allocator": "erf", "betas": [0.1, 0.3]},
     "given": {"allocator": {"method": "given", "layers": [0.45, 0.5, 0.55]}, "betas": None},
