@@ -120,6 +120,8 @@ def _allocation_by_name(value: Any) -> Any:
         return {"allocator": "atp", "offsets": OFFSETS, "strategy": "two-parameter"}
     if value == "atp+projections":
         return {"allocator": "atp", "offsets": (), "strategy": "projections"}
+    if value in ("er", "er_plus"):  # defined by linear only
+        return {"allocator": value, "granularity": "linear"}
     if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
         return {"allocator": value}
     return value

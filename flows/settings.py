@@ -90,8 +90,8 @@ class Search(Settings):
     pruner: PrunerChoice = Field(
         default=Wanda(),
         description="Method that chooses the weights to remove. wanda: by weight times input norm. magnitude: by weight. "
-        "wanda_swaps: like wanda, refined by the correlations of the inputs. sparsegpt, alps: also correct the remaining "
-        "weights.",
+        "wanda_swaps: like wanda, refined by the correlations of the inputs. dsnot: like wanda (or sparsegpt's mask), refined by "
+        "the means of the inputs. sparsegpt, alps: also correct the remaining weights.",
     )
     pattern: PatternText | None = Field(
         title="N:M pattern",
@@ -107,14 +107,15 @@ class Search(Settings):
     )
     allocator: AllocatorChoice = Field(
         default=ATP(),
-        description="Method that spreads the sparsity over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, erf, "
-        "power; or given, with a list of sparsities.",
+        description="Method that spreads the sparsity over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, global "
+        "(one threshold on the pruner's scores over all layers), lamp (one threshold on layer-adaptive magnitudes), er, er_plus "
+        "(by the shapes of the linears; need granularity linear), erf, power; or given, with a list of sparsities.",
     )
     granularity: Literal["layer", "linear"] = Field(
         title="Unit with its own sparsity",
         default="layer",
         description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear; needs an "
-        "allocator that measures linears (owl, alpha_pruning, dsa, dlp, lsa).",
+        "allocator that measures linears (owl, alpha_pruning, dsa, dlp, lsa, global, lamp) or uses their shapes (er, er_plus).",
     )
     offsets: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = Field(
         title="Offsets between attention and MLP",
@@ -197,7 +198,8 @@ class Search(Settings):
         default=None,
         min_length=1,
         description="Betas to try, in addition to 0 (uniform). For an allocator other than atp: its strengths (spread of "
-        "owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf). Empty: the "
+        "owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf, strength of global, "
+        "lamp, er and er_plus). Empty: the "
         "grid of beta_step; for another allocator its default strength.",
     )
     beta_count: int | None = Field(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocator import Allocator, Given, spread_out, strength_of
+from layerwise.allocators.allocator import Allocator, ByShape, Given, spread_out, strength_of
 from layerwise.allocators.atp import ATP
 from layerwise.allocators.attention_offset import with_offset
 from layerwise.allocators.beta_grid import beta_grid, beta_grid_size, beta_spread
@@ -35,7 +35,7 @@ class AllocateSettings:
         allocator: allocator that the strengths belong to. An allocator other than ATP has a default strength, which is
             tried if ``betas`` is not given.
         offsets: sparsity of attention minus sparsity of the MLP; 0 is always added.
-        by_linear: give every linear a sparsity of its own; needs an allocator that measures linears.
+        by_linear: give every linear a sparsity of its own; needs an allocator that measures linears or uses their shapes.
         pattern: N:M pattern, e.g. "2:4"; None for unstructured sparsity.
     """
 
@@ -69,7 +69,12 @@ class AllocateSettings:
             raise ValueError(
                 f"sparsities are given, and betas are given by {' and '.join(given)}. Leave out the betas."
             )
-        if self.by_linear and not is_measured(self.allocator):
+        if isinstance(self.allocator, ByShape) and not self.by_linear:
+            raise ValueError(
+                f"{self.allocator.method} only uses the shapes of the linears, which are the same in all layers of most "
+                "models. Give every linear a sparsity of its own (granularity linear), or choose another allocator."
+            )
+        if self.by_linear and not isinstance(self.allocator, ByShape) and not is_measured(self.allocator):
             raise ValueError(
                 f"{self.allocator.method} only uses the depth of a layer and cannot tell its linears apart. Allocate by "
                 "layer, or choose an allocator that measures linears, e.g. owl."
@@ -202,6 +207,8 @@ class AllocateSettings:
     ) -> SparsityPlan:
         sizes = [[linear.numel for linear in layer] for layer in linears]
         entries = [size for layer in sizes for size in layer] if self.by_linear else [*map(sum, sizes)]
+        if isinstance(self.allocator, ByShape):
+            scores = [linear.in_features + linear.out_features for layer in linears for linear in layer]
         shares = spread_out(self.allocator, beta, scores, entries, self.target)
         if not offset:
             shares = self._on_levels(shares, entries)
@@ -231,6 +238,8 @@ def allocate_stage(
     sizes: dict[str, object] = {"layer_sizes": layer_sizes}
     if settings.offsets or settings.by_linear:
         sizes["linears"] = [[[linear.name, linear.numel] for linear in layer] for layer in linears]
+    if isinstance(settings.allocator, ByShape):
+        sizes["inputs"] = [[linear.in_features for linear in layer] for layer in linears]
     inputs = {} if measured is None else {"scores": measured.content}
     return Stage("allocate", 1, settings.identity | sizes, inputs)
 

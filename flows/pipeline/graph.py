@@ -35,7 +35,7 @@ from layerwise.tasks.lanes.dense_states import dense_states_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import recovered_stage
-from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
+from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores, threshold_of
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.recovery.recover import recover
 from layerwise.tasks.results.lane_scores import LaneScore, read_score
@@ -309,15 +309,22 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
 
     grams = None
     if settings.needs_grams:
+        with_sums = settings.pruning(dtype).needs_sums
         stage = None
         if checkpoint is not None and calibration is not None:
-            stage = grams_stage(checkpoint.identity, calibration, dtype, settings.calibrate_on)
+            stage = grams_stage(checkpoint.identity, calibration, dtype, settings.calibrate_on, with_sums)
         (grams,) = yield Step(
             name="grams",
             stages=[("grams", stage)],
             build=lambda execution: [
                 capture_grams(
-                    store, known(checkpoint), known(calibration), dtype, execution, settings.calibrate_on
+                    store,
+                    known(checkpoint),
+                    known(calibration),
+                    dtype,
+                    execution,
+                    settings.calibrate_on,
+                    with_sums,
                 )
             ],
             work="second moments of the linears' inputs, in the dense model",
@@ -332,17 +339,18 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     scores: tuple[float, ...] = ()
     if is_measured(allocation.allocator):
         to_measure = allocation.allocator, allocation.by_linear, prunable
+        threshold = threshold_of(allocation.allocator, settings.pruner, settings.sparsity)
         stage = None
         if checkpoint is not None and statistics is not None and (grams or not settings.needs_grams):
-            stage = measure_stage(checkpoint, statistics, grams, *to_measure)
+            stage = measure_stage(checkpoint, statistics, grams, *to_measure, threshold)
         (measured,) = yield Step(
             name="measure",
             stages=[("measure", stage)],
             build=lambda execution: [
-                measure(store, known(checkpoint), known(statistics), grams, *to_measure, execution)
+                measure(store, known(checkpoint), known(statistics), grams, *to_measure, execution, threshold)
             ],
             work=f"measure the layers for {allocation.allocator.method}",
-            reads=lambda sizes: sum(sizes.index.layer_bytes),
+            reads=lambda sizes: sum(sizes.index.layer_bytes) * (1 if threshold is None else 2),
             seconds=lambda times: None,  # the methods differ too much
         )
         if measured is not None:

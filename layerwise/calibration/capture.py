@@ -86,11 +86,13 @@ def capture_grams(
     hidden_states: Tensor,
     first: int = 0,
     counted: Tensor | None = None,
+    with_sums: bool = False,
 ) -> Iterator[Mapping[str, InputGram]]:
     """Advance the calibration windows in place through the dense model, one layer per step.
 
     Args:
         model, layers, hidden_states, first, counted: as for ``capture_layers``.
+        with_sums: also collect the sum of every input over the tokens.
 
     Yields:
         Gram matrices of the layer's inputs, by linear; linears that share their input have the same object.
@@ -98,7 +100,7 @@ def capture_grams(
     for index, weights in enumerate(layers, first):
         with (
             model.loaded(index, weights) as layer,
-            collect_grams(layer, model.linears[index], counted) as grams,
+            collect_grams(layer, model.linears[index], counted, with_sums) as grams,
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))

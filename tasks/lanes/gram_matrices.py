@@ -33,6 +33,9 @@ def write_grams(draft: Draft, layer: int, grams: Mapping[str, InputGram]) -> Non
         for first, panel in upper_panels(grams[names[0]].gram)
     }
     write_tensors(draft, _grams_file(layer), panels)
+    sums = {SEPARATOR.join(names): grams[names[0]].sums for names in linears_by_input(grams)}
+    if found := {name: each for name, each in sums.items() if each is not None}:
+        write_tensors(draft, _sums_file(layer), found)
 
 
 def read_grams(
@@ -46,6 +49,8 @@ def read_grams(
     name = _grams_file(layer)
     tokens = int(str(artifact.facts[TOKENS_FACT]))
     entries = store.file(artifact, name).tensors or {}
+    has_sums = _sums_file(layer) in artifact.files
+    sums = read_tensors(store, artifact, _sums_file(layer)) if has_sums else {}
     rows_of: dict[str, dict[int, str]] = {}  # by linears: keys of the panels by first row
     for key in entries:
         linears, _, first = key.partition(ROW_MARK)
@@ -61,7 +66,11 @@ def read_grams(
                 torch.empty(size, size),
                 ((first, read_tensors(store, artifact, name, [key])[key]) for first, key in keys.items()),
             )
-        yield linears.split(SEPARATOR), InputGram(gram, tokens)
+        yield linears.split(SEPARATOR), InputGram(gram, tokens, sums.get(linears))
+
+
+def _sums_file(layer: int) -> str:
+    return f"sums/layer-{layer:05d}.safetensors"
 
 
 def _grams_file(layer: int) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.models.skeleton import Linear
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.layer_pruning import Pruner, WeightPruner
 from layerwise.pruners.patterns import Pattern, removed_on_levels
 from layerwise.recovery.layer_recovery import Recovery
@@ -109,5 +110,10 @@ class PruneSettings:
 
     @property
     def needs_grams(self) -> bool:
-        """True if the pruner corrects weights, which needs second moments of their inputs."""
+        """True if the pruner uses second moments of the linears' inputs."""
         return isinstance(self.pruner, WeightPruner)
+
+    @property
+    def needs_sums(self) -> bool:
+        """True if the pruner also uses the means of the linears' inputs."""
+        return isinstance(self.pruner, DSnoT)

@@ -273,8 +273,8 @@ class SmallRun:
         """Capture second moments if the pruner needs them."""
         if not self.pruning.needs_grams:
             return None
-        dtype, where = self.pruning.dtype, Execution(**execution)
-        return capture_grams.fn(self.store, self.checkpoint, self.windows["calibration"], dtype, where)
+        inputs = self.store, self.checkpoint, self.windows["calibration"], self.pruning.dtype
+        return capture_grams.fn(*inputs, Execution(**execution), self.pruning.needs_sums)
 
     def branch(self, *betas: float, **execution) -> list[LaneScore]:
         plans, where = self.plans(betas), Execution(**execution)
