@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from layerwise.calibration.few_tokens import statistics_to_prune_by
 from layerwise.calibration.statistics import InputStatistics
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -37,7 +38,15 @@ def write_statistics(
 
 
 def read_statistics(store: ArtifactStore, artifact: Artifact, layer: int) -> dict[str, InputStatistics]:
-    """Read the statistics of one layer, by linear, in the order they were written."""
+    """Read the statistics of one layer to prune by, by linear, in the order they were written.
+
+    Experts that few tokens reached have others' statistics, see ``statistics_to_prune_by``.
+    """
+    return statistics_to_prune_by(read_collected(store, artifact, layer))
+
+
+def read_collected(store: ArtifactStore, artifact: Artifact, layer: int) -> dict[str, InputStatistics]:
+    """Read the statistics of one layer as they were collected."""
     table = read_table(store, artifact, f"{FOLDER}/{_file(layer)}")
     linears = table["linear"].combine_chunks().to_pylist()
     sums = torch.from_numpy(table["sum_of_squares"].to_numpy().copy())

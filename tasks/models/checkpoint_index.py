@@ -125,6 +125,12 @@ class CheckpointIndex:
         return groups
 
     @property
+    def may_have_experts(self) -> bool:
+        """Whether a weight of a decoder layer has three dimensions, as weights of experts and convolutions."""
+        of_layers = (each for each in (*self.tensors, *self.converted) if each.layer is not None)
+        return any(len(each.entry.shape) > 2 for each in of_layers)
+
+    @property
     def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of the tensors that the model uses, for each layer."""
         return tuple(
