@@ -256,12 +256,14 @@ def unknown_experts(model: PreTrainedModel, prefix: str) -> str | None:
     known: list[str] = []
     for name, module in model.get_submodule(prefix).named_modules():
         if _fused_of(module):
-            if not isinstance(module, SeparateExperts) and not _is_understood(module):
-                return f"{prefix}.{name}"
             known.append(f"{name}.")
-        elif "experts" in name.split(".") and not f"{name}.".startswith(tuple(known)):
-            if not isinstance(module, nn.Linear) and any(each.ndim > 1 for each in module.parameters(False)):
-                return f"{prefix}.{name}"
+            is_known = isinstance(module, SeparateExperts) or _is_understood(module)
+        else:
+            in_experts = "experts" in name.split(".") and not f"{name}.".startswith(tuple(known))
+            has_weights = any(each.ndim > 1 for each in module.parameters(recurse=False))
+            is_known = not in_experts or not has_weights or isinstance(module, nn.Linear)
+        if not is_known:
+            return f"{prefix}.{name}"
     return None
 
 
@@ -287,9 +289,9 @@ def _separate(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> 
         empty = torch.empty(tensor.shape, dtype=parameter.dtype, device="meta")
         parameters |= tensor.split("", empty if values is None else values[name])
     by_linear: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in parameters.items():
+    for name, of_linear in parameters.items():
         linear, _, leaf = name[1:].rpartition(".")
-        by_linear.setdefault(linear, {})[leaf] = parameter
+        by_linear.setdefault(linear, {})[leaf] = of_linear
     for name, own in by_linear.items():
         number, _, leaf = name.partition(".")
         if number not in module._modules:
@@ -301,9 +303,13 @@ def _separate(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> 
     module.__class__ = _separated_class(type(module))
 
 
-@cache
 def _separated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Separate{cls.__name__}", (SeparateExperts, cls), {})
+    if cls not in _separated:
+        _separated[cls] = type(f"Separate{cls.__name__}", (SeparateExperts, cls), {})
+    return _separated[cls]
+
+
+_separated: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _linear_of(weight: Tensor, bias: Tensor | None, is_transposed: bool) -> nn.Module:
@@ -377,7 +383,9 @@ def _small_copy(module: nn.Module, random: Callable[..., Tensor]) -> nn.Module:
     small = {hidden: SMALL_HIDDEN, intermediate: SMALL_INTERMEDIATE, 2 * intermediate: 2 * SMALL_INTERMEDIATE}
     copied = copy(module)
     copied._parameters = {
-        name: None if each is None else nn.Parameter(random(len(each), *(small.get(n, n) for n in each.shape[1:])))
+        name: None
+        if each is None
+        else nn.Parameter(random(len(each), *(small.get(n, n) for n in each.shape[1:])))
         for name, each in module._parameters.items()
     }
     copied._modules = {name: deepcopy(each) for name, each in module._modules.items()}

@@ -136,7 +136,9 @@ def _moments_of_experts(
     The target is the dense weight's output on the pruned model's inputs, whatever ``alpha``: the dense model may send other
     tokens to an expert.
     """
-    every = [Moments.empty([by_name[name].linear for name in names], 0.0, pruned.model.device) for names in groups]
+    every = [
+        Moments.empty([by_name[name].linear for name in names], 0.0, pruned.model.device) for names in groups
+    ]
     tokens = [0] * len(groups)
     for batch in range(len(inputs)):
         with weights_replaced(pruned.layer, weights):

@@ -127,8 +127,8 @@ class CheckpointIndex:
     @property
     def may_have_experts(self) -> bool:
         """Whether a weight of a decoder layer has three dimensions, as weights of experts and convolutions."""
-        of_layers = (each for each in (*self.tensors, *self.converted) if each.layer is not None)
-        return any(len(each.entry.shape) > 2 for each in of_layers)
+        weights: list[ModelWeight] = [*self.tensors, *self.converted]
+        return any(len(each.entry.shape) > 2 for each in weights if each.layer is not None)
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def model_of_shapes(
     values = block.repeat(-(-largest // len(block)))
     model = StreamedModel(config, outer, computing, device)
     experts = fused_tensors(model.layers[layer])
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         weight = values[: math.prod(shape)].view(shape)
         weights |= experts[name].split(name.rpartition(".")[0], weight) if name in experts else {name: weight}

@@ -172,7 +172,10 @@ def _stored_experts(conversion: Conversion, fused: Mapping[str, FusedTensor]) ->
     for name, tensor in made.items():
         if name not in fused or tensor.ndim != 1 + len(SMALL):
             return {}
-        parts = [(part, number * SMALL[0], (number + 1) * SMALL[0]) for number, (part, *_) in enumerate(fused[name].parts)]
+        parts = [
+            (part, number * SMALL[0], (number + 1) * SMALL[0])
+            for number, (part, *_) in enumerate(fused[name].parts)
+        ]
         shape = (fused[name].shape[0], SMALL[0] * len(parts), SMALL[1])
         if tensor.shape != shape:
             return {}
@@ -207,7 +210,11 @@ def model_weights(
     result: dict[str, Tensor] = {}
     for name, weight in wanted.items():
         fused = experts.get(weight.model_name or "")
-        if isinstance(weight, ConvertedWeight) and fused is not None and (known := used[weight.made_by].experts):
+        if (
+            isinstance(weight, ConvertedWeight)
+            and fused is not None
+            and (known := used[weight.made_by].experts)
+        ):
             parameters = zip(fused.names(_owner(name)), fused.names(_owner(weight.name)), strict=True)
             result |= {parameter: stored[known[full]] for parameter, full in parameters}
             continue
@@ -233,7 +240,11 @@ def stored_tensors_of(
     made: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, place in places.items():
         fused = experts.get(place.model_name or "")
-        if isinstance(place, ConvertedWeight) and fused is not None and (known := by_target[place.made_by].experts):
+        if (
+            isinstance(place, ConvertedWeight)
+            and fused is not None
+            and (known := by_target[place.made_by].experts)
+        ):
             parameters = zip(fused.names(_owner(name)), fused.names(_owner(place.name)), strict=True)
             stored |= {known[full]: weights[parameter] for parameter, full in parameters}
             continue
