@@ -12,6 +12,7 @@ from layerwise.allocators.allocator import Allocator
 from layerwise.allocators.alpha_pruning import AlphaPruning, tail_exponent
 from layerwise.allocators.dlp import DLP, typical_score
 from layerwise.allocators.dsa import DSA, log_variance
+from layerwise.allocators.granularity import Granularity, units_of
 from layerwise.allocators.lsa import LSA, half_removed_error
 from layerwise.allocators.owl import OWL, outlier_percentage
 from layerwise.models.skeleton import Linear
@@ -48,11 +49,13 @@ def measure_stage(
     capture: Artifact,
     grams: Artifact | None,
     allocator: Allocator,
-    by_linear: bool,
+    granularity: Granularity,
     linears: Sequence[Sequence[Linear]],
 ) -> Stage:
     """Describe a measurement. The strength of the allocator is not part of the key."""
-    what: dict[str, object] = {"allocator": allocator.method, "by_linear": by_linear}
+    what: dict[str, object] = {"allocator": allocator.method, "by_linear": granularity == "linear"}
+    if granularity == "expert":
+        what["by_expert"] = True
     what["linears"] = [[linear.name for linear in layer] for layer in linears]
     inputs = {"checkpoint": checkpoint.identity}
     if isinstance(allocator, LSA):
@@ -74,21 +77,22 @@ def measure(
     capture: Artifact,
     grams: Artifact | None,
     allocator: Allocator,
-    by_linear: bool,
+    granularity: Granularity,
     linears: Sequence[Sequence[Linear]],
     execution: Execution,
 ) -> Artifact:
-    """Compute one score for every decoder layer, or for every linear.
+    """Compute one score for every decoder layer, or for every part of it (``units_of``).
 
     Args:
         grams: for an allocator that uses second moments.
-        by_linear: score every linear instead of every layer.
+        granularity: what gets a score.
         linears: the prunable linears, by layer.
 
     Returns:
-        An artifact with ``scores.parquet``; columns: layer, linear (null for a score of the layer), score.
+        An artifact with ``scores.parquet``; columns: layer, linear (name of the linear or expert; null for a score of the layer),
+        score.
     """
-    stage = measure_stage(checkpoint, capture, grams, allocator, by_linear, linears)
+    stage = measure_stage(checkpoint, capture, grams, allocator, granularity, linears)
 
     def build(draft: Draft) -> None:
         rows: list[dict[str, object]] = []
@@ -111,8 +115,10 @@ def measure(
                     linear.name: linear.oriented(weights[linear.weight_name]).to(execution.torch_device)
                     for linear in layer
                 }
-                scores = _scores(store, capture, grams, allocator, index, oriented, by_linear)
-                names = [linear.name for linear in layer] if by_linear else [None]
+                units = units_of([linear.name for linear in layer], granularity)
+                of_units = [positions for _, positions in units]
+                scores = _scores(store, capture, grams, allocator, index, oriented, of_units)
+                names = [name for name, _ in units]
                 rows += [
                     {"layer": index, "linear": name, "score": score}
                     for name, score in zip(names, scores, strict=True)
@@ -138,11 +144,11 @@ def _scores(
     allocator: Allocator,
     index: int,
     weights: Mapping[str, Tensor],
-    by_linear: bool,
+    units: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Score one layer: one number, or one for each of its linears."""
+    """Score the units of one layer, given by the positions of their linears."""
     if isinstance(allocator, AlphaPruning):
-        return _means([tail_exponent(weight) for weight in weights.values()], by_linear)
+        return _means([tail_exponent(weight) for weight in weights.values()], units)
     if isinstance(allocator, LSA):
         assert grams is not None, "a search captures what its allocator needs"
         errors = {
@@ -151,17 +157,17 @@ def _scores(
             for name in names
             if name in weights
         }
-        return _means([errors[name] for name in weights], by_linear)
+        return _means([errors[name] for name in weights], units)
     statistics = read_statistics(store, capture, index)
     wanda = [
         weight.abs().float() * statistics[name].norms.to(weight.device) for name, weight in weights.items()
     ]
     of_some = _measurement(allocator)
-    return [of_some([score]) for score in wanda] if by_linear else [of_some(wanda)]
+    return [of_some([wanda[position] for position in unit]) for unit in units]
 
 
-def _means(scores: Sequence[float], by_linear: bool) -> list[float]:
-    return list(scores) if by_linear else [fmean(scores)]
+def _means(scores: Sequence[float], units: Sequence[Sequence[int]]) -> list[float]:
+    return [fmean(scores[position] for position in unit) for unit in units]
 
 
 def _measurement(allocator: Allocator) -> Callable[[list[Tensor]], float]:

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.calibration.gram import InputGram, linears_by_input
 from layerwise.calibration.statistics import InputStatistics
-from layerwise.models.experts import expert_linear, kind_of
+from layerwise.models.expert_names import expert_linear, kind_of
 
 # Tokens that the norms of an input need: the mean of 64 squares of Gaussian values is within 18 % of the truth (one
 # standard deviation), hence the norm within 9 %, while the norms of different channels of a layer differ several times.
@@ -48,6 +48,15 @@ def statistics_to_prune_by(statistics: Mapping[str, InputStatistics]) -> dict[st
             kept = min(tokens, TOKENS_FOR_NORMS)
             replaced |= dict.fromkeys(few, InputStatistics(total * (kept / tokens), kept))
     return {name: replaced.get(name, inputs) for name, inputs in statistics.items()}
+
+
+def tokens_of_experts(statistics: Mapping[str, InputStatistics]) -> dict[str, list[int]]:
+    """Return the number of calibration tokens of every expert of a layer, by the name of the experts' module."""
+    tokens: dict[str, dict[int, int]] = {}
+    for name, inputs in statistics.items():
+        if (place := expert_linear(name)) is not None:
+            tokens.setdefault(place.pool, {})[place.expert] = inputs.tokens
+    return {pool: [count for _, count in sorted(of_pool.items())] for pool, of_pool in tokens.items()}
 
 
 def moments_to_prune_by(grams: Mapping[str, InputGram]) -> dict[str, InputGram]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from layerwise.models.expert_names import expert_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,50 +35,6 @@ BIAS = "_bias"  # after the name of a weight
 # Sizes of the random experts of a comparison.
 SMALL_HIDDEN, SMALL_INTERMEDIATE, SMALL_TOKENS = 4, 3, 7
 TOLERANCE = 1e-4  # of float32 results of size 1
-
-EXPERT_LINEAR = re.compile(r"(?P<pool>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<linear>.+)")
-
-
-@dataclass(frozen=True)
-class ExpertLinear:
-    """Place of a linear among the experts of a layer.
-
-    Attributes:
-        pool: name of the experts' module in the layer, e.g. ``mlp.experts``.
-        expert: number of the expert.
-        linear: name of the linear in the expert, e.g. ``up_proj``.
-    """
-
-    pool: str
-    expert: int
-    linear: str
-
-    @property
-    def kind(self) -> str:
-        """Name that the same linear of all experts shares, e.g. ``mlp.experts.*.up_proj``."""
-        return f"{self.pool}.*.{self.linear}"
-
-    @property
-    def name(self) -> str:
-        """Name of the expert in the layer, e.g. ``mlp.experts.3``."""
-        return f"{self.pool}.{self.expert}"
-
-
-@cache
-def expert_linear(name: str) -> ExpertLinear | None:
-    """Return the place of a linear among the experts of its layer; None for any other linear.
-
-    Args:
-        name: name of the linear in the layer.
-    """
-    match = EXPERT_LINEAR.fullmatch(name)
-    return None if match is None else ExpertLinear(match["pool"], int(match["expert"]), match["linear"])
-
-
-def kind_of(name: str) -> str:
-    """Return the name of a linear in its layer, without the number of the expert."""
-    place = expert_linear(name)
-    return name if place is None else place.kind
 
 
 @dataclass(frozen=True)
@@ -270,7 +227,7 @@ def unknown_experts(model: PreTrainedModel, prefix: str) -> str | None:
 def has_experts(model: PreTrainedModel, prefix: str) -> bool:
     """Return whether a decoder layer has experts that can be separated, or that are."""
     return any(
-        _fused_of(module) or EXPERT_LINEAR.fullmatch(name)
+        _fused_of(module) or expert_linear(name) is not None
         for name, module in model.get_submodule(prefix).named_modules()
     )
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from layerwise.models.experts import SeparateExperts, expert_linear, separate_experts
+from layerwise.models.expert_names import expert_linear
+from layerwise.models.experts import SeparateExperts, separate_experts
 from layerwise.models.skeleton import Linear, layer_prefix, linears_of
 
 if TYPE_CHECKING:

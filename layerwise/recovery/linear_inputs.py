@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layerwise.models.experts import expert_linear, kind_of
+from layerwise.models.expert_names import expert_linear, kind_of
 from layerwise.models.hidden_states import batches
 from layerwise.recovery.pruned_layer import LayerToRecover
 

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from layerwise.calibration.few_tokens import tokens_for_moments
 from layerwise.calibration.gram import require_full_float32
-from layerwise.models.experts import expert_linear
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.conjugate_gradient import minimize
 from layerwise.recovery.linear_inputs import (

@@ -13,7 +13,7 @@ import torch
 from layerwise.calibration.few_tokens import moments_to_prune_by
 from layerwise.calibration.gram import InputGram, linears_by_input
 from layerwise.calibration.upper_triangle import fill_symmetric, upper_panels
-from layerwise.models.experts import expert_linear
+from layerwise.models.expert_names import expert_linear
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore

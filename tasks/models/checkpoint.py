@@ -178,6 +178,11 @@ class Checkpoint:
         """Tensors with the weights of all experts of a layer, by state-dict name."""
         return fused_tensors(self._outline) if self.index.may_have_experts else {}
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return bool(self._experts)
+
     @cached_property
     def _outline(self) -> PreTrainedModel:
         return outline_from_document(self.index.config, self.artifact.key)

@@ -122,6 +122,7 @@ def model_card(
     distillation: str = "",
     mix: Sequence[Mapping[str, Any]] = (),
     auto_class: str = "AutoModelForCausalLM",
+    experts: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -131,10 +132,12 @@ def model_card(
         distillation: how the model was distilled after the pruning; empty if it was not.
         mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
         auto_class: class of transformers that loads the model.
+        experts: calibration tokens of the experts; empty if the model has none.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     fitted = " and recovery of the remaining weights" if recovery else ""
+    tokens = f"## Experts\n\n{plain(experts)}\n\n" if experts else ""
     training = f"## Distillation\n\n{plain(distillation)}\n\n" if distillation else ""
     note = ON_HELD_OUT_TEXT if distillation else "" if recovery else ON_SELECTION_TEXT
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
@@ -154,7 +157,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{_calibration(mix)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
+{_calibration(mix)}{tokens}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 

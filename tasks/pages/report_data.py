@@ -94,6 +94,7 @@ class ReportData:
         theory: findings on the theorems of the paper; None if they were not measured.
         recovery: sentences on the recovery; empty without recovery.
         distillation: result of the distillation; None if the model was not distilled.
+        experts: sentences on the calibration tokens of the experts; empty for most models.
     """
 
     search: str
@@ -112,6 +113,7 @@ class ReportData:
     theory: TheorySection | None
     recovery: str
     distillation: Distillation | None
+    experts: str
 
 
 def report_data(
@@ -151,6 +153,7 @@ def report_data(
             "artifacts": _artifacts(search),
             "texts": _texts(search),
             **_tables_of_recovery(store, search),
+            **_tables_of_experts(search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
             **(
@@ -166,6 +169,7 @@ def report_data(
         theory,
         search.recovery_text,
         distillation,
+        search.experts_text,
     )
 
 
@@ -180,6 +184,17 @@ def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[st
         for name in ("before", "after")
     ]
     return {"recovery": recovery_rows(search.recovery), "recovered_layers": layers}
+
+
+def _tables_of_experts(search: FinishedSearch) -> dict[str, Rows]:
+    """Return the calibration tokens of every expert, and whether it is pruned by the inputs of all of its layer."""
+    rows = [
+        {"layer": row["layer"], "expert": f"{row['experts']}.{expert}", "tokens": tokens}
+        | {"pruned_by_all": expert in row["pruned_by_all"]}
+        for row in search.experts
+        for expert, tokens in enumerate(row["tokens"])
+    ]
+    return {"experts": rows} if rows else {}
 
 
 def _artifacts(search: FinishedSearch) -> Rows:

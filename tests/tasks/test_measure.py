@@ -12,16 +12,16 @@ from layerwise.tasks.measure import measure, read_scores
 from layerwise.tasks.running.execution import Execution
 
 
-def scores(run, allocator, by_linear=False, **execution):
+def scores(run, allocator, granularity="layer", **execution):
     inputs = run.inputs()
     where = Execution(**execution)
-    how = inputs.capture, inputs.grams, allocator, by_linear
+    how = inputs.capture, inputs.grams, allocator, granularity
     return read_scores(run.store, measure.fn(run.store, run.checkpoint, *how, run.linears, where))
 
 
 def test_the_exponent_of_a_layer_is_the_mean_over_its_linears(small_run):
     run = small_run()
-    by_linear = scores(run, AlphaPruning(), by_linear=True)
+    by_linear = scores(run, AlphaPruning(), granularity="linear")
     weights = [
         layer[linear.weight_name].clone()
         for layer, linears in zip(run.checkpoint.layers(), run.linears, strict=True)
