@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, product
 from math import prod
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -21,6 +21,7 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from layerwise.allocators.granularity import Granularity
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
@@ -89,7 +90,7 @@ class Allocation(BaseModel):
     model_config = Search.model_config
 
     allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
-    granularity: Literal["layer", "linear"] | None = Field(default=None, description="As for a search.")
+    granularity: Granularity | None = Field(default=None, description="As for a search.")
     betas: tuple[float, ...] | None = Field(default=None, description="As for a search.")
     offsets: tuple[float, ...] | None = Field(default=None, description="As for a search.")
     strategy: StrategyName | None = Field(default=None, description="As for a search.")

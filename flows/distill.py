@@ -18,7 +18,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane
-from layerwise.tasks.recovery.distill import DistillInputs
+from layerwise.tasks.recovery.distill import DistillInputs, require_distillable
 from layerwise.tasks.recovery.distill import distill as distill_export
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.roles import EVALUATE
@@ -92,7 +92,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
-        ValueError: There is too little memory for the model, or there are too few windows.
+        ValueError: There is too little memory for the model, there are too few windows, or it is a mixture of experts.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
@@ -103,6 +103,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
 def _distilled(store: ArtifactStore, settings: Distill, execution: Execution) -> Artifact:
     finished = reopen_search(store, settings.search, execution)
     before = finished.scored.captured
+    require_distillable(before.checkpoint)
     settings.training.require_windows(settings.windows or shape_of(before.windows["calibration"])[0])
     calibration = _calibration(store, finished, settings.windows)
     exported = finished.exported(store, finished.best, execution)

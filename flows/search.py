@@ -116,6 +116,7 @@ def _publish(
         built=tuple(built),
         bytes_read=checkpoint.bytes_read + _bytes_of_import(store, checkpoint.artifact),
         recovery=recovery,
+        experts=tuple(chosen.scored.expert_rows(store)),
         recovery_text="" if recovery is None else _recovery_text(settings, recovery, stages),
     )
     result, page = commit_result(store, result)

@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from layerwise.allocators.allocator import parameter_name
 from layerwise.allocators.atp import ATP
 from layerwise.allocators.beta_grid import BETA_STEP
+from layerwise.allocators.granularity import Granularity
 from layerwise.flows.setting_types import (
     AllocatorChoice,
     BareUrl,
@@ -111,11 +112,12 @@ class Search(Settings):
         "(one threshold on the pruner's scores over all layers), lamp (one threshold on layer-adaptive magnitudes), er, er_plus "
         "(by the shapes of the linears; need granularity linear), erf, power; or given, with a list of sparsities.",
     )
-    granularity: Literal["layer", "linear"] = Field(
+    granularity: Granularity = Field(
         title="Unit with its own sparsity",
         default="layer",
-        description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear; needs an "
-        "allocator that measures linears (owl, alpha_pruning, dsa, dlp, lsa, global, lamp) or uses their shapes (er, er_plus).",
+        description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear. expert: every "
+        "expert of a mixture of experts, and the other linears of each layer together. linear and expert need an allocator "
+        "that measures linears (owl, alpha_pruning, dsa, dlp, lsa, global, lamp); linear may also use their shapes (er, er_plus).",
     )
     offsets: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = Field(
         title="Offsets between attention and MLP",
@@ -294,7 +296,7 @@ class Search(Settings):
                 f"strategy is projections, and pattern is {self.pattern}, whose levels are further apart than the "
                 "differences that this strategy tries. Leave out the pattern, or use grid, race or two-parameter."
             )
-        if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
+        if self.makes_plans and (self.granularity != "layer" or self._is_fixed_pattern):
             raise ValueError(
                 f"strategy is {self.strategy}, which chooses a sparsity for every layer, but pattern is {self.pattern} "
                 f"and granularity is {self.granularity}. Use N:8 or no pattern, and granularity layer."
@@ -367,7 +369,7 @@ class Search(Settings):
             step,
             self.allocator,
             self.offsets,
-            self.granularity == "linear",
+            self.granularity,
             self.pattern,
         )
 
@@ -381,7 +383,7 @@ class Search(Settings):
         """Name of the allocation in tables: the allocator, and what is searched in addition to its strength."""
         searched = "offset" if self.offsets else self.strategy if self.makes_plans else None
         parts = [self.allocator.method] if searched is None else [self.allocator.method, searched]
-        return "+".join(parts) + (" by linear" if self.granularity == "linear" else "")
+        return "+".join(parts) + ("" if self.granularity == "layer" else f" by {self.granularity}")
 
     @property
     def makes_plans(self) -> bool:

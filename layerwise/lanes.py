@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.few_tokens import statistics_to_prune_by
 from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
@@ -220,7 +221,8 @@ class LaneGroup:
             parameters = self._parameters(index, layer)
             dense = [parameter.clone() for parameter in parameters]
             for number, lane in enumerate(self.lanes[1:], 1):
-                for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
+                inputs = statistics_to_prune_by(lane.statistics[-1])
+                for pruning in self._prunings(index, layer, weights, inputs, [number]):
                     pruning.visit(0)
                 self._calibrate(number, index, layer)
                 outcomes.append(self._score(number, index, layer, dense_input, outcomes[0]))

@@ -54,14 +54,14 @@ def require_compressible(checkpoint: Checkpoint) -> None:
     """Refuse a model that the compressed format cannot hold.
 
     Raises:
-        ValueError: the model is multimodal, or transformers stores its weights in another layout than it computes with.
+        ValueError: the model is multimodal or a mixture of experts, or transformers stores its weights in another layout than it computes with.
     """
-    if is_multimodal(checkpoint.config) or checkpoint.index.converted:
-        kind = (
-            "is multimodal"
-            if is_multimodal(checkpoint.config)
-            else "is stored in another layout than it has in memory"
-        )
+    if is_multimodal(checkpoint.config) or checkpoint.index.converted or checkpoint.has_experts:
+        kind = "is stored in another layout than it has in memory"
+        if is_multimodal(checkpoint.config):
+            kind = "is multimodal"
+        elif checkpoint.has_experts:
+            kind = "is a mixture of experts, whose weights transformers holds in one tensor per layer"
         raise ValueError(
             f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported "
             "folder of the search."

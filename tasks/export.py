@@ -23,6 +23,7 @@ from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
+from layerwise.tasks.lanes.statistics_table import expert_rows
 from layerwise.tasks.models.checkpoint_index import IndexedTensor
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
@@ -37,7 +38,7 @@ from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.roles import COUNTED, LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import recovery_rows, sentence_on_experts, sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import ProgressUpdate, showing
@@ -162,6 +163,9 @@ def export(
                 **asdict(settings.recovery),
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
             }
+        experts = expert_rows(store, calibrated.capture, settings.prunable(linears), settings)
+        if experts:
+            report["experts"] = experts
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
@@ -170,8 +174,15 @@ def export(
         if settings.calibrate_on == "responses":
             counted = counted_document(inputs.calibration, inputs.capture)
             draft.facts[COUNTED] = counted
-        sentence = counted_sentence(counted)
-        content = model_card(card, "dense", section, mix=mix, auto_class=loaded_by, counted=sentence)
+        content = model_card(
+            card,
+            "dense",
+            section,
+            mix=mix,
+            auto_class=loaded_by,
+            counted=counted_sentence(counted),
+            experts=sentence_on_experts(experts),
+        )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
         if mix:

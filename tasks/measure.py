@@ -24,6 +24,7 @@ from layerwise.allocators.global_threshold import (
     fractions_below,
     threshold_bin,
 )
+from layerwise.allocators.granularity import Granularity, Unit, units_of
 from layerwise.allocators.lamp import LAMP, lamp_scores
 from layerwise.allocators.lsa import LSA, half_removed_error
 from layerwise.allocators.owl import OWL, outlier_percentage
@@ -88,12 +89,14 @@ def measure_stage(
     capture: Artifact,
     grams: Artifact | None,
     allocator: Allocator,
-    by_linear: bool,
+    granularity: Granularity,
     linears: Sequence[Sequence[Linear]],
     threshold: Threshold | None = None,
 ) -> Stage:
     """Describe a measurement. The strength of the allocator is not part of the key."""
-    what: dict[str, object] = {"allocator": allocator.method, "by_linear": by_linear}
+    what: dict[str, object] = {"allocator": allocator.method, "by_linear": granularity == "linear"}
+    if granularity == "expert":
+        what["by_expert"] = True
     what["linears"] = [[linear.name for linear in layer] for layer in linears]
     inputs = {"checkpoint": checkpoint.identity}
     if isinstance(allocator, LSA):
@@ -119,26 +122,29 @@ def measure(
     capture: Artifact,
     grams: Artifact | None,
     allocator: Allocator,
-    by_linear: bool,
+    granularity: Granularity,
     linears: Sequence[Sequence[Linear]],
     execution: Execution,
     threshold: Threshold | None = None,
 ) -> Artifact:
-    """Compute one score for every decoder layer, or for every linear.
+    """Compute one score for every decoder layer, or for every part of it (``units_of``).
 
     Args:
         threshold: for an allocator that compares the weights of all layers: the score is the fraction of weights below it.
         grams: for an allocator that uses second moments.
-        by_linear: score every linear instead of every layer.
+        granularity: what gets a score.
         linears: the prunable linears, by layer.
 
     Returns:
-        An artifact with ``scores.parquet``; columns: layer, linear (null for a score of the layer), score.
+        An artifact with ``scores.parquet``; columns: layer, linear (name of the linear or expert; null for a score of the layer),
+        score.
     """
-    stage = measure_stage(checkpoint, capture, grams, allocator, by_linear, linears, threshold)
+    stage = measure_stage(checkpoint, capture, grams, allocator, granularity, linears, threshold)
+    units = [units_of([linear.name for linear in layer], granularity) for layer in linears]
 
     def scores_of(index: int, weights: Mapping[str, Tensor]) -> list[float]:
-        return _scores(store, capture, grams, allocator, index, weights, by_linear)
+        of_units = [positions for _, positions in units[index]]
+        return _scores(store, capture, grams, allocator, index, weights, of_units)
 
     def build(draft: Draft) -> None:
         if threshold is None:
@@ -146,9 +152,8 @@ def measure(
             scores = _score_layers(store, draft, checkpoint, linears, execution, title, scores_of)
         else:
             inputs = store, draft, checkpoint, capture, linears, execution
-            scores = [*_find_threshold(*inputs, threshold, by_linear)]
-        names = [[linear.name for linear in layer] if by_linear else [None] for layer in linears]
-        entries = [(index, name) for index, layer in enumerate(names) for name in layer]
+            scores = [*_find_threshold(*inputs, threshold, units)]
+        entries = [(index, name) for index, layer in enumerate(units) for name, _ in layer]
         rows = [
             {"layer": index, "linear": name, "score": score}
             for (index, name), score in zip(entries, scores, strict=True)
@@ -198,11 +203,19 @@ def _find_threshold(
     linears: Sequence[Sequence[Linear]],
     execution: Execution,
     threshold: Threshold,
-    by_linear: bool,
+    units: Sequence[Sequence[Unit]],
 ) -> tuple[float, ...]:
-    """Find one threshold over all layers in two passes over the weights; return the fraction below it of every entry."""
-    layers, entries = checkpoint.num_layers, [len(layer) if by_linear else 1 for layer in linears]
-    starts = [0, *accumulate(entries)]
+    """Find one threshold over all layers in two passes over the weights; return the fraction below it of every unit.
+
+    Args:
+        units: parts of every layer, see ``units_of``.
+    """
+    layers = checkpoint.num_layers
+    starts = [0, *accumulate(map(len, units))]
+    unit_of = [
+        {position: number for number, (_, positions) in enumerate(layer) for position in positions}
+        for layer in units
+    ]
     upper = torch.zeros(UPPER, dtype=torch.int64)
     below = torch.zeros(starts[-1], dtype=torch.int64)
     within = torch.zeros(starts[-1], LOWER, dtype=torch.int32)
@@ -216,7 +229,7 @@ def _find_threshold(
     def count(step: int, weights: Mapping[str, Tensor]) -> None:
         index = step % layers
         for number, scores in enumerate(_compared_scores(store, capture, threshold, index, weights)):
-            entry = starts[index] + (number if by_linear else 0)
+            entry = starts[index] + unit_of[index][number]
             if step < layers:
                 upper.add_(count_upper(scores))
                 continue
@@ -237,9 +250,11 @@ def _find_threshold(
                 count(before + index, weights)
                 show(before + index + 1)
                 reached(before + index + 1)
-    sizes = [linear.numel for layer in linears for linear in layer]
-    if not by_linear:
-        sizes = [sum(linear.numel for linear in layer) for layer in linears]
+    sizes = [
+        sum(layer[position].numel for position in positions)
+        for layer, parts in zip(linears, units, strict=True)
+        for _, positions in parts
+    ]
     return fractions_below(below.tolist(), within, sizes, threshold.target)
 
 
@@ -284,11 +299,11 @@ def _scores(
     allocator: Allocator,
     index: int,
     weights: Mapping[str, Tensor],
-    by_linear: bool,
+    units: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Score one layer: one number, or one for each of its linears."""
+    """Score the units of one layer, given by the positions of their linears."""
     if isinstance(allocator, AlphaPruning):
-        return _means([tail_exponent(weight) for weight in weights.values()], by_linear)
+        return _means([tail_exponent(weight) for weight in weights.values()], units)
     if isinstance(allocator, LSA):
         assert grams is not None, "a search captures what its allocator needs"
         errors = {
@@ -297,19 +312,19 @@ def _scores(
             for name in names
             if name in weights
         }
-        return _means([errors[name] for name in weights], by_linear)
+        return _means([errors[name] for name in weights], units)
     statistics = read_statistics(store, capture, index)
     wanda = [_wanda_scores(weight, statistics[name]) for name, weight in weights.items()]
     of_some = _measurement(allocator)
-    return [of_some([score]) for score in wanda] if by_linear else [of_some(wanda)]
+    return [of_some([wanda[position] for position in unit]) for unit in units]
 
 
 def _wanda_scores(weight: Tensor, inputs: InputStatistics) -> Tensor:
     return weight.abs().float() * inputs.norms.to(weight.device)
 
 
-def _means(scores: Sequence[float], by_linear: bool) -> list[float]:
-    return list(scores) if by_linear else [fmean(scores)]
+def _means(scores: Sequence[float], units: Sequence[Sequence[int]]) -> list[float]:
+    return [fmean(scores[position] for position in unit) for unit in units]
 
 
 def _measurement(allocator: Allocator) -> Callable[[list[Tensor]], float]:

@@ -24,6 +24,7 @@ from layerwise.tasks.charts.theory_figures import TITLES as THEORY_TITLES
 from layerwise.tasks.charts.theory_figures import figures_of_theory
 from layerwise.tasks.pages.report_data import Extras, ReportData, report_data
 from layerwise.tasks.pages.report_page import report_page
+from layerwise.tasks.results.report_tables import by_kind
 from layerwise.tasks.results.search_result import read_search
 from layerwise.tasks.running.stage_task import stage_task
 
@@ -108,7 +109,7 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
         ),
         "sparsity": sparsity_by_layer(tables["sparsities"]),
         "errors": error_by_layer(tables["errors"]),
-        "linears": sparsity_by_linear(tables["linears"]),
+        "linears": sparsity_by_linear(by_kind(tables["linears"])),
         "stages": time_by_stage(tables["stages"]),
         **({} if data.theory is None else figures_of_theory(data.theory.layers, data.theory.found)),
     }

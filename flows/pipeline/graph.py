@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
@@ -35,6 +35,7 @@ from layerwise.tasks.lanes.dense_states import dense_states_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import recovered_stage
+from layerwise.tasks.lanes.statistics_table import expert_rows
 from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores, threshold_of
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.recovery.recover import recover
@@ -180,6 +181,13 @@ class Scored:
     def uniform(self) -> LaneScore:
         """Lane in which all layers have the same sparsity."""
         return self.scores[0]
+
+    def expert_rows(self, store: ArtifactStore) -> list[dict[str, Any]]:
+        """Return the calibration tokens of the experts, see ``statistics_table.expert_rows``."""
+        before = self.captured
+        calibrates_itself = before.pruning.calibration_mode == "sequential"
+        statistics = self.best.artifact if calibrates_itself else before.capture
+        return expert_rows(store, statistics, before.pruning.prunable(before.linears), before.pruning)
 
     @property
     def plans_to_recover(self) -> dict[str, SparsityPlan]:
@@ -338,7 +346,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     measured: Artifact | None = None
     scores: tuple[float, ...] = ()
     if is_measured(allocation.allocator):
-        to_measure = allocation.allocator, allocation.by_linear, prunable
+        to_measure = allocation.allocator, allocation.granularity, prunable
         threshold = threshold_of(allocation.allocator, settings.pruner, settings.sparsity)
         stage = None
         if checkpoint is not None and statistics is not None and (grams or not settings.needs_grams):

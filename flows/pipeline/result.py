@@ -20,6 +20,7 @@ from layerwise.tasks.results.measured_on import measured_on
 from layerwise.tasks.results.roles import COUNTED, EXPORT, LOADED_BY, MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
+from layerwise.tasks.results.summary import sentence_on_experts
 
 # Packages that may change a number with their version.
 PACKAGES = (
@@ -47,6 +48,7 @@ class SearchResult:
         recovery_text: sentences on the recovery; "" if the search does not recover.
         artifact: artifact of the search itself; None before it is committed.
         report: location of the report's page; "" before it exists.
+        experts: calibration tokens of the experts, see ``statistics_table.expert_rows``; empty for most models.
     """
 
     settings: Search
@@ -61,6 +63,7 @@ class SearchResult:
     recovery_text: str = ""
     artifact: Artifact | None = None
     report: str = ""
+    experts: tuple[Mapping[str, Any], ...] = ()
 
 
 def loading_class(result: SearchResult) -> str:
@@ -86,6 +89,8 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
     }
     if result.recovery is not None:
         document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
+    if result.experts:
+        document["experts"] = {"text": sentence_on_experts(result.experts), "layers": result.experts}
     if mix := mix_rows(result.stages["calibration"].facts):
         document[MIX] = mix
     if result.settings.calibrate_on == "responses":

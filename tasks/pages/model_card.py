@@ -141,6 +141,7 @@ def model_card(
     auto_class: str = "AutoModelForCausalLM",
     counted: str = "",
     tasks: Sequence[Mapping[str, str]] = (),
+    experts: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -152,10 +153,12 @@ def model_card(
         auto_class: class of transformers that loads the model.
         counted: sentence on the calibration tokens that count; empty if all do.
         tasks: rows of the table of few-shot tasks, by title of the column; empty if there are none.
+        experts: calibration tokens of the experts; empty if the model has none.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     fitted = " and recovery of the remaining weights" if recovery else ""
+    tokens = f"## Experts\n\n{plain(experts)}\n\n" if experts else ""
     training = f"## Distillation\n\n{plain(distillation)}\n\n" if distillation else ""
     note = ON_HELD_OUT_TEXT if distillation else "" if recovery else ON_SELECTION_TEXT
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
@@ -175,7 +178,7 @@ every linear.
 
 {_layer_table(card.layers)}
 
-{_calibration(mix, counted)}{recovery}{training}{_results(card.results, note)}{_tasks(tasks)}{_speed(card.speed)}## How to load
+{_calibration(mix, counted)}{tokens}{recovery}{training}{_results(card.results, note)}{_tasks(tasks)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 

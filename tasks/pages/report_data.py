@@ -106,6 +106,7 @@ class ReportData:
         criterion: what the plans were compared by.
         counted: sentence on the calibration tokens that count; empty if all do.
         kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
+        experts: sentences on the calibration tokens of the experts; empty for most models.
     """
 
     search: str
@@ -127,6 +128,7 @@ class ReportData:
     criterion: Criterion
     kl_gain: Mapping[str, Any] | None
     counted: str
+    experts: str
 
 
 def report_data(
@@ -166,6 +168,7 @@ def report_data(
             "artifacts": _artifacts(search),
             "texts": _texts(search),
             **_tables_of_recovery(store, search),
+            **_tables_of_experts(search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
             **(
@@ -184,6 +187,7 @@ def report_data(
         search.selection.criterion,
         None if kl is None or kl.gain is None else vars(kl.gain),
         counted_sentence(_counted(search)),
+        search.experts_text,
     )
 
 
@@ -204,6 +208,17 @@ def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[st
         for name in ("before", "after")
     ]
     return {"recovery": recovery_rows(search.recovery), "recovered_layers": layers}
+
+
+def _tables_of_experts(search: FinishedSearch) -> dict[str, Rows]:
+    """Return the calibration tokens of every expert, and whether it is pruned by the inputs of all of its layer."""
+    rows = [
+        {"layer": row["layer"], "expert": f"{row['experts']}.{expert}", "tokens": tokens}
+        | {"pruned_by_all": expert in row["pruned_by_all"]}
+        for row in search.experts
+        for expert, tokens in enumerate(row["tokens"])
+    ]
+    return {"experts": rows} if rows else {}
 
 
 def _artifacts(search: FinishedSearch) -> Rows:

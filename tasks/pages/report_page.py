@@ -12,7 +12,7 @@ from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.results.distillation import distillation_rows
 from layerwise.tasks.results.measured_on import summary_of
-from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows
+from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows, by_kind
 from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
 from layerwise.tasks.results.summary import sentence_on_stop
@@ -29,7 +29,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "method": method_sentence(data),
         "test": gain_sentence(data),
         "curve": curve_sentence(tables["betas"], data.parameter),
-        "linears": linears_sentence(tables["linears"]),
+        "linears": linears_sentence(by_kind(tables["linears"])),
         "failed": failed_sentence(tables["betas"]),
         "errors": errors_sentence(tables["errors"]),
         "recovery": data.recovery,
@@ -49,7 +49,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         exported=next((row["bytes"] for row in tables["artifacts"] if row["role"] == "export"), None),
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),
-        linears=_by_layer(tables["linears"], "linear", "sparsity"),
+        linears=_by_layer(by_kind(tables["linears"]), "linear", "sparsity"),
         recovery=tables.get("recovery"),
         recovered_layers=_by_layer(tables.get("recovered_layers", []), "error", "value"),
         theory=data.theory,

@@ -78,6 +78,20 @@ class DistillInputs:
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 
+def require_distillable(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose linears are not tensors of the checkpoint.
+
+    Raises:
+        ValueError: the model is a mixture of experts.
+    """
+    if checkpoint.has_experts:
+        raise ValueError(
+            f"{checkpoint.config.model_type} is a mixture of experts: distillation trains linears that are tensors of their "
+            "own, and transformers keeps all experts of a layer in one. Search with --recover train instead, which trains "
+            "one layer at a time."
+        )
+
+
 def distill_stage(
     inputs: DistillInputs, settings: DistillSettings, card: ModelCard, recovery: str = ""
 ) -> Stage:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerwise.models.expert_names import kind_of
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
@@ -186,6 +187,17 @@ def linears_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
     """Return the realised sparsity of every linear of the best plan."""
     table = read_table(store, search.lane(search.selection.best_row), LINEARS_FILE)
     return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in table.to_pylist()]
+
+
+def by_kind(linears: Rows) -> Rows:
+    """Add up the rows of ``linears_table`` for the same linear of all experts of a layer, for figures."""
+    rows: dict[tuple[int, str], Row] = {}
+    for row in linears:
+        kind = kind_of(row["linear"])
+        total = rows.setdefault((row["layer"], kind), {**row, "linear": kind, "weights": 0, "zeros": 0})
+        total["weights"] += row["weights"]
+        total["zeros"] += row["zeros"]
+    return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in rows.values()]
 
 
 def plan_name(search: FinishedSearch, row: ScoreRow) -> str:

@@ -1,6 +1,7 @@
 """Summary of a search for people, in rows and sentences: the same on the terminal, in Prefect and in the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from layerwise.scoring.criterion import KL
 from layerwise.scoring.perplexity import format_divergence, format_perplexity, rounded_perplexity
@@ -10,6 +11,8 @@ from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, RECOVERED_BEST
 from layerwise.tasks.results.selection import Selection
 from layerwise.tasks.texts.calibrate_on import CalibrateOn
+
+NAMED_EXPERTS = 8  # in a sentence; result.json names all
 
 
 def table_rows(selection: Selection) -> list[dict[str, str | float]]:
@@ -101,6 +104,29 @@ def sentences_on_recovery(
             "The test text is from the same source as the calibration text; on other text the recovery may gain less."
         )
     return " ".join(parts)
+
+
+def sentence_on_experts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """State the calibration tokens of the experts, and which of them got few; "" for other models.
+
+    Args:
+        rows: see ``statistics_table.expert_rows``.
+    """
+    if not rows:
+        return ""
+    counts = sorted(count for row in rows for count in row["tokens"])
+    few = [f"{row['layer']}.{row['experts']}.{expert}" for row in rows for expert in row["pruned_by_all"]]
+    text = (
+        f"Calibration tokens of the {len(counts):,} experts in {len({row['layer'] for row in rows})} layers: from {counts[0]:,} "
+        f"to {counts[-1]:,}, median {counts[len(counts) // 2]:,}."
+    )
+    if not few:
+        return text
+    more = "" if len(few) <= NAMED_EXPERTS else f" and {len(few) - NAMED_EXPERTS:,} more"
+    return (
+        f"{text} Too few for statistics of their own: {', '.join(few[:NAMED_EXPERTS])}{more}. These were pruned by the inputs "
+        "of all experts of their layer."
+    )
 
 
 def sentence_on_stop(stop_after: int | None, tried: int) -> str:

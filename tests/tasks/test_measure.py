@@ -18,10 +18,10 @@ from layerwise.tasks.measure import measure, read_scores, threshold_of
 from layerwise.tasks.running.execution import Execution
 
 
-def scores(run, allocator, by_linear=False, **execution):
+def scores(run, allocator, granularity="layer", **execution):
     inputs = run.inputs()
     where = Execution(**execution)
-    how = inputs.capture, inputs.grams, allocator, by_linear
+    how = inputs.capture, inputs.grams, allocator, granularity
     threshold = threshold_of(allocator, run.pruning.pruner, run.pruning.target)
     measured = measure.fn(run.store, run.checkpoint, *how, run.linears, where, threshold)
     return read_scores(run.store, measured)
@@ -29,7 +29,7 @@ def scores(run, allocator, by_linear=False, **execution):
 
 def test_the_exponent_of_a_layer_is_the_mean_over_its_linears(small_run):
     run = small_run()
-    by_linear = scores(run, AlphaPruning(), by_linear=True)
+    by_linear = scores(run, AlphaPruning(), granularity="linear")
     weights = [
         layer[linear.weight_name].clone()
         for layer, linears in zip(run.checkpoint.layers(), run.linears, strict=True)
@@ -84,7 +84,7 @@ def test_a_threshold_removes_the_lowest_scores_of_the_whole_model_also_after_int
     removed = owner[scored.topk(round(run.pruning.target * len(scored)), largest=False).indices]
     sizes = owner.bincount()
     expected = removed.bincount(minlength=len(sizes)) / sizes
-    whole = scores(run, allocator, by_linear=True)
+    whole = scores(run, allocator, granularity="linear")
     by_linear = torch.tensor(whole)
     assert torch.allclose(by_linear, expected, atol=2e-3)  # equal scores are shared out
     assert float((by_linear * sizes).sum()) == pytest.approx(run.pruning.target * len(scored), rel=1e-6)
@@ -95,8 +95,8 @@ def test_a_threshold_removes_the_lowest_scores_of_the_whole_model_also_after_int
     again = small_run(run.folder, store=another_store(), pruner=pruner)
     for call in (2, 3):  # at the second layer of the first pass, and at the first layer of the second pass
         with dying_at("layerwise.tasks.measure._compared_scores", call):
-            scores(again, allocator, by_linear=True, boundary_layers=1)
-    assert scores(again, allocator, by_linear=True) == whole
+            scores(again, allocator, granularity="linear", boundary_layers=1)
+    assert scores(again, allocator, granularity="linear") == whole
 
 
 def test_an_interrupted_capture_of_gram_matrices_resumes_at_the_saved_layer(
