@@ -21,8 +21,7 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from layerwise.allocators.granularity import Granularity
-from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan
 from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build

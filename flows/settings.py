@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from layerwise.allocators.allocator import parameter_name
 from layerwise.allocators.atp import ATP
 from layerwise.allocators.beta_grid import BETA_STEP
-from layerwise.allocators.granularity import Granularity
+from layerwise.allocators.sparsity_plan import Granularity
 from layerwise.flows.setting_types import (
     AllocatorChoice,
     BareUrl,

@@ -9,8 +9,7 @@ from layerwise.allocators.atp import ATP
 from layerwise.allocators.attention_offset import with_offset
 from layerwise.allocators.beta_grid import beta_grid, beta_grid_size, beta_spread
 from layerwise.allocators.budget import fitted
-from layerwise.allocators.granularity import Granularity, units_of
-from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan, units_of
 from layerwise.models.expert_names import kind_of
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.patterns import Pattern, on_levels

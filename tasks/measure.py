@@ -24,10 +24,10 @@ from layerwise.allocators.global_threshold import (
     fractions_below,
     threshold_bin,
 )
-from layerwise.allocators.granularity import Granularity, Unit, units_of
 from layerwise.allocators.lamp import LAMP, lamp_scores
 from layerwise.allocators.lsa import LSA, half_removed_error
 from layerwise.allocators.owl import OWL, outlier_percentage
+from layerwise.allocators.sparsity_plan import Granularity, Unit, units_of
 from layerwise.calibration.statistics import InputStatistics
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import Pruner

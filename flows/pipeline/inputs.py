@@ -4,8 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.granularity import units_of
-from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan, units_of
 from layerwise.flows.pipeline.search_strategy import first_lanes
 from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora

@@ -11,6 +11,7 @@ from layerwise.calibration.upper_triangle import panel_entries
 from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import RANKED_ENTRIES
@@ -137,7 +138,7 @@ class SearchSizes:
     @property
     def grams(self) -> int:
         """Stored Gram matrices of all layers; an upper bound, as linears with the same input share one matrix."""
-        return sum(4 * panel_entries(linear.in_features) for layer in self.linears for linear in layer)
+        return sum(4 * panel_entries(width) for layer in self.linears for width in _inputs_of(layer))
 
     @property
     def second_moments(self) -> dict[str, int]:
@@ -148,10 +149,8 @@ class SearchSizes:
         )
         held = max(
             sum(
-                4 * linear.in_features**2
-                if isinstance(pruner, MaskPruner)
-                else prepared_bytes(pruner, linear.in_features)
-                for linear in layer
+                4 * width**2 if isinstance(pruner, MaskPruner) else prepared_bytes(pruner, width)
+                for width in _inputs_of(layer)
             )
             for layer in self.linears
         )
@@ -229,3 +228,12 @@ class SearchSizes:
             "layer cannot be split over devices: use a device with more memory, the pruner wanda without recovery, which "
             "needs the least, or --device cpu."
         )
+
+
+def _inputs_of(layer: Sequence[Linear]) -> list[int]:
+    """Return the widths of the inputs of a layer's linears. The linears of an expert with the same width share one input."""
+    widths: dict[tuple[str, int], int] = {}
+    for linear in layer:
+        place = expert_linear(linear.name)
+        widths[linear.name if place is None else place.name, linear.in_features] = linear.in_features
+    return list(widths.values())

@@ -274,7 +274,7 @@ class SmallRun:
         if not self.pruning.needs_grams:
             return None
         inputs = self.store, self.checkpoint, self.windows["calibration"], self.pruning.dtype
-        return capture_grams.fn(*inputs, Execution(**execution), self.pruning.needs_sums)
+        return capture_grams.fn(*inputs, Execution(**execution), with_sums=self.pruning.needs_sums)
 
     def branch(self, *betas: float, **execution) -> list[LaneScore]:
         plans, where = self.plans(betas), Execution(**execution)
