@@ -96,8 +96,8 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             else quantization
         )
         raise ValueError(
-            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32 and fp8 with block "
-            "scales can be read. Give the original model. The pruned model can be quantized afterwards."
+            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32, fp8 with block "
+            "scales and mxfp4 can be read. Give the original model. The pruned model can be quantized afterwards."
         )
     return built(_config, document, f"{CONFIG} of {name}")
 

@@ -238,8 +238,8 @@ def test_a_refit_changes_the_experts_that_enough_tokens_reach_and_lowers_the_err
     recovered, *_ = recover.fn(run.store, run.inputs(), [plan], run.linears, run.pruning, Execution())
     outcomes = read_table(run.store, recovered, OUTCOMES_FILE).to_pylist()
     assert all(row["accepted"] and row["after"] < row["before"] for row in outcomes)
-    (one_shot,) = replace(run, pruning=run.pruning.one_shot).branch(0.0)
-    pruned = run.exported_model(one_shot).model.layers[0].mlp.experts
+    one_shot = replace(run, pruning=run.pruning.one_shot)
+    pruned = one_shot.exported_model(one_shot.branch(0.0)[0]).model.layers[0].mlp.experts
     weights = RecoveredLayers(run.store, plan, run.inputs(), run.pruning).existing(0)
     tokens = json.loads(run.store.read(run.capture(), "statistics/tokens-00000.json"))["mlp.experts"]
     assert sum(tokens) == 2 * 40 * 12
