@@ -5,6 +5,8 @@
 Takes about an hour on two cores with the demo model. Start it again after an interruption: it continues.
 """
 
+from collections.abc import Sequence
+
 from layerwise import Search
 from layerwise.flows.compare import Compare, compare
 from layerwise.flows.orchestration.embedded_server import ServerStart
@@ -12,11 +14,9 @@ from layerwise.flows.runtime import FanOutRuntime
 from layerwise.scoring.perplexity import format_perplexity
 
 
-def main(common: Search, runtime: FanOutRuntime) -> None:
-    """Run the four searches. Those with the same seed share the pass of the dense model."""
-    settings = Compare.model_validate(
-        {"search": common, "pruners": ["wanda", "sparsegpt"], "recoveries": ["none", "refit"]}
-    )
+def main(common: Search, runtime: FanOutRuntime, pruners: Sequence[str] = ("wanda", "sparsegpt")) -> None:
+    """Run the searches. Those with the same seed share the pass of the dense model."""
+    settings = Compare.model_validate({"search": common, "pruners": pruners, "recoveries": ["none", "refit"]})
     for each in compare(settings, runtime):
         search, test = each.result.settings, each.result.test
         recovery = "one-shot" if search.recover is None else search.recover.method
