@@ -63,17 +63,6 @@ class LoadedTasks:
     groups: tuple[TaskGroup, ...] = ()
 
 
-def load_questions(
-    names: Sequence[str],
-    documents: int | None = None,
-    seed: int = 0,
-    trust_task_code: bool = False,
-    fewshot: int | None = None,
-) -> list[Questions]:
-    """Load the questions of tasks, see ``load_tasks``."""
-    return list(load_tasks(names, documents, seed, trust_task_code, fewshot).questions)
-
-
 def load_tasks(
     names: Sequence[str],
     documents: int | None = None,

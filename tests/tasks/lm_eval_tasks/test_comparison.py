@@ -7,10 +7,9 @@ from layerwise.storage.stage import Stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lm_eval_tasks.answers import read_answers, write_answers
 from layerwise.tasks.lm_eval_tasks.comparison import compare_zero_shot
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
-from tests.lm_task_files import give_words, some_documents, write_task
+from tests.lm_task_files import give_words, load_questions, some_documents, write_task
 
 
 @pytest.fixture
