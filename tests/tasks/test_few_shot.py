@@ -94,6 +94,7 @@ def test_examples_of_a_group_are_those_of_lm_eval_and_its_average_too(
 
 def test_generated_answers_and_their_length_are_those_of_lm_eval(local_store, folder_of, tmp_path):
     folder = folder_of()  # has 64 positions, too few for the last prompt
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
     documents = some_documents(20, seed=1)
     documents.append({**documents[0], "question": "red blue green " * 30})
     task = write_generated_task(tmp_path, "writing", documents, num_fewshot=1)
@@ -200,6 +201,7 @@ def test_the_number_of_examples_is_that_of_the_task_the_option_or_the_file(
         ({"num_fewshot": 0}, ":2", "sets num_fewshot to 0, which lm-eval never changes"),
         ({}, ":7", "cannot be asked with 7 examples"),
         ({"generation_kwargs": {"do_sample": True, "temperature": 0.5}}, "", "draws its answers at random"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "", "draws its answers at random"),
         ({"repeats": 4}, "", "draws its answers at random"),
         ({"metric_list": [{"metric": "bleu"}]}, "", "no metric that says whether an answer is right"),
         ({"filter_list": [{"name": "x", "filter": [{"function": "none such"}]}]}, "", "cannot be loaded"),
