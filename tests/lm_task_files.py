@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.lm_eval_tasks.questions import Questions
+from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
 
@@ -76,6 +77,11 @@ def give_words(folder: Path, special: Mapping[str, str] | None = None) -> Path:
     roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if special is None else special
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
     return folder
+
+
+def load_questions(*arguments, **options) -> list[Questions]:
+    """Return the questions of tasks, see ``load_tasks``."""
+    return list(load_tasks(*arguments, **options).questions)
 
 
 def answered(

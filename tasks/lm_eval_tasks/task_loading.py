@@ -63,17 +63,6 @@ class LoadedTasks:
     groups: tuple[TaskGroup, ...] = ()
 
 
-def load_questions(
-    names: Sequence[str],
-    documents: int | None = None,
-    seed: int = 0,
-    trust_task_code: bool = False,
-    fewshot: int | None = None,
-) -> list[Questions]:
-    """Load the questions of tasks, see ``load_tasks``."""
-    return list(load_tasks(names, documents, seed, trust_task_code, fewshot).questions)
-
-
 def load_tasks(
     names: Sequence[str],
     documents: int | None = None,
@@ -292,7 +281,9 @@ def _check_generation(task: "Task") -> None:
             f"the task {name} has {unknown[0]!r} in its generation_kwargs, which may run code. Allowed are "
             f"{', '.join(sorted(GENERATION))}."
         )
-    if options.get("do_sample") or options.get("temperature") or (task.get_config("repeats") or 1) > 1:
+    # lm-eval ignores the temperature if do_sample is false.
+    drawn = options.get("do_sample", bool(options.get("temperature")))
+    if drawn or (task.get_config("repeats") or 1) > 1:
         raise ValueError(
             f"the task {name} draws its answers at random (do_sample, temperature or repeats), so that differences of two "
             "models would be differences of the draws, too. Choose a task with greedy answers, or copy its file with "

@@ -20,24 +20,18 @@ from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
 from tests.lm_task_files import some_documents, write_generated_task, write_task
 
-DRAWN = {"documents": 7, "seed": 3}
+DRAWN = {"documents": 7, "seed": 3}  # of the larger task; the smaller one is asked completely
 
 
-@pytest.fixture
-def group(tmp_path) -> str:
-    """A group of two tasks of different sizes, averaged by size, of which one draws its examples from another split."""
+def write_group(folder: Path, weight_by_size: bool) -> str:
+    """Write a group of two tasks of different sizes; one draws its examples at random, the other takes the first."""
     members = []
-    for name, count in (("small", 5), ("large", 14)):
-        examples = (
-            {"fewshot_split": "validation"} if name == "small" else {"fewshot_config": {"sampler": "first_n"}}
-        )
-        members.append(
-            json.loads(
-                Path(write_task(tmp_path, name, some_documents(count, seed=count), **examples)).read_text()
-            )
-        )
-    rules = [{"metric": "acc", "weight_by_size": True}]
-    path = tmp_path / "group" / "both.yaml"
+    for count, sampler in ((5, "default"), (14, "first_n")):
+        own = {"fewshot_split": "validation", "fewshot_config": {"sampler": sampler}}
+        task = write_task(folder, sampler, some_documents(count, seed=count), **own)
+        members.append(json.loads(Path(task).read_text()))
+    rules = [{"metric": "acc", "weight_by_size": weight_by_size}]
+    path = folder / "group" / "both.yaml"
     path.parent.mkdir()
     path.write_text(json.dumps({"group": "both", "task": members, "aggregate_metric_list": rules}))
     return str(path)
@@ -53,7 +47,7 @@ def by_lm_eval(folder, task: str, shots: int | None, documents: dict[str, list[i
         tasks=[Path(task).stem],
         num_fewshot=shots,
         samples=documents,
-        bootstrap_iters=0,
+        bootstrap_iters=10,
         task_manager=manager,
     )
 
@@ -67,14 +61,16 @@ def answers_of(store, folder, tasks, way="memory", boundary_layers=None, **optio
     )
 
 
-@pytest.mark.parametrize("way", ["streamed", "memory"])
-def test_examples_of_a_group_are_those_of_lm_eval_and_its_average_too(local_store, folder_of, group, way):
-    folder = folder_of()
+@pytest.mark.parametrize("way, by_size", [("streamed", True), ("memory", False)])
+def test_examples_of_a_group_are_those_of_lm_eval_and_its_average_too(
+    local_store, folder_of, tmp_path, way, by_size
+):
+    folder, group = folder_of(), write_group(tmp_path, by_size)
     loaded, artifacts = answers_of(local_store, folder, [f"{group}:2"], way, **DRAWN)
     chosen = {
         of_task.task: list(of_task.document_ids) for of_task in loaded.questions if of_task.available > 7
     }
-    expected = by_lm_eval(folder, group, 2, chosen | {"both::small": None})
+    expected = by_lm_eval(folder, group, 2, chosen | {"both::default": None})
     for of_task in loaded.questions:
         samples = expected["samples"][of_task.task]
         assert of_task.shots == 2
@@ -89,14 +85,16 @@ def test_examples_of_a_group_are_those_of_lm_eval_and_its_average_too(local_stor
     results = expected["groups"]["both"]
     assert (row.task, row.documents, row.shots) == ("both", 12, 2)
     assert row.best.value == pytest.approx(results["acc,none"])
+    assert row.best.standard_error == pytest.approx(results["acc_stderr,none"])
     assert comparison.average.best.value == row.best.value
     shown = comparison_rows(comparison)
-    assert [each["task"] for each in shown] == ["both", "- both::small", "- both::large", "average"]
+    assert [each["task"] for each in shown] == ["both", "- both::default", "- both::first_n", "average"]
     assert shown[0]["examples"] == 2
 
 
 def test_generated_answers_and_their_length_are_those_of_lm_eval(local_store, folder_of, tmp_path):
     folder = folder_of()  # has 64 positions, too few for the last prompt
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
     documents = some_documents(20, seed=1)
     documents.append({**documents[0], "question": "red blue green " * 30})
     task = write_generated_task(tmp_path, "writing", documents, num_fewshot=1)
@@ -203,6 +201,7 @@ def test_the_number_of_examples_is_that_of_the_task_the_option_or_the_file(
         ({"num_fewshot": 0}, ":2", "sets num_fewshot to 0, which lm-eval never changes"),
         ({}, ":7", "cannot be asked with 7 examples"),
         ({"generation_kwargs": {"do_sample": True, "temperature": 0.5}}, "", "draws its answers at random"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "", "draws its answers at random"),
         ({"repeats": 4}, "", "draws its answers at random"),
         ({"metric_list": [{"metric": "bleu"}]}, "", "no metric that says whether an answer is right"),
         ({"filter_list": [{"name": "x", "filter": [{"function": "none such"}]}]}, "", "cannot be loaded"),

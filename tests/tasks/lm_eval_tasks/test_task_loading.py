@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.scoring.continuations import Score
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
-from tests.lm_task_files import some_documents, write_task
+from tests.lm_task_files import load_questions, some_documents, write_task
 
 
 @pytest.fixture
