@@ -95,11 +95,12 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     return run_announced(
         store,
         f"zero-shot: {', '.join(settings.tasks)}",
-        lambda: rebuild_damaged(store, lambda: _compare_models(store, settings, execution)),
+        lambda: rebuild_damaged(store, lambda: compare_models(store, settings, execution)),
     )
 
 
-def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
+def compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
+    """Let the models of a finished search answer the tasks, and make the report of the search again."""
     loaded = load_tasks(
         settings.tasks, settings.documents, settings.seed, settings.trust_task_code, settings.fewshot
     )
