@@ -28,6 +28,7 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.calibration_mix import mix_of_export
 from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.results.summary import sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -80,7 +81,8 @@ def compress(
 
     def build(draft: Draft) -> None:
         shards = _shards(exported)
-        pruned = _pruned_weights(json.loads(store.read(exported, SPARSITY_FILE))["linears"])
+        report = json.loads(store.read(exported, SPARSITY_FILE))
+        pruned = _pruned_weights(report["linears"])
         _write_shards(store, draft, exported, shards, pruned, execution)
         for name in (*copied_files(exported.files), SPARSITY_FILE):
             draft.write(name, store.read(exported, name))
@@ -89,7 +91,8 @@ def compress(
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
         mix = mix_of_export(exported.facts)
-        draft.write(CARD_FILE, model_card(card, "compressed", recovery, mix=mix).encode())
+        dense = sentences_on_dense_linears(report.get("dense", ()), len(report["layers"]))
+        draft.write(CARD_FILE, model_card(card, "compressed", recovery, mix=mix, dense=dense).encode())
         draft.facts |= sizes
 
     result = store.get_or_build(compress_stage(exported.key, card, recovery), build)

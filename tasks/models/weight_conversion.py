@@ -5,6 +5,7 @@ one makes several, by operations of transformers (merge, concatenate, split, tra
 give an export the names and the layout of its source.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from layerwise.tasks.models.checkpoint_index import ConvertedWeight, ModelWeight
+from layerwise.tasks.models.checkpoint_index import ConvertedWeight, IndexedTensor, ModelWeight
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,12 @@ class Conversion:
         made = converter.convert(key, model=self.model, config=self.model.config)
         prefix = f"{self.model.base_model_prefix}."  # the weights may have it where the sources do not
         tensors = {name.removeprefix(prefix): _only(tensor) for name, tensor in made.items()}
-        return {source.name: tensors[source.renamed.removeprefix(prefix)] for source in self.sources}
+        names = {source.name: source.renamed.removeprefix(prefix) for source in self.sources}
+        if missing := sorted(name for name in names.values() if name not in tensors):
+            raise ValueError(
+                f"the reversed conversion of {self.target} makes {', '.join(sorted(tensors)[:3])}, but not {missing[0]}"
+            )
+        return {source: tensors[name] for source, name in names.items()}
 
 
 class StoredNames:
@@ -158,6 +165,33 @@ def model_weights(
         name: made[weight.name] if isinstance(weight, ConvertedWeight) else stored[weight.name]
         for name, weight in wanted.items()
     }
+
+
+def require_same_conversions(
+    conversions: Iterable[Conversion], tensors: Iterable[IndexedTensor], name: str
+) -> None:
+    """Raise if transformers converts the tensors of an imported checkpoint in another way than at the import.
+
+    Args:
+        conversions: of the installed transformers.
+        tensors: of the checkpoint.
+        name: name of the checkpoint, for the error.
+
+    Raises:
+        ValueError: a conversion is missing, or has other sources; the message names it.
+    """
+    imported: dict[str, set[str]] = defaultdict(set)
+    for tensor in tensors:
+        if tensor.part_of is not None:
+            imported[tensor.part_of].add(tensor.name)
+    known = {each.target: {source.name for source in each.sources} for each in conversions}
+    changed = sorted(target for target, sources in imported.items() if known.get(target) != sources)
+    if changed:
+        raise ValueError(
+            f"{name} was imported with another version of transformers, which makes {', '.join(changed[:3])} from other "
+            f"stored tensors than transformers {transformers_version} does. Use that version, or remove the artifact "
+            "(layerwise gc) and import the model again."
+        )
 
 
 def _only(tensor: Tensor | list[Tensor]) -> Tensor:

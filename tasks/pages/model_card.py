@@ -122,6 +122,7 @@ def model_card(
     distillation: str = "",
     mix: Sequence[Mapping[str, Any]] = (),
     auto_class: str = "AutoModelForCausalLM",
+    dense: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -131,6 +132,7 @@ def model_card(
         distillation: how the model was distilled after the pruning; empty if it was not.
         mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
         auto_class: class of transformers that loads the model.
+        dense: sentences on the linears that stay dense by default; empty if there are none.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
@@ -150,7 +152,7 @@ This model was made from {code(card.base_model)} with layerwise, by one-shot pru
 ## Plan
 
 Every decoder layer has its own sparsity{by}, from {low:.1f} % to {high:.1f} %. `sparsity.json` has the sparsity of
-every linear.
+every linear.{f" {plain(dense)}" if dense else ""}
 
 {_layer_table(card.layers)}
 
