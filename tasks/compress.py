@@ -28,6 +28,7 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export
 from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.results.summary import sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -91,7 +92,8 @@ def compress(
 
     def build(draft: Draft) -> None:
         shards = _shards(exported)
-        pruned = _pruned_weights(json.loads(store.read(exported, SPARSITY_FILE))["linears"])
+        report = json.loads(store.read(exported, SPARSITY_FILE))
+        pruned = _pruned_weights(report["linears"])
         _write_shards(store, draft, exported, shards, pruned, execution)
         for name in (*copied_files(exported.files), SPARSITY_FILE):
             draft.write(name, store.read(exported, name))
@@ -100,7 +102,8 @@ def compress(
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
         mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
-        content = model_card(card, "compressed", recovery, mix=mix, counted=counted, tasks=tasks)
+        dense = sentences_on_dense_linears(report.get("dense", ()), len(report["layers"]))
+        content = model_card(card, "compressed", recovery, mix=mix, counted=counted, tasks=tasks, dense=dense)
         draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 

@@ -38,7 +38,12 @@ from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.roles import COUNTED, LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
-from layerwise.tasks.results.summary import recovery_rows, sentence_on_experts, sentences_on_recovery
+from layerwise.tasks.results.summary import (
+    recovery_rows,
+    sentence_on_experts,
+    sentences_on_dense_linears,
+    sentences_on_recovery,
+)
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import ProgressUpdate, showing
@@ -131,7 +136,7 @@ def export(
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
     Unpruned tensors, configuration and tokenizer are copied from the source byte for byte. The folder also holds
-    ``sparsity.json`` (the plan, and the realised sparsity of every linear) and a model card.
+    ``sparsity.json`` (the plan, the realised sparsity of every linear, and the linears that stay dense) and a model card.
 
     Args:
         uniform: score of the uniform plan, for the model card.
@@ -156,6 +161,8 @@ def export(
             "layers": list(chosen.plan.layers),
             "linears": writer.rows,
         }
+        if checkpoint.dense_rows:
+            report["dense"] = checkpoint.dense_rows
         section = ""
         if recovery is not None:
             section = recovery.section(store, inputs, settings)
@@ -182,6 +189,7 @@ def export(
             auto_class=loaded_by,
             counted=counted_sentence(counted),
             experts=sentence_on_experts(experts),
+            dense=sentences_on_dense_linears(checkpoint.dense_rows, checkpoint.num_layers),
         )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}

@@ -251,7 +251,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         stages=[("checkpoint", inputs.import_stage)],
         build=build_checkpoint,
         work="import",
-        reads=lambda sizes: sizes.weights,
+        reads=lambda sizes: sizes.files,
         writes=lambda sizes: 0 if sizes.index.in_place else sizes.files,
         seconds=lambda times: times.importing,
     )
@@ -538,7 +538,7 @@ def _export_step(
         stages=[(EXPORT, stage)],
         build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
         work="write the pruned checkpoint",
-        reads=lambda sizes: sizes.weights,
+        reads=lambda sizes: sizes.files,
         writes=lambda sizes: sizes.files,
         seconds=lambda times: times.export,
     )

@@ -46,7 +46,7 @@ class SearchTimes:
     def importing(self) -> float | None:
         """Import of the model; None if it is downloaded or converted."""
         rate = self.transfer.imported
-        return None if rate is None else self.sizes.weights / rate
+        return None if rate is None else self.sizes.files / rate
 
     @property
     def capture(self) -> float:
@@ -72,7 +72,9 @@ class SearchTimes:
         """Pruning and writing of the best model."""
         layer = self.compute.preparing + self.compute.pruning
         written = self.written(self.sizes.weights)
-        return self._pass(layer + self._grams_of_a_layer + written / self._layers)
+        copied = self.sizes.files - self.sizes.weights  # e.g. image encoders
+        rest = self._read(copied) + self.written(copied)
+        return self._pass(layer + self._grams_of_a_layer + written / self._layers) + rest
 
     @property
     def evaluation(self) -> float:

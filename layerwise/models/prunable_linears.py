@@ -6,7 +6,7 @@ import logging
 import re
 from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,12 @@ KEPT_DENSE = re.compile(
 # A router has one output per expert, and the gate of a shared expert has one. They decide where every token goes, and
 # hold less than 1 % of a layer's weights. Most are no linears in transformers. Bias terms of routers are no weights.
 ROUTER = re.compile(r"(^|\.)router(\.|$)")
+# Reasons why a linear stays dense.
+GATE = "a small gate: it has one output per head, and an error in it grows along the sequence"
+UNCALLED = (
+    "the model does not call it but uses its weight directly, or not at all, so its inputs cannot be measured"
+)
+ROUTER_REASON = "it decides which experts a token reaches"
 PROBE_TOKENS = 8
 
 # What `_called_linears` found, by configuration: a process opens the same model many times.
@@ -101,6 +107,21 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
         and expert_linear(linear.name) is None
         and (linear.out_features in (1, number) or ROUTER.search(linear.name))
     }
+
+
+def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the linears that are not pruned, with the reason, as plain values: one row for each name in the layers."""
+    called, layers = _called_linears(model), dict[tuple[str, str], list[int]]()
+    for name in dense_linears(model):
+        index, _, linear = name.partition(".")
+        if KEPT_DENSE.search(linear):
+            reason = GATE
+        else:
+            reason = UNCALLED if called is not None and name not in called else ROUTER_REASON
+        layers.setdefault((linear, reason), []).append(int(index))
+    return [
+        {"linear": linear, "layers": where, "reason": reason} for (linear, reason), where in layers.items()
+    ]
 
 
 @cache

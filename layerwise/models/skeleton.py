@@ -70,7 +70,13 @@ def check_supported(config: PretrainedConfig) -> None:
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )
 
-    text_config = config.get_text_config()
+    try:
+        text_config = config.get_text_config()
+    except ValueError as error:  # one for text that is read, and one for what is written, e.g. music
+        raise UnsupportedModel(
+            f"{config.model_type} is made of several models for text ({', '.join(sorted(config.sub_configs))}); layerwise "
+            "prunes one decoder-only language model. Use a language model."
+        ) from error
     if config.is_encoder_decoder or text_config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
@@ -178,7 +184,12 @@ def auto_class(config: PretrainedConfig) -> str:
 
 def is_multimodal(config: PretrainedConfig) -> bool:
     """Return whether the model of ``config`` has parts for images or sound besides its language model."""
-    return bool(_towers(config))
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    only_multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return bool(_towers(config)) or only_multimodal
 
 
 def _towers(config: PretrainedConfig) -> list[str]:
@@ -200,13 +211,20 @@ def layer_prefix(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is None:
+        raise UnsupportedModel(
+            f"the configuration of {model.config.model_type} has no number of decoder layers (num_hidden_layers), because "
+            "the model consists of several stacks of layers; streaming layer by layer needs exactly one. Use another model."
+        )
     root = _language_model(model)
-    start = f"{root}." if root else ""
+    start, encoders = f"{root}." if root else "", _encoders(model)
     lists = {
         start + name: {type(each) for each in module}
         for name, module in model.get_submodule(root).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and not f"{start}{name}".startswith(encoders)
     }
     # Hybrids may have a class for every kind of layer.
     found = [name for name, classes in lists.items() if len(classes) == 1] or list(lists)
@@ -217,6 +235,20 @@ def layer_prefix(model: PreTrainedModel) -> str:
             f"({', '.join(outermost) or 'none'}); streaming layer by layer needs exactly one. Use another model."
         )
     return outermost[0]
+
+
+def _encoders(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the beginnings of the names of the modules in models with a configuration of their own, e.g. for images."""
+    from transformers import PreTrainedModel
+
+    if not is_multimodal(model.config):
+        return ()
+    of_text = {type(model.config), type(model.config.get_text_config())}
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in of_text
+    )
 
 
 def _language_model(model: PreTrainedModel) -> str:

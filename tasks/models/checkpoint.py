@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import torch
 from fsspec import AbstractFileSystem
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from layerwise.models.device_copies import DeviceCopies
 from layerwise.models.experts import FusedTensor, fused_tensors
-from layerwise.models.prunable_linears import dense_linears
+from layerwise.models.prunable_linears import dense_linears, dense_rows
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -29,6 +30,7 @@ from layerwise.tasks.models.weight_conversion import (
     Conversion,
     StoredNames,
     model_weights,
+    require_same_conversions,
     stored_tensors_of,
 )
 from layerwise.tasks.sources.checkpoint_files import copied_files
@@ -66,6 +68,11 @@ class Checkpoint:
         dense = dense_linears(outline_from_document(self.index.config, self.artifact.key))
         identity = self.index.identity
         return digest({"checkpoint": identity, "dense linears": dense}) if dense else identity
+
+    @cached_property
+    def dense_rows(self) -> list[dict[str, Any]]:
+        """Linears that stay dense by default, with the reason, see ``prunable_linears.dense_rows``."""
+        return dense_rows(outline_from_document(self.index.config, self.artifact.key))
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -165,13 +172,22 @@ class Checkpoint:
         """
         stored = stored_tensors_of(weights, self.layer_tensors(index), self._conversions, self._experts)
         unused = {tensor.name: tensor for tensor in self.index.groups[index] if not tensor.is_used}
-        return stored | self.read(unused)
+        return self._in_stored_dtype(stored) | self.read(unused)
+
+    def _in_stored_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``tensors`` in the dtypes of the files: a conversion of tensors of several dtypes makes one of them."""
+        dtypes = {
+            tensor.name: tensor.entry.torch_dtype for tensor in self.index.tensors if tensor.name in tensors
+        }
+        return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
 
     @cached_property
     def _conversions(self) -> tuple[Conversion, ...]:
         if not self.index.converted:
             return ()
-        return StoredNames((tensor.name for tensor in self.index.tensors), self._outline).conversions
+        conversions = StoredNames((tensor.name for tensor in self.index.tensors), self._outline).conversions
+        require_same_conversions(conversions, self.index.tensors, self.artifact.key)
+        return conversions
 
     @cached_property
     def _experts(self) -> Mapping[str, FusedTensor]:

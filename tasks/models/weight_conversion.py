@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from layerwise.models.experts import FusedTensor, fused_tensors
-from layerwise.tasks.models.checkpoint_index import ConvertedWeight, ModelWeight
+from layerwise.tasks.models.checkpoint_index import ConvertedWeight, IndexedTensor, ModelWeight
 
 SMALL = (2, 3)  # shape of the tensors that show what a conversion does
 
@@ -89,7 +90,12 @@ class Conversion:
         made = converter.convert(key, model=self.model, config=self.model.config)
         prefix = f"{self.model.base_model_prefix}."  # the weights may have it where the sources do not
         tensors = {name.removeprefix(prefix): _only(tensor) for name, tensor in made.items()}
-        return {source.name: tensors[source.renamed.removeprefix(prefix)] for source in self.sources}
+        names = {source.name: source.renamed.removeprefix(prefix) for source in self.sources}
+        if missing := sorted(name for name in names.values() if name not in tensors):
+            raise ValueError(
+                f"the reversed conversion of {self.target} makes {', '.join(sorted(tensors)[:3])}, but not {missing[0]}"
+            )
+        return {source: tensors[name] for source, name in names.items()}
 
 
 class StoredNames:
@@ -261,6 +267,33 @@ def stored_tensors_of(
 def _owner(name: str) -> str:
     """Return the name of the module that has a parameter."""
     return name.rpartition(".")[0]
+
+
+def require_same_conversions(
+    conversions: Iterable[Conversion], tensors: Iterable[IndexedTensor], name: str
+) -> None:
+    """Raise if transformers converts the tensors of an imported checkpoint in another way than at the import.
+
+    Args:
+        conversions: of the installed transformers.
+        tensors: of the checkpoint.
+        name: name of the checkpoint, for the error.
+
+    Raises:
+        ValueError: a conversion is missing, or has other sources; the message names it.
+    """
+    imported: dict[str, set[str]] = defaultdict(set)
+    for tensor in tensors:
+        if tensor.part_of is not None:
+            imported[tensor.part_of].add(tensor.name)
+    known = {each.target: {source.name for source in each.sources} for each in conversions}
+    changed = sorted(target for target, sources in imported.items() if known.get(target) != sources)
+    if changed:
+        raise ValueError(
+            f"{name} was imported with another version of transformers, which makes {', '.join(changed[:3])} from other "
+            f"stored tensors than transformers {transformers_version} does. Use that version, or remove the artifact "
+            "(layerwise gc) and import the model again."
+        )
 
 
 def _only(tensor: Tensor | list[Tensor]) -> Tensor:

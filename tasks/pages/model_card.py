@@ -142,6 +142,7 @@ def model_card(
     counted: str = "",
     tasks: Sequence[Mapping[str, str]] = (),
     experts: str = "",
+    dense: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -154,6 +155,7 @@ def model_card(
         counted: sentence on the calibration tokens that count; empty if all do.
         tasks: rows of the table of few-shot tasks, by title of the column; empty if there are none.
         experts: calibration tokens of the experts; empty if the model has none.
+        dense: sentences on the linears that stay dense by default; empty if there are none.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
@@ -174,7 +176,7 @@ This model was made from {code(card.base_model)} with layerwise, by one-shot pru
 ## Plan
 
 Every decoder layer has its own sparsity{by}, from {low:.1f} % to {high:.1f} %. `sparsity.json` has the sparsity of
-every linear.
+every linear.{f" {plain(dense)}" if dense else ""}
 
 {_layer_table(card.layers)}
 

@@ -13,9 +13,10 @@ from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.results.distillation import distillation_rows
 from layerwise.tasks.results.measured_on import summary_of
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows, by_kind
+from layerwise.tasks.results.roles import DENSE_LINEARS
 from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
-from layerwise.tasks.results.summary import sentence_on_stop
+from layerwise.tasks.results.summary import sentence_on_stop, sentences_on_dense_linears
 
 
 def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
@@ -30,6 +31,9 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "test": gain_sentence(data),
         "curve": curve_sentence(tables["betas"], data.parameter),
         "linears": linears_sentence(by_kind(tables["linears"])),
+        "dense": sentences_on_dense_linears(
+            data.checkpoint.get(DENSE_LINEARS, ()), data.checkpoint.get("num_layers", 0)
+        ),
         "failed": failed_sentence(tables["betas"]),
         "errors": errors_sentence(tables["errors"]),
         "recovery": data.recovery,

@@ -35,6 +35,7 @@ from layerwise.tasks.results.distillation import (
 )
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.results.summary import sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -142,7 +143,10 @@ def distill(
         with_results = replace(card, results=_results(result))
         mix, counted = mix_of_export(inputs.exported.facts), counted_of_export(inputs.exported.facts)
         loaded_by = auto_class(inputs.dense.config)
-        content = model_card(with_results, "dense", recovery, result.sentence, mix, loaded_by, counted)
+        dense = sentences_on_dense_linears(inputs.dense.dense_rows, inputs.dense.num_layers)
+        content = model_card(
+            with_results, "dense", recovery, result.sentence, mix, loaded_by, counted, dense=dense
+        )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= {"steps": result.steps, "best step": result.best_step}
         draft.facts |= {f"{row.model} perplexity": row.test for row in result.rows}

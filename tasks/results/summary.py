@@ -45,6 +45,21 @@ def table_rows(selection: Selection) -> list[dict[str, str | float]]:
     return rows
 
 
+def sentences_on_dense_linears(rows: Sequence[Mapping[str, Any]], num_layers: int) -> str:
+    """Name the linears that stay dense by default, with the reason; empty if there are none.
+
+    Args:
+        rows: see ``prunable_linears.dense_rows``.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        count = len(row["layers"])
+        where = "every layer" if count == num_layers else f"{count} of {num_layers} layers"
+        by_reason.setdefault(str(row["reason"]), []).append(f"{row['linear']} ({where})")
+    kinds = [f"{', '.join(linears)}: {reason}." for reason, linears in by_reason.items()]
+    return " ".join(["These linears stay dense, and do not count in the sparsity:", *kinds]) if kinds else ""
+
+
 def recovery_rows(recovery: RecoveryTest) -> list[dict[str, str | float]]:
     """Return the perplexities with and without recovery on two texts, one row per model; once if uniform is the best."""
     models = {
