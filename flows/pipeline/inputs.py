@@ -141,9 +141,13 @@ def check_plans(
                     f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
-    if settings.granularity == "expert" and not any(
-        expert_linear(linear.name) for layer in prunable for linear in layer
-    ):
+    has_experts = any(expert_linear(linear.name) for layer in prunable for linear in layer)
+    if settings.calibrate_on == "responses" and has_experts:
+        raise ValueError(
+            "calibrate_on is responses, and the model is a mixture of experts: it is not known which tokens an expert "
+            "receives. Set calibrate_on to all."
+        )
+    if settings.granularity == "expert" and not has_experts:
         raise ValueError(
             "granularity is expert, but no expert of the model is pruned. Use granularity linear or layer, or a mixture of "
             "experts."
