@@ -12,18 +12,24 @@ demo: $(VENV)/.ready
 	    --seqlen 512 --calibration-windows 16 --selection-windows 12 --test-windows 12
 	$(BIN)/layerwise bench $(STORE)
 
+# Types are checked while the tests run, and shown after them. The many processes of the tests compile our code only once.
 test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & mypy=$$!; \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile \
+	    --no-loadscope-reorder --durations 25; tests=$$?; \
+	wait $$mypy; types=$$?; cat $(VENV)/mypy.log; exit $$((tests || types))
 
-$(VENV)/.ready: pyproject.toml constraints.txt hatch_build.py layerwise/sparse/kernel.cpp \
-    layerwise/sparse/ranking.cpp
+INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py layerwise/sparse/kernel.cpp layerwise/sparse/ranking.cpp
+
+$(VENV)/.ready: $(INSTALLED_FROM)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
+# In one step with the packages of the product, because a second installation would repeat half of the first one.
+$(VENV)/.ready-test: $(INSTALLED_FROM)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
-	touch $@
+	touch $(VENV)/.ready $@

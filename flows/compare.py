@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, product
 from math import prod
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,8 +22,8 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from layerwise.allocators.sparsity_plan import SparsityPlan
-from layerwise.flows.options import search_command
+from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan
+from layerwise.flows.options import parsed, search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import (
@@ -38,16 +39,19 @@ from layerwise.flows.pipeline.graph import Scored, capture_steps, lane_step, sco
 from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.pipeline.lookup import NextLanes, look_up
 from layerwise.flows.pipeline.search_strategy import LaneRequest
+from layerwise.flows.presets.atp_paper import MODELS, preset_notes, preset_options
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.search import run_search
 from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, RecoverChoice, StrategyName
 from layerwise.flows.settings import Search
+from layerwise.flows.zero_shot import ZeroShot, compare_models
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import evaluate_together
 from layerwise.tasks.lanes.group_membership import MOST_PLANS
+from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.evaluation import best_losses
@@ -89,8 +93,9 @@ class Allocation(BaseModel):
     model_config = Search.model_config
 
     allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
-    granularity: Literal["layer", "linear"] | None = Field(default=None, description="As for a search.")
+    granularity: Granularity | None = Field(default=None, description="As for a search.")
     betas: tuple[float, ...] | None = Field(default=None, description="As for a search.")
+    beta_step: float | None = Field(default=None, description="As for a search.")
     offsets: tuple[float, ...] | None = Field(default=None, description="As for a search.")
     strategy: StrategyName | None = Field(default=None, description="As for a search.")
     trials: int | None = Field(default=None, description="As for a search.")
@@ -111,7 +116,8 @@ class Allocation(BaseModel):
 
     def title(self, common: Search) -> str:
         """Return the name of this way of allocating in a table."""
-        return self.of(common).allocation_title
+        step = "" if self.beta_step is None else f" step {self.beta_step:g}"
+        return self.of(common).allocation_title + step
 
 
 def _allocation_by_name(value: Any) -> Any:
@@ -120,6 +126,8 @@ def _allocation_by_name(value: Any) -> Any:
         return {"allocator": "atp", "offsets": OFFSETS, "strategy": "two-parameter"}
     if value == "atp+projections":
         return {"allocator": "atp", "offsets": (), "strategy": "projections"}
+    if value in ("er", "er_plus"):  # defined by linear only
+        return {"allocator": value, "granularity": "linear"}
     if isinstance(value, str) or (isinstance(value, dict) and "method" in value):
         return {"allocator": value}
     return value
@@ -159,6 +167,47 @@ class Compare(BaseModel):
         "that of the common search.",
     )
 
+    preset: Literal["atp-paper"] | None = Field(
+        default=None,
+        description="Settings of a published table for all settings that are not given. atp-paper: a table of the ATP paper; "
+        "its published numbers stand next to the measured ones where they are known. It fits any model; those of the paper "
+        f"are {MODELS}.",
+    )
+    table: Literal["1", "2", "3", "4", "5", "6", "9", "14", "15"] | None = Field(
+        default=None,
+        description="Table of the preset. 1: zero-shot accuracy. 2: perplexity at 70 %. 3: perplexity from 50 to 80 %. 4: other "
+        "architectures. 5: step of the betas. 6: Bayesian search. 9: GSM8K and MMLU. 14: global, er, er_plus and lamp. 15: "
+        "other pruners. Empty: 3.",
+    )
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Tasks of lm-eval on which the models of every search are tested, as by zero-shot. Needs room in the store "
+        "for two pruned checkpoints per search. Empty: none.",
+    )
+    way: Literal["streamed", "memory"] = Field(
+        default="streamed", description="How a model runs the tasks, as for zero-shot."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        """Set the settings of the preset that are not given."""
+        if not isinstance(data, Mapping) or data.get("preset") is None:
+            return data
+        search = data.get("search")
+        if isinstance(search, Search):
+            search = {name: getattr(search, name) for name in search.model_fields_set}
+        own = search if isinstance(search, Mapping) else {}
+        given = [name for name, value in {**data, **own}.items() if value is not None]
+        options = preset_options(str(data["preset"]), data.get("table"), given)
+        values = {name: parsed(name, text) for name, text in options.items()}
+        ours = {name: value for name, value in values.items() if name in cls.model_fields}
+        theirs = {name: value for name, value in values.items() if name in Search.model_fields}
+        sparsities = data.get("sparsities") or ours.get("sparsities")
+        if "sparsity" not in own and isinstance(sparsities, Sequence):
+            theirs["sparsity"] = sparsities[0]
+        return {**ours, **data, "search": {**theirs, **own}}
+
     @model_validator(mode="before")
     @classmethod
     def _common_search_may_recover(cls, data: Any) -> Any:
@@ -177,6 +226,8 @@ class Compare(BaseModel):
 
     @model_validator(mode="after")
     def _each_search_once(self) -> "Compare":
+        if self.table is not None and self.preset is None:
+            raise ValueError(f"table is {self.table}, but there is no preset. Set preset to atp-paper.")
         lists = ("sparsities", "pruners", "recoveries", "allocators", "seeds")
         if (count := prod(max(len(getattr(self, name)), 1) for name in lists)) > MOST_SEARCHES:
             raise ValueError(
@@ -247,11 +298,47 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
 
     def run() -> list[Compared]:
         _warn_if_samples_overlap(store, settings)
-        results = _add_common_reports(store, _run_searches(settings.named_searches, runtime))
-        _publish(store, results)
+        if settings.tasks:  # before any work: raises if a task is not available
+            _require_tasks(settings)
+        searched = [
+            replace(each, preset=settings.preset) for each in _run_searches(settings.named_searches, runtime)
+        ]
+        results = _add_common_reports(store, _test_on_tasks(store, settings, searched, runtime.execution()))
+        _publish(store, results, settings)
         return results
 
     return run_announced(store, f"compare: {settings.title}", run)
+
+
+def _require_tasks(settings: Compare) -> None:
+    """Load the tasks, and refuse those that cannot be done in the way that is asked for.
+
+    Raises:
+        ValueError: see ``load_tasks``; or answers are generated, and the model is streamed.
+    """
+    generated = [each.task for each in load_tasks(settings.tasks).questions if each.generated]
+    if generated and settings.way == "streamed":
+        raise ValueError(
+            f"{', '.join(generated)}: the model writes answers, and way is streamed, which would read all layers for every "
+            "token. Use --way memory, or choose tasks that are scored by log-probabilities."
+        )
+
+
+def _test_on_tasks(
+    store: ArtifactStore, settings: Compare, searched: Sequence[Compared], execution: Execution
+) -> list[Compared]:
+    """Test the models of every search on the tasks."""
+    results = []
+    for number, each in enumerate(searched, 1):
+        if settings.tasks:
+            key = _artifact_of(each).key
+            get_run_logger().info("tasks of search %d of %d: %s", number, len(searched), key)
+            asked = ZeroShot(search=key, tasks=settings.tasks, way=settings.way)
+            with _naming_failures(f"tasks of search {number} of {len(searched)}"):
+                table = rebuild_damaged(store, partial(compare_models, store, asked, execution))
+            each = replace(each, accuracy=table.average)
+        results.append(each)
+    return results
 
 
 def _warn_if_samples_overlap(store: ArtifactStore, settings: Compare) -> None:
@@ -389,7 +476,7 @@ def _artifact_of(compared: Compared) -> Artifact:
     return compared.result.artifact
 
 
-def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
+def _publish(store: ArtifactStore, results: Sequence[Compared], settings: Compare) -> None:
     """Commit the tables to the store, and show them in Prefect."""
     rows, summary = rows_of(results), summary_of(results)
     # The artifact must not depend on the run, so it holds no times.
@@ -397,7 +484,10 @@ def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
     found = {
         f"search {number:03d}": each.result.stages["evaluate"].key for number, each in enumerate(results)
     }
-    names = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
+    names: list[object] = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
+    if settings.preset or settings.tasks:  # a comparison without them has the key of older versions
+        names.append([settings.preset, settings.table, settings.tasks, settings.way])
+    notes = [] if settings.preset is None else preset_notes(settings.table)
     title = f"{plain(results[0].result.source)}. {COLUMNS}"
 
     def build_tables(draft: Draft) -> None:
@@ -405,6 +495,7 @@ def _publish(store: ArtifactStore, results: Sequence[Compared]) -> None:
             "comparison.json", json.dumps({"searches": lasting, "summary": summary}, indent=1).encode()
         )
         page = f"{title}\n\n{markdown_of(summary)}\n\n{markdown_of(lasting)}\n"
+        page += "".join(f"\n- {plain(note)}" for note in notes) + "\n" * bool(notes)
         draft.write("comparison.md", page.encode())
 
     artifact = store.get_or_build(Stage("compare", 1, names, found), build_tables)

@@ -9,7 +9,7 @@ from pydantic import Field
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.finished_search import ReopenedSearch, reopen_search
-from layerwise.flows.report import make_report, newest_speed
+from layerwise.flows.report import make_report, newest_speed, newest_task_rows
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
@@ -58,7 +58,8 @@ def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execu
     require_compressible(finished.scored.captured.checkpoint)
     exported = finished.exported(store, finished.best, execution)
     card, section = _card(store, finished, exported), finished.recovery_section
-    folder = compress_export(store, exported, card, execution, section)
+    tasks = newest_task_rows(store, finished.search.artifact)
+    folder = compress_export(store, exported, card, execution, section, tasks)
     make_report(store.url, finished.search.artifact.key)
     return folder
 

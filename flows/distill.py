@@ -18,11 +18,12 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import card_of_lane
-from layerwise.tasks.recovery.distill import DistillInputs
+from layerwise.tasks.recovery.distill import DistillInputs, require_distillable
 from layerwise.tasks.recovery.distill import distill as distill_export
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sample_tokens import require_responses
 from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 from layerwise.tasks.texts.token_windows import shape_of
 
@@ -91,7 +92,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
-        ValueError: There is too little memory for the model, or there are too few windows.
+        ValueError: There is too little memory for the model, there are too few windows, or it is a mixture of experts.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
@@ -102,15 +103,18 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
 def _distilled(store: ArtifactStore, settings: Distill, execution: Execution) -> Artifact:
     finished = reopen_search(store, settings.search, execution)
     before = finished.scored.captured
+    require_distillable(before.checkpoint)
     settings.training.require_windows(settings.windows or shape_of(before.windows["calibration"])[0])
+    calibration = _calibration(store, finished, settings.windows)
     exported = finished.exported(store, finished.best, execution)
     inputs = DistillInputs(
         before.checkpoint,
         exported,
-        _calibration(store, finished, settings.windows),
+        calibration,
         before.windows["test"],
         finished.search.stages[EVALUATE],
         before.pruning.dtype,
+        before.pruning.calibrate_on,
     )
     card, section = _card(store, finished, exported), finished.recovery_section
     folder = distill_export(store, inputs, settings.training, card, execution, section)
@@ -125,7 +129,10 @@ def _calibration(store: ArtifactStore, finished: ReopenedSearch, windows: int | 
     texts = finished.inputs.texts
     request = texts.requests["calibration"].with_windows(windows)
     texts.require_windows(request)
-    return sample_windows(store, finished.scored.captured.checkpoint, request)
+    checkpoint = finished.scored.captured.checkpoint
+    if finished.settings.calibrate_on == "responses":
+        require_responses(store, checkpoint.tokenizer, checkpoint.encoding_identity, request)
+    return sample_windows(store, checkpoint, request)
 
 
 def _card(store: ArtifactStore, finished: ReopenedSearch, exported: Artifact) -> ModelCard:

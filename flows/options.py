@@ -60,7 +60,7 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
         ValueError: an option is not valid; the message starts with its name on the command line.
     """
     given = {name: getattr(arguments, name, None) for name in settings.model_fields}
-    values = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    values = {name: parsed(name, value) for name, value in given.items() if value is not None}
     values |= values_of_others
     try:
         return settings.model_validate(values)
@@ -127,7 +127,7 @@ def search_command(settings: BaseModel) -> str:
 
 
 def _spelt(name: str, value: object) -> str:
-    """Format a value as ``_parsed`` and the fields read it."""
+    """Format a value as ``parsed`` and the fields read it."""
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -137,7 +137,7 @@ def _spelt(name: str, value: object) -> str:
     return str(value)
 
 
-def _parsed(name: str, value: str) -> object:
+def parsed(name: str, value: str) -> object:
     """Parse the text of an option: JSON, a list, or the text itself. An empty option is None, not the default.
 
     Raises:

@@ -4,7 +4,6 @@ These are zero-shot accuracies, sizes of checkpoints, speed, distillation, and A
 exists. Everything is read from the store: no model is opened, and Prefect's server is not needed.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, TABLE_STAGE
+from layerwise.tasks.lm_eval_tasks.comparison import (
+    TABLE_STAGE,
+    ZeroShotComparison,
+    comparison_rows,
+    is_plain,
+    read_comparison,
+)
 from layerwise.tasks.pages.report_data import CheckpointSizes, Extras, ZeroShotAccuracies
 from layerwise.tasks.report import PAGE_FILE, report
 from layerwise.tasks.results.distillation import DISTILL_STAGE
@@ -72,18 +77,25 @@ def find_extras(store: ArtifactStore, search: FinishedSearch, table: Artifact | 
     """
     artifacts = list(store.artifacts())
     table = table or _newest_from(artifacts, TABLE_STAGE, "search", search.artifact)
-    rows = () if table is None else _zero_shot_rows(json.loads(store.read(table, TABLE_FILE)))
+    comparison = None if table is None else read_comparison(store, table)
     exported = search.stages.get("export")
     compressed = None if exported is None else _newest_from(artifacts, "compress", "export", exported)
     distilled = None if exported is None else _newest_from(artifacts, DISTILL_STAGE, "export", exported)
     theory = _newest(artifacts, lambda each: _is_theory_of(each, search))
     return Extras(
-        zero_shot=rows,
+        zero_shot=() if comparison is None else _zero_shot_rows(comparison),
+        tasks=_task_rows(comparison),
         sizes=None if compressed is None else _sizes(compressed),
         speed=None if exported is None else _newest_speed(store, exported, artifacts),
         theory="" if theory is None else theory.key,
         distilled="" if distilled is None else distilled.key,
     )
+
+
+def newest_task_rows(store: ArtifactStore, search: Artifact) -> tuple[dict[str, str], ...]:
+    """Return the newest table of few-shot tasks of a search for people, see ``Extras.tasks``; empty if there is none."""
+    table = _newest_from(store.artifacts(), TABLE_STAGE, "search", search)
+    return _task_rows(None if table is None else read_comparison(store, table))
 
 
 def newest_speed(store: ArtifactStore, exported: Artifact) -> SpeedTable | None:
@@ -140,16 +152,23 @@ def _sizes(compressed: Artifact) -> CheckpointSizes:
     return CheckpointSizes(dense, dense, smaller)
 
 
-def _zero_shot_rows(table: dict) -> tuple[ZeroShotAccuracies, ...]:
+def _zero_shot_rows(comparison: ZeroShotComparison) -> tuple[ZeroShotAccuracies, ...]:
     return tuple(
         ZeroShotAccuracies(
-            row["task"],
-            row["dense"]["value"],
-            (row["uniform"] or row["best"])["value"],
-            row["best"]["value"],
-            row["best"]["standard_error"] or 0.0,
-            (row["to_uniform"] or {"difference": 0.0})["difference"] / 100,
-            (row["to_uniform"] or {"p_value": None})["p_value"],
+            row.task,
+            row.dense.value,
+            (row.uniform or row.best).value,
+            row.best.value,
+            row.best.standard_error or 0.0,
+            0.0 if row.to_uniform is None else row.to_uniform.difference / 100,
+            None if row.to_uniform is None else row.to_uniform.p_value,
         )
-        for row in (*table["rows"], table["average"])
+        for row in (*comparison.rows, *comparison.groups, comparison.average)
     )
+
+
+def _task_rows(comparison: ZeroShotComparison | None) -> tuple[dict[str, str], ...]:
+    """Return the rows of a table that has few-shot tasks, groups or generated answers; none for another table."""
+    if comparison is None or is_plain(comparison):
+        return ()
+    return tuple({name: str(value) for name, value in row.items()} for row in comparison_rows(comparison))

@@ -116,6 +116,7 @@ def _publish(
         built=tuple(built),
         bytes_read=checkpoint.bytes_read + _bytes_of_import(store, checkpoint.artifact),
         recovery=recovery,
+        experts=tuple(chosen.scored.expert_rows(store)),
         recovery_text="" if recovery is None else _recovery_text(settings, recovery, stages),
     )
     result, page = commit_result(store, result)
@@ -130,4 +131,6 @@ def _bytes_of_import(store: ArtifactStore, imported: Artifact) -> int:
 
 def _recovery_text(settings: Search, recovery: RecoveryTest, stages: dict[str, Artifact]) -> str:
     assert settings.recover is not None, "only a search with recovery compares both"
-    return sentences_on_recovery(settings.recover.method, recovery, stages, settings.recover_windows)
+    return sentences_on_recovery(
+        settings.recover.method, recovery, stages, settings.recover_windows, settings.calibrate_on
+    )

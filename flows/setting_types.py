@@ -13,9 +13,13 @@ from layerwise.allocators.atp import ATP
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP
 from layerwise.allocators.dsa import DSA
+from layerwise.allocators.erdos_renyi import ErdosRenyi, ErdosRenyiPlus
+from layerwise.allocators.global_threshold import Global
+from layerwise.allocators.lamp import LAMP
 from layerwise.allocators.lsa import LSA
 from layerwise.allocators.owl import OWL
 from layerwise.pruners.alps import ALPS
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.sparsegpt import SparseGPT
@@ -87,12 +91,24 @@ StrategyName = Literal[
     "auto", "grid", "race", "adaptive", "two-parameter", "projections", "bayesian", "evolutionary"
 ]
 PrunerChoice = Annotated[
-    Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps,
+    Wanda | Magnitude | SparseGPT | ALPS | WandaSwaps | DSnoT,
     Field(discriminator="method"),
     BeforeValidator(_method),
 ]
 AllocatorChoice = Annotated[
-    ATP | OWL | AlphaPruning | DSA | DLP | LSA | Erf | Power | Given,
+    ATP
+    | OWL
+    | AlphaPruning
+    | DSA
+    | DLP
+    | LSA
+    | Global
+    | ErdosRenyi
+    | ErdosRenyiPlus
+    | LAMP
+    | Erf
+    | Power
+    | Given,
     Field(discriminator="method"),
     BeforeValidator(_method),
 ]

@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from layerwise.allocators.allocator import parameter_name
 from layerwise.allocators.atp import ATP
 from layerwise.allocators.beta_grid import BETA_STEP
+from layerwise.allocators.sparsity_plan import Granularity
 from layerwise.flows.setting_types import (
     AllocatorChoice,
     BareUrl,
@@ -32,9 +33,11 @@ from layerwise.flows.setting_types import (
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.patterns import Pattern
 from layerwise.pruners.wanda import Wanda
+from layerwise.scoring.criterion import Criterion
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.selection import TRIAL
+from layerwise.tasks.texts.calibrate_on import CalibrateOn
 from layerwise.tasks.texts.documents import Role
 from layerwise.tasks.texts.text_mix import MixSource, parse_mix
 
@@ -65,7 +68,8 @@ MOST: dict[str, int] = {
     "stop_after": 10_000,
 }
 FEW_PLANS = 3  # that are all scored by the strategy auto: it would try as many anyway
-LATER_FIELDS = ("recover", "recover_windows")  # not in the settings of stored searches
+# Not in the settings of stored searches: left out where they have their defaults.
+LATER_FIELDS = ("recover", "recover_windows", "criterion", "calibrate_on")
 OVER_LAYERS = ("bayesian", "evolutionary")
 PLAN_MAKERS = (*OVER_LAYERS, "projections")
 
@@ -87,8 +91,8 @@ class Search(Settings):
     pruner: PrunerChoice = Field(
         default=Wanda(),
         description="Method that chooses the weights to remove. wanda: by weight times input norm. magnitude: by weight. "
-        "wanda_swaps: like wanda, refined by the correlations of the inputs. sparsegpt, alps: also correct the remaining "
-        "weights.",
+        "wanda_swaps: like wanda, refined by the correlations of the inputs. dsnot: like wanda (or sparsegpt's mask), refined by "
+        "the means of the inputs. sparsegpt, alps: also correct the remaining weights.",
     )
     pattern: PatternText | None = Field(
         title="N:M pattern",
@@ -104,14 +108,16 @@ class Search(Settings):
     )
     allocator: AllocatorChoice = Field(
         default=ATP(),
-        description="Method that spreads the sparsity over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, erf, "
-        "power; or given, with a list of sparsities.",
+        description="Method that spreads the sparsity over the layers: atp, owl, alpha_pruning, dsa, dlp, lsa, global "
+        "(one threshold on the pruner's scores over all layers), lamp (one threshold on layer-adaptive magnitudes), er, er_plus "
+        "(by the shapes of the linears; need granularity linear), erf, power; or given, with a list of sparsities.",
     )
-    granularity: Literal["layer", "linear"] = Field(
+    granularity: Granularity = Field(
         title="Unit with its own sparsity",
         default="layer",
-        description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear; needs an "
-        "allocator that measures linears (owl, alpha_pruning, dsa, dlp, lsa).",
+        description="Unit that gets its own sparsity. layer: every decoder layer. linear: every linear. expert: every "
+        "expert of a mixture of experts, and the other linears of each layer together. linear and expert need an allocator "
+        "that measures linears (owl, alpha_pruning, dsa, dlp, lsa, global, lamp); linear may also use their shapes (er, er_plus).",
     )
     offsets: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = Field(
         title="Offsets between attention and MLP",
@@ -148,10 +154,23 @@ class Search(Settings):
         "are written by the model's chat template. A mix of texts: names separated by commas, file: before every path, and "
         "the number of windows after each text or none, such as c4:64,file:chat.jsonl:32,wikitext2:32 (none: equal shares).",
     )
+    calibrate_on: CalibrateOn = Field(
+        title="Tokens that calibration uses",
+        default="all",
+        description="Tokens of the calibration windows that input statistics, recovery and distillation use. all: every "
+        "token. responses: the tokens that the model writes in conversations, and every token of plain texts in a mix.",
+    )
     selection: BareUrl = Field(
         title="Selection text",
         default="builtin",
         description="Text on which beta is chosen; the same choices as for calibration, except a mix.",
+    )
+    criterion: Criterion = Field(
+        title="Figure that the best plan minimises",
+        default="perplexity",
+        description="Figure on the selection text by which plans are compared, in every strategy. perplexity: of the "
+        "pruned model. kl: KL divergence of the pruned model's distribution of the next token from the dense model's, mean "
+        "over the tokens; perplexity is measured too.",
     )
     test: BareUrl | None = Field(
         title="Test text",
@@ -181,7 +200,8 @@ class Search(Settings):
         default=None,
         min_length=1,
         description="Betas to try, in addition to 0 (uniform). For an allocator other than atp: its strengths (spread of "
-        "owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf). Empty: the "
+        "owl, dsa and power, alpha of dlp, beta of lsa, epsilon of alpha_pruning, log_amplification of erf, strength of global, "
+        "lamp, er and er_plus). Empty: the "
         "grid of beta_step; for another allocator its default strength.",
     )
     beta_count: int | None = Field(
@@ -237,11 +257,13 @@ class Search(Settings):
     )
 
     @model_serializer(mode="wrap")
-    def _without_unused_recovery(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the fields on recovery if there is none: searches of older versions do not have them."""
+    def _without_unused_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later fields that have their defaults: searches of older versions do not have them."""
         values: dict[str, Any] = serialize(self)
         return {
-            name: value for name, value in values.items() if value is not None or name not in LATER_FIELDS
+            name: value
+            for name, value in values.items()
+            if name not in LATER_FIELDS or value != type(self).model_fields[name].default
         }
 
     @field_validator("calibration")
@@ -274,7 +296,7 @@ class Search(Settings):
                 f"strategy is projections, and pattern is {self.pattern}, whose levels are further apart than the "
                 "differences that this strategy tries. Leave out the pattern, or use grid, race or two-parameter."
             )
-        if self.makes_plans and (self.granularity == "linear" or self._is_fixed_pattern):
+        if self.makes_plans and (self.granularity != "layer" or self._is_fixed_pattern):
             raise ValueError(
                 f"strategy is {self.strategy}, which chooses a sparsity for every layer, but pattern is {self.pattern} "
                 f"and granularity is {self.granularity}. Use N:8 or no pattern, and granularity layer."
@@ -347,7 +369,7 @@ class Search(Settings):
             step,
             self.allocator,
             self.offsets,
-            self.granularity == "linear",
+            self.granularity,
             self.pattern,
         )
 
@@ -361,7 +383,7 @@ class Search(Settings):
         """Name of the allocation in tables: the allocator, and what is searched in addition to its strength."""
         searched = "offset" if self.offsets else self.strategy if self.makes_plans else None
         parts = [self.allocator.method] if searched is None else [self.allocator.method, searched]
-        return "+".join(parts) + (" by linear" if self.granularity == "linear" else "")
+        return "+".join(parts) + ("" if self.granularity == "layer" else f" by {self.granularity}")
 
     @property
     def makes_plans(self) -> bool:
@@ -436,4 +458,5 @@ class Search(Settings):
             self.pattern,
             self.exclude,
             self.recover,
+            self.calibrate_on,
         )

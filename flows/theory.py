@@ -47,6 +47,7 @@ UNUSED = (
     "stop_after",
     "recover",
     "recover_windows",
+    "criterion",
 )
 WITHOUT_OPTION = (*UNUSED, "export", "retain")
 

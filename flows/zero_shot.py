@@ -1,4 +1,4 @@
-"""Zero-shot: accuracy of the dense, the uniform and the best model of a finished search on tasks of lm-eval."""
+"""Zero-shot and few-shot: accuracy of the dense, the uniform and the best model of a finished search on tasks of lm-eval."""
 
 from typing import Annotated, Literal
 
@@ -19,11 +19,11 @@ from layerwise.tasks.lm_eval_tasks.comparison import (
     comparison_rows,
     store_comparison,
 )
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
-from layerwise.tasks.zero_shot import ZeroShotSettings
+from layerwise.tasks.zero_shot import ZeroShotSettings, require_affordable
 from layerwise.tasks.zero_shot import zero_shot as answer
 
 # Tasks of the papers on Wanda and ATP.
@@ -40,7 +40,7 @@ TASKS = (
 
 
 class ZeroShot(Settings):
-    """Evaluate the models of a finished search on zero-shot tasks."""
+    """Evaluate the models of a finished search on zero-shot and few-shot tasks."""
 
     search: str | None = Field(
         default=None,
@@ -49,7 +49,16 @@ class ZeroShot(Settings):
     tasks: tuple[str, ...] = Field(
         default=TASKS,
         min_length=1,
-        description="Names of tasks of lm-eval, or YAML files with your own tasks.",
+        description="Names of tasks or groups of lm-eval, or YAML files with your own. A number of examples may follow, as in "
+        "mmlu:5.",
+    )
+    fewshot: int | None = Field(
+        title="Examples",
+        default=None,
+        ge=0,
+        description="Number of examples in front of each document, for tasks without a number of their own in tasks. Tasks "
+        "whose file says 0 get none. Empty: 5 for mmlu, 8 for gsm8k; as many as their file says for other tasks with "
+        "generated answers; 0 for all others.",
     )
     documents: Annotated[int, Field(ge=1)] | None = Field(
         title="Documents of each task",
@@ -60,7 +69,7 @@ class ZeroShot(Settings):
     way: Literal["streamed", "memory"] = Field(
         default="streamed",
         description="How the model is run. streamed: one decoder layer at a time, with one pass over the weights for all "
-        "tasks. memory: the whole model at once, with lm-eval's own code.",
+        "tasks. memory: the whole model at once, with lm-eval's own code; needed for tasks with generated answers.",
     )
     trust_task_code: bool = Field(
         default=False,
@@ -78,22 +87,28 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
-        ValueError: lm-eval does not know a task, or a task is not decided by log-probabilities.
+        ValueError: lm-eval does not know a task; a task's answers are not right or wrong; or they are generated, and the
+            model is streamed.
         ImportError: lm-eval is not installed.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
         store,
         f"zero-shot: {', '.join(settings.tasks)}",
-        lambda: rebuild_damaged(store, lambda: _compare_models(store, settings, execution)),
+        lambda: rebuild_damaged(store, lambda: compare_models(store, settings, execution)),
     )
 
 
-def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
-    questions = load_questions(settings.tasks, settings.documents, settings.seed, settings.trust_task_code)
+def compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
+    """Let the models of a finished search answer the tasks, and make the report of the search again."""
+    loaded = load_tasks(
+        settings.tasks, settings.documents, settings.seed, settings.trust_task_code, settings.fewshot
+    )
+    questions, groups = loaded.questions, loaded.groups
     finished = reopen_search(store, settings.search, execution)
     captured, uniform = finished.scored.captured, finished.scored.uniform
     how = ZeroShotSettings(captured.pruning.dtype, settings.way)
+    require_affordable(captured.checkpoint, questions, how)
     lanes = {"uniform": uniform, "best": finished.best}
     if finished.best == uniform:
         del lanes["uniform"]
@@ -105,11 +120,11 @@ def _compare_models(store: ArtifactStore, settings: ZeroShot, execution: Executi
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()
     }
     comparison = compare_zero_shot(
-        store, answers["dense"], answers.get("uniform"), answers["best"], answers.get("pruned")
+        store, answers["dense"], answers.get("uniform"), answers["best"], answers.get("pruned"), groups
     )
-    table = store_comparison(store, finished.search.artifact, answers, comparison)
+    table = store_comparison(store, finished.search.artifact, answers, comparison, groups)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
-        title = f"{plain(finished.settings.title)}: zero-shot accuracy in per cent"
+        title = f"{plain(finished.settings.title)}: accuracy on tasks in per cent"
         create_table_artifact(comparison_rows(comparison), key="zero-shot", description=title)
     return comparison

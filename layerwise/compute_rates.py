@@ -155,7 +155,7 @@ def _pruning(
     sample = weight[:rows, :columns].contiguous()
     statistics = {linear.name: InputStatistics(torch.rand(columns, dtype=torch.float64), tokens=1)}
     tokens = torch.randn(2 * columns, 0 if by_mask else columns)
-    moments = tokens.T @ tokens
+    moments, sums = tokens.T @ tokens, tokens.sum(dim=0)
     unit = linear.numel // (group or linear.numel)  # an N:M pattern removes multiples of it
     counts = [round(sparsity * linear.numel / unit) * unit for sparsity in sparsities]
 
@@ -164,7 +164,7 @@ def _pruning(
     def prune() -> None:
         inputs: LayerInputs = statistics
         if not by_mask:  # the pruner overwrites the moments
-            inputs = [([linear.name], InputGram(moments.clone(), len(tokens)))]
+            inputs = [([linear.name], InputGram(moments.clone(), len(tokens), sums))]
         began = time.perf_counter()
         layer = LayerPruning(pruner, group, 0, [linear], {linear.weight_name: sample}, inputs)
         prunings = layer.in_lanes([sample.clone()], [counts])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.few_tokens import statistics_to_prune_by
 from layerwise.calibration.statistics import InputStatistics, collect_statistics
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
@@ -80,6 +81,8 @@ class LaneGroup:
             from ``inputs_of``.
         rooms: two tensors for hidden states of the calibration windows, which a recovery overwrites; needed if a layer
             has to be recovered.
+        counted: mask of the tokens of these windows that statistics and recovery use, shape
+            ``(calibration_windows, seqlen)``; None for all.
 
     Raises:
         ValueError: the first lane is not dense, or the pruner corrects weights and ``inputs_of`` is None.
@@ -94,6 +97,7 @@ class LaneGroup:
     local_windows: int = 0
     recovery: Recovery | None = None
     rooms: tuple[Tensor, Tensor] | None = None
+    counted: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.lanes[0].removed is not None:
@@ -195,6 +199,7 @@ class LaneGroup:
             self.lanes[lane].hidden_states[calibration],
             self.lanes[0].hidden_states[calibration],
             self.rooms,
+            self.counted,
         )
         recovered = recover_layer(pruned, self.recovery)
         self.lanes[lane].recovered.append(recovered.weights)
@@ -205,7 +210,7 @@ class LaneGroup:
     ) -> tuple[LaneLayer, ...]:
         """Run the unpruned layer on each lane's hidden states to collect statistics, then prune the lane's layer with them."""
         for lane in self.lanes[1:]:
-            with collect_statistics(layer, self.model.linears[index]) as statistics:
+            with collect_statistics(layer, self.model.linears[index], self.counted) as statistics:
                 for states in batches(lane.hidden_states[: self.calibration_windows]):
                     self.model.run_layer(index, layer, states)
             lane.statistics.append(statistics)
@@ -216,7 +221,8 @@ class LaneGroup:
             parameters = self._parameters(index, layer)
             dense = [parameter.clone() for parameter in parameters]
             for number, lane in enumerate(self.lanes[1:], 1):
-                for pruning in self._prunings(index, layer, weights, lane.statistics[-1], [number]):
+                inputs = statistics_to_prune_by(lane.statistics[-1])
+                for pruning in self._prunings(index, layer, weights, inputs, [number]):
                     pruning.visit(0)
                 self._calibrate(number, index, layer)
                 outcomes.append(self._score(number, index, layer, dense_input, outcomes[0]))

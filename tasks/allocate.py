@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.allocator import Allocator, Given, spread_out, strength_of
+from layerwise.allocators.allocator import Allocator, ByShape, Given, spread_out, strength_of
 from layerwise.allocators.atp import ATP
 from layerwise.allocators.attention_offset import with_offset
 from layerwise.allocators.beta_grid import beta_grid, beta_grid_size, beta_spread
 from layerwise.allocators.budget import fitted
-from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan, units_of
+from layerwise.models.expert_names import kind_of
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.patterns import Pattern, on_levels
 from layerwise.storage.artifact import Artifact
@@ -35,7 +36,8 @@ class AllocateSettings:
         allocator: allocator that the strengths belong to. An allocator other than ATP has a default strength, which is
             tried if ``betas`` is not given.
         offsets: sparsity of attention minus sparsity of the MLP; 0 is always added.
-        by_linear: give every linear a sparsity of its own; needs an allocator that measures linears.
+        granularity: part of a layer that gets a sparsity of its own, see ``units_of``; "linear" and "expert" need an
+            allocator that measures linears, "linear" may also use their shapes.
         pattern: N:M pattern, e.g. "2:4"; None for unstructured sparsity.
     """
 
@@ -45,7 +47,7 @@ class AllocateSettings:
     step: float | None = None
     allocator: Allocator = ATP()
     offsets: tuple[float, ...] = ()
-    by_linear: bool = False
+    granularity: Granularity = "layer"
     pattern: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,15 +71,21 @@ class AllocateSettings:
             raise ValueError(
                 f"sparsities are given, and betas are given by {' and '.join(given)}. Leave out the betas."
             )
-        if self.by_linear and not is_measured(self.allocator):
+        if isinstance(self.allocator, ByShape):
+            if self.granularity != "linear":
+                raise ValueError(
+                    f"{self.allocator.method} only uses the shapes of the linears, which are the same in all layers of most "
+                    "models. Give every linear a sparsity of its own (granularity linear), or choose another allocator."
+                )
+        elif self.granularity != "layer" and not is_measured(self.allocator):
             raise ValueError(
                 f"{self.allocator.method} only uses the depth of a layer and cannot tell its linears apart. Allocate by "
                 "layer, or choose an allocator that measures linears, e.g. owl."
             )
-        if self.by_linear and self.offsets:
+        if self.granularity != "layer" and self.offsets:
             raise ValueError(
-                "offsets between attention and MLP cannot be combined with a sparsity per linear. Leave out the "
-                "offsets, or allocate by layer."
+                f"offsets between attention and MLP cannot be combined with a sparsity per {self.granularity}. Leave out "
+                "the offsets, or allocate by layer."
             )
 
     @property
@@ -117,12 +125,16 @@ class AllocateSettings:
             for name, default in (
                 ("allocator", ATP()),
                 ("offsets", ()),
-                ("by_linear", False),
+                ("granularity", "layer"),
                 ("pattern", None),
             )
             if getattr(self, name) == default
         }
-        return {name: value for name, value in vars(self).items() if name not in unused}
+        used = {name: value for name, value in vars(self).items() if name not in unused}
+        if self.granularity == "linear":  # written as before there were experts, to keep older keys
+            del used["granularity"]
+            used["by_linear"] = True
+        return used
 
     def plans(
         self, linears: Sequence[Sequence[Linear]], scores: Sequence[float] = ()
@@ -178,14 +190,15 @@ class AllocateSettings:
 
         Args:
             plan: one sparsity per layer.
-            offset_of: offset by the name of a linear within its layer.
+            offset_of: offset by the name of a linear within its layer; the same linear of all experts has one offset, see
+                ``kind_of``.
             linears: the prunable linears, by layer.
         """
         sizes = [[linear.numel for linear in layer] for layer in linears]
         flat = [size for layer in sizes for size in layer]
         by_linear = zip(linears, plan.by_linear(sizes), strict=True)
         moved = [
-            share + offset_of[linear.name]
+            share + offset_of[kind_of(linear.name)]
             for layer, shares in by_linear
             for linear, share in zip(layer, shares, strict=True)
         ]
@@ -201,15 +214,22 @@ class AllocateSettings:
         self, beta: float, offset: float, linears: Sequence[Sequence[Linear]], scores: Sequence[float]
     ) -> SparsityPlan:
         sizes = [[linear.numel for linear in layer] for layer in linears]
-        entries = [size for layer in sizes for size in layer] if self.by_linear else [*map(sum, sizes)]
+        if isinstance(self.allocator, ByShape):
+            scores = [linear.in_features + linear.out_features for layer in linears for linear in layer]
+        names = [[linear.name for linear in layer] for layer in linears]
+        units = [[positions for _, positions in units_of(layer, self.granularity)] for layer in names]
+        entries = [
+            sum(of_layer[position] for position in positions)
+            for of_layer, parts in zip(sizes, units, strict=True)
+            for positions in parts
+        ]
         shares = spread_out(self.allocator, beta, scores, entries, self.target)
         if not offset:
             shares = self._on_levels(shares, entries)
-        if self.by_linear:
-            return SparsityPlan(beta, _nested(shares, sizes))
+        if self.granularity != "layer":
+            return SparsityPlan(beta, _of_units(shares, units))
         if not offset:
             return SparsityPlan(beta, shares)
-        names = [[linear.name for linear in layer] for layer in linears]
         layers = with_offset(shares, offset, names, sizes, self.target)
         if self.pattern is not None:
             of_all = [share for layer in layers for share in layer]
@@ -223,14 +243,30 @@ def _nested(shares: Sequence[float], sizes: Sequence[Sequence[int]]) -> tuple[tu
     return tuple(tuple(next(every) for _ in layer) for layer in sizes)
 
 
+def _of_units(
+    shares: Sequence[float], units: Sequence[Sequence[Sequence[int]]]
+) -> tuple[tuple[float, ...], ...]:
+    """Return the sparsity of every linear, by layer, given those of the units that it belongs to."""
+    every = iter(shares)
+    layers = []
+    for parts in units:
+        of_linear = {
+            position: share for positions, share in zip(parts, every, strict=False) for position in positions
+        }
+        layers.append(tuple(share for _, share in sorted(of_linear.items())))
+    return tuple(layers)
+
+
 def allocate_stage(
     linears: Sequence[Sequence[Linear]], settings: AllocateSettings, measured: Artifact | None
 ) -> Stage:
     """Describe an allocation."""
     layer_sizes = [sum(linear.numel for linear in layer) for layer in linears]
     sizes: dict[str, object] = {"layer_sizes": layer_sizes}
-    if settings.offsets or settings.by_linear:
+    if settings.offsets or settings.granularity != "layer":
         sizes["linears"] = [[[linear.name, linear.numel] for linear in layer] for layer in linears]
+    if isinstance(settings.allocator, ByShape):
+        sizes["inputs"] = [[linear.in_features for linear in layer] for layer in linears]
     inputs = {} if measured is None else {"scores": measured.content}
     return Stage("allocate", 1, settings.identity | sizes, inputs)
 

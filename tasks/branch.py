@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
-from layerwise.scoring.perplexity import perplexity
+from layerwise.scoring.perplexity import mean_loss, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -25,6 +25,7 @@ from layerwise.tasks.results.lane_scores import (
     LOSSES_FILE,
     LaneScore,
     read_score,
+    score_table,
 )
 from layerwise.tasks.results.run_names import model_title, plans_title, windows_title
 from layerwise.tasks.running.execution import Execution
@@ -57,7 +58,7 @@ def branch(
 ) -> list[LaneScore]:
     """Run the lanes that the store lacks in one group, and return the scores of all lanes in the order of ``plans``.
 
-    A lane's artifact holds ``losses.parquet`` (per selection window) and ``linears.parquet`` (realised sparsity per
+    A lane's artifact holds ``losses.parquet`` (per selection window; see ``score_table``) and ``linears.parquet`` (realised sparsity per
     linear); with recovery also ``recovery.parquet`` (its errors per layer). It does not depend on the group that the lane
     ran in. Reconstruction errors need the dense model on the same windows; ``evaluate`` measures them.
     """
@@ -101,8 +102,7 @@ def write_lane(
 ) -> None:
     """Write the tables of one lane of ``result`` into ``folder``; lane 0 is the dense model."""
     prunable = settings.prunable(linears)
-    losses = result.losses[lane]
-    write_table(draft, f"{folder}/{LOSSES_FILE}", pa.table({"window": range(len(losses)), "loss": losses}))
+    write_table(draft, f"{folder}/{LOSSES_FILE}", score_table(result.losses[lane], result.divergences[lane]))
     layers = [outcome[lane] for outcome in result.outcomes]
     errors = [
         {"layer": index, "error": layer.error, "dense_energy": layer.energy}
@@ -135,9 +135,14 @@ def _copy_lane(
 ) -> None:
     folder = f"{lane_folder(position)}/"
     copy_member(store, group, folder, draft)
-    losses = read_table(store, group, f"{folder}{LOSSES_FILE}")["loss"].to_pylist()
-    draft.facts |= plan_facts(plan) | {"selection perplexity": perplexity(losses)}
+    scores = read_table(store, group, f"{folder}{LOSSES_FILE}")
+    draft.facts |= plan_facts(plan) | _score_facts(scores)
     draft.made[GROUP] = group.key  # time and memory are recorded for the group, not for each lane
+
+
+def _score_facts(scores: pa.Table) -> dict[str, float]:
+    kl = {"selection KL": mean_loss(scores["kl"].to_pylist())} if "kl" in scores.column_names else {}
+    return {"selection perplexity": perplexity(scores["loss"].to_pylist()), **kl}
 
 
 def plan_facts(plan: SparsityPlan) -> dict[str, float]:
@@ -175,6 +180,9 @@ def _join(store: ArtifactStore, rounds: Sequence[LaneScore], draft: Draft) -> No
     for name in first.artifact.files:
         if name not in (LOSSES_FILE, LAYERS_FILE):  # lanes of older versions have the errors of layers
             draft.write(name, store.read(first.artifact, name))
-    losses = [loss for score in rounds for loss in score.losses]
-    write_table(draft, LOSSES_FILE, pa.table({"window": range(len(losses)), "loss": losses}))
-    draft.facts |= plan_facts(first.plan) | {"selection perplexity": perplexity(losses)}
+    scores = score_table(
+        [loss for score in rounds for loss in score.losses],
+        [divergence for score in rounds for divergence in score.divergences or ()],
+    )
+    write_table(draft, LOSSES_FILE, scores)
+    draft.facts |= plan_facts(first.plan) | _score_facts(scores)

@@ -1,7 +1,7 @@
 """Compress: write the exported checkpoint without its zeros, shard by shard."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,8 +26,9 @@ from layerwise.tasks.compressed.file_format import (
 from layerwise.tasks.export import CARD_FILE
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
-from layerwise.tasks.results.calibration_mix import mix_of_export
+from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export
 from layerwise.tasks.results.run_names import title_of
+from layerwise.tasks.results.summary import sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
@@ -35,13 +36,18 @@ from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, SPARSITY_FILE, copied_files
 
 
-def compress_stage(exported_key: str, card: ModelCard, recovery: str = "") -> Stage:
+def compress_stage(
+    exported_key: str, card: ModelCard, recovery: str = "", tasks: Sequence[Mapping[str, str]] = ()
+) -> Stage:
     """Describe the compression of an export, given by its key.
 
     Args:
         recovery: section on the recovery in README.md; empty without recovery.
+        tasks: table of few-shot tasks in README.md; empty if there is none.
     """
-    section = {"recovery": recovery} if recovery else {}
+    section: dict[str, object] = {"recovery": recovery} if recovery else {}
+    if tasks:
+        section["tasks"] = [dict(row) for row in tasks]
     return Stage("compress", 1, {"card": card, **section}, {"export": exported_key})
 
 
@@ -49,14 +55,14 @@ def require_compressible(checkpoint: Checkpoint) -> None:
     """Refuse a model that the compressed format cannot hold.
 
     Raises:
-        ValueError: the model is multimodal, or transformers stores its weights in another layout than it computes with.
+        ValueError: the model is multimodal or a mixture of experts, or transformers stores its weights in another layout than it computes with.
     """
-    if is_multimodal(checkpoint.config) or checkpoint.index.converted:
-        kind = (
-            "is multimodal"
-            if is_multimodal(checkpoint.config)
-            else "is stored in another layout than it has in memory"
-        )
+    if is_multimodal(checkpoint.config) or checkpoint.index.converted or checkpoint.has_experts:
+        kind = "is stored in another layout than it has in memory"
+        if is_multimodal(checkpoint.config):
+            kind = "is multimodal"
+        elif checkpoint.has_experts:
+            kind = "is a mixture of experts, whose weights transformers holds in one tensor per layer"
         raise ValueError(
             f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported "
             "folder of the search."
@@ -65,7 +71,12 @@ def require_compressible(checkpoint: Checkpoint) -> None:
 
 @stage_task(about=lambda card, **_: f"{title_of(card.base_model)} at {card.realised:.3g}")
 def compress(
-    store: ArtifactStore, exported: Artifact, card: ModelCard, execution: Execution, recovery: str = ""
+    store: ArtifactStore,
+    exported: Artifact,
+    card: ModelCard,
+    execution: Execution,
+    recovery: str = "",
+    tasks: Sequence[Mapping[str, str]] = (),
 ) -> Artifact:
     """Write ``exported`` to a new folder, with every pruned weight stored without its zeros where that is smaller.
 
@@ -76,11 +87,13 @@ def compress(
     Args:
         card: content of README.md, with the results of the evaluation.
         recovery: section on the recovery in README.md; empty without recovery.
+        tasks: table of few-shot tasks in README.md; empty if there is none.
     """
 
     def build(draft: Draft) -> None:
         shards = _shards(exported)
-        pruned = _pruned_weights(json.loads(store.read(exported, SPARSITY_FILE))["linears"])
+        report = json.loads(store.read(exported, SPARSITY_FILE))
+        pruned = _pruned_weights(report["linears"])
         _write_shards(store, draft, exported, shards, pruned, execution)
         for name in (*copied_files(exported.files), SPARSITY_FILE):
             draft.write(name, store.read(exported, name))
@@ -88,11 +101,13 @@ def compress(
         description = Description(tuple(shards.values()), _sparse_tensors(exported, draft, shards), sizes)
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
-        mix = mix_of_export(exported.facts)
-        draft.write(CARD_FILE, model_card(card, "compressed", recovery, mix=mix).encode())
+        mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
+        dense = sentences_on_dense_linears(report.get("dense", ()), len(report["layers"]))
+        content = model_card(card, "compressed", recovery, mix=mix, counted=counted, tasks=tasks, dense=dense)
+        draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 
-    result = store.get_or_build(compress_stage(exported.key, card, recovery), build)
+    result = store.get_or_build(compress_stage(exported.key, card, recovery, tasks), build)
     require_whole(store, result)  # a reused artifact is not read by any later stage
     return result
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
+from torch import Tensor
+
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.pruned_layer import held_out_windows
-from layerwise.scoring.perplexity import paired_difference, perplexity
+from layerwise.scoring.perplexity import mean_loss, paired_difference, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -29,6 +31,8 @@ from layerwise.tasks.results.evaluation import (
     RECOVERY_FILE,
     TEST_FILE,
     RecoveryTest,
+    TestDivergence,
+    TestResponses,
     TestResult,
     TwoTexts,
     read_test,
@@ -36,7 +40,7 @@ from layerwise.tasks.results.evaluation import (
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.texts.token_windows import shape_of
+from layerwise.tasks.texts.token_windows import read_responses, shape_of
 
 # On the first windows of the test each pruned layer also runs on the dense model's input, to split its error into
 # parts. Four windows of 2048 tokens give reliable means over 30 layers; a test of the usual 64 windows or more takes a
@@ -59,7 +63,8 @@ def evaluate_stage(
     layers = [list(plan.layers) for plan in _distinct(uniform, best)]
     by_role = {f"recovered {number}": key for number, key in enumerate(recovered)}
     keys = _scored_inputs(inputs, settings).keys(settings) | by_role
-    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity}, keys)
+    criterion = {} if inputs.criterion == "perplexity" else {"criterion": inputs.criterion}
+    return Stage("evaluate", 2, {"plans": layers, "prune": settings.identity, **criterion}, keys)
 
 
 def _distinct(uniform: SparsityPlan, best: SparsityPlan) -> list[SparsityPlan]:
@@ -89,7 +94,7 @@ def evaluate(
     recovered: Sequence[str] = (),
     watch: LayerWatch | None = None,
 ) -> Artifact:
-    """Score the dense, the uniform and the best model once on the test windows.
+    """Score the dense, the uniform and the best model once on the test windows, also by the criterion of the search.
 
     With recovery, the recovered models are scored, and for comparison the pruned models before it, on the test windows
     and on the calibration windows that the recovery held out.
@@ -115,8 +120,8 @@ def evaluate(
             title = f"{title}; the export is written in the same pass"
         scored, pruning = _scored_inputs(inputs, settings), settings.one_shot
         result = advance_group(store, draft, scored, planned, pruning, execution, title, LOCAL_WINDOWS, watch)
-        lanes = range(len(plans) + 1)
-        draft.facts |= _facts(_write_evaluation(draft, result.of(lanes), linears, settings))
+        lanes, responses = range(len(plans) + 1), read_responses(store, inputs.scored)
+        draft.facts |= _facts(_write_evaluation(draft, result.of(lanes), linears, settings, responses))
         if settings.recover is not None:
             _write_recovery_test(draft, result, len(plans))
 
@@ -157,9 +162,11 @@ def evaluate_together(
         title = f"evaluate: dense, uniform and {len(others)} other plans on the test windows"
         planned = [PlannedLane(settings.removed(plan, linears)) for plan in (uniform, *others)]
         result = advance_group(store, draft, inputs, planned, settings, execution, title, LOCAL_WINDOWS)
+        responses = read_responses(store, inputs.scored)
         for number, (_, best) in enumerate(missing):
             lanes = [0, 1] if best == uniform else [0, 1, others.index(best) + 2]
-            _write_evaluation(draft, result.of(lanes), linears, settings, f"{lane_folder(number)}/")
+            folder = f"{lane_folder(number)}/"
+            _write_evaluation(draft, result.of(lanes), linears, settings, responses, folder)
 
     roles = {f"evaluation {number:03d}": stage.key for number, (stage, _) in enumerate(missing)}
     group = store.get_or_build(Stage("evaluate_group", 1, None, roles), build)
@@ -172,16 +179,41 @@ def _write_evaluation(
     result: GroupResult,
     linears: Sequence[Sequence[Linear]],
     settings: PruneSettings,
+    responses: Tensor | None,
     folder: str = "",
 ) -> TestResult:
-    """Write the tables of the dense lane, the uniform lane and, if it is a third one, the best lane."""
+    """Write the tables of the dense lane, the uniform lane and, if it is a third one, the best lane.
+
+    Args:
+        responses: see ``read_responses``.
+    """
     for lane, name in enumerate(("dense", "uniform", "best")[: len(result.losses)]):
         write_lane(draft, f"{folder}{name}", result, lane, linears, settings)
     dense, plain, chosen = (*result.losses, result.losses[-1])[:3]
     gain = None if len(result.losses) == 2 else paired_difference(chosen, plain)
-    test = TestResult(len(dense), perplexity(dense), perplexity(plain), perplexity(chosen), gain)
-    draft.write(f"{folder}{TEST_FILE}", json.dumps(asdict(test), indent=1).encode())
+    kl = _test_divergence(result.divergences[1:])
+    perplexities = perplexity(dense), perplexity(plain), perplexity(chosen)
+    test = TestResult(len(dense), *perplexities, gain, kl, _test_responses(result, responses))
+    draft.write(f"{folder}{TEST_FILE}", json.dumps(test.document, indent=1).encode())
     return test
+
+
+def _test_divergence(divergences: Sequence[Sequence[float]]) -> TestDivergence | None:
+    """Summarise the divergences of the uniform lane and, if it is another one, the best lane; None without any."""
+    plain, chosen = divergences[0], divergences[-1]
+    if not plain:
+        return None
+    gain = None if len(divergences) == 1 else paired_difference(chosen, plain)
+    return TestDivergence(mean_loss(plain), mean_loss(chosen), gain)
+
+
+def _test_responses(result: GroupResult, responses: Tensor | None) -> TestResponses | None:
+    """Summarise the losses of the responses, by lane; None for plain text, and if an earlier version scored some lanes."""
+    losses = [loss for loss in result.response_losses if loss is not None]
+    if responses is None or len(losses) < len(result.response_losses):
+        return None
+    perplexities = [perplexity([loss]) for loss in losses]
+    return TestResponses(int(responses[:, 1:].sum()), perplexities[0], perplexities[1], perplexities[-1])
 
 
 def _write_recovery_test(draft: Draft, result: GroupResult, plans: int) -> None:
@@ -209,4 +241,5 @@ def _copy_evaluation(store: ArtifactStore, group: Artifact, folder: str, draft: 
 
 
 def _facts(test: TestResult) -> dict[str, float]:
-    return {"dense": test.dense, "uniform": test.uniform, "best": test.best}
+    kl = {} if test.kl is None else {"KL, uniform": test.kl.uniform, "KL, best": test.kl.best}
+    return {"dense": test.dense, "uniform": test.uniform, "best": test.best, **kl}

@@ -23,16 +23,27 @@ from layerwise.tasks.branch import plan_facts
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
+from layerwise.tasks.lanes.statistics_table import expert_rows
 from layerwise.tasks.models.checkpoint_index import IndexedTensor
 from layerwise.tasks.pages.model_card import model_card, recovery_section
 from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
-from layerwise.tasks.results.calibration_mix import published_rows, text_name
+from layerwise.tasks.results.calibration_mix import (
+    counted_document,
+    counted_sentence,
+    published_rows,
+    text_name,
+)
 from layerwise.tasks.results.evaluation import read_recovery
 from layerwise.tasks.results.lane_scores import LaneScore
-from layerwise.tasks.results.roles import LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
+from layerwise.tasks.results.roles import COUNTED, LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
 from layerwise.tasks.results.selection import dense_perplexity
-from layerwise.tasks.results.summary import recovery_rows, sentences_on_recovery
+from layerwise.tasks.results.summary import (
+    recovery_rows,
+    sentence_on_experts,
+    sentences_on_dense_linears,
+    sentences_on_recovery,
+)
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import ProgressUpdate, showing
@@ -63,7 +74,9 @@ class RecoveredExport:
         test = read_recovery(store, store.get(self.tested))
         assert test is not None, "the test of a search with recovery compares both"
         stages = {"calibration": inputs.calibration, "test": self.test, RECOVERED_BEST: self.recovered}
-        text = sentences_on_recovery(settings.recovery.method, test, stages, inputs.recovery_windows)
+        text = sentences_on_recovery(
+            settings.recovery.method, test, stages, inputs.recovery_windows, settings.calibrate_on
+        )
         return recovery_section(text, recovery_rows(test))
 
 
@@ -123,7 +136,7 @@ def export(
     """Prune by the chosen plan and write a folder that ``from_pretrained`` loads.
 
     Unpruned tensors, configuration and tokenizer are copied from the source byte for byte. The folder also holds
-    ``sparsity.json`` (the plan, and the realised sparsity of every linear) and a model card.
+    ``sparsity.json`` (the plan, the realised sparsity of every linear, and the linears that stay dense) and a model card.
 
     Args:
         uniform: score of the uniform plan, for the model card.
@@ -148,6 +161,8 @@ def export(
             "layers": list(chosen.plan.layers),
             "linears": writer.rows,
         }
+        if checkpoint.dense_rows:
+            report["dense"] = checkpoint.dense_rows
         section = ""
         if recovery is not None:
             section = recovery.section(store, inputs, settings)
@@ -155,11 +170,27 @@ def export(
                 **asdict(settings.recovery),
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
             }
+        experts = expert_rows(store, calibrated.capture, settings.prunable(linears), settings)
+        if experts:
+            report["experts"] = experts
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
         mix = published_rows(inputs.calibration.facts)
-        content = model_card(card, "dense", section, mix=mix, auto_class=loaded_by)
+        counted = {}
+        if settings.calibrate_on == "responses":
+            counted = counted_document(inputs.calibration, inputs.capture)
+            draft.facts[COUNTED] = counted
+        content = model_card(
+            card,
+            "dense",
+            section,
+            mix=mix,
+            auto_class=loaded_by,
+            counted=counted_sentence(counted),
+            experts=sentence_on_experts(experts),
+            dense=sentences_on_dense_linears(checkpoint.dense_rows, checkpoint.num_layers),
+        )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= plan_facts(chosen.plan) | {"realised sparsity": realised}
         if mix:

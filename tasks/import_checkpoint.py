@@ -8,6 +8,7 @@ weights, which are dequantized.
 import json
 from dataclasses import replace
 
+from layerwise.models.prunable_linears import dense_rows
 from layerwise.storage.artifact import Artifact, Damaged
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.errors import Corrupt
@@ -24,8 +25,10 @@ from layerwise.tasks.models.folder_index import (
     is_quantized,
     refuse_adapter,
 )
+from layerwise.tasks.results.roles import DENSE_LINEARS
 from layerwise.tasks.sources.checkpoint_files import CONFIG, copied_files
 from layerwise.tasks.sources.folder import Folder
+from layerwise.tasks.sources.model_config import outline_from_document
 from layerwise.tasks.sources.model_source import (
     DemoSource,
     FolderSource,
@@ -144,6 +147,8 @@ def _build(store: ArtifactStore, draft: Draft, source: Source) -> None:
         "num_layers": index.num_layers,
         "parameters": index.parameters,
     } | ({} if found is None else {"license": found.facts})
+    if dense := dense_rows(outline_from_document(index.config, source.label)):
+        draft.facts[DENSE_LINEARS] = dense
 
 
 def _copy_small_files(draft: Draft, folder: Folder, index: CheckpointIndex) -> None:

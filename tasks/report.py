@@ -6,6 +6,7 @@ from dataclasses import asdict
 import altair
 import pyarrow as pa
 
+from layerwise.scoring.criterion import KL
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
@@ -23,6 +24,7 @@ from layerwise.tasks.charts.theory_figures import TITLES as THEORY_TITLES
 from layerwise.tasks.charts.theory_figures import figures_of_theory
 from layerwise.tasks.pages.report_data import Extras, ReportData, report_data
 from layerwise.tasks.pages.report_page import report_page
+from layerwise.tasks.results.report_tables import by_kind
 from layerwise.tasks.results.search_result import read_search
 from layerwise.tasks.running.stage_task import stage_task
 
@@ -37,10 +39,14 @@ TITLES = {
     **THEORY_TITLES,
 }
 
+KL_TITLE = f"{KL} from the dense model on the selection text"
+
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
     extras = asdict(data.extras)
+    if not extras["tasks"]:
+        del extras["tasks"]  # so that reports without them keep their keys
     keys = {"theory": extras.pop("theory"), "distill": extras.pop("distilled")}
     settings = {
         "made": [
@@ -84,7 +90,8 @@ def report(
         charts = figures_of(data)
         inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
         draft.write(PAGE_FILE, report_page(data, inside).encode())
-        write_figures(draft, charts, TITLES, data.title)
+        titles = TITLES if data.criterion == "perplexity" else TITLES | {"perplexity": KL_TITLE}
+        write_figures(draft, charts, titles, data.title)
         for name, rows in data.tables.items():
             if rows:
                 write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
@@ -98,11 +105,11 @@ def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
     tables = data.tables
     return {
         "perplexity": perplexity_by_beta(
-            tables["betas"], tables["models"][0]["selection_perplexity"], data.parameter
+            tables["betas"], tables["models"][0]["selection_perplexity"], data.parameter, data.criterion
         ),
         "sparsity": sparsity_by_layer(tables["sparsities"]),
         "errors": error_by_layer(tables["errors"]),
-        "linears": sparsity_by_linear(tables["linears"]),
+        "linears": sparsity_by_linear(by_kind(tables["linears"])),
         "stages": time_by_stage(tables["stages"]),
         **({} if data.theory is None else figures_of_theory(data.theory.layers, data.theory.found)),
     }

@@ -267,6 +267,56 @@ def require_windows(request: TokenRequest, tokens: int, truncated: bool) -> None
     require_tokens(end - start, request.windows, request.seqlen, source, LEAST_WINDOWS[request.role])
 
 
+def require_responses(
+    store: ArtifactStore,
+    load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
+    encoding_identity: str,
+    request: WindowRequest,
+) -> None:
+    """Refuse calibration on responses if there are none. Tokenises the texts whose windows the store lacks.
+
+    Args:
+        load_tokenizer: called only if a text has to be tokenised.
+
+    Raises:
+        ValueError: no text has conversations, or a window of conversations has no response, so no token of it would count.
+    """
+    load_once = cache(load_tokenizer)
+    masks = {source: _responses_of(store, load_once, encoding_identity, source) for source in request.sources}
+    if all(mask is None for mask in masks.values()):
+        texts = ", ".join(source.corpus.label for source in request.sources)
+        raise ValueError(
+            f"calibrate_on is responses, but {texts} has no conversations, so no token is a response. Give a text whose rows "
+            "have messages, or prompt and completion, or set calibrate_on to all."
+        )
+    for source, mask in masks.items():
+        # The first token of a window is not predicted.
+        empty = 0 if mask is None else int((~mask[:, 1:].any(dim=1)).sum())
+        if empty:
+            raise ValueError(
+                f"calibrate_on is responses, but {empty} of {source.windows} windows of {source.seqlen} tokens of "
+                f"{source.corpus.label} have no response: prompts or other text fill them. Use longer windows (seqlen), "
+                "another seed, conversations with longer responses, or set calibrate_on to all."
+            )
+
+
+def _responses_of(
+    store: ArtifactStore,
+    load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
+    encoding_identity: str,
+    request: TokenRequest,
+) -> Tensor | None:
+    """Return the mask of the responses in the windows of one text; None for plain text."""
+    artifact = store.find(token_stage(encoding_identity, request))
+    if artifact is not None:
+        return read_tensors(store, artifact, TOKENS_FILE).get(RESPONSES)
+    text = tokenise_corpus(request.corpus, load_tokenizer())
+    if text.responses is None:
+        return None
+    start, end = part_bounds(len(text.token_ids), request.part)
+    return _cut_windows(text.responses[start:end], request)
+
+
 def fitting_windows(tokens: int, part: tuple[float, float], seqlen: int) -> int:
     """Return the number of windows that fit into a part of a text.
 

@@ -1,8 +1,8 @@
 """Attempt: one search in a separate process, as on a separate machine, that can be killed at any moment.
 
-Importing torch, transformers and Prefect takes seven seconds, several times as long as the small search. So one process
-imports them once and is then forked for each attempt. An attempt imports our own code, has its own Prefect home, and
-sends its log lines through a pipe, where they can be read even if the process is killed.
+Importing torch, transformers, Prefect and our own code takes seven seconds, longer than the small search. So one process
+imports them once and is then forked for each attempt. An attempt has its own Prefect home, and sends its log lines
+through a pipe, where they can be read even if the process is killed.
 """
 
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTED_ONCE = [
+    "layerwise.flows.search",
+    "layerwise.tasks.models.gguf_weights",  # imported with the first model
     "gguf",
     "prefect",
     "prefect.flow_engine",
@@ -175,7 +177,6 @@ def _work(pipe: Connection, environment: dict[str, str], folder: str) -> None:
 
     refresh_global_settings_context()
     import layerwise.flows.search as ours
-    import layerwise.tasks.models.gguf_weights  # noqa: F401 - or the first import of a model would wait for it
     from layerwise.flows.runtime import SearchRuntime
     from layerwise.flows.settings import Search
 

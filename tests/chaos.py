@@ -132,15 +132,21 @@ class Chaos:
         self.settings, self.stores, self.folder, self.prefect_url = settings, stores, folder, prefect_url
         self.chance, self.attempts, self.report = random.Random(seed), 0, Report()
 
-    def run(self, kills: int) -> Report:
-        """Kill searches until ``kills`` processes were killed at work, then let the last searches finish."""
+    def run(self, kills: int, stages: Set[str] = frozenset()) -> Report:
+        """Kill searches until ``kills`` processes were killed at work, then let the last searches finish.
+
+        Args:
+            kills: number of kills.
+            stages: kill up to twice as many processes, until a kill has fallen on each of these stages.
+        """
         began = time.monotonic()
         undisturbed = [self._undisturbed(place) for place in self.stores]
         if any(other.contents != undisturbed[0].contents for other in undisturbed):
             self.report.problems.append("undisturbed searches in different stores differ")
         runs = [self._new_run(place) for place in self.stores]
-        while self.report.kills.total() < kills:
-            number = self.report.kills.total() % len(runs)
+        done = self.report.kills
+        while done.total() < kills or (stages - set(done) and done.total() < 2 * kills):
+            number = done.total() % len(runs)
             if not self._killed(runs[number], undisturbed[number]):
                 self._compare(runs[number], undisturbed[number])
                 runs[number] = self._new_run(self.stores[number])

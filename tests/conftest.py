@@ -12,6 +12,18 @@ from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import s3_server, weed_command
 
+# These files take a minute or more each. They come first, so that no worker is left alone with one of them at the end.
+LONGEST_FILES = (
+    "tests/flows/fan_out/",
+    "tests/flows/test_chaos.py",
+    "tests/flows/test_strategies.py",
+    "tests/test_wheel.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST_FILES))
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.import_checkpoint import import_checkpoint
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.lm_eval_tasks.questions import Questions
+from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
 
@@ -78,6 +79,11 @@ def give_words(folder: Path, special: Mapping[str, str] | None = None) -> Path:
     return folder
 
 
+def load_questions(*arguments, **options) -> list[Questions]:
+    """Return the questions of tasks, see ``load_tasks``."""
+    return list(load_tasks(*arguments, **options).questions)
+
+
 def answered(
     store: ArtifactStore,
     folder: Path,
@@ -92,3 +98,28 @@ def answered(
     checkpoint = import_checkpoint(store, str(folder))
     questions = load_questions(tasks, documents, seed)
     return zero_shot.fn(store, checkpoint, questions, ZeroShotSettings(dtype, way), Execution(**execution))
+
+
+def write_generated_task(folder: Path, name: str, documents: Sequence[Mapping], **changes: object) -> str:
+    """Write a task whose answers the model writes, with two filters; return the path of its YAML file.
+
+    The right answer is the first word of the first choice, and examples are drawn from the documents themselves.
+    """
+    first = {"function": "take_first"}
+    filters = {"whole": [first], "first-word": [{"function": "regex", "regex_pattern": r"^\s*(\w+)"}, first]}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    task = {
+        "output_type": "generate_until",
+        "doc_to_choice": None,
+        "doc_to_target": "{{choices[0].split(' ')[0]}}",
+        "fewshot_split": "validation",
+        "generation_kwargs": {
+            "until": ["redcar"],
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": 12,
+        },
+        "filter_list": [{"name": name, "filter": steps} for name, steps in filters.items()],
+        "metric_list": [metric],
+    }
+    return write_task(folder, name, documents, **(task | changes))

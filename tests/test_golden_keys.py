@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
 Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
-for stages that were new after it (recovery, distillation, mixes, generated texts). A new value is a decision that stands in CHANGELOG.md.
+for what was new after it (recovery, distillation, mixes, generated texts, the criterion kl). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -33,6 +33,7 @@ from layerwise.tasks.export import RecoveredExport, export_stage
 from layerwise.tasks.generation.generate_calibration import GenerationSettings, generate_stage
 from layerwise.tasks.generation.prompts import Prompt
 from layerwise.tasks.import_checkpoint import import_stage
+from layerwise.tasks.lanes.dense_states import dense_states_stage
 from layerwise.tasks.lanes.group_membership import group_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
@@ -69,7 +70,7 @@ def artifact(stage: str, number: int, **facts: object) -> Artifact:
 class FixedQuestions:
     """Inputs of a key of zero-shot answers, without lm-eval and its data sets."""
 
-    task, identity = "arc_easy", "f" * 32
+    task, identity, generated = "arc_easy", "f" * 32, False
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,11 @@ def keys() -> dict[str, str]:
             ASCENDING, inputs, replace(WANDA, pattern="2:4", exclude="down_proj$")
         ),
         "lane, a round": lane_stage(ASCENDING, replace(inputs, windows=(0, 8)), WANDA),
+        "dense_states": dense_states_stage(checkpoint.identity, selection, "bfloat16"),
+        "lane, kl": lane_stage(
+            ASCENDING, replace(inputs, criterion="kl", dense_states=artifact("dense_states", 12)), WANDA
+        ),
+        "evaluate, kl": evaluate_stage(replace(inputs, criterion="kl"), UNIFORM, ASCENDING, WANDA),
         "lane_group": group_stage([lane_stage(plan, inputs, WANDA) for plan in (UNIFORM, ASCENDING)]),
         "lane_rounds": joined_stage([score, uniform]),
         "select": select_stage([uniform, score], 11.5, "beta"),
@@ -193,6 +199,9 @@ def keys() -> dict[str, str]:
         "identity of a checkpoint": checkpoint.identity,
         "identity of a tokenizer": checkpoint.tokenizer_identity,
         "settings of a search": digest(settings.model_dump(mode="json")),
+        "settings of a search by kl": digest(
+            settings.model_copy(update={"criterion": "kl"}).model_dump(mode="json")
+        ),
         "settings of a grid": digest(
             settings.model_copy(update={"strategy": "grid"}).model_dump(mode="json")
         ),
@@ -235,6 +244,10 @@ GOLDEN = {
     "identity of a checkpoint": "4eb37c8ea08b8bae7a0cfaa333a06b57",
     "identity of a tokenizer": "c499c195b44d0b3b3e69dffc935c3452",
     "settings of a search": "a7bee34486f7c103dbb1cfbb50091856",
+    "dense_states": "dense_states/45381bca5369f03dce458dd83fd2f906",
+    "lane, kl": "lane/71603260619c90a7f1e0c3ba2f328dcd",
+    "evaluate, kl": "evaluate/498e67358b7d1f5aaa7251aca9ccb846",
+    "settings of a search by kl": "a495fc192e8a1dedaa377fe6aa874de7",
     "settings of a grid": "15eca869bf95776acd7fadb219f630e6",  # grid was the default
 }
 

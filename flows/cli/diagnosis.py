@@ -19,7 +19,7 @@ Line = tuple[str, str]  # name and value
 # Stages of a plan, by the beginning of their names; export and test share one pass.
 STAGES = {
     "import": ("import",),
-    "capture": ("capture",),
+    "capture": ("capture", "dense_states"),
     "lanes": ("branch",),
     "export and test": ("export", "evaluate"),
 }

@@ -4,10 +4,13 @@ import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from layerwise.flows.cli.errors import fail, stop
 from layerwise.flows.orchestration.embedded_server import ServerStart
+
+if TYPE_CHECKING:  # imports Prefect
+    from layerwise.flows.compare import Compare
 
 Result = TypeVar("Result")
 
@@ -34,15 +37,12 @@ def run_search(arguments: Namespace, began: float) -> None:
 def run_compare(arguments: Namespace, began: float) -> None:
     from layerwise.flows.cli.console import open_console
     from layerwise.flows.cli.tables import show_comparison
-    from layerwise.flows.compare import Compare, SearchFailed, compare
+    from layerwise.flows.compare import SearchFailed, compare
     from layerwise.flows.options import read_options
+    from layerwise.flows.presets.atp_paper import preset_notes
     from layerwise.flows.runtime import FanOutRuntime
-    from layerwise.flows.settings import Search
 
-    if arguments.sparsity is None and arguments.sparsities:
-        arguments.sparsity = arguments.sparsities.partition(",")[0]
-    runtime = read_options(arguments, FanOutRuntime)
-    settings = read_options(arguments, Compare, search=read_options(arguments, Search))
+    runtime, settings = read_options(arguments, FanOutRuntime), comparison_of(arguments)
     server = ServerStart()
     try:
         results, seconds = run_flow(lambda: compare(settings, runtime), server, runtime.pool, began)
@@ -50,7 +50,29 @@ def run_compare(arguments: Namespace, began: float) -> None:
         fail(str(failure))
     console = open_console()
     show_comparison(console, results)
+    for note in preset_notes(settings.table) if settings.preset else ():
+        console.print(f"- {note}", soft_wrap=True, highlight=False, markup=False)
     console.print(seconds)
+
+
+def comparison_of(arguments: Namespace) -> "Compare":
+    """Return the settings of a comparison: the given options, and those of the preset for the others.
+
+    Raises:
+        ValueError: an option is not valid; see ``read_options``.
+    """
+    from layerwise.flows.compare import Compare
+    from layerwise.flows.options import read_options
+    from layerwise.flows.presets.atp_paper import preset_options
+    from layerwise.flows.settings import Search
+
+    if arguments.preset is not None:
+        given = [name for name, value in vars(arguments).items() if value is not None]
+        for name, text in preset_options(arguments.preset, arguments.table, given).items():
+            setattr(arguments, name, text)
+    if arguments.sparsity is None and arguments.sparsities:
+        arguments.sparsity = arguments.sparsities.partition(",")[0]
+    return read_options(arguments, Compare, search=read_options(arguments, Search))
 
 
 def run_theory(arguments: Namespace, began: float) -> None:

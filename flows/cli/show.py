@@ -44,6 +44,8 @@ def show_key(store_url: str, key: str | None) -> None:
         show_test(console, read_test(store, tested))
         if (recovery := read_recovery(store, tested)) is not None:
             show_recovery(console, recovery, document["recovery"]["text"])
+        if "experts" in document:
+            console.print(document["experts"]["text"], soft_wrap=True)
         show_stop(console, document["settings"].get("stop_after"), selection)
         for text, what in document.get("measured on", {}).items():  # missing in old results
             console.print(f"  {text}: {summary_of(MeasuredOn(**what))}", style="dim", soft_wrap=True)

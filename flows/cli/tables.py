@@ -16,6 +16,7 @@ from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.selection import Selection
 from layerwise.tasks.results.summary import (
     recovery_rows,
+    sentence_on_experts,
     sentence_on_stop,
     sentence_on_test,
     table_rows,
@@ -38,6 +39,8 @@ def show_result(console: Console, result: "SearchResult") -> None:
     show_test(console, result.test)
     if result.recovery is not None:
         show_recovery(console, result.recovery, result.recovery_text)
+    if result.experts:
+        console.print(sentence_on_experts(result.experts), soft_wrap=True)
     show_stop(console, result.settings.stop_after, result.selection)
     if result.pruned is not None:
         console.print()

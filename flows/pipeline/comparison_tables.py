@@ -7,7 +7,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.scoring.perplexity import DIVERGED, has_diverged, paired_difference, rounded_perplexity
+from layerwise.flows.presets.atp_paper import find_published
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import (
+    DIVERGED,
+    format_divergence,
+    has_diverged,
+    paired_difference,
+    rounded_perplexity,
+)
+from layerwise.tasks.lm_eval_tasks.comparison import ZeroShotRow
 from layerwise.tasks.pages.markdown import plain
 
 Row = dict[str, str | float]
@@ -22,12 +31,16 @@ class Compared:
         losses: losses of the chosen plan on the test windows, in nats.
         seconds: time of this run. Time spent for several searches at once is shared out by their numbers of plans;
             artifacts that were in the store before cost nothing.
+        accuracy: average over the tasks of lm-eval; None without tasks.
+        preset: name of the preset whose published numbers are shown; None without one.
     """
 
     result: SearchResult
     allocator: str
     losses: tuple[float, ...]
     seconds: float
+    accuracy: ZeroShotRow | None = None
+    preset: str | None = None
 
     @property
     def cell(self) -> tuple[float, str, str, int]:
@@ -79,10 +92,12 @@ def rows_of(searches: Sequence[Compared]) -> list[Row]:
             "test: dense": rounded_perplexity(test.dense),
             "test: uniform": rounded_perplexity(test.uniform),
             "test: best": rounded_perplexity(test.best),
+            **_divergences(result),
             "times dense": round(test.best / test.dense, 3) if not has_diverged(test.best) else "",
             "gain %": round(100 * (1 - test.best / test.uniform), 1),
             "t": "" if test.gain is None or test.gain.t is None else f"{test.gain.t:.1f}",
         }
+        row |= _accuracies(each) | _published(each)
         if several:
             reference = references[each.cell]
             row |= {} if each is reference else _above([each], [reference])
@@ -117,6 +132,8 @@ def summary_of(searches: Sequence[Compared]) -> list[Row]:
             "spread": _spread(best),
             "gain %": round(100 * (1 - math.exp(fmean(map(_gain, members)))), 1),
         }
+        if divergences := [each.result.test.kl.best for each in members if each.result.test.kl is not None]:
+            row[f"{KL}, test"] = format_divergence(fmean(divergences))
         if allocator != searches[0].allocator:
             row |= _above(members, reference)
         rows.append(row)
@@ -129,6 +146,44 @@ def markdown_of(rows: Sequence[Mapping[str, str | float]]) -> str:
     lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "--:|" * len(names)]
     lines += ["| " + " | ".join(plain(str(row.get(name, ""))) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _divergences(result: SearchResult) -> Row:
+    """Return the divergences from the dense model; nothing if the criterion is perplexity."""
+    selection, test = result.selection, result.test.kl
+    uniform, best = selection.rows[0].kl, selection.best_row.kl
+    if uniform is None or best is None or test is None:
+        return {}
+    return {
+        f"selection: {KL}, uniform": format_divergence(uniform),
+        f"selection: {KL}, best": format_divergence(best),
+        f"test: {KL}, uniform": format_divergence(test.uniform),
+        f"test: {KL}, best": format_divergence(test.best),
+    }
+
+
+def _accuracies(each: Compared) -> Row:
+    """Return the accuracies of the models on the tasks, in per cent; empty without tasks."""
+    if each.accuracy is None:
+        return {}
+    best = each.accuracy.best
+    models = {"dense": each.accuracy.dense, "uniform": each.accuracy.uniform or best, "best": best}
+    return {f"accuracy %: {name}": round(100 * model.value, 2) for name, model in models.items()}
+
+
+def _published(each: Compared) -> Row:
+    """Return the numbers that a paper has for this search; empty cells where none is known. Nothing without a preset."""
+    if each.preset is None:
+        return {}
+    settings = each.result.settings
+    what = settings.model, settings.sparsity, settings.pruner.method
+    found = {"uniform": find_published(*what, "uniform"), "best": find_published(*what, each.allocator)}
+    row: Row = {f"published: {name}": "" for name in found}
+    row |= {f"published: {name}": number.perplexity or "" for name, number in found.items() if number}
+    if each.accuracy is not None:
+        row |= {f"published %: {name}": (number and number.accuracy) or "" for name, number in found.items()}
+    row["published in"] = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
+    return row
 
 
 def _gain(each: Compared) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.pipeline.inputs import SearchInputs, expected_plans
@@ -20,20 +20,23 @@ from layerwise.flows.pipeline.time_estimate import SearchTimes
 from layerwise.flows.pipeline.time_limit import is_too_late, stop_after_tried
 from layerwise.flows.settings import Search
 from layerwise.models.skeleton import Linear
+from layerwise.scoring.criterion import Criterion
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.allocate import allocate, allocate_stage, read_plans
 from layerwise.tasks.branch import branch, join_rounds, joined_stage, lane_stage
-from layerwise.tasks.capture import CaptureSettings, capture, capture_stage
+from layerwise.tasks.capture import CaptureSettings, capture, capture_dense_states, capture_stage
 from layerwise.tasks.capture_grams import capture_grams, grams_stage
 from layerwise.tasks.evaluate import evaluate, evaluate_stage
 from layerwise.tasks.export import RecoveredExport, export, export_stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
+from layerwise.tasks.lanes.dense_states import dense_states_stage
 from layerwise.tasks.lanes.lane_group import LaneInputs, LayerWatch
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import recovered_stage
-from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores
+from layerwise.tasks.lanes.statistics_table import expert_rows
+from layerwise.tasks.measure import is_measured, measure, measure_stage, read_scores, threshold_of
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.recovery.recover import recover
 from layerwise.tasks.results.lane_scores import LaneScore, read_score
@@ -115,6 +118,8 @@ class Captured:
         grams: Gram matrices, for a pruner that corrects weights or an allocator that measures them.
         plans: plans of the allocator, uniform first.
         recovery_windows: number of calibration windows on which lanes are recovered; None for all.
+        criterion: what the plans are compared by.
+        dense_states: output of the dense model on the selection windows; None if the criterion is not ``kl``.
     """
 
     checkpoint: Checkpoint
@@ -125,6 +130,8 @@ class Captured:
     grams: Artifact | None
     plans: tuple[SparsityPlan, ...]
     recovery_windows: int | None = None
+    criterion: Criterion = "perplexity"
+    dense_states: Artifact | None = None
 
     @property
     def lane_pruning(self) -> PruneSettings:
@@ -138,9 +145,17 @@ class Captured:
 
     def inputs(self, scored: Role, windows: tuple[int, int] | None = None) -> LaneInputs:
         """Return the inputs of lanes that are scored on all windows of a role, or on a range of them."""
-        windows_of = self.windows["calibration"], self.windows[scored]
         return LaneInputs(
-            self.checkpoint, self.capture, *windows_of, self.grams, windows, self.recovery_windows
+            self.checkpoint,
+            self.capture,
+            self.windows["calibration"],
+            self.windows[scored],
+            self.grams,
+            windows,
+            self.recovery_windows,
+            criterion=self.criterion,
+            # On the other windows, the dense model is a lane of the group.
+            dense_states=self.dense_states if scored == "selection" else None,
         )
 
 
@@ -159,13 +174,20 @@ class Scored:
 
     @property
     def best(self) -> LaneScore:
-        """Lane with the lowest loss."""
+        """Lane that the criterion prefers."""
         return self.scores[compare(self.scores, self.captured.dense_perplexity).best]
 
     @property
     def uniform(self) -> LaneScore:
         """Lane in which all layers have the same sparsity."""
         return self.scores[0]
+
+    def expert_rows(self, store: ArtifactStore) -> list[dict[str, Any]]:
+        """Return the calibration tokens of the experts, see ``statistics_table.expert_rows``."""
+        before = self.captured
+        calibrates_itself = before.pruning.calibration_mode == "sequential"
+        statistics = self.best.artifact if calibrates_itself else before.capture
+        return expert_rows(store, statistics, before.pruning.prunable(before.linears), before.pruning)
 
     @property
     def plans_to_recover(self) -> dict[str, SparsityPlan]:
@@ -229,7 +251,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         stages=[("checkpoint", inputs.import_stage)],
         build=build_checkpoint,
         work="import",
-        reads=lambda sizes: sizes.weights,
+        reads=lambda sizes: sizes.files,
         writes=lambda sizes: 0 if sizes.index.in_place else sizes.files,
         seconds=lambda times: times.importing,
     )
@@ -250,16 +272,18 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     calibration, selection = windows.get("calibration"), windows.get("selection")
 
     dtype = settings.dtype_for((index if checkpoint is None else checkpoint.index).dtype)
-    capture_settings = CaptureSettings(dtype, settings.retain)
+    capture_settings = CaptureSettings(dtype, settings.retain, settings.calibrate_on)
     stage = None
     if checkpoint is not None and calibration is not None and selection is not None:
         stage = capture_stage(checkpoint.identity, calibration, selection, capture_settings)
+
+    by_kl = settings.criterion == "kl"
 
     def build_capture(execution: Execution) -> list[Artifact]:
         if store.find(known(stage)) is None:
             require_device(execution)
         texts = known(calibration), known(selection)
-        return [capture(store, known(checkpoint), *texts, capture_settings, execution)]
+        return [capture(store, known(checkpoint), *texts, capture_settings, execution, by_kl)]
 
     (statistics,) = yield Step(
         name="capture",
@@ -271,16 +295,45 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         seconds=lambda times: times.capture,
     )
 
+    dense: Artifact | None = None
+    if by_kl:
+        stage = None
+        if checkpoint is not None and selection is not None:
+            stage = dense_states_stage(checkpoint.identity, selection, dtype)
+        was_captured = statistics is not None
+        (dense,) = yield Step(
+            name="dense_states",
+            stages=[("dense states", stage)],
+            build=lambda execution: [
+                capture_dense_states(store, known(checkpoint), known(selection), dtype, execution)
+            ],
+            work="run the dense model on the selection windows"
+            if was_captured
+            else "keep them in the capture",
+            reads=lambda sizes: sizes.weights if was_captured else 0,
+            writes=lambda sizes: sizes.dense_states,
+            seconds=lambda times: times.dense_states if was_captured else 0.0,
+        )
+
     grams = None
     if settings.needs_grams:
+        with_sums = settings.pruning(dtype).needs_sums
         stage = None
         if checkpoint is not None and calibration is not None:
-            stage = grams_stage(checkpoint.identity, calibration, dtype)
+            stage = grams_stage(checkpoint.identity, calibration, dtype, settings.calibrate_on, with_sums)
         (grams,) = yield Step(
             name="grams",
             stages=[("grams", stage)],
             build=lambda execution: [
-                capture_grams(store, known(checkpoint), known(calibration), dtype, execution)
+                capture_grams(
+                    store,
+                    known(checkpoint),
+                    known(calibration),
+                    dtype,
+                    execution,
+                    settings.calibrate_on,
+                    with_sums,
+                )
             ],
             work="second moments of the linears' inputs, in the dense model",
             reads=lambda sizes: sizes.weights,
@@ -293,18 +346,19 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     measured: Artifact | None = None
     scores: tuple[float, ...] = ()
     if is_measured(allocation.allocator):
-        to_measure = allocation.allocator, allocation.by_linear, prunable
+        to_measure = allocation.allocator, allocation.granularity, prunable
+        threshold = threshold_of(allocation.allocator, settings.pruner, settings.sparsity)
         stage = None
         if checkpoint is not None and statistics is not None and (grams or not settings.needs_grams):
-            stage = measure_stage(checkpoint, statistics, grams, *to_measure)
+            stage = measure_stage(checkpoint, statistics, grams, *to_measure, threshold)
         (measured,) = yield Step(
             name="measure",
             stages=[("measure", stage)],
             build=lambda execution: [
-                measure(store, known(checkpoint), known(statistics), grams, *to_measure, execution)
+                measure(store, known(checkpoint), known(statistics), grams, *to_measure, execution, threshold)
             ],
             work=f"measure the layers for {allocation.allocator.method}",
-            reads=lambda sizes: sum(sizes.index.layer_bytes),
+            reads=lambda sizes: sum(sizes.index.layer_bytes) * (1 if threshold is None else 2),
             seconds=lambda times: None,  # the methods differ too much
         )
         if measured is not None:
@@ -322,6 +376,7 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         or selection is None
         or statistics is None
         or (settings.needs_grams and grams is None)
+        or (by_kl and dense is None)
         or not plans_known
     ):
         return None
@@ -329,7 +384,18 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
     all_windows = inputs.texts.windows["calibration"]
     some_windows = settings.windows_to_recover_on(all_windows)
     recovery_windows = some_windows if some_windows < all_windows else None
-    return Captured(checkpoint, windows, linears, pruning, statistics, grams, plans, recovery_windows)
+    return Captured(
+        checkpoint,
+        windows,
+        linears,
+        pruning,
+        statistics,
+        grams,
+        plans,
+        recovery_windows,
+        settings.criterion,
+        dense,
+    )
 
 
 def lane_steps(
@@ -472,7 +538,7 @@ def _export_step(
         stages=[(EXPORT, stage)],
         build=lambda execution: [export_lane(store, known(scored), known(scored).best, execution)],
         work="write the pruned checkpoint",
-        reads=lambda sizes: sizes.weights,
+        reads=lambda sizes: sizes.files,
         writes=lambda sizes: sizes.files,
         seconds=lambda times: times.export,
     )
@@ -580,8 +646,8 @@ def role_of(plan: SparsityPlan) -> str:
 
 
 def losses_of(rounds: Mapping[SparsityPlan, Sequence[LaneScore]]) -> dict[SparsityPlan, list[float]]:
-    """Return the losses of each plan on the selection windows that it was scored on so far, in nats."""
-    return {plan: [loss for score in scores for loss in score.losses] for plan, scores in rounds.items()}
+    """Return the loss of each plan, or with ``kl`` its divergence, on the selection windows seen so far, in nats."""
+    return {plan: [value for score in scores for value in score.compared] for plan, scores in rounds.items()}
 
 
 @stage_task(name="import_checkpoint", about=lambda settings, **_: title_of(settings.model))

@@ -4,11 +4,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from layerwise.allocators.sparsity_plan import SparsityPlan
+from layerwise.allocators.sparsity_plan import SparsityPlan, units_of
 from layerwise.flows.pipeline.search_strategy import first_lanes
 from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.storage.stage import Stage
@@ -140,11 +141,20 @@ def check_plans(
                     f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
+    if settings.granularity == "expert" and not any(
+        expert_linear(linear.name) for layer in prunable for linear in layer
+    ):
+        raise ValueError(
+            "granularity is expert, but no expert of the model is pruned. Use granularity linear or layer, or a mixture of "
+            "experts."
+        )
     first_lanes(settings, expected_plans(settings, linears), linears, None)
 
 
 def expected_plans(settings: Search, linears: Sequence[Sequence[Linear]]) -> tuple[SparsityPlan, ...]:
     """Return plans in the number that the search will have; measured scores are assumed to be equal for all layers."""
     prunable = settings.pruning("auto").prunable(linears)
-    entries = sum(map(len, prunable)) if settings.granularity == "linear" else len(prunable)
+    entries = sum(
+        len(units_of([linear.name for linear in layer], settings.granularity)) for layer in prunable
+    )
     return settings.allocation.plans(prunable, (0.0,) * entries)

@@ -7,7 +7,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
 from layerwise.flows.pipeline.result import SearchResult, loading_class, work_sentence
-from layerwise.scoring.perplexity import format_perplexity
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import format_divergence, format_perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.store import ArtifactStore
@@ -76,6 +77,7 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
     uniform, best = selection.rows[0], selection.best_row
     name = selection.name(selection.best)
     curve, profile = (store.read(page, figure_file(name)) for name in ("perplexity", "sparsity"))
+    by_kl = _divergences(result)
     place = store.root if is_local(store.fs) else store.fs.unstrip_protocol(store.root)
     return f"""# {plain(settings.title)}, {settings.pruner.method}
 
@@ -89,7 +91,7 @@ def search_report(store: ArtifactStore, result: SearchResult, page: Artifact) ->
 | uniform | 0 | {format_perplexity(uniform.perplexity)} | {format_perplexity(test.uniform)} |
 | **best** | {name.removeprefix(f"{selection.parameter} ")} | {format_perplexity(best.perplexity)} | {format_perplexity(test.best)} |
 
-{_recovery(result)}{_image("Perplexity by beta", curve)}
+{by_kl}{_recovery(result)}{_image(f"{KL if by_kl else 'Perplexity'} by beta", curve)}
 
 A bar is the 95 % interval of a beta's paired difference to the best one. Hollow points are not significantly worse.
 
@@ -108,6 +110,22 @@ A bar is the 95 % interval of a beta's paired difference to the best one. Hollow
 | | artifact | |
 |:--|:--|:--|
 {_stage_rows(result)}
+"""
+
+
+def _divergences(result: SearchResult) -> str:
+    """Format the table of the divergences from the dense model; empty if the criterion is perplexity."""
+    selection, test = result.selection, result.test.kl
+    uniform, best = selection.rows[0].kl, selection.best_row.kl
+    if uniform is None or best is None or test is None:
+        return ""
+    return f"""The plan was chosen by the {KL} from the dense model, in nats per token:
+
+| | {KL}, selection text | {KL}, test text |
+|:--|--:|--:|
+| uniform | {format_divergence(uniform)} | {format_divergence(test.uniform)} |
+| **best** | {format_divergence(best)} | {format_divergence(test.best)} |
+
 """
 
 

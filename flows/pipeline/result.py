@@ -14,12 +14,13 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import PAGE_FILE, report
-from layerwise.tasks.results.calibration_mix import mix_rows
+from layerwise.tasks.results.calibration_mix import counted_document, mix_rows
 from layerwise.tasks.results.evaluation import RecoveryTest, TestResult
 from layerwise.tasks.results.measured_on import measured_on
-from layerwise.tasks.results.roles import EXPORT, LOADED_BY, MIX
+from layerwise.tasks.results.roles import COUNTED, EXPORT, LOADED_BY, MIX
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE, VERSIONS
 from layerwise.tasks.results.selection import Selection
+from layerwise.tasks.results.summary import sentence_on_experts
 
 # Packages that may change a number with their version.
 PACKAGES = (
@@ -47,6 +48,7 @@ class SearchResult:
         recovery_text: sentences on the recovery; "" if the search does not recover.
         artifact: artifact of the search itself; None before it is committed.
         report: location of the report's page; "" before it exists.
+        experts: calibration tokens of the experts, see ``statistics_table.expert_rows``; empty for most models.
     """
 
     settings: Search
@@ -61,6 +63,7 @@ class SearchResult:
     recovery_text: str = ""
     artifact: Artifact | None = None
     report: str = ""
+    experts: tuple[Mapping[str, Any], ...] = ()
 
 
 def loading_class(result: SearchResult) -> str:
@@ -79,15 +82,19 @@ def commit_result(store: ArtifactStore, result: SearchResult) -> tuple[SearchRes
         "settings": result.settings.model_dump(mode="json"),
         "source": result.source,
         "verdict": result.selection.verdict,
-        "selection": asdict(result.selection),
-        "test": asdict(result.test),
+        "selection": result.selection.document,
+        "test": result.test.document,
         "measured on": {text: asdict(what) for text, what in measured_on(result.stages).items()},
         "stages": keys,
     }
     if result.recovery is not None:
         document["recovery"] = {**asdict(result.recovery), "text": result.recovery_text}
+    if result.experts:
+        document["experts"] = {"text": sentence_on_experts(result.experts), "layers": result.experts}
     if mix := mix_rows(result.stages["calibration"].facts):
         document[MIX] = mix
+    if result.settings.calibrate_on == "responses":
+        document[COUNTED] = counted_document(result.stages["calibration"], result.stages["capture"])
     settings = {"settings": document["settings"], "source": result.source}
     stage = Stage(RESULT_STAGE, 1, settings, {role.replace(" ", "-"): key for role, key in keys.items()})
 

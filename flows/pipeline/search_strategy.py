@@ -12,6 +12,7 @@ from layerwise.allocators.budget import fitted
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import OVER_LAYERS, TRIALS, Search
+from layerwise.models.expert_names import kind_of
 from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import mean_loss
 from layerwise.strategies.adaptive import AdaptiveSearch
@@ -176,11 +177,12 @@ class SearchStrategy:
 
     @property
     def _shares_of_kinds(self) -> dict[str, float]:
-        """Share of the prunable weights by kind of linear; a kind is a linear's name within its layer."""
+        """Share of the prunable weights by kind of linear; a kind is a linear's name within its layer, without the expert."""
         numel: dict[str, int] = {}
         for layer in self.linears:
             for linear in layer:
-                numel[linear.name] = numel.get(linear.name, 0) + linear.numel
+                kind = kind_of(linear.name)
+                numel[kind] = numel.get(kind, 0) + linear.numel
         return {kind: size / sum(numel.values()) for kind, size in numel.items()}
 
     def _over_parameters(self) -> AdaptiveSearch | TwoParameterSearch:

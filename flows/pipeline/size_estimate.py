@@ -11,6 +11,7 @@ from layerwise.calibration.upper_triangle import panel_entries
 from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import RANKED_ENTRIES
@@ -73,9 +74,11 @@ class SearchSizes:
     def beside_lanes(self) -> int:
         """Hidden states of a group in addition to its lanes.
 
-        With recovery: the dense model's calibration windows, and twice as much while a layer is recovered.
+        With recovery: the dense model's calibration windows, and twice as much while a layer is recovered. With the
+        criterion kl: the dense model's output on the selection windows.
         """
-        return 0 if self.settings.recover is None else 3 * self.window * self.own_windows
+        recovering = 0 if self.settings.recover is None else 3 * self.window * self.own_windows
+        return recovering + (self.dense_states if self.settings.criterion == "kl" else 0)
 
     @property
     def own_windows(self) -> int:
@@ -99,7 +102,7 @@ class SearchSizes:
             request: request that these lanes belong to.
         """
         captured = self.window * (self.windows["calibration"] + self.windows["selection"])
-        lanes = together * self.of(request).lane + self.beside_lanes
+        lanes = together * self.of(request).lane + self.of(request).beside_lanes
         pruned = min(self.plans, 2)
         if self.settings.recover is None:
             tested = self.lane + self.window * (self.windows["test"] - self.windows["selection"])
@@ -123,6 +126,11 @@ class SearchSizes:
         count = sum(min(kept, number) for number in windows)
         return self.statistics + (self.index.num_layers + 1) * count * self.window
 
+    @property
+    def dense_states(self) -> int:
+        """Output of the dense model on the selection windows."""
+        return self.window * self.windows["selection"]
+
     def lanes_files(self, lanes: int) -> int:
         """Return the statistics of lanes that calibrate themselves, stored with their group and with each lane."""
         return 2 * lanes * self.statistics if self.settings.calibration_mode == "sequential" else 0
@@ -130,7 +138,7 @@ class SearchSizes:
     @property
     def grams(self) -> int:
         """Stored Gram matrices of all layers; an upper bound, as linears with the same input share one matrix."""
-        return sum(4 * panel_entries(linear.in_features) for layer in self.linears for linear in layer)
+        return sum(4 * panel_entries(width) for layer in self.linears for width in _inputs_of(layer))
 
     @property
     def second_moments(self) -> dict[str, int]:
@@ -141,10 +149,8 @@ class SearchSizes:
         )
         held = max(
             sum(
-                4 * linear.in_features**2
-                if isinstance(pruner, MaskPruner)
-                else prepared_bytes(pruner, linear.in_features)
-                for linear in layer
+                4 * width**2 if isinstance(pruner, MaskPruner) else prepared_bytes(pruner, width)
+                for width in _inputs_of(layer)
             )
             for layer in self.linears
         )
@@ -194,6 +200,7 @@ class SearchSizes:
             step = max(step, recovery, key=lambda each: each[1])
         # The test runs in the same pass, so the export has a layer of its own.
         exporting = {"layer being exported": largest} if self.settings.export else {}
+        models = 2 if self.settings.criterion == "kl" else 1
         computing = {
             "layer in use": largest + cast + restored,
             **({} if on_cpu else {"next layer": largest}),
@@ -201,7 +208,7 @@ class SearchSizes:
             **pruning,
             **dict([step]),
             "embeddings and head": self.index.outer_bytes,
-            "logits of one window": self.settings.seqlen * self.config.vocab_size * itemsize,
+            "logits of one window": models * self.settings.seqlen * self.config.vocab_size * itemsize,
         }
         return (computing | reading, {}) if on_cpu else (reading, computing)
 
@@ -221,3 +228,12 @@ class SearchSizes:
             "layer cannot be split over devices: use a device with more memory, the pruner wanda without recovery, which "
             "needs the least, or --device cpu."
         )
+
+
+def _inputs_of(layer: Sequence[Linear]) -> list[int]:
+    """Return the widths of the inputs of a layer's linears. The linears of an expert with the same width share one input."""
+    widths: dict[tuple[str, int], int] = {}
+    for linear in layer:
+        place = expert_linear(linear.name)
+        widths[linear.name if place is None else place.name, linear.in_features] = linear.in_features
+    return list(widths.values())

@@ -18,6 +18,7 @@ from layerwise.tasks.sample_tokens import (
     find_count,
     fitting_windows,
     keep_count,
+    require_responses,
     require_windows,
 )
 from layerwise.tasks.texts.corpora import assign_parts, open_corpus, require_apart, require_different
@@ -112,14 +113,14 @@ def count_texts(
     load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     vocabulary: int,
 ) -> Texts:
-    """Look up the token counts of the texts, count the missing ones, and check them. Writes nothing.
+    """Look up the token counts of the texts, count the missing ones, and check them and the responses. Writes nothing.
 
     Args:
         load_tokenizer: called only if a text has to be counted.
         vocabulary: number of rows of the model's embedding.
 
     Raises:
-        ValueError: a text has too few tokens, or token ids without a row in the embedding; or a tokenizer or a text
+        ValueError: a text has too few tokens, or no responses to calibrate on, or token ids without a row in the embedding; or a tokenizer or a text
             cannot be used.
         OSError: a text cannot be reached.
     """
@@ -132,6 +133,8 @@ def count_texts(
     texts = Texts(encoding_identity, counts, _requests(settings, corpora, counts))
     for request in texts.requests.values():
         texts.require_windows(request)
+    if settings.calibrate_on == "responses":
+        require_responses(store, load_tokenizer, encoding_identity, texts.requests["calibration"])
     return texts
 
 

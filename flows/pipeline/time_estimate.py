@@ -46,7 +46,7 @@ class SearchTimes:
     def importing(self) -> float | None:
         """Import of the model; None if it is downloaded or converted."""
         rate = self.transfer.imported
-        return None if rate is None else self.sizes.weights / rate
+        return None if rate is None else self.sizes.files / rate
 
     @property
     def capture(self) -> float:
@@ -62,11 +62,19 @@ class SearchTimes:
         return self._pass(layer) + self.written(self.sizes.grams)
 
     @property
+    def dense_states(self) -> float:
+        """Pass of the dense model over the selection windows."""
+        layers = self._pass(self.sizes.windows["selection"] * self.compute.layer)
+        return layers + self.written(self.sizes.dense_states)
+
+    @property
     def export(self) -> float:
         """Pruning and writing of the best model."""
         layer = self.compute.preparing + self.compute.pruning
         written = self.written(self.sizes.weights)
-        return self._pass(layer + self._grams_of_a_layer + written / self._layers)
+        copied = self.sizes.files - self.sizes.weights  # e.g. image encoders
+        rest = self._read(copied) + self.written(copied)
+        return self._pass(layer + self._grams_of_a_layer + written / self._layers) + rest
 
     @property
     def evaluation(self) -> float:
@@ -80,7 +88,7 @@ class SearchTimes:
         layer = windows * self.compute.layer + self._shared + pruned * lane
         if self.sizes.settings.calibration_mode == "sequential":
             layer += pruned * self._own_calibration
-        return self._pass(layer) + (pruned + 1) * windows * self.compute.head
+        return self._pass(layer) + windows * (pruned * self._head + self.compute.head)
 
     def recovery(self, plans: int) -> float:
         """Return the seconds of the recovery of chosen plans on all calibration windows."""
@@ -107,8 +115,13 @@ class SearchTimes:
             lane += (REFITTED_LANES - 1) * self.sizes.own_windows * self.compute.layer
         elif self.sizes.settings.calibration_mode == "sequential":
             lane += self._own_calibration
-        group = self._pass(self._shared + in_group * lane) + in_group * windows * self.compute.head
+        group = self._pass(self._shared + in_group * lane) + in_group * windows * self._head
         return ceil(groups / together) * group + self.written(self.sizes.lanes_files(count))
+
+    @property
+    def _head(self) -> float:
+        """Head of one window of a pruned model; for its divergence, also that of the dense model."""
+        return self.compute.head * (2 if self.sizes.settings.criterion == "kl" else 1)
 
     @property
     def _own_calibration(self) -> float:

@@ -10,11 +10,16 @@ from layerwise.allocators.budget import weighted_mean
 from layerwise.allocators.depth_schedules import Erf, Power
 from layerwise.allocators.dlp import DLP
 from layerwise.allocators.dsa import DSA
+from layerwise.allocators.erdos_renyi import ErdosRenyi, ErdosRenyiPlus
+from layerwise.allocators.global_threshold import Global
+from layerwise.allocators.lamp import LAMP
 from layerwise.allocators.lsa import LSA
 from layerwise.allocators.owl import OWL
 
 # Allocators that need scores of the model's layers or linears.
-Measuring = OWL | AlphaPruning | DSA | DLP | LSA
+Measuring = OWL | AlphaPruning | DSA | DLP | LSA | Global | LAMP
+# Allocators that use the shapes of the linears alone.
+ByShape = ErdosRenyi | ErdosRenyiPlus
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Given:
                 )
 
 
-Allocator = ATP | Measuring | Erf | Power | Given
+Allocator = ATP | Measuring | ByShape | Erf | Power | Given
 
 # Name of the field that holds the strength of an allocator.
 STRENGTHS = {
@@ -44,6 +49,10 @@ STRENGTHS = {
     "lsa": "beta",
     "erf": "log_amplification",
     "power": "spread",
+    "global": "strength",
+    "lamp": "strength",
+    "er": "strength",
+    "er_plus": "strength",
 }
 TOLERANCE = 1e-6  # allowed difference between the mean of given sparsities and the overall sparsity
 

@@ -60,6 +60,33 @@ def fitted(sparsities: Sequence[float], sizes: Sequence[int], target: float) -> 
     return result
 
 
+def between(
+    sparsities: Sequence[float], sizes: Sequence[int], target: float, strength: float
+) -> tuple[float, ...]:
+    """Return the sparsities that lie at the fraction ``strength`` of the way from the uniform plan to ``sparsities``.
+
+    Args:
+        sparsities: a plan without a strength of its own.
+        sizes: number of weights of every entry.
+        target: overall sparsity, met exactly (see ``fitted``).
+        strength: 0 gives the uniform plan, 1 the given one.
+    """
+    return fitted([target + strength * (sparsity - target) for sparsity in sparsities], sizes, target)
+
+
+def check_strength(method: str, strength: float) -> None:
+    """Refuse a strength outside [0, 1].
+
+    Raises:
+        ValueError: the message names the method.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"the strength of {method} is {strength:g}; it must lie in [0, 1]. Use 1 for the method as published, or a "
+            "smaller one for a plan between it and uniform."
+        )
+
+
 def weighted_mean(values: Sequence[float], sizes: Sequence[int]) -> float:
     """Return the mean of ``values``, weighted by ``sizes``.
 

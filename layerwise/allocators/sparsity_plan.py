@@ -1,8 +1,17 @@
-"""Sparsity plans, and the exact number of weights that a plan removes from every linear."""
+"""Sparsity plans: parts of a layer with a sparsity of their own, and the exact number of weights removed from every linear."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from layerwise.models.expert_names import expert_linear
+
+Granularity = Literal["layer", "linear", "expert"]
+
+Unit = tuple[str | None, list[int]]  # name, and positions of its linears in the layer
+
+OTHER_LINEARS = "other linears"  # of a layer with experts
 
 
 @dataclass(frozen=True)
@@ -89,3 +98,22 @@ def removed_per_linear(
     for (layer, linear, _), count in zip(ideal, counts, strict=True):
         removed[layer][linear] = count
     return tuple(map(tuple, removed))
+
+
+def units_of(linears: Sequence[str], granularity: Granularity) -> list[Unit]:
+    """Return the parts of a layer: a name, and the positions of its linears.
+
+    Args:
+        linears: names of the linears of a layer.
+        granularity: "layer": one part without a name. "linear": every linear. "expert": every expert, with all of its
+            linears, and all other linears together.
+    """
+    if granularity == "layer":
+        return [(None, list(range(len(linears))))]
+    if granularity == "linear":
+        return [(name, [position]) for position, name in enumerate(linears)]
+    units: dict[str | None, list[int]] = {}
+    for position, name in enumerate(linears):
+        place = expert_linear(name)
+        units.setdefault(OTHER_LINEARS if place is None else place.name, []).append(position)
+    return list(units.items())

@@ -49,6 +49,7 @@ def capture_layers(
     hidden_states: Tensor,
     calibration_windows: int,
     first: int = 0,
+    counted: Tensor | None = None,
 ) -> Iterator[CapturedLayer]:
     """Advance ``hidden_states`` in place through the dense model, one layer per step.
 
@@ -59,6 +60,7 @@ def capture_layers(
             when the layer is yielded.
         calibration_windows: number of leading windows that are included in the statistics.
         first: index of the first layer.
+        counted: mask of the calibration tokens that are included, shape ``(calibration_windows, seqlen)``; None for all.
 
     Raises:
         ValueError: a layer returns NaN or infinity.
@@ -66,7 +68,7 @@ def capture_layers(
     for index, weights in enumerate(layers, first):
         outputs = FiniteCheck()
         with model.loaded(index, weights) as layer:
-            with collect_statistics(layer, model.linears[index]) as statistics:
+            with collect_statistics(layer, model.linears[index], counted) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
                     outputs.add(states)
@@ -79,12 +81,18 @@ def capture_layers(
 
 
 def capture_grams(
-    model: StreamedModel, layers: Iterable[Mapping[str, Tensor]], hidden_states: Tensor, first: int = 0
+    model: StreamedModel,
+    layers: Iterable[Mapping[str, Tensor]],
+    hidden_states: Tensor,
+    first: int = 0,
+    counted: Tensor | None = None,
+    with_sums: bool = False,
 ) -> Iterator[Mapping[str, InputGram]]:
     """Advance the calibration windows in place through the dense model, one layer per step.
 
     Args:
-        model, layers, hidden_states, first: as for ``capture_layers``.
+        model, layers, hidden_states, first, counted: as for ``capture_layers``.
+        with_sums: also collect the sum of every input over the tokens.
 
     Yields:
         Gram matrices of the layer's inputs, by linear; linears that share their input have the same object.
@@ -92,7 +100,7 @@ def capture_grams(
     for index, weights in enumerate(layers, first):
         with (
             model.loaded(index, weights) as layer,
-            collect_grams(layer, model.linears[index]) as grams,
+            collect_grams(layer, model.linears[index], counted, with_sums) as grams,
         ):
             for states in batches(hidden_states):
                 states.copy_(model.run_layer(index, layer, states))

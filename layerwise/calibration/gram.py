@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.calibration.upper_triangle import PANEL
 from layerwise.models.skeleton import Linear
 
@@ -22,10 +23,13 @@ class InputGram:
 
     gram: Tensor  # (in_features, in_features), float32
     tokens: int = 0
+    sums: Tensor | None = None  # sum of the tokens, (in_features,), float64; None if it is not collected
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device | None = None) -> Self:
-        return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
+    def empty(cls, in_features: int, device: torch.device | None = None, with_sums: bool = False) -> Self:
+        gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        sums = torch.zeros(in_features, dtype=torch.float64, device=device) if with_sums else None
+        return cls(gram, sums=sums)
 
     def add(self, inputs: Tensor) -> None:
         """Add one batch of inputs, shape ``(..., in_features)``, any dtype.
@@ -47,6 +51,8 @@ class InputGram:
             stop = start + PANEL
             self.gram[start:stop, start:].addmm_(tokens[:, start:stop].T, tokens[:, start:])
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
+        if self.sums is not None:
+            self.sums += tokens.sum(dim=0).double()
         self.tokens += len(tokens)
 
 
@@ -69,16 +75,25 @@ def require_full_float32() -> None:
 
 
 @contextmanager
-def collect_grams(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputGram]]:
+def collect_grams(
+    layer: nn.Module,
+    linears: Sequence[Linear],
+    counted: Tensor | None = None,
+    with_sums: bool = False,
+) -> Iterator[dict[str, InputGram]]:
     """Collect the Gram matrices of ``linears`` from every forward pass of ``layer`` within the block.
 
     Linears that receive the same tensor object within a pass (q, k and v; gate and up) share one ``InputGram``; see
     ``linears_by_input``. Entries are added by the first pass; a linear that the pass does not call has no entry.
 
+    Args:
+        counted: mask of the tokens that count, see ``collect_statistics``.
+        with_sums: also collect the sum of the tokens.
+
     Raises:
         ValueError: a linear runs twice in a pass, or a pass shares inputs differently from the first pass.
     """
-    watched = _GramHooks(layer)
+    watched = _GramHooks(layer, counted, with_sums)
     try:
         for linear in linears:
             watched.watch(linear.name)
@@ -98,15 +113,18 @@ def linears_by_input(grams: Mapping[str, InputGram]) -> tuple[tuple[str, ...], .
 class _GramHooks:
     """Hooks on one layer, and the Gram matrices that they collect."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, counted: Tensor | None, with_sums: bool) -> None:
+        self._masks = counted_batches(counted)
+        self._mask: Tensor | None = None  # of the current pass
         self.grams: dict[str, InputGram] = {}
+        self._with_sums = with_sums
         self._layer = layer
         # Inputs of the current pass. They are kept until it ends, so that the id of one cannot be reused. The version
         # reveals a tensor that was changed in place.
         self._inputs: list[tuple[Tensor, int, list[str]]] = []
         self._groups: set[frozenset[str]] = set()
         self._hooks = [
-            layer.register_forward_pre_hook(lambda *_: self._inputs.clear()),
+            layer.register_forward_pre_hook(lambda *_: self._begin()),
             layer.register_forward_hook(lambda *_: self._finish()),
         ]
 
@@ -121,6 +139,10 @@ class _GramHooks:
         for hook in self._hooks:
             hook.remove()
 
+    def _begin(self) -> None:
+        self._inputs.clear()
+        self._mask = next(self._masks)
+
     def _count(self, name: str, inputs: Tensor) -> None:
         if any(name in names for _, _, names in self._inputs):
             raise ValueError(
@@ -134,8 +156,8 @@ class _GramHooks:
                 return
         self._inputs.append((inputs, inputs._version, [name]))
         if name not in self.grams:
-            self.grams[name] = InputGram.empty(inputs.shape[-1], inputs.device)
-        self.grams[name].add(inputs)
+            self.grams[name] = InputGram.empty(inputs.shape[-1], inputs.device, self._with_sums)
+        self.grams[name].add(counted_rows(inputs, self._mask))
 
     def _finish(self) -> None:
         groups = {frozenset(names) for _, _, names in self._inputs}

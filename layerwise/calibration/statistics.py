@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.models.skeleton import Linear
 
 
@@ -43,8 +44,17 @@ class InputStatistics:
 
 
 @contextmanager
-def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[dict[str, InputStatistics]]:
-    """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block."""
+def collect_statistics(
+    layer: nn.Module, linears: Sequence[Linear], counted: Tensor | None = None
+) -> Iterator[dict[str, InputStatistics]]:
+    """Collect the input statistics of ``linears`` from every forward pass of ``layer`` within the block.
+
+    Args:
+        counted: mask of the tokens that count in all passes together, shape ``(windows, seqlen)``; None for all. The
+            passes take the windows batch by batch.
+    """
+    masks = counted_batches(counted)
+    mask: list[Tensor | None] = [None]  # of the current pass
     statistics = {
         linear.name: InputStatistics.empty(
             linear.in_features,
@@ -53,18 +63,21 @@ def collect_statistics(layer: nn.Module, linears: Sequence[Linear]) -> Iterator[
         for linear in linears
     }
     # q, k and v (and gate and up) receive the same tensor object; its squares are summed once.
-    last_inputs: list[tuple[Tensor, Tensor]] = []
+    last_inputs: list[tuple[Tensor, Tensor, int]] = []
 
     def watch(linear: Linear) -> object:
         def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if not last_inputs or last_inputs[0][0] is not inputs[0]:
-                flat = inputs[0].reshape(-1, linear.in_features).float()
-                last_inputs[:] = [(inputs[0], flat.square().sum(dim=0))]
-            statistics[linear.name].add(last_inputs[0][1], inputs[0].numel() // linear.in_features)
+                flat = counted_rows(inputs[0], mask[0]).reshape(-1, linear.in_features).float()
+                last_inputs[:] = [(inputs[0], flat.square().sum(dim=0), len(flat))]
+            statistics[linear.name].add(*last_inputs[0][1:])
 
         return layer.get_submodule(linear.name).register_forward_pre_hook(count)
 
-    hooks = [watch(linear) for linear in linears]
+    def begin_pass(*_: object) -> None:
+        mask[0] = next(masks)
+
+    hooks = [layer.register_forward_pre_hook(begin_pass), *(watch(linear) for linear in linears)]
     try:
         yield statistics
     finally:

@@ -6,11 +6,13 @@ import logging
 import re
 from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from layerwise.models.expert_names import expert_linear
+from layerwise.models.experts import SeparateExperts, separate_experts
 from layerwise.models.skeleton import Linear, layer_prefix, linears_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ logger = logging.getLogger(__name__)
 KEPT_DENSE = re.compile(
     r"(linear_attn\.(in_proj_a|in_proj_b|in_proj_ba|a_proj)|(linear_attn|self_attn)\.b_proj)$"
 )
+# A router has one output per expert, and the gate of a shared expert has one. They decide where every token goes, and
+# hold less than 1 % of a layer's weights. Most are no linears in transformers. Bias terms of routers are no weights.
+ROUTER = re.compile(r"(^|\.)router(\.|$)")
+# Reasons why a linear stays dense.
+GATE = "a small gate: it has one output per head, and an error in it grows along the sequence"
+UNCALLED = (
+    "the model does not call it but uses its weight directly, or not at all, so its inputs cannot be measured"
+)
+ROUTER_REASON = "it decides which experts a token reaches"
 PROBE_TOKENS = 8
 
 # What `_called_linears` found, by configuration: a process opens the same model many times.
@@ -32,14 +43,14 @@ _called: dict[str, frozenset[str] | None] = {}
 def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
     """Return the linears of every decoder layer that are pruned, in the order of the module tree.
 
-    These are all except small gates (``KEPT_DENSE``) and linears that a forward pass does not call, because the
+    These are all except small gates (``KEPT_DENSE``), routers of experts, and linears that a forward pass does not call, because the
     statistics of their inputs cannot be measured: Mamba multiplies by the weight of its ``dt_proj`` itself, and a layer
     that uses the keys and values of an earlier layer may have projections without use. A warning names the latter.
 
     Args:
-        model: the model, with or without weights.
+        model: the model, with or without weights. Its experts get linears of their own, see ``separate_experts``.
     """
-    layers = [linears_of(layer) for layer in model.get_submodule(layer_prefix(model)).children()]
+    layers = _linears_by_layer(model)
     called = _called_linears(model)
     if called is not None:
         uncalled = [
@@ -54,20 +65,62 @@ def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
         tuple(
             linear
             for linear in layer
-            if not KEPT_DENSE.search(linear.name) and (called is None or f"{index}.{linear.name}" in called)
+            if not KEPT_DENSE.search(linear.name)
+            and linear.name not in routers
+            and (called is None or f"{index}.{linear.name}" in called)
         )
-        for index, layer in enumerate(layers)
+        for index, (layer, routers) in enumerate(zip(layers, map(_routers, layers), strict=True))
     ]
 
 
 def dense_linears(model: PreTrainedModel) -> list[str]:
     """Return the linears of all decoder layers that are not pruned, as ``layer.linear``; see ``prunable_linears``."""
-    every = [linears_of(layer) for layer in model.get_submodule(layer_prefix(model)).children()]
     return [
         f"{index}.{linear.name}"
-        for index, (layer, pruned) in enumerate(zip(every, prunable_linears(model), strict=True))
+        for index, (layer, pruned) in enumerate(
+            zip(_linears_by_layer(model), map(set, prunable_linears(model)), strict=True)
+        )
         for linear in layer
         if linear not in pruned
+    ]
+
+
+def _linears_by_layer(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
+    """Return the linears of every decoder layer, also those of every expert."""
+    prefix = layer_prefix(model)
+    separate_experts(model, prefix)
+    return [linears_of(layer) for layer in model.get_submodule(prefix).children()]
+
+
+def _routers(linears: tuple[Linear, ...]) -> set[str]:
+    """Return the names of the linears that choose experts, in the layers with experts."""
+    experts: dict[str, int] = {}  # by the module that contains the experts
+    for linear in linears:
+        if (place := expert_linear(linear.name)) is not None:
+            block = place.pool.removesuffix("experts")
+            experts[block] = max(experts.get(block, 0), place.expert + 1)
+    return {
+        linear.name
+        for linear in linears
+        for block, number in experts.items()
+        if linear.name.startswith(block)
+        and expert_linear(linear.name) is None
+        and (linear.out_features in (1, number) or ROUTER.search(linear.name))
+    }
+
+
+def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the linears that are not pruned, with the reason, as plain values: one row for each name in the layers."""
+    called, layers = _called_linears(model), dict[tuple[str, str], list[int]]()
+    for name in dense_linears(model):
+        index, _, linear = name.partition(".")
+        if KEPT_DENSE.search(linear):
+            reason = GATE
+        else:
+            reason = UNCALLED if called is not None and name not in called else ROUTER_REASON
+        layers.setdefault((linear, reason), []).append(int(index))
+    return [
+        {"linear": linear, "layers": where, "reason": reason} for (linear, reason), where in layers.items()
     ]
 
 
@@ -90,17 +143,35 @@ def _called_linears(model: PreTrainedModel) -> frozenset[str] | None:
     return _called[key]
 
 
+class _AllExperts(nn.Module):
+    """Replacement for experts in a probe. All experts are called, whatever the values of the router."""
+
+    def forward(self, hidden_states: torch.Tensor, *_arguments: object) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 def _probe(model: PreTrainedModel) -> frozenset[str] | None:
     """Run the model on tensors that have shapes but no values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    probe, seen = deepcopy(model), set[str]()
+    seen = set[str]()
+    prefix = layer_prefix(model)
+    of_experts = {
+        name: [f"{name}.{linear.name}" for linear in linears_of(module)]
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, SeparateExperts)
+    }
+    layers = model.get_submodule(prefix)
+    replaced = {id(layers.get_submodule(name)): _AllExperts() for name in of_experts}
+    probe = deepcopy(model, dict(replaced))
 
     def note(module: nn.Module, _inputs: object) -> None:
-        seen.add(names[module])
+        seen.update(of_experts.get(names[module], (names[module],)))
 
-    layers = probe.get_submodule(layer_prefix(probe))
+    layers = probe.get_submodule(prefix)
     names = {module: name for name, module in layers.named_modules()}
+    for name in of_experts:
+        layers.get_submodule(name).register_forward_pre_hook(note)
     for index, layer in enumerate(layers.children()):
         for linear in linears_of(layer):
             layers.get_submodule(f"{index}.{linear.name}").register_forward_pre_hook(note)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from layerwise.models.experts import has_experts, separate_experts, unknown_experts
+
 if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -60,8 +62,7 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise if a model cannot be pruned layer by layer, judged by its configuration.
 
     Raises:
-        UnsupportedModel: the model is an encoder, an encoder-decoder or a mixture of experts, or transformers has no
-            language model for it.
+        UnsupportedModel: the model is an encoder or an encoder-decoder, or transformers has no language model for it.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -69,7 +70,13 @@ def check_supported(config: PretrainedConfig) -> None:
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )
 
-    text_config = config.get_text_config()
+    try:
+        text_config = config.get_text_config()
+    except ValueError as error:  # one for text that is read, and one for what is written, e.g. music
+        raise UnsupportedModel(
+            f"{config.model_type} is made of several models for text ({', '.join(sorted(config.sub_configs))}); layerwise "
+            "prunes one decoder-only language model. Use a language model."
+        ) from error
     if config.is_encoder_decoder or text_config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; layerwise prunes decoder-only language models. "
@@ -91,31 +98,30 @@ def check_supported(config: PretrainedConfig) -> None:
             f"{config.model_type} is an encoder (tokens attend to later tokens); layerwise prunes causal language "
             'models. If this model was trained as a decoder, set "is_decoder": true in its config.json.'
         )
-    for name in EXPERT_COUNTS:
-        if (count := getattr(text_config, name, None)) and count > 1:
-            raise UnsupportedModel(
-                f"{config.model_type} is a mixture of experts ({name} = {count}), which layerwise does not support, "
-                "because some experts may see few calibration tokens. Use a dense model."
-            )
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model of ``config`` with every parameter on the meta device and every buffer computed.
 
+    Experts have linears of their own, see ``experts.separate_experts``.
+
     Raises:
-        UnsupportedModel: see ``check_supported`` and ``layer_prefix``.
+        UnsupportedModel: see ``check_supported``, ``layer_prefix`` and ``require_known_experts``.
     """
     from accelerate import init_empty_weights
 
     check_supported(config)
     with init_empty_weights(include_buffers=False):
         model = _model_of(config)
-    layer_prefix(model)  # raises if the model has no list of decoder layers
+    require_known_experts(model)
+    separate_experts(model, layer_prefix(model))
     return model.eval()
 
 
 def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model of ``config`` with everything on the meta device: names and shapes, without memory for data.
+
+    The weights of experts are fused, as in transformers.
 
     Raises:
         UnsupportedModel: as for ``build_skeleton``.
@@ -123,8 +129,29 @@ def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     check_supported(config)
     with torch.device("meta"):
         model = _model_of(config)
-    layer_prefix(model)
+    require_known_experts(model)
     return model.eval()
+
+
+def require_known_experts(model: PreTrainedModel) -> None:
+    """Raise if a mixture of experts computes its experts in a way that is not known.
+
+    Raises:
+        UnsupportedModel: the experts cannot be pruned; or see ``layer_prefix``.
+    """
+    prefix = layer_prefix(model)
+    config = model.config.get_text_config()
+    counts = {name: getattr(config, name, None) for name in EXPERT_COUNTS}
+    several = [f"{name} = {count}" for name, count in counts.items() if isinstance(count, int) and count > 1]
+    unknown = unknown_experts(model, prefix)
+    if unknown is None and several and not has_experts(model, prefix):
+        unknown = prefix
+    if unknown is not None:
+        raise UnsupportedModel(
+            f"{model.config.model_type} is a mixture of experts ({', '.join(several) or 'experts'}) whose layers compute their "
+            f"experts in a way of their own ({unknown}), so the experts cannot be pruned one by one. Use another model, "
+            "such as Mixtral, Qwen3-MoE, DeepSeek-V3 or gpt-oss."
+        )
 
 
 def _model_of(config: PretrainedConfig) -> PreTrainedModel:
@@ -157,7 +184,12 @@ def auto_class(config: PretrainedConfig) -> str:
 
 def is_multimodal(config: PretrainedConfig) -> bool:
     """Return whether the model of ``config`` has parts for images or sound besides its language model."""
-    return bool(_towers(config))
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    only_multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return bool(_towers(config)) or only_multimodal
 
 
 def _towers(config: PretrainedConfig) -> list[str]:
@@ -179,13 +211,20 @@ def layer_prefix(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModel: the model does not have exactly one list of ``num_hidden_layers`` modules.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is None:
+        raise UnsupportedModel(
+            f"the configuration of {model.config.model_type} has no number of decoder layers (num_hidden_layers), because "
+            "the model consists of several stacks of layers; streaming layer by layer needs exactly one. Use another model."
+        )
     root = _language_model(model)
-    start = f"{root}." if root else ""
+    start, encoders = f"{root}." if root else "", _encoders(model)
     lists = {
         start + name: {type(each) for each in module}
         for name, module in model.get_submodule(root).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and not f"{start}{name}".startswith(encoders)
     }
     # Hybrids may have a class for every kind of layer.
     found = [name for name, classes in lists.items() if len(classes) == 1] or list(lists)
@@ -196,6 +235,20 @@ def layer_prefix(model: PreTrainedModel) -> str:
             f"({', '.join(outermost) or 'none'}); streaming layer by layer needs exactly one. Use another model."
         )
     return outermost[0]
+
+
+def _encoders(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the beginnings of the names of the modules in models with a configuration of their own, e.g. for images."""
+    from transformers import PreTrainedModel
+
+    if not is_multimodal(model.config):
+        return ()
+    of_text = {type(model.config), type(model.config.get_text_config())}
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in of_text
+    )
 
 
 def _language_model(model: PreTrainedModel) -> str:

@@ -5,8 +5,10 @@ layers; this gives the input of the first layer and the exact arguments of every
 runs with one layer that injects the last hidden states, so the final norm and the head are the model's own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,9 @@ LOSS_POSITIONS = 256
 # Largest tuple that a layer returns: hidden states, attention weights, cache, router logits.
 MOST_OUTPUTS = 4
 
+
+# Why a model is refused whose layers write to their arguments.
+SHARED_STATE = "lets a layer change the arguments of later layers, such as shared keys and values"
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -107,6 +112,17 @@ def same_arguments(known: Any, other: Any) -> bool:
     if isinstance(known, list | tuple):
         return all(map(same_arguments, known, other))
     return True
+
+
+def state_of(argument: Any) -> Any:
+    """Return a value that changes when a tensor, mapping or list in ``argument`` is written to."""
+    if isinstance(argument, Tensor):
+        return id(argument), argument._version
+    if isinstance(argument, Mapping):
+        return {name: state_of(value) for name, value in argument.items()}
+    if isinstance(argument, list | tuple):
+        return [state_of(value) for value in argument]
+    return id(argument)
 
 
 class StreamedModel:
@@ -198,7 +214,14 @@ class StreamedModel:
         first = recorders[0].hidden_states
         arguments = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
         if first is None or len(arguments) < self.num_layers:
-            raise self._unsupported(f"does not call all of its {self.num_layers} layers in {self.prefix}")
+            raise self._unsupported(
+                f"calls {len(arguments)} of its {self.num_layers} layers in {self.prefix} for text alone"
+            )
+        received = [recorder.hidden_states for recorder in recorders]
+        if not all(
+            states is first or (states is not None and torch.equal(states, first)) for states in received
+        ):
+            raise self._unsupported("changes the hidden states between its layers")
         if tuple(input_ids.shape) not in self._arguments:
             others = self._record((input_ids + 1) % self._vocabulary)
             if not same_arguments(arguments, [recorder.arguments for recorder in others]):
@@ -225,6 +248,8 @@ class StreamedModel:
             except ExtraOutputUsed:
                 raise self._unsupported("passes more than hidden states from layer to layer") from None
             except (ValueError, IndexError) as error:  # the model unpacks another number of values
+                if recorders[0].arguments is None:
+                    raise self._unsupported(f"cannot be run on text alone ({error})") from error
                 reason = f"uses more outputs of its layers than hidden states ({error})"
             else:
                 self._outputs = outputs
@@ -275,7 +300,11 @@ class StreamedModel:
             layer: the layer, or a function that calls it with other weights.
         """
         args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
-        output = layer(hidden_states.to(self.device), *args, **kwargs)
+        given = (hidden_states.to(self.device), args, kwargs)
+        before = state_of(given)
+        output = layer(given[0], *args, **kwargs)
+        if state_of(given) != before:
+            raise self._unsupported(SHARED_STATE)
         if isinstance(output, Tensor):
             return output
         self._outputs = self._outputs or len(output)  # recording cannot detect it in a model with one layer
@@ -289,6 +318,33 @@ class StreamedModel:
             if released:
                 self.release_embedding()
         return self._arguments[shape]
+
+    @torch.no_grad()
+    def require_independent_layers(self, shape: tuple[int, ...]) -> None:
+        """Raise if a layer writes to a mapping or list that later layers receive. Needs no weights.
+
+        Args:
+            shape: of windows that were embedded.
+
+        Raises:
+            UnsupportedModel: see above.
+        """
+        for index, layer in enumerate(self.layers):
+            args, kwargs = self._arguments[shape][index]
+            if not any(isinstance(each, MutableMapping | list) for each in (*args, *kwargs.values())):
+                continue
+            on_meta = deepcopy(layer).to("meta")
+            given = _on_meta((args, kwargs))
+            before = state_of(given)
+            with suppress(
+                RuntimeError, TypeError, ValueError, AttributeError, LookupError
+            ):  # it needs values
+                on_meta(torch.empty(*shape, self._hidden_size(), device="meta"), *given[0], **given[1])
+            if state_of(given) != before:
+                raise self._unsupported(SHARED_STATE)
+
+    def _hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -306,7 +362,7 @@ class StreamedModel:
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
-    def loss(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+    def loss(self, hidden_states: Tensor, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
 
         The scalar stays on the device, because reading it would wait for the computation.
@@ -314,15 +370,9 @@ class StreamedModel:
         Args:
             hidden_states: output of the last layer, shape ``(1, seqlen, hidden_size)``.
             input_ids: tokens of the window, shape ``(1, seqlen)``.
+            counted: see ``next_token_loss``.
         """
-        logits = self.logits(hidden_states)[0, :-1]
-        targets = input_ids[0, 1:].to(logits.device)
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for some_logits, some_targets in zip(
-            logits.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True
-        ):
-            total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
-        return total / len(targets)
+        return next_token_loss(self.logits(hidden_states), input_ids, counted)
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
@@ -334,6 +384,43 @@ class StreamedModel:
             yield
         finally:
             setattr(parent, leaf, self.layers)
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.
+
+    Args:
+        logits: shape ``(1, seqlen, vocab_size)``.
+        input_ids: tokens of the window, shape ``(1, seqlen)``.
+        counted: mask of the tokens whose prediction counts, same shape, with one after the first token; None for all.
+    """
+    predictions = logits[0, :-1]
+    targets = input_ids[0, 1:].to(logits.device)
+    count: int | Tensor = len(targets)
+    masks: Iterable[Tensor | None] = repeat(None)
+    if counted is not None:
+        of_targets = counted[0, 1:].to(logits.device)
+        count, masks = of_targets.sum(), of_targets.split(LOSS_POSITIONS)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for some_logits, some_targets, mask in zip(
+        predictions.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), masks, strict=False
+    ):
+        if mask is not None:
+            some_logits, some_targets = some_logits[mask], some_targets[mask]
+        total += nn.functional.cross_entropy(some_logits.float(), some_targets, reduction="sum")
+    return total / count
+
+
+def _on_meta(value: Any) -> Any:
+    """Return a copy of arguments whose tensors have shapes but no values."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, MutableMapping):
+        same_kind: Any = type(value)
+        return same_kind({name: _on_meta(each) for name, each in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_on_meta(each) for each in value)
+    return value
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from layerwise.calibration.gram import InputGram
 from layerwise.calibration.statistics import InputStatistics
 from layerwise.models.skeleton import Linear
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.row_levels import INTEGERS
 
 # Weights that are set to zero at a time; their temporary array fits in the cache.
@@ -40,7 +41,7 @@ class MaskPruner(Protocol):
 
 @runtime_checkable
 class WeightPruner(Protocol):
-    """Pruner that removes weights of a linear and corrects the others; see ``sparsegpt.SparseGPT``."""
+    """Pruner that uses second moments, and may correct the weights that remain; see ``sparsegpt.SparseGPT``."""
 
     @property
     def method(self) -> str: ...
@@ -176,9 +177,15 @@ class LayerPruning:
         for names, gram in self.inputs:
             if shared := [name for name in names if name in wanted]:
                 with _naming(self.index, ", ".join(shared)):
-                    of_input = self.pruner.prepare(gram.gram.to(device), gram.tokens, overwrite=True)
+                    of_input = self._prepare(gram, device)
                 prepared |= dict.fromkeys(shared, of_input)
         return prepared
+
+    def _prepare(self, gram: InputGram, device: torch.device) -> Any:
+        if isinstance(self.pruner, DSnoT):
+            return self.pruner.prepare(gram.gram.to(device), gram.tokens, overwrite=True, sums=gram.sums)
+        assert isinstance(self.pruner, WeightPruner), "a MaskPruner does not use Gram matrices"
+        return self.pruner.prepare(gram.gram.to(device), gram.tokens, overwrite=True)
 
     def _zeroing(
         self, linear: Linear, parameter: Tensor, original: Tensor, counts: Sequence[int]

@@ -3,6 +3,7 @@
 from layerwise.calibration.upper_triangle import panel_entries
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.alps import ALPS
+from layerwise.pruners.dsnot import REFINED_ENTRIES, DSnoT
 from layerwise.pruners.layer_pruning import WeightPruner
 from layerwise.pruners.row_levels import SCORE_BYTES
 from layerwise.pruners.sparsegpt import DOUBLE_INPUTS, PANEL, SparseGPT
@@ -33,6 +34,12 @@ def temporary_bytes(pruner: WeightPruner, linear: Linear, itemsize: int) -> int:
             in_double = 8 * inputs**2 if inputs <= DOUBLE_INPUTS else 0
             two_panels = 2 * 8 * PANEL * inputs
             return max(in_double + two_panels, 4 * weights + result_and_mask)
+        case DSnoT():
+            # SparseGPT's factor replaces the matrix; or eight copies of the rows that are refined, and the mask.
+            in_double = 8 * inputs**2 if inputs <= DOUBLE_INPUTS else 0
+            factor = in_double + 2 * 8 * PANEL * inputs if pruner.initial == "sparsegpt" else 0
+            refined = max(min(weights, REFINED_ENTRIES), inputs)
+            return max(factor, 8 * 4 * refined + weights + result_and_mask)
         case _:
             # Seven copies of the rows that are refined, and the masks before and after.
             swept = max(min(weights, SWEPT_ENTRIES), inputs)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.counted_tokens import predicting
+from layerwise.scoring.divergence import kl_per_token
+
 # Positions whose logits are in memory at a time: 256 x 128k vocabulary x 4 bytes = 134 MB for each of a few tensors.
 LOSS_POSITIONS = 256
 BETAS = (
@@ -25,37 +28,30 @@ WEIGHT, MOMENTS = ".kept", ("exp_avg", "exp_avg_sq")
 Head = Callable[[Tensor], Tensor]  # from hidden states to logits
 
 
-def kl_per_token(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the divergence from the teacher's distribution to the student's, in nats, computed in float32.
-
-    Args:
-        logits, teacher_logits: shape ``(..., vocab_size)``.
-
-    Returns:
-        Divergence of every token, shape ``(...)``.
-    """
-    log_student = logits.float().log_softmax(-1)
-    log_teacher = teacher_logits.float().log_softmax(-1)
-    return nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-
-
-def kl_and_gradient(head: Head, hidden_states: Tensor, teacher_states: Tensor) -> tuple[float, Tensor]:
-    """Return the mean divergence over all tokens, and its gradient with respect to the student's hidden states.
+def kl_and_gradient(
+    head: Head, hidden_states: Tensor, teacher_states: Tensor, counted: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Return the mean divergence over the tokens that count, and its gradient with respect to the student's hidden states.
 
     The logits of ``LOSS_POSITIONS`` positions are in memory at a time.
 
     Args:
         head: norm and head, the same for both models.
         hidden_states, teacher_states: outputs of the last decoder layer, shape ``(windows, seqlen, hidden_size)``.
+        counted: mask of the tokens whose prediction counts, shape ``(windows, seqlen)``; None for all.
     """
     total, gradient = 0.0, torch.empty_like(hidden_states)
-    tokens = hidden_states.shape[:-1].numel()
+    weights = None if counted is None else predicting(counted).to(hidden_states.device)
+    tokens = hidden_states.shape[:-1].numel() if weights is None else int(weights.sum())
     for start in range(0, hidden_states.shape[1], LOSS_POSITIONS):
         positions = slice(start, start + LOSS_POSITIONS)
         states = hidden_states[:, positions].detach().requires_grad_()
         with torch.no_grad():
             teacher_logits = head(teacher_states[:, positions])
-        loss = kl_per_token(head(states), teacher_logits).sum() / tokens
+        divergences = kl_per_token(head(states), teacher_logits)
+        if weights is not None:
+            divergences = divergences * weights[:, positions]
+        loss = divergences.sum() / tokens
         (gradient[:, positions],) = torch.autograd.grad(loss, states)
         total += loss.item()
     return total, gradient
@@ -76,7 +72,11 @@ class WindowLosses:
 
 @torch.no_grad()
 def window_losses(
-    head: Head, hidden_states: Tensor, teacher_states: Tensor, input_ids: Tensor
+    head: Head,
+    hidden_states: Tensor,
+    teacher_states: Tensor,
+    input_ids: Tensor,
+    counted: Tensor | None = None,
 ) -> WindowLosses:
     """Return the losses of one window, without gradients.
 
@@ -84,17 +84,26 @@ def window_losses(
         head: norm and head, the same for both models.
         hidden_states, teacher_states: outputs of the last decoder layer, shape ``(1, seqlen, hidden_size)``.
         input_ids: shape ``(1, seqlen)``.
+        counted: mask of the tokens whose prediction counts, shape ``(1, seqlen)``; None for all.
     """
     kl = cross_entropy = 0.0
     seqlen = input_ids.shape[1]
+    weights = None if counted is None else predicting(counted).to(hidden_states.device)
     for start in range(0, seqlen, LOSS_POSITIONS):
         positions = slice(start, start + LOSS_POSITIONS)
         logits = head(hidden_states[:, positions])
-        kl += kl_per_token(logits, head(teacher_states[:, positions])).sum().item()
+        divergences = kl_per_token(logits, head(teacher_states[:, positions]))
         targets = input_ids[0, start + 1 : start + 1 + LOSS_POSITIONS]
         predicted = logits[0, : len(targets)].float()
+        if weights is not None:
+            some = weights[:, positions]
+            divergences = divergences[some]
+            predicted, targets = predicted[some[0, : len(targets)]], targets[some[0, : len(targets)]]
+        kl += divergences.sum().item()
         cross_entropy += nn.functional.cross_entropy(predicted, targets, reduction="sum").item()
-    return WindowLosses(kl / seqlen, cross_entropy / (seqlen - 1))
+    if weights is None:
+        return WindowLosses(kl / seqlen, cross_entropy / (seqlen - 1))
+    return WindowLosses(kl / int(weights.sum()), cross_entropy / int(weights[:, :-1].sum()))
 
 
 def rate_factor(step: int, steps: int, warm_up: float = 0.1) -> float:

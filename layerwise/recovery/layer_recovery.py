@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.linear_inputs import LinearInputs
 from layerwise.recovery.pruned_layer import LayerToRecover, PrunedLinear, held_out_windows, relative_errors
-from layerwise.recovery.refit import REFITTED_ENTRIES, Refit, refit_layer
+from layerwise.recovery.refit import MOMENTS_BYTES, REFITTED_ENTRIES, Refit, refit_layer
 from layerwise.recovery.train import TRAINED_ALPHA, TRAINED_BYTES, Train, train_layer
 
 Recovery = Refit | Train
@@ -26,6 +27,9 @@ def recovery_bytes(settings: Recovery, linears: Sequence[Linear], itemsize: int)
     kept = weights * (2 * itemsize + 1)  # dense and recovered weights, masks
     widest, largest = (max(getattr(each, name) for each in linears) for name in ("in_features", "numel"))
     refit = 3 * 4 * widest**2 + 5 * 4 * min(REFITTED_ENTRIES, largest)
+    experts = {place.name for linear in linears if (place := expert_linear(linear.name)) is not None}
+    if experts:  # the moments of many experts are collected together
+        refit += min(MOMENTS_BYTES, 4 * widest**2 * len(experts))
     return kept + (refit if isinstance(settings, Refit) else max(refit, TRAINED_BYTES * weights))
 
 

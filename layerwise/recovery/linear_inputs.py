@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from layerwise.models.expert_names import expert_linear, kind_of
 from layerwise.models.hidden_states import batches
 from layerwise.recovery.pruned_layer import LayerToRecover
 
@@ -40,16 +41,20 @@ class LinearInputs:
     def of(self, names: Sequence[str], batch: int) -> Tensor:
         """Return the input that the named linears share, computed with the layer's current weights.
 
-        Call it for the groups of ``linears_by_input`` in their order, for every batch before the next group.
+        Call it for the groups of ``refitted_together`` in their order, for every batch before the next group.
         """
-        with self.from_kept(batch, len(self._states[batch])):
-            inputs = _inputs_of(self._pruned, names[0], self._states[batch])
+        (inputs,) = self.of_several([names], batch)
         block, room = self._block, self._rooms[batch].view(-1)[: inputs.numel()]
         fits = inputs.is_contiguous() and room.numel() == inputs.numel() and room.dtype == inputs.dtype
         if block is not None and block.name in names and fits:
             # Stored as it is laid out: a product can have other bits for another layout.
             self._kept[batch] = room.view(inputs.shape).copy_(inputs)
         return inputs
+
+    def of_several(self, groups: Sequence[Sequence[str]], batch: int) -> list[Tensor]:
+        """Return the inputs of several groups of linears, each with an input of its own, from one pass."""
+        with self.from_kept(batch, len(self._states[batch])):
+            return _inputs_of(self._pruned, [names[0] for names in groups], self._states[batch])
 
     def from_kept(self, batch: int, windows: int) -> AbstractContextManager[None]:
         """Within the block of code, let the layer compute its first block from the kept input, if there is one.
@@ -140,25 +145,42 @@ def _as_first_block(pruned: LayerToRecover, module: nn.Module, linears: list[str
 
 
 class _Reached(Exception):
-    """The wanted linear was called, so the rest of the layer need not be computed."""
+    """All wanted linears were called, so the rest of the layer need not be computed."""
 
 
-def _inputs_of(pruned: LayerToRecover, name: str, hidden_states: Tensor) -> Tensor:
-    """Return the input of one linear for these hidden states."""
-    caught: list[Tensor] = []
+def _inputs_of(pruned: LayerToRecover, names: Sequence[str], hidden_states: Tensor) -> list[Tensor]:
+    """Return the inputs of some linears for these hidden states."""
+    caught: dict[str, Tensor] = {}
 
-    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0])
-        raise _Reached
+    def watch(name: str) -> RemovableHandle:
+        def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            caught[name] = inputs[0]
+            if len(caught) == len(names):
+                raise _Reached
 
-    hook = pruned.layer.get_submodule(name).register_forward_pre_hook(catch)
+        return pruned.layer.get_submodule(name).register_forward_pre_hook(catch)
+
+    hooks = [watch(name) for name in names]
     try:
         pruned.run(hidden_states)
     except _Reached:
         pass
     finally:
-        hook.remove()
-    return caught[0]
+        for hook in hooks:
+            hook.remove()
+    return [caught[name] for name in names]
+
+
+def refitted_together(groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
+    """Collect the groups of ``linears_by_input`` whose inputs one pass gives: the same linears of all experts of a layer.
+
+    The inputs of an expert do not depend on the other experts. All other groups are alone, in their order.
+    """
+    sets: dict[object, list[Sequence[str]]] = {}
+    for names in groups:
+        of_expert = expert_linear(names[0]) is not None
+        sets.setdefault(tuple(map(kind_of, names)) if of_expert else tuple(names), []).append(names)
+    return list(sets.values())
 
 
 def linears_by_input(pruned: LayerToRecover) -> list[list[str]]:

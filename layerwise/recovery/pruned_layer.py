@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 
@@ -58,6 +59,7 @@ class LayerToRecover:
         hidden_states: input of the layer in the pruned model, shape ``(windows, seqlen, hidden_size)``.
         dense_states: input of the layer in the dense model, same shape.
         rooms: two tensors of the same shape that the recovery may overwrite.
+        counted: mask of the tokens that targets and errors use, shape ``(windows, seqlen)``; None for all.
     """
 
     model: StreamedModel
@@ -67,6 +69,11 @@ class LayerToRecover:
     hidden_states: Tensor
     dense_states: Tensor
     rooms: tuple[Tensor, Tensor]
+    counted: Tensor | None = None
+
+    def counted_in(self, windows: slice) -> Tensor | None:
+        """Return the mask of some windows; None if all tokens count."""
+        return None if self.counted is None else self.counted[windows]
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """Return the layer's output with its current weights."""
@@ -100,22 +107,28 @@ def held_out_windows(settings: HoldsOut, windows: int) -> int:
 def relative_errors(
     pruned: LayerToRecover, candidates: Sequence[Mapping[str, Tensor]], alpha: float, held_out: int
 ) -> list[float]:
-    """Return the errors of a layer with different weights on its last ``held_out`` windows, see ``RecoveryOutcome``.
+    """Return the errors of a layer with different weights on the tokens that count in its last ``held_out`` windows.
+
+    See ``RecoveryOutcome``.
 
     Args:
         candidates: weights that replace the pruned ones, by linear.
     """
     totals = torch.zeros(len(candidates), dtype=torch.float64, device=pruned.model.device)
     tokens = 0
-    for states, dense_states in zip(
-        batches(pruned.hidden_states[-held_out:]), batches(pruned.dense_states[-held_out:]), strict=True
+    windows = slice(-held_out, None)
+    for states, dense_states, counted in zip(
+        batches(pruned.hidden_states[windows]),
+        batches(pruned.dense_states[windows]),
+        counted_batches(pruned.counted_in(windows)),
+        strict=False,  # a mask of all tokens has no end
     ):
-        target = target_output(pruned, states, dense_states, alpha)
+        target = counted_rows(target_output(pruned, states, dense_states, alpha), counted)
         for number, weights in enumerate(candidates):
             with weights_replaced(pruned.layer, weights):
-                error = pruned.run(states).float() - target
+                error = counted_rows(pruned.run(states).float(), counted) - target
             totals[number] += (error.square().sum(dim=-1) * weight_of_tokens(target)).sum(dtype=torch.float64)
-        tokens += states.shape[0] * states.shape[1]
+        tokens += target.shape[:-1].numel()
     return [total / tokens for total in totals.cpu().tolist()]
 
 

@@ -9,7 +9,7 @@ all earlier layers, which overfits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from layerwise.calibration.counted_tokens import counted_batches, counted_rows
+from layerwise.calibration.few_tokens import tokens_for_moments
 from layerwise.calibration.gram import require_full_float32
+from layerwise.models.expert_names import expert_linear
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.conjugate_gradient import minimize
-from layerwise.recovery.linear_inputs import LinearInputs, find_first_block, linears_by_input
+from layerwise.recovery.linear_inputs import (
+    LinearInputs,
+    find_first_block,
+    linears_by_input,
+    refitted_together,
+)
 from layerwise.recovery.pruned_layer import (
     LayerToRecover,
     PrunedLinear,
@@ -32,6 +40,8 @@ from layerwise.recovery.pruned_layer import (
 MOST_STEPS = 1000  # guards against a mistyped number that would make a run endless
 # Weights that are refitted at a time: 0.3 GB for the five float32 copies.
 REFITTED_ENTRIES = 1 << 24
+# Gram matrices of experts that are collected in one pass over the windows.
+MOMENTS_BYTES = 2 << 30
 # Columns of the Gram matrix that are computed at a time: the blocks on and right of the diagonal; the others are mirrored.
 PANEL = 256
 
@@ -76,7 +86,8 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tens
     """Refit the linears of a layer in the order of the data flow, each on inputs that the refitted ones before it give.
 
     Linears that share their input are refitted together. Memory in addition to the layer: its dense and its new
-    weights, and two float32 matrices of the inputs of one linear, and three while it is refitted.
+    weights, and two float32 matrices of the inputs of one linear, and three while it is refitted; of experts, as many
+    matrices as ``MOMENTS_BYTES`` holds. The linears of an expert that few tokens reach are not refitted.
 
     Returns:
         New weights by linear, and the kept inputs of the refitted layer in the pruned model.
@@ -88,34 +99,81 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tens
     room, dense_room = pruned.rooms
     inputs = LinearInputs(pruned, pruned.hidden_states[:fitted], block, room[:fitted])
     dense_inputs = LinearInputs(pruned, pruned.dense_states[:fitted], block, dense_room[:fitted])
-    for names in linears_by_input(pruned):
+    for groups in refitted_together(linears_by_input(pruned)):
+        if expert_linear(groups[0][0]) is not None:
+            # As many at a time as their matrices allow; each time costs a pass over the windows.
+            size = 4 * by_name[groups[0][0]].linear.in_features ** 2
+            count = max(1, MOMENTS_BYTES // size)
+            for first in range(0, len(groups), count):
+                some = groups[first : first + count]
+                for names, moments in _moments_of_experts(pruned, some, inputs, weights, by_name):
+                    weights |= _refitted([by_name[name] for name in names], pruned, moments, settings)
+            continue
+        (names,) = groups
         linears = [by_name[name] for name in names]
+        masks = counted_batches(pruned.counted_in(slice(fitted)))
         moments = Moments.empty([each.linear for each in linears], settings.alpha, pruned.model.device)
-        for batch in range(len(inputs)):
+        for batch, counted in zip(range(len(inputs)), masks, strict=False):
             target = None
             if settings.alpha:
                 with weights_replaced(pruned.layer, pruned.dense_weights):
                     target = dense_inputs.of(names, batch)
                 if moments.of_outputs:
                     target = _outputs_of(linears, target)
+                target = counted_rows(target, counted)
             with weights_replaced(pruned.layer, weights):
-                moments.add(inputs.of(names, batch), target)
-        prepared = moments.prepare(settings.damping)
-        first = 0
-        for each in linears:
-            oriented, last = each.linear.oriented, first + each.linear.out_features
-            current = weight_of(pruned.layer, each.linear.name).to(each.dtype)
-            new = refitted(
-                oriented(each.dense),
-                oriented(current),
-                oriented(each.mask),
-                prepared,
-                settings.steps,
-                slice(first, last),
-            )
-            weights[each.linear.name] = oriented(new).contiguous()
-            first = last
+                moments.add(counted_rows(inputs.of(names, batch), counted), target)
+        weights |= _refitted(linears, pruned, moments, settings)
     return weights, inputs
+
+
+def _moments_of_experts(
+    pruned: LayerToRecover,
+    groups: Sequence[Sequence[str]],
+    inputs: LinearInputs,
+    weights: Mapping[str, Tensor],
+    by_name: Mapping[str, PrunedLinear],
+) -> Iterator[tuple[Sequence[str], Moments]]:
+    """Yield linears of experts that share their input, with their moments; experts with few tokens are left out.
+
+    The target is the dense weight's output on the pruned model's inputs, whatever ``alpha``: the dense model may send other
+    tokens to an expert.
+    """
+    every = [
+        Moments.empty([by_name[name].linear for name in names], 0.0, pruned.model.device) for names in groups
+    ]
+    tokens = [0] * len(groups)
+    for batch in range(len(inputs)):
+        with weights_replaced(pruned.layer, weights):
+            found = inputs.of_several(groups, batch)
+        for number, (moments, of_expert) in enumerate(zip(every, found, strict=True)):
+            moments.add(of_expert, None)
+            tokens[number] += of_expert.shape[:-1].numel()
+    for names, moments, count in zip(groups, every, tokens, strict=True):
+        if count >= tokens_for_moments(len(moments.gram)):
+            yield names, moments
+
+
+def _refitted(
+    linears: Sequence[PrunedLinear], pruned: LayerToRecover, moments: Moments, settings: Refit
+) -> dict[str, Tensor]:
+    """Return the new weights of linears that share their input."""
+    prepared = moments.prepare(settings.damping)
+    weights, first = {}, 0
+    for each in linears:
+        oriented, last = each.linear.oriented, first + each.linear.out_features
+        current = weight_of(pruned.layer, each.linear.name).to(each.dtype)
+        new = refitted(
+            oriented(each.dense),
+            oriented(current),
+            oriented(each.mask),
+            prepared,
+            settings.steps,
+            slice(first, last),
+        )
+        weights[each.linear.name] = oriented(new).contiguous()
+        first = last
+    return weights
 
 
 def _outputs_of(linears: Sequence[PrunedLinear], inputs: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerwise.calibration.counted_tokens import counted_rows
 from layerwise.recovery.pruned_layer import (
     LayerToRecover,
     PrunedLinear,
@@ -128,9 +129,10 @@ def train_layer(
         states, dense_states = (
             every[window : window + 1] for every in (pruned.hidden_states, pruned.dense_states)
         )
-        target = target_output(pruned, states, dense_states, TRAINED_ALPHA)
+        counted = pruned.counted_in(slice(window, window + 1))
+        target = counted_rows(target_output(pruned, states, dense_states, TRAINED_ALPHA), counted)
         with torch.enable_grad():
-            error = _output(pruned, trained, states).float() - target
+            error = counted_rows(_output(pruned, trained, states).float(), counted) - target
             # The sum over the tokens and not their mean, whose gradients may vanish in float16. Adam ignores the factor.
             loss = (error.square().sum(dim=-1) * weight_of_tokens(target)).sum()
         # Some layers do not use all of their linears: materialize_grads.

@@ -1,4 +1,4 @@
-"""Accuracy: fraction of correct answers with its standard error, and the unweighted average over tasks."""
+"""Accuracy: fraction of correct answers with its standard error, and averages over tasks."""
 
 import math
 from collections.abc import Sequence
@@ -58,3 +58,25 @@ def combined_error(errors: Sequence[float | None]) -> float | None:
     if len(known) < len(errors):
         return None
     return math.sqrt(math.fsum(error**2 for error in known)) / len(known)
+
+
+def average_by_size(values: Sequence[float], documents: Sequence[int]) -> float:
+    """Return the mean over tasks in which a task weighs as much as it has documents."""
+    return math.fsum(value * count for value, count in zip(values, documents, strict=True)) / sum(documents)
+
+
+def pooled_error(errors: Sequence[float | None], documents: Sequence[int]) -> float | None:
+    """Return the standard error of ``average_by_size``, from the pooled variance inside the tasks, as lm-eval does.
+
+    Args:
+        errors: standard error of every task; None if it is unknown.
+
+    Returns:
+        None if an error is unknown.
+    """
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return None
+    total = sum(documents)
+    squares = math.fsum((count - 1) * count * error**2 for error, count in zip(known, documents, strict=True))
+    return math.sqrt(squares / (total - len(documents)) / total)

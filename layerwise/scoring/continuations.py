@@ -55,10 +55,12 @@ class Score:
     Attributes:
         log_probability: in nats, summed over the tokens of the continuation.
         greedy: whether every token of the continuation is the most probable one.
+        truncated: whether tokens at the start of the context were left out, because the model has too few positions.
     """
 
     log_probability: float
     greedy: bool
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,21 +33,47 @@ T_BOUNDS = {
 }
 
 
-def window_losses(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor) -> list[float]:
+def window_losses(
+    model: StreamedModel, hidden_states: Tensor, input_ids: Tensor, counted: Tensor | None = None
+) -> list[float]:
     """Return the mean cross-entropy of each window, in nats; ``DIVERGED`` where it is not finite.
 
     Args:
         model: applies its norm and head.
         hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
         input_ids: shape ``(windows, seqlen)``.
+        counted: mask of the tokens whose prediction counts, same shape; None for all.
     """
     import torch
 
     losses = [
-        model.loss(hidden_states[number, None], input_ids[number, None]) for number in range(len(input_ids))
+        model.loss(
+            hidden_states[number, None],
+            input_ids[number, None],
+            None if counted is None else counted[number, None],
+        )
+        for number in range(len(input_ids))
     ]
     # Read together, because every reading waits for the device.
     return [finite_loss(loss) for loss in torch.stack(losses).cpu().tolist()] if losses else []
+
+
+def loss_of_tokens(model: StreamedModel, hidden_states: Tensor, input_ids: Tensor, counted: Tensor) -> float:
+    """Return the mean cross-entropy of some tokens of all windows together, in nats; ``DIVERGED`` if it is not finite.
+
+    Args:
+        model: applies its norm and head.
+        hidden_states: output of the last layer, shape ``(windows, seqlen, hidden_size)``.
+        input_ids: shape ``(windows, seqlen)``.
+        counted: mask of the tokens, same shape. The first token of a window is not predicted. At least one other token.
+    """
+    tokens = counted[:, 1:].sum(dim=1).tolist()
+    total = 0.0
+    for number, count in enumerate(tokens):
+        if count:
+            one = slice(number, number + 1)
+            total += count * window_losses(model, hidden_states[one], input_ids[one], counted[one])[0]
+    return finite_loss(total / sum(tokens))
 
 
 def finite_loss(loss: float) -> float:
@@ -73,6 +99,11 @@ def format_perplexity(value: float) -> str:
 def rounded_perplexity(value: float) -> float | str:
     """Return a perplexity rounded for a table; "diverged" if the plan diverged."""
     return "diverged" if has_diverged(value) else round(value, 2)
+
+
+def format_divergence(value: float) -> str:
+    """Return a KL divergence as text, in nats."""
+    return "diverged" if value >= 0.999 * DIVERGED else f"{value:.4g}"
 
 
 def has_diverged(perplexity: float) -> bool:

@@ -30,7 +30,8 @@ REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 def figure_of(*layers: altair.Chart, height: int = HEIGHT) -> altair.LayerChart:
     """Combine layers into a figure with the common style."""
-    return _styled(cast(altair.LayerChart, altair.layer(*layers).properties(width=WIDTH, height=height)))
+    # In one call: each of Altair's methods, such as ``properties``, copies the chart with all its data.
+    return cast(altair.LayerChart, altair.layer(*layers, width=WIDTH, height=height, config=_style()))
 
 
 def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
@@ -71,15 +72,9 @@ def svg_file(chart: altair.LayerChart, name: str, title: Sequence[str]) -> str:
     return _with_own_identifiers(_svg(_picture(chart, title)), name)
 
 
-def png_file(chart: altair.LayerChart, title: Sequence[str]) -> bytes:
-    """Render a figure as PNG, on white.
-
-    Args:
-        title: lines above the figure.
-    """
-    png: bytes = vl_convert.vegalite_to_png(
-        _printable(_picture(chart, title)), scale=PIXELS, allowed_base_urls=[]
-    )
+def png_file(svg: str) -> bytes:
+    """Render the SVG file of a figure as PNG, which is three times as fast as rendering the chart again."""
+    png: bytes = vl_convert.svg_to_png(svg, scale=PIXELS)
     return png
 
 
@@ -94,9 +89,9 @@ def write_figures(
         subject: second line of all titles.
     """
     for name, chart in charts.items():
-        title = [titles[name], subject]
-        draft.write(figure_file(name), svg_file(chart, name, title).encode())
-        draft.write(f"figures/{name}.png", png_file(chart, title))
+        svg = svg_file(chart, name, [titles[name], subject])
+        draft.write(figure_file(name), svg.encode())
+        draft.write(f"figures/{name}.png", png_file(svg))
 
 
 def figure_file(name: str) -> str:
@@ -132,8 +127,8 @@ def _with_own_identifiers(svg: str, name: str) -> str:
     return REFERENCE.sub(lambda match: f"url(#{numbers.get(match[1], match[1])})", svg)
 
 
-def _styled(chart: altair.LayerChart) -> altair.LayerChart:
-    """Apply the common style: no frame, faint grid, text in the colour of the page."""
+def _style() -> altair.Config:
+    """Return the common style: no frame, faint grid, text in the colour of the page."""
     text: dict[str, Any] = {
         "labelColor": INK,
         "titleColor": INK,
@@ -141,15 +136,15 @@ def _styled(chart: altair.LayerChart) -> altair.LayerChart:
         "titleFontSize": 13,
         "titleFontWeight": "normal",
     }
-    lines = {"gridColor": INK, "gridOpacity": 0.13, "domainColor": INK, "domainOpacity": 0.5}
-    ticks = {"tickColor": INK, "tickOpacity": 0.5, "titlePadding": 8}
-    styled: altair.LayerChart = (
-        chart.configure(font=FONT, background="transparent")
-        .configure_view(stroke=None)
-        .configure_axis(**text, **lines, **ticks)
-        .configure_legend(**text, orient="top", labelLimit=420, symbolSize=95, symbolStrokeWidth=2)
+    lines: dict[str, Any] = {"gridColor": INK, "gridOpacity": 0.13, "domainColor": INK, "domainOpacity": 0.5}
+    ticks: dict[str, Any] = {"tickColor": INK, "tickOpacity": 0.5, "titlePadding": 8}
+    return altair.Config(
+        font=FONT,
+        background="transparent",
+        view=altair.ViewConfig(stroke=None),
+        axis=altair.AxisConfig(**text, **lines, **ticks),
+        legend=altair.LegendConfig(**text, orient="top", labelLimit=420, symbolSize=95, symbolStrokeWidth=2),
     )
-    return styled
 
 
 # Ratio of the highest to the lowest value above which the axis is logarithmic.

@@ -1,44 +1,51 @@
-"""The figure of perplexity against beta."""
+"""The figure of perplexity, or of the divergence from the dense model, against beta."""
 
 from collections.abc import Mapping, Sequence
 
 import altair
 
-from layerwise.scoring.perplexity import format_perplexity
+from layerwise.scoring.criterion import KL, Criterion
+from layerwise.scoring.perplexity import format_divergence, format_perplexity
 from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of, measure_axis
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row
 from layerwise.tasks.results.selection import TRIAL
 
 
-def perplexity_by_beta(betas: Sequence[Row], dense: float, parameter: str = "beta") -> altair.LayerChart:
+def perplexity_by_beta(
+    betas: Sequence[Row], dense: float, parameter: str = "beta", criterion: Criterion = "perplexity"
+) -> altair.LayerChart:
     """Draw the perplexities on the selection text: one point per plan, the dense model as a line.
 
-    A bar is the 95 % interval of the paired difference to the best plan, drawn around the plan's perplexity. A hollow
+    With the criterion ``kl``, the divergences from the dense model are drawn instead; that of the dense model is 0. A bar
+    is the 95 % interval of the paired difference to the best plan, drawn around the plan's figure. A hollow
     point is not significantly worse than the best plan. Crosses at the upper edge are plans that failed.
 
     Args:
         betas: rows of ``betas_table``. A plan with an offset is drawn only if it is the best one.
         dense: perplexity of the dense model.
         parameter: name of beta for the allocator of the search.
+        criterion: figure that the plans were compared by.
     """
+    of_perplexity = criterion == "perplexity"
     curve = [
-        {**row, "category": _category(row), "label": _label(row)}
+        {**row, "category": _category(row), "label": _label(row), "figure": _figure(row)}
         for row in betas
         if not row["offset"] or row["kind"] == BEST
     ]
     shown = [row for row in curve if not row["failed"]]
-    perplexities = [dense, *(row["perplexity"] for row in shown)]
+    figures = [*([dense] if of_perplexity else []), *(row["figure"] for row in shown)]
     # Very long bars are clipped, so that they do not flatten the others.
-    ends = [max(row["low"], min(perplexities) / 2) for row in shown]
-    ends += [min(row["high"], 2 * max(perplexities)) for row in shown]
-    axis = measure_axis(perplexities + ends, "perplexity")
-    y = altair.Y("perplexity:Q", **axis)
+    ends = [max(row["low"], min(figures) / 2) for row in shown]
+    ends += [min(row["high"], 2 * max(figures)) for row in shown]
+    axis = measure_axis(figures + ends, criterion if of_perplexity else f"{KL}, nats")
+    y = altair.Y("figure:Q", **axis)
     meaning = " (increase in sparsity from one layer to the next)" if parameter == "beta" else ""
     scale_of_x = altair.Scale(padding=14, nice=False, zero=False)
     x = altair.X("beta:Q", title=f"{parameter}{meaning}", scale=scale_of_x, axis=altair.Axis(tickCount=6))
     named = f"dense: {format_perplexity(dense)}"
-    look = _encoding({row["category"]: _mark(row) for row in curve} | {named: (GREY, "stroke", GREY)})
-    level = [{"perplexity": dense, "category": named, "label": named}]
+    of_dense = {named: (GREY, "stroke", GREY)} if of_perplexity else {}
+    look = _encoding({row["category"]: _mark(row) for row in curve} | of_dense)
+    level = [{"figure": dense, "category": named, "label": named}] if of_perplexity else []
     of_shown, of_failed = chart_of(shown), chart_of([row for row in curve if row["failed"]])
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
     joined = [] if parameter == TRIAL else shown
@@ -75,9 +82,9 @@ def _category(row: Row) -> str:
     if row["failed"]:
         return "failed"
     if row["kind"] == BEST:
-        return f"best, {row['plan']}: {format_perplexity(row['perplexity'])}"
+        return f"best, {row['plan']}: {_text(row, _figure(row))}"
     if row["kind"] == UNIFORM:
-        return f"uniform: {format_perplexity(row['perplexity'])}"
+        return f"uniform: {_text(row, _figure(row))}"
     return "worse" if row["worse"] else "not significantly worse"
 
 
@@ -93,11 +100,22 @@ def _mark(row: Row) -> tuple[str, str, str]:
 
 
 def _label(row: Row) -> str:
+    name = KL if "kl" in row else "perplexity"
     if row["failed"]:
-        return f"{row['plan']}: failed, perplexity {format_perplexity(row['perplexity'])}"
+        return f"{row['plan']}: failed, {name} {_text(row, _figure(row))}"
     bar = (
-        f", 95 % interval {format_perplexity(row['low'])} to {format_perplexity(row['high'])}"
+        f", 95 % interval {_text(row, row['low'])} to {_text(row, row['high'])}"
         if row["low"] < row["high"]
         else ""
     )
-    return f"{row['plan']}: perplexity {format_perplexity(row['perplexity'])}{bar}"
+    return f"{row['plan']}: {name} {_text(row, _figure(row))}{bar}"
+
+
+def _figure(row: Row) -> float:
+    """Return the figure of a plan that is drawn: divergence or perplexity."""
+    figure: float = row["kl"] if "kl" in row else row["perplexity"]
+    return figure
+
+
+def _text(row: Row, value: float) -> str:
+    return format_divergence(value) if "kl" in row else format_perplexity(value)

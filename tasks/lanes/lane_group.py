@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from layerwise.calibration.capture import embed_windows
 from layerwise.lanes import Lane, LaneGroup, LaneLayer
 from layerwise.pruners.layer_pruning import LayerInputs
 from layerwise.recovery.layer_recovery import RecoveryOutcome
+from layerwise.scoring.criterion import Criterion
+from layerwise.scoring.divergence import losses_and_divergences
 from layerwise.scoring.local_errors import LocalErrors
-from layerwise.scoring.perplexity import window_losses
+from layerwise.scoring.perplexity import loss_of_tokens, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensor_into, write_tensors
+from layerwise.tasks.lanes.dense_states import read_dense_states
 from layerwise.tasks.lanes.gram_matrices import read_grams
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity, write_statistics
@@ -27,7 +31,7 @@ from layerwise.tasks.models.streamed import streamed_model
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
-from layerwise.tasks.texts.token_windows import read_input_ids
+from layerwise.tasks.texts.token_windows import read_counted, read_input_ids, read_responses
 
 # Files of a resume point.
 STATES_FILE = "hidden_states.safetensors"
@@ -49,6 +53,9 @@ class LaneInputs:
         windows: range of the scored windows to use (start, end); None for all.
         recovery_windows: number of calibration windows for the recovery, the first ones; None for all.
         held_out: number of calibration windows, the last ones, that lanes without recovery are scored on too.
+        criterion: what the plans are compared by. With ``kl``, the divergence from the dense model is measured too.
+        dense_states: artifact of ``capture_dense_states`` for the criterion ``kl``; None if the dense model runs on the scored
+            windows as a lane of the group.
     """
 
     checkpoint: Checkpoint
@@ -59,12 +66,16 @@ class LaneInputs:
     windows: tuple[int, int] | None = None
     recovery_windows: int | None = None
     held_out: int = 0
+    criterion: Criterion = "perplexity"
+    dense_states: Artifact | None = None
 
     def keys(self, settings: PruneSettings) -> dict[str, str]:
         """Return the inputs by role for a stage's key: only those that the calibration mode reads."""
         scored = {"scored": self.scored.content}
         if self.held_out:
             scored["held out"] = self.calibration.content
+        if self.dense_states is not None:
+            scored["dense states"] = self.dense_states.content
         if settings.calibration_mode == "sequential":
             both = {"checkpoint": self.checkpoint.identity, "calibration": self.calibration.content}
             return both | scored
@@ -85,7 +96,9 @@ class LaneInputs:
     @property
     def only_calibration(self) -> "LaneInputs":
         """These inputs without scored windows, with all calibration windows for the recovery."""
-        return replace(self, windows=(0, 0), recovery_windows=None, held_out=0)
+        return replace(
+            self, windows=(0, 0), recovery_windows=None, held_out=0, criterion="perplexity", dense_states=None
+        )
 
     def of_layer(self, store: ArtifactStore, layer: int, settings: PruneSettings) -> LayerInputs:
         """Read what the pruner needs to know about the inputs of one layer: statistics or Gram matrices."""
@@ -118,11 +131,17 @@ class GroupResult:
         losses: by lane and scored window, in nats; none of the dense model if no errors were measured.
         outcomes: by layer and lane.
         held_out: losses by lane and held-out calibration window; empty lists if there are none.
+        divergences: divergences from the dense model by lane and scored window, in nats; empty lists for the dense model,
+            and if the criterion is not ``kl``.
+        response_losses: mean loss of the tokens of responses in the scored windows by lane; None for plain text, and if no
+            errors were measured.
     """
 
     losses: list[list[float]]
     outcomes: list[tuple[LaneLayer, ...]]
     held_out: list[list[float]]
+    divergences: list[list[float]]
+    response_losses: list[float | None]
 
     def of(self, lanes: Sequence[int]) -> "GroupResult":
         """Return the results of some lanes."""
@@ -130,6 +149,8 @@ class GroupResult:
             [self.losses[lane] for lane in lanes],
             [tuple(outcome[lane] for lane in lanes) for outcome in self.outcomes],
             [self.held_out[lane] for lane in lanes],
+            [self.divergences[lane] for lane in lanes],
+            [self.response_losses[lane] for lane in lanes],
         )
 
 
@@ -177,7 +198,9 @@ def advance_group(
                     show(lane + 1)
                     reached(total + lane + 1)
     draft.facts["weights read, bytes"] = inputs.checkpoint.bytes_read - read_before
-    return GroupResult(group.losses, group.outcomes, group.held_out_losses)
+    return GroupResult(
+        group.losses, group.outcomes, group.held_out_losses, group.divergences, group.response_losses
+    )
 
 
 def lane_folder(plan: int) -> str:
@@ -203,11 +226,11 @@ class _Group:
         self.local_windows = local_windows or 0
         start, end = inputs.windows or (0, None)
         self.scored = read_input_ids(store, inputs.scored)[start:end]
-        own = self._own_windows()
+        own, self.counted = self._own_windows()
         self.calibration_windows = len(own)
         self.input_ids = torch.cat([own, self.scored])
         self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
-        room = execution.hidden_states_room()
+        self.room = room = execution.hidden_states_room()
         shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
         self.planned = planned
         dense_windows = len(self.input_ids)
@@ -224,18 +247,29 @@ class _Group:
         self.outcomes: list[tuple[LaneLayer, ...]] = []  # of finished layers
         self.losses: list[list[float]] = []  # of scored lanes
         self.held_out_losses: list[list[float]] = []  # of scored lanes
+        self.divergences: list[list[float]] = []  # of scored lanes
+        self.response_losses: list[float | None] = []  # of scored lanes
+        self.responses = None
+        if local_windows is not None:
+            self.responses = read_responses(store, inputs.scored)
 
-    def _own_windows(self) -> Tensor:
-        """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``."""
+    def _own_windows(self) -> tuple[Tensor, Tensor | None]:
+        """Return the calibration windows that every lane carries, shape ``(windows, seqlen)``, and their mask.
+
+        The mask is that of ``read_counted``: None if all tokens count.
+        """
         plain = self.settings.calibration_mode == "dense" and self.settings.recover is None
         if plain and not self.inputs.held_out:
-            return self.scored[:0]
+            return self.scored[:0], None
         windows = read_input_ids(self.store, self.inputs.calibration)
         if self.settings.calibration_mode == "sequential":
-            return windows
-        if self.settings.recover is not None:
-            return windows[: self.inputs.recovery_windows]
-        return windows[len(windows) - self.inputs.held_out :]
+            own = slice(None)
+        elif self.settings.recover is not None:
+            own = slice(self.inputs.recovery_windows)
+        else:
+            own = slice(len(windows) - self.inputs.held_out, None)
+        counted = read_counted(self.store, self.inputs.calibration, self.settings.calibrate_on)
+        return windows[own], None if counted is None else counted[own]
 
     def start(self, draft: Draft) -> None:
         """Set the hidden states to the inputs of the first unfinished layer."""
@@ -254,6 +288,8 @@ class _Group:
         self.losses += done["losses"]
         # Resume points of older versions have no held-out windows.
         self.held_out_losses += done.get("held_out", [[] for _ in done["losses"]])
+        self.divergences += done.get("divergences", [[] for _ in done["losses"]])
+        self.response_losses += done.get("responses", [None for _ in done["losses"]])
 
     def layers(self, first: int) -> Iterator[tuple[LaneLayer, ...]]:
         inputs_of = self._captured if self.settings.calibration_mode == "dense" else None
@@ -267,6 +303,7 @@ class _Group:
             self.local_windows,
             self.settings.recover,
             self.rooms,
+            self.counted,
         )
         return group.advance(self._watched_layers(first), first)
 
@@ -291,7 +328,12 @@ class _Group:
             state, STATES_FILE, ((_lane_tensor(n), lane.hidden_states) for n, lane in enumerate(self.lanes))
         )
         outcomes = [[asdict(lane) for lane in outcome] for outcome in self.outcomes]
-        losses = {"losses": self.losses, "held_out": self.held_out_losses}
+        losses = {
+            "losses": self.losses,
+            "held_out": self.held_out_losses,
+            "divergences": self.divergences,
+            "responses": self.response_losses,
+        }
         state.write(OUTCOMES_FILE, json.dumps({"outcomes": outcomes, **losses}).encode())
 
     def score(self, lane: int) -> None:
@@ -300,10 +342,33 @@ class _Group:
         if len(states) < len(self.input_ids):  # the dense model, which was not scored
             self.losses.append([])
             self.held_out_losses.append([])
+            self.divergences.append([])
+            self.response_losses.append(None)
             return
         held_out = slice(own - self.inputs.held_out, own)
-        self.held_out_losses.append(window_losses(self.model, states[held_out], self.input_ids[held_out]))
-        self.losses.append(window_losses(self.model, states[own:], self.scored))
+        counted = None if self.counted is None else self.counted[held_out]
+        losses = window_losses(self.model, states[held_out], self.input_ids[held_out], counted)
+        self.held_out_losses.append(losses)
+        if self.inputs.criterion == "kl" and lane:
+            scored = self.model, states[own:], self.dense_scored, self.scored
+            losses, divergences = losses_and_divergences(*scored)
+        else:
+            losses, divergences = window_losses(self.model, states[own:], self.scored), []
+        self.losses.append(losses)
+        self.divergences.append(divergences)
+        of_responses = None
+        if self.responses is not None:
+            of_responses = loss_of_tokens(self.model, states[own:], self.scored, self.responses)
+        self.response_losses.append(of_responses)
+
+    @cached_property
+    def dense_scored(self) -> Tensor:
+        """Output of the dense model's last layer on the scored windows, shape ``(windows, seqlen, hidden_size)``."""
+        dense = self.lanes[0].hidden_states
+        if len(dense) == len(self.input_ids):
+            return dense[self.calibration_windows :]
+        assert self.inputs.dense_states is not None, "a search by kl captures them"
+        return read_dense_states(self.store, self.inputs.dense_states, self.inputs.windows, self.room)
 
     def _captured(self, layer: int) -> LayerInputs:
         return self.inputs.of_layer(self.store, layer, self.settings)

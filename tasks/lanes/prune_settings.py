@@ -7,10 +7,12 @@ from typing import Literal
 
 from layerwise.allocators.sparsity_plan import SparsityPlan, removed_per_linear
 from layerwise.models.skeleton import Linear
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.layer_pruning import Pruner, WeightPruner
 from layerwise.pruners.patterns import Pattern, removed_on_levels
 from layerwise.recovery.layer_recovery import Recovery
 from layerwise.recovery.train import Train
+from layerwise.tasks.texts.calibrate_on import CalibrateOn, only_if_masked
 
 # 2: other last bits, as narrow outputs are fitted to the sums of the dense model's outputs.
 RECOVERY_VERSION = 2
@@ -30,6 +32,7 @@ class PruneSettings:
         exclude: regular expression. Linears whose name (``layer.linear``, e.g. "0.mlp.down_proj") contains a match stay
             dense, and do not count in the target or in the realised sparsity.
         recover: recovery of the remaining weights of every layer; None for plain pruning.
+        calibrate_on: tokens of the calibration windows that statistics, recovery and losses on these windows use.
     """
 
     target: float
@@ -39,12 +42,15 @@ class PruneSettings:
     pattern: str | None = None
     exclude: str | None = None
     recover: Recovery | None = None
+    calibrate_on: CalibrateOn = "all"
 
     @property
     def identity(self) -> dict[str, object]:
         """Settings as part of a key. Fields that were added later are left out if unused, to keep older keys."""
         unused = [name for name in ("pattern", "exclude", "recover") if getattr(self, name) is None]
+        unused.append("calibrate_on")
         own = {name: value for name, value in vars(self).items() if name not in unused}
+        own |= only_if_masked(self.calibrate_on)
         if self.recover is not None:
             own["recovery version"] = RECOVERY_VERSION
         return {"type": type(self).__name__, **own}
@@ -104,5 +110,10 @@ class PruneSettings:
 
     @property
     def needs_grams(self) -> bool:
-        """True if the pruner corrects weights, which needs second moments of their inputs."""
+        """True if the pruner uses second moments of the linears' inputs."""
         return isinstance(self.pruner, WeightPruner)
+
+    @property
+    def needs_sums(self) -> bool:
+        """True if the pruner also uses the means of the linears' inputs."""
+        return isinstance(self.pruner, DSnoT)

@@ -32,12 +32,15 @@ class StreamedLM(HFLM):
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], *_: Any, **__: Any
-    ) -> list[tuple[float, bool]]:
-        """Return the log-probability of every continuation, and whether greedy decoding yields it."""
+    ) -> list[tuple[float, bool, bool]]:
+        """Return the log-probability of every continuation, whether greedy decoding yields it, and if it was truncated."""
         # Long sequences are cut on the left, as HFLM does; the last token is not an input.
         kept = self.max_length + 1
         continuations = [
             Continuation((*context, *continuation)[-kept:], len(continuation))
             for _, context, continuation in requests
         ]
-        return [(score.log_probability, score.greedy) for score in self._score(continuations)]
+        return [
+            (score.log_probability, score.greedy, len(context) + len(continuation) > kept)
+            for score, (_, context, continuation) in zip(self._score(continuations), requests, strict=True)
+        ]

@@ -43,7 +43,7 @@ def streamed_scores(
     dtype: str,
     execution: Execution,
 ) -> list[Score]:
-    """Score all requests, in the order of ``instances_of``. Commits resume points, and resumes from one.
+    """Score all requests for log-probabilities, in the order of ``instances_of``. Commits resume points, and resumes from one.
 
     The weights are read once for every ``TOKENS_PER_PASS`` tokens, across tasks. A batch never mixes the sequences of
     two tasks, so the scores of a task do not depend on the other tasks.

@@ -1,4 +1,4 @@
-"""Read a YAML file with a task of lm-eval without running code that the file names.
+"""Read a YAML file with a task or a group of tasks of lm-eval without running code that the file names.
 
 lm-eval runs code from such a file: ``!function`` imports a Python module next to it, and an unknown metric is loaded as a
 script. lm-eval's own files are read by lm-eval. A user's file and all files that it includes are checked here first, and
@@ -32,16 +32,49 @@ CODE = {
     "unsafe_code": "running code that a model writes",
     "use_prompt": "prompts from another package or file",
 }
+# Entries of a group; all others are passed to its tasks.
+GROUP_ENTRIES = {"aggregate_metric_list", "group", "group_alias", "metadata", "task"}
 TRUST = "If you trust the file, pass --trust-task-code."
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read a task file, merged with the files that it includes.
+    """Read a file with a task or a group of tasks, merged with the files that it includes.
 
     Raises:
-        ValueError: the file names code to run, or is not one task; names the position.
+        ValueError: the file names code to run, or is neither one task nor one group; names the position.
     """
-    task = _merged(path, ())
+    found = _merged(path, ())
+    if "group" in found and "task_list" not in found:
+        _check_group(path, found, {})
+    else:
+        _check_task(path, found)
+    return found
+
+
+def _check_group(path: Path, group: Mapping[str, Any], inherited: Mapping[str, Any]) -> None:
+    """Check every task of a group as a task of its own.
+
+    Args:
+        inherited: entries that the groups around this one pass to their tasks.
+    """
+    name, members = group["group"], group.get("task")
+    if not (isinstance(name, str) and isinstance(members, list) and members) or not all(
+        isinstance(member, Mapping) for member in members
+    ):
+        raise ValueError(
+            f"the group {name!r} in {path} cannot be loaded, because it has no list of its tasks. Write a name under "
+            "group, and a list under task, in which every task has all its entries. Tasks of lm-eval cannot be members: "
+            "give their names to --tasks."
+        )
+    shared = {key: value for key, value in group.items() if key not in GROUP_ENTRIES} | dict(inherited)
+    for member in members:
+        if "group" in member:
+            _check_group(path, member, shared)
+        else:
+            _check_task(path, shared | member)
+
+
+def _check_task(path: Path, task: Mapping[str, Any]) -> None:
     if not isinstance(task.get("task"), str) or {"group", "task_list"} & task.keys():
         raise ValueError(
             f"the task {path} cannot be loaded, because it does not have exactly one name. Check that the file "
@@ -52,7 +85,6 @@ def read_task(path: Path) -> dict[str, Any]:
             raise ValueError(f"the task {path} has {name!r} ({meaning}), which is not allowed. {TRUST}")
     _check_metrics(path, task.get("metric_list"))
     _check_data(path, task)
-    return task
 
 
 def _merged(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -144,7 +176,7 @@ def _check_metrics(path: Path, metrics: object) -> None:
         if not own or metric.get("hf_evaluate"):
             raise ValueError(
                 f"the task {path} has the metric {name!r}, which is not one of lm-eval's own and would be loaded as a "
-                f"script. Use acc and acc_norm. {TRUST}"
+                f"script. Use acc, acc_norm or exact_match. {TRUST}"
             )
 
 

@@ -5,14 +5,16 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import torch
 from fsspec import AbstractFileSystem
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerwise.models.device_copies import DeviceCopies
-from layerwise.models.prunable_linears import dense_linears
+from layerwise.models.experts import FusedTensor, fused_tensors
+from layerwise.models.prunable_linears import dense_linears, dense_rows
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -20,12 +22,17 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import needed_bytes, read_through
 from layerwise.tasks.models.checkpoint_index import (
     CheckpointIndex,
-    ConvertedWeight,
     IndexedTensor,
     ModelWeight,
 )
 from layerwise.tasks.models.tokenizer import TokenizerFiles, encoding_identity, tokenizer_identity
-from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, model_weights
+from layerwise.tasks.models.weight_conversion import (
+    Conversion,
+    StoredNames,
+    model_weights,
+    require_same_conversions,
+    stored_tensors_of,
+)
 from layerwise.tasks.sources.checkpoint_files import copied_files
 from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_config import config_from_document, outline_from_document
@@ -63,6 +70,11 @@ class Checkpoint:
         return digest({"checkpoint": identity, "dense linears": dense}) if dense else identity
 
     @cached_property
+    def dense_rows(self) -> list[dict[str, Any]]:
+        """Linears that stay dense by default, with the reason, see ``prunable_linears.dense_rows``."""
+        return dense_rows(outline_from_document(self.index.config, self.artifact.key))
+
+    @cached_property
     def config(self) -> PretrainedConfig:
         """Configuration of the model."""
         return config_from_document(self.index.config, self.artifact.key)
@@ -78,7 +90,7 @@ class Checkpoint:
         return self.index.layer_prefix
 
     def layer_tensors(self, index: int) -> dict[str, ModelWeight]:
-        """Return the weights of one decoder layer by their name inside the layer."""
+        """Return the weights of one decoder layer by their name inside the layer, as in transformers: experts are fused."""
         return self.index.layer_tensors(index)
 
     def outer_tensors(self) -> dict[str, ModelWeight]:
@@ -101,7 +113,8 @@ class Checkpoint:
         one buffer of pinned memory.
 
         Yields:
-            Tensors by their name inside the layer, in the dtype of the source, on ``device``.
+            Tensors by their name inside the layer, in the dtype of the source, on ``device``; those of experts one by one
+            (``mlp.experts.0.up_proj.weight``).
 
         Raises:
             Corrupt: a tensor differs from the one that was imported.
@@ -126,7 +139,7 @@ class Checkpoint:
                 yield layer
 
     def read(self, tensors: Mapping[str, ModelWeight], buffer: Tensor | None = None) -> dict[str, Tensor]:
-        """Read tensors and return them under the given names; weights in another layout are converted.
+        """Read tensors and return them under the given names; weights in another layout are converted, experts separated.
 
         Args:
             tensors: tensors to read, by their name in the result.
@@ -147,7 +160,7 @@ class Checkpoint:
             start += size
         with self._counting:
             self.bytes_read += sum(tensor.entry.nbytes for tensor in parts)
-        return model_weights(tensors, found, self._conversions)
+        return model_weights(tensors, found, self._conversions, self._experts)
 
     def layer_by_stored_name(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``weights`` of a decoder layer under the names and in the layout of the files.
@@ -155,29 +168,40 @@ class Checkpoint:
         The result includes stored tensors of the layer that the model does not use.
 
         Args:
-            weights: weights of the layer, by name inside it.
+            weights: all weights of the layer, by name inside it, those of experts one by one.
         """
-        tensors = self.layer_tensors(index)
-        stored: dict[str, Tensor] = {}
-        made: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for relative, weight in weights.items():
-            tensor = tensors[relative]
-            if isinstance(tensor, ConvertedWeight):
-                made[tensor.made_by][tensor.name] = weight
-            else:
-                stored[tensor.name] = weight
-        for conversion in self._conversions:
-            if conversion.target in made:
-                stored |= conversion.stored(made[conversion.target])
+        stored = stored_tensors_of(weights, self.layer_tensors(index), self._conversions, self._experts)
         unused = {tensor.name: tensor for tensor in self.index.groups[index] if not tensor.is_used}
-        return stored | self.read(unused)
+        return self._in_stored_dtype(stored) | self.read(unused)
+
+    def _in_stored_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``tensors`` in the dtypes of the files: a conversion of tensors of several dtypes makes one of them."""
+        dtypes = {
+            tensor.name: tensor.entry.torch_dtype for tensor in self.index.tensors if tensor.name in tensors
+        }
+        return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
 
     @cached_property
     def _conversions(self) -> tuple[Conversion, ...]:
         if not self.index.converted:
             return ()
-        model = outline_from_document(self.index.config, self.artifact.key)
-        return StoredNames((tensor.name for tensor in self.index.tensors), model).conversions
+        conversions = StoredNames((tensor.name for tensor in self.index.tensors), self._outline).conversions
+        require_same_conversions(conversions, self.index.tensors, self.artifact.key)
+        return conversions
+
+    @cached_property
+    def _experts(self) -> Mapping[str, FusedTensor]:
+        """Tensors with the weights of all experts of a layer, by state-dict name."""
+        return fused_tensors(self._outline) if self.index.may_have_experts else {}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return bool(self._experts)
+
+    @cached_property
+    def _outline(self) -> PreTrainedModel:
+        return outline_from_document(self.index.config, self.artifact.key)
 
     def _buffer_size(self, weights: Iterable[ModelWeight]) -> int:
         return _size_of(self.index.stored_tensors(weights))

@@ -125,6 +125,12 @@ class CheckpointIndex:
         return groups
 
     @property
+    def may_have_experts(self) -> bool:
+        """Whether a weight of a decoder layer has three dimensions, as weights of experts and convolutions."""
+        weights: list[ModelWeight] = [*self.tensors, *self.converted]
+        return any(len(each.entry.shape) > 2 for each in weights if each.layer is not None)
+
+    @property
     def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of the tensors that the model uses, for each layer."""
         return tuple(

@@ -2,15 +2,17 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
 from layerwise.models.skeleton import layer_prefix
+from layerwise.models.streaming_check import check_streamable
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import read_ahead
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -22,13 +24,15 @@ from layerwise.tasks.models.finite_weights import require_finite
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stopping import stop, stop_deferred
-from layerwise.tasks.sources.checkpoint_files import CONFIG, stored_tensors
+from layerwise.tasks.sources.checkpoint_files import CONFIG, StoredTensor, stored_tensors
 from layerwise.tasks.sources.folder import Folder
 from layerwise.tasks.sources.model_config import (
     check_values,
+    config_from_document,
     notice_own_code,
     outline_from_document,
     read_config_document,
+    warn_once,
 )
 from layerwise.tasks.sources.quantized_weights import (
     QUANTIZATION,
@@ -39,6 +43,7 @@ from layerwise.tasks.sources.quantized_weights import (
 
 DIGESTS = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
+TIED = "tie_word_embeddings"
 
 
 def describe_folder(folder: Folder) -> CheckpointIndex:
@@ -60,12 +65,64 @@ def describe_folder(folder: Folder) -> CheckpointIndex:
     if quantization is not None:
         stored = dequantized_tensors(stored, quantization, folder.name)
         del document[QUANTIZATION]
-    model = outline_from_document(document, folder.name)
     notice_own_code(document, folder.name)
-    tensors, converted = match_tensors(stored, model, folder.name)
+    index = _matched(document, stored, folder.name, in_place=quantization is None)
+    if not _says_whether_tied(document) and (copy := _copy_that_differs(folder, index)) is not None:
+        warn_once(
+            f"{folder.name}: config.json does not say whether head and embedding are shared ({TIED}), and {copy} is stored with "
+            "values of its own. As in transformers, it is not shared."
+        )
+        untied = {**document, TIED: False}
+        index = _matched(untied, stored, folder.name, in_place=quantization is None)
+    require_streamable(index, folder.name)
+    return index
+
+
+def _matched(
+    document: dict[str, Any], stored: Mapping[str, StoredTensor], name: str, in_place: bool
+) -> CheckpointIndex:
+    model = outline_from_document(document, name)
+    tensors, converted = match_tensors(stored, model, name)
     num_layers = model.config.get_text_config().num_hidden_layers
-    in_place = quantization is None
     return CheckpointIndex(document, layer_prefix(model), num_layers, in_place, tensors, converted)
+
+
+def _says_whether_tied(document: Mapping[str, Any]) -> bool:
+    return any(
+        TIED in part for part in (document, document.get("text_config") or {}) if isinstance(part, dict)
+    )
+
+
+def _copy_that_differs(folder: Folder, index: CheckpointIndex) -> str | None:
+    """Return the name of a stored tensor that is tied to another one but has other values; None if there is none.
+
+    Reads up to the first difference.
+    """
+    named = {tensor.name: tensor for tensor in index.tensors}
+    for copy in index.tensors:
+        if copy.copy_of is None or copy.quantized is not None or named[copy.copy_of].quantized is not None:
+            continue
+        pair = [copy, named[copy.copy_of]]
+        if len({(tensor.entry.dtype, tensor.entry.shape) for tensor in pair}) > 1:
+            return copy.name
+        ranges = [[(folder.path(each.file), each.entry.offset, each.entry.nbytes)] for each in pair]
+        with (
+            closing(read_ahead(folder.fs, ranges[0])) as ones,
+            closing(read_ahead(folder.fs, ranges[1])) as others,
+        ):
+            if any(one != other for one, other in zip(ones, others, strict=True)):
+                return copy.name
+    return None
+
+
+def require_streamable(index: CheckpointIndex, name: str) -> None:
+    """Raise if the model cannot be streamed layer by layer.
+
+    Raises:
+        UnsupportedModel: see ``check_streamable``.
+    """
+    outer = {weight: tensor.entry.shape for weight, tensor in index.outer_tensors().items()}
+    check_streamable(config_from_document(index.config, name), outer)
 
 
 def is_quantized(folder: Folder) -> bool:

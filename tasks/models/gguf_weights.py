@@ -219,8 +219,8 @@ def _architecture(reader: GGUFReader, path: Path) -> str:
         )
     if experts := _metadata(reader, f"{architecture}.expert_count"):
         raise UnsupportedModel(
-            f"{path.name} is a mixture of experts ({architecture} with {experts} experts), which cannot be pruned: "
-            "experts that see few calibration tokens need a special method. Use a dense model."
+            f"{path.name} is a mixture of experts ({architecture} with {experts} experts), which is not read from GGUF. Use "
+            "the model's safetensors."
         )
     readable = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
     if architecture not in readable:

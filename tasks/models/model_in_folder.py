@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from layerwise.models.experts import fused_tensors
 from layerwise.tasks.models.folder_index import check_tied_copies, describe_folder, read_tensors_of
 from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, model_weights
 from layerwise.tasks.models.whole_model import model_of_weights
@@ -27,14 +28,15 @@ def model_in_folder(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     index = describe_folder(folder)
     check_tied_copies(folder, index)
     conversions: tuple[Conversion, ...] = ()
+    model = outline_from_document(index.config, folder.name)
     if index.converted:
-        model = outline_from_document(index.config, folder.name)
         conversions = StoredNames((tensor.name for tensor in index.tensors), model).conversions
+    experts = fused_tensors(model)
     weights: dict[str, Tensor] = {}
     for layer in (None, *range(index.num_layers)):
         wanted = index.weights(layer)
         found = read_tensors_of(folder, index.stored_tensors(wanted.values()))
-        made = model_weights(wanted, found, conversions)
+        made = model_weights(wanted, found, conversions, experts)
         weights |= {name: weight.to(dtype) for name, weight in made.items()}
     model = model_of_weights(
         config_from_document(index.config, folder.name), weights, Execution().torch_device

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.models.experts import fused_tensors
 from layerwise.models.prunable_linears import prunable_linears
 from layerwise.models.skeleton import Linear, require_positions
 from layerwise.models.streaming import StreamedModel
@@ -38,8 +39,13 @@ def model_of_shapes(
     largest = max(map(math.prod, shapes.values()))
     block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(computing)
     values = block.repeat(-(-largest // len(block)))
-    weights = {name: values[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
-    return StreamedModel(config, outer, computing, device), weights
+    model = StreamedModel(config, outer, computing, device)
+    experts = fused_tensors(model.layers[layer])
+    weights: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        weight = values[: math.prod(shape)].view(shape)
+        weights |= experts[name].split(name.rpartition(".")[0], weight) if name in experts else {name: weight}
+    return model, weights
 
 
 class OuterTensors(Mapping[str, Tensor]):

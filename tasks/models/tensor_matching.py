@@ -63,6 +63,7 @@ def match_tensors(
             parts = [each for each, target in part_of.items() if target == made_from[model_name]]
             raise _two_tensors_for_one_weight(model_name, name, " with ".join(parts[:3]), source)
     _check_complete(expected, {*model_names.values(), *(weight.name for weight in converted)}, source)
+    _check_encoders(stored, names, expected, model, source)
     copies = _tied_copies(model_names, whole, names, model)
     explained = {*model_names, *copies, *_known_unused(whole, names, model)}
     if unexplained := sorted(whole.keys() - explained):
@@ -237,6 +238,52 @@ def _check_complete(expected: Iterable[str], found: Iterable[str], source: str) 
         f"{source} lacks {len(missing)} of the {len(expected)} tensors its config.json asks for: "
         f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. {hint}"
     )
+
+
+def _check_encoders(
+    stored: Mapping[str, StoredTensor],
+    names: StoredNames,
+    expected: Mapping[str, object],
+    model: PreTrainedModel,
+    source: str,
+) -> None:
+    """Check the tensors that are copied byte for byte, e.g. those of an image encoder, against the model.
+
+    Raises:
+        ValueError: one is missing or has the wrong shape.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    copied = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in expected and name not in model.all_tied_weights_keys
+    }
+    if not copied:
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, str] = {}
+    part_of_conversion = set()
+    for conversion in names.conversions:
+        if conversion.target not in expected:
+            part_of_conversion |= {each.name for each in conversion.sources}
+            for weight in _converted_weights(conversion, stored, copied, source):
+                shapes[weight.name], places[weight.name] = tuple(weight.entry.shape), conversion.target
+    for name, place in stored.items():
+        known_as = next((alias for alias in names.aliases(name) if alias in copied), None)
+        if known_as is not None and name not in part_of_conversion:
+            shapes[known_as], places[known_as] = tuple(place.entry.shape), place.file
+    _check_shapes(shapes, places, {name: name for name in shapes}, copied, source)
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = sorted(
+        name
+        for name in copied.keys() & parameters - shapes.keys()
+        if not any(pattern.search(name) for pattern in optional)
+    )
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the {len(copied)} tensors of its image or sound encoder: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Download the checkpoint again."
+        )
 
 
 def _check_dtypes(weights: Mapping[str, StoredTensor], source: str) -> None:

@@ -3,16 +3,22 @@
 Most tensors are only renamed. Others are stored in another layout than the model's: several tensors make one weight, or
 one makes several, by operations of transformers (merge, concatenate, split, transpose). The same operations, reversed,
 give an export the names and the layout of its source.
+
+The experts of a layer are one tensor in transformers and linears of their own in a streamed model. Most checkpoints also
+store them one by one. Then the stored tensors are used as they are, and nothing is merged.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,7 +27,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from layerwise.tasks.models.checkpoint_index import ConvertedWeight, ModelWeight
+from layerwise.models.experts import FusedTensor, fused_tensors
+from layerwise.tasks.models.checkpoint_index import ConvertedWeight, IndexedTensor, ModelWeight
+
+SMALL = (2, 3)  # shape of the tensors that show what a conversion does
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,15 @@ class Conversion:
         sources: in the order in which the operations take them.
         converter: the operations, as transformers defines them for this kind of model.
         model: the model on the meta device; some operations depend on its configuration.
+        experts: stored tensors that are parameters of experts as they are, by state-dict name of the parameter (``FusedTensor``);
+            empty if the operations do more than merge the experts, or make something else.
     """
 
     target: str
     sources: tuple[ConvertedTensor, ...]
     converter: WeightConverter
     model: PreTrainedModel
+    experts: Mapping[str, str]
 
     def weights(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights by state-dict name.
@@ -78,7 +90,12 @@ class Conversion:
         made = converter.convert(key, model=self.model, config=self.model.config)
         prefix = f"{self.model.base_model_prefix}."  # the weights may have it where the sources do not
         tensors = {name.removeprefix(prefix): _only(tensor) for name, tensor in made.items()}
-        return {source.name: tensors[source.renamed.removeprefix(prefix)] for source in self.sources}
+        names = {source.name: source.renamed.removeprefix(prefix) for source in self.sources}
+        if missing := sorted(name for name in names.values() if name not in tensors):
+            raise ValueError(
+                f"the reversed conversion of {self.target} makes {', '.join(sorted(tensors)[:3])}, but not {missing[0]}"
+            )
+        return {source: tensors[name] for source, name in names.items()}
 
 
 class StoredNames:
@@ -96,7 +113,7 @@ class StoredNames:
         mapping = get_model_conversion_mapping(model)
         renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
         converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        state, prefix = model.state_dict(), model.base_model_prefix
+        state, prefix, fused = model.state_dict(), model.base_model_prefix, fused_tensors(model)
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         inputs: dict[str, list[ConvertedTensor]] = {}
         self._aliases: dict[str, tuple[str, ...]] = {}
@@ -110,9 +127,13 @@ class StoredNames:
             known_as = (loaded_as, renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}."))
             own = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             self._aliases[name] = tuple(dict.fromkeys((*known_as, *own)))
-        self.conversions = tuple(
-            Conversion(target, tuple(sources), by_pattern[sources[0].pattern], model)
+        conversions = (
+            Conversion(target, tuple(sources), by_pattern[sources[0].pattern], model, {})
             for target, sources in inputs.items()
+        )
+        self.conversions = tuple(
+            replace(each, experts=_stored_experts(each, fused)) if each.target in fused else each
+            for each in conversions
         )
 
     def aliases(self, name: str) -> tuple[str, ...]:
@@ -139,25 +160,140 @@ def weights_on_meta(conversion: Conversion, stored: Mapping[str, Tensor]) -> dic
     return weights
 
 
+def _stored_experts(conversion: Conversion, fused: Mapping[str, FusedTensor]) -> dict[str, str]:
+    """Return the parameters of experts that are stored as they are, see ``Conversion.experts``.
+
+    The conversion is applied to small tensors with different values, which are found again among its results.
+    """
+    size = math.prod(SMALL)
+    small = {
+        source.name: torch.arange(number * size, (number + 1) * size).view(SMALL)
+        for number, source in enumerate(conversion.sources)
+    }
+    try:
+        made = conversion.weights(small)
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError):
+        return {}  # it depends on the shapes: the tensors are merged as by transformers
+    found: dict[str, str] = {}
+    for name, tensor in made.items():
+        if name not in fused or tensor.ndim != 1 + len(SMALL):
+            return {}
+        parts = [
+            (part, number * SMALL[0], (number + 1) * SMALL[0])
+            for number, (part, *_) in enumerate(fused[name].parts)
+        ]
+        shape = (fused[name].shape[0], SMALL[0] * len(parts), SMALL[1])
+        if tensor.shape != shape:
+            return {}
+        for parameter, values in FusedTensor(shape, 0, tuple(parts)).split(_owner(name), tensor).items():
+            source = conversion.sources[int(values[0, 0]) // size].name
+            if not torch.equal(values, small[source]):
+                return {}
+            found[parameter] = source
+    return found if len(set(found.values())) == len(small) else {}
+
+
 def model_weights(
-    wanted: Mapping[str, ModelWeight], stored: Mapping[str, Tensor], conversions: Iterable[Conversion]
+    wanted: Mapping[str, ModelWeight],
+    stored: Mapping[str, Tensor],
+    conversions: Iterable[Conversion],
+    experts: Mapping[str, FusedTensor],
 ) -> dict[str, Tensor]:
-    """Return the ``wanted`` weights under their names.
+    """Return the ``wanted`` weights under their names; the weights of experts one by one.
 
     Args:
         wanted: weights of the model, by their name in the result.
         stored: at least ``CheckpointIndex.stored_tensors(wanted)``, by name in the files.
         conversions: of the checkpoint, see ``StoredNames``.
+        experts: tensors with the weights of all experts of a layer, by state-dict name.
     """
     targets = {weight.made_by for weight in wanted.values() if isinstance(weight, ConvertedWeight)}
+    used = {each.target: each for each in conversions if each.target in targets} if targets else {}
     made: dict[str, Tensor] = {}
-    for conversion in conversions if targets else ():
-        if conversion.target in targets:
+    for conversion in used.values():
+        if not conversion.experts:
             made |= conversion.weights(stored)
-    return {
-        name: made[weight.name] if isinstance(weight, ConvertedWeight) else stored[weight.name]
-        for name, weight in wanted.items()
-    }
+    result: dict[str, Tensor] = {}
+    for name, weight in wanted.items():
+        fused = experts.get(weight.model_name or "")
+        if (
+            isinstance(weight, ConvertedWeight)
+            and fused is not None
+            and (known := used[weight.made_by].experts)
+        ):
+            parameters = zip(fused.names(_owner(name)), fused.names(_owner(weight.name)), strict=True)
+            result |= {parameter: stored[known[full]] for parameter, full in parameters}
+            continue
+        tensor = made[weight.name] if isinstance(weight, ConvertedWeight) else stored[weight.name]
+        result |= {name: tensor} if fused is None else fused.split(_owner(name), tensor)
+    return result
+
+
+def stored_tensors_of(
+    weights: Mapping[str, Tensor],
+    places: Mapping[str, ModelWeight],
+    conversions: Iterable[Conversion],
+    experts: Mapping[str, FusedTensor],
+) -> dict[str, Tensor]:
+    """Return the stored tensors that give ``weights``, by name in the files: the inverse of ``model_weights``.
+
+    Args:
+        weights: all weights of ``places``, those of experts one by one.
+        places: weights of the checkpoint, by the names that ``model_weights`` gives them.
+    """
+    by_target = {each.target: each for each in conversions}
+    stored: dict[str, Tensor] = {}
+    made: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, place in places.items():
+        fused = experts.get(place.model_name or "")
+        if (
+            isinstance(place, ConvertedWeight)
+            and fused is not None
+            and (known := by_target[place.made_by].experts)
+        ):
+            parameters = zip(fused.names(_owner(name)), fused.names(_owner(place.name)), strict=True)
+            stored |= {known[full]: weights[parameter] for parameter, full in parameters}
+            continue
+        weight = weights[name] if fused is None else fused.joined(_owner(name), weights)
+        if isinstance(place, ConvertedWeight):
+            made[place.made_by][place.name] = weight
+        else:
+            stored[place.name] = weight
+    for target, of_target in made.items():
+        stored |= by_target[target].stored(of_target)
+    return stored
+
+
+def _owner(name: str) -> str:
+    """Return the name of the module that has a parameter."""
+    return name.rpartition(".")[0]
+
+
+def require_same_conversions(
+    conversions: Iterable[Conversion], tensors: Iterable[IndexedTensor], name: str
+) -> None:
+    """Raise if transformers converts the tensors of an imported checkpoint in another way than at the import.
+
+    Args:
+        conversions: of the installed transformers.
+        tensors: of the checkpoint.
+        name: name of the checkpoint, for the error.
+
+    Raises:
+        ValueError: a conversion is missing, or has other sources; the message names it.
+    """
+    imported: dict[str, set[str]] = defaultdict(set)
+    for tensor in tensors:
+        if tensor.part_of is not None:
+            imported[tensor.part_of].add(tensor.name)
+    known = {each.target: {source.name for source in each.sources} for each in conversions}
+    changed = sorted(target for target, sources in imported.items() if known.get(target) != sources)
+    if changed:
+        raise ValueError(
+            f"{name} was imported with another version of transformers, which makes {', '.join(changed[:3])} from other "
+            f"stored tensors than transformers {transformers_version} does. Use that version, or remove the artifact "
+            "(layerwise gc) and import the model again."
+        )
 
 
 def _only(tensor: Tensor | list[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import yaml
 
-from layerwise.scoring.perplexity import format_perplexity
+from layerwise.scoring.criterion import KL
+from layerwise.scoring.perplexity import format_divergence, format_perplexity
 from layerwise.sparse.speed import SpeedTable
 from layerwise.tasks.pages.markdown import code, displayable, plain
 from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
@@ -16,6 +17,10 @@ from layerwise.tasks.sources.source_license import License
 
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?")
 
+ON_TASKS = (
+    "Accuracy in per cent by lm-eval's rules; this model is the best one. Differences are those of this model, with p-values of "
+    "McNemar's test. Tokens: mean length of the generated answers, and how many were cut at their maximum length."
+)
 LOAD_DENSE = """The zeros are stored, so the files are as large as those of the dense model.
 
 ```python
@@ -35,6 +40,7 @@ unpack_checkpoint("path/to/this/folder", "path/to/new/folder")  # an ordinary ch
 
 `COMPRESSED.md` describes the files, and has a short loader that needs only torch and safetensors."""
 ON_SELECTION_TEXT = "The plan was chosen on the selection text, so this model's perplexity on that text is slightly optimistic."
+BY_KL = f"The plan was chosen by the {KL} from the dense model, in nats per token, not by perplexity."
 ON_HELD_OUT_TEXT = (
     "The distillation did not train on the held-out windows. They are from the text that it trained on, they decided when it "
     "stopped, and the pruning and the recovery before it may have used them. The test text had no part in any choice."
@@ -65,6 +71,17 @@ class Result:
     windows: int
     seqlen: int
     perplexity: float
+
+
+@dataclass(frozen=True)
+class ResultByKL(Result):
+    """One row of the table of results of a search by the criterion ``kl``.
+
+    Attributes:
+        kl: mean KL divergence from the dense model, in nats per token.
+    """
+
+    kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,10 @@ def model_card(
     distillation: str = "",
     mix: Sequence[Mapping[str, Any]] = (),
     auto_class: str = "AutoModelForCausalLM",
+    counted: str = "",
+    tasks: Sequence[Mapping[str, str]] = (),
+    experts: str = "",
+    dense: str = "",
 ) -> str:
     """Return the text of README.md. Names of models and licences come from outside and are escaped.
 
@@ -131,10 +152,15 @@ def model_card(
         distillation: how the model was distilled after the pruning; empty if it was not.
         mix: texts of the calibration, see ``calibration_mix.published_rows``; empty if it was one text.
         auto_class: class of transformers that loads the model.
+        counted: sentence on the calibration tokens that count; empty if all do.
+        tasks: rows of the table of few-shot tasks, by title of the column; empty if there are none.
+        experts: calibration tokens of the experts; empty if the model has none.
+        dense: sentences on the linears that stay dense by default; empty if there are none.
     """
     pattern = "" if card.pattern is None else f" in the pattern {card.pattern}"
     by = "" if card.allocator is None else f", set by the allocator {card.allocator}"
     fitted = " and recovery of the remaining weights" if recovery else ""
+    tokens = f"## Experts\n\n{plain(experts)}\n\n" if experts else ""
     training = f"## Distillation\n\n{plain(distillation)}\n\n" if distillation else ""
     note = ON_HELD_OUT_TEXT if distillation else "" if recovery else ON_SELECTION_TEXT
     low, high = (100 * share for share in (min(card.layers), max(card.layers)))
@@ -150,11 +176,11 @@ This model was made from {code(card.base_model)} with layerwise, by one-shot pru
 ## Plan
 
 Every decoder layer has its own sparsity{by}, from {low:.1f} % to {high:.1f} %. `sparsity.json` has the sparsity of
-every linear.
+every linear.{f" {plain(dense)}" if dense else ""}
 
 {_layer_table(card.layers)}
 
-{_calibration(mix)}{recovery}{training}{_results(card.results, note)}{_speed(card.speed)}## How to load
+{_calibration(mix, counted)}{tokens}{recovery}{training}{_results(card.results, note)}{_tasks(tasks)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 
@@ -182,9 +208,9 @@ def recovery_section(text: str, rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(["## Recovery", "", plain(text), "", head, *lines, "", ""])
 
 
-def _calibration(mix: Sequence[Mapping[str, Any]]) -> str:
+def _calibration(mix: Sequence[Mapping[str, Any]], counted: str) -> str:
     if not mix:
-        return ""
+        return f"## Calibration\n\n{counted}\n\n" if counted else ""
     rows = [
         f"| {plain(row['corpus'])} | {row['windows']} x {row['seqlen']} | {100 * row['share']:.1f} | "
         f"{row['part_tokens'][0]} to {row['part_tokens'][1]} of {row['text_tokens']} | {row['text_sha256']} |"
@@ -203,7 +229,7 @@ The weights to remove were chosen on windows of {len(mix)} texts.
 
 {table}
 
-"""
+{f"{counted}{chr(10)}{chr(10)}" if counted else ""}"""
 
 
 def _front_matter(card: ModelCard, form: str) -> str:
@@ -231,17 +257,29 @@ def _layer_table(layers: Sequence[float]) -> str:
 def _results(results: Sequence[Result], note: str) -> str:
     if not results:
         return ""
+    by_kl = any(isinstance(row, ResultByKL) for row in results)
+    head = f"| model | text | windows x tokens | perplexity |{f' {KL} |' if by_kl else ''}"
     rows = [
         f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {format_perplexity(row.perplexity)} |"
+        + (f" {format_divergence(row.kl)} |" if isinstance(row, ResultByKL) else "")
         for row in results
     ]
-    table = "\n".join(["| model | text | windows x tokens | perplexity |", "|:--|:--|--:|--:|", *rows])
+    table = "\n".join([head, f"|:--|:--|--:|--:|{'--:|' if by_kl else ''}", *rows])
+    note = f"{note} {BY_KL}".strip() if by_kl else note
     return f"""## Results
 
 {table}
 
 {note}
 {chr(10) if note else ""}"""
+
+
+def _tasks(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return ""
+    head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
+    lines = [f"| {' | '.join(plain(value) for value in row.values())} |" for row in rows]
+    return "\n".join(["## Tasks", "", ON_TASKS, "", head, *lines, "", ""])
 
 
 def _speed(table: SpeedTable | None) -> str:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from layerwise.scoring.perplexity import perplexity
+from layerwise.scoring.perplexity import mean_loss, perplexity
 from layerwise.storage.artifact import Artifact
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
-from layerwise.tasks.pages.model_card import ModelCard, Result
+from layerwise.tasks.pages.model_card import ModelCard, Result, ResultByKL
 from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import dense_perplexity
@@ -34,6 +34,9 @@ def card_of_lane(
         rows: zeros and weights of every pruned linear: the ``linears`` of ``sparsity.json``.
     """
     checkpoint, perplexities = inputs.checkpoint, (perplexity(uniform.losses), perplexity(chosen.losses))
+    divergences = None
+    if uniform.divergences is not None and chosen.divergences is not None:
+        divergences = mean_loss(uniform.divergences), mean_loss(chosen.divergences)
     return ModelCard(
         source_name(checkpoint),
         source_license(checkpoint),
@@ -45,7 +48,9 @@ def card_of_lane(
             for index in range(checkpoint.num_layers)
         ),
         _realised(rows),
-        _results("selection text", inputs.scored, dense_perplexity(inputs.capture), *perplexities)
+        _results(
+            "selection text", inputs.scored, dense_perplexity(inputs.capture), *perplexities, divergences
+        )
         if settings.recover is None
         else (),
     )
@@ -57,7 +62,8 @@ def results_on_test(test: TestResult, windows: Artifact) -> tuple[Result, ...]:
     Args:
         windows: test windows.
     """
-    return _results("test text", windows, test.dense, test.uniform, test.best)
+    divergences = None if test.kl is None else (test.kl.uniform, test.kl.best)
+    return _results("test text", windows, test.dense, test.uniform, test.best, divergences)
 
 
 def source_name(checkpoint: Checkpoint) -> str:
@@ -79,7 +85,20 @@ def _realised(rows: Sequence[Mapping[str, int]]) -> float:
     return math.fsum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
 
 
-def _results(text: str, windows: Artifact, dense: float, uniform: float, best: float) -> tuple[Result, ...]:
+def _results(
+    text: str,
+    windows: Artifact,
+    dense: float,
+    uniform: float,
+    best: float,
+    divergences: tuple[float, float] | None,
+) -> tuple[Result, ...]:
+    """Return the rows of one text, given perplexities, and the divergences of the uniform and the best plan, if any."""
     count, seqlen = shape_of(windows)
     models = {"dense": dense, "uniform": uniform, "**this model**": best}
-    return tuple(Result(model, text, count, seqlen, value) for model, value in models.items())
+    if divergences is None:
+        return tuple(Result(model, text, count, seqlen, value) for model, value in models.items())
+    return tuple(
+        ResultByKL(model, text, count, seqlen, value, kl)
+        for (model, value), kl in zip(models.items(), (0.0, *divergences), strict=True)
+    )

@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.scoring.criterion import Criterion
 from layerwise.sparse.speed import SpeedTable
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE
 from layerwise.tasks.pages.theory_section import TheorySection, read_section
-from layerwise.tasks.results.calibration_mix import SOURCE_FACTS, mix_rows
+from layerwise.tasks.results.calibration_mix import (
+    SOURCE_FACTS,
+    counted_document,
+    counted_sentence,
+    mix_rows,
+)
 from layerwise.tasks.results.distillation import Distillation, read_distillation
 from layerwise.tasks.results.measured_on import MeasuredOn, measured_on
 from layerwise.tasks.results.report_tables import (
@@ -67,6 +73,8 @@ class Extras:
     """Results that were measured after the search. The report omits those that are missing.
 
     Attributes:
+        tasks: rows of the table of tasks, by title of the column, if it has few-shot tasks, groups or generated answers; it is
+            shown in place of ``zero_shot``.
         theory: key of the artifact of ``layerwise.tasks.theory.measure_theory``; empty if there is none.
         distilled: key of the artifact of ``layerwise.tasks.recovery.distill.distill``; empty if there is none.
     """
@@ -76,6 +84,7 @@ class Extras:
     speed: SpeedTable | None = None
     theory: str = ""
     distilled: str = ""
+    tasks: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,10 @@ class ReportData:
         theory: findings on the theorems of the paper; None if they were not measured.
         recovery: sentences on the recovery; empty without recovery.
         distillation: result of the distillation; None if the model was not distilled.
+        criterion: what the plans were compared by.
+        counted: sentence on the calibration tokens that count; empty if all do.
+        kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
+        experts: sentences on the calibration tokens of the experts; empty for most models.
     """
 
     search: str
@@ -112,6 +125,10 @@ class ReportData:
     theory: TheorySection | None
     recovery: str
     distillation: Distillation | None
+    criterion: Criterion
+    kl_gain: Mapping[str, Any] | None
+    counted: str
+    experts: str
 
 
 def report_data(
@@ -129,7 +146,7 @@ def report_data(
     """
     versions = search.artifact.facts.get(VERSIONS, {})
     assert isinstance(versions, dict), "versions are recorded by package"
-    gain = search.test.gain
+    gain, kl = search.test.gain, search.test.kl
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
     distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
     return ReportData(
@@ -151,6 +168,7 @@ def report_data(
             "artifacts": _artifacts(search),
             "texts": _texts(search),
             **_tables_of_recovery(store, search),
+            **_tables_of_experts(search),
             **_tables_of_extras(extras),
             **({} if theory is None else {"theory_layers": theory.layers, "theory_plans": theory.plans}),
             **(
@@ -166,7 +184,17 @@ def report_data(
         theory,
         search.recovery_text,
         distillation,
+        search.selection.criterion,
+        None if kl is None or kl.gain is None else vars(kl.gain),
+        counted_sentence(_counted(search)),
+        search.experts_text,
     )
+
+
+def _counted(search: FinishedSearch) -> Mapping[str, int]:
+    if search.settings.get("calibrate_on", "all") == "all":
+        return {}
+    return counted_document(search.stages["calibration"], search.stages["capture"])
 
 
 def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[str, Rows]:
@@ -180,6 +208,17 @@ def _tables_of_recovery(store: ArtifactStore, search: FinishedSearch) -> dict[st
         for name in ("before", "after")
     ]
     return {"recovery": recovery_rows(search.recovery), "recovered_layers": layers}
+
+
+def _tables_of_experts(search: FinishedSearch) -> dict[str, Rows]:
+    """Return the calibration tokens of every expert, and whether it is pruned by the inputs of all of its layer."""
+    rows = [
+        {"layer": row["layer"], "expert": f"{row['experts']}.{expert}", "tokens": tokens}
+        | {"pruned_by_all": expert in row["pruned_by_all"]}
+        for row in search.experts
+        for expert, tokens in enumerate(row["tokens"])
+    ]
+    return {"experts": rows} if rows else {}
 
 
 def _artifacts(search: FinishedSearch) -> Rows:
@@ -199,9 +238,12 @@ def _texts(search: FinishedSearch) -> Rows:
 
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
     sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot}
+    if extras.tasks:
+        found["tasks"] = [dict(row) for row in extras.tasks]
     if extras.sizes is not None:
         sequences["sizes"] = [extras.sizes]
     if extras.speed is not None:
         sequences["speed"] = extras.speed.speeds
-    return {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}
+    return found | {name: [dict(vars(row)) for row in rows] for name, rows in sequences.items() if rows}

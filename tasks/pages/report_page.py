@@ -6,15 +6,17 @@ from typing import Any
 
 from markupsafe import Markup
 
+from layerwise.scoring.criterion import KL
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.tasks.pages.page_template import render
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.results.distillation import distillation_rows
 from layerwise.tasks.results.measured_on import summary_of
-from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows
+from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row, Rows, by_kind
+from layerwise.tasks.results.roles import DENSE_LINEARS
 from layerwise.tasks.results.selection import TRIAL
 from layerwise.tasks.results.speed_table import speed_rows, speed_sentence
-from layerwise.tasks.results.summary import sentence_on_stop
+from layerwise.tasks.results.summary import sentence_on_stop, sentences_on_dense_linears
 
 
 def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
@@ -28,7 +30,10 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         "method": method_sentence(data),
         "test": gain_sentence(data),
         "curve": curve_sentence(tables["betas"], data.parameter),
-        "linears": linears_sentence(tables["linears"]),
+        "linears": linears_sentence(by_kind(tables["linears"])),
+        "dense": sentences_on_dense_linears(
+            data.checkpoint.get(DENSE_LINEARS, ()), data.checkpoint.get("num_layers", 0)
+        ),
         "failed": failed_sentence(tables["betas"]),
         "errors": errors_sentence(tables["errors"]),
         "recovery": data.recovery,
@@ -48,13 +53,14 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         exported=next((row["bytes"] for row in tables["artifacts"] if row["role"] == "export"), None),
         sparsities=_by_layer(tables["sparsities"], "plan", "sparsity"),
         errors=_by_layer(tables["errors"], "model", "relative_error"),
-        linears=_by_layer(tables["linears"], "linear", "sparsity"),
+        linears=_by_layer(by_kind(tables["linears"]), "linear", "sparsity"),
         recovery=tables.get("recovery"),
         recovered_layers=_by_layer(tables.get("recovered_layers", []), "error", "value"),
         theory=data.theory,
         figures={name: Markup(svg) for name, svg in figures.items()},
         speeds=[] if data.extras.speed is None else speed_rows(data.extras.speed),
         distilled=[] if data.distillation is None else distillation_rows(data.distillation),
+        by_kl=data.criterion == "kl",
         best=BEST,
         early=len({row["windows"] for row in tables["betas"]}) > 1,
     )
@@ -68,14 +74,15 @@ def method_sentence(data: ReportData) -> str:
     windows = max(row["windows"] for row in betas)
     tested = next(row for row in tables["texts"] if row["text"] == "test")["windows"]
     pattern = f" in the pattern {settings['pattern']}" if settings.get("pattern") else ""
+    by_kl = f"They were compared by the {KL} from the dense model. " if data.criterion == "kl" else ""
     plans = "1 plan was" if len(betas) == 1 else f"{len(betas)} plans were"
     return (
         f"{settings['pruner']['method']} removed {best['zeros']:,} of {best['weights']:,} weights{pattern} "
         f"({100 * best['zeros'] / best['weights']:.2f} %) from {len(linears)} linears in {layers} decoder layers of "
         f"{data.source}. The sparsity of each layer was set by {_allocation(data)}. {plans} scored on "
-        f"{windows} windows of {settings['seqlen']} tokens of the selection text. The best plan was tested on "
+        f"{windows} windows of {settings['seqlen']} tokens of the selection text. {by_kl}The best plan was tested on "
         f"{'all' if tested is None else tested} windows of the test text, which had no part in the choice. "
-        f"{sentence_on_stop(settings.get('stop_after'), len(betas))}"
+        f"{data.counted} {sentence_on_stop(settings.get('stop_after'), len(betas))}"
     ).strip()
 
 
@@ -106,9 +113,18 @@ def gain_sentence(data: ReportData) -> str:
     t = "undefined" if data.gain["t"] is None else f"{data.gain['t']:.1f}"
     change = 100 * (best["test_perplexity"] / uniform["test_perplexity"] - 1)
     direction = "below" if change < 0 else "above"
-    return (
+    sentence = (
         f"On the test text, the best plan's perplexity is {abs(change):.1f} % {direction} that of the uniform plan "
         f"(paired t = {t}, {data.gain['windows']} windows)."
+    )
+    if data.kl_gain is None:
+        return sentence
+    t = "undefined" if data.kl_gain["t"] is None else f"{data.kl_gain['t']:.1f}"
+    change = 100 * data.kl_gain["mean"] / uniform["test_kl"] if uniform["test_kl"] > 0 else 0.0
+    direction = "below" if change < 0 else "above"
+    return (
+        f"{sentence} Its {KL} from the dense model is {abs(change):.1f} % {direction} that of the uniform plan (paired "
+        f"t = {t})."
     )
 
 
@@ -120,7 +136,7 @@ def curve_sentence(betas: Sequence[Row], parameter: str) -> str:
             "the points do not form a curve."
         )
     curve = sorted((row for row in betas if not row["offset"]), key=lambda row: row["beta"])
-    losses = [row["loss"] for row in curve]
+    losses = [row["compared"] for row in curve]
     lowest = losses.index(min(losses))
     if len(curve) < 3:
         return f"{'One point does' if len(curve) == 1 else 'Two points do'} not show the shape of the curve."

@@ -10,7 +10,7 @@ from layerwise.calibration.capture import embed_windows
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear, auto_class
 from layerwise.models.streaming import StreamedModel
-from layerwise.recovery.distillation import in_stored_dtype
+from layerwise.recovery.distillation import in_stored_dtype, window_order
 from layerwise.scoring.perplexity import perplexity, window_losses
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
@@ -25,7 +25,7 @@ from layerwise.tasks.models.streamed import DTYPES, linears_by_layer, streamed_m
 from layerwise.tasks.pages.model_card import ModelCard, Result, model_card
 from layerwise.tasks.recovery.distillation_memory import distillation_memory
 from layerwise.tasks.recovery.student import DistillSettings, Student, TaughtWindows
-from layerwise.tasks.results.calibration_mix import mix_of_export, text_name
+from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export, text_name
 from layerwise.tasks.results.distillation import (
     DISTILL_STAGE,
     DISTILLATION_FILE,
@@ -35,12 +35,14 @@ from layerwise.tasks.results.distillation import (
 )
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.results.run_names import model_title
+from layerwise.tasks.results.summary import sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE, copied_files
-from layerwise.tasks.texts.token_windows import read_input_ids
+from layerwise.tasks.texts.calibrate_on import CalibrateOn, only_if_masked
+from layerwise.tasks.texts.token_windows import read_counted, read_input_ids
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class DistillInputs:
         test: test windows.
         tested: evaluation of the dense and the pruned model on the test windows.
         dtype: dtype that the search computes in.
+        calibrate_on: tokens of the calibration windows that the training counts.
     """
 
     dense: Checkpoint
@@ -62,16 +65,32 @@ class DistillInputs:
     test: Artifact
     tested: Artifact
     dtype: str
+    calibrate_on: CalibrateOn = "all"
 
     @property
     def text_name(self) -> str:
         """Name of the calibration text, for people. Equal tokens do not determine it."""
-        return text_name(self.calibration.facts)
+        name = text_name(self.calibration.facts)
+        return name if self.calibrate_on == "all" else f"{name}; only the tokens of responses count"
 
     @property
     def training_dtype(self) -> str:
         """Dtype of the training. float16 would need a scaled loss; bfloat16 has the range of float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
+
+
+def require_distillable(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose linears are not tensors of the checkpoint.
+
+    Raises:
+        ValueError: the model is a mixture of experts.
+    """
+    if checkpoint.has_experts:
+        raise ValueError(
+            f"{checkpoint.config.model_type} is a mixture of experts: distillation trains linears that are tensors of their "
+            "own, and transformers keeps all experts of a layer in one. Search with --recover train instead, which trains "
+            "one layer at a time."
+        )
 
 
 def distill_stage(
@@ -91,7 +110,7 @@ def distill_stage(
     }
     own = {"distill": asdict(settings), "dtype": inputs.dtype, "card": card, "text": inputs.text_name}
     section = {"recovery": recovery} if recovery else {}
-    return Stage(DISTILL_STAGE, 1, {**own, **section}, by_role)
+    return Stage(DISTILL_STAGE, 1, {**own, **section, **only_if_masked(inputs.calibrate_on)}, by_role)
 
 
 @stage_task(about=lambda inputs, settings, **_: f"{model_title(inputs.dense)}, {settings.steps} steps")
@@ -122,9 +141,12 @@ def distill(
         result = run.write_checkpoint(draft)
         draft.write(DISTILLATION_FILE, result.to_json())
         with_results = replace(card, results=_results(result))
-        mix = mix_of_export(inputs.exported.facts)
+        mix, counted = mix_of_export(inputs.exported.facts), counted_of_export(inputs.exported.facts)
         loaded_by = auto_class(inputs.dense.config)
-        content = model_card(with_results, "dense", recovery, result.sentence, mix, loaded_by)
+        dense = sentences_on_dense_linears(inputs.dense.dense_rows, inputs.dense.num_layers)
+        content = model_card(
+            with_results, "dense", recovery, result.sentence, mix, loaded_by, counted, dense=dense
+        )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= {"steps": result.steps, "best step": result.best_step}
         draft.facts |= {f"{row.model} perplexity": row.test for row in result.rows}
@@ -156,6 +178,7 @@ class _Distillation:
     ) -> None:
         self.store, self.inputs, self.settings, self.execution = store, inputs, settings, execution
         self.input_ids = read_input_ids(store, inputs.calibration)
+        self.counted = read_counted(store, inputs.calibration, inputs.calibrate_on)
         settings.require_windows(len(self.input_ids))
         self.pruned = open_exported(store, inputs.exported)
         rows = json.loads(store.read(inputs.exported, SPARSITY_FILE))["linears"]
@@ -194,8 +217,12 @@ class _Distillation:
         """Train to the end, from a resume point if an earlier attempt left one."""
         last = len(self.input_ids) - self.settings.held_out
         states = self._teach()
-        windows = TaughtWindows(self.input_ids[:last], states[:last])
-        held_out = TaughtWindows(self.input_ids[last:], states[last:])
+        windows, held_out = (
+            TaughtWindows(
+                self.input_ids[part], states[part], None if self.counted is None else self.counted[part]
+            )
+            for part in (slice(last), slice(last, None))
+        )
         self.student = student = Student(
             self.pruned,
             self.trained,
@@ -229,7 +256,9 @@ class _Distillation:
             model, self.inputs.dense.layers(device=model.device), self.input_ids, "distill: dense model"
         )
         held_out = slice(len(self.input_ids) - self.settings.held_out, None)
-        self.dense_held_out = perplexity(window_losses(model, states[held_out], self.input_ids[held_out]))
+        counted = None if self.counted is None else self.counted[held_out]
+        losses = window_losses(model, states[held_out], self.input_ids[held_out], counted)
+        self.dense_held_out = perplexity(losses)
         return states
 
     def _run(
@@ -293,11 +322,19 @@ class _Distillation:
             self.student.step,
             self.student.best_step,
             settings.batch,
-            self.student.step * settings.batch * seqlen,
+            self._trained_tokens(),
             settings.learning_rate,
             tuple(evaluations),
             rows,
         )
+
+    def _trained_tokens(self) -> int:
+        """Return the number of tokens that counted in all steps."""
+        settings, windows = self.settings, len(self.input_ids) - self.settings.held_out
+        used = self.student.step * settings.batch
+        if self.counted is None:
+            return used * self.input_ids.shape[1]
+        return int(self.counted[window_order(windows, used, settings.seed)].sum()) if used else 0
 
     def _distilled(self, name: str, before: Tensor) -> Tensor:
         """Return a tensor of the distilled checkpoint, given the one of the pruned checkpoint."""

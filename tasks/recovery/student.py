@@ -73,18 +73,21 @@ class TaughtWindows:
     Attributes:
         input_ids: shape ``(windows, seqlen)``.
         teacher_states: shape ``(windows, seqlen, hidden_size)``.
+        counted: mask of the tokens whose prediction counts, shape ``(windows, seqlen)``; None for all.
     """
 
     input_ids: Tensor
     teacher_states: Tensor
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def window(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return one window with its teacher states on ``device``."""
+    def window(self, number: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return one window with its teacher states and its mask on ``device``."""
         one = slice(number, number + 1)
-        return self.input_ids[one].to(device), self.teacher_states[one].to(device)
+        counted = None if self.counted is None else self.counted[one].to(device)
+        return self.input_ids[one].to(device), self.teacher_states[one].to(device), counted
 
 
 class Student:
@@ -150,10 +153,12 @@ class Student:
         order = window_order(len(windows), first + settings.batch, settings.seed)
         with _repeatable(self._device):
             for number in order[first:]:
-                input_ids, teacher_states = windows.window(number, self._device)
+                input_ids, teacher_states, counted = windows.window(number, self._device)
                 with self._autocast():
                     hidden_states = self._split.hidden_states(input_ids)
-                    loss, gradient = kl_and_gradient(self._split.logits, hidden_states, teacher_states)
+                    loss, gradient = kl_and_gradient(
+                        self._split.logits, hidden_states, teacher_states, counted
+                    )
                 hidden_states.backward(gradient / settings.batch)
                 total += loss / settings.batch
         self._optimizer.step(rate_factor(self.step, settings.steps))
@@ -166,9 +171,11 @@ class Student:
         losses = []
         with self._autocast():
             for number in range(len(held_out)):
-                input_ids, teacher_states = held_out.window(number, self._device)
+                input_ids, teacher_states, counted = held_out.window(number, self._device)
                 hidden_states = self._split.hidden_states(input_ids)
-                losses.append(window_losses(self._split.logits, hidden_states, teacher_states, input_ids))
+                losses.append(
+                    window_losses(self._split.logits, hidden_states, teacher_states, input_ids, counted)
+                )
         found = HeldOutLoss(
             self.step,
             mean_loss([finite_loss(each.kl) for each in losses]),

@@ -1,7 +1,8 @@
 """Evaluation of a search: test perplexity of the dense, the uniform and the best model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.artifact import Artifact
@@ -20,6 +21,8 @@ class TestResult:
     Attributes:
         gain: paired difference between the loss of the best plan and that of the uniform plan, in nats; None if the
             uniform plan is the best one.
+        kl: divergences from the dense model on the same windows; None if the criterion is perplexity.
+        responses: perplexities of the responses alone; None for plain text, and in results of earlier versions.
     """
 
     __test__ = False  # not a test class for pytest
@@ -29,6 +32,45 @@ class TestResult:
     uniform: float
     best: float
     gain: PairedDifference | None
+    kl: "TestDivergence | None" = None
+    responses: "TestResponses | None" = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The result as plain JSON. Divergences and perplexities of responses are left out if they were not measured."""
+        later = ("kl", "responses")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
+
+
+@dataclass(frozen=True)
+class TestDivergence:
+    """Mean KL divergence from the dense model on the test windows, in nats.
+
+    Attributes:
+        gain: paired difference between the best plan and the uniform plan; None if the uniform plan is the best one.
+    """
+
+    __test__ = False
+
+    uniform: float
+    best: float
+    gain: PairedDifference | None
+
+
+@dataclass(frozen=True)
+class TestResponses:
+    """Perplexity of the tokens of responses in the test windows, all windows together.
+
+    Attributes:
+        tokens: number of these tokens.
+    """
+
+    __test__ = False
+
+    tokens: int
+    dense: float
+    uniform: float
+    best: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +119,15 @@ def read_recovery(store: ArtifactStore, artifact: Artifact) -> RecoveryTest | No
 def read_test(store: ArtifactStore, artifact: Artifact, folder: str = "") -> TestResult:
     """Read an artifact of ``evaluate``, or one evaluation of a group from its ``folder`` (ends with "/")."""
     document = json.loads(store.read(artifact, f"{folder}{TEST_FILE}"))
-    return TestResult(**{**document, "gain": document["gain"] and PairedDifference(**document["gain"])})
+    kl, responses = document.pop("kl", None), document.pop("responses", None)
+    divergence = None if kl is None else TestDivergence(**{**kl, "gain": _paired(kl["gain"])})
+    of_responses = None if responses is None else TestResponses(**responses)
+    gain = _paired(document.pop("gain"))
+    return TestResult(**document, gain=gain, kl=divergence, responses=of_responses)
+
+
+def _paired(document: dict[str, Any] | None) -> PairedDifference | None:
+    return None if document is None else PairedDifference(**document)
 
 
 def best_losses(store: ArtifactStore, artifact: Artifact) -> tuple[float, ...]:

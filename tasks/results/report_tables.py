@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerwise.models.expert_names import kind_of
 from layerwise.scoring.perplexity import DIVERGED
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
@@ -22,7 +23,11 @@ WORST_SHOWN = 1000.0
 
 
 def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
-    """Return the perplexities and numbers of zeros of the dense, the uniform and the best model."""
+    """Return the perplexities and numbers of zeros of the dense, the uniform and the best model.
+
+    With the criterion ``kl``, also the divergences from the dense model; for a test text of conversations, also the
+    perplexities of the responses.
+    """
     selection, test = search.selection, search.test
     uniform, best = selection.rows[0], selection.best_row
     linears = {row: read_table(store, search.lane(row), LINEARS_FILE) for row in {uniform, best}}
@@ -35,9 +40,16 @@ def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
             "test_perplexity": test.dense,
             "weights": weights,
             "zeros": 0,
+            **({} if test.kl is None else {"selection_kl": 0.0, "test_kl": 0.0}),
         }
     ]
-    for name, row, tested in ((UNIFORM, uniform, test.uniform), (BEST, best, test.best)):
+    of_responses = {}
+    if test.responses is not None:
+        of_responses = {UNIFORM: test.responses.uniform, BEST: test.responses.best}
+        rows[0]["test_responses"] = test.responses.dense
+    divergences = (None, None) if test.kl is None else (test.kl.uniform, test.kl.best)
+    tests = zip((test.uniform, test.best), divergences, strict=True)
+    for name, row, (tested, kl) in zip((UNIFORM, BEST), (uniform, best), tests, strict=True):
         rows.append(
             {
                 "model": name,
@@ -46,19 +58,25 @@ def models_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
                 "test_perplexity": tested,
                 "weights": weights,
                 "zeros": sum(linears[row]["zeros"].to_pylist()),
+                **({} if kl is None else {"selection_kl": row.kl, "test_kl": kl}),
+                **({"test_responses": of_responses[name]} if of_responses else {}),
             }
         )
     return rows
 
 
 def betas_table(search: FinishedSearch) -> Rows:
-    """Return a row for every plan that was tried, with ``perplexity_interval`` as ``low`` and ``high``."""
+    """Return a row for every plan that was tried, with ``criterion_interval`` as ``low`` and ``high``.
+
+    ``compared`` is what the plans were compared by in nats, the loss or the divergence from the dense model. With the
+    criterion ``kl``, ``kl`` is that divergence.
+    """
     selection = search.selection
     worst = min(WORST_SHOWN * selection.best_row.perplexity, math.exp(DIVERGED / 2))
     rows = []
     for row in selection.rows:
         difference = row.above_best
-        low, high = perplexity_interval(row)
+        low, high = criterion_interval(row)
         rows.append(
             {
                 "plan": plan_name(search, row),
@@ -66,13 +84,15 @@ def betas_table(search: FinishedSearch) -> Rows:
                 "beta": row.beta,
                 "offset": row.offset,
                 "loss": row.loss,
+                "compared": row.compared,
+                **({} if row.kl is None else {"kl": row.kl}),
                 "perplexity": row.perplexity,
                 "low": low,
                 "high": high,
                 "above_best": None if difference is None else difference.mean,
                 "t": None if difference is None else difference.t,
                 "worse": difference is not None and difference.significant,
-                "failed": row.perplexity > worst,
+                "failed": row.perplexity > worst or row.compared > DIVERGED / 2,
                 "realised_sparsity": row.realised_sparsity,
                 "windows": row.windows,
             }
@@ -80,12 +100,15 @@ def betas_table(search: FinishedSearch) -> Rows:
     return rows
 
 
-def perplexity_interval(row: ScoreRow) -> tuple[float, float]:
-    """Return the 95 % interval of the paired difference to the best plan, as perplexities around that of the row.
+def criterion_interval(row: ScoreRow) -> tuple[float, float]:
+    """Return the 95 % interval of the paired difference to the best plan, around the row's perplexity or divergence.
 
     Its width is 0 where it is undefined (the best plan, a single window, no spread), and limited by ``WORST_SHOWN``.
     """
     half = None if row.above_best is None else row.above_best.half_interval
+    if row.kl is not None:
+        half = min(half or 0.0, WORST_SHOWN)
+        return row.kl - half, row.kl + half
     if half is None:
         return row.perplexity, row.perplexity
     half = min(half, math.log(WORST_SHOWN))
@@ -164,6 +187,17 @@ def linears_table(store: ArtifactStore, search: FinishedSearch) -> Rows:
     """Return the realised sparsity of every linear of the best plan."""
     table = read_table(store, search.lane(search.selection.best_row), LINEARS_FILE)
     return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in table.to_pylist()]
+
+
+def by_kind(linears: Rows) -> Rows:
+    """Add up the rows of ``linears_table`` for the same linear of all experts of a layer, for figures."""
+    rows: dict[tuple[int, str], Row] = {}
+    for row in linears:
+        kind = kind_of(row["linear"])
+        total = rows.setdefault((row["layer"], kind), {**row, "linear": kind, "weights": 0, "zeros": 0})
+        total["weights"] += row["weights"]
+        total["zeros"] += row["zeros"]
+    return [{**row, "sparsity": row["zeros"] / row["weights"]} for row in rows.values()]
 
 
 def plan_name(search: FinishedSearch, row: ScoreRow) -> str:

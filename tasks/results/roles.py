@@ -7,7 +7,10 @@ RECOVERED_UNIFORM, RECOVERED_BEST = "recovered uniform", "recovered best"  # onl
 
 # Fact of the windows of a mix: the facts of the windows of every text. Fact of an export: the rows of its model card.
 SOURCES, MIX = "sources", "calibration mix"
+COUNTED = "calibrated on responses"  # fact of an export, and part of a result: numbers of calibration tokens
+CALIBRATION_TOKENS = "calibration tokens"  # fact of a capture: number of tokens that its statistics use
 LOADED_BY = "loaded by"  # fact of an exported multimodal model: the class of transformers
+DENSE_LINEARS = "dense linears"  # fact of an import: linears that stay dense by default, with the reason
 # Facts of a recovered plan.
 LAYERS_RECOVERED, LAYERS_ROLLED_BACK = "layers recovered", "layers rolled back"
 

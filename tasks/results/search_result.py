@@ -1,7 +1,7 @@
 """Result of a search in the store: its settings, its selection, its evaluation and all of its artifacts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class FinishedSearch:
         recovery: perplexities with and without recovery; None if the search does not recover.
         recovery_text: sentences on the recovery; "" if the search does not recover.
         stages: all artifacts of the search by role.
+        experts: calibration tokens of the experts by layer, see ``statistics_table.expert_rows``; empty for most models.
+        experts_text: sentences on them.
     """
 
     artifact: Artifact
@@ -37,6 +39,8 @@ class FinishedSearch:
     stages: Mapping[str, Artifact]
     recovery: RecoveryTest | None = None
     recovery_text: str = ""
+    experts: Sequence[Mapping[str, Any]] = ()
+    experts_text: str = ""
 
     def lane(self, row: ScoreRow) -> Artifact:
         """Return the artifact of the lane of a row."""
@@ -72,4 +76,6 @@ def read_search(store: ArtifactStore, artifact: Artifact) -> FinishedSearch:
         stages,
         read_recovery(store, stages[EVALUATE]),
         document.get("recovery", {}).get("text", ""),
+        document.get("experts", {}).get("layers", ()),
+        document.get("experts", {}).get("text", ""),
     )

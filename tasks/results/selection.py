@@ -2,8 +2,10 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from layerwise.scoring.criterion import KL, Criterion
 from layerwise.scoring.perplexity import PairedDifference
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
@@ -20,9 +22,11 @@ class ScoreRow:
     Attributes:
         loss: mean over the selection windows, in nats. For a lane that was stopped early: the loss of the best lane
             plus the mean difference on the windows that this lane has seen.
-        above_best: paired difference between the loss of this plan and that of the best plan, on the windows that this
-            plan has seen; None for the best plan.
+        above_best: paired difference between this plan and the best plan in what the criterion compares (loss or
+            divergence), on the windows that this plan has seen; None for the best plan.
         windows: number of windows that the plan was scored on.
+        kl: mean KL divergence from the dense model, in nats, determined like ``loss``; None if the criterion is
+            perplexity.
     """
 
     beta: float
@@ -32,6 +36,12 @@ class ScoreRow:
     realised_sparsity: float
     windows: int
     offset: float = 0.0
+    kl: float | None = None
+
+    @property
+    def compared(self) -> float:
+        """Figure that plans are compared by, in nats: the divergence, or the loss."""
+        return self.loss if self.kl is None else self.kl
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,20 @@ class Selection:
     runner_up: int | None  # None if only one plan was tried
     dense_perplexity: float
     parameter: str = "beta"  # name of beta; an allocator other than ATP names its own parameter
+
+    @property
+    def criterion(self) -> Criterion:
+        """Figure that the best plan minimises."""
+        return "perplexity" if self.rows[0].kl is None else "kl"
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The selection as plain JSON. Divergences are left out if they were not measured."""
+        document = asdict(self)
+        for row in document["rows"]:
+            if row["kl"] is None:
+                del row["kl"]
+        return document
 
     @property
     def best_row(self) -> ScoreRow:
@@ -68,10 +92,12 @@ class Selection:
         row = self.rows[other]
         difference = row.above_best
         assert difference is not None, "only the best row has no difference to the best"
-        gain = 100 * (1 - math.exp(-difference.mean))
+        figure, gain = "perplexity", 100 * (1 - math.exp(-difference.mean))
+        if row.kl is not None:
+            figure, gain = KL, 100 * difference.mean / row.kl if row.kl > 0 else 0.0
         t = "undefined" if difference.t is None else f"{difference.t:.1f}"
         significance = "significant" if difference.significant else "not significant"
-        return f"perplexity {gain:.1f} % below {role}{self.name(other)} (t = {t}: {significance})"
+        return f"{figure} {gain:.1f} % below {role}{self.name(other)} (t = {t}: {significance})"
 
 
 def read_selection(store: ArtifactStore, artifact: Artifact) -> Selection:

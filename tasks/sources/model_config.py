@@ -34,6 +34,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+ROTATED = "qk_rope_head_dim"
 SEARCH_SECONDS = 0.5  # time limit of the search for the invalid value
 MOST_NESTED = 50  # levels; real configurations have four
 MOST_ENCODER_LAYERS = 1000  # of images or sound; not all of them have numbered layers in the files
@@ -96,8 +97,8 @@ def config_from_document(document: Mapping[str, Any], name: str) -> PretrainedCo
             else quantization
         )
         raise ValueError(
-            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32 and fp8 with block "
-            "scales can be read. Give the original model. The pruned model can be quantized afterwards."
+            f"{name} is quantized with {method}, but only weights in float16, bfloat16, float32, fp8 with block "
+            "scales and mxfp4 can be read. Give the original model. The pruned model can be quantized afterwards."
         )
     return built(_config, document, f"{CONFIG} of {name}")
 
@@ -136,7 +137,9 @@ def check_values(document: Mapping[str, Any], place: str, layers_stored: int) ->
     for entries in (document, *parts):
         for size in SIZES:
             for key in dict.fromkeys((size, own_names.get(size, size))):
-                if (value := entries.get(key)) is not None:
+                # Attention whose positions are not rotated has 0 for both.
+                without_rotation = key == "head_dim" and entries.get(key) == entries.get(ROTATED) == 0
+                if (value := entries.get(key)) is not None and not without_rotation:
                     _check_size(size, key, value, place)
         labels = entries.get(LABELS)
         if _is_number(labels) and labels > MOST_LABELS:

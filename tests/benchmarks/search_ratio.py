@@ -6,6 +6,9 @@ The loop does what a script of the paper's kind does, one beta after the other: 
 pruned model, prune it, and measure the perplexity, on 32 calibration and 32 selection windows. The strategies run in
 stores of their own, from the import up to the scores of their lanes. All in one process; the ratios are of CPU time.
 
+``--replay`` runs the grid alone, and shows what ``auto`` chooses from the grid's losses: it scores the same lanes on the same
+windows, so its choice needs no run of its own.
+
 Exits with 1 if ``auto`` takes more than 1 / 5.5 of the loop's time, or chooses a beta more than one step of .002 from the
 grid's best, or one with a perplexity outside of the grid's standard error.
 """
@@ -22,11 +25,14 @@ from prefect import flow
 
 from layerwise.allocators.atp import arithmetic
 from layerwise.allocators.beta_grid import BETA_STEP, beta_grid
+from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.orchestration.embedded_server import ServerStart
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, scoring_steps
 from layerwise.flows.pipeline.inputs import check_inputs
+from layerwise.flows.pipeline.search_strategy import strategy_of
 from layerwise.flows.runtime import Runtime
+from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import Search
 from layerwise.scoring.perplexity import paired_difference
 from layerwise.storage.store import ArtifactStore
@@ -50,14 +56,63 @@ def main() -> None:
     parser.add_argument(
         "--loop-betas", type=int, help="betas of the loop that are run; the time is scaled to all"
     )
+    parser.add_argument("--replay", action="store_true", help="run the grid only")
     arguments = parser.parse_args()
     ServerStart().wait()
     problems = []
     for sparsity in arguments.sparsities:
         for seed in arguments.seeds:
-            problems += compare(arguments, sparsity, seed)
+            problems += (replay if arguments.replay else compare)(arguments, sparsity, seed)
     print("\n".join(problems) or "all figures are in their ranges")
     sys.exit(bool(problems))
+
+
+def settings_of(arguments: argparse.Namespace, strategy: StrategyName, sparsity: float, seed: int) -> Search:
+    return Search(
+        model="demo",
+        sparsity=sparsity,
+        seed=seed,
+        strategy=strategy,
+        calibration=arguments.calibration,
+        selection=arguments.selection,
+        calibration_windows=32,
+        selection_windows=32,
+        test_windows=2,
+        seqlen=512,
+        dtype="bfloat16",
+    )
+
+
+def replay(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[str]:
+    """Run the grid, and show the choice and the lanes of ``auto`` on its losses."""
+    store = ArtifactStore(
+        str(arguments.store / "replay")
+    )  # one for all: searches with one seed share their capture
+    grid = search(store, settings_of(arguments, "grid", sparsity, seed))
+    losses = {score.plan: score.losses for score in grid.scores}
+    strategy = strategy_of(
+        settings_of(arguments, "auto", sparsity, seed), tuple(losses), grid.captured.linears, 32
+    )
+    known: dict[SparsityPlan, tuple[float, ...]] = {}
+    windows = 0
+    while request := strategy.next_lanes(known):
+        first, end = request.windows or (0, 32)
+        known |= {plan: losses[plan][:end] for plan in request.plans if len(known.get(plan, ())) < end}
+        windows += len(request.plans) * (end - first)
+    complete = [plan for plan in known if len(known[plan]) == 32]
+    chosen = min(complete, key=lambda plan: perplexity_of(known[plan]))
+    best = grid.best.plan
+    difference = paired_difference(losses[chosen], losses[best])
+    print(
+        f"S={sparsity:g}, seed {seed}: grid beta {best.beta:g}, perplexity {perplexity_of(losses[best]):.2f}; auto beta "
+        f"{chosen.beta:g}, {perplexity_of(losses[chosen]):.2f}, t {difference.t or 0:.1f}, {len(known)} lanes, "
+        f"{len(complete)} on all windows, {windows} passes of a window",
+        flush=True,
+    )
+    within = difference.t is None or difference.t <= 1
+    if within and abs(chosen.beta - best.beta) <= 1.01 * BETA_STEP:
+        return []
+    return [f"OFF S={sparsity:g}, seed {seed}: auto chose {chosen.beta:g}, the grid {best.beta:g}"]
 
 
 def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[str]:
@@ -65,19 +120,7 @@ def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[s
     seconds, scored = {}, {}
     for strategy in dict.fromkeys(("grid", *arguments.strategies, "auto")):
         folder = arguments.store / f"{strategy}-{sparsity}-{seed}"
-        settings = Search(
-            model="demo",
-            sparsity=sparsity,
-            seed=seed,
-            strategy=strategy,
-            calibration=arguments.calibration,
-            selection=arguments.selection,
-            calibration_windows=32,
-            selection_windows=32,
-            test_windows=2,
-            seqlen=512,
-            dtype="bfloat16",
-        )
+        settings = settings_of(arguments, strategy, sparsity, seed)
         began = time.process_time()
         scored[strategy] = search(ArtifactStore(str(folder)), settings)
         seconds[strategy] = time.process_time() - began

@@ -14,10 +14,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -67,7 +67,9 @@ def workshop(tmp_path_factory) -> Workshop:
     models = {
         "model": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.2)),
         "short": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=8)),
-        "experts": MixtralForCausalLM(MixtralConfig(**SHAPE, **HEADS, num_local_experts=2)),
+        "experts": JetMoeForCausalLM(
+            JetMoeConfig(**SHAPE, kv_channels=8, num_local_experts=2, num_experts_per_tok=1)
+        ),
         "narrow": LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50}, **HEADS)),
         "mute": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)),
     }

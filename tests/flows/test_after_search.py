@@ -23,7 +23,7 @@ from layerwise.tasks.compressed.checkpoint import load
 from layerwise.tasks.report import PAGE_FILE
 from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.results.garbage import keys_of_results
-from tests.lm_task_files import WORDS, give_words, some_documents, write_task
+from tests.lm_task_files import WORDS, give_words, some_documents, write_generated_task, write_task
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +220,30 @@ def test_zero_shot_and_compress_are_commands(done, tasks, answered, monkeypatch,
     shown = capsys.readouterr().out
     assert "average" in shown
     assert "Compressed model:" in shown
+
+
+def test_few_shot_accuracies_and_lengths_of_answers_are_shown_everywhere(done, tmp_path, capsys, monkeypatch):
+    store = ArtifactStore(done[1].store)
+    task = write_generated_task(tmp_path, "writing", some_documents(10, 5))
+    searches = [each for each in store.artifacts() if each.recipe["name"] == "search"]
+    first = min(searches, key=lambda each: each.made["at"]).key
+    streamed = {"search": first, "tasks": (f"{task}:2",)}
+    before = names_in(done[1])
+    with pytest.raises(ValueError, match="Use --way memory"):
+        zero_shot(ZeroShot(**streamed), done[1])
+    assert names_in(done[1]) == before
+    options = ["--search", first, "--tasks", task, "--fewshot", "2", "--way", "memory"]
+    monkeypatch.setattr(sys, "argv", ["layerwise", "zero-shot", "--store", done[1].store, *options])
+    cli.main()
+    shown = capsys.readouterr().out
+    row, average = zero_shot(ZeroShot(**streamed, way="memory"), done[1]).rows[0], "average"
+    assert (row.shots, row.metric) == (2, "exact_match,whole")
+    assert row.to_uniform.difference == pytest.approx(100 * (row.best.value - row.uniform.value))
+    length = f"{row.lengths['best'].tokens:.1f} ({row.lengths['best'].cut} cut)"
+    page = store.read(newest(done[1], "report"), PAGE_FILE).decode()
+    card = store.read(compress(Compress(search=first), done[1]), "README.md").decode()
+    for text in (page, card):
+        assert all(
+            each in text for each in ("writing", "exact_match,first-word", "tokens, best", length, average)
+        )
+    assert "writing" in shown

@@ -359,7 +359,8 @@ def test_the_form_describes_each_setting_and_a_deployment_validates_its_paramete
     with get_client(sync_client=True) as client:
         schema = client.read_deployment(deployment).parameter_openapi_schema
         fields = schema["definitions"]["Compare"]["properties"]
-        assert set(fields) == {"search", "sparsities", "pruners", "recoveries", "allocators", "seeds"}
+        lists = {"sparsities", "pruners", "recoveries", "allocators", "seeds"}
+        assert set(fields) == {"search", *lists, "preset", "table", "tasks", "way"}
         assert all(field["description"].endswith(".") for field in fields.values())
         assert schema["definitions"]["Compare"]["required"] == ["search"]
         with pytest.raises(PrefectHTTPStatusError, match=r"409[^$]*sparsities"):

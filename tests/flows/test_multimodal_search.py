@@ -54,7 +54,8 @@ def test_a_multimodal_model_is_searched_exported_and_tested(
     store = str(model.parent / "store")  # both searches use one import and one capture
     settings = workshop.settings(model=str(model), betas=[0.1], calibration_windows=24, seqlen=24, **changes)
     runtime = SearchRuntime(store=store)
-    assert plan_search(settings, runtime).stages
+    (export,) = (stage for stage in plan_search(settings, runtime).stages if stage.name == "export")
+    assert export.reads == export.writes == sum(weight.nbytes for weight in weights_of(model).values())
     result = search(settings, runtime)
     assert search(settings, runtime).built == ()
     windows = read_input_ids(ArtifactStore(store), result.stages["test"])

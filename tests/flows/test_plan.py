@@ -296,6 +296,8 @@ def test_a_plan_for_a_device_of_another_machine_has_its_memory_but_no_times(work
         ("alps", 5, 4 * 48**2 + 26 * 32 * 48),
         # The matrices themselves. Seven copies of the weight, its result in float32 and three masks.
         ("wanda_swaps", 1, (7 * 4 + 4 + 3) * 32 * 48),
+        # The matrices while they are captured. Eight copies of the weight, its result in float32 and two masks.
+        ("dsnot", 1, (8 * 4 + 4 + 2) * 32 * 48),
     ],
 )
 def test_the_memory_of_pruners_that_use_second_moments(

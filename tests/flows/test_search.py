@@ -274,7 +274,7 @@ def test_a_search_is_calibrated_on_a_mix_and_shows_each_of_its_texts(workshop, p
     [
         ({"betas": [0.6]}, r"beta 0.6 is outside the legal range \[0, 0.50000\]"),
         ({"betas": None, "beta_step": 0.001}, "at most 255"),
-        ({"model": "experts"}, "mixtral is a mixture of experts"),
+        ({"model": "experts"}, "jetmoe is a mixture of experts"),
         ({"model": "short"}, "a window has 16 tokens, but gpt2 has learned 8 positions"),
         (
             {"model": "narrow"},

@@ -110,12 +110,8 @@ def test_a_race_over_processes_has_the_result_of_a_race_in_one_process(settings,
     }
 
 
-@pytest.fixture(scope="module")
-def bayesian(settings, grid):
-    return search(settings(strategy="bayesian", trials=14, betas=[0.1]), grid[1])
-
-
-def test_a_bayesian_search_starts_with_uniform_and_the_betas_and_keeps_its_budget(grid, bayesian):
+def test_a_bayesian_search_starts_with_uniform_and_the_betas_and_keeps_its_budget(settings, grid):
+    bayesian = search(settings(strategy="bayesian", trials=14, betas=[0.1]), grid[1])
     rows = bayesian.selection.rows
     assert [row.beta for row in rows] == [float(number) for number in range(14)]
     assert bayesian.selection.name(13) == "trial 13"
@@ -125,12 +121,17 @@ def test_a_bayesian_search_starts_with_uniform_and_the_betas_and_keeps_its_budge
     assert len({row.loss for row in rows}) == 14
 
 
-def test_an_evolutionary_search_improves_on_its_first_plans(settings, grid):
-    result = search(settings(strategy="evolutionary", trials=10, betas=[0.1, 0.2]), grid[1])
-    rows = result.selection.rows
+@pytest.fixture(scope="module")
+def evolutionary(settings, grid):
+    """A search of two rounds: its first three plans, and seven made from the losses of these."""
+    return search(settings(strategy="evolutionary", trials=10, betas=[0.1, 0.2]), grid[1])
+
+
+def test_an_evolutionary_search_improves_on_its_first_plans(grid, evolutionary):
+    rows = evolutionary.selection.rows
     assert len(rows) == 10
-    assert result.selection.best_row.loss < min(row.loss for row in rows[:3])
-    assert look_up(ArtifactStore(grid[1].store), result.settings).missing == []
+    assert evolutionary.selection.best_row.loss < min(row.loss for row in rows[:3])
+    assert look_up(ArtifactStore(grid[1].store), evolutionary.settings).missing == []
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +161,17 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
     )
 
 
-def test_a_search_that_makes_plans_has_the_same_result_over_processes(bayesian, tmp_path):
+def test_a_search_that_makes_plans_has_the_same_result_over_processes(evolutionary, tmp_path):
     runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
-    spread = search(bayesian.settings, runtime)
-    assert spread.selection == bayesian.selection
+    spread = search(evolutionary.settings, runtime)
+    assert spread.selection == evolutionary.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
-        role: artifact.content for role, artifact in bayesian.stages.items()
+        role: artifact.content for role, artifact in evolutionary.stages.items()
     }
 
 
-@pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:2"}], ids=["one process", "two processes"])
+# The limit is asked for before each request, whatever the number of processes that share the request.
+@pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:1"}], ids=["here", "another process"])
 def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(
     settings, fan_out, tmp_path
 ):

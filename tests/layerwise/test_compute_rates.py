@@ -7,6 +7,7 @@ import torch
 
 from layerwise.compute_rates import measure_compute
 from layerwise.pruners.alps import ALPS
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda import Wanda
@@ -29,7 +30,7 @@ def test_layers_of_all_kinds_are_measured(tiny_model, family):
         assert min(astuple(rates)) > 0
 
 
-@pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), WandaSwaps(), SparseGPT(), ALPS()])
+@pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), WandaSwaps(), DSnoT(), SparseGPT(), ALPS()])
 @pytest.mark.parametrize("group", [None, 4])
 def test_all_pruners_are_measured(tiny_model, pruner, group):
     tiny = tiny_model("llama")

@@ -273,8 +273,8 @@ class SmallRun:
         """Capture second moments if the pruner needs them."""
         if not self.pruning.needs_grams:
             return None
-        dtype, where = self.pruning.dtype, Execution(**execution)
-        return capture_grams.fn(self.store, self.checkpoint, self.windows["calibration"], dtype, where)
+        inputs = self.store, self.checkpoint, self.windows["calibration"], self.pruning.dtype
+        return capture_grams.fn(*inputs, Execution(**execution), with_sums=self.pruning.needs_sums)
 
     def branch(self, *betas: float, **execution) -> list[LaneScore]:
         plans, where = self.plans(betas), Execution(**execution)
@@ -331,6 +331,20 @@ def lively(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def run_of(
+    store: ArtifactStore, folder: Path, windows: Mapping[str, int] | None = None, **pruning
+) -> SmallRun:
+    """Import the model in ``folder`` and make windows of 12 tokens for each role."""
+    checkpoint = import_checkpoint(store, str(folder))
+    artifacts = {
+        role: _random_windows(store, role, count, checkpoint.config.get_text_config().vocab_size)
+        for role, count in ({"calibration": 5, "selection": 3, "test": 2} | (windows or {})).items()
+    }
+    defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}
+    settings = PruneSettings(**(defaults | {"dtype": checkpoint.index.dtype} | pruning))
+    return SmallRun(store, folder, checkpoint, artifacts, settings, linears_by_layer(checkpoint.index, 8))
+
+
 @pytest.fixture
 def small_run(local_store, save_model) -> Callable[..., SmallRun]:
     """Import a small model (a LLaMA of three layers) and make windows of 12 tokens for each role."""
@@ -345,14 +359,7 @@ def small_run(local_store, save_model) -> Callable[..., SmallRun]:
         if not isinstance(model, Path):
             model = lively(model or small_llama(num_hidden_layers=3, initializer_range=0.2))
             model = save_model(model, max_shard_size=max_shard_size)
-        checkpoint = import_checkpoint(store, str(model))
-        artifacts = {
-            role: _random_windows(store, role, count, checkpoint.config.get_text_config().vocab_size)
-            for role, count in ({"calibration": 5, "selection": 3, "test": 2} | (windows or {})).items()
-        }
-        defaults = {"target": 0.5, "pruner": Wanda(), "calibration_mode": "dense"}
-        settings = PruneSettings(**(defaults | {"dtype": checkpoint.index.dtype} | pruning))
-        return SmallRun(store, model, checkpoint, artifacts, settings, linears_by_layer(checkpoint.index, 8))
+        return run_of(store, model, windows, **pruning)
 
     return make
 

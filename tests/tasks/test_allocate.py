@@ -112,7 +112,7 @@ def test_another_allocator_is_tried_at_the_strengths_of_a_list(local_store):
 def test_scores_decide_by_layer_or_by_linear():
     by_layer = AllocateSettings(0.5, allocator=OWL(spread=0.1))
     assert by_layer.plans(layers(100, 100), (1.0, 3.0))[1].layers == pytest.approx((0.6, 0.4))
-    by_linear = AllocateSettings(0.5, allocator=OWL(spread=0.1), by_linear=True)
+    by_linear = AllocateSettings(0.5, allocator=OWL(spread=0.1), granularity="linear")
     (layer,) = by_linear.plans([[ATTENTION, MLP]], (1.0, 3.0))[1].layers
     assert layer == pytest.approx((0.6, 0.4))
 
@@ -143,9 +143,9 @@ def test_a_fixed_pattern_leaves_the_uniform_plan_only(local_store):
         ({"target": 0.5, "pattern": "2:4", "allocator": OWL()}, "nothing to allocate"),
         ({"target": 0.5, "allocator": OWL(), "step": 0.1}, "strengths of owl are given by step"),
         ({"target": 0.5, "allocator": Given((0.5,)), "betas": (0.1,)}, "sparsities are given"),
-        ({"target": 0.5, "betas": (0.1,), "by_linear": True}, "atp only uses the depth of a layer"),
+        ({"target": 0.5, "betas": (0.1,), "granularity": "linear"}, "atp only uses the depth of a layer"),
         (
-            {"target": 0.5, "allocator": OWL(), "by_linear": True, "offsets": (0.1,)},
+            {"target": 0.5, "allocator": OWL(), "granularity": "linear", "offsets": (0.1,)},
             "cannot be combined with a sparsity per linear",
         ),
     ],

@@ -8,6 +8,7 @@ from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.storage.tables import read_table
 from layerwise.tasks.branch import branch, join_rounds, lane_stage
+from layerwise.tasks.capture import capture_dense_states
 from layerwise.tasks.lanes.group_membership import begun_groups
 from layerwise.tasks.running.execution import Execution
 
@@ -127,6 +128,28 @@ def test_interrupted_lanes_resume_from_their_last_boundary(
     undisturbed = small_run(run.folder, another_store()).branch(0.0, 0.2)
     assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
     assert resumed[1].losses == undisturbed[1].losses
+
+
+def test_interrupted_lanes_keep_their_divergences_and_rounds_join_to_those_on_all_windows(
+    small_run, dying_at
+):
+    run = small_run()
+    windows = run.checkpoint, run.windows["selection"], run.pruning.dtype, Execution()
+    dense = capture_dense_states.fn(run.store, *windows)
+    inputs, plans = replace(run.inputs(), criterion="kl", dense_states=dense), run.plans((0.0, 0.2))
+    rest = run.linears, run.pruning, Execution(boundary_layers=1)
+    with dying_at("layerwise.tasks.lanes.lane_group.losses_and_divergences", call=2):
+        branch.fn(run.store, inputs, plans, *rest)
+    whole = branch.fn(run.store, inputs, plans, *rest)
+    rounds = [branch.fn(run.store, replace(inputs, windows=part), plans, *rest) for part in ((0, 1), (1, 3))]
+    joined = join_rounds.fn(run.store, list(zip(*rounds, strict=True)))
+    assert [len(lane.divergences) for lane in whole] == [3, 3]
+    for lane, other in zip(whole, joined, strict=True):
+        assert other.divergences == pytest.approx(lane.divergences, rel=1e-5)
+        assert min(lane.divergences) > 0
+    dense_losses = run.branch(0.0, 0.2)
+    assert [lane.losses for lane in whole] == [lane.losses for lane in dense_losses]
+    assert {lane.artifact.key for lane in whole}.isdisjoint(lane.artifact.key for lane in dense_losses)
 
 
 def test_interrupted_sequential_lanes_resume_from_their_last_boundary(

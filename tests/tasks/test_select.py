@@ -1,6 +1,7 @@
 """Select: the chosen beta and its uncertainty, for losses that can be checked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -101,7 +102,28 @@ def test_a_lane_stopped_early_is_never_the_best_even_with_the_lowest_loss():
     assert compare([UNIFORM, BEST, lane(0.3, 0.1, 0.2)], 5.0).best == 1
 
 
-@pytest.mark.parametrize("lanes", [[UNIFORM, BEST, STEEP], [UNIFORM]])
+def test_with_divergences_the_smallest_mean_divergence_wins_whatever_the_losses():
+    # Differences of divergences: .5, .1 and .3 on the windows that the other plan has seen.
+    best = replace(UNIFORM, divergences=(0.5, 0.5, 0.2))
+    stopped = replace(lane(0.1, 1.0, 2.0), divergences=(1.0, 0.6))
+    worse = replace(STEEP, divergences=(1.0, 0.6, 0.5))
+    selection = compare([best, stopped, worse], 5.0)
+    assert (selection.criterion, selection.best, selection.runner_up) == ("kl", 0, 2)
+    assert [row.kl for row in selection.rows] == pytest.approx([0.4, 0.7, 0.7])
+    assert (selection.rows[2].above_best.mean, selection.rows[2].above_best.t) == pytest.approx(
+        (0.3, 1.5 * math.sqrt(3))
+    )
+    assert [row.loss for row in selection.rows] == pytest.approx(
+        [4.0, 3.0, 2.2]
+    )  # 4 - 1 on the first two windows
+    assert selection.verdict == (
+        "beta 0: KL divergence 42.9 % below the runner-up, beta 0.2 (t = 2.6: not significant)"
+    )
+
+
+@pytest.mark.parametrize(
+    "lanes", [[UNIFORM, BEST, STEEP], [UNIFORM], [replace(UNIFORM, divergences=(0.1, 0.2, 0.3))]]
+)
 def test_a_stored_selection_is_read_back_unchanged(store, lanes):
     artifact = select.fn(store, lanes, 5.0)
     assert read_selection(store, artifact) == compare(lanes, 5.0)

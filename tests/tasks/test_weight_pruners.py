@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from layerwise.pruners.alps import ALPS
+from layerwise.pruners.dsnot import DSnoT
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.pruners.wanda_swaps import WandaSwaps
 from layerwise.storage.tables import read_table
@@ -19,8 +20,8 @@ MODELS = {
 }
 
 
-def test_grams_are_the_second_moments_of_the_inputs_of_every_linear(small_run):
-    run = small_run(pruner=SparseGPT())
+def test_grams_are_the_second_moments_and_with_sums_the_first_ones_of_the_inputs_of_every_linear(small_run):
+    run = small_run(pruner=DSnoT())
     model, inputs = run.transformers_model(), {}
 
     def keep(name):
@@ -43,6 +44,7 @@ def test_grams_are_the_second_moments_of_the_inputs_of_every_linear(small_run):
     for names, gram in found.items():
         expected = inputs[names[0]].T @ inputs[names[0]]
         torch.testing.assert_close(gram.gram, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gram.sums.float(), inputs[names[0]].sum(dim=0), rtol=1e-4, atol=1e-4)
         assert gram.tokens == 5 * 12
 
 
@@ -83,10 +85,7 @@ def test_whole_matrices_of_older_stores_are_read_and_give_the_same_lane(
     assert all(exported[name].digest == old_exported[name].digest for name in weights)
 
 
-PRUNERS = pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps()])
-
-
-@PRUNERS
+@pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps(), DSnoT()])
 @pytest.mark.parametrize("family", MODELS)
 def test_an_exported_lane_has_the_losses_of_the_lane(small_run, family, pruner):
     run = small_run(MODELS[family](), pruner=pruner)
@@ -120,7 +119,7 @@ def test_each_input_is_prepared_once_for_all_lanes_and_linears_that_share_it(sma
     assert prepared == [32, 32, 32, 48] * 3  # q, k and v; o; gate and up; down
 
 
-@PRUNERS
+@pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), ALPS(), WandaSwaps()])
 def test_pruning_by_second_moments_has_a_smaller_error_than_wanda(small_run, another_store, pruner):
     store, windows = another_store(), {"calibration": 60}  # 15 tokens for each channel of the widest input
     corrected = small_run(store=store, pruner=pruner, windows=windows)

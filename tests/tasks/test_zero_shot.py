@@ -91,12 +91,9 @@ def test_text_that_is_too_long_for_the_model_is_cut_on_the_left_in_both_ways(
     long = {"question": " ".join(["red", "blue", "green"] * 30), "choices": ["red", "blue car"], "answer": 0}
     task = write_task(tmp_path, "long", [long])
     folder = folder_of("opt")  # has 64 learned positions
-    rows = [
-        read_table(
-            local_store, answered(local_store, folder, [task], way)["long"], DOCUMENTS_FILE
-        ).to_pylist()
-        for way in WAYS
-    ]
+    artifacts = [answered(local_store, folder, [task], way)["long"] for way in WAYS]
+    assert [read_answers(local_store, each).metrics.truncated for each in artifacts] == [1, 1]
+    rows = [read_table(local_store, each, DOCUMENTS_FILE).to_pylist() for each in artifacts]
     assert rows[0][0]["log_probabilities"] == pytest.approx(rows[1][0]["log_probabilities"], abs=1e-3)
 
 
@@ -216,7 +213,7 @@ def test_an_interrupted_run_in_memory_resumes_at_the_requests_it_reached(
     local_store, another_store, folder_of, lm_tasks, dying_at, monkeypatch
 ):
     # Eight requests per part give five parts for each task.
-    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.whole_model_scores.REQUESTS_PER_PART", 8)
+    monkeypatch.setattr("layerwise.tasks.lm_eval_tasks.whole_model_answers.REQUESTS_PER_PART", 8)
     folder = folder_of()
     undisturbed = answered(another_store(), folder, lm_tasks, "memory")
     with dying_at("layerwise.tasks.running.layer_boundaries.BoundaryClock.due", call=7):

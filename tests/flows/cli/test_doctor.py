@@ -61,7 +61,7 @@ def test_a_store_that_cannot_be_written_and_a_refused_model_are_reported(doctor,
     assert status == 1
     store, model = (line for line in lines if line.startswith("  error: "))
     assert "the store cannot be used: " in store
-    assert "mixtral is a mixture of experts" in model
+    assert "jetmoe is a mixture of experts" in model
     assert "Traceback" not in err
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 

@@ -291,7 +291,7 @@ def test_an_empty_option_means_all_windows_not_the_default(said):
         ("illegal beta", r"beta 0.6 is outside the legal range \[0, 0.50000\]"),
         ("no model", "'nowhere' is neither a file or folder on this machine nor a hub id"),
         ("no text", "there is no corpus at nowhere.txt"),
-        ("experts", "mixtral is a mixture of experts"),
+        ("experts", "jetmoe is a mixture of experts"),
         ("show an unknown key", "0 artifacts of .* have a key that begins with 'capture/ffff'"),
         ("show an ambiguous key", r"\d+ artifacts of .* have a key that begins with 'sample_tokens/'"),
         ("show nothing", "holds no finished search"),

@@ -11,7 +11,7 @@ from tests.attempts import Attempt
 from tests.small_search import small_search
 from tests.work_log import mark_of
 
-LAYERS = 12
+LAYERS = 6
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from transformers import (
     FalconConfig,
     Gemma3Config,
     GPTJConfig,
+    JetMoeConfig,
     LlamaConfig,
-    MixtralConfig,
     MptConfig,
     Qwen2_5_VLConfig,
     Qwen3MoeConfig,
@@ -20,6 +20,7 @@ from transformers import (
     ViTConfig,
     XLMConfig,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from layerwise.models.skeleton import (
     Linear,
@@ -119,10 +120,31 @@ def test_an_encoder_decoder_is_refused_by_name(config_class):
         build_skeleton(config_class())
 
 
-@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
-def test_a_mixture_of_experts_is_refused_by_name(config_class):
-    with pytest.raises(UnsupportedModel, match=f"{config_class.model_type} is a mixture of experts .* = "):
-        build_skeleton(config_class())
+def test_experts_that_are_computed_in_a_way_of_their_own_are_refused_by_name():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    config = JetMoeConfig(**shape, kv_channels=8, num_local_experts=3, num_experts_per_tok=2)
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"jetmoe is a mixture of experts \(num_local_experts = 3\) .*self_attention\.experts\.input_linear",
+    ):
+        build_skeleton(config)
+
+
+class MisreadExperts(Qwen3MoeExperts):
+    """Experts that declare the layout of Qwen3-MoE, and use another one."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states
+
+    forward.__wrapped__ = forward
+
+
+def test_experts_that_do_not_compute_what_their_layout_says_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts", MisreadExperts)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(UnsupportedModel, match=r"qwen3_moe is a mixture of experts .*0\.mlp\.experts"):
+        build_skeleton(Qwen3MoeConfig(**shape, **heads))
 
 
 def test_a_model_without_one_list_of_decoder_layers_is_refused_by_name():

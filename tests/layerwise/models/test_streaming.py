@@ -303,6 +303,26 @@ def test_a_model_that_passes_more_than_hidden_states_between_layers_is_refused_b
         StreamedModel(config, outer, torch.float32, torch.device("cpu")).embed(random_windows_of(3))
 
 
+def test_a_layer_that_writes_to_its_input_is_refused_by_name(tiny_model, random_windows_of):
+    """The input is also the input of the other lanes."""
+    model = tiny_model().streamed()
+    states = model.embed(random_windows_of(2))
+    with pytest.raises(UnsupportedModel, match="llama lets a layer change the arguments"):
+        model.run_layer(0, lambda hidden_states, **_others: hidden_states.add_(1), states)
+
+
+def test_a_layer_that_keeps_something_for_later_layers_is_found_without_weights(
+    tiny_model, random_windows_of
+):
+    """Layers of Gemma 4 may store their keys and values in an object that later layers read."""
+    model, input_ids = tiny_model("gemma4").streamed(), random_windows_of(2)
+    model.embed(input_ids)
+    model.require_independent_layers(tuple(input_ids.shape))
+    model.layers[1].self_attn.store_full_length_kv = True
+    with pytest.raises(UnsupportedModel, match="such as shared keys and values"):
+        model.require_independent_layers(tuple(input_ids.shape))
+
+
 def test_a_new_shape_does_not_load_the_embedding_permanently(tiny_model, random_windows_of, layer_outputs):
     """A resumed run does not embed windows, and the embedding of a large vocabulary needs gigabytes."""
     tiny, model = tiny_model(), tiny_model().streamed()

@@ -11,11 +11,11 @@ from layerwise.recovery.distillation import (
     MaskedAdamW,
     in_stored_dtype,
     kl_and_gradient,
-    kl_per_token,
     rate_factor,
     window_losses,
     window_order,
 )
+from layerwise.scoring.divergence import kl_per_token
 
 HEAD = nn.Linear(4, 7).requires_grad_(False)
 
@@ -45,6 +45,33 @@ def test_the_cross_entropy_of_a_window_is_that_of_its_next_tokens(monkeypatch):
     expected = nn.functional.cross_entropy(HEAD(states)[0, :-1], input_ids[0, 1:])
     assert losses.cross_entropy == pytest.approx(expected.item(), rel=1e-6)
     assert losses.kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_only_the_positions_before_counted_tokens_are_in_the_losses(monkeypatch):
+    monkeypatch.setattr("layerwise.recovery.distillation.LOSS_POSITIONS", 3)
+    states, teacher = torch.randn(1, 7, 4, requires_grad=True), torch.randn(1, 7, 4)
+    input_ids = torch.randint(7, (1, 7))
+    counted = torch.tensor([[True, False, True, True, False, False, False]])
+    before = [1, 2]  # positions of the predictions of the tokens 2 and 3; the first token is not predicted
+    divergences = kl_per_token(HEAD(states), HEAD(teacher))[0, before]
+    (expected,) = torch.autograd.grad(divergences.mean(), states)
+    found, gradient = kl_and_gradient(HEAD, states, teacher, counted)
+    assert found == pytest.approx(divergences.mean().item(), rel=1e-5)
+    assert torch.allclose(gradient, expected, atol=1e-7)
+    losses = window_losses(HEAD, states, teacher, input_ids, counted)
+    assert losses.kl == pytest.approx(divergences.mean().item(), rel=1e-5)
+    cross_entropy = nn.functional.cross_entropy(HEAD(states)[0, before], input_ids[0, [2, 3]])
+    assert losses.cross_entropy == pytest.approx(cross_entropy.item(), rel=1e-5)
+    everything = torch.ones_like(counted)
+    assert window_losses(HEAD, states, teacher, input_ids, everything) == window_losses(
+        HEAD, states, teacher, input_ids
+    )
+    whole, all_ones = (
+        kl_and_gradient(HEAD, states, teacher),
+        kl_and_gradient(HEAD, states, teacher, everything),
+    )
+    assert whole[0] == all_ones[0]
+    assert torch.equal(whole[1], all_ones[1])
 
 
 def test_pruned_weights_stay_zero_and_kept_weights_move_by_the_relative_rate():

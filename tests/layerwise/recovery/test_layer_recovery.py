@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerwise.recovery.layer_recovery import RecoveryOutcome, recover_layer
-from layerwise.recovery.pruned_layer import relative_errors
+from layerwise.recovery.pruned_layer import LayerToRecover, relative_errors
 from layerwise.recovery.refit import Refit, refit_layer
 from layerwise.recovery.train import Train
 
@@ -66,6 +66,34 @@ def test_a_trained_layer_is_better_than_a_refitted_one(pruned_layer):
     assert outcome.accepted
     assert outcome.after == relative_errors(pruned, [trained], 0.0, held_out=8)[0]
     assert outcome.after < relative_errors(pruned, [fitted], 0.0, held_out=8)[0]
+
+
+@pytest.mark.parametrize("settings", [Refit(), Train(epochs=1)])
+def test_recovery_on_the_first_tokens_is_that_on_shorter_windows(pruned_layer, settings):
+    """Attention is causal, so the other tokens do not change the first ones. All ones give the bits of no mask."""
+    pruned, first = pruned_layer(), 7
+
+    def shortened(states):
+        return states[:, :first].contiguous()
+
+    counted = torch.zeros(pruned.hidden_states.shape[:2], dtype=torch.bool)
+    counted[:, :first] = True
+    masked = recover_layer(replace(pruned, counted=counted), settings)
+    streams = shortened(pruned.hidden_states), shortened(pruned.dense_states)
+    rooms = tuple(map(shortened, pruned.rooms))
+    shorter = recover_layer(
+        LayerToRecover(pruned.model, 1, pruned.layer, pruned.linears, *streams, rooms), settings
+    )
+    whole = recover_layer(pruned, settings)
+    everything = recover_layer(replace(pruned, counted=torch.ones_like(counted)), settings)
+    assert (masked.outcome.before, masked.outcome.after) == pytest.approx(
+        (shorter.outcome.before, shorter.outcome.after), rel=1e-3
+    )
+    assert everything.outcome == whole.outcome
+    for name, weight in masked.weights.items():
+        torch.testing.assert_close(weight, shorter.weights[name], rtol=1e-2, atol=1e-4)
+        assert not torch.equal(weight, whole.weights[name])
+        assert torch.equal(everything.weights[name], whole.weights[name])
 
 
 @pytest.mark.parametrize("settings", [Refit(), Train()])

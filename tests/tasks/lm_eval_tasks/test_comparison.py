@@ -1,16 +1,18 @@
 """The table of zero-shot accuracies: paired by document, and only for the same questions."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from layerwise.scoring.continuations import Score
 from layerwise.storage.stage import Stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lm_eval_tasks.answers import read_answers, write_answers
-from layerwise.tasks.lm_eval_tasks.comparison import compare_zero_shot
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, compare_zero_shot, is_plain, read_comparison
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
-from tests.lm_task_files import give_words, some_documents, write_task
+from tests.lm_task_files import give_words, load_questions, some_documents, write_task
 
 
 @pytest.fixture
@@ -73,6 +75,24 @@ def test_the_average_weights_tasks_equally_and_tests_all_documents_together(loca
     assert average.to_dense.difference == pytest.approx(-100 * (0.75 + 0.375) / 2)
     assert average.to_dense.p_value == pytest.approx(2 * (1 + 11) / 2**11)  # one against ten
     assert (average.uniform, average.to_uniform) == (None, None)
+
+
+def test_a_table_of_a_version_without_few_shot_tasks_is_still_read(local_store, questions, answer):
+    models = [answer(questions, {"one": right, "two": right}) for right in ({0, 1}, {1}, {1, 2})]
+    comparison = compare_zero_shot(local_store, *models)
+    added = ("metric", "shots", "truncated", "group", "lengths")
+
+    def older(row):
+        return {name: value for name, value in row.items() if name not in added}
+
+    found = asdict(comparison)
+    table = {"rows": [older(row) for row in found["rows"]], "average": older(found["average"])}
+    stage = Stage("zero_shot_table", 1, None, {"search": "search/old"})
+    stored = local_store.get_or_build(
+        stage, lambda draft: draft.write(TABLE_FILE, json.dumps(table).encode())
+    )
+    assert read_comparison(local_store, stored) == comparison
+    assert is_plain(comparison)
 
 
 def test_answers_to_different_documents_are_not_compared(local_store, tmp_path, questions, answer):

@@ -6,8 +6,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
-from tests.lm_task_files import some_documents, write_task
+from tests.lm_task_files import load_questions, some_documents, write_task
 
 
 @pytest.fixture
@@ -156,7 +155,18 @@ def test_plain_templates_work(tmp_path):
         ({"dataset_kwargs": ["data_files"]}, r"dataset_kwargs \['data_files'\]"),
         ({"task": ["arc_easy"]}, "one task, not a group"),
         ({"task_list": [{"task": "x", "class": "y"}]}, "one task, not a group"),
-        ({"group": "g"}, "one task, not a group"),
+        ({"group": "g"}, "the group 'g' .* has no list of its tasks"),
+        ({"group": "g", "task": ["arc_easy"]}, "the group 'g' .* has no list of its tasks"),
+        ({"group": "g", "task": [{"task": "x", "class": "y"}]}, r"'class' \(a Python class\)"),
+        ({"group": "g", "class": "y", "task": [{"task": "x"}]}, r"'class' \(a Python class\)"),
+        (
+            {"group": "g", "task": [{"group": "h", "task": [{"task": "x", "unsafe_code": True}]}]},
+            r"'unsafe_code' \(running code that a model writes\)",
+        ),
+        (
+            {"output_type": "generate_until", "generation_kwargs": {"custom_generate": "./code"}},
+            "'custom_generate' in its generation_kwargs, which may run code",
+        ),
     ],
 )
 def test_other_entries_that_may_run_code_are_refused(task, mark, changes, message):

@@ -1,14 +1,12 @@
 """Tasks of lm-eval: found without its index, documents drawn by seed, identified by their full text."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from layerwise.scoring.continuations import Score
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
-from tests.lm_task_files import some_documents, write_task
+from tests.lm_task_files import load_questions, some_documents, write_task
 
 
 @pytest.fixture
@@ -96,23 +94,16 @@ def test_an_unknown_task_is_refused_with_similar_names():
         load_questions(["arc_esay"])
 
 
-def test_a_group_of_tasks_is_refused_by_name_and_in_a_file(tmp_path, task):
-    with pytest.raises(ValueError, match="no task 'ai2_arc' .*groups of tasks are not supported"):
+def test_a_tag_of_tasks_is_refused():
+    with pytest.raises(ValueError, match="no task 'ai2_arc' .*tags, .* are not supported"):
         load_questions(["ai2_arc"])
-    group = tmp_path / "two.yaml"
-    other = write_task(tmp_path, "others", some_documents(4))
-    members = [json.loads(Path(path).read_text()) for path in (task, other)]
-    group.write_text(json.dumps({"group": "two", "task": members}))
-    with pytest.raises(ValueError, match=r"two\.yaml cannot be loaded.* one task, not a group"):
-        load_questions([str(group)])
 
 
-def test_a_task_that_is_not_scored_by_log_probabilities_is_refused(tmp_path):
-    metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    changes = {"output_type": "generate_until", "metric_list": metric, "doc_to_target": "question"}
+def test_a_task_without_answers_that_are_right_or_wrong_is_refused(tmp_path):
+    changes = {"output_type": "loglikelihood_rolling", "metric_list": None, "doc_to_target": "question"}
     task = write_task(tmp_path, "writing", some_documents(4), **changes)
     with pytest.raises(
-        ValueError, match=r"writing\.yaml has the output type generate_until and the metrics exact_match"
+        ValueError, match="writing has the output type loglikelihood_rolling and the metrics word_perplexity"
     ):
         load_questions([task])
 

@@ -40,10 +40,12 @@ from layerwise.tasks.compress import require_compressible
 from layerwise.tasks.import_checkpoint import import_checkpoint, inspect_source
 from layerwise.tasks.models.model_in_folder import model_in_folder
 from layerwise.tasks.models.streamed import linears_by_layer
+from layerwise.tasks.models.weight_conversion import require_same_conversions
 from layerwise.tasks.models.whole_model import whole_model
 from layerwise.tasks.results.evaluation import read_test
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.sources.model_source import find_source
+from tests.tasks.conftest import lively
 
 TOKENS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -195,6 +197,45 @@ def test_the_export_of_a_multimodal_model_has_few_shards_and_everything_to_load_
         require_compressible(run.checkpoint)
 
 
+def test_a_head_that_is_stored_apart_is_not_shared_if_the_configuration_does_not_say_so(
+    save_model, small_run, caplog
+):
+    model = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            vision_config=IMAGES, text_config=TEXT, image_token_index=PLACEHOLDER, tie_word_embeddings=False
+        )
+    )
+    folder = save_model(lively(model))
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    run = small_run(folder)
+    assert "As in transformers, it is not shared" in caplog.text
+    check_search(run, AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "lacks 1 of .* its image or sound encoder: .*{}"),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name][:5].contiguous()}),
+            r"{} in .*safetensors .*has the shape \(5",
+        ),
+    ],
+    ids=["missing", "of another shape"],
+)
+def test_tensors_of_an_encoder_that_do_not_fit_are_refused_by_name(
+    save_model, edit_tensors, local_store, edit, message
+):
+    folder = save_model(gemma3())
+    name = next(name for name in load_file(folder / "model.safetensors") if name.endswith("fc1.weight"))
+    edit_tensors(folder, lambda tensors: edit(tensors, name))
+    with pytest.raises(ValueError, match=message.format(r"[\w.]*fc1\.weight")):
+        import_checkpoint(local_store, str(folder))
+
+
 @pytest.mark.parametrize("make", [gemma3, llava, qwen2_5_vl])
 def test_names_as_in_the_state_dict_are_read_as_well(save_model, local_store, make):
     folder, model = save_model(make()), make()
@@ -239,6 +280,8 @@ def test_tensors_in_another_layout_are_converted_for_the_model_and_back_for_the_
     assert len(stored) == 3
     in_the_model = [name for name in run.checkpoint.layer_tensors(0) if "conv1d" in name]
     assert in_the_model == ["linear_attn.conv1d.weight"]
+    with pytest.raises(ValueError, match="imported with another version of transformers"):
+        require_same_conversions((), run.checkpoint.index.tensors, "the model")
     check_search(run, AutoModelForCausalLM)
     opened = model_in_folder(find_source(str(run.folder)).folder, torch.float32)
     assert run.losses(opened, "test") == pytest.approx(run.losses(run.transformers_model(), "test"), rel=1e-6)
@@ -278,7 +321,31 @@ def test_small_gates_and_linears_that_are_not_called_stay_dense(save_model, loca
 
 
 def test_a_model_that_uses_a_weight_without_calling_its_linear_is_pruned(small_run):
-    check_search(small_run(mamba()), AutoModelForCausalLM)
+    run = small_run(mamba())
+    check_search(run, AutoModelForCausalLM)
+    exported = Path(run.store.location(run.export(run.branch(0.25)[0])))
+    (row,) = json.loads((exported / "sparsity.json").read_text())["dense"]
+    assert (row["linear"], row["layers"]) == ("mixer.dt_proj", [0, 1])
+    assert "does not call it" in row["reason"]
+    assert run.checkpoint.artifact.facts["dense linears"] == [row]
+    assert "dt_proj (every layer): the model does not call it" in (
+        exported / "README.md"
+    ).read_text().replace("\\", "")
+
+
+def test_tensors_of_several_dtypes_that_make_one_weight_keep_their_dtypes(
+    save_model, edit_tensors, small_run
+):
+    folder = save_model(lively(olmo_hybrid()).bfloat16())
+    name = "model.layers.0.linear_attn.k_conv1d.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].float()}))
+    run = small_run(folder)
+    result = tensors_of(Path(run.store.location(run.export(run.branch(0.0)[0]))))
+    source = tensors_of(folder)
+    assert {n: weight.dtype for n, weight in result.items()} == {
+        n: weight.dtype for n, weight in source.items()
+    }
+    assert all(torch.equal(result[n], source[n]) for n in source if "conv1d" in n)
 
 
 def in_fp8(folder: Path, block: int) -> None:

@@ -1,0 +1,61 @@
+"""Check that a model can be streamed, before any work: its parts outside of the decoder layers run on made-up weights."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from layerwise.models.skeleton import UnsupportedModel
+from layerwise.models.streaming import StreamedModel
+
+# More than one window, and different tokens in each.
+WINDOWS = torch.arange(24).view(3, 8)
+
+
+class MadeUpTensors(Mapping[str, Tensor]):
+    """Tensors of given shapes that take the memory of one column: every row has a value of its own.
+
+    Rows differ, so that hidden states and layer arguments that depend on the tokens are noticed.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if not shape:
+            return torch.ones(())
+        rows = 0.5 + torch.arange(shape[0]) % 89 / 89
+        return rows.view(-1, *(1 for _ in shape[1:])).expand(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if the model of ``config`` does not call its decoder layers as streaming requires.
+
+    Args:
+        outer: shapes of the weights outside the decoder layers, by state-dict name.
+
+    Raises:
+        UnsupportedModel: see ``StreamedModel.embed``; or the model does not run on tokens alone.
+    """
+    model = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu"))
+    try:
+        model.embed(WINDOWS % config.get_text_config().vocab_size)
+    except UnsupportedModel:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UnsupportedModel(
+            f"{config.model_type} does not run on text without its decoder layers ({type(error).__name__}: {error}), so they "
+            "cannot be streamed. Use another model."
+        ) from error
+    model.require_independent_layers(tuple(WINDOWS.shape))

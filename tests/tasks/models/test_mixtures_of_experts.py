@@ -1,0 +1,326 @@
+"""Mixtures of experts. The reference is transformers: its outputs, its routing of the tokens, and its names of tensors."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+from layerwise.allocators.sparsity_plan import OTHER_LINEARS, units_of
+from layerwise.models.prunable_linears import prunable_linears
+from layerwise.models.skeleton import build_outline, build_skeleton
+from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.recovery.refit import Refit
+from layerwise.storage.tables import read_table
+from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE, RecoveredLayers
+from layerwise.tasks.models.whole_model import whole_model
+from layerwise.tasks.recovery.recover import recover
+from layerwise.tasks.results.evaluation import read_test
+from layerwise.tasks.running.execution import Execution
+
+TOKENS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
+TEXT = TOKENS | SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
+TOP_2 = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# The latent attention of DeepSeek, with sizes that blocks of 16 divide.
+RANKS = {"kv_lora_rank": 16, "q_lora_rank": 16}
+LATENT = RANKS | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+ENOUGH = {"calibration": 40, "selection": 2, "test": 2}  # windows
+
+
+def qwen3_moe(**settings) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT | {"head_dim": 8, "num_experts": 4} | TOP_2 | settings))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    shared = {"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**TEXT, **TOP_2, **shared, num_experts=4))
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4))
+
+
+def olmoe() -> PreTrainedModel:
+    return OlmoeForCausalLM(OlmoeConfig(**TEXT, num_experts=4, num_experts_per_tok=2))
+
+
+def deepseek_v2() -> PreTrainedModel:
+    layers = {"n_routed_experts": 4, "first_k_dense_replace": 1}
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**TEXT | TOP_2 | LATENT | layers))
+
+
+def deepseek_v3(**settings) -> PreTrainedModel:
+    """A model whose first two layers are dense and three times as large as the others."""
+    layers = {
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 2,
+        "num_hidden_layers": 4,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**TEXT | TOP_2 | LATENT | layers | settings))
+
+
+def glm4_moe() -> PreTrainedModel:
+    layers = {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8}
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**TEXT, **TOP_2, **layers))
+
+
+def gpt_oss(**settings) -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+    return GptOssForCausalLM(GptOssConfig(**TEXT | experts | settings))
+
+
+FAMILIES = {
+    each.__name__: each
+    for each in (qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss)
+}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+
+def linears_in(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Return the tensors that hold weights of linears in decoder layers, by the names that the families give them."""
+    linear = re.compile(
+        r".*\.layers\.\d+\..*((_proj|_proj_with_mqa|\.w[123])\.weight|experts\.(gate_up|down)_proj)"
+    )
+    return {name for name in tensors if linear.fullmatch(name)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_experts_is_streamed_pruned_and_exported_as_it_was_stored(small_run, family):
+    run = small_run(FAMILIES[family]())
+    (lane,) = run.branch(0.1)
+    folder = Path(run.store.location(run.export(lane)))
+    tested = read_test(run.store, run.evaluate(0.0, 0.1))
+    for place, measured in ((run.folder, tested.dense), (folder, tested.best)):
+        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
+        assert not any(info.values())
+        losses = torch.tensor(run.losses(model.eval(), "test"))
+        assert measured == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    source, result = tensors_of(run.folder), tensors_of(folder)
+    assert set(result) == set(source)
+    pruned = linears_in(source)  # neither routers, nor gates of shared experts, nor biases
+    assert {name for name, weight in source.items() if not torch.equal(result[name], weight)} == pruned
+    assert all(torch.equal(result[name], source[name].where(result[name] != 0, 0)) for name in pruned)
+    zeros = sum(int((result[name] == 0).sum()) for name in pruned)
+    assert zeros == round(0.5 * sum(source[name].numel() for name in pruned))
+    assert (folder / "config.json").read_bytes() == (run.folder / "config.json").read_bytes()
+
+
+class InputsOfLinears(TorchFunctionMode):
+    """Record the inputs of every product with a weight, by the memory of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            self.inputs[args[1].data_ptr()].append(args[0].reshape(-1, args[0].shape[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+def inputs_by_expert(run, name: str) -> list[torch.Tensor]:
+    """Return the inputs that transformers routes to each expert for its slice of a fused weight, over the calibration."""
+    model = AutoModelForCausalLM.from_pretrained(run.folder, experts_implementation="eager").eval()
+    with torch.no_grad(), InputsOfLinears() as mode:
+        for window in run.input_ids("calibration"):
+            model(input_ids=window[None])
+    weight = model.get_parameter(name)
+    nothing = weight.new_zeros(0, weight.shape[2])
+    return [torch.cat(mode.inputs[expert.data_ptr()] or [nothing]) for expert in weight]
+
+
+@pytest.mark.parametrize("fused", ["gate_up_proj", "down_proj"])
+def test_wanda_prunes_every_expert_by_the_tokens_that_reach_it(small_run, fused):
+    run = small_run(qwen3_moe(), windows=ENOUGH)
+    pruned, name = run.exported_model(run.branch(0.0)[0]), f"model.layers.1.mlp.experts.{fused}"
+    dense = run.transformers_model().get_parameter(name)
+    for expert, inputs in enumerate(inputs_by_expert(run, name)):
+        assert len(inputs) > 64
+        scores = dense[expert].abs() * inputs.norm(dim=0)
+        expected = scores.argsort(dim=1, stable=True).argsort(dim=1) < scores.shape[1] // 2
+        assert torch.equal(pruned.get_parameter(name)[expert] == 0, expected)
+
+
+def test_sparsegpt_corrects_every_expert_by_the_tokens_that_reach_it(small_run):
+    run = small_run(qwen3_moe(), windows=ENOUGH, pruner=SparseGPT())
+    pruned, name = run.exported_model(run.branch(0.0)[0]), "model.layers.1.mlp.experts.gate_up_proj"
+    dense = run.transformers_model().get_parameter(name).detach()
+    for expert, inputs in enumerate(inputs_by_expert(run, name)):
+        assert len(inputs) > 64
+        prepared = SparseGPT().prepare(inputs.T @ inputs, len(inputs))
+        gate_and_up = dense[expert].chunk(2)
+        expected = torch.cat([SparseGPT().prune(one, prepared, one.numel() // 2) for one in gate_and_up])
+        assert torch.allclose(pruned.get_parameter(name)[expert], expected, atol=1e-4)
+
+
+def unreached(model: PreTrainedModel, expert: int) -> PreTrainedModel:
+    """Return the model with a router that never chooses an expert."""
+    for layer in model.model.layers[2:]:
+        layer.mlp.gate.e_score_correction_bias[expert] = -100.0
+    return model
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_an_expert_without_tokens_is_pruned_by_the_inputs_of_all_experts_of_its_layer(
+    save_model, small_run, pruner
+):
+    torch.manual_seed(1)
+    folder = save_model(unreached(deepseek_v3(initializer_range=0.3, n_group=1), expert=2))
+    run = small_run(folder, windows=ENOUGH, **({"pruner": SparseGPT()} if pruner == "sparsegpt" else {}))
+    exported = Path(run.store.location(run.export(run.branch(0.0)[0])))
+    name = "model.layers.3.mlp.experts.down_proj"
+    dense, pruned = (
+        AutoModelForCausalLM.from_pretrained(each).get_parameter(name) for each in (run.folder, exported)
+    )
+    inputs = inputs_by_expert(run, name)
+    assert [len(each) for each in inputs][2] == 0
+    pooled = torch.cat(inputs)
+    if pruner == "wanda":
+        scores = dense[2].abs() * pooled.norm(dim=0)
+        expected = dense[2].masked_fill(scores.argsort(dim=1, stable=True).argsort(dim=1) < 8, 0)
+    else:
+        prepared = SparseGPT().prepare(pooled.T @ pooled, len(pooled))
+        expected = SparseGPT().prune(dense[2].detach(), prepared, dense[2].numel() // 2)
+    assert torch.allclose(pruned[2], expected, atol=1e-4)
+    tokens = [len(each) for each in inputs]
+    few = [expert for expert, count in enumerate(tokens) if count < 64]
+    (row,) = [
+        row for row in json.loads((exported / "sparsity.json").read_text())["experts"] if row["layer"] == 3
+    ]
+    assert row == {"layer": 3, "experts": "mlp.experts", "tokens": tokens, "pruned_by_all": few}
+    assert "3.mlp.experts.2" in (exported / "README.md").read_text()
+
+
+def test_lanes_that_calibrate_themselves_are_exported_as_they_were_scored(small_run):
+    run = small_run(gpt_oss(), calibration_mode="sequential")
+    model = run.exported_model(run.branch(0.1)[0])
+    losses = torch.tensor(run.losses(model, "test"))
+    assert read_test(run.store, run.evaluate(0.0, 0.1)).best == pytest.approx(
+        losses.mean().exp().item(), rel=1e-5
+    )
+
+
+def test_a_refit_changes_the_experts_that_enough_tokens_reach_and_lowers_the_error(small_run):
+    run = small_run(gpt_oss(), windows=ENOUGH, recover=Refit())
+    (plan,) = run.plans([0.0])
+    recovered, *_ = recover.fn(run.store, run.inputs(), [plan], run.linears, run.pruning, Execution())
+    outcomes = read_table(run.store, recovered, OUTCOMES_FILE).to_pylist()
+    assert all(row["accepted"] and row["after"] < row["before"] for row in outcomes)
+    one_shot = replace(run, pruning=run.pruning.one_shot)
+    pruned = one_shot.exported_model(one_shot.branch(0.0)[0]).model.layers[0].mlp.experts
+    weights = RecoveredLayers(run.store, plan, run.inputs(), run.pruning).existing(0)
+    tokens = json.loads(run.store.read(run.capture(), "statistics/tokens-00000.json"))["mlp.experts"]
+    assert sum(tokens) == 2 * 40 * 12
+    for expert in (expert for expert, count in enumerate(tokens) if count > 150):
+        for name in ("gate_up_proj", "down_proj"):
+            before, after = getattr(pruned, name)[expert], weights[f"mlp.experts.{expert}.{name}"]
+            assert torch.equal(before == 0, after == 0)
+            assert not torch.equal(before, after)
+
+
+def test_experts_in_fp8_are_dequantized_as_by_transformers(save_model, small_run):
+    folder = save_model(deepseek_v3(initializer_range=0.2, dtype="bfloat16", intermediate_size=48).bfloat16())
+    stored, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for name in linears_in(stored):
+        weight = stored[name].float()
+        blocks = weight.view(weight.shape[0] // 16, 16, weight.shape[1] // 16, 16)
+        scales = blocks.abs().amax((1, 3)) / 448
+        quantized = (blocks / scales[:, None, :, None]).view(weight.shape)
+        stored |= {name: quantized.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    fp8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    settings = FineGrainedFP8Config(weight_block_size=(16, 16), dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.bfloat16
+    )
+    check_dequantized(small_run(folder), expected)
+
+
+def test_experts_in_mxfp4_are_dequantized_as_by_transformers(save_model, small_run):
+    model = gpt_oss(initializer_range=0.2, intermediate_size=64, dtype="bfloat16").bfloat16()
+    folder = save_model(model)
+    stored, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        stored[f"{name}_blocks"] = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(121, 126, (experts, rows, columns // 32), dtype=torch.uint8)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": mxfp4}))
+    settings = Mxfp4Config(dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.bfloat16
+    )
+    check_dequantized(small_run(folder), expected)
+
+
+def check_dequantized(run, expected: PreTrainedModel) -> None:
+    """Compare an import and its export with the dequantized model of transformers."""
+    weights = whole_model(run.checkpoint, "bfloat16", Execution())
+    ids = run.input_ids("test")
+    with torch.no_grad():
+        losses = [
+            model(input_ids=ids, labels=ids).loss.float() for model in (weights, expected.float().eval())
+        ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)  # bfloat16 against float32
+    exported = Path(run.store.location(run.export(run.branch(0.1)[0])))
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+    opened = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(opened[name], weight.where(opened[name] != 0, 0)), name
+    zeros = sum(int((opened[name] == 0).sum()) for name in opened)
+    assert zeros >= round(0.5 * sum(linear.numel for layer in run.linears for linear in layer))
+
+
+def test_a_unit_of_an_allocation_is_an_expert_with_all_of_its_linears():
+    names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj", "mlp.experts.1.up_proj"]
+    units = [(OTHER_LINEARS, [0]), ("mlp.experts.0", [1, 2]), ("mlp.experts.1", [3])]
+    assert units_of(names, "expert") == units
+
+
+@pytest.mark.parametrize(
+    ("config", "layer_gigabytes"),
+    [
+        (MixtralConfig(), 2.9),
+        (Qwen3MoeConfig(num_hidden_layers=4, num_experts=128, moe_intermediate_size=768), 1.2),
+    ],
+    ids=["Mixtral-8x7B", "Qwen3-30B-A3B, four layers"],
+)
+def test_the_linears_of_large_models_are_those_of_their_experts(config, layer_gigabytes):
+    linears = prunable_linears(build_skeleton(config))
+    assert prunable_linears(build_outline(config)) == linears
+    for layer in linears:
+        assert 2 * sum(linear.numel for linear in layer) / 1e9 == pytest.approx(layer_gigabytes, abs=0.06)
