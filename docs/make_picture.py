@@ -102,9 +102,10 @@ def main() -> None:
         sys.exit(__doc__)
     one_shot, refitted = newest_pair(ArtifactStore(sys.argv[1]))
     settings = one_shot.settings
-    removed = f"{settings['sparsity']:.0%} of the weights removed by {settings['pruner']['method']}"
+    removed = f"{100 * settings['sparsity']:g} % of the weights removed by {settings['pruner']['method']}"
+    model = "SmolLM2-135M" if one_shot.source == "demo" else one_shot.source.split("/")[-1]
     title = [
-        f"Perplexity of {one_shot.source.split('/')[-1]}, {removed}",
+        f"Perplexity of {model}, {removed}",
         "On the selection text; lower is better",
     ]
     FILE.write_text(svg_file(picture(one_shot, refitted), "curve", title))
