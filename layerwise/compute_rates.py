@@ -23,6 +23,7 @@ RANKED = 1 << 21  # weights
 CORRECTED = 256, 512  # rows and columns, for a pruner that corrects weights
 HEAD_ROWS = 4096
 GRAM_TOKENS = 256
+PROBED_TOKENS = 2  # of the pass that finds the inputs of a layer's linears
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def measure_compute(
         _synchronize(model.device)
         load = time.perf_counter() - began
         linears = model.linears[index]
-        widths = _input_widths(model, index, layer)
+        inputs = _inputs(model, index, layer)
+        widths = [width for width, _ in inputs]
         forward = _forward_pass(model, index, layer, seqlen)
         largest = max(linears, key=lambda linear: linear.numel)
         weight = largest.oriented(layer.get_submodule(largest.name).weight)  # type: ignore[arg-type]
@@ -82,8 +84,8 @@ def measure_compute(
         preparing, pruning = _pruning(pruner, linears, widths, weight, sparsities, group)
         return ComputeRates(
             layer=forward,
-            statistics=seqlen * _statistics(sample, widths),
-            grams=seqlen * _grams(sample, widths),
+            statistics=seqlen * _statistics(sample, inputs),
+            grams=seqlen * _grams(sample, inputs),
             load=load,
             preparing=preparing,
             pruning=pruning,
@@ -116,8 +118,8 @@ def _operations(linears: Sequence[Linear], tokens: int) -> int:
     return tokens * sum(linear.numel for linear in linears) + 2 * tokens**2 * width
 
 
-def _input_widths(model: StreamedModel, index: int, layer: nn.Module) -> list[int]:
-    """Return the width of every distinct input of the layer's linears."""
+def _inputs(model: StreamedModel, index: int, layer: nn.Module) -> list[tuple[int, float]]:
+    """Return the width of every distinct input of the layer's linears, and its share of the tokens (less for experts)."""
     inputs: list[Tensor] = []
 
     def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -128,11 +130,11 @@ def _input_widths(model: StreamedModel, index: int, layer: nn.Module) -> list[in
         layer.get_submodule(linear.name).register_forward_pre_hook(note) for linear in model.linears[index]
     ]
     try:
-        model.run_layer(index, layer, torch.zeros(1, 2, _hidden_size(model), dtype=model.dtype))
+        model.run_layer(index, layer, torch.zeros(1, PROBED_TOKENS, _hidden_size(model), dtype=model.dtype))
     finally:
         for hook in hooks:
             hook.remove()
-    return [tensor.shape[-1] for tensor in inputs]
+    return [(tensor.shape[-1], tensor.shape[:-1].numel() / PROBED_TOKENS) for tensor in inputs]
 
 
 def _pruning(
@@ -189,16 +191,24 @@ def _pruning(
     )
 
 
-def _statistics(sample: Tensor, widths: Sequence[int]) -> float:
-    """Return the seconds of one token."""
+def _statistics(sample: Tensor, widths: Sequence[tuple[int, float]]) -> float:
+    """Return the seconds of one token.
+
+    Args:
+        widths: see ``_inputs``.
+    """
     inputs = sample[: min(len(sample), RANKED)].view(1, -1)
     seconds = _seconds(lambda: inputs.float().square().sum(dim=0), sample.device)
-    return seconds / inputs.numel() * sum(widths)
+    return seconds / inputs.numel() * sum(width * share for width, share in widths)
 
 
-def _grams(sample: Tensor, widths: Sequence[int]) -> float:
-    """Return the seconds of one token."""
-    width = min(max(widths), PANEL)
+def _grams(sample: Tensor, widths: Sequence[tuple[int, float]]) -> float:
+    """Return the seconds of one token.
+
+    Args:
+        widths: see ``_inputs``.
+    """
+    width = min(max(widths)[0], PANEL)
     inputs = sample[: GRAM_TOKENS * width // width * width].view(-1, width)
     gram = InputGram.empty(width, sample.device)
     seconds = _seconds(lambda: gram.add(inputs), sample.device)
@@ -206,7 +216,8 @@ def _grams(sample: Tensor, widths: Sequence[int]) -> float:
     def products(columns: int) -> int:  # blocks on and right of the diagonal
         return sum(min(PANEL, columns - start) * (columns - start) for start in range(0, columns, PANEL))
 
-    return seconds / len(inputs) * sum(map(products, widths)) / products(width)
+    operations = sum(products(columns) * share for columns, share in widths)
+    return seconds / len(inputs) * operations / products(width)
 
 
 def _head(model: StreamedModel, sample: Tensor, seqlen: int) -> float:

@@ -1,13 +1,23 @@
 """Plan: lists the remaining work before, during and after a search, and writes nothing."""
 
+import json
+import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from layerwise.flows.cli.tables import show_plan
 from layerwise.flows.plan import plan_search
@@ -26,6 +36,13 @@ STAGES = [
     "sample_tokens: test",
 ]
 STAGES += ["capture", "branch: 3 betas", "select", "export", "evaluate"]
+QWEN3_30B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+QWEN3_30B |= {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 
 
 def to_do(plan):
@@ -314,3 +331,59 @@ def test_an_allocator_that_uses_second_moments_needs_memory_for_them(workshop, t
     settings = workshop.settings(allocator={"method": "lsa"}, betas=None)
     plan = plan_search(settings, SearchRuntime(store=str(tmp_path / "store")))
     assert plan.memory["second moments (mlp.down_proj: 9.22 kB a matrix)"] == 4 * (6 * 32**2 + 48**2)
+
+
+def folder_of_headers(folder: Path, model: str, config: PreTrainedConfig) -> Path:
+    """Return a folder with a model whose tensors, as many as on the hub, have names and shapes but no values."""
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    header, end = {}, 0
+    for name, weight in state.items():
+        owner, _, fused = name.rpartition(".")
+        shapes = {name: weight.shape}
+        if fused in ("gate_up_proj", "down_proj"):
+            experts, rows, columns = weight.shape
+            halves = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+            shapes = {
+                f"{owner}.{expert}.{part}.weight": (rows // len(halves), columns)
+                for expert in range(experts)
+                for part in halves
+            }
+        for stored, shape in shapes.items():
+            size = 2 * math.prod(shape)
+            header[stored] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+    if model == "mixtral":
+        names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", ".mlp.": ".block_sparse_moe."}
+        text = json.dumps(header)
+        for name, stored in names.items():
+            text = text.replace(name, stored)
+        header = json.loads(text)
+    content = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)  # a hole takes no space
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "layer_gb", "moments_gb"),
+    [
+        ("mixtral", MixtralConfig(num_hidden_layers=2, dtype="bfloat16"), 2.9, 7.4),
+        ("qwen3-moe", Qwen3MoeConfig(**QWEN3_30B, num_hidden_layers=2, dtype="bfloat16"), 1.25, 2.6),
+    ],
+    ids=["two layers of Mixtral-8x7B", "two layers of Qwen3-30B-A3B"],
+)
+def test_a_plan_for_a_large_mixture_of_experts_knows_its_memory(
+    workshop, tmp_path, model, config, layer_gb, moments_gb
+):
+    folder = tmp_path / "model"
+    shutil.copytree(workshop.model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    path = str(folder_of_headers(folder, model, config))
+    runtime = SearchRuntime(store=str(tmp_path / "store"))
+    memory = plan_search(workshop.settings(model=path, pruner="sparsegpt"), runtime).memory
+    assert memory["layer in use"] / 1e9 == pytest.approx(layer_gb, rel=0.01)
+    (moments,) = [size for part, size in memory.items() if part.startswith("second moments")]
+    # Per expert: one matrix for gate and up, one for down; and four for attention.
+    assert moments / 1e9 == pytest.approx(moments_gb, rel=0.02)

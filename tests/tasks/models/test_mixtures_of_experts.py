@@ -33,8 +33,6 @@ from transformers import (
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from layerwise.allocators.sparsity_plan import OTHER_LINEARS, units_of
-from layerwise.models.prunable_linears import prunable_linears
-from layerwise.models.skeleton import build_outline, build_skeleton
 from layerwise.pruners.sparsegpt import SparseGPT
 from layerwise.recovery.refit import Refit
 from layerwise.storage.tables import read_table
@@ -289,13 +287,22 @@ def test_experts_in_mxfp4_are_dequantized_as_by_transformers(save_model, small_r
 
 def check_dequantized(run, expected: PreTrainedModel) -> None:
     """Compare an import and its export with the dequantized model of transformers."""
-    weights = whole_model(run.checkpoint, "bfloat16", Execution())
-    ids = run.input_ids("test")
-    with torch.no_grad():
-        losses = [
-            model(input_ids=ids, labels=ids).loss.float() for model in (weights, expected.float().eval())
-        ]
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)  # bfloat16 against float32
+    weights = whole_model(run.checkpoint, "bfloat16", Execution()).state_dict()
+    for name, weight in expected.state_dict().items():
+        experts, _, fused = name.rpartition(".")
+        if fused == "gate_up_proj" and name not in weights and f"{experts}.0.gate_proj.weight" in weights:
+            parts = [[f"{experts}.{e}.gate_proj.weight", f"{experts}.{e}.up_proj.weight"] for e in range(4)]
+        elif name not in weights:
+            leaf = f"{fused.removesuffix('_bias')}.{'bias' if fused.endswith('_bias') else 'weight'}"
+            parts = [[f"{experts}.{expert}.{leaf}"] for expert in range(4)]
+        else:
+            parts = []
+        found = (
+            torch.stack([torch.cat([weights[one] for one in each]) for each in parts])
+            if parts
+            else weights[name]
+        )
+        assert torch.equal(found, weight), name
     exported = Path(run.store.location(run.export(run.branch(0.1)[0])))
     assert "quantization_config" not in json.loads((exported / "config.json").read_text())
     opened = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
@@ -309,18 +316,3 @@ def test_a_unit_of_an_allocation_is_an_expert_with_all_of_its_linears():
     names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj", "mlp.experts.1.up_proj"]
     units = [(OTHER_LINEARS, [0]), ("mlp.experts.0", [1, 2]), ("mlp.experts.1", [3])]
     assert units_of(names, "expert") == units
-
-
-@pytest.mark.parametrize(
-    ("config", "layer_gigabytes"),
-    [
-        (MixtralConfig(), 2.9),
-        (Qwen3MoeConfig(num_hidden_layers=4, num_experts=128, moe_intermediate_size=768), 1.2),
-    ],
-    ids=["Mixtral-8x7B", "Qwen3-30B-A3B, four layers"],
-)
-def test_the_linears_of_large_models_are_those_of_their_experts(config, layer_gigabytes):
-    linears = prunable_linears(build_skeleton(config))
-    assert prunable_linears(build_outline(config)) == linears
-    for layer in linears:
-        assert 2 * sum(linear.numel for linear in layer) / 1e9 == pytest.approx(layer_gigabytes, abs=0.06)
