@@ -48,8 +48,8 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
     Raises:
         UnsupportedModel: see ``StreamedModel.embed``; or the model does not run on tokens alone.
     """
-    model = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu"))
     try:
+        model = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu"))
         model.embed(WINDOWS % config.get_text_config().vocab_size)
     except UnsupportedModel:
         raise
