@@ -19,12 +19,16 @@ STATES_FILE = "hidden_states.safetensors"
 
 def dense_states_stage(identity: str, selection: Artifact, dtype: str) -> Stage:
     """Describe the hidden states of the dense model; ``identity`` is that of the checkpoint."""
-    return Stage("dense_states", 1, {"dtype": dtype}, {"checkpoint": identity, "selection": selection.content})
+    return Stage(
+        "dense_states", 1, {"dtype": dtype}, {"checkpoint": identity, "selection": selection.content}
+    )
 
 
 def write_dense_states(draft: Draft, hidden_states: Tensor) -> None:
     """Write hidden states, shape ``(windows, seqlen, hidden_size)``, one tensor per window."""
-    write_tensors(draft, STATES_FILE, ((_name(number), window) for number, window in enumerate(hidden_states)))
+    write_tensors(
+        draft, STATES_FILE, ((_name(number), window) for number, window in enumerate(hidden_states))
+    )
 
 
 def read_dense_states(
