@@ -35,7 +35,7 @@ is made by `docs/make_model_types.py`; do not edit it.
 |---|--:|---|
 | equal | {equal} | see below |
 | refused | {refused} | refused before any work, for the reason in the table |
-| not tested | {untested} | transformers cannot build the model without another package |
+| not tested | {untested} | transformers does not build or load the tiny model, for the reason in the table |
 | not decoder-only | {others} | encoders, encoder-decoders, and classes that are no language models by themselves |
 
 **{share:.0f} % of the {decoders} decoder-only types are equal.** That means:

@@ -106,7 +106,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
     "mistral_large4": {"text_config.kv_source_layers": [0, 1, 2, 3]},
-    "nemo_speechlm": {"audio_config.diarization_config.chunk_right_context": 4},
+    "nemo_speechlm": {
+        "audio_config.diarization_config.chunk_right_context": 4,
+        "word_timestamp_config.num_key_value_heads": HEADS,
+    },
     "paddleocr_vl": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "qwen4_exp": {f"text_config.{name}": value for name, value in QWEN4_INDEXER.items()},
     "qwen4_exp_text": QWEN4_INDEXER,

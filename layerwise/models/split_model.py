@@ -99,7 +99,7 @@ class SplitModel:
         embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape[1]
         # The injector ignores these values.
         inputs_embeds = hidden_states.new_zeros(*hidden_states.shape[:2], embedding_size)
-        with self._layers_replaced([Injector(hidden_states, self._outputs)]):
+        with self._layers_replaced([Injector(hidden_states, self._outputs, self.layers[0])]):
             return cast(Tensor, self.model(inputs_embeds=inputs_embeds, use_cache=False).logits)
 
     @contextmanager

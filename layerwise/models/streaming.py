@@ -88,14 +88,25 @@ class Recorder(nn.Module):
 
 
 class Injector(nn.Module):
-    """Replacement for all decoder layers that returns given hidden states."""
+    """Replacement for all decoder layers that returns given hidden states.
 
-    def __init__(self, hidden_states: Tensor, outputs: int) -> None:
+    Args:
+        layer: one of the replaced layers.
+    """
+
+    def __init__(self, hidden_states: Tensor, outputs: int, layer: nn.Module) -> None:
         super().__init__()
+        self.layer = [layer]  # in a list, so that it is not registered as a submodule
         self.hidden_states, self.outputs = hidden_states, outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         return as_output(self.hidden_states, self.outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer[0], name)  # e.g. block_type, which selects the mask in Nemotron-H
 
 
 def as_output(hidden_states: Tensor, outputs: int) -> Tensor | tuple[Any, ...]:
@@ -357,7 +368,7 @@ class StreamedModel:
         if not self._arguments:
             self._arguments_for(tuple(hidden_states.shape[:2]))  # sets self._outputs
         states = hidden_states.to(self.device)
-        with self._layers_replaced([Injector(states, self._outputs)]):
+        with self._layers_replaced([Injector(states, self._outputs, self.layers[0])]):
             # The injector ignores these values; passing them avoids loading the embedding.
             inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

@@ -48,9 +48,10 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
     Raises:
         UnsupportedModel: see ``StreamedModel.embed``; or the model does not run on tokens alone.
     """
+    text_config = config.get_text_config()
     try:
         model = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu"))
-        model.embed(WINDOWS % config.get_text_config().vocab_size)
+        states = model.embed(WINDOWS % text_config.vocab_size)
     except UnsupportedModel:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -58,4 +59,9 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
             f"{config.model_type} does not run on text without its decoder layers ({type(error).__name__}: {error}), so they "
             "cannot be streamed. Use another model."
         ) from error
+    if states.shape[-1] != text_config.hidden_size:
+        raise UnsupportedModel(
+            f"{config.model_type} passes {states.shape[-1]} values for each token from layer to layer, but its hidden_size is "
+            f"{text_config.hidden_size}, so its layers cannot be streamed. Use another model."
+        )
     model.require_independent_layers(tuple(WINDOWS.shape))

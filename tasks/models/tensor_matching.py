@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from layerwise.models.skeleton import expected_tensors, layer_prefix
+from layerwise.models.skeleton import UnsupportedModel, expected_tensors, layer_prefix
 from layerwise.storage.formats.tensor_entry import TensorEntry, dtype_name
 from layerwise.tasks.models.checkpoint_index import ConvertedWeight, IndexedTensor
 from layerwise.tasks.models.weight_conversion import Conversion, StoredNames, weights_on_meta
@@ -51,6 +51,7 @@ def match_tensors(
     part_of = {tensor.name: each.target for each in conversions for tensor in each.sources}
     whole = {name: place for name, place in stored.items() if name not in part_of}
     model_names = _model_names(whole, names, expected, model, source)
+    _check_tables({name: stored[name] for name in model_names}, model_names, model)
     _check_dtypes({name: stored[name] for name in (*model_names, *part_of)}, source)
     shapes = {name: tuple(stored[name].entry.shape) for name in model_names}
     _check_shapes(shapes, {name: stored[name].file for name in shapes}, model_names, expected, source)
@@ -118,9 +119,8 @@ def _converted_weights(
     Raises:
         ValueError: the stored tensors do not fit, or the conversion cannot be undone.
     """
-    entries = {each.name: stored[each.name].entry for each in conversion.sources}
-    empty = {n: torch.empty(e.shape, dtype=e.torch_dtype, device="meta") for n, e in entries.items()}
-    shown = f"{', '.join(list(entries)[:3])}{' ...' if len(entries) > 3 else ''}"
+    empty = _sources_on_meta(conversion, stored)
+    shown = f"{', '.join(list(empty)[:3])}{' ...' if len(empty) > 3 else ''}"
     try:
         weights = weights_on_meta(conversion, empty)
     except ValueError as error:
@@ -141,6 +141,27 @@ def _converted_weights(
         )
         for name, weight in weights.items()
     ]
+
+
+def _sources_on_meta(conversion: Conversion, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    entries = {each.name: stored[each.name].entry for each in conversion.sources}
+    return {n: torch.empty(e.shape, dtype=e.torch_dtype, device="meta") for n, e in entries.items()}
+
+
+def _converted_names(conversion: Conversion, stored: Mapping[str, StoredTensor], source: str) -> set[str]:
+    """Return the names of the weights that a conversion makes.
+
+    Raises:
+        ValueError: the stored tensors do not fit.
+    """
+    empty = _sources_on_meta(conversion, stored)
+    try:
+        return set(conversion.weights(empty))
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{source}: the conversion of {', '.join(list(empty)[:3])} into {conversion.target} fails: {error}. The stored "
+            "tensors are incomplete, or from a model of another configuration. Copy all files again."
+        ) from error
 
 
 def layers_stored(names: Iterable[str]) -> int:
@@ -262,12 +283,12 @@ def _check_encoders(
         return
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, str] = {}
-    part_of_conversion = set()
+    part_of_conversion, converted = set[str](), set[str]()
     for conversion in names.conversions:
         if conversion.target not in expected:
             part_of_conversion |= {each.name for each in conversion.sources}
-            for weight in _converted_weights(conversion, stored, copied, source):
-                shapes[weight.name], places[weight.name] = tuple(weight.entry.shape), conversion.target
+            # Only the names: the files are copied, and sizes of a conversion may be those of the encoder's own configuration.
+            converted |= _converted_names(conversion, stored, source)
     for name, place in stored.items():
         known_as = next((alias for alias in names.aliases(name) if alias in copied), None)
         if known_as is not None and name not in part_of_conversion:
@@ -276,7 +297,7 @@ def _check_encoders(
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = sorted(
         name
-        for name in copied.keys() & parameters - shapes.keys()
+        for name in copied.keys() & parameters - shapes.keys() - converted
         if not any(pattern.search(name) for pattern in optional)
     )
     if missing:
@@ -284,6 +305,23 @@ def _check_encoders(
             f"{source} lacks {len(missing)} of the {len(copied)} tensors of its image or sound encoder: "
             f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Download the checkpoint again."
         )
+
+
+def _check_tables(
+    weights: Mapping[str, StoredTensor], model_names: Mapping[str, str], model: PreTrainedModel
+) -> None:
+    """Refuse a model with tables of whole numbers, which the dtype of the computation cannot hold.
+
+    Raises:
+        UnsupportedModel: the message names the first one.
+    """
+    state = model.state_dict()
+    for name, place in weights.items():
+        if place.entry.dtype not in WEIGHT_DTYPES and not state[model_names[name]].is_floating_point():
+            raise UnsupportedModel(
+                f"{model.config.model_type} has a table of whole numbers among its weights ({name}, {place.entry.dtype}), "
+                "which the dtype of the computation cannot hold. Use another model."
+            )
 
 
 def _check_dtypes(weights: Mapping[str, StoredTensor], source: str) -> None:
