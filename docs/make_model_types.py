@@ -45,7 +45,7 @@ is made by `docs/make_model_types.py`; do not edit it.
 - the exported checkpoint is loaded by the model's own class, equals the model masked by hand, tensor by tensor, and has the
   perplexity that the search reports.
 
-The windows hold ordinary tokens, no placeholders for images or sound. A type may have variants that its default configuration
+The windows are drawn from the whole tiny vocabulary, as text. A type may have variants that its default configuration
 does not show, for example Gemma 4 without per-layer inputs; each model is checked again when it is imported. Linears that stay
 dense are listed by the import, in `sparsity.json`, in the model card and in the report.
 
