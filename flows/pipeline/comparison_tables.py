@@ -172,13 +172,19 @@ def _accuracies(each: Compared) -> Row:
 
 
 def _published(each: Compared) -> Row:
-    """Return the numbers that a paper has for this search; empty cells where none is known. Nothing without a preset."""
+    """Return the numbers that a paper has for this search; empty cells where none is known. Nothing without a preset.
+
+    The paper tests the plan of each allocator, where this search may choose uniform. So the perplexity of its best plan
+    other than uniform, on the selection windows, is shown as well.
+    """
     if each.preset is None:
         return {}
     settings = each.result.settings
     what = settings.model, settings.sparsity, settings.pruner.method
     found = {"uniform": find_published(*what, "uniform"), "best": find_published(*what, each.allocator)}
-    row: Row = {f"published: {name}": "" for name in found}
+    others = [rated.perplexity for rated in each.result.selection.rows[1:]]  # without uniform
+    row: Row = {"not uniform, on selection": rounded_perplexity(min(others)) if others else ""}
+    row |= {f"published: {name}": "" for name in found}
     row |= {f"published: {name}": number.perplexity or "" for name, number in found.items() if number}
     if each.accuracy is not None:
         row |= {f"published %: {name}": (number and number.accuracy) or "" for name, number in found.items()}

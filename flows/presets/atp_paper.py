@@ -31,6 +31,8 @@ COMMON: Mapping[str, str] = {
 BASELINES = "atp,owl,dsa,alpha_pruning"
 # What differs from the paper on purpose, in every table.
 DIFFERENCES = (
+    'A search chooses between uniform and the plans of its allocator. Where "best" is 0, "test: best" is that of uniform, not of '
+    'the allocator as in the paper; "not uniform, on selection" is the perplexity of the best other plan on the selection windows.',
     "Plans are chosen on the validation split of WikiText-2; the paper's code chooses beta on the test split that it reports.",
     "The overall sparsity is exact to the weight; the paper's code rounds down in every row, or removes equal scores too.",
     "One capture of the dense model calibrates all plans; the paper's code calibrates every plan on its own pruned layers. "

@@ -131,6 +131,10 @@ def test_a_run_of_a_table_has_the_tasks_and_the_published_numbers_in_its_tables(
     (row,) = rows_of(results)
     assert (row["published: uniform"], row["published: best"]) == (74.26, 22.16)
     assert row["published in"] == "ATP paper, abstract and text; ATP paper, Table 6"
+    plans = results[0].result.selection.rows
+    assert row["not uniform, on selection"] == pytest.approx(
+        min(each.perplexity for each in plans[1:]), rel=1e-2
+    )
     answered = results[0].accuracy
     assert row["accuracy %: best"] == round(100 * answered.best.value, 2)
     assert answered.documents == 8
