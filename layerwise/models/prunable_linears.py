@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 KEPT_DENSE = re.compile(
     r"(linear_attn\.(in_proj_a|in_proj_b|in_proj_ba|a_proj)|(linear_attn|self_attn)\.b_proj)$"
 )
-# A router has one output per expert, and the gate of a shared expert has one. They decide where every token goes, and
-# hold less than 1 % of a layer's weights. Most are no linears in transformers. Bias terms of routers are no weights.
+# A router of experts has one output per expert, and the gate of a shared expert has one. They decide where every token goes,
+# and hold less than 1 % of a layer's weights. In many models they are not linears, so that they stay dense anyway.
 ROUTER = re.compile(r"(^|\.)router(\.|$)")
+GATE = re.compile(r"(^|\.)(\w+_)?gate(\.|$)")
 PROBE_TOKENS = 8
 
 # What `_called_linears` found, by configuration: a process opens the same model many times.
@@ -99,7 +100,7 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
         for block, number in experts.items()
         if linear.name.startswith(block)
         and expert_linear(linear.name) is None
-        and (linear.out_features in (1, number) or ROUTER.search(linear.name))
+        and (ROUTER.search(linear.name) or (GATE.search(linear.name) and linear.out_features in (1, number)))
     }
 
 
