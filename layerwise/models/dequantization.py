@@ -65,10 +65,22 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
     Returns:
         Weights, shape ``(experts, columns, rows)`` with ``columns = 2 * blocks * bytes``.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
+    if blocks.ndim != 4 or scales.shape != blocks.shape[:-1]:
+        raise ValueError(
+            f"mxfp4 values of shape {tuple(blocks.shape)} have scales of shape {tuple(scales.shape)}, not one for every block."
+        )
     values = torch.tensor(
         (*POSITIVE_FP4, *(-value for value in POSITIVE_FP4)), dtype=dtype, device=blocks.device
     )
-    pairs = torch.stack((values[(blocks & 0x0F).long()], values[(blocks >> 4).long()]), dim=-1)
-    scaled = torch.ldexp(pairs.flatten(-2), scales.to(torch.int32).unsqueeze(-1) - E8M0_BIAS)
-    return scaled.to(dtype).flatten(-2).transpose(-2, -1).contiguous()
+    experts, rows, count, size = blocks.shape
+    weights = torch.empty(experts, 2 * count * size, rows, dtype=dtype, device=blocks.device)
+    # One expert at a time: the indices take 8 bytes for each number of half a byte.
+    for weight, codes, exponents in zip(weights, blocks, scales, strict=True):
+        pairs = torch.stack((values[(codes & 0x0F).long()], values[(codes >> 4).long()]), dim=-1)
+        scaled = torch.ldexp(pairs.flatten(-2), exponents.to(torch.int32).unsqueeze(-1) - E8M0_BIAS)
+        weight.copy_(scaled.to(dtype).flatten(-2).T)
+    return weights

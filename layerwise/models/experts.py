@@ -149,7 +149,7 @@ class SeparateExperts(nn.Module):
         number, tokens, top_k = len(self._modules_of_experts), *top_k_index.shape
         experts = top_k_index.reshape(-1)
         order = experts.argsort(stable=True)
-        counts = experts.bincount(minlength=number + 1)[: number + 1].tolist()
+        counts = experts.bincount(minlength=number + 1)[: number + 1].cpu().tolist()
         weights = top_k_weights.reshape(-1)
         outputs = []
         for expert, places in zip(self._modules_of_experts, order.split(counts), strict=False):

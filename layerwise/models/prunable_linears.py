@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 KEPT_DENSE = re.compile(
     r"(linear_attn\.(in_proj_a|in_proj_b|in_proj_ba|a_proj)|(linear_attn|self_attn)\.b_proj)$"
 )
-# A router has one output per expert, and the gate of a shared expert has one. They decide where every token goes, and
-# hold less than 1 % of a layer's weights. Most are no linears in transformers. Bias terms of routers are no weights.
+# A router of experts has one output per expert, and the gate of a shared expert has one. They decide where every token goes,
+# and hold less than 1 % of a layer's weights. In many models they are not linears, so that they stay dense anyway.
 ROUTER = re.compile(r"(^|\.)router(\.|$)")
+GATE = re.compile(r"(^|\.)(\w+_)?gate(\.|$)")
 # Reasons why a linear stays dense.
-GATE = "a small gate: it has one output per head, and an error in it grows along the sequence"
-UNCALLED = (
+SMALL_GATE_REASON = "a small gate: it has one output per head, and an error in it grows along the sequence"
+UNCALLED_REASON = (
     "the model does not call it but uses its weight directly, or not at all, so its inputs cannot be measured"
 )
 ROUTER_REASON = "it decides which experts a token reaches"
@@ -105,7 +106,7 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
         for block, number in experts.items()
         if linear.name.startswith(block)
         and expert_linear(linear.name) is None
-        and (linear.out_features in (1, number) or ROUTER.search(linear.name))
+        and (ROUTER.search(linear.name) or (GATE.search(linear.name) and linear.out_features in (1, number)))
     }
 
 
@@ -115,9 +116,9 @@ def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     for name in dense_linears(model):
         index, _, linear = name.partition(".")
         if KEPT_DENSE.search(linear):
-            reason = GATE
+            reason = SMALL_GATE_REASON
         else:
-            reason = UNCALLED if called is not None and name not in called else ROUTER_REASON
+            reason = UNCALLED_REASON if called is not None and name not in called else ROUTER_REASON
         layers.setdefault((linear, reason), []).append(int(index))
     return [
         {"linear": linear, "layers": where, "reason": reason} for (linear, reason), where in layers.items()

@@ -144,7 +144,8 @@ def require_known_experts(model: PreTrainedModel) -> None:
     counts = {name: getattr(config, name, None) for name in EXPERT_COUNTS}
     several = [f"{name} = {count}" for name, count in counts.items() if isinstance(count, int) and count > 1]
     unknown = unknown_experts(model, prefix)
-    is_mixture = bool(several) and getattr(config, "is_moe", True)  # Doge counts experts, but has them only with is_moe
+    # Doge counts experts, but has them only with is_moe.
+    is_mixture = bool(several) and getattr(config, "is_moe", True)
     if unknown is None and is_mixture and not has_experts(model, prefix):
         unknown = prefix
     if unknown is not None:

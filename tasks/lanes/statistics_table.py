@@ -39,7 +39,9 @@ def write_statistics(
     channels = [len(inputs.sum_of_squares) for inputs in statistics.values()]
     rows = {
         "layer": pa.array(np.full(sum(channels), layer, dtype=np.int16)),
-        "linear": pa.array(np.repeat(list(statistics), channels)).dictionary_encode(),
+        "linear": pa.DictionaryArray.from_arrays(
+            np.repeat(np.arange(len(channels), dtype=np.int32), channels), pa.array(list(statistics))
+        ),
         "channel": pa.array(np.concatenate([np.arange(count, dtype=np.int32) for count in channels])),
         "tokens": pa.array(np.repeat([inputs.tokens for inputs in statistics.values()], channels)),
         "sum_of_squares": pa.array(torch.cat([i.sum_of_squares for i in statistics.values()]).numpy()),
@@ -60,13 +62,14 @@ def read_statistics(store: ArtifactStore, artifact: Artifact, layer: int) -> dic
 def read_collected(store: ArtifactStore, artifact: Artifact, layer: int) -> dict[str, InputStatistics]:
     """Read the statistics of one layer as they were collected."""
     table = read_table(store, artifact, f"{FOLDER}/{_file(layer)}")
-    linears = table["linear"].combine_chunks().to_pylist()
+    linear = table["linear"].combine_chunks().dictionary_encode()
+    indices, names = linear.indices.to_numpy(), linear.dictionary.to_pylist()
     sums = torch.from_numpy(table["sum_of_squares"].to_numpy().copy())
     tokens = table["tokens"].to_numpy()
-    starts = [index for index, name in enumerate(linears) if index == 0 or name != linears[index - 1]]
+    starts = np.flatnonzero(np.diff(indices, prepend=-1)).tolist()  # rows of a linear follow each other
     return {
-        linears[start]: InputStatistics(sums[start:end].clone(), int(tokens[start]))
-        for start, end in zip(starts, [*starts[1:], len(linears)], strict=True)
+        names[indices[start]]: InputStatistics(sums[start:end].clone(), int(tokens[start]))
+        for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)
     }
 
 

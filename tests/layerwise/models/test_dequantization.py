@@ -52,3 +52,5 @@ def test_mxfp4_is_dequantized_as_by_transformers():
     expected = convert_moe_packed_tensors(blocks, scales)
     assert expected.shape == (2, 96, 6)
     assert torch.equal(dequantize_mxfp4(blocks, scales, torch.bfloat16), expected)
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 3, 16\) have scales of shape \(2, 3, 6\)"):
+        dequantize_mxfp4(blocks, scales.transpose(1, 2), torch.bfloat16)
