@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.flows.presets.atp_paper import find_published
+from layerwise.flows.presets.atp_paper import ZERO_SHOT, differences_from_published, find_published
 from layerwise.scoring.criterion import KL
 from layerwise.scoring.perplexity import (
     DIVERGED,
@@ -32,6 +32,7 @@ class Compared:
         seconds: time of this run. Time spent for several searches at once is shared out by their numbers of plans;
             artifacts that were in the store before cost nothing.
         accuracy: average over the tasks of lm-eval; None without tasks.
+        tasks: names of these tasks.
         preset: name of the preset whose published numbers are shown; None without one.
     """
 
@@ -40,6 +41,7 @@ class Compared:
     losses: tuple[float, ...]
     seconds: float
     accuracy: ZeroShotRow | None = None
+    tasks: tuple[str, ...] = ()
     preset: str | None = None
 
     @property
@@ -172,7 +174,10 @@ def _accuracies(each: Compared) -> Row:
 
 
 def _published(each: Compared) -> Row:
-    """Return the numbers that a paper has for this search; empty cells where none is known. Nothing without a preset."""
+    """Return the numbers that a paper has for this search; empty cells where none is known. Nothing without a preset.
+
+    Accuracies are published as the average over ``ZERO_SHOT``, and are left out beside other tasks.
+    """
     if each.preset is None:
         return {}
     settings = each.result.settings
@@ -180,9 +185,11 @@ def _published(each: Compared) -> Row:
     found = {"uniform": find_published(*what, "uniform"), "best": find_published(*what, each.allocator)}
     row: Row = {f"published: {name}": "" for name in found}
     row |= {f"published: {name}": number.perplexity or "" for name, number in found.items() if number}
-    if each.accuracy is not None:
+    if each.accuracy is not None and set(each.tasks) == set(ZERO_SHOT.split(",")):
         row |= {f"published %: {name}": (number and number.accuracy) or "" for name, number in found.items()}
-    row["published in"] = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
+    sources = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
+    other = differences_from_published(dict(settings))
+    row["published in"] = f"{sources} (there with another {', '.join(other)})" if sources and other else sources
     return row
 
 
