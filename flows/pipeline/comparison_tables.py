@@ -189,7 +189,9 @@ def _published(each: Compared) -> Row:
         row |= {f"published %: {name}": (number and number.accuracy) or "" for name, number in found.items()}
     sources = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
     other = differences_from_published(dict(settings))
-    row["published in"] = f"{sources} (there with another {', '.join(other)})" if sources and other else sources
+    row["published in"] = (
+        f"{sources} (there with another {', '.join(other)})" if sources and other else sources
+    )
     return row
 
 

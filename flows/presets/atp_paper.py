@@ -232,7 +232,14 @@ def differences_from_published(settings: Mapping[str, object]) -> list[str]:
         settings: settings of a search by name. Plans may be searched in another way, with another seed.
     """
     expected = {name: text for name, text in COMMON.items() if name not in ("strategy", "seed")}
-    expected |= {"test": "", "test_windows": "", "pattern": "", "exclude": "", "recover": "", "calibrate_on": "all"}
+    expected |= {
+        "test": "",
+        "test_windows": "",
+        "pattern": "",
+        "exclude": "",
+        "recover": "",
+        "calibrate_on": "all",
+    }
     return [
         name
         for name, text in expected.items()

@@ -90,7 +90,10 @@ def test_explicit_options_override_the_preset():
         (["--preset=atp-paper", "--table=7"], "table is '7'; the preset atp-paper has the tables 1, 2, 3"),
         (["--preset=atp"], "preset is 'atp'; the only preset is atp-paper"),
         (["--table=6", "--sparsity=0.5"], "table is 6, but there is no preset"),
-        (["--preset=atp-paper", "--table=5", "--beta-step=0.01"], "beta_step is given, but the allocations of Table 5"),
+        (
+            ["--preset=atp-paper", "--table=5", "--beta-step=0.01"],
+            "beta_step is given, but the allocations of Table 5",
+        ),
     ],
 )
 def test_unknown_presets_and_tables_are_refused(options, named):
