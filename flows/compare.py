@@ -336,7 +336,7 @@ def _test_on_tasks(
             asked = ZeroShot(search=key, tasks=settings.tasks, way=settings.way)
             with _naming_failures(f"tasks of search {number} of {len(searched)}"):
                 table = rebuild_damaged(store, partial(compare_models, store, asked, execution))
-            each = replace(each, accuracy=table.average)
+            each = replace(each, accuracy=table.average, tasks=settings.tasks)
         results.append(each)
     return results
 

@@ -61,6 +61,9 @@ def read_options(arguments: Namespace, settings: type[Settings], **values_of_oth
     """
     given = {name: getattr(arguments, name, None) for name in settings.model_fields}
     values = {name: parsed(name, value) for name, value in given.items() if value is not None}
+    for name, value in values.items():
+        if value is None and settings.model_fields[name].default == ():
+            values[name] = ()  # an empty list
     values |= values_of_others
     try:
         return settings.model_validate(values)

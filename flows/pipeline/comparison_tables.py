@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from layerwise.flows.pipeline.result import SearchResult
-from layerwise.flows.presets.atp_paper import find_published
+from layerwise.flows.presets.atp_paper import ZERO_SHOT, differences_from_published, find_published
 from layerwise.scoring.criterion import KL
 from layerwise.scoring.perplexity import (
     DIVERGED,
@@ -32,6 +32,7 @@ class Compared:
         seconds: time of this run. Time spent for several searches at once is shared out by their numbers of plans;
             artifacts that were in the store before cost nothing.
         accuracy: average over the tasks of lm-eval; None without tasks.
+        tasks: names of these tasks.
         preset: name of the preset whose published numbers are shown; None without one.
     """
 
@@ -40,6 +41,7 @@ class Compared:
     losses: tuple[float, ...]
     seconds: float
     accuracy: ZeroShotRow | None = None
+    tasks: tuple[str, ...] = ()
     preset: str | None = None
 
     @property
@@ -176,6 +178,7 @@ def _published(each: Compared) -> Row:
 
     The paper tests the plan of each allocator, where this search may choose uniform. So the perplexity of its best plan
     other than uniform, on the selection windows, is shown as well.
+    Accuracies are published as the average over ``ZERO_SHOT``, and are left out beside other tasks.
     """
     if each.preset is None:
         return {}
@@ -186,9 +189,13 @@ def _published(each: Compared) -> Row:
     row: Row = {"not uniform, on selection": rounded_perplexity(min(others)) if others else ""}
     row |= {f"published: {name}": "" for name in found}
     row |= {f"published: {name}": number.perplexity or "" for name, number in found.items() if number}
-    if each.accuracy is not None:
+    if each.accuracy is not None and set(each.tasks) == set(ZERO_SHOT.split(",")):
         row |= {f"published %: {name}": (number and number.accuracy) or "" for name, number in found.items()}
-    row["published in"] = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
+    sources = "; ".join(dict.fromkeys(number.source for number in found.values() if number))
+    other = differences_from_published(dict(settings))
+    row["published in"] = (
+        f"{sources} (there with another {', '.join(other)})" if sources and other else sources
+    )
     return row
 
 

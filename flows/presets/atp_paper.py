@@ -207,7 +207,7 @@ def preset_options(preset: str, table: str | None, given: Collection[str]) -> di
             ``sparsities``.
 
     Raises:
-        ValueError: there is no such preset, or no such table.
+        ValueError: there is no such preset, or no such table; or an option has one value where the table compares several.
     """
     if preset != NAME:
         raise ValueError(f"preset is {preset!r}; the only preset is {NAME}. Give this one, or none.")
@@ -218,7 +218,41 @@ def preset_options(preset: str, table: str | None, given: Collection[str]) -> di
             f"Table {DEFAULT_TABLE}."
         )
     options = {**COMMON, **TABLES[number].options}
+    replaced = {"allocators", "allocator"} & set(given)
+    if varied := [] if replaced else sorted(_varied(options["allocators"]) & set(given)):
+        raise ValueError(
+            f"{varied[0]} is given, but the allocations of Table {number} have {varied[0]} settings of their own. Give your "
+            f"own allocators ({options['allocators']} in this table), or leave {varied[0]} out."
+        )
     return {name: text for name, text in options.items() if not {name, ONE_OF.get(name)} & set(given)}
+
+
+def differences_from_published(settings: Mapping[str, object]) -> list[str]:
+    """Return the names of settings that a published number does not have, because other ones were given.
+
+    Args:
+        settings: settings of a search by name. Plans may be searched in another way, with another seed.
+    """
+    expected = {name: text for name, text in COMMON.items() if name not in ("strategy", "seed")}
+    expected |= {
+        "test": "",
+        "test_windows": "",
+        "pattern": "",
+        "exclude": "",
+        "recover": "",
+        "calibrate_on": "all",
+    }
+    return [
+        name
+        for name, text in expected.items()
+        if ("" if settings[name] is None else str(settings[name])) != text
+    ]
+
+
+def _varied(allocators: str) -> set[str]:
+    """Return the settings, besides the allocator, that the allocations of a table have of their own."""
+    entries = json.loads(allocators) if allocators.startswith("[") else []
+    return {name for entry in entries if isinstance(entry, dict) for name in entry} - {"allocator"}
 
 
 def preset_notes(table: str | None) -> list[str]:

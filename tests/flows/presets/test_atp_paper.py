@@ -75,6 +75,7 @@ def test_explicit_options_override_the_preset():
         "--allocators=lamp",
         "--seqlen=64",
         "--selection-windows=8",
+        "--offsets=",
     ]
     settings = settings_of("--preset=atp-paper", "--table=1", *options, "--tasks=rte")
     (search,) = settings.searches
@@ -89,6 +90,10 @@ def test_explicit_options_override_the_preset():
         (["--preset=atp-paper", "--table=7"], "table is '7'; the preset atp-paper has the tables 1, 2, 3"),
         (["--preset=atp"], "preset is 'atp'; the only preset is atp-paper"),
         (["--table=6", "--sparsity=0.5"], "table is 6, but there is no preset"),
+        (
+            ["--preset=atp-paper", "--table=5", "--beta-step=0.01"],
+            "beta_step is given, but the allocations of Table 5",
+        ),
     ],
 )
 def test_unknown_presets_and_tables_are_refused(options, named):
@@ -130,7 +135,11 @@ def test_a_run_of_a_table_has_the_tasks_and_the_published_numbers_in_its_tables(
     results = compare(settings, runtime)
     (row,) = rows_of(results)
     assert (row["published: uniform"], row["published: best"]) == (74.26, 22.16)
-    assert row["published in"] == "ATP paper, abstract and text; ATP paper, Table 6"
+    assert row["published in"] == (
+        "ATP paper, abstract and text; ATP paper, Table 6 (there with another calibration, calibration_windows, selection, "
+        "selection_windows, seqlen, test_windows)"
+    )
+    assert "published %: best" not in row  # the paper's average is that of other tasks
     plans = results[0].result.selection.rows
     assert row["not uniform, on selection"] == pytest.approx(
         min(each.perplexity for each in plans[1:]), rel=1e-2
