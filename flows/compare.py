@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby, product
 from math import prod
@@ -487,6 +487,8 @@ def _publish(store: ArtifactStore, results: Sequence[Compared], settings: Compar
     names: list[object] = [[each.allocator, each.result.settings.model_dump(mode="json")] for each in results]
     if settings.preset or settings.tasks:  # a comparison without them has the key of older versions
         names.append([settings.preset, settings.table, settings.tasks, settings.way])
+        # The data of a task may have changed since another run of the same comparison.
+        names.append([asdict(each.accuracy) for each in results if each.accuracy is not None])
     notes = [] if settings.preset is None else preset_notes(settings.table)
     title = f"{plain(results[0].result.source)}. {COLUMNS}"
 
