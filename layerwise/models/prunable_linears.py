@@ -137,6 +137,7 @@ def _warn_uncalled(model_type: str, names: tuple[str, ...]) -> None:
 
 def _called_linears(model: PreTrainedModel) -> frozenset[str] | None:
     """Return the linears that a forward pass calls, as ``layer.linear``; None if it cannot be found out."""
+    separate_experts(model, layer_prefix(model))  # fused experts cannot be probed, and the key is the same
     key = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)}"
     if key not in _called:
         _called[key] = _probe(model)
