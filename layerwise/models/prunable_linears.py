@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -99,14 +100,18 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
         if (place := expert_linear(linear.name)) is not None:
             block = place.pool.removesuffix("experts")
             experts[block] = max(experts.get(block, 0), place.expert + 1)
-    return {
-        linear.name
-        for linear in linears
-        for block, number in experts.items()
-        if linear.name.startswith(block)
-        and expert_linear(linear.name) is None
-        and (linear.out_features in (1, number) or ROUTER.search(linear.name))
-    }
+    owners = Counter(linear.name.rpartition(".")[0] for linear in linears)
+    found = set()
+    for linear in linears:
+        for block, number in experts.items():
+            if not linear.name.startswith(block) or expert_linear(linear.name) is not None:
+                continue
+            # A shared expert is inside of the block too, and may be as wide as there are experts (Qwen3-Next: 512).
+            owner = linear.name.rpartition(".")[0]
+            is_alone = owner == block.removesuffix(".") or owners[owner] == 1
+            if ROUTER.search(linear.name) or (is_alone and linear.out_features in (1, number)):
+                found.add(linear.name)
+    return found
 
 
 def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
