@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ KEPT_DENSE = re.compile(
 # A router of experts has one output per expert, and the gate of a shared expert has one. They decide where every token goes,
 # and hold less than 1 % of a layer's weights. In many models they are not linears, so that they stay dense anyway.
 ROUTER = re.compile(r"(^|\.)router(\.|$)")
-GATE = re.compile(r"(^|\.)(\w+_)?gate(\.|$)")
 # Reasons why a linear stays dense.
 SMALL_GATE_REASON = "a small gate: it has one output per head, and an error in it grows along the sequence"
 UNCALLED_REASON = (
@@ -100,14 +100,18 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
         if (place := expert_linear(linear.name)) is not None:
             block = place.pool.removesuffix("experts")
             experts[block] = max(experts.get(block, 0), place.expert + 1)
-    return {
-        linear.name
-        for linear in linears
-        for block, number in experts.items()
-        if linear.name.startswith(block)
-        and expert_linear(linear.name) is None
-        and (ROUTER.search(linear.name) or (GATE.search(linear.name) and linear.out_features in (1, number)))
-    }
+    owners = Counter(linear.name.rpartition(".")[0] for linear in linears)
+    found = set()
+    for linear in linears:
+        for block, number in experts.items():
+            if not linear.name.startswith(block) or expert_linear(linear.name) is not None:
+                continue
+            # A shared expert is inside of the block too, and may be as wide as there are experts (Qwen3-Next: 512).
+            owner = linear.name.rpartition(".")[0]
+            is_alone = owner == block.removesuffix(".") or owners[owner] == 1
+            if ROUTER.search(linear.name) or (is_alone and linear.out_features in (1, number)):
+                found.add(linear.name)
+    return found
 
 
 def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -138,6 +142,7 @@ def _warn_uncalled(model_type: str, names: tuple[str, ...]) -> None:
 
 def _called_linears(model: PreTrainedModel) -> frozenset[str] | None:
     """Return the linears that a forward pass calls, as ``layer.linear``; None if it cannot be found out."""
+    separate_experts(model, layer_prefix(model))  # fused experts cannot be probed, and the key is the same
     key = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)}"
     if key not in _called:
         _called[key] = _probe(model)

@@ -174,13 +174,23 @@ def _inputs_of(pruned: LayerToRecover, names: Sequence[str], hidden_states: Tens
 def refitted_together(groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
     """Collect the groups of ``linears_by_input`` whose inputs one pass gives: the same linears of all experts of a layer.
 
-    The inputs of an expert do not depend on the other experts. All other groups are alone, in their order.
+    The inputs of an expert do not depend on the other experts. All other groups are alone, in their order. Those of experts
+    keep the order that they have in every expert, also if an expert lacks some, because they are not pruned.
     """
     sets: dict[object, list[Sequence[str]]] = {}
+    before: dict[str, int] = {}  # groups of each expert so far
+    places: dict[object, int] = {}  # last place of a set among the groups of an expert
     for names in groups:
-        of_expert = expert_linear(names[0]) is not None
-        sets.setdefault(tuple(map(kind_of, names)) if of_expert else tuple(names), []).append(names)
-    return list(sets.values())
+        place = expert_linear(names[0])
+        if place is None:
+            sets[tuple(names)] = [names]
+            continue
+        kinds = tuple(map(kind_of, names))
+        sets.setdefault(kinds, []).append(names)
+        places[kinds] = max(places.get(kinds, 0), before.get(place.name, 0))
+        before[place.name] = before.get(place.name, 0) + 1
+    of_experts = iter(sorted(places, key=places.__getitem__))
+    return [sets[next(of_experts) if kinds in places else kinds] for kinds in sets]
 
 
 def linears_by_input(pruned: LayerToRecover) -> list[list[str]]:

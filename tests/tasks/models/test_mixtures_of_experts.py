@@ -20,6 +20,7 @@ from transformers import (
     Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    JambaConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -29,11 +30,15 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
 )
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from layerwise.allocators.sparsity_plan import OTHER_LINEARS, units_of
+from layerwise.models.prunable_linears import dense_linears, dense_rows
+from layerwise.models.skeleton import build_outline
 from layerwise.pruners.sparsegpt import SparseGPT
+from layerwise.recovery.linear_inputs import refitted_together
 from layerwise.recovery.refit import Refit
 from layerwise.storage.tables import read_table
 from layerwise.tasks.lanes.recovered_layers import OUTCOMES_FILE, RecoveredLayers
@@ -316,3 +321,22 @@ def test_a_unit_of_an_allocation_is_an_expert_with_all_of_its_linears():
     names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj", "mlp.experts.1.up_proj"]
     units = [(OTHER_LINEARS, [0]), ("mlp.experts.0", [1, 2]), ("mlp.experts.1", [3])]
     assert units_of(names, "expert") == units
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router():
+    sizes = {"num_experts": 16, "shared_expert_intermediate_size": 16, "layer_types": ["full_attention"] * 3}
+    model = build_outline(Qwen3NextConfig(**TEXT, **TOP_2, **sizes, head_dim=8))
+    assert dense_linears(model) == [f"{layer}.mlp.shared_expert_gate" for layer in range(3)]
+
+
+def test_linears_without_a_call_are_found_in_a_mixture_that_nobody_has_looked_at_before():
+    layers = {"expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}
+    outline = build_outline(JambaConfig(**TEXT, **layers, num_experts=4))
+    assert [(row["linear"], row["layers"]) for row in dense_rows(outline)] == [("mamba.dt_proj", [0, 2])]
+
+
+def test_the_linears_of_experts_are_refitted_in_the_order_of_the_data_flow_if_some_are_excluded():
+    expert = "mlp.experts.{}.{}_proj".format
+    gate_and_up, downs = [expert(1, "gate"), expert(1, "up")], [[expert(0, "down")], [expert(1, "down")]]
+    groups = [["self_attn.o_proj"], downs[0], gate_and_up, downs[1]]
+    assert refitted_together(groups) == [[["self_attn.o_proj"]], [gate_and_up], downs]
