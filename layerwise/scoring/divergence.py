@@ -22,7 +22,9 @@ def kl_per_token(logits: Tensor, dense_logits: Tensor) -> Tensor:
     """
     log_p = logits.float().log_softmax(-1)
     log_dense = dense_logits.float().log_softmax(-1)
-    return kl_div(log_p, log_dense, reduction="none", log_target=True).sum(-1)
+    terms = kl_div(log_p, log_dense, reduction="none", log_target=True)
+    # A token that the model itself masks has probability 0 in both; 0 times infinity would be NaN.
+    return terms.masked_fill(log_dense.isneginf(), 0).sum(-1)
 
 
 def mean_divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ def test_the_loss_is_the_divergence_of_the_two_distributions():
     expected = kl_divergence(Categorical(logits=teacher), Categorical(logits=student))
     assert torch.allclose(kl_per_token(student, teacher), expected, atol=1e-6)
     assert kl_per_token(teacher, teacher).abs().max() < 1e-6
+    masked = torch.full((3, 5, 2), -torch.inf)  # tokens that the model never gives
+    with_masked = [torch.cat((logits, masked), dim=-1).requires_grad_() for logits in (student, teacher)]
+    divergences = kl_per_token(*with_masked)
+    assert torch.allclose(divergences, expected, atol=1e-6)
+    divergences.sum().backward()
+    assert with_masked[0].grad.isfinite().all()
 
 
 def test_loss_and_gradient_do_not_depend_on_the_number_of_positions_at_a_time(monkeypatch):
