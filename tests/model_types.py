@@ -132,7 +132,7 @@ def require_refused_files(config: PretrainedConfig, folder: Path) -> None:
         return
     try:
         model = getattr(transformers, auto_class(config)).from_config(config)
-    except ValueError:  # transformers cannot build it either
+    except (ValueError, AttributeError):  # transformers cannot build it either
         return
     model.save_pretrained(folder)
     try:
