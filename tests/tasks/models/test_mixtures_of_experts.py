@@ -235,6 +235,33 @@ def test_lanes_that_calibrate_themselves_are_exported_as_they_were_scored(small_
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "dies_in", "call"),
+    [
+        ({"pruner": SparseGPT()}, "lane_group.read_grams", 2),
+        ({"recover": Refit()}, "lane_group.read_statistics", 2),
+        ({"calibration_mode": "sequential"}, "lane_group.write_statistics", 4),
+    ],
+    ids=["sparsegpt", "refit", "sequential"],
+)
+def test_an_interrupted_search_over_experts_resumes_with_the_same_artifacts(
+    small_run, another_store, dying_at, changes, dies_in, call
+):
+    run = small_run(qwen3_moe(), **changes)
+    again = small_run(run.folder, another_store(), **changes)
+    with dying_at("layerwise.tasks.capture.write_statistics", 2):
+        again.capture(boundary_layers=1)
+    assert again.capture(boundary_layers=1).content == run.capture().content
+    if isinstance(changes.get("pruner"), SparseGPT):
+        with dying_at("layerwise.tasks.capture_grams.write_grams", 2):
+            again.grams(boundary_layers=1)
+        assert again.grams(boundary_layers=1).content == run.grams().content
+    with dying_at(f"layerwise.tasks.lanes.{dies_in}", call):
+        again.branch(0.0, 0.1, boundary_layers=1)
+    resumed, undisturbed = again.branch(0.0, 0.1, boundary_layers=1), run.branch(0.0, 0.1)
+    assert [lane.artifact.content for lane in resumed] == [lane.artifact.content for lane in undisturbed]
+
+
 def test_a_refit_changes_the_experts_that_enough_tokens_reach_and_lowers_the_error(small_run):
     run = small_run(gpt_oss(), windows=ENOUGH, recover=Refit())
     (plan,) = run.plans([0.0])
