@@ -297,52 +297,104 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
 
     dense: Artifact | None = None
     if by_kl:
-        stage = None
-        if checkpoint is not None and selection is not None:
-            stage = dense_states_stage(checkpoint.identity, selection, dtype)
         was_captured = statistics is not None
-        (dense,) = yield Step(
-            name="dense_states",
-            stages=[("dense states", stage)],
-            build=lambda execution: [
-                capture_dense_states(store, known(checkpoint), known(selection), dtype, execution)
-            ],
-            work="run the dense model on the selection windows"
-            if was_captured
-            else "keep them in the capture",
-            reads=lambda sizes: sizes.weights if was_captured else 0,
-            writes=lambda sizes: sizes.dense_states,
-            seconds=lambda times: times.dense_states if was_captured else 0.0,
-        )
-
-    grams = None
+        dense = yield from _dense_states_steps(store, checkpoint, selection, dtype, was_captured)
+    grams: Artifact | None = None
     if settings.needs_grams:
-        with_sums = settings.pruning(dtype).needs_sums
-        stage = None
-        if checkpoint is not None and calibration is not None:
-            stage = grams_stage(checkpoint.identity, calibration, dtype, settings.calibrate_on, with_sums)
-        (grams,) = yield Step(
-            name="grams",
-            stages=[("grams", stage)],
-            build=lambda execution: [
-                capture_grams(
-                    store,
-                    known(checkpoint),
-                    known(calibration),
-                    dtype,
-                    execution,
-                    settings.calibrate_on,
-                    with_sums,
-                )
-            ],
-            work="second moments of the linears' inputs, in the dense model",
-            reads=lambda sizes: sizes.weights,
-            writes=lambda sizes: sizes.grams,
-            seconds=lambda times: times.grams,
-        )
+        grams = yield from _grams_steps(store, settings, checkpoint, calibration, dtype)
+    plans = yield from _plan_steps(store, settings, inputs, checkpoint, statistics, grams)
+    if (
+        checkpoint is None
+        or calibration is None
+        or selection is None
+        or statistics is None
+        or (settings.needs_grams and grams is None)
+        or (by_kl and dense is None)
+        or plans is None
+    ):
+        return None
+    all_windows = inputs.texts.windows["calibration"]
+    some_windows = settings.windows_to_recover_on(all_windows)
+    recovery_windows = some_windows if some_windows < all_windows else None
+    return Captured(
+        checkpoint,
+        windows,
+        linears,
+        settings.pruning(dtype),
+        statistics,
+        grams,
+        plans,
+        recovery_windows,
+        settings.criterion,
+        dense,
+    )
 
-    pruning, allocation = settings.pruning(dtype), settings.allocation
-    prunable = pruning.prunable(linears)
+
+def _dense_states_steps(
+    store: ArtifactStore,
+    checkpoint: Checkpoint | None,
+    selection: Artifact | None,
+    dtype: str,
+    was_captured: bool,
+) -> Steps[Artifact | None]:
+    """Yield the step that keeps the output of the dense model on the selection windows.
+
+    Args:
+        was_captured: whether the capture existed before this run; otherwise it has kept this output.
+    """
+    stage = None
+    if checkpoint is not None and selection is not None:
+        stage = dense_states_stage(checkpoint.identity, selection, dtype)
+    (dense,) = yield Step(
+        name="dense_states",
+        stages=[("dense states", stage)],
+        build=lambda execution: [
+            capture_dense_states(store, known(checkpoint), known(selection), dtype, execution)
+        ],
+        work="run the dense model on the selection windows" if was_captured else "keep them in the capture",
+        reads=lambda sizes: sizes.weights if was_captured else 0,
+        writes=lambda sizes: sizes.dense_states,
+        seconds=lambda times: times.dense_states if was_captured else 0.0,
+    )
+    return dense
+
+
+def _grams_steps(
+    store: ArtifactStore,
+    settings: Search,
+    checkpoint: Checkpoint | None,
+    calibration: Artifact | None,
+    dtype: str,
+) -> Steps[Artifact | None]:
+    """Yield the step that collects the second moments of the linears' inputs."""
+    how = settings.calibrate_on, settings.pruning(dtype).needs_sums
+    stage = None
+    if checkpoint is not None and calibration is not None:
+        stage = grams_stage(checkpoint.identity, calibration, dtype, *how)
+    (grams,) = yield Step(
+        name="grams",
+        stages=[("grams", stage)],
+        build=lambda execution: [
+            capture_grams(store, known(checkpoint), known(calibration), dtype, execution, *how)
+        ],
+        work="second moments of the linears' inputs, in the dense model",
+        reads=lambda sizes: sizes.weights,
+        writes=lambda sizes: sizes.grams,
+        seconds=lambda times: times.grams,
+    )
+    return grams
+
+
+def _plan_steps(
+    store: ArtifactStore,
+    settings: Search,
+    inputs: SearchInputs,
+    checkpoint: Checkpoint | None,
+    statistics: Artifact | None,
+    grams: Artifact | None,
+) -> Steps[tuple[SparsityPlan, ...] | None]:
+    """Yield the steps that measure the layers, if the allocator does, and that make the plans."""
+    allocation, prunable = settings.allocation, settings.pruning("auto").prunable(inputs.linears)
     measured: Artifact | None = None
     scores: tuple[float, ...] = ()
     if is_measured(allocation.allocator):
@@ -370,32 +422,9 @@ def capture_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) 
         stages=[("allocate", allocate_stage(prunable, allocation, measured) if plans_known else None)],
         build=lambda execution: [allocate(store, prunable, allocation, measured)],
     )
-    if (
-        checkpoint is None
-        or calibration is None
-        or selection is None
-        or statistics is None
-        or (settings.needs_grams and grams is None)
-        or (by_kl and dense is None)
-        or not plans_known
-    ):
+    if not plans_known:
         return None
-    plans = allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
-    all_windows = inputs.texts.windows["calibration"]
-    some_windows = settings.windows_to_recover_on(all_windows)
-    recovery_windows = some_windows if some_windows < all_windows else None
-    return Captured(
-        checkpoint,
-        windows,
-        linears,
-        pruning,
-        statistics,
-        grams,
-        plans,
-        recovery_windows,
-        settings.criterion,
-        dense,
-    )
+    return allocation.plans(prunable, scores) if allocated is None else read_plans(store, allocated)
 
 
 def lane_steps(
