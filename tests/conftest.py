@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def quick_retries(monkeypatch):
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory) -> Iterator[str]:
     """Start a real Prefect server with an empty database, used by flows of this process; return its URL."""
+    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
@@ -84,6 +86,8 @@ def prefect_backend(tmp_path_factory) -> Iterator[str]:
         for name, value in PREFERENCES.items():
             environment.setenv(name, value)
         environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        # The harness would wait without end for the events to a server of a test that no longer exists.
+        environment.setattr(EventsWorker, "drain_all", partial(EventsWorker.drain_all, timeout=10))
         # The server starts in 16 s on two idle cores. The heartbeat would delay the end of every flow by a second.
         quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with prefect_test_harness(server_startup_timeout=120), quick:
