@@ -1,4 +1,4 @@
-"""Experts that few calibration tokens reach: what stands in for the inputs that were not seen.
+"""Experts that few calibration tokens reach: statistics of all experts of the layer replace theirs.
 
 The router of a mixture of experts sends every token to a few experts, so some experts get few of the calibration tokens,
 or none. The norms or second moments of so few inputs are mostly chance. Such an expert's linear is pruned by the inputs

@@ -24,7 +24,7 @@ REFINED_ENTRIES = 1 << 20
 
 @dataclass(frozen=True)
 class DSnoTInput:
-    """What ``DSnoT`` needs to know about the inputs of a linear; tensors of shape ``(in_features,)``, float32.
+    """Statistics of the inputs of a linear that ``DSnoT`` uses; tensors of shape ``(in_features,)``, float32.
 
     Attributes:
         importance: factor of absolute weights that gives the scores of the first mask.
