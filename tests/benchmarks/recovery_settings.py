@@ -43,12 +43,13 @@ class Lanes:
     """Lanes of one sparsity that are scored on the test windows."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
         self.store = ArtifactStore(str(arguments.store))
         self.execution = Runtime(store=self.store.url).execution()
         self.common = Search(
             model="demo",
             sparsity=SPARSITY,
-            betas=BETAS[1:],
+            betas=tuple(beta for beta in arguments.betas if beta),
             calibration=str(arguments.calibration),
             selection=str(arguments.test),
             test=str(arguments.test),
@@ -91,6 +92,10 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--only", choices=("cost", "alpha", "steps", "windows", "train"))
+    parser.add_argument("--betas", type=float, nargs="+", default=BETAS, help="of the rows by alpha")
+    parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the rows by alpha")
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
     arguments = parser.parse_args()
     ServerStart().wait()
     lanes, problems = Lanes(arguments), []
@@ -126,14 +131,15 @@ def cost(lanes: Lanes) -> list[str]:
 def by_alpha(lanes: Lanes) -> list[str]:
     """Show alpha by beta and seed."""
     problems = []
-    for seed in SEEDS:
+    betas = lanes.arguments.betas
+    for seed in lanes.arguments.seeds:
         captured = lanes.captured(seed=seed)
-        plain, seconds = lanes.perplexities(captured, BETAS, None)
+        plain, seconds = lanes.perplexities(captured, betas, None)
         show(f"seed {seed}, not recovered", plain, seconds)
-        for alpha in ALPHAS:
-            found, seconds = lanes.perplexities(captured, BETAS, Refit(alpha=alpha))
+        for alpha in lanes.arguments.alphas:
+            found, seconds = lanes.perplexities(captured, betas, Refit(alpha=alpha))
             show(f"seed {seed}, alpha {alpha:g}", found, seconds)
-            if alpha == Refit().alpha:
+            if alpha == Refit().alpha and 0.0 in plain:
                 shares = found[0.0] / plain[0.0], min(found.values()) / min(plain.values())
                 print(
                     f"seed {seed}: uniform {shares[0]:.2f}, best {shares[1]:.2f} of the perplexity without it"
@@ -154,7 +160,7 @@ def by_steps(lanes: Lanes) -> list[str]:
 
 def by_windows(lanes: Lanes) -> list[str]:
     """Show the number of calibration tokens."""
-    for windows in WINDOWS:
+    for windows in lanes.arguments.windows:
         captured = lanes.captured(calibration_windows=windows)
         show(f"{512 * windows:,} tokens, not recovered", *lanes.perplexities(captured, BETAS[1:2], None))
         show(f"{512 * windows:,} tokens, refit", *lanes.perplexities(captured, BETAS[1:2], Refit()))
