@@ -17,7 +17,7 @@ from layerwise.tasks.charts.drawing import (
     BLUE,
     GREEN,
     GREY,
-    WIDE,
+    WIDE_WITH_NAMES,
     Figure,
     Look,
     beside,
@@ -89,7 +89,8 @@ def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> Figure:
         chart_of(named[1:]).mark_text(**text, dy=BESIDE + 6).encode(x=x, y=y, text="label:N"),
     )
     points = [{"line": row["line"], "x": row["beta"], "y": row["perplexity"]} for row in rows]
-    return Figure(layers, line_names(lines, WIDE + 10, beside(points, axis)))
+    names = line_names(lines, WIDE_WITH_NAMES + 10, beside(points, axis))
+    return Figure(layers, names, width=WIDE_WITH_NAMES)
 
 
 def newest_pair(store: ArtifactStore) -> tuple[FinishedSearch, FinishedSearch]:

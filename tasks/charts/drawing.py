@@ -25,8 +25,8 @@ GREY = "#808080"
 # Vega computes text widths for these fonts. A wider font would be cut off.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 INK = "currentColor"  # text colour of the surrounding page; black in a separate file
-# Widths of the plot. With its labels, a figure is about as wide as the page, or as a phone.
-WIDE, NARROW = 690, 300
+# Widths of the plot. With its axis and the names next to it, a figure is about as wide as the page, or as a phone.
+WIDE, WIDE_WITH_NAMES, NARROW = 860, 680, 300
 HEIGHT = 290
 PADDING, LINE = 14, 20  # of the title in a file, in units
 SAMPLE, NAME_GAP = 26, 18  # length of a line next to its name, and distance of two names, in units
@@ -65,19 +65,23 @@ class Figure:
     Attributes:
         layers: marks of both layouts.
         only_wide, only_narrow: marks of one layout, such as the names of lines.
+        width: of the plot in the wide layout.
         height: of the plot.
     """
 
     layers: tuple[altair.Chart, ...]
     only_wide: tuple[altair.Chart, ...] = ()
     only_narrow: tuple[altair.Chart, ...] = ()
+    width: int = WIDE
     height: int = HEIGHT
 
     @cached_property
     def wide(self) -> str:
         """SVG of the wide layout, in the text colour of its surroundings."""
         layers = self._spec["layer"]
-        return _svg({**self._spec, "width": WIDE, "layer": layers[: len(layers) - len(self.only_narrow)]})
+        return _svg(
+            {**self._spec, "width": self.width, "layer": layers[: len(layers) - len(self.only_narrow)]}
+        )
 
     @cached_property
     def narrow(self) -> str:
@@ -304,8 +308,9 @@ def line_figure(
     above = {name: (number - len(looks)) * NAME_GAP for number, name in enumerate(looks)}
     return Figure(
         (*lines, dots.encode(x=x, y=y, description="label:N", **of_point)),
-        line_names(looks, WIDE + 10, beside(rows, y_axis)),
+        line_names(looks, WIDE_WITH_NAMES + 10, beside(rows, y_axis)),
         line_names(looks, 0, above),
+        WIDE_WITH_NAMES,
     )
 
 
