@@ -44,8 +44,6 @@ KL_TITLE = f"{KL} from the dense model on the selection text"
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
     extras = asdict(data.extras)
-    if not extras["tasks"]:
-        del extras["tasks"]  # so that reports without them keep their keys
     keys = {"theory": extras.pop("theory"), "distill": extras.pop("distilled")}
     settings = {
         "made": [
