@@ -258,7 +258,7 @@ def test_the_code_on_the_page_loads_the_exported_model(finished, page, store):
     exec(code.replace("STORE", store.root), loaded)
     exported = AutoModelForCausalLM.from_pretrained(finished[0].pruned).state_dict()
     assert all(torch.equal(weight, exported[name]) for name, weight in loaded["model"].state_dict().items())
-    assert loaded["tokenizer"]("w1 w2").input_ids == [1, 2]
+    assert loaded["tokenizer"]("w0 w1").input_ids == [1, 2]
 
 
 def test_a_distilled_model_is_the_headline_and_is_loaded(data):
