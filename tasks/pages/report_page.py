@@ -94,7 +94,7 @@ def sentences_on_more_costs(data: ReportData) -> str:
     sentences = []
     for row in data.tables.get("recovery", ()):
         if row["model"] == "best, pruned":
-            sentences.append(f"Without recovery, the chosen plan has {row['test text']}.")
+            sentences.append(f"Without recovery, the chosen plan has perplexity {row['test text']}.")
     if "test_kl" in best:
         sentences.append(
             f"{KL} from the dense model: {format_divergence(best['test_kl'])} nats per token; uniform "
