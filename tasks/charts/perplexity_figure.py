@@ -60,12 +60,11 @@ def perplexity_by_beta(
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
     joined = [] if parameter == TRIAL else shown
     line = chart_of(joined).mark_line(strokeWidth=1.5, color=BLUE, opacity=0.5, aria=False)
-    y_of_bars = altair.Y("low:Q", **axis)
     layers = (
         chart_of(level).mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color=GREY, aria=False).encode(y=y),
         line.encode(x=x, y=y),
         bars.mark_rule(color=BLUE, strokeWidth=1.5, clip=True, aria=False).encode(
-            x=x, y=y_of_bars, y2="high:Q"
+            x=x, y=altair.Y("low:Q", **axis), y2="high:Q"
         ),
         of_shown.mark_point(size=95, strokeWidth=2, opacity=1).encode(
             x=x, y=y, description="label:N", **look

@@ -71,7 +71,7 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
 def cost_sentence(data: ReportData) -> str:
     """State what the pruning costs on text that no choice used: the headline of the page."""
     dense, uniform, best = data.tables["models"]
-    cost = f"perplexity {perplexity_text(dense['test_perplexity'])} \u2192 "
+    cost = f"perplexity {perplexity_text(dense['test_perplexity'])} → "
     steps = [f"{100 * best['zeros'] / best['weights']:.3g} % removed"]
     if data.settings.get("recover"):
         steps.append(
@@ -89,7 +89,7 @@ def cost_sentence(data: ReportData) -> str:
 
 
 def sentences_on_more_costs(data: ReportData) -> str:
-    """State the cost by other measures: without recovery, in divergence, accuracy and speed, as far as measured."""
+    """State the cost by other measures: without recovery, in divergence and in accuracy, as far as measured."""
     _, uniform, best = data.tables["models"]
     sentences = []
     for row in data.tables.get("recovery", ()):
@@ -102,7 +102,7 @@ def sentences_on_more_costs(data: ReportData) -> str:
         )
     if data.extras.zero_shot and (average := data.extras.zero_shot[-1]).task == "average":
         sentences.append(
-            f"Average accuracy on the tasks below: {100 * average.dense:.1f} % \u2192 {100 * average.best:.1f} %; uniform "
+            f"Average accuracy on the tasks below: {100 * average.dense:.1f} % → {100 * average.best:.1f} %; uniform "
             f"{100 * average.uniform:.1f} %."
         )
     return " ".join(sentences)
