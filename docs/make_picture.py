@@ -17,9 +17,13 @@ from layerwise.tasks.charts.drawing import (
     BLUE,
     GREEN,
     GREY,
+    WIDE_WITH_NAMES,
+    Figure,
+    Look,
+    beside,
     chart_of,
-    figure_of,
-    line_colors,
+    line_encodings,
+    line_names,
     measure_axis,
     svg_file,
 )
@@ -30,7 +34,7 @@ FILE = Path(__file__).with_name("curve.svg")
 BESIDE = 12  # units between a minimum and its label
 
 
-def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> altair.LayerChart:
+def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> Figure:
     """Return the figure of two searches, which differ in the recovery only.
 
     Raises:
@@ -45,7 +49,10 @@ def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> altair.LayerC
         raise ValueError(
             f"the searches also differ in {', '.join(sorted(differing))}. Give a store with one pair."
         )
-    lines = {"without recovery": BLUE, "with refit": GREEN}
+    lines = {
+        "without recovery": Look(BLUE, dash=(7, 4), shape="circle"),
+        "with refit": Look(GREEN, shape="square"),
+    }
     rows = [
         {**row, "line": line}
         for line, search in zip(lines, (one_shot, refitted), strict=True)
@@ -53,29 +60,37 @@ def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> altair.LayerC
         if not row["failed"] and not row["offset"]
     ]
     dense = one_shot.selection.dense_perplexity
-    y = altair.Y("perplexity:Q", **measure_axis([dense, *(row["perplexity"] for row in rows)], "perplexity"))
+    axis = measure_axis([dense, *(row["perplexity"] for row in rows)], "perplexity")
+    y = altair.Y("perplexity:Q", **axis)
     x = altair.X(
         "beta:Q",
         title="beta (increase in sparsity from one layer to the next; 0 is uniform)",
         scale=altair.Scale(padding=20, nice=False, zero=False),
         axis=altair.Axis(tickCount=6),
     )
-    look = line_colors({name: (color, 2.0) for name, color in lines.items()})
+    encodings = line_encodings(lines)
+    of_line = {name: encodings[name] for name in ("color", "strokeDash")}
+    of_point = {name: encodings[name] for name in ("color", "shape")}
     best = [row for row in rows if row["kind"] == BEST]
     level = [{"perplexity": dense, "label": f"dense: {format_perplexity(dense)}"}]
     named = [{**row, "label": f"{row['perplexity']:.1f} at {row['beta']:.3g}"} for row in best]
     text = {"fontSize": 13, "color": "black"}
-    return figure_of(
-        chart_of(level).mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color=GREY).encode(y=y),
+    layers = (
+        chart_of(level).mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=GREY).encode(y=y),
         chart_of(level)
         .mark_text(**text, align="left", dx=4, dy=-BESIDE)
         .encode(x=altair.value(0), y=y, text="label:N"),
-        chart_of(rows).mark_line(strokeWidth=2).encode(x=x, y=y, color=look),
-        chart_of(rows).mark_circle(size=45, opacity=1).encode(x=x, y=y, color=look),
-        chart_of(best).mark_point(shape="diamond", size=170, strokeWidth=2.5).encode(x=x, y=y, color=look),
+        chart_of(rows).mark_line(strokeWidth=2).encode(x=x, y=y, **of_line),
+        chart_of(rows).mark_point(size=45, filled=True, opacity=1).encode(x=x, y=y, **of_point),
+        chart_of(best)
+        .mark_point(shape="diamond", size=170, strokeWidth=2.5)
+        .encode(x=x, y=y, color=encodings["color"]),
         chart_of(named[:1]).mark_text(**text, dy=-BESIDE - 6).encode(x=x, y=y, text="label:N"),
         chart_of(named[1:]).mark_text(**text, dy=BESIDE + 6).encode(x=x, y=y, text="label:N"),
     )
+    points = [{"line": row["line"], "x": row["beta"], "y": row["perplexity"]} for row in rows]
+    names = line_names(lines, WIDE_WITH_NAMES + 10, beside(points, axis))
+    return Figure(layers, names, width=WIDE_WITH_NAMES)
 
 
 def newest_pair(store: ArtifactStore) -> tuple[FinishedSearch, FinishedSearch]:

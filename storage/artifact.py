@@ -121,6 +121,16 @@ class Artifact:
         """Total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
+    @property
+    def folder(self) -> str:
+        """Path of the folder that contains all files, relative to the store's root.
+
+        This is the folder of the attempt, or of the stage if two attempts wrote the files and they were not gathered
+        (``Draft.gather``).
+        """
+        attempts = {"/".join(file.path.split("/")[:3]) for file in self.files.values()}
+        return attempts.pop() if len(attempts) == 1 else self.key
+
 
 def files_to_json(files: Mapping[str, StoredFile]) -> dict[str, object]:
     return {name: file.to_json() for name, file in files.items()}

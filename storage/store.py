@@ -199,15 +199,9 @@ class ArtifactStore(StoreLocation):
         """Return where a file is, for display: a plain path on a local disk, a URL elsewhere.
 
         Args:
-            name: of the file; "" for the folder that contains all files. This is the folder of the attempt, or of the
-                stage if two attempts wrote the files and they were not gathered (``Draft.gather``).
+            name: of the file; "" for the folder that contains all files.
         """
-        if name:
-            path = self.file(artifact, name).path
-        else:
-            attempts = {"/".join(file.path.split("/")[:3]) for file in artifact.files.values()}
-            path = attempts.pop() if len(attempts) == 1 else artifact.key
-        full = self.path(path)
+        full = self.path(self.file(artifact, name).path if name else artifact.folder)
         return full if self.is_local else str(self.fs.unstrip_protocol(full))
 
     @contextlib.contextmanager

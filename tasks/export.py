@@ -25,15 +25,20 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.recovered_layers import RecoveredLayers
 from layerwise.tasks.lanes.statistics_table import expert_rows
 from layerwise.tasks.models.checkpoint_index import IndexedTensor
-from layerwise.tasks.pages.model_card import model_card, recovery_section
-from layerwise.tasks.pages.model_card_data import card_of_lane, source_license, source_name
+from layerwise.tasks.pages.model_card import Result, model_card, recovery_section
+from layerwise.tasks.pages.model_card_data import (
+    card_of_lane,
+    results_on_test,
+    source_license,
+    source_name,
+)
 from layerwise.tasks.results.calibration_mix import (
     counted_document,
     counted_sentence,
     published_rows,
     text_name,
 )
-from layerwise.tasks.results.evaluation import read_recovery
+from layerwise.tasks.results.evaluation import read_recovery, read_test
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.roles import COUNTED, LAYERS_ROLLED_BACK, LOADED_BY, MIX, RECOVERED_BEST
 from layerwise.tasks.results.run_names import model_title, plans_title
@@ -78,6 +83,11 @@ class RecoveredExport:
             settings.recovery.method, test, stages, inputs.recovery_windows, settings.calibrate_on
         )
         return recovery_section(text, recovery_rows(test))
+
+    def results(self, store: ArtifactStore) -> tuple[Result, ...]:
+        """Return the results on the test text, with the criterion ``kl`` only: the section has no divergences."""
+        test = read_test(store, store.get(self.tested))
+        return () if test.kl is None else results_on_test(test, self.test)
 
 
 Beside = Callable[[LayerWatch, Execution], object]  # see ``export``
@@ -163,9 +173,9 @@ def export(
         }
         if checkpoint.dense_rows:
             report["dense"] = checkpoint.dense_rows
-        section = ""
+        section, results = "", ()
         if recovery is not None:
-            section = recovery.section(store, inputs, settings)
+            section, results = recovery.section(store, inputs, settings), recovery.results(store)
             report["recovery"] = {
                 **asdict(settings.recovery),
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
@@ -176,6 +186,7 @@ def export(
         draft.write(SPARSITY_FILE, json.dumps(report, indent=1).encode())
         loaded_by = auto_class(checkpoint.config)
         card = card_of_lane(inputs, chosen, uniform, settings, writer.rows)
+        card = replace(card, results=(*card.results, *results))
         mix = published_rows(inputs.calibration.facts)
         counted = {}
         if settings.calibrate_on == "responses":

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import altair
 import pyarrow as pa
 
 from layerwise.scoring.criterion import KL
@@ -12,7 +11,7 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tables import write_table
-from layerwise.tasks.charts.drawing import svg_inside, write_figures
+from layerwise.tasks.charts.drawing import Figure, svg_inside, write_figures
 from layerwise.tasks.charts.perplexity_figure import perplexity_by_beta
 from layerwise.tasks.charts.search_figures import (
     error_by_layer,
@@ -45,8 +44,6 @@ KL_TITLE = f"{KL} from the dense model on the selection text"
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
     extras = asdict(data.extras)
-    if not extras["tasks"]:
-        del extras["tasks"]  # so that reports without them keep their keys
     keys = {"theory": extras.pop("theory"), "distill": extras.pop("distilled")}
     settings = {
         "made": [
@@ -60,7 +57,7 @@ def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     }
     others = {f"compared {number:03d}": artifact.key for number, artifact in enumerate(compared.values())}
     measured = {role: key for role, key in keys.items() if key}
-    return Stage(REPORT_STAGE, 3, settings, {"search": data.search, **others, **measured})
+    return Stage(REPORT_STAGE, 4, settings, {"search": data.search, **others, **measured})
 
 
 @stage_task(about=lambda search, **_: str(search.facts.get("source", "")))
@@ -87,11 +84,11 @@ def report(
     data = report_data(store, read_search(store, search), others, command, extras)
 
     def build(draft: Draft) -> None:
-        charts = figures_of(data)
-        inside = {name: svg_inside(chart, name) for name, chart in charts.items()}
+        figures = figures_of(data)
+        inside = {name: svg_inside(figure, name) for name, figure in figures.items()}
         draft.write(PAGE_FILE, report_page(data, inside).encode())
         titles = TITLES if data.criterion == "perplexity" else TITLES | {"perplexity": KL_TITLE}
-        write_figures(draft, charts, titles, data.title)
+        write_figures(draft, figures, titles, data.title)
         for name, rows in data.tables.items():
             if rows:
                 write_table(draft, f"data/{name}.parquet", pa.Table.from_pylist(rows))
@@ -100,7 +97,7 @@ def report(
     return store.get_or_build(report_stage(data, compared or {}), build)
 
 
-def figures_of(data: ReportData) -> dict[str, altair.LayerChart]:
+def figures_of(data: ReportData) -> dict[str, Figure]:
     """Return the figures of a report by name."""
     tables = data.tables
     return {

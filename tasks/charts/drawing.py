@@ -1,13 +1,16 @@
 """Draw charts as SVG and PNG: Altair describes them, and Vega renders them in this process, without browser or network.
 
 The ``description`` of a mark becomes its label in the SVG. Screen readers read it, and the page shows it under the
-pointer.
+pointer. Lines and points differ in dash and shape as well as in colour.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from xml.sax.saxutils import escape
 
 import altair
 import vl_convert
@@ -22,16 +25,77 @@ GREY = "#808080"
 # Vega computes text widths for these fonts. A wider font would be cut off.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 INK = "currentColor"  # text colour of the surrounding page; black in a separate file
-WIDTH, HEIGHT = 400, 270  # small, so that text is readable at the width of a phone
+# Widths of the plot. With its axis and the names next to it, a figure is about as wide as the page, or as a phone.
+WIDE, WIDE_WITH_NAMES, NARROW = 860, 680, 300
+HEIGHT = 290
+PADDING, LINE = 14, 20  # of the title in a file, in units
+SAMPLE, NAME_GAP = 26, 18  # length of a line next to its name, and distance of two names, in units
+NAME_LIMIT = 260  # units of a name, after which it is cut
 PIXELS = 2.0  # pixels of the PNG per unit
 IDENTIFIER = re.compile(r'\bid="([^"]+)"')
 REFERENCE = re.compile(r"url\(#([^)]+)\)")
+SIZE = re.compile(r'<svg [^>]*?\bwidth="([\d.]+)" height="([\d.]+)"')
 
 
-def figure_of(*layers: altair.Chart, height: int = HEIGHT) -> altair.LayerChart:
-    """Combine layers into a figure with the common style."""
-    # In one call: each of Altair's methods, such as ``properties``, copies the chart with all its data.
-    return cast(altair.LayerChart, altair.layer(*layers, width=WIDTH, height=height, config=_style()))
+@dataclass(frozen=True)
+class Look:
+    """Look of a line and its points.
+
+    Attributes:
+        width: of the line.
+        dash: lengths of strokes and gaps; empty for a solid line.
+        shape: shape of the points, by Vega's name.
+    """
+
+    color: str
+    width: float = 2.2
+    dash: tuple[float, ...] = ()
+    shape: str = "circle"
+
+
+# The same in all figures.
+OF_UNIFORM = Look(VERMILION, dash=(7, 4), shape="square")
+OF_BEST = Look(GREEN, shape="diamond")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure in two layouts: wide for a desktop, print and files; narrow for a phone.
+
+    Attributes:
+        layers: marks of both layouts.
+        only_wide, only_narrow: marks of one layout, such as the names of lines.
+        width: of the plot in the wide layout.
+        height: of the plot.
+    """
+
+    layers: tuple[altair.Chart, ...]
+    only_wide: tuple[altair.Chart, ...] = ()
+    only_narrow: tuple[altair.Chart, ...] = ()
+    width: int = WIDE
+    height: int = HEIGHT
+
+    @cached_property
+    def wide(self) -> str:
+        """SVG of the wide layout, in the text colour of its surroundings."""
+        layers = self._spec["layer"]
+        return _svg(
+            {**self._spec, "width": self.width, "layer": layers[: len(layers) - len(self.only_narrow)]}
+        )
+
+    @cached_property
+    def narrow(self) -> str:
+        """SVG of the narrow layout, in the text colour of its surroundings."""
+        layers, own = self._spec["layer"], len(self.layers)
+        chosen = [*layers[:own], *layers[own + len(self.only_wide) :]]
+        return _svg({**self._spec, "width": NARROW, "layer": chosen})
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        # In one call: each of Altair's methods, such as ``properties``, copies the chart with all its data.
+        layers = (*self.layers, *self.only_wide, *self.only_narrow)
+        spec: dict[str, Any] = altair.layer(*layers, height=self.height, config=_style()).to_dict()
+        return spec
 
 
 def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
@@ -39,37 +103,59 @@ def chart_of(rows: Iterable[Mapping[str, Any]]) -> altair.Chart:
     return altair.Chart(altair.InlineData(list(rows)))
 
 
-def line_colors(marks: Mapping[str, tuple[str, float]]) -> altair.Color:
-    """Return the colour encoding of the field ``line``, with a legend.
+def line_encodings(looks: Mapping[str, Look]) -> dict[str, Any]:
+    """Return the encodings of colour, dash and shape by the field ``line``, without a legend.
 
     Args:
-        marks: colour and width of each line, by its name.
+        looks: look of each line, by its name.
     """
-    return altair.Color(
-        "line:N",
-        title=None,
-        scale=altair.Scale(domain=list(marks), range=[color for color, _ in marks.values()]),
-        legend=altair.Legend(columns=2, symbolType="stroke"),
+    ranges = {
+        altair.Color: [look.color for look in looks.values()],
+        altair.StrokeDash: [list(look.dash) or [1, 0] for look in looks.values()],
+        altair.Shape: [look.shape for look in looks.values()],
+    }
+    color, dash, shape = (
+        channel("line:N", legend=None, scale=altair.Scale(domain=list(looks), range=values))
+        for channel, values in ranges.items()
     )
+    return {"color": color, "strokeDash": dash, "shape": shape}
 
 
-def svg_inside(chart: altair.LayerChart, name: str) -> str:
-    """Render a figure as inline SVG, in the text colour of the page.
+def svg_inside(figure: Figure, name: str) -> str:
+    """Return both layouts as inline SVG, in the text colour of the page. The style of the page shows one of them.
 
     Args:
         name: prefix of the identifiers in the SVG, which must be unique on the page.
     """
-    return _with_own_identifiers(_svg(chart.to_dict()), name)
+    wide, narrow = (
+        with_own_identifiers(figure.wide, name),
+        with_own_identifiers(figure.narrow, f"{name}-narrow"),
+    )
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
-def svg_file(chart: altair.LayerChart, name: str, title: Sequence[str]) -> str:
-    """Render a figure as a separate SVG file, on white in case that it is shown on a dark page.
+def svg_file(figure: Figure, name: str, title: Sequence[str]) -> str:
+    """Return the wide layout as a separate SVG file, on white in case that it is shown on a dark page.
 
     Args:
         name: see ``svg_inside``.
         title: lines above the figure.
     """
-    return _with_own_identifiers(_svg(_picture(chart, title)), name)
+    inner = with_own_identifiers(figure.wide, name)
+    size = SIZE.match(inner)
+    assert size is not None, "Vega writes the size of a figure"
+    top = 2 * PADDING + LINE * len(title)
+    width, height = float(size[1]) + 2 * PADDING, float(size[2]) + top + PADDING
+    lines = "".join(
+        f'<text x="{PADDING}" y="{PADDING + LINE * (number + 0.7):g}" font-family="{FONT}" font-size="14" '
+        f'font-weight="{"normal" if number else "bold"}">{escape(printable(line))}</text>'
+        for number, line in enumerate(title)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}"><rect width="100%" height="100%" fill="white"/>{lines}'
+        f'{inner.replace("<svg ", f"""<svg x="{PADDING}" y="{top}" """, 1)}</svg>'
+    )
 
 
 def png_file(svg: str) -> bytes:
@@ -79,17 +165,17 @@ def png_file(svg: str) -> bytes:
 
 
 def write_figures(
-    draft: Draft, charts: Mapping[str, altair.LayerChart], titles: Mapping[str, str], subject: str
+    draft: Draft, figures: Mapping[str, Figure], titles: Mapping[str, str], subject: str
 ) -> None:
     """Write every figure as SVG and PNG into the folder ``figures``.
 
     Args:
-        charts: figures by name.
+        figures: figures by name.
         titles: titles of the figures, by the same names.
         subject: second line of all titles.
     """
-    for name, chart in charts.items():
-        svg = svg_file(chart, name, [titles[name], subject])
+    for name, figure in figures.items():
+        svg = svg_file(figure, name, [titles[name], subject])
         draft.write(figure_file(name), svg.encode())
         draft.write(f"figures/{name}.png", png_file(svg))
 
@@ -97,11 +183,6 @@ def write_figures(
 def figure_file(name: str) -> str:
     """Return the name of a figure's SVG file in the artifact."""
     return f"figures/{name}.svg"
-
-
-def _picture(chart: altair.LayerChart, title: Sequence[str]) -> dict[str, Any]:
-    heading = {"text": list(title), "anchor": "start", "fontSize": 14, "offset": 12, "color": INK}
-    return {**chart.to_dict(), "background": "white", "padding": 12, "title": heading}
 
 
 def _svg(spec: dict[str, Any]) -> str:
@@ -120,7 +201,7 @@ def _printable(part: Any) -> Any:
     return part
 
 
-def _with_own_identifiers(svg: str, name: str) -> str:
+def with_own_identifiers(svg: str, name: str) -> str:
     """Renumber the identifiers. Vega counts them over all figures of a process; equal figures must have equal bytes."""
     numbers = {old: f"{name}-{new}" for new, old in enumerate(dict.fromkeys(IDENTIFIER.findall(svg)))}
     svg = IDENTIFIER.sub(lambda match: f'id="{numbers[match[1]]}"', svg)
@@ -198,27 +279,86 @@ THIN = 1.5  # lines up to this width have no points
 
 def line_figure(
     rows: Sequence[Mapping[str, Any]],
-    marks: Mapping[str, tuple[str, float]],
+    looks: Mapping[str, Look],
     x_axis: Mapping[str, Any],
     y_axis: Mapping[str, Any],
-) -> altair.LayerChart:
-    """Draw lines with labelled points.
+) -> Figure:
+    """Draw lines with labelled points. The names are next to the ends of the lines, or above the narrow layout.
 
     Args:
         rows: one row per point: ``x``, ``y``, the name of its ``line``, ``detail`` to separate lines of the same name,
             and the ``label`` of the point.
-        marks: colour and width of each line, by name. The first ones are drawn on top.
+        looks: look of each line, by name. The first ones are drawn on top.
+        y_axis: see ``measure_axis``.
     """
-    look = line_colors(marks)
+    encodings = line_encodings(looks)
+    of_point = {name: encodings[name] for name in ("color", "shape")}
+    of_line = {name: encodings[name] for name in ("color", "strokeDash")}
     x = altair.X("x:Q", **x_axis, scale=altair.Scale(nice=False, zero=False, padding=8))
     y = altair.Y("y:Q", **y_axis)
-    layers = [
+    lines = [
         chart_of([row for row in rows if row["line"] == name])
-        .mark_line(strokeWidth=marks[name][1], aria=False)
-        .encode(x=x, y=y, color=look, detail="detail:N")
-        for name in reversed(list(marks))
+        .mark_line(strokeWidth=looks[name].width, aria=False)
+        .encode(x=x, y=y, detail="detail:N", **of_line)
+        for name in reversed(list(looks))
     ]
-    strong = [row for row in rows if marks[row["line"]][1] > THIN]
+    strong = [row for row in rows if looks[row["line"]].width > THIN]
     few = len({row["x"] for row in rows}) <= FEW
-    dots = chart_of(strong).mark_circle(size=34 if few else 16, opacity=1)
-    return figure_of(*layers, dots.encode(x=x, y=y, color=look, description="label:N"))
+    dots = chart_of(strong).mark_point(size=42 if few else 18, filled=True, opacity=1)
+    above = {name: (number - len(looks)) * NAME_GAP for number, name in enumerate(looks)}
+    return Figure(
+        (*lines, dots.encode(x=x, y=y, description="label:N", **of_point)),
+        line_names(looks, WIDE_WITH_NAMES + 10, beside(rows, y_axis)),
+        line_names(looks, 0, above),
+        WIDE_WITH_NAMES,
+    )
+
+
+def line_names(
+    looks: Mapping[str, Look], left: float, heights: Mapping[str, float]
+) -> tuple[altair.Chart, ...]:
+    """Return the names of lines as text, each after a sample of the line and its point.
+
+    Args:
+        left: left end of the samples, in units from that of the plot.
+        heights: height of every name, in units from the top of the plot; negative above it.
+    """
+    encodings = line_encodings(looks)
+    rows = [{"line": name, "at": height, "width": looks[name].width} for name, height in heights.items()]
+    at = altair.Y("at:Q", scale=None, axis=None)
+    samples = chart_of(rows).mark_rule(aria=False)
+    strong = chart_of([row for row in rows if looks[row["line"]].width > THIN])
+    points = strong.mark_point(size=60, filled=True, opacity=1, aria=False)
+    text = chart_of(rows).mark_text(align="left", fontSize=13, color=INK, limit=NAME_LIMIT, aria=False)
+    return (
+        samples.encode(
+            x=altair.value(left),
+            x2=altair.value(left + SAMPLE),
+            y=at,
+            strokeWidth=altair.StrokeWidth("width:Q", scale=None),
+            color=encodings["color"],
+            strokeDash=encodings["strokeDash"],
+        ),
+        points.encode(
+            x=altair.value(left + SAMPLE / 2), y=at, color=encodings["color"], shape=encodings["shape"]
+        ),
+        text.encode(x=altair.value(left + SAMPLE + 6), y=at, text="line:N"),
+    )
+
+
+def beside(rows: Sequence[Mapping[str, Any]], y_axis: Mapping[str, Any]) -> dict[str, float]:
+    """Return the heights of names next to the ends of their lines, in units from the top, moved apart."""
+    scale = y_axis["scale"].to_dict()
+    of_axis = math.log if scale.get("type") == "log" else float
+    low, high = map(of_axis, scale["domain"])
+    ends = {row["line"]: of_axis(row["y"]) for row in sorted(rows, key=lambda row: row["x"])}
+    heights: dict[str, float] = {}
+    free = 0.0
+    for name, end in sorted(ends.items(), key=lambda item: -item[1]):
+        heights[name] = max(HEIGHT * (high - end) / (high - low), free)
+        free = heights[name] + NAME_GAP
+    free = max(HEIGHT, NAME_GAP * (len(heights) - 1))
+    for name in reversed(list(heights)):
+        heights[name] = min(heights[name], free)
+        free = heights[name] - NAME_GAP
+    return heights

@@ -6,15 +6,25 @@ import altair
 
 from layerwise.scoring.criterion import KL, Criterion
 from layerwise.scoring.perplexity import format_divergence, format_perplexity
-from layerwise.tasks.charts.drawing import BLUE, GREEN, GREY, VERMILION, chart_of, figure_of, measure_axis
+from layerwise.tasks.charts.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    VERMILION,
+    WIDE,
+    Figure,
+    chart_of,
+    measure_axis,
+)
 from layerwise.tasks.results.report_tables import BEST, UNIFORM, Row
 from layerwise.tasks.results.selection import TRIAL
 
 
 def perplexity_by_beta(
     betas: Sequence[Row], dense: float, parameter: str = "beta", criterion: Criterion = "perplexity"
-) -> altair.LayerChart:
-    """Draw the perplexities on the selection text: one point per plan, the dense model as a line.
+) -> Figure:
+    """Draw the perplexities on the selection text: one point per plan, the dense model as a dashed line.
 
     With the criterion ``kl``, the divergences from the dense model are drawn instead; that of the dense model is 0. A bar
     is the 95 % interval of the paired difference to the best plan, drawn around the plan's figure. A hollow
@@ -50,7 +60,7 @@ def perplexity_by_beta(
     bars = chart_of([row for row in shown if row["low"] < row["high"]])
     joined = [] if parameter == TRIAL else shown
     line = chart_of(joined).mark_line(strokeWidth=1.5, color=BLUE, opacity=0.5, aria=False)
-    return figure_of(
+    layers = (
         chart_of(level).mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color=GREY, aria=False).encode(y=y),
         line.encode(x=x, y=y),
         bars.mark_rule(color=BLUE, strokeWidth=1.5, clip=True, aria=False).encode(
@@ -63,6 +73,17 @@ def perplexity_by_beta(
             x=x, y=altair.value(8), description="label:N", **look
         ),
     )
+    text = {"fontSize": 13, "color": INK, "aria": False}
+    of_uniform = chart_of([row for row in shown if row["kind"] == UNIFORM])
+    of_best = chart_of([row for row in shown if row["kind"] == BEST])
+    names = (
+        of_uniform.mark_text(**text, align="left", dx=10, dy=-8).encode(x=x, y=y, text="kind:N"),
+        of_best.mark_text(**text, dy=20).encode(x=x, y=y, text="kind:N"),
+        chart_of(level)
+        .mark_text(**text, align="right", dy=-8)
+        .encode(x=altair.value(WIDE), y=y, text=altair.value("dense")),
+    )
+    return Figure(layers, names)
 
 
 def _encoding(marks: Mapping[str, tuple[str, str, str]]) -> dict[str, object]:

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import altair
 
 from layerwise.tasks.charts.drawing import (
     BLUE,
-    GREEN,
     GREY,
+    OF_BEST,
+    OF_UNIFORM,
     PURPLE,
     SKY,
-    VERMILION,
     YELLOW,
+    Figure,
+    Look,
     chart_of,
-    figure_of,
     layer_axis,
     line_figure,
     linear_axis,
@@ -22,10 +24,16 @@ from layerwise.tasks.charts.drawing import (
 )
 from layerwise.tasks.results.report_tables import BEST, COMPARED, TRIED, UNIFORM, Row
 
-LINES = (BLUE, PURPLE, SKY, YELLOW)  # colours of lines other than uniform and best
+# Looks of lines other than uniform and best.
+OTHERS = (
+    Look(BLUE, dash=(2, 2), shape="circle"),
+    Look(PURPLE, dash=(10, 3, 2, 3), shape="triangle-up"),
+    Look(SKY, dash=(14, 4), shape="triangle-down"),
+    Look(YELLOW, dash=(5, 2, 2, 2, 2, 2), shape="cross"),
+)
 
 
-def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
+def sparsity_by_layer(sparsities: Sequence[Row]) -> Figure:
     """Draw the realised sparsity of every decoder layer, by plan.
 
     Args:
@@ -33,11 +41,11 @@ def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
     """
     plans = {row["plan"]: row["kind"] for row in sparsities}
     names = {plan: _plan_label(plan, kind) for plan, kind in plans.items()}
-    others = iter(LINES * len(plans))
-    marks = {}
+    others = iter(OTHERS * len(plans))
+    looks = {}
     for plan, kind in sorted(plans.items(), key=lambda item: (UNIFORM, BEST, COMPARED, TRIED).index(item[1])):
-        color = {UNIFORM: VERMILION, BEST: GREEN, TRIED: GREY}.get(kind) or next(others)
-        marks[names[plan]] = (color, 1.2 if kind == TRIED else 2.2)
+        known = {UNIFORM: OF_UNIFORM, BEST: OF_BEST, TRIED: Look(GREY, 1.2, shape="stroke")}
+        looks[names[plan]] = known.get(kind) or next(others)
     rows = [
         {
             "line": names[row["plan"]],
@@ -50,10 +58,10 @@ def sparsity_by_layer(sparsities: Sequence[Row]) -> altair.LayerChart:
     ]
     # A linear axis, because ATP's plans are straight lines.
     axis = linear_axis([row["y"] for row in rows], "sparsity (fraction of weights removed)")
-    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
+    return line_figure(rows, looks, layer_axis(row["x"] for row in rows), axis)
 
 
-def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
+def error_by_layer(errors: Sequence[Row]) -> Figure:
     """Draw the reconstruction error of every layer's output relative to the dense energy, for uniform and best.
 
     The error that the layer itself adds (``relative_local_error``) is drawn as a thin line if the rows have it.
@@ -61,23 +69,24 @@ def error_by_layer(errors: Sequence[Row]) -> altair.LayerChart:
     Args:
         errors: rows of ``errors_table``.
     """
-    rows, marks = [], {}
-    colors = {UNIFORM: VERMILION, BEST: GREEN}
+    rows, looks = [], {}
+    whole = {UNIFORM: OF_UNIFORM, BEST: OF_BEST}
     parts = {"relative_error": "", "relative_local_error": ", added by the layer itself"}
     for column, part in parts.items():
         for row in errors:
             if row.get(column) is not None:
                 name = f"{row['model']}{part}"
-                marks[name] = (colors[row["model"]], 1.1 if part else 2.2)
+                look = whole[row["model"]]
+                looks[name] = replace(look, width=1.1, shape="stroke") if part else look
                 label = f"{name}, layer {row['layer']}: {row[column]:.4g} of the dense output's energy"
                 rows.append(
                     {"line": name, "detail": name, "x": row["layer"], "y": row[column], "label": label}
                 )
     axis = measure_axis([row["y"] for row in rows], "squared error / dense energy")
-    return line_figure(rows, marks, layer_axis(row["x"] for row in rows), axis)
+    return line_figure(rows, looks, layer_axis(row["x"] for row in rows), axis)
 
 
-def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
+def sparsity_by_linear(linears: Sequence[Row]) -> Figure:
     """Draw the realised sparsity of every linear of the best plan, as a map of layers and linears.
 
     Args:
@@ -108,10 +117,10 @@ def sparsity_by_linear(linears: Sequence[Row]) -> altair.LayerChart:
             description="label:N",
         )
     )
-    return figure_of(map_of_all, height=max(26 * len(names), 80))
+    return Figure((map_of_all,), height=max(26 * len(names), 80))
 
 
-def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
+def time_by_stage(stages: Sequence[Row]) -> Figure:
     """Draw the running times of the stages, without pauses.
 
     Args:
@@ -145,7 +154,7 @@ def time_by_stage(stages: Sequence[Row]) -> altair.LayerChart:
             description="label:N",
         )
     )
-    return figure_of(bars, height=24 * len(names))
+    return Figure((bars,), height=24 * len(names))
 
 
 def _plan_label(plan: str, kind: str) -> str:

@@ -1,10 +1,9 @@
 """Figures on the theorems of ATP, drawn from the measurements."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
-
-import altair
 
 from layerwise.scoring.theorem_checks import Findings
 from layerwise.scoring.theorem_plans import ASCENDING, DESCENDING, UNIFORM
@@ -12,8 +11,12 @@ from layerwise.tasks.charts.drawing import (
     BLUE,
     GREEN,
     GREY,
+    OF_BEST,
+    OF_UNIFORM,
     PURPLE,
     VERMILION,
+    Figure,
+    Look,
     layer_axis,
     line_figure,
     measure_axis,
@@ -29,7 +32,7 @@ TITLES = {
 Row = Mapping[str, Any]
 
 
-def figures_of_theory(layers: Sequence[Row], found: Findings) -> dict[str, altair.LayerChart]:
+def figures_of_theory(layers: Sequence[Row], found: Findings) -> dict[str, Figure]:
     """Draw the figures, by name.
 
     Args:
@@ -42,7 +45,7 @@ def figures_of_theory(layers: Sequence[Row], found: Findings) -> dict[str, altai
     }
 
 
-def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
+def local_error_by_sparsity(layers: Sequence[Row]) -> Figure:
     """Draw the error that a layer adds relative to its dense energy, by sparsity: a thin line per layer, and the median."""
     uniform = [row for row in layers if row["order"] == UNIFORM]
     last = max(row["layer"] for row in uniform)
@@ -60,17 +63,17 @@ def local_error_by_sparsity(layers: Sequence[Row]) -> altair.LayerChart:
     for level in dict.fromkeys(row["target"] for row in uniform):
         value = median(row["local"] / row["energy"] for row in uniform if row["target"] == level)
         rows.append(_row("median of all layers", "median", level, value, f"median at sparsity {level:g}"))
-    marks = {
-        "median of all layers": (BLUE, 2.6),
-        "first layer": (VERMILION, 1.8),
-        "last layer": (GREEN, 1.8),
-        "other layers": (GREY, 0.7),
+    looks = {
+        "median of all layers": Look(BLUE, 2.6, shape="circle"),
+        "first layer": Look(VERMILION, 1.8, (7, 4), "square"),
+        "last layer": Look(GREEN, 1.8, (2, 2), "diamond"),
+        "other layers": Look(GREY, 0.7, shape="stroke"),
     }
     x = {"title": "sparsity (fraction of weights removed)"}
-    return line_figure(rows, marks, x, _measure_axis(rows, "added error / dense energy"))
+    return line_figure(rows, looks, x, _measure_axis(rows, "added error / dense energy"))
 
 
-def factor_by_layer(found: Findings) -> altair.LayerChart:
+def factor_by_layer(found: Findings) -> Figure:
     """Draw the factor by which every layer changes the arriving error, absolute and relative to the signal."""
     names = {"factor": "squared error", "relative_factor": "squared error / energy of the signal"}
     rows = [
@@ -80,16 +83,16 @@ def factor_by_layer(found: Findings) -> altair.LayerChart:
     ]
     ends = [rows[0]["x"], rows[-1]["x"]]
     rows += [_row("1: unchanged", "one", x, 1.0, "1") for x in ends]
-    marks = {
-        names["factor"]: (BLUE, 2.4),
-        names["relative_factor"]: (PURPLE, 2.4),
-        "1: unchanged": (GREY, 1.0),
+    looks = {
+        names["factor"]: Look(BLUE, 2.4, shape="circle"),
+        names["relative_factor"]: Look(PURPLE, 2.4, (10, 3, 2, 3), "triangle-up"),
+        "1: unchanged": Look(GREY, 1.0, shape="stroke"),
     }
     depth = layer_axis(row["x"] for row in rows)
-    return line_figure(rows, marks, depth, _measure_axis(rows, "factor of the arriving error"))
+    return line_figure(rows, looks, depth, _measure_axis(rows, "factor of the arriving error"))
 
 
-def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
+def error_by_order(layers: Sequence[Row]) -> Figure:
     """Draw the accumulated error after every layer relative to its dense energy, by order of the same sparsities."""
     target = next(row["target"] for row in layers if row["order"] != UNIFORM)
     rows = [
@@ -103,16 +106,16 @@ def error_by_order(layers: Sequence[Row]) -> altair.LayerChart:
         for row in layers
         if row["target"] == target
     ]
-    marks = {
-        ASCENDING: (GREEN, 2.6),
-        DESCENDING: (PURPLE, 2.2),
-        UNIFORM: (VERMILION, 1.6),
-        SHUFFLED: (GREY, 0.9),
+    looks = {
+        ASCENDING: replace(OF_BEST, width=2.6),
+        DESCENDING: Look(PURPLE, 2.2, (10, 3, 2, 3), "triangle-up"),
+        UNIFORM: replace(OF_UNIFORM, width=1.6),
+        SHUFFLED: Look(GREY, 0.9, shape="stroke"),
     }
     there = {row["line"] for row in rows}
-    marks = {name: look for name, look in marks.items() if name in there}
+    looks = {name: look for name, look in looks.items() if name in there}
     depth = layer_axis(row["x"] for row in rows)
-    return line_figure(rows, marks, depth, _measure_axis(rows, "error / dense energy"))
+    return line_figure(rows, looks, depth, _measure_axis(rows, "error / dense energy"))
 
 
 def _row(line: str, detail: str, x: float, y: float, subject: str) -> dict[str, Any]:

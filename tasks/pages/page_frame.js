@@ -14,3 +14,6 @@ function show(event) {
   pointed.style.left = `${scrollX + Math.max(8, Math.min(left, right))}px`;
   pointed.style.top = `${scrollY + box.top - pointed.offsetHeight - 6}px`;
 }
+// Writes the folder of the store into commands, if the page is opened in its place in the store.
+const place = location.protocol === "file:" && decodeURIComponent(location.pathname).match(/^([\w@%+=:,.\/-]+)\/report\/\w+\/[^/]+\/report\.html$/);
+if (place) document.querySelectorAll(".store").forEach((name) => (name.textContent = place[1]));

@@ -4,13 +4,12 @@ Figures are inline SVG, so they work without scripts and in print, and use the c
 script shows the value of a mark under the pointer or finger. Every value is also in a table.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from layerwise.scoring.perplexity import DIVERGED, format_perplexity
+from layerwise.scoring.perplexity import format_perplexity, has_diverged
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -28,9 +27,9 @@ def render(template: str, **values: object) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _perplexity(value: float) -> str:
-    # The perplexity of a diverged model is a placeholder.
-    return "diverged" if math.log(value) >= 0.999 * DIVERGED else format_perplexity(value)
+def perplexity_text(value: float) -> str:
+    """Format a perplexity; that of a diverged model is a placeholder."""
+    return "diverged" if has_diverged(value) else format_perplexity(value)
 
 
 def _size(count: int | None) -> str:
@@ -76,7 +75,7 @@ def _count(value: int) -> str:
 
 
 FILTERS: dict[str, Callable[..., str]] = {
-    "perplexity": _perplexity,
+    "perplexity": perplexity_text,
     "size": _size,
     "setting": _setting,
     "digits": _digits,

@@ -26,13 +26,14 @@ from layerwise.tasks.results.report_tables import (
     models_table,
     sparsities_table,
 )
-from layerwise.tasks.results.roles import RECOVERED_BEST
+from layerwise.tasks.results.roles import EXPORT, LOADED_BY, RECOVERED_BEST
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.search_result import VERSIONS, FinishedSearch
 from layerwise.tasks.results.stage_times import stages_table
 from layerwise.tasks.results.summary import recovery_rows
 
 TEXTS = ("calibration", "selection", "test")
+AUTO_CLASS = "AutoModelForCausalLM"  # of an export that names no other class
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class ReportData:
         counted: sentence on the calibration tokens that count; empty if all do.
         kl_gain: like ``gain``, for the divergence from the dense model; None if it was not measured.
         experts: sentences on the calibration tokens of the experts; empty for most models.
+        folders: folders of the written checkpoints by their names on the page, relative to the store's root.
+        auto_class: class of transformers that loads these checkpoints.
     """
 
     search: str
@@ -129,6 +132,8 @@ class ReportData:
     kl_gain: Mapping[str, Any] | None
     counted: str
     experts: str
+    folders: Mapping[str, str]
+    auto_class: str
 
 
 def report_data(
@@ -148,7 +153,10 @@ def report_data(
     assert isinstance(versions, dict), "versions are recorded by package"
     gain, kl = search.test.gain, search.test.kl
     theory = read_section(store, store.get(extras.theory)) if extras.theory else None
-    distillation = read_distillation(store, store.get(extras.distilled)) if extras.distilled else None
+    distilled = store.get(extras.distilled) if extras.distilled else None
+    distillation = None if distilled is None else read_distillation(store, distilled)
+    exported = search.stages.get(EXPORT)
+    written = {"pruned model": exported, "distilled model": distilled}
     return ReportData(
         search.artifact.key,
         f"{title_of(search.source)} at sparsity {search.settings['sparsity']:g}",
@@ -188,6 +196,8 @@ def report_data(
         None if kl is None or kl.gain is None else vars(kl.gain),
         counted_sentence(_counted(search)),
         search.experts_text,
+        {name: artifact.folder for name, artifact in written.items() if artifact is not None},
+        str(exported.facts.get(LOADED_BY, AUTO_CLASS)) if exported is not None else AUTO_CLASS,
     )
 
 

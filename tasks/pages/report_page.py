@@ -7,8 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from layerwise.scoring.criterion import KL
-from layerwise.scoring.perplexity import DIVERGED
-from layerwise.tasks.pages.page_template import render
+from layerwise.scoring.perplexity import DIVERGED, format_divergence
+from layerwise.tasks.pages.page_template import perplexity_text, render
 from layerwise.tasks.pages.report_data import ReportData
 from layerwise.tasks.results.distillation import distillation_rows
 from layerwise.tasks.results.measured_on import summary_of
@@ -27,6 +27,8 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
     """
     tables = data.tables
     text = {
+        "cost": cost_sentence(data),
+        "more_costs": sentences_on_more_costs(data),
         "method": method_sentence(data),
         "test": gain_sentence(data),
         "curve": curve_sentence(tables["betas"], data.parameter),
@@ -64,6 +66,46 @@ def report_page(data: ReportData, figures: Mapping[str, str]) -> str:
         best=BEST,
         early=len({row["windows"] for row in tables["betas"]}) > 1,
     )
+
+
+def cost_sentence(data: ReportData) -> str:
+    """State what the pruning costs on text that no choice used: the headline of the page."""
+    dense, uniform, best = data.tables["models"]
+    cost = f"perplexity {perplexity_text(dense['test_perplexity'])} → "
+    steps = [f"{100 * best['zeros'] / best['weights']:.3g} % removed"]
+    if data.settings.get("recover"):
+        steps.append(
+            "the rest refitted" if data.settings["recover"]["method"] == "refit" else "the rest trained"
+        )
+    if data.distillation is None:
+        cost += perplexity_text(best["test_perplexity"])
+    else:
+        steps.append("distilled")
+        distilled = next(row.test for row in data.distillation.rows if row.model == "distilled")
+        cost += f"{perplexity_text(distilled)} ({perplexity_text(best['test_perplexity'])} before the distillation)"
+    return (
+        f"{', '.join(steps)}: {cost} on unseen text; uniform {perplexity_text(uniform['test_perplexity'])}."
+    )
+
+
+def sentences_on_more_costs(data: ReportData) -> str:
+    """State the cost by other measures: without recovery, in divergence and in accuracy, as far as measured."""
+    _, uniform, best = data.tables["models"]
+    sentences = []
+    for row in data.tables.get("recovery", ()):
+        if row["model"] == "best, pruned":
+            sentences.append(f"Without recovery, the chosen plan has perplexity {row['test text']}.")
+    if "test_kl" in best:
+        sentences.append(
+            f"{KL} from the dense model: {format_divergence(best['test_kl'])} nats per token; uniform "
+            f"{format_divergence(uniform['test_kl'])}."
+        )
+    if data.extras.zero_shot and (average := data.extras.zero_shot[-1]).task == "average":
+        sentences.append(
+            f"Average accuracy on the tasks below: {100 * average.dense:.1f} % → {100 * average.best:.1f} %; uniform "
+            f"{100 * average.uniform:.1f} %."
+        )
+    return " ".join(sentences)
 
 
 def method_sentence(data: ReportData) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
 MARK = "#{figure} figure svg [role='graphics-symbol'][aria-label]:not([aria-roledescription='axis'])"
-MARK += ":not([aria-roledescription='legend'])"
+MARK += ":not([aria-roledescription='legend']):visible"
 # Ids of the sections with a figure.
 FIGURES = "figures => figures.map(figure => figure.closest('section').id)"
 

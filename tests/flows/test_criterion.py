@@ -85,12 +85,12 @@ def test_the_dense_states_are_the_same_from_the_capture_and_from_a_pass_of_their
     [
         {"strategy": "race", "selection_windows": 24},
         {"calibration_mode": "sequential", "strategy": "evolutionary", "trials": 5},
-        {"recover": "refit"},
+        {"recover": "refit", "export": True},
     ],
     ids=["race", "sequential, evolutionary", "recovery"],
 )
 def test_every_kind_of_search_compares_divergences(workshop, runtime, changes):
-    result = search(workshop.settings(criterion="kl", export=False, **changes), runtime)
+    result = search(workshop.settings(criterion="kl", **{"export": False, **changes}), runtime)
     rows = result.selection.rows
     whole = max(row.windows for row in rows)
     assert result.selection.best_row.kl == min(row.kl for row in rows if row.windows == whole)
@@ -98,6 +98,9 @@ def test_every_kind_of_search_compares_divergences(workshop, runtime, changes):
     for row in (row for row in rows if row.windows == whole):
         table = read_table(store, result.stages[lane_role(row.beta, row.offset)], "losses.parquet")
         assert row.kl == pytest.approx(sum(table["kl"].to_pylist()) / whole)
+    if result.pruned is not None:
+        card = (Path(result.pruned) / "README.md").read_text()
+        assert f"| {result.test.best:.2f} | {result.test.kl.best:.4g} |" in card
 
 
 def test_the_part_that_captures_also_keeps_the_dense_states_for_other_processes(

@@ -2,13 +2,17 @@
 
 import hashlib
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from layerwise.flows.cli.parser import parse_command
 from layerwise.flows.report import make_report
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.storage.artifact import Artifact
@@ -24,10 +28,11 @@ from layerwise.tasks.pages.report_data import (
 )
 from layerwise.tasks.pages.report_page import report_page
 from layerwise.tasks.report import figures_of, report
+from layerwise.tasks.results.distillation import Distillation, DistilledRow
 from layerwise.tasks.results.lane_scores import ERRORS_FILE, LINEARS_FILE
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 
-SECTIONS = ["models", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
+SECTIONS = ["models", "load", "perplexity", "sparsity", "errors", "linears", "stages", "repeat"]
 EMPTY = {"meta", "path", "line", "rect", "stop", "circle"}  # elements without an end tag
 EXTRAS = Extras(
     zero_shot=(ZeroShotAccuracies("arc_easy", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021),),
@@ -44,6 +49,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str, str | None]] = []
         self.text: list[str] = []
         self.tables: dict[str, list[list[list[str]]]] = {}
+        self.blocks: list[str] = []  # commands and code
         self.section = ""
         self.feed(html)
         self.close()
@@ -56,6 +62,8 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "section":
             self.section = dict(attributes)["id"]
+        if tag == "pre":
+            self.blocks.append("")
         if tag == "table":
             self.tables.setdefault(self.section, []).append([])
         if tag == "tr":
@@ -72,6 +80,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):
             self.text.append(data)
+        if "pre" in self.open:
+            self.blocks[-1] += data
         if {"td", "th"} & set(self.open):
             self.tables[self.section][-1][-1][-1] += data
 
@@ -135,9 +145,11 @@ def test_identifiers_are_unique(page):
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_the_verdict_and_a_summary_of_the_work_come_first(finished, page):
+def test_the_cost_on_unseen_text_the_verdict_and_a_summary_of_the_work_come_first(finished, page):
     result, _ = finished
     lead = page.said[: page.said.index("Dense, uniform, best")]
+    cost = f"perplexity {result.test.dense:.2f} → {result.test.best:.2f} on unseen text"
+    assert f"50 % removed: {cost}; uniform {result.test.uniform:.2f}. Chosen" in lead
     assert f"Chosen: {result.selection.verdict}." in lead
     row = result.selection.best_row
     lane = result.stages[f"lane beta {row.beta:g}"]
@@ -230,8 +242,61 @@ def test_figures_are_files_of_the_report(store, artifact):
         assert int.from_bytes(png[16:20]) > 800  # pixels wide
 
 
-def test_a_sentence_replaces_measurements_that_do_not_exist(page):
+def test_missing_measurements_are_replaced_by_the_commands_that_make_them(page, found):
     assert "No zero-shot tasks were run." in page.said
+    assert "The speed was not measured." in page.said
+    commands = [shlex.split(block)[1:] for block in page.blocks if block.startswith("layerwise ")]
+    assert [words[0] for words in commands] == ["zero-shot", "bench", "search"]
+    parsed = [parse_command(words) for words in commands]
+    assert (parsed[0].search, parsed[1].key) == (found.artifact.key, found.artifact.key)
+
+
+def test_the_code_on_the_page_loads_the_exported_model(finished, page, store):
+    (code,) = [block for block in page.blocks if "from_pretrained" in block]
+    assert finished[0].pruned in code.replace("STORE", store.root)
+    loaded: dict = {}
+    exec(code.replace("STORE", store.root), loaded)
+    exported = AutoModelForCausalLM.from_pretrained(finished[0].pruned).state_dict()
+    assert all(torch.equal(weight, exported[name]) for name, weight in loaded["model"].state_dict().items())
+    assert loaded["tokenizer"]("w0 w1").input_ids == [1, 2]
+
+
+def test_a_distilled_model_is_the_headline_and_is_loaded(data):
+    rows = (DistilledRow("pruned", 9.0, 9.0, 5), DistilledRow("distilled", 6.5, 6.5, 5))
+    training = Distillation("text", 8, 2, 3, 16, 4, 4, 2, 128, 0.001, (), rows)
+    folders = {**data.folders, "distilled model": "distill/0/1"}
+    changed = replace(data, distillation=training, folders=folders)
+    page = Page(report_page(changed, {figure: "" for figure in figures_of(data)}))
+    dense, best = (data.tables["models"][row]["test_perplexity"] for row in (0, 2))
+    cost = f"perplexity {dense:.2f} → 6.50 ({best:.2f} before the distillation)"
+    assert f"50 % removed, distilled: {cost} on unseen text" in page.said
+    assert any('folder = "STORE/distill/0/1"' in block for block in page.blocks)
+
+
+def test_a_search_without_export_says_how_to_write_the_model(data):
+    page = Page(report_page(replace(data, folders={}), {figure: "" for figure in figures_of(data)}))
+    assert "The search did not write the pruned model." in page.said
+    assert not [block for block in page.blocks if "from_pretrained" in block]
+
+
+def test_every_text_has_its_range_of_tokens(page):
+    header, *rows = page.tables["repeat"][0]
+    assert header[:4] == ["text", "corpus", "drawn from tokens", "of"]
+    ranges = {row[0]: row[2:6] for row in rows}
+    assert ranges == {
+        "calibration": ["0 to 1,000", "2,000", "6", "16"],
+        "selection": ["1,000 to 1,500", "2,000", "4", "16"],
+        "test": ["1,500 to 2,000", "2,000", "3", "16"],
+    }
+
+
+def test_settings_are_folded_and_both_layouts_of_every_figure_are_there(page, html):
+    folded = re.findall(r"<summary>(.*?)</summary>", html)
+    assert folded[-3:] == ["Settings", "Model and versions", "Artifacts"]
+    assert not [each for each in page.attributes if each[:2] == ("details", "open")]
+    layouts = [value for tag, name, value in page.attributes if (tag, name) == ("div", "class")]
+    assert layouts.count("wide") == layouts.count("narrow") == 5
+    assert all("<svg" in part for part in re.findall(r'<div class="(?:wide|narrow)">(.*?)</div>', html, re.S))
 
 
 def test_the_page_names_the_texts_and_dtypes_of_the_perplexities(page, workshop):

@@ -72,7 +72,7 @@ def test_the_report_of_the_search_has_a_section_on_the_theory_and_its_data(measu
     assert "Theorems of the paper" in section
     for sentence in sentences(result.findings).values():
         assert sentence in section
-    assert section.count("<svg") == 3
+    assert section.count("<svg") == 6  # two layouts of each figure
     for name in ("rise", "factor", "orders"):
         assert {f"figures/{name}.svg", f"figures/{name}.png"} <= set(report.files)
     for name in ("layers", "plans"):

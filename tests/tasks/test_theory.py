@@ -141,7 +141,7 @@ def test_the_page_shows_every_theorem_and_loads_no_other_files(small_run, measur
         assert sentence in unescape(html)
     assert "<b>model</b>" not in html
     assert "&lt;b&gt;model&lt;/b&gt; at 0.5" in html
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 6  # two layouts of each figure
     assert "src=" not in html
     assert "https://" not in html
     for name in ("rise", "factor", "orders"):

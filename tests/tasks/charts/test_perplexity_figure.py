@@ -41,7 +41,7 @@ def words(svg: str) -> list[str]:
 
 
 def said_by(found: Selection) -> list[str]:
-    return words(svg_inside(chart_of(found), "curve"))
+    return words(chart_of(found).wide)
 
 
 UNIFORM, BEST = row(0.0, 2.5, 0.5, 10.0), row(0.02, 2.0)
@@ -50,11 +50,12 @@ NEAR, FAR = row(0.03, 2.1, 0.1, 1.0), row(0.04, 6.0, 4.0, 9.0)
 
 def test_the_curve_names_dense_uniform_and_best_with_their_perplexities():
     said = said_by(selection(UNIFORM, BEST, NEAR))
+    assert {"dense", "uniform", "best"} <= set(said)  # next to the marks
     assert {"dense: 4.00", "uniform: 12.18", "best, beta 0.02: 7.39", "perplexity"} <= set(said)
 
 
 def test_the_label_of_a_point_has_the_plan_its_perplexity_and_the_interval():
-    svg = ElementTree.fromstring(svg_inside(chart_of(selection(UNIFORM, BEST, NEAR)), "curve"))
+    svg = ElementTree.fromstring(chart_of(selection(UNIFORM, BEST, NEAR)).wide)
     labels = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path")]
     # One standard error of the difference is .1 nats: 4.31 of them for two degrees of freedom.
     low, high = math.exp(2.1 - 0.431), math.exp(2.1 + 0.431)
@@ -107,10 +108,10 @@ def test_every_result_can_be_drawn(found):
 
 
 def test_the_same_search_gives_the_same_bytes_without_references_to_other_files():
-    chart = chart_of(selection(UNIFORM, BEST, FAR))
-    svg = svg_inside(chart, "curve")
-    assert svg_inside(chart, "curve") == svg  # Vega counts clips over all figures of a process
-    files = [svg_file(chart, "curve", ["demo"]) for _ in range(2)]
+    first, second = (chart_of(selection(UNIFORM, BEST, FAR)) for _ in range(2))
+    svg = svg_inside(first, "curve")
+    assert svg_inside(second, "curve") == svg  # Vega counts clips over all figures of a process
+    files = [svg_file(chart, "curve", ["demo"]) for chart in (first, second)]
     assert files[0] == files[1]
     assert png_file(files[0]) == png_file(files[1])
     assert not re.search(r'(href|src)="(?!#)', svg)

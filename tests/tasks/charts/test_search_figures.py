@@ -1,10 +1,12 @@
 """The figures by layer, by linear and by stage: their labels, for rows that can be checked by eye."""
 
+import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from layerwise.tasks.charts.drawing import line_figure, png_file, svg_file, svg_inside
+from layerwise.tasks.charts.drawing import HEIGHT, Look, line_figure, linear_axis, png_file, svg_file
 from layerwise.tasks.charts.search_figures import (
     error_by_layer,
     sparsity_by_layer,
@@ -17,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def parts(chart) -> tuple[set[str], list[str]]:
     """Return the texts of a figure, and the labels of its marks."""
-    svg = ElementTree.fromstring(svg_inside(chart, "figure"))
+    svg = ElementTree.fromstring(chart.wide)
     words = {"".join(text.itertext()) for text in svg.iter(f"{SVG}text")}
     marks = [mark.get("aria-label") for mark in svg.iter(f"{SVG}path") if mark.get("aria-label")]
     return words, marks
@@ -60,13 +62,41 @@ def test_the_axis_of_layers_labels_whole_layers(layers, named):
     assert {word for word in words if word.isdigit()} == {str(layer) for layer in named}
 
 
-def test_lines_have_the_given_widths():
+def test_lines_have_the_given_widths_and_differ_in_dash_and_shape_too():
     """With a scale of widths, Vega would interpolate between them."""
     rows = [{"line": line, "detail": line, "x": x, "y": x, "label": line} for line in "abcd" for x in (0, 1)]
-    marks = {"a": ("#111111", 2.6), "b": ("#222222", 1.8), "c": ("#333333", 1.8), "d": ("#444444", 0.7)}
-    svg = svg_inside(line_figure(rows, marks, {"title": "x"}, {"title": "y"}), "figure")
-    for color, width in marks.values():
-        assert f'stroke="{color}" stroke-width="{width}"' in svg
+    looks = {
+        "a": Look("#111111", 2.6),
+        "b": Look("#222222", 1.8, (7, 4), "square"),
+        "c": Look("#333333", 1.8, (2, 2), "diamond"),
+        "d": Look("#444444", 0.7),
+    }
+    figure = line_figure(rows, looks, {"title": "x"}, linear_axis([0, 1], "y"))
+    for svg in (figure.wide, figure.narrow):
+        for look in looks.values():
+            assert f'stroke="{look.color}" stroke-width="{look.width}"' in svg
+        assert {"7,4", "2,2"} <= set(re.findall(r'stroke-dasharray="(.*?)"', svg))
+        points = [set(re.findall(rf'd="([^"]*)" fill="{looks[name].color}"', svg)) for name in "abc"]
+        assert all(points)
+        assert len(set.union(*points)) == sum(map(len, points))
+
+
+def test_names_of_lines_that_end_together_are_apart_in_the_order_of_the_lines():
+    ends = {"top": 0.9, "middle": 0.899, "low": 0.001, "lowest": 0.0}
+    rows = [
+        {"line": line, "detail": line, "x": x, "y": y, "label": line}
+        for line, end in ends.items()
+        for x, y in ((0, 0.5), (1, end))
+    ]
+    axis = linear_axis([row["y"] for row in rows], "y")
+    figure = line_figure(rows, {name: Look("#111111") for name in ends}, {"title": "x"}, axis)
+    for svg in (figure.wide, figure.narrow):
+        found = [text for text in ElementTree.fromstring(svg).iter(f"{SVG}text") if text.text in ends]
+        heights = {text.text: float(text.get("transform").split(",")[1].rstrip(")")) for text in found}
+        assert sorted(ends, key=heights.get) == list(ends)
+        placed = sorted(heights.values())
+        assert all(lower - upper >= 14 for upper, lower in pairwise(placed))
+        assert max(placed) < HEIGHT + 6  # a text is placed by its baseline
 
 
 def test_a_single_plan_is_both_uniform_and_best():
