@@ -17,7 +17,7 @@ SECRETS = re.compile(
     r"""AKIA[0-9A-Z]{16} | hf_[A-Za-z0-9]{20} | -----BEGIN | xox[a-z]-\d | hooks\.slack\.com/services/\w
     | ://[^/\s:@]+:(?!\$\{)[^/\s@]+@
     | (?:password|passwd|secret_?(?:access_?)?key|access_?key(?:_id)?|token|auth_string)["']?[ \t]*[:=][ \t]*
-      ["']?(?![\s"'${<]|\{\{|$)[\w/+-]{4,}""",
+      ["']?(?![\s"'${<]|\{\{|(?:true|false)\b|$)[\w/+-]{4,}""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 
