@@ -16,6 +16,7 @@ from layerwise.flows.generate_calibration import GenerateCalibration
 from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.flows.theory import Theory
+from layerwise.flows.watcher.watch import Watch
 from layerwise.flows.zero_shot import ZeroShot
 
 FOLDER = Path(__file__).parent
@@ -60,14 +61,14 @@ def settings() -> str:
         f"dashes ([Commands and options](cli.md)). {MADE}",
     ]
     for each in (
-        Search, Compare, Theory, ZeroShot, Compress, Distill, GenerateCalibration, Runtime, FanOutRuntime, SearchRuntime
+        Search, Watch, Compare, Theory, ZeroShot, Compress, Distill, GenerateCalibration, Runtime, FanOutRuntime, SearchRuntime
     ):  # fmt: skip
         parent = each.__mro__[1]
         inherited = parent.model_fields if parent.__name__ in ("Runtime", "FanOutRuntime", "Search") else {}
         rows = [
             (f"`{name}`", "" if field.is_required() else f"`{field.default!r}`", field.description or "")
             for name, field in each.model_fields.items()
-            if name not in inherited
+            if name not in inherited or field.description != inherited[name].description
         ]
         base = f"\n\nAll settings of `{parent.__name__}`, and:" if inherited else ""
         doc = (each.__doc__ or "").strip().split("\n\n")[0]

@@ -1,7 +1,7 @@
 """Keys that stand in users' stores: a change of one means that finished work is not found any more.
 
 Every key below was taken at commit 8f252e1, but for those of token windows, which were changed on purpose after it, and
-for what was new after it (recovery, distillation, mixes, generated texts, the criterion kl). A new value is a decision that stands in CHANGELOG.md.
+for what was new after it (recovery, distillation, mixes, generated texts, the criterion kl, the watcher). A new value is a decision that stands in CHANGELOG.md.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ import pytest
 from layerwise.allocators.owl import OWL
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.settings import Search
+from layerwise.flows.watcher.started_searches import started_stage
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.alps import ALPS
 from layerwise.pruners.sparsegpt import SparseGPT
@@ -194,6 +195,9 @@ def keys() -> dict[str, str]:
         "theory": theory_stage(inputs, [TheoryPlan("ascending", 0.5, ASCENDING)], WANDA),
         "theory_page": page_stage(artifact("theory", 9), "title", {"sparsity": 0.5}),
         "zero_shot": zero_shot_stage(checkpoint, FixedQuestions(), ZeroShotSettings("bfloat16")),  # type: ignore[arg-type]
+        "watch": started_stage(
+            settings, "c" * 32
+        ),  # with another key, all watched checkpoints would be searched again
     }
     return {name: stage.key for name, stage in stages.items()} | {
         "identity of a checkpoint": checkpoint.identity,
@@ -241,6 +245,7 @@ GOLDEN = {
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",
     "theory_page": "theory_page/8bc8456465fcab42c310db7186a00dbb",
     "zero_shot": "zero_shot/d8b9eae30a3cfce9d344b08163905543",
+    "watch": "watch/ffb2655ca87dced6b368823e735d5137",
     "identity of a checkpoint": "4eb37c8ea08b8bae7a0cfaa333a06b57",
     "identity of a tokenizer": "c499c195b44d0b3b3e69dffc935c3452",
     "settings of a search": "a7bee34486f7c103dbb1cfbb50091856",

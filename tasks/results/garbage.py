@@ -8,7 +8,8 @@ from layerwise.storage.upkeep.garbage_collection import KINDS, Collected, Collec
 from layerwise.tasks.results.roles import RESULTS
 
 LISTED = 20  # files that are named in the output; the others are counted
-# Names of the stages that people read or give to a search: pages, tables, the compressed model, speed, generated texts.
+# Names of the stages that people read or give to a search: pages, tables, the compressed model, speed, generated texts. And
+# of the watcher's records: without them, it would start all its searches again.
 MADE_OF_RESULTS = (
     "report",
     "compare",
@@ -19,6 +20,7 @@ MADE_OF_RESULTS = (
     "zero_shot_table",
     "speed",
     "generate_calibration",
+    "watch",
 )
 
 

@@ -164,15 +164,13 @@ def find_source(model: str) -> Source:
     """
     if model == "demo":
         return DemoSource()
+    if hub_id := hub_id_of(model):
+        return HubSource(hub_id["repo"], resolve_commit(hub_id["repo"], hub_id["revision"]))
     if "://" in model:
-        _refuse_credentials(model)
-        hub_id = HUB_URL.fullmatch(model)
-        return _hub_source(hub_id) if hub_id else _stored_source(model, model.split("?")[0])
+        return _stored_source(model, model.split("?")[0])
     local = os.path.abspath(os.path.expanduser(model))
     if model and os.path.lexists(local):
         return _stored_source(local, model)
-    if hub_id := HUB_ID.fullmatch(model):
-        return _hub_source(hub_id)
     raise ValueError(
         f"{model!r} is neither a file or folder on this machine nor a hub id (owner/name or "
         "owner/name@revision), a URL, or demo. Check the spelling. Hub models that used to have no owner have one "
@@ -180,8 +178,18 @@ def find_source(model: str) -> Source:
     )
 
 
-def _hub_source(hub_id: re.Match[str]) -> HubSource:
-    return HubSource(hub_id["repo"], resolve_commit(hub_id["repo"], hub_id["revision"]))
+def hub_id_of(model: str) -> re.Match[str] | None:
+    """Return the groups ``repo`` and ``revision`` of a hub id or of the URL of a repository; None for any other name.
+
+    A local file or folder takes precedence over a hub id of the same name.
+
+    Raises:
+        ValueError: ``model`` is a URL with credentials.
+    """
+    if "://" in model:
+        _refuse_credentials(model)
+        return HUB_URL.fullmatch(model)
+    return None if os.path.lexists(os.path.expanduser(model)) else HUB_ID.fullmatch(model)
 
 
 def _stored_source(url: str, label: str) -> FolderSource | GgufSource:

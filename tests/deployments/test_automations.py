@@ -1,4 +1,4 @@
-"""Automations: Prefect's command accepts the file, and the server notifies when a search ends."""
+"""Automations: Prefect's command accepts the file, and the server notifies of results and failures."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect import flow
+from prefect.artifacts import create_table_artifact
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 
@@ -68,25 +69,41 @@ def automations(prefect_backend, webhook, tmp_path):
             client.delete_automation(each.id)
 
 
-def test_the_server_accepts_all_automations_and_notifies_of_a_failed_search(automations, webhook):
+def test_the_server_accepts_all_automations_and_notifies_of_results_and_failures(automations, webhook):
     assert set(automations) == NAMES
     assert all(each.enabled for each in automations.values())
 
     @flow(name="search", flow_run_name="some model at 0.5", persist_result=False)
-    def search() -> None:
-        raise ValueError("no such model")
+    def search(model: str) -> None:
+        if model == "none":
+            raise ValueError("no such model")
+        create_table_artifact([{"beta": 0}], key="search-result", description="some model: 3 % below uniform")
 
     @flow(name="something-else", persist_result=False)
     def something_else() -> None:
-        pass
+        create_table_artifact([{"beta": 0}], key="other-table")
+
+    @flow(name="watch", flow_run_name="watch s3://bucket", persist_result=False)
+    def watch() -> None:
+        raise OSError("no such bucket")
 
     something_else()
+    for _ in range(3):
+        with pytest.raises(OSError, match="no such bucket"):
+            watch()
+    search("model")
     with pytest.raises(ValueError, match="no such model"):
-        search()
+        search("none")
     deadline = time.monotonic() + 60
-    while not webhook[1]:
-        assert time.monotonic() < deadline, "no notification within a minute"
+    while len(webhook[1]) < 3:
+        assert time.monotonic() < deadline, f"three notifications within a minute, but {webhook[1]}"
         time.sleep(0.1)
-    [notification] = webhook[1]
-    assert notification["text"].startswith("search Failed: some model at 0.5")
-    assert "no such model" in notification["text"]
+    time.sleep(1)  # for notifications that should not be
+    texts = [each["text"] for each in webhook[1]]
+    [looked] = [text for text in texts if text.startswith("watch Failed: watch s3://bucket")]
+    [failed] = [text for text in texts if text.startswith("search Failed: some model at 0.5")]
+    [finished] = [text for text in texts if text.startswith("search finished: some model at 0.5")]
+    assert len(texts) == 3
+    assert "no such bucket" in looked
+    assert "no such model" in failed
+    assert "some model: 3 % below uniform" in finished

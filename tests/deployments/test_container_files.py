@@ -1,21 +1,23 @@
 """Dockerfile and compose file: the files that they name exist, and no file of the folder holds a secret."""
 
 import fnmatch
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deployments"
-WORKERS = ["control", "device"]
+WORKERS = ["control", "device", "device-gpu"]
 
 SECRETS = re.compile(
     r"""AKIA[0-9A-Z]{16} | hf_[A-Za-z0-9]{20} | -----BEGIN | xox[a-z]-\d | hooks\.slack\.com/services/\w
     | ://[^/\s:@]+:(?!\$\{)[^/\s@]+@
     | (?:password|passwd|secret_?(?:access_?)?key|access_?key(?:_id)?|token|auth_string)["']?[ \t]*[:=][ \t]*
-      ["']?(?![\s"'${<]|\{\{|$)[\w/+-]{4,}""",
+      ["']?(?![\s"'${<]|\{\{|(?:true|false)\b|$)[\w/+-]{4,}""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 
@@ -30,7 +32,7 @@ def dockerfile():
 
 def copied():
     """Sources of all COPY instructions."""
-    instructions = re.findall(r"^COPY (.+) \S+$", dockerfile(), re.MULTILINE)
+    instructions = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile(), re.MULTILINE)
     return [source for instruction in instructions for source in instruction.split()]
 
 
@@ -62,9 +64,36 @@ def test_every_build_argument_is_used():
     assert [name for name in arguments if f"${{{name}}}" not in dockerfile()] == []
 
 
+def test_only_the_first_stage_has_a_compiler_and_the_second_takes_over_what_it_built():
+    _, first, second = re.split(r"^FROM ", dockerfile(), flags=re.MULTILINE)
+    assert first.startswith("${BASE} AS build\n")
+    assert second.startswith("${BASE}\n")
+    assert "install --yes --no-install-recommends g++" in first
+    assert "g++" not in second
+    assert "COPY --from=build /opt/layerwise /opt/layerwise" in second
+    assert "libgomp1" in second  # OpenMP, which the kernel is linked with
+
+
 def test_the_image_runs_as_an_unprivileged_user_and_stops_gently():
     assert re.search(r"^USER layerwise$", dockerfile(), re.MULTILINE)
     assert 'ENTRYPOINT ["python", "/opt/layerwise/stop_gently.py"]' in dockerfile()
+
+
+def test_the_compose_file_is_valid_by_the_specification():
+    schema = json.loads((Path(__file__).parent / "schemas" / "compose-spec.json").read_text())
+    Draft7Validator(schema).validate(compose())
+
+
+def test_the_pool_computes_on_cpus_or_on_a_gpu_by_profile():
+    services = compose()["services"]
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    assert profiles == {"device": ["cpu"], "device-gpu": ["gpu"]}
+    cpu, gpu = services["device"], services["device-gpu"]
+    [reserved] = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert reserved == {"driver": "nvidia", "device_ids": ["0"], "capabilities": ["gpu"]}
+    assert set(gpu["build"]["args"]) <= set(re.findall(r"^ARG (\w+)", dockerfile(), re.MULTILINE))
+    own = ("profiles", "image", "build", "deploy")
+    assert {k: v for k, v in cpu.items() if k not in own} == {k: v for k, v in gpu.items() if k not in own}
 
 
 def test_services_wait_for_services_and_mount_volumes_that_exist():
@@ -81,7 +110,7 @@ def test_services_wait_for_services_and_mount_volumes_that_exist():
 def test_a_worker_has_time_to_commit_and_a_limit(name):
     worker = compose()["services"][name]
     assert worker["stop_grace_period"] == "2m"
-    assert worker["command"][worker["command"].index("--limit") + 1] == {"device": "1", "control": "8"}[name]
+    assert worker["command"][worker["command"].index("--limit") + 1] == ("8" if name == "control" else "1")
 
 
 def test_every_secret_of_the_compose_file_is_a_variable_and_required():
@@ -97,7 +126,7 @@ def test_the_server_requires_the_string_that_its_clients_have():
     services = {name: service.get("environment", {}) for name, service in compose()["services"].items()}
     asked = services["server"]["PREFECT_SERVER_API_AUTH_STRING"]
     clients = [environment for environment in services.values() if "PREFECT_API_URL" in environment]
-    assert len(clients) == 3
+    assert len(clients) == 4
     assert {environment["PREFECT_API_AUTH_STRING"] for environment in clients} == {asked}
 
 

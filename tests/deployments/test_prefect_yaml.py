@@ -39,6 +39,7 @@ PARAMETERS = {
     "generate-calibration": {"settings": {"model": "demo", "prompts": "chat.jsonl"}},
     "theory": {"settings": {"search": SEARCH}},
     "gc": {},
+    "watch": {"settings": SEARCH | {"model": "s3://bucket/checkpoints"}},
 }
 
 
@@ -81,7 +82,7 @@ def test_an_entrypoint_is_a_flow_of_the_installed_package_and_no_code_is_pulled(
 def test_a_run_that_waits_is_not_in_the_pool_that_computes(deployed):
     pools = {name: deployment.work_pool_name for name, deployment in deployed.items()}
     assert pools == {
-        **dict.fromkeys(["search", "compare", "gc"], "control-of-test"),
+        **dict.fromkeys(["search", "compare", "gc", "watch"], "control-of-test"),
         **dict.fromkeys(["capture", "branch", "evaluate"], "devices-of-test"),
         **dict.fromkeys(
             ["zero-shot", "compress", "distill", "generate-calibration", "theory"], "devices-of-test"
@@ -95,6 +96,7 @@ def test_store_and_pools_come_from_the_environment(deployed):
     for name in ("zero-shot", "compress", "distill", "generate-calibration", "theory"):
         assert deployed[name].parameters == {"runtime": {"store": "s3://bucket/prefix"}}
     assert deployed["gc"].parameters == {"store": "s3://bucket/prefix"}
+    assert deployed["watch"].parameters == {"store": "s3://bucket/prefix"}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -115,11 +117,11 @@ def test_a_run_with_an_invalid_sparsity_is_refused_before_it_starts(client, depl
 
 def test_all_schedules_are_off(deployed):
     schedules = {name: deployment.schedules for name, deployment in deployed.items() if deployment.schedules}
-    assert {name: len(found) for name, found in schedules.items()} == {"search": 3, "gc": 1}
+    assert {name: len(found) for name, found in schedules.items()} == {"watch": 2, "gc": 1}
     assert not any(schedule.active for found in schedules.values() for schedule in found)
 
 
-@pytest.mark.parametrize("name", ["search", "gc"])
+@pytest.mark.parametrize("name", ["watch", "gc"])
 def test_an_active_schedule_creates_runs_with_all_parameters(client, deployed, name):
     """A schedule's parameters replace those of the deployment by name; the others stay."""
     deployment = deployed[name]
@@ -137,11 +139,6 @@ def test_an_active_schedule_creates_runs_with_all_parameters(client, deployed, n
         for run in runs:
             assert flow_of(deployment).validate_parameters(run.parameters) == wanted
         client.update_deployment_schedule(deployment.id, schedule.id, active=False)  # deletes its runs
-
-
-def test_models_of_the_weekly_schedules_differ(deployed):
-    models = [schedule.parameters["settings"]["model"] for schedule in deployed["search"].schedules]
-    assert len(set(models)) == 3
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)

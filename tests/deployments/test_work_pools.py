@@ -13,7 +13,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.utilities.templating import apply_values, find_placeholders
 
 FOLDER = Path(__file__).parents[2] / "deployments" / "work-pools"
-KINDS = ["process", "docker", "kubernetes", "ecs"]
+KINDS = ["process", "docker", "kubernetes", "kubernetes-cpu", "ecs"]
 ON_FARGATE = {
     "launch_type": "FARGATE_SPOT",
     "requires_compatibilities": ["FARGATE"],
@@ -57,20 +57,19 @@ def test_the_defaults_have_the_types_of_the_form(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_server_accepts_the_template(kind, prefect_backend):
-    pool = WorkPoolCreate(name=f"template-{kind}", type=kind, base_job_template=template(kind))
+    pool = WorkPoolCreate(
+        name=f"template-{kind}", type=kind.removesuffix("-cpu"), base_job_template=template(kind)
+    )
     with get_client(sync_client=True) as client:
         created = client.create_work_pool(pool)
         client.delete_work_pool(pool.name)
     assert created.base_job_template == template(kind)
 
 
-def test_a_pod_has_one_gpu_a_spot_node_and_two_minutes_to_commit():
-    job = filled_in("kubernetes")["job_manifest"]["spec"]
-    pod = job["template"]["spec"]
-    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert pod["nodeSelector"] == {"karpenter.sh/capacity-type": "spot"}
-    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
-    assert pod["terminationGracePeriodSeconds"] == 120
+@pytest.mark.parametrize("kind", ["kubernetes", "kubernetes-cpu"])
+def test_a_pod_has_two_minutes_to_commit(kind):
+    job = filled_in(kind)["job_manifest"]["spec"]
+    assert job["template"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
 def test_only_the_parent_restarts_the_run_of_an_evicted_pod():

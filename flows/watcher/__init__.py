@@ -1,0 +1,1 @@
+"""Watcher: a flow that starts a search for every new checkpoint, on a schedule."""
