@@ -6,6 +6,8 @@ from math import inf
 from prefect import flow
 
 from layerwise.flows.fan_out.spread import share, spread
+from layerwise.flows.observers.search_clock import search_clock
+from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
@@ -17,11 +19,13 @@ from layerwise.flows.pipeline.time_limit import check_minutes, deadline_of
 from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.evaluation import RecoveryTest, read_recovery, read_test
 from layerwise.tasks.results.stage_times import READ
 from layerwise.tasks.results.summary import sentences_on_recovery
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import unknown_time, with_run_clock
 
 
 @flow(name="search", flow_run_name="{settings.title}", persist_result=False)
@@ -40,7 +44,12 @@ def search(settings: Search, runtime: SearchRuntime) -> SearchResult:
     check_minutes(settings, runtime)
     store, deadline = runtime.open_store(), deadline_of(runtime)
     return run_announced(
-        store, f"search: {settings.title}", lambda: run_search(store, settings, runtime, deadline)
+        store,
+        f"search: {settings.title}",
+        lambda: run_search(store, settings, runtime, deadline),
+        search=digest(settings.model_dump(mode="json")),
+        command=search_command(settings, runtime),
+        artifact_of=lambda result: result.artifact,
     )
 
 
@@ -66,7 +75,10 @@ def _search_here(
 ) -> SearchResult:
     """Build all artifacts of a search in this process."""
     inputs = check_inputs(store, settings)
-    chosen, stages = build(search_steps(store, settings, inputs, deadline), execution)
+    clock = search_clock(store, settings, inputs, execution)
+    steps = search_steps(store, settings, inputs, deadline)
+    with with_run_clock(clock or unknown_time):
+        chosen, stages = build(steps, execution, [] if clock is None else [clock])
     built = [role for role, artifact in stages.items() if artifact.key in store.built]
     return _publish(store, settings, chosen, stages, built)
 
