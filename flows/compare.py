@@ -23,6 +23,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan
+from layerwise.flows.observers.search_tracker import require_tracking
 from layerwise.flows.options import parsed, search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
@@ -291,9 +292,11 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
         runtime: Where and how to run. Does not change the results.
 
     Raises:
+        ImportError: The package for ``track`` is not installed. Raised before any work.
         SearchFailed: A search failed. The results of the searches before it stay in the store.
         CancelledRun: With ``fan_out``, the run of this comparison or of a part was cancelled.
     """
+    require_tracking(runtime.track)
     store = runtime.open_store()
 
     def run() -> list[Compared]:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -206,6 +206,13 @@ class FanOutRuntime(Runtime):
         le=MOST_PLANS,
         description="Number of groups that the betas are spread over; each group reads the model once. Empty: as many "
         "as keep the workers busy and their hidden states in memory.",
+    )
+
+    track: Literal["none", "mlflow", "wandb"] = Field(
+        title="Tracking service",
+        default="none",
+        description="Service that every search is sent to: settings, perplexities, report. mlflow (MLFLOW_TRACKING_URI), wandb, or "
+        "none. A service that fails is a warning and does not end the search.",
     )
 
     @property
