@@ -10,7 +10,6 @@ from layerwise.storage.files.errors import reaching
 from layerwise.storage.inventory import Entry
 from layerwise.storage.location import StoreLocation
 
-FIRST_BYTES = 1 << 16  # of a log, with its first line
 AT_ONCE = 16  # simultaneous requests to a remote storage
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -60,7 +59,8 @@ def _read(store: StoreLocation, entry: Entry) -> RunRecord | None:
     path, name = store.path(entry.path), entry.path.rpartition("/")[2].partition(".")[0]
     try:
         with reaching(store.fs, path):
-            first = store.fs.cat_file(path, 0, min(FIRST_BYTES, entry.size)).partition(b"\n")[0]
+            # As a whole: it is replaced while the run goes on, and may then be shorter than a range of it.
+            first = store.fs.cat_file(path).partition(b"\n")[0]
     except FileNotFoundError:
         return None  # deleted since the listing
     try:
