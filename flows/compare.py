@@ -20,9 +20,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan
+from layerwise.flows.observers.search_tracker import require_tracking
 from layerwise.flows.options import parsed, search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
@@ -42,7 +43,13 @@ from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.presets.atp_paper import MODELS, preset_notes, preset_options
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.search import run_search
-from layerwise.flows.setting_types import AllocatorChoice, PrunerChoice, RecoverChoice, StrategyName
+from layerwise.flows.setting_types import (
+    AllocatorChoice,
+    PrunerChoice,
+    RecoverChoice,
+    Settings,
+    StrategyName,
+)
 from layerwise.flows.settings import Search
 from layerwise.flows.zero_shot import ZeroShot, compare_models
 from layerwise.storage.artifact import Artifact
@@ -87,10 +94,8 @@ class NamedSearch(NamedTuple):
         return f"sparsity {search.sparsity:g}, {pruner_title(search.pruner)}{recovery}, seed {search.seed}, {self.allocator}"
 
 
-class Allocation(BaseModel):
+class Allocation(Settings):
     """A way of allocating: settings that replace those of the common search. Empty settings are as in that search."""
-
-    model_config = Search.model_config
 
     allocator: AllocatorChoice | None = Field(default=None, description="As for a search.")
     granularity: Granularity | None = Field(default=None, description="As for a search.")
@@ -138,10 +143,8 @@ def _recovery_by_name(value: Any) -> Any:
     return None if value == "none" else value
 
 
-class Compare(BaseModel):
+class Compare(Settings):
     """Search one model several times: every sparsity with every pruner, recovery, allocator and seed."""
-
-    model_config = Search.model_config
 
     search: Search = Field(description="Settings that all searches have in common.")
     sparsities: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
@@ -291,9 +294,11 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
         runtime: Where and how to run. Does not change the results.
 
     Raises:
+        ImportError: The package for ``track`` is not installed. Raised before any work.
         SearchFailed: A search failed. The results of the searches before it stay in the store.
         CancelledRun: With ``fan_out``, the run of this comparison or of a part was cancelled.
     """
+    require_tracking(runtime.track)
     store = runtime.open_store()
 
     def run() -> list[Compared]:

@@ -116,8 +116,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
-def search_command(settings: BaseModel) -> str:
-    """Return the command that repeats a search, on one line, without the settings that have their defaults."""
+def search_command(settings: BaseModel, runtime: BaseModel | None = None) -> str:
+    """Return the command that repeats a search, on one line, without the settings that have their defaults.
+
+    Args:
+        runtime: where it runs; None for a placeholder of the store.
+    """
+    where = ["--store=STORE"] if runtime is None else _given_options(runtime)
+    return shlex.join(["layerwise", "search", *_given_options(settings), *where])
+
+
+def _given_options(settings: BaseModel) -> list[str]:
+    """Return the options of the settings that differ from their defaults."""
     changed = settings.model_dump(mode="json", exclude_defaults=True)
     # A method is given by its name, or as a whole if one of its settings was changed.
     given = {
@@ -125,8 +135,7 @@ def search_command(settings: BaseModel) -> str:
         for name, value in settings.model_dump(mode="json").items()
         if name in changed
     }
-    options = [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
-    return shlex.join(["layerwise", "search", *options, "--store=STORE"])
+    return [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
 
 
 def _spelt(name: str, value: object) -> str:

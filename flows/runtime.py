@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,6 +27,8 @@ def _known_place(value: str) -> str:
 
 class Runtime(Settings):
     """Store, device and memory of a flow. They do not change its result."""
+
+    essential = ("store", "device")
 
     # Validate the runtime of another flow again, by the fields of this one.
     model_config = {**Settings.model_config, "revalidate_instances": "subclass-instances"}
@@ -192,6 +194,8 @@ class Runtime(Settings):
 class FanOutRuntime(Runtime):
     """Runtime of a flow whose work may be spread over processes. It does not change the result."""
 
+    essential = ("store", "device", "fan_out", "track")
+
     fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
         title="Fan-out",
         default="local",
@@ -206,6 +210,13 @@ class FanOutRuntime(Runtime):
         le=MOST_PLANS,
         description="Number of groups that the betas are spread over; each group reads the model once. Empty: as many "
         "as keep the workers busy and their hidden states in memory.",
+    )
+
+    track: Literal["none", "mlflow", "wandb"] = Field(
+        title="Tracking service",
+        default="none",
+        description="Service that every search is sent to: settings, perplexities, report. mlflow (MLFLOW_TRACKING_URI), wandb, or "
+        "none. A service that fails is a warning and does not end the search.",
     )
 
     @property
@@ -237,6 +248,8 @@ class FanOutRuntime(Runtime):
 
 class SearchRuntime(FanOutRuntime):
     """Runtime of a search. It does not change the result, except that a time limit may end the search earlier."""
+
+    essential = ("store", "device", "fan_out", "minutes", "track")
 
     minutes: float | None = Field(
         title="Minutes for the search",

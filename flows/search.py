@@ -6,6 +6,9 @@ from math import inf
 from prefect import flow
 
 from layerwise.flows.fan_out.spread import share, spread
+from layerwise.flows.observers.search_clock import search_clock
+from layerwise.flows.observers.search_tracker import SearchTracker, require_tracking, tracked_search
+from layerwise.flows.options import search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
@@ -17,11 +20,12 @@ from layerwise.flows.pipeline.time_limit import check_minutes, deadline_of
 from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.artifact import Artifact
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.evaluation import RecoveryTest, read_recovery, read_test
 from layerwise.tasks.results.stage_times import READ
 from layerwise.tasks.results.summary import sentences_on_recovery
-from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.progress import unknown_time, with_run_clock
 
 
 @flow(name="search", flow_run_name="{settings.title}", persist_result=False)
@@ -34,13 +38,20 @@ def search(settings: Search, runtime: SearchRuntime) -> SearchResult:
 
     Raises:
         ValueError: The model, the texts or the settings cannot be used. Raised before any work.
+        ImportError: The package for ``track`` is not installed. Raised before any work.
         PartFailed: With ``fan_out``, another process could not run its part.
         CancelledRun: With ``fan_out``, the run of this search or of a part was cancelled.
     """
     check_minutes(settings, runtime)
+    require_tracking(runtime.track)
     store, deadline = runtime.open_store(), deadline_of(runtime)
     return run_announced(
-        store, f"search: {settings.title}", lambda: run_search(store, settings, runtime, deadline)
+        store,
+        f"search: {settings.title}",
+        lambda: run_search(store, settings, runtime, deadline),
+        search=digest(settings.model_dump(mode="json")),
+        command=search_command(settings, runtime),
+        artifact_of=lambda result: result.artifact,
     )
 
 
@@ -57,18 +68,23 @@ def run_search(
         CancelledRun: with ``fan_out``, the run of this search or of a part was cancelled.
     """
     if runtime.fan_out == "local":
-        return rebuild_damaged(store, lambda: _search_here(store, settings, runtime.execution(), deadline))
+        return rebuild_damaged(store, lambda: _search_here(store, settings, runtime, deadline))
     return _search_elsewhere(store, settings, runtime, deadline)
 
 
 def _search_here(
-    store: ArtifactStore, settings: Search, execution: Execution, deadline: float
+    store: ArtifactStore, settings: Search, runtime: FanOutRuntime, deadline: float
 ) -> SearchResult:
     """Build all artifacts of a search in this process."""
+    execution = runtime.execution()
     inputs = check_inputs(store, settings)
-    chosen, stages = build(search_steps(store, settings, inputs, deadline), execution)
-    built = [role for role, artifact in stages.items() if artifact.key in store.built]
-    return _publish(store, settings, chosen, stages, built)
+    clock = search_clock(store, settings, inputs, execution)
+    steps = search_steps(store, settings, inputs, deadline)
+    with tracked_search(runtime.track, store, settings, inputs) as tracker:
+        with with_run_clock(clock or unknown_time):
+            chosen, stages = build(steps, execution, [each for each in (clock, tracker) if each is not None])
+        built = [role for role, artifact in stages.items() if artifact.key in store.built]
+        return _publish(store, settings, chosen, stages, built, tracker)
 
 
 def _search_elsewhere(
@@ -79,14 +95,16 @@ def _search_elsewhere(
     shared = rebuild_damaged(store, lambda: share(store, settings, runtime))
 
     def wait_and_collect() -> SearchResult:
-        tried = spread(store, shared, deadline)
-        chosen, stages = build(search_steps(store, tried, check_inputs(store, tried)), execution)
-        built = [
-            role
-            for role, artifact in stages.items()
-            if artifact.key in store.built or role not in shared.existing
-        ]
-        return _publish(store, settings, chosen, stages, built)
+        inputs = check_inputs(store, settings)
+        with tracked_search(runtime.track, store, settings, inputs) as tracker:
+            tried = spread(store, shared, deadline)
+            chosen, stages = build(search_steps(store, tried, check_inputs(store, tried)), execution)
+            built = [
+                role
+                for role, artifact in stages.items()
+                if artifact.key in store.built or role not in shared.existing
+            ]
+            return _publish(store, settings, chosen, stages, built, tracker)
 
     return rebuild_damaged(store, wait_and_collect)
 
@@ -97,6 +115,7 @@ def _publish(
     chosen: Chosen,
     stages: dict[str, Artifact],
     built: Collection[str],
+    tracker: SearchTracker | None,
 ) -> SearchResult:
     """Commit the result of a search and its report, and show them in Prefect.
 
@@ -121,6 +140,8 @@ def _publish(
     )
     result, page = commit_result(store, result)
     publish_to_prefect(store, result, page)
+    if tracker is not None:
+        tracker.complete(result, page)
     return result
 
 

@@ -2,10 +2,11 @@
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from layerwise.allocators.allocator import Given
 from layerwise.allocators.alpha_pruning import AlphaPruning
@@ -141,3 +142,34 @@ class Settings(BaseModel):
     # An error must not show the value: it might be a URL with a password. NaN and infinity are refused, also in the
     # settings of methods, which are dataclasses.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    # Fields that come first in Prefect's form; the others follow in their order.
+    essential: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the schema that Prefect makes a form of: with the order of the fields, and alternatives side by side."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        fields = schema["properties"]
+        names = [*cls.essential, *(name for name in fields if name not in cls.essential)]
+        # Prefect's form sorts by "position". A database may change the order of an object's names.
+        schema["properties"] = {
+            name: {**_flat_alternatives(fields[name]), "position": position}
+            for position, name in enumerate(names)
+        }
+        return reference
+
+
+def _flat_alternatives(field: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of a field with one list of alternatives, each of which Prefect's form offers by its title.
+
+    The form has no title for alternatives within an alternative, and cannot convert ``oneOf`` from and to JSON.
+    """
+    if "oneOf" not in field and "anyOf" not in field:
+        return field
+    rest = {name: value for name, value in field.items() if name not in ("oneOf", "anyOf", "discriminator")}
+    alternatives = field.get("oneOf") or field["anyOf"]
+    return {**rest, "anyOf": [each for one in alternatives for each in one.get("oneOf", [one])]}

@@ -81,6 +81,8 @@ AUTO_WINDOWS: dict[Role, int] = {"calibration": 128, "selection": 64}
 class Search(Settings):
     """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
 
+    essential = ("model", "sparsity", "pruner", "recover", "calibration", "selection", "strategy", "export")
+
     model: BareUrl = Field(
         description="Model to prune: a hub id (owner/name[@revision]), a folder, an fsspec URL of a folder (s3://, "
         "hf://, ...), a .gguf file, or demo (SmolLM2-135M-Instruct)."
@@ -178,13 +180,17 @@ class Search(Settings):
         description="Text for the final perplexity, used only once. Empty: another part of the selection text (the test "
         "split of a hub data set).",
     )
-    calibration_windows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto",
-        description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all windows of its part of "
-        "the text if there are fewer. A number: exactly that many; a text that is too short is refused. With a mix that has "
-        "numbers of windows: their sum.",
+    calibration_windows: Annotated[int, Field(ge=1)] | Annotated[Literal["auto"], Field(title="auto")] = (
+        Field(
+            default="auto",
+            description=f"Number of calibration windows. auto: {AUTO_WINDOWS['calibration']}, or all windows of its part of "
+            "the text if there are fewer. A number: exactly that many; a text that is too short is refused. With a mix that has "
+            "numbers of windows: their sum.",
+        )
     )
-    selection_windows: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
+    selection_windows: (
+        Annotated[int, Field(ge=2)] | Annotated[Literal["auto"], Field(title="auto")] | None
+    ) = Field(
         default="auto",
         description=f"Number of selection windows. auto: {AUTO_WINDOWS['selection']}, or all windows of its part of the "
         "text if there are fewer. A number: exactly that many. Empty: all windows.",

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
@@ -17,6 +17,7 @@ from layerwise.flows.pipeline.inputs import check_inputs
 from layerwise.flows.pipeline.prefect_artifacts import where_the_report_is
 from layerwise.flows.report import make_report_with_theory
 from layerwise.flows.runtime import Runtime
+from layerwise.flows.setting_types import Settings
 from layerwise.flows.settings import Search
 from layerwise.scoring.perplexity import format_perplexity
 from layerwise.scoring.theorem_checks import Findings
@@ -52,10 +53,8 @@ UNUSED = (
 WITHOUT_OPTION = (*UNUSED, "export", "retain")
 
 
-class Theory(BaseModel):
+class Theory(Settings):
     """Measure ATP's theorems on one model: at several sparsities, and with the same sparsities in several orders."""
-
-    model_config = Search.model_config
 
     search: Search = Field(
         description="Model, overall sparsity, pruner, texts and windows. Errors are measured on the selection windows."

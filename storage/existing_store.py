@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from layerwise.storage.files.errors import reaching
-from layerwise.storage.inventory import RUNNING_FILE, is_temporary
+from layerwise.storage.inventory import LOG_FILE, RUNNING_FILE, is_temporary
 from layerwise.storage.layer_cache import LayerCache
 from layerwise.storage.store import KEY, ArtifactStore
 
@@ -61,4 +61,4 @@ def _paths(store: ArtifactStore, rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _is_of_a_store(path: str) -> bool:
-    return bool(KEY.fullmatch(path) or RUNNING_FILE.fullmatch(path) or is_temporary(path))
+    return any(kind.fullmatch(path) for kind in (KEY, RUNNING_FILE, LOG_FILE)) or is_temporary(path)

@@ -33,6 +33,7 @@ STALE_AFTER = 600.0
 LAST_WAIT = 10.0  # seconds that a sign of life in progress may delay the end of the work
 
 _doing = ""  # current activity of this process
+_seconds_left: float | None = None  # that its work still needs
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class RunningProcess:
         since: when it began; 1970 if its file cannot be read.
         last_sign: when it last rewrote its file.
         doing: its activity at that time; "" if unknown.
+        seconds_left: time that its work still needed at that time; None if unknown.
+        name: under which it was announced.
     """
 
     host: str
@@ -52,6 +55,8 @@ class RunningProcess:
     since: datetime
     last_sign: datetime
     doing: str = ""
+    seconds_left: float | None = None
+    name: str = ""
 
     def __str__(self) -> str:
         since, last = (f"{each:%Y-%m-%d %H:%M:%S} UTC" for each in (self.since, self.last_sign))
@@ -99,14 +104,15 @@ def announced(store: StoreLocation, what: str, name: str | None = None) -> Itera
         thread.join(LAST_WAIT)  # the thread removes the file; if the storage hangs, the file becomes stale
 
 
-def doing(text: str) -> None:
+def doing(text: str, seconds_left: float | None = None) -> None:
     """Set the current activity of this process. Other processes read it with its next sign of life.
 
     Args:
         text: description; "" for no activity.
+        seconds_left: time that the work of the process still needs; None if unknown.
     """
-    global _doing
-    _doing = text
+    global _doing, _seconds_left
+    _doing, _seconds_left = text, seconds_left
 
 
 def read_sign(store: StoreLocation, name: str) -> Sign | None:
@@ -241,7 +247,8 @@ class _SignGiver:
         return {**self._known(), "since": self._since.isoformat()}
 
     def _known(self) -> dict[str, object]:
-        return {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
+        known = {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
+        return known if _seconds_left is None else {**known, "seconds_left": round(_seconds_left, 1)}
 
     def _start(self) -> datetime:
         # Every rewrite changes the date of the file, and the clock of this machine may be wrong.
@@ -261,12 +268,16 @@ def _path(store: StoreLocation, name: str) -> str:
 
 
 def _read(store: StoreLocation, path: str, last_sign: float) -> RunningProcess:
-    last = datetime.fromtimestamp(last_sign, UTC)
+    last, name = datetime.fromtimestamp(last_sign, UTC), path.rpartition("/")[2].partition(".")[0]
     try:
         content = read_sealed(store.fs, path)
         since = datetime.fromisoformat(content["since"])
-        doing = content.get("doing", "")  # missing in files of older versions
-        return RunningProcess(content["host"], content["pid"], content["what"], since, last, doing)
+        doing, left = (
+            content.get("doing", ""),
+            content.get("seconds_left"),
+        )  # missing in files of older versions
+        host, pid, what = content["host"], content["pid"], content["what"]
+        return RunningProcess(host, pid, what, since, last, doing, left, name)
     except (Corrupt, ValueError, TypeError, KeyError) as error:
         # A process is at work there, and the age of its files is unknown.
         began = datetime.fromtimestamp(0, UTC)

@@ -1,6 +1,7 @@
 """End a command that cannot continue: one line that says what to do, and a bug report for an unexpected error."""
 
 import dis
+import logging
 import shlex
 import sys
 import traceback
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 from layerwise.flows.cli.bug_report import write_report
 from layerwise.storage.files.credentials import without_secrets
+from layerwise.tasks.running.log_lines import is_json, log_to_run, write_line
 from layerwise.tasks.running.printable import one_line, printable
 
 # Packages that work on files, storages and networks. Their errors are about the user's input or environment, not about
@@ -44,15 +46,25 @@ OUR_PACKAGE = "layerwise"
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one line on stderr, and exit."""
-    sys.stderr.write(f"layerwise: {one_line(message)}\n")
+    if is_json():
+        _write_json(message, exit_status=status)
+    else:
+        sys.stderr.write(f"layerwise: {one_line(message)}\n")
     sys.exit(status)
 
 
 def stop(message: str, status: int) -> NoReturn:
     """Print one line on stderr and the command that resumes the work, and exit."""
     command = printable(shlex.join(["layerwise", *sys.argv[1:]]))
-    sys.stderr.write(f"layerwise: {one_line(message)}. Resume with:\n  {command}\n")
+    if is_json():
+        _write_json(message, exit_status=status, command=command)
+    else:
+        sys.stderr.write(f"layerwise: {one_line(message)}. Resume with:\n  {command}\n")
     sys.exit(status)
+
+
+def _write_json(message: str, **details: object) -> None:
+    write_line(log_to_run(one_line(message), details, logging.ERROR))
 
 
 def explain(error: BaseException, debug: bool) -> str:
@@ -62,8 +74,11 @@ def explain(error: BaseException, debug: bool) -> str:
         debug: print the traceback on stderr first.
     """
     if debug:
-        for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
-            sys.stderr.write(f"{printable(without_secrets(line))}\n")
+        trace = without_secrets("".join(traceback.format_exception(error)).rstrip("\n"))
+        if is_json():
+            write_line(log_to_run(trace, level=logging.ERROR))
+        else:
+            sys.stderr.writelines(f"{printable(line)}\n" for line in trace.split("\n"))
     if is_expected(error):
         return without_secrets(_message(error))
     said = f"{type(error).__name__}: {one_line(without_secrets(str(error)))}{_last_own_line(error)}"

@@ -19,7 +19,8 @@ from layerwise.flows.cli.flow_commands import (
     run_zero_shot,
 )
 from layerwise.flows.cli.parser import parse_command
-from layerwise.tasks.running.printable import one_line, printable
+from layerwise.tasks.running import log_lines
+from layerwise.tasks.running.printable import one_line
 
 FLOWS = {
     "search": run_search,
@@ -43,6 +44,7 @@ def main() -> None:
     threading.excepthook = lambda thread: _report_thread_error(thread, debug)
     try:
         parsed = parse_command(sys.argv[1:])
+        log_lines.formatter.log_format = parsed.log_format
         if parsed.command in FLOWS:
             FLOWS[parsed.command](parsed, began)
         else:
@@ -75,32 +77,15 @@ def _flush() -> None:
 
 def _report_thread_error(thread: threading.ExceptHookArgs, debug: bool) -> None:
     if thread.exc_value is not None and thread.exc_type is not SystemExit:
-        sys.stderr.write(f"layerwise: in the background: {one_line(explain(thread.exc_value, debug))}\n")
+        logging.getLogger("layerwise").error(
+            "in the background: %s", one_line(explain(thread.exc_value, debug))
+        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether Python, CUDA or torch on the CPU ran out of memory; the last has no error class of its own."""
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or of_torch
-
-
-class LineFormatter(logging.Formatter):
-    """Formatter of log records in printable lines. The traceback of an error is shown with --debug only."""
-
-    def __init__(self, debug: bool) -> None:
-        super().__init__("%(levelname)s %(message)s")
-        self._debug = debug
-
-    def format(self, record: logging.LogRecord) -> str:
-        if self._debug:
-            text = super().format(record)
-        else:
-            record.message = record.getMessage()
-            text = self.formatMessage(record)
-            if record.exc_info and record.exc_info[1] is not None:
-                text += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
-        # Further lines are indented, so that a name from outside cannot imitate a log line.
-        return "\n  ".join(map(printable, text.split("\n")))
 
 
 def _log_to_terminal(debug: bool) -> None:
@@ -111,7 +96,8 @@ def _log_to_terminal(debug: bool) -> None:
     """
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(LineFormatter(debug))
+    log_lines.formatter.debug = debug
+    handler.setFormatter(log_lines.formatter)
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # a user who sets it wants to see that log
         handler.addFilter(lambda record: not record.name.startswith("prefect"))
         # After its server has ended, Prefect would log an error for every event that it cannot send.

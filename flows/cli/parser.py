@@ -33,6 +33,11 @@ ON_STORES = {
     "verify": "read every file of a store, and show the damaged ones",
 }
 DEBUG = "Show the traceback of an error, for a bug report."
+LOG_FORMATS = ("text", "json")
+LOG_FORMAT = (
+    "Format of progress, warnings and errors on standard error. text: lines for people, with a progress bar on a terminal. json: "
+    "one JSON object per line (time, level, stage, message, and numbers such as layer, layers, seconds_left). Default: text."
+)
 NO_MEASURE = "Do not measure this machine: show no times. Measuring reads up to 256 MB of the model, and takes about 5 seconds."
 BENCH = "measure the speed of a checkpoint on this machine's CPU, dense and with packed weights"
 DOCTOR = "show what this machine has, what that means for a model, and what is wrong with the set-up"
@@ -113,6 +118,7 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="Show the version and exit.")
     parser.add_argument("--debug", action="store_true", help=DEBUG)
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help=LOG_FORMAT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
         name: commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
@@ -123,8 +129,9 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
     _add_arguments_of_bench(parsers["bench"])
     _add_arguments_of_doctor(parsers["doctor"])
     for each in parsers.values():
-        # Without a default here, which would overwrite a --debug before the command.
+        # Without defaults here, which would overwrite the options before the command.
         each.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG)
+        each.add_argument("--log-format", choices=LOG_FORMATS, default=SUPPRESS, help=LOG_FORMAT)
     if command and command[0] in WITH_SETTINGS:
         _add_settings(parsers[command[0]], command[0])
     return parser

@@ -1,8 +1,9 @@
-"""Status of a store: running processes, unfinished stages, finished searches.
+"""Status of a store: running processes, unfinished stages, interrupted searches, finished searches.
 
 Everything is read from the store, so the command works on any machine and without Prefect's server.
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from layerwise.display.byte_size import size
+from layerwise.display.duration import duration
 from layerwise.flows.cli.console import open_console
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.existing_store import existing_store
@@ -21,12 +23,15 @@ from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.inventory import Inventory, StageFolder, take_inventory
 from layerwise.storage.resume_points import ResumePoint, read_resume_point
+from layerwise.storage.runs.run_record import FINISHED, RunRecord, read_records
 from layerwise.storage.signs_of_life import SILENT, RunningProcess, clock_for_display, running_processes
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.running.printable import one_line
 
 SEARCH = "search"  # layerwise.tasks.results.search_result.RESULT_STAGE, whose module brings Prefect
 LANE = "lane"  # its resume point only names its group, whose resume point holds the work
-NEWEST = 5  # finished searches that are shown
+NEWEST = 5  # finished and interrupted searches that are shown
+NEWEST_LOGS = 50  # whose runs are considered: reading each one is a request
 LISTED = 40  # rows of a table; if there are more, the newest are shown
 SHORT = 8  # hex digits of a key: enough for `layerwise show`
 AT_ONCE = 16  # simultaneous requests to a remote storage
@@ -51,7 +56,7 @@ class Unfinished:
 
 
 def show_status(store_url: str) -> None:
-    """Print the running processes, the unfinished stages and the newest finished searches of a store.
+    """Print the running processes, unfinished stages, interrupted and finished searches of a store.
 
     Raises:
         FileNotFoundError: there is no store at ``store_url``.
@@ -65,6 +70,7 @@ def show_status(store_url: str) -> None:
     _show_processes(console, now, alive)
     _show_silent(console, now, [each for each in processes if each not in alive])
     _show_unfinished(console, now, _unfinished(store, inventory), alive)
+    _show_interrupted(console, now, store, inventory, alive)
     _show_searches(console, now, store, inventory)
 
 
@@ -73,11 +79,17 @@ def _show_processes(console: Console, now: float, alive: Sequence[RunningProcess
         console.print("No process is running.")
         return
     console.print(f"Running: {_count(len(alive), 'process', 'processes')}", style="bold")
-    table = _table("host", "process", "started", "last sign", "flow", "doing")
+    table = _table("host", "process", "started", "last sign", "left", "flow", "doing")
     for each in alive[:LISTED]:
         began, last = (_ago(now, time.timestamp()) for time in (each.since, each.last_sign))
-        table.add_row(each.host, str(each.pid), began, last, each.what, each.doing)
+        left = "" if each.seconds_left is None else duration(_left(now, each, each.seconds_left))
+        table.add_row(each.host, str(each.pid), began, last, left, each.what, each.doing)
     _print(console, table, len(alive))
+
+
+def _left(now: float, process: RunningProcess, seconds: float) -> float:
+    """Return the time that is left of what was left at the last sign of life."""
+    return max(seconds - max(now - process.last_sign.timestamp(), 0.0), 0.0)
 
 
 def _show_silent(console: Console, now: float, silent: Sequence[RunningProcess]) -> None:
@@ -122,6 +134,30 @@ def _show_unfinished(
             f"{interrupted} interrupted: saved before any running process started. If no process has resumed the work, "
             "start the same search again."
         )
+
+
+def _show_interrupted(
+    console: Console, now: float, store: ArtifactStore, inventory: Inventory, alive: Sequence[RunningProcess]
+) -> None:
+    """Print the newest searches that no run has finished or is working on, and the commands that resume them."""
+    logs = sorted(inventory.logs, key=lambda entry: entry.modified, reverse=True)[:NEWEST_LOGS]
+    modified = {entry.path: entry.modified for entry in logs}
+    records = [record for record in read_records(store, logs) if record.search]
+    at_work = {process.name for process in alive}
+    others = {each.search for each in records if each.state == FINISHED or each.name in at_work}
+    newest: dict[str, RunRecord] = {}
+    for record in records:
+        if record.search not in others:
+            newest.setdefault(record.search, record)
+    if not newest:
+        return
+    console.print()
+    console.print("Interrupted searches, and the commands that resume them", style="bold")
+    for each in list(newest.values())[:NEWEST]:
+        reason = one_line(each.error) or "killed, or cut off from the store"
+        console.print(f"{_ago(now, modified[each.path])}: {each.title}: {reason}", soft_wrap=True)
+        console.print(f"  log: {store.path(each.path)}", soft_wrap=True)
+        console.print(f"  cd {shlex.quote(each.folder)} && {each.command}", soft_wrap=True)
 
 
 def _show_searches(console: Console, now: float, store: ArtifactStore, inventory: Inventory) -> None:

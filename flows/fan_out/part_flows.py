@@ -12,6 +12,7 @@ from prefect.states import Crashed, State
 
 from layerwise.allocators.sparsity_plan import SparsityPlan
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.flows.orchestration.flow_frame import recorded
 from layerwise.flows.orchestration.parent_process import stop_with_parent
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
@@ -21,7 +22,6 @@ from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.settings import Search
 from layerwise.storage.files.errors import Unreachable
-from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.results.run_names import points_title, windows_title
 from layerwise.tasks.running.execution import Execution
@@ -103,7 +103,7 @@ def _run_part(
         with stopping_on_sigterm():
             stop_with_parent()
             store = runtime.open_store()
-            with announced(store, f"{settings.title}: {title}", name):
+            with recorded(store, f"{settings.title}: {title}", name):
                 rebuild_damaged(store, lambda: work(store, settings, execution))
     except Unreachable as error:
         return Crashed(message=str(error))

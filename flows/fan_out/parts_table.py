@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 
 from layerwise.storage.signs_of_life import doing
+from layerwise.tasks.running.log_lines import is_json, log_to_run, write_line
 from layerwise.tasks.running.plain_console import PlainConsole
-from layerwise.tasks.running.printable import printable
 from layerwise.tasks.running.progress import going_on_without_prefect, is_on_stderr
 
 KEY = "search-steps"  # key of the Prefect artifact, as in earlier versions
@@ -61,7 +60,7 @@ class PartsTable:
 
     def __enter__(self) -> "PartsTable":
         self._artifact, self._shown, self._in_prefect = None, [], []
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_json():
             self._live.update("")  # otherwise it would show the previous set of parts first
             self._live.start()
         return self
@@ -87,7 +86,7 @@ class PartsTable:
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self.say(_summary(rows))
-        if self._console.is_terminal:
+        if self._live.is_started:
             self._live.update(_table(rows), refresh=True)
         done = all(row.state == "done" for row in rows)
         if self._in_prefect != self._shown and (done or now - self._last_table >= SECONDS_BETWEEN_TABLES):
@@ -99,12 +98,13 @@ class PartsTable:
         """Write a line to the run's log and, unless the log goes there, to stderr."""
         self._last_line = time.monotonic()
         self._log.log(level, line)
+        record = log_to_run(line, level=level)
         if is_on_stderr(self._log, level):
             return
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_json():
             self._console.print(line)
         else:
-            sys.stderr.write(f"{printable(line)}\n")
+            write_line(record)
 
     def _update_prefect(self, rows: list[dict[str, object]], summary: str) -> None:
         if self._artifact is None:

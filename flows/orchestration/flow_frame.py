@@ -1,25 +1,44 @@
-"""Frame that every flow shares: SIGTERM, the sign of life in the store, cancellation."""
+"""Frame that every flow shares: SIGTERM, the sign of life and the log in the store, cancellation."""
 
-from collections.abc import Callable
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TypeVar, cast
 
 from prefect.exceptions import CancelledRun, TerminationSignal
 
 from layerwise.flows.orchestration.cancellation import cancelled
+from layerwise.storage.artifact import Artifact
+from layerwise.storage.runs.run_log import RunLog, logged
+from layerwise.storage.runs.run_record import FAILED, FINISHED, INTERRUPTED, RUNNING
 from layerwise.storage.signs_of_life import announced
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.running.log_lines import logging_to
 from layerwise.tasks.running.stopping import stopping_on_sigterm
 
 Result = TypeVar("Result")
 
 
-def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) -> Result:
+def run_announced(
+    store: ArtifactStore,
+    title: str,
+    work: Callable[[], Result],
+    search: str = "",
+    command: str = "",
+    artifact_of: Callable[[Result], object] = lambda result: result,
+) -> Result:
     """Do the work of a flow run in ``store``.
 
-    During the run the store shows a sign of life, and SIGTERM ends the run at its next resume point.
+    During the run the store shows a sign of life and gets a log, and SIGTERM ends the run at its next resume point.
 
     Args:
         title: what the run does, for `layerwise status`.
+        search: digest of the settings of a search, the same in all of its runs.
+        command: command that repeats or resumes the run.
+        artifact_of: returns the artifact that the run ended with: the log is kept as long as this artifact.
 
     Returns:
         The result of ``work``. If the run was cancelled, Prefect's state for that, which the flow has to return.
@@ -27,8 +46,34 @@ def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) 
     Raises:
         TerminationSignal: SIGTERM arrived, and the run was not cancelled.
     """
-    with stopping_on_sigterm(), announced(store, title):
+    try:
+        with stopping_on_sigterm(), recorded(store, title, search=search, command=command) as log:
+            result = work()
+            artifact = artifact_of(result)
+            log.describe(result=artifact.key if isinstance(artifact, Artifact) else "")
+            return result
+    except (CancelledRun, TerminationSignal) as ending:
+        return cast(Result, cancelled(ending))
+
+
+@contextmanager
+def recorded(store: ArtifactStore, title: str, name: str | None = None, **about: str) -> Iterator[RunLog]:
+    """Show a sign of life of a run, and keep its log in the store, until the block ends.
+
+    Args:
+        name: under which other processes look for this one, 32 hex digits; None if they do not.
+        about: more facts on the run for its log.
+    """
+    name = name or uuid.uuid4().hex
+    facts = {"title": title, "state": RUNNING, "host": socket.gethostname(), "pid": os.getpid()}
+    facts |= {"folder": os.getcwd(), "version": version("layerwise-pruning"), **about}
+    with announced(store, title, name), logged(store, name, facts) as log:
         try:
-            return work()
-        except (CancelledRun, TerminationSignal) as ending:
-            return cast(Result, cancelled(ending))
+            with logging_to(log):
+                yield log
+        except BaseException as error:
+            stopped = isinstance(error, CancelledRun | TerminationSignal | KeyboardInterrupt)
+            problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            log.describe(state=INTERRUPTED if stopped else FAILED, error=problem)
+            raise
+        log.describe(state=FINISHED)

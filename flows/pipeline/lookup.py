@@ -89,7 +89,16 @@ def look_up(store: ArtifactStore, settings: Search) -> FoundSearch:
         Damaged: an artifact that has to be read is damaged.
         OSError: the model, a text or the store cannot be reached.
     """
-    inputs = inspect_inputs(store, settings)
+    return look_up_steps(store, settings, inspect_inputs(store, settings))
+
+
+def look_up_steps(store: ArtifactStore, settings: Search, inputs: SearchInputs) -> FoundSearch:
+    """Find the artifacts of a search that the store has.
+
+    Raises:
+        Damaged: an artifact that has to be read is damaged.
+        OSError: the store cannot be reached.
+    """
     steps: list[FoundStep] = []
 
     def answer(step: Step) -> tuple[Artifact | None, ...]:

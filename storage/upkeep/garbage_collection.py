@@ -12,6 +12,7 @@ from math import floor
 from layerwise.storage.artifact import MANIFEST, Artifact
 from layerwise.storage.inventory import Entry, Inventory, StageFolder, take_inventory
 from layerwise.storage.resume_points import RESUME_POINT_FILE
+from layerwise.storage.runs.run_record import read_records
 from layerwise.storage.signs_of_life import STALE_AFTER, RunningProcess, running_processes, storage_clock
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.reachability import Documents, files_set_aside, read_documents
@@ -23,10 +24,14 @@ TEMPORARY = "temporary files"
 UPLOADS = "open uploads"
 SET_ASIDE = "set-aside manifests"
 STALE = "stale running files"
+LOGS = "logs of runs"
 ARTIFACTS = "artifacts"
-KINDS = (ATTEMPTS, RESUME_POINTS, TEMPORARY, UPLOADS, SET_ASIDE, STALE, ARTIFACTS)
+KINDS = (ATTEMPTS, RESUME_POINTS, TEMPORARY, UPLOADS, SET_ASIDE, STALE, LOGS, ARTIFACTS)
 CONCURRENT_REQUESTS = 16  # to a remote storage
 GRACE_SECONDS = 3600.0  # files modified during this time stay
+LOG_SECONDS = (
+    30 * 86400.0
+)  # a log without an artifact, such as that of an interrupted run, stays for this time
 
 
 class StoreInUse(OSError):
@@ -135,6 +140,8 @@ def plan_collection(
         _require_undamaged(damaged)
         kept = keys_to_keep([each.artifact for each in documents.values() if each.artifact is not None])
     garbage = [*_garbage_outside_folders(store, inventory, horizon, now - STALE_AFTER)]
+    present = {key for key, each in documents.items() if each.artifact is not None or each.problem}
+    garbage += _logs_of_removed(store, inventory, horizon, now, present if kept is None else present & kept)
     for key, folder in sorted(inventory.folders.items()):
         committed = folder.manifest or folder.resume_point
         if kept is not None and key not in kept and committed and folder.newest < horizon:
@@ -212,6 +219,22 @@ def _garbage_outside_folders(
     for upload in open_uploads(store, {key.partition("/")[0] for key in inventory.folders}):
         if upload.began < horizon:
             yield Garbage(UPLOADS, upload.path, 0, upload=upload.identifier)
+
+
+def _logs_of_removed(
+    store: ArtifactStore, inventory: Inventory, horizon: float, now: float, kept: AbstractSet[str]
+) -> Iterator[Garbage]:
+    """Yield the logs of runs whose artifact is removed, and old logs of runs without one.
+
+    Args:
+        kept: keys of the artifacts that stay.
+    """
+    old = [entry for entry in inventory.logs if entry.modified < horizon]
+    results = {record.path: record.result for record in read_records(store, old)}
+    for entry in old:
+        result = results.get(entry.path, "")
+        if result not in kept if result else entry.modified < now - LOG_SECONDS:
+            yield Garbage(LOGS, entry.path, entry.size)
 
 
 def _garbage_in(

@@ -1,11 +1,13 @@
-"""Progress of a stage: on the terminal, in the log, and as a Prefect progress artifact."""
+"""Progress of a stage: on the terminal, in the log, in the log of the run, and as a Prefect progress artifact."""
 
 import logging
+import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import UUID
 
 import httpx
@@ -24,15 +26,20 @@ from rich.progress import (
 )
 
 from layerwise.display.byte_size import size_in
+from layerwise.display.duration import duration
 from layerwise.storage.resume_points import ResumePoint
 from layerwise.storage.signs_of_life import doing
+from layerwise.tasks.running.log_lines import in_stage, is_json, log_to_run, write_line
 from layerwise.tasks.running.plain_console import PlainConsole
 from layerwise.tasks.running.printable import printable
+
+if TYPE_CHECKING:  # imports torch
+    from layerwise.tasks.running.execution import DeviceMemory
 
 logger = logging.getLogger(__name__)
 
 # Layers may take less than a second: updating a Prefect artifact is a request of about 22 ms, and people read the log.
-SECONDS_BETWEEN_REPORTS = 10.0
+SECONDS_BETWEEN_REPORTS = 30.0
 # By default, Prefect's client repeats a request for a minute and waits a minute for each answer; computation would stop.
 REPORT_REPETITIONS = 1
 REPORT_TIMEOUT = 10.0  # seconds
@@ -42,6 +49,45 @@ class ProgressUpdate(Protocol):
     """Function to call after each layer with the number of completed layers, and a note such as the current loss."""
 
     def __call__(self, completed: int, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Time that a run still needs.
+
+    Attributes:
+        seconds: for the stages that remain, including the current one.
+        at_least: whether the time of a later stage is unknown.
+    """
+
+    seconds: float
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        return f"all stages {'at least ' if self.at_least else ''}{duration(round(self.seconds))}"
+
+
+# Given the time left in the current stage (None before its first layer), returns that of the whole run; None if unknown.
+RunClock = Callable[[float | None], RunTime | None]
+
+
+def unknown_time(stage: float | None) -> RunTime | None:
+    """Return that the time of the whole run is unknown. A ``RunClock``."""
+    return None
+
+
+_run_clock: RunClock = unknown_time
+
+
+@contextmanager
+def with_run_clock(clock: RunClock) -> Iterator[None]:
+    """Show the time that the whole run still needs next to that of every stage until the block ends."""
+    global _run_clock
+    before, _run_clock = _run_clock, clock
+    try:
+        yield
+    finally:
+        _run_clock = before
 
 
 @contextmanager
@@ -57,7 +103,6 @@ def showing(
         resumed: the resume point that the earlier attempt left.
         unit: what is counted, if not layers.
     """
-    reports = _Reports(title, total, start, unit)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -66,33 +111,48 @@ def showing(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[run]}"),
         TextColumn("{task.fields[memory]}"),
         TextColumn("{task.fields[note]}", markup=False),
     )
     console = PlainConsole(stderr=True)
-    if resumed is not None:
-        reports.log(f"{title}: resumed from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}")
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(printable(title), total=total, completed=start, memory=_memory(), note="")
+    shows_bar = console.is_terminal and not is_json()
+    with in_stage(title):
+        reports = _Reports(title, total, start, unit, to_stderr=not shows_bar)
+        if resumed is not None:
+            reports.log(
+                f"{title}: resumed from {unit} {start} of {total}, saved {resumed.at} on {resumed.host}",
+                {},
+                True,
+            )
+        with Progress(*columns, console=console, disable=not shows_bar) as bars:
+            bar = bars.add_task(
+                printable(title), total=total, completed=start, run="", memory=str(memory_in_use()), note=""
+            )
 
-        def step(completed: int, note: str = "") -> None:
-            doing(f"{title}: {unit} {completed} of {total}")
-            bars.update(bar, completed=completed, memory=_memory(), note=note)
-            reports.report(completed, to_stderr=not console.is_terminal, note=note)
+            def step(completed: int, note: str = "") -> None:
+                memory, left = memory_in_use(), reports.seconds_left(completed)
+                run = _run_clock(left)
+                doing(f"{title}: {unit} {completed} of {total}", left if run is None else run.seconds)
+                shown = "" if run is None else str(run)
+                bars.update(bar, completed=completed, run=shown, memory=str(memory), note=note)
+                reports.report(completed, left, run, memory, note)
 
-        doing(f"{title}: {unit} {start} of {total}")
-        try:
-            yield step
-        finally:
-            doing("")
+            begun = _run_clock(None)
+            doing(f"{title}: {unit} {start} of {total}", None if begun is None else begun.seconds)
+            try:
+                yield step
+            finally:
+                doing("")
 
 
 class _Reports:
-    """Reports to the log, to Prefect, and, without a terminal, as plain lines on standard error."""
+    """Reports to the log, to Prefect, to the log of the run, and, without a bar, as lines on standard error."""
 
-    def __init__(self, title: str, total: int, start: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, start: int, unit: str, to_stderr: bool) -> None:
         self._title, self._total, self._start, self._unit = title, total, start, unit
-        self._began, self._last = time.monotonic(), 0.0
+        self._to_stderr = to_stderr
+        self._began, self._last = time.monotonic(), float("-inf")
         # Outside of a task run, as in a test that calls the plain function, there is no server to report to.
         in_task_run = TaskRunContext.get() is not None
         self._artifact: UUID | None = None
@@ -101,25 +161,34 @@ class _Reports:
                 self._artifact = cast(UUID, create_progress_artifact(0.0, description=title))
         self._logger = get_run_logger() if in_task_run else logger
 
-    def report(self, completed: int, to_stderr: bool, note: str) -> None:
+    def seconds_left(self, completed: int) -> float:
+        """Return the time left in this stage, at the rate of this attempt."""
+        spent = time.monotonic() - self._began
+        return spent / max(completed - self._start, 1) * (self._total - completed)
+
+    def report(self, completed: int, left: float, run: RunTime | None, memory: "Memory", note: str) -> None:
         logger.debug("%s: %s %d of %d done", self._title, self._unit, completed, self._total)
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_REPORTS and completed < self._total:
             return
         self._last = now
-        left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
-        line = f"{self._title}: {self._unit} {completed} of {self._total}, {left:.0f} s left, {_memory()}"
-        line += f", {note}" if note else ""
-        self.log(line, to_stderr)
+        parts = [f"{self._unit} {completed} of {self._total}", f"{duration(round(left))} left"]
+        parts += [text for text in ("" if run is None else str(run), str(memory), note) if text]
+        numbers: dict[str, object] = {self._unit: completed, f"{self._unit}s": self._total}
+        numbers["seconds_left"] = round(left, 1)
+        if run is not None:
+            numbers["run_seconds_left"] = round(run.seconds, 1)
+        self.log(f"{self._title}: {', '.join(parts)}", {**numbers, **memory.numbers}, self._to_stderr)
         if self._artifact is not None:
             with going_on_without_prefect():
                 update_progress_artifact(self._artifact, 100 * completed / self._total)
 
-    def log(self, line: str, to_stderr: bool = True) -> None:
-        """Write one line to the run's log, and to standard error unless the log already goes there."""
+    def log(self, line: str, numbers: dict[str, object], to_stderr: bool) -> None:
+        """Write one line to the run's logs, and to standard error unless Prefect's log already goes there."""
         self._logger.info(line)
+        record = log_to_run(printable(line), numbers)
         if to_stderr and not is_on_stderr(self._logger, logging.INFO):
-            sys.stderr.write(f"{printable(line)}\n")
+            write_line(record)
 
 
 @contextmanager
@@ -162,14 +231,47 @@ def is_on_stderr(log: logging.Logger | logging.LoggerAdapter[Any], level: int) -
     return False
 
 
-def _memory() -> str:
-    text = size_in("GiB", psutil.Process().memory_info().rss, 1)
+@dataclass(frozen=True)
+class Memory:
+    """Memory of this process and of its device, in bytes.
+
+    Attributes:
+        resident: memory of the process.
+        peak: maximum of ``resident`` so far.
+        device: memory in use on the device, by all processes; None without one.
+        device_peak: maximum that torch has allocated there so far for this process.
+    """
+
+    resident: int
+    peak: int
+    device: "DeviceMemory | None" = None
+    device_peak: int = 0
+
+    def __str__(self) -> str:
+        text = f"{size_in('GiB', self.resident, 1)} (peak {size_in('GiB', self.peak, 1)})"
+        if self.device is None:
+            return text
+        taken, total = (size_in("GiB", count, 1) for count in (self.device.taken, self.device.total))
+        return f"{text}; device {taken} of {total} (peak {size_in('GiB', self.device_peak, 1)})"
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The same as plain numbers, without those that are unknown."""
+        numbers = {"memory": self.resident, "peak_memory": self.peak}
+        if self.device is not None:
+            numbers |= {"device_memory": self.device.taken, "peak_device_memory": self.device_peak}
+        return numbers
+
+
+def memory_in_use() -> Memory:
+    """Return the memory of this process and of the GPU that it uses most."""
+    resident = psutil.Process().memory_info().rss
+    peak = max(resident, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in KiB on Linux
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return text
-    device = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)  # the one in use
+        return Memory(resident, peak)
     from layerwise.tasks.running.execution import device_memory  # imports torch
 
-    memory = device_memory(torch.device("cuda", device))
-    assert memory is not None, "CUDA tells"
-    return f"{text}; device {size_in('GiB', memory.taken, 1)} of {size_in('GiB', memory.total, 1)}"
+    number = max(range(torch.cuda.device_count()), key=torch.cuda.max_memory_allocated)  # the one in use
+    device = device_memory(torch.device("cuda", number))
+    return Memory(resident, peak, device, torch.cuda.max_memory_allocated(number))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerwise.flows.cli.parser import parse_command
+from layerwise.flows.options import read_options
 from layerwise.flows.pipeline.lookup import look_up
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
@@ -75,7 +78,12 @@ def test_the_second_search_builds_nothing_and_reads_no_weights(finished, run_sea
     assert again.bytes_read == 0
     assert (again.selection, again.test, again.pruned) == (result.selection, result.test, result.pruned)
     assert keys_of(again) == keys_of(result)
-    assert store.fs.find(store.root) == before
+    (log,) = set(store.fs.find(store.root)) - set(before)
+    about, *lines = map(json.loads, Path(log).read_text().splitlines())
+    assert (about["state"], about["result"]) == ("finished", again.artifact.key)
+    assert [line["message"] for line in lines if line["message"].startswith("capture: done in 0")]
+    parsed = parse_command(shlex.split(about["command"])[1:])
+    assert (read_options(parsed, Search), read_options(parsed, SearchRuntime)) == (again.settings, runtime)
 
 
 @pytest.mark.parametrize("fresh_store_url", ["memory", "s3"], indirect=True)

@@ -3,9 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
+from layerwise.flows.compare import compare
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
+from layerwise.flows.theory import theory
 from layerwise.pruners.magnitude import Magnitude
 from layerwise.pruners.wanda import Wanda
 
@@ -19,6 +21,29 @@ def test_every_field_says_what_it_is_in_the_form_that_prefect_shows(settings):
     for name, field in definition["properties"].items():
         assert field.get("description", "").rstrip().endswith((".", ").")), name
         assert "default" in field or name in definition["required"], name
+
+
+@pytest.mark.parametrize("flow", [search, compare, theory])
+def test_the_form_has_essential_settings_first_and_choices_by_title(flow):
+    """Prefect's form sorts by position, edits objects without properties as JSON, and cannot name nested alternatives."""
+    definitions = flow.parameters.model_dump()["definitions"]
+    for name, definition in definitions.items():
+        fields = definition["properties"]
+        assert fields, f"{name} would be edited as JSON"
+        for field in fields.values():
+            assert {"type", "anyOf", "$ref"} & field.keys()
+            for choice in field.get("anyOf", []):
+                assert "$ref" in choice or "type" in choice, (name, field["title"])
+        positions = [field["position"] for field in fields.values() if "position" in field]
+        assert positions == sorted(set(positions))
+    first = [name for name, field in definitions["Search"]["properties"].items() if field["position"] < 4]
+    assert first == ["model", "sparsity", "pruner", "recover"]
+    recover = definitions["Search"]["properties"]["recover"]["anyOf"]
+    assert [each.get("$ref", each.get("type")) for each in recover] == [
+        "#/definitions/Refit",
+        "#/definitions/Train",
+        "null",
+    ]
 
 
 def test_a_model_and_a_sparsity_are_enough():

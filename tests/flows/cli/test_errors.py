@@ -15,8 +15,9 @@ from botocore.exceptions import NoCredentialsError
 
 from layerwise.flows.cli.bug_report import KEPT
 from layerwise.flows.cli.errors import explain
-from layerwise.flows.cli.main import LineFormatter, main
+from layerwise.flows.cli.main import main
 from layerwise.sparse.speed_settings import SpeedSettings
+from layerwise.tasks.running.log_lines import LineFormatter
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +139,10 @@ def test_a_log_line_has_no_traceback_and_control_characters_escaped():
             "exc_info": (ValueError, error, error.__traceback__),
         }
     )
-    assert LineFormatter(debug=False).format(record) == "WARNING name \\x1b[2J\n  forged (ValueError: wrong)"
+    line = LineFormatter(debug=False).format(record)
+    time, _, rest = line.partition(" ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time)  # standard error is no terminal
+    assert rest == "WARNING name \\x1b[2J\n  forged (ValueError: wrong)"
     assert "Traceback" in LineFormatter(debug=True).format(record)
 
 

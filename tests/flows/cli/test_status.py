@@ -12,6 +12,7 @@ import pytest
 from layerwise.flows.cli import status
 from layerwise.flows.cli.status import show_status
 from layerwise.storage.files.publishing import overwrite
+from layerwise.storage.runs.run_log import logged
 from layerwise.storage.signs_of_life import announced, doing, running_processes, storage_clock
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -22,6 +23,7 @@ from tests.faults import error
 CAPTURE = Stage("capture", 1)
 HOLDER = """
 import sys, threading
+from layerwise.storage.runs.run_log import logged
 from layerwise.storage.signs_of_life import announced, doing
 from layerwise.storage.store import ArtifactStore
 
@@ -79,7 +81,7 @@ def test_a_store_without_processes_stages_or_searches_says_so(store, capsys):
 
 
 def test_a_running_process_is_listed_with_its_flow_and_stage(store, capsys):
-    doing("capture: dense model: layer 3 of 30")
+    doing("capture: dense model: layer 3 of 30", 7260.0)
     try:
         with announced(store, "search: demo [red] at 0.5"):
             lines = shown(store, capsys)
@@ -87,8 +89,8 @@ def test_a_running_process_is_listed_with_its_flow_and_stage(store, capsys):
         doing("")
     assert lines[:3] == [
         "Running: 1 process",
-        "host process started last sign flow doing",
-        f"{socket.gethostname()} {os.getpid()} AGE AGE search: demo [red] at 0.5 capture: dense model: layer 3 of 30",
+        "host process started last sign left flow doing",
+        f"{socket.gethostname()} {os.getpid()} AGE AGE 2 h search: demo [red] at 0.5 capture: dense model: layer 3 of 30",
     ]
 
 
@@ -220,6 +222,38 @@ def test_read_access_is_enough(fault_proxy, s3_bucket, capsys):
     finish_search(store, "owner/model")
     fault_proxy.inject(error(403), lambda request: request.writes, times=float("inf"))
     assert "Finished searches" in shown(store, capsys)
+
+
+def test_an_interrupted_search_is_listed_with_the_command_that_resumes_it(store, capsys):
+    about = {"state": "running", "folder": "/data/my runs", "command": "layerwise search --model='a b'"}
+    for number, (name, more) in enumerate(
+        {
+            "search: killed": {},
+            "search: failed": {"state": "failed", "error": "ValueError: no\nroom"},
+            "search: resumed and finished": {},
+            "search: at work": {},
+            "zero-shot": {"search": "", "command": ""},
+        }.items()
+    ):
+        with logged(store, f"{number:032x}", {**about, "title": name, "search": name, **more}):
+            pass
+    with logged(
+        store, "a" * 32, {**about, "title": "again", "search": "search: resumed and finished"}
+    ) as log:
+        log.describe(state="finished")
+    with announced(store, "search: at work", f"{3:032x}"):
+        lines = shown(store, capsys)
+    first = lines.index("Interrupted searches, and the commands that resume them") + 1
+    shown_searches = {lines[row]: lines[row + 1 : row + 3] for row in (first, first + 3)}
+    resume = "cd '/data/my runs' && layerwise search --model='a b'"
+    assert shown_searches == {
+        "AGE: search: failed: ValueError: no room": [f"log: {store.root}/logs/{1:032x}.jsonl", resume],
+        "AGE: search: killed: killed, or cut off from the store": [
+            f"log: {store.root}/logs/{0:032x}.jsonl",
+            resume,
+        ],
+    }
+    assert lines[first + 6] == "No search has finished."
 
 
 def test_a_path_without_a_store_is_refused_and_not_created(tmp_path):

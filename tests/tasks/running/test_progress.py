@@ -1,5 +1,6 @@
 """Progress: plain lines without a terminal, a bar on a terminal, an artifact and log lines in Prefect."""
 
+import json
 import logging
 import os
 import pty
@@ -16,10 +17,12 @@ from prefect.client.schemas.filters import ArtifactFilter, LogFilter
 from prefect.context import TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
-from layerwise.storage.signs_of_life import announced, read_sign
+from layerwise.storage.signs_of_life import announced, read_sign, running_processes, storage_clock
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.running import progress
-from layerwise.tasks.running.progress import showing
+from layerwise.tasks.running import log_lines, progress
+from layerwise.tasks.running.progress import RunTime, showing, with_run_clock
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def sign_of_a_new_process(store: ArtifactStore) -> str:
 def test_a_note_is_shown_behind_the_numbers(capsys):
     with showing("distill", total=1, unit="step") as step:
         step(1, "loss 0.5")
-    assert capsys.readouterr().err.rstrip().endswith("GiB, loss 0.5")
+    assert capsys.readouterr().err.rstrip().endswith("GiB), loss 0.5")
 
 
 def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_reported):
@@ -46,8 +49,9 @@ def test_without_a_terminal_every_report_is_one_plain_line(capsys, every_step_re
     captured = capsys.readouterr()
     assert captured.out == ""
     first, last = captured.err.splitlines()
-    assert re.fullmatch(r"branch: 3 betas: layer 1 of 2, \d+ s left, \d+\.\d GiB", first)
-    assert re.fullmatch(r"branch: 3 betas: layer 2 of 2, 0 s left, \d+\.\d GiB", last)
+    memory = r"\d+\.\d GiB \(peak \d+\.\d GiB\)"
+    assert re.fullmatch(rf"{TIME} branch: 3 betas: layer 1 of 2, \d+ s left, {memory}", first)
+    assert re.fullmatch(rf"{TIME} branch: 3 betas: layer 2 of 2, 0 s left, {memory}", last)
 
 
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING], ids=["a worker's", "the command line's"])
@@ -66,10 +70,10 @@ def test_a_title_from_outside_is_escaped(capsys, every_step_reported):
     with showing("export: [/x] \x1b[2J\nforged", total=1) as step:
         step(1)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(r"export: [/x] \x1b[2J\nforged: layer 1 of 1")
+    assert line.partition(" ")[2].startswith(r"export: [/x] \x1b[2J\nforged: layer 1 of 1")
 
 
-def test_lines_appear_at_most_every_ten_seconds_but_the_last_always_does(capsys):
+def test_lines_appear_at_most_every_thirty_seconds_but_the_last_always_does(capsys):
     with showing("export", total=50) as step:
         for layer in range(1, 51):
             step(layer)
@@ -78,11 +82,51 @@ def test_lines_appear_at_most_every_ten_seconds_but_the_last_always_does(capsys)
 
 
 def test_the_time_left_is_estimated_from_the_layers_of_this_attempt(capsys, monkeypatch, every_step_reported):
-    seconds = iter([100.0, 110.0])  # the start, and after the first layer of this attempt
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with showing("capture", total=80, start=60) as step:
+        clock[0] = 110.0
         step(61)
-    assert "layer 61 of 80, 190 s left" in capsys.readouterr().err
+    assert "layer 61 of 80, 3.2 min left" in capsys.readouterr().err  # 19 layers of 10 s
+
+
+def test_the_time_left_of_the_whole_run_is_shown_and_reported(capsys, tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+
+    def clock(stage: float | None) -> RunTime:
+        return RunTime(7200.0 if stage is None else 3600.0, at_least=stage is None)
+
+    with with_run_clock(clock), showing("capture", total=2) as step, announced(store, "a search", "a" * 32):
+        (process,) = running_processes(store, storage_clock(store))
+        assert (process.seconds_left, process.name) == (7200.0, "a" * 32)
+        step(1)
+    assert "s left, all stages 60 min, " in capsys.readouterr().err
+    assert str(clock(None)) == "all stages at least 2 h"
+
+
+def test_json_lines_have_the_numbers_and_no_secrets(capsys, monkeypatch):
+    monkeypatch.setattr(log_lines.formatter, "log_format", "json")
+    with showing("capture: s3://id:secret@host/x", total=2) as step:
+        step(1)
+        log_lines.write_line(
+            logging.makeLogRecord({"msg": "wrong: %s", "args": ("a\nb",), "levelname": "WARNING"})
+        )
+    progressed, warned = map(json.loads, capsys.readouterr().err.splitlines())
+    assert re.fullmatch(TIME, progressed["time"])
+    assert {name: progressed[name] for name in ("level", "layer", "layers", "stage")} == {
+        "level": "INFO",
+        "layer": 1,
+        "layers": 2,
+        "stage": "capture: s3://***@host/x",
+    }
+    assert progressed["message"].startswith("capture: s3://***@host/x: layer 1 of 2, ")
+    assert progressed["peak_memory"] >= progressed["memory"] > 2**20
+    assert progressed["seconds_left"] >= 0
+    assert (warned["level"], warned["message"], warned["stage"]) == (
+        "WARNING",
+        "wrong: a\nb",
+        progressed["stage"],
+    )
 
 
 def test_signs_of_life_report_the_progress_until_the_end(tmp_path):
