@@ -52,7 +52,9 @@ def commands_in(page: Path) -> list[list[str]]:
     text = page.read_text()
     blocks = [text] if page in SCRIPTS else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    starts = re.compile(r"\s*(?:srun .* )?layerwise (.*?)(?: &)?")  # a script starts some of them in the background
+    starts = re.compile(
+        r"\s*(?:srun .* )?layerwise (.*?)(?: &)?"
+    )  # a script starts some of them in the background
     commands = [match[1] for line in lines if (match := starts.fullmatch(line))]
     return [shlex.split(command, comments=True) for command in commands]
 

@@ -168,13 +168,16 @@ def run_generate_calibration(arguments: Namespace, began: float) -> None:
 
 
 def run_work(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
     from layerwise.flows.options import read_options
     from layerwise.flows.runtime import WorkerRuntime
 
     runtime = read_options(arguments, WorkerRuntime)
-    server = ServerStart()
-    from layerwise.flows.cli.console import open_console
     from layerwise.flows.fan_out.worker import work
+
+    server = (
+        ServerStart()
+    )  # after the imports: nobody waits for the seconds that importing meanwhile would save
 
     def say(line: str) -> None:
         sys.stderr.write(f"{printable(line)}\n")

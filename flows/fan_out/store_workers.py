@@ -164,8 +164,8 @@ class StoreWorkers:
         if not living_processes(self._store, WORKER):
             self._look_at = now + TELL_AGAIN
             logger.warning(
-                "No worker has run in %s for %.0f s; %d parts of this search are open, and it waits. Start workers on "
-                "machines that reach the store: layerwise work %s",
+                "%s has had no worker for %.0f s. Open parts of the search: %d; the search waits. Start workers on machines "
+                "that reach the store: layerwise work %s",
                 self._store.url,
                 now - self._alone_since,
                 waiting,

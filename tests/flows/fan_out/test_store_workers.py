@@ -135,11 +135,16 @@ def test_groups_of_a_killed_and_of_a_stopped_worker_continue_in_another_one(
     assert "layerwise: stopped by SIGUSR1; finished stages" in stopped.said()
     assert stopped.said().count(" resumed from layer ") >= 2
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert f"it waits. Start workers on machines that reach the store: layerwise work {store}" in said
+    assert f"the search waits. Start workers on machines that reach the store: layerwise work {store}" in said
     assert "no sign of life for 20 s" in said
     assert "stopped by SIGUSR1" in said
     files = ArtifactStore(store).fs.find(store)
     assert [file for file in files if "/parts/" in file] == []
+
+
+@pytest.fixture
+def local_store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
 
 
 @pytest.fixture
@@ -171,11 +176,12 @@ def dispatch(prefect_backend, local_store, monkeypatch):
 def test_a_search_that_starts_again_waits_for_the_worker_that_has_its_group(local_store, dispatch):
     run, key = dispatch
     left = PublishedPart("e" * 32, PART.tag, key, PART.flow, PART.title, PART.parameters)
-    taken, _open = publish_part(local_store, left), publish_part(local_store, left)
+    taken, left_open = publish_part(local_store, left), publish_part(local_store, left)
     done = threading.Event()
 
     def end():
-        time.sleep(1)
+        while left_open in list_parts(local_store):  # the search removes it when it begins
+            time.sleep(0.05)
         done.set()
         report_end(local_store, taken, PartEnd(StateType.COMPLETED, ""))
 

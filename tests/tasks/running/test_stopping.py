@@ -11,7 +11,13 @@ from layerwise.storage.stage import Stage
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
-from layerwise.tasks.running.stopping import Stopped, Withdrawn, stop_deferred, stopping_on_sigterm, withdrawable
+from layerwise.tasks.running.stopping import (
+    Stopped,
+    Withdrawn,
+    stop_deferred,
+    stopping_on_sigterm,
+    withdrawable,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +89,22 @@ def test_withdrawn_work_ends_at_its_boundary_with_a_resume_point_and_the_process
 
     with withdrawable() as withdraw, pytest.raises(Withdrawn):
         work()
-    assert local_store.draft(Stage("capture", 1)).resumed.step == 2
+    again = local_store.draft(Stage("capture", 1))
+    again.resume()
+    assert again.resumed.step == 2
     withdraw()  # too late: the next work is not concerned
     with stop_deferred() as asked_to_stop:
         assert not asked_to_stop()
-    # A signal counts more than a withdrawal: the process ends.
-    with pytest.raises(Stopped, match="stopped by SIGTERM"), withdrawable() as withdraw, stop_deferred():
-        withdraw()
-        terminate()
+
+
+def test_a_signal_counts_more_than_a_withdrawal():
+    def work():
+        with withdrawable() as withdraw, stop_deferred():
+            withdraw()
+            terminate()
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        work()
 
 
 def test_a_resume_point_is_committed_before_the_stop(local_store):
