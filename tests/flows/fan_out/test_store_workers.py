@@ -32,17 +32,19 @@ from layerwise.flows.fan_out.published_parts import (
 from layerwise.flows.fan_out.store_workers import StoreWorkers
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
-from layerwise.storage.signs_of_life import announced
+from layerwise.storage.signs_of_life import announced, storage_clock
 from layerwise.storage.store import ArtifactStore
+from layerwise.storage.upkeep.garbage_collection import plan_collection
 
 LIMIT = 600.0  # seconds of each wait
 SIGN = "0123456789abcdef" * 2
 PART = PublishedPart(
     "f" * 32, "search:1", "key", "branch", "a group", {"points": [[0.1, 0.0]], "windows": None}
 )
-# A worker that gets a signal while it reads the second layer of its first lane group.
+# A worker that gets a signal while it reads the second layer of its first lane group. Its Prefect server gets it, too:
+# SLURM signals all processes of a job step.
 SIGNALLED = """
-import os, sys
+import sys, psutil
 from prefect.runtime import flow_run
 from layerwise.tasks.models.checkpoint import Checkpoint
 
@@ -51,7 +53,8 @@ number, read = int(sys.argv.pop(1)), Checkpoint.layers
 def layers(checkpoint, first=0, *device):
     for index, layer in enumerate(read(checkpoint, first, *device), first):
         if flow_run.flow_name == "branch" and index == 1:
-            os.kill(os.getpid(), number)
+            for process in (*psutil.Process().children(), psutil.Process()):
+                process.send_signal(number)
         yield layer
 
 Checkpoint.layers = layers
@@ -70,6 +73,12 @@ def test_one_of_two_workers_gets_a_part_and_its_end_reaches_the_search(store):
     report_end(store, name, PartEnd(StateType.CRASHED, "stopped"))
     assert read_end(store, name) == PartEnd(StateType.CRASHED, "stopped")
     assert list_parts(store) == {name: {"", ".claim", ".end"}}
+    now = plan_collection(store)
+    assert (now.garbage, now.not_ours) == ((), ())
+    later = plan_collection(store, now=storage_clock(store) + 2 * 3600)
+    assert {each.path for each in later.garbage} == {
+        f"parts/{name}{kind}.json" for kind in ("", ".claim", ".end")
+    }
     remove_part(store, name)
     # A worker that was paused for too long.
     report_end(store, name, PartEnd(StateType.COMPLETED, "done"))
