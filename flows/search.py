@@ -52,6 +52,7 @@ def search(settings: Search, runtime: SearchRuntime) -> SearchResult:
         search=digest(settings.model_dump(mode="json")),
         command=search_command(settings, runtime),
         artifact_of=lambda result: result.artifact,
+        role=runtime.role,
     )
 
 

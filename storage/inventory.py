@@ -21,8 +21,11 @@ _DOCUMENT_TEMPORARY = re.compile(rf"{_DOCUMENT}(?:\.damaged-[0-9a-f]+)?\.{_ID}\.
 RUNNING_FILE = re.compile(rf"running/{_ID}\.json")
 LOG_FOLDER = "logs"
 LOG_FILE = re.compile(rf"{LOG_FOLDER}/{_ID}\.jsonl")
+# Parts of searches for workers, see ``layerwise.flows.fan_out.published_parts``.
+PART_FILE = re.compile(rf"parts/(?P<part>{_ID})(?:\.(?P<news>claim|end))?\.json")
 _LOOSE_TEMPORARY = re.compile(
-    rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|running/{_ID}\.json\.{_ID}\.tmp|{LOG_FOLDER}/{_ID}\.jsonl\.{_ID}\.tmp"
+    rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|(?:running|parts)/{_ID}(?:\.\w+)?\.json\.{_ID}\.tmp"
+    rf"|{LOG_FOLDER}/{_ID}\.jsonl\.{_ID}\.tmp"
 )
 
 
@@ -85,6 +88,7 @@ class Inventory:
         folders: stage folders by key, with or without a committed artifact.
         running: files of ``layerwise.storage.signs_of_life``.
         logs: logs of runs.
+        parts: files of each part of a search that was published for workers, by the part's name.
         temporary: files outside of the stage folders that are needed only while they are being written.
         not_ours: paths, relative to the root, that this program has never written.
     """
@@ -92,6 +96,7 @@ class Inventory:
     folders: dict[str, StageFolder] = field(default_factory=dict)
     running: list[Entry] = field(default_factory=list)
     logs: list[Entry] = field(default_factory=list)
+    parts: dict[str, list[Entry]] = field(default_factory=dict)
     temporary: list[Entry] = field(default_factory=list)
     not_ours: list[str] = field(default_factory=list)
 
@@ -101,6 +106,8 @@ class Inventory:
             self.running.append(entry)
         elif LOG_FILE.fullmatch(entry.path):
             self.logs.append(entry)
+        elif part := PART_FILE.fullmatch(entry.path):
+            self.parts.setdefault(part["part"], []).append(entry)
         elif is_temporary(entry.path):
             self.temporary.append(entry)
         elif not (

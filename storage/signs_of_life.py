@@ -30,6 +30,8 @@ EVERY = 5.0  # seconds between two signs of life; costs less than ten cents a da
 SILENT = 60.0  # seconds without a sign, twelve missed ones, after which a waiting process considers it dead
 # Seconds without a sign after which a process is dead, even if the storage failed for minutes.
 STALE_AFTER = 600.0
+WORKER = "worker"  # role of a process that runs parts of searches
+NEEDS_WORKERS = "needs workers"  # role of a search whose parts are run by workers
 LAST_WAIT = 10.0  # seconds that a sign of life in progress may delay the end of the work
 
 _doing = ""  # current activity of this process
@@ -46,7 +48,8 @@ class RunningProcess:
         last_sign: when it last rewrote its file.
         doing: its activity at that time; "" if unknown.
         seconds_left: time that its work still needed at that time; None if unknown.
-        name: under which it was announced.
+        name: under which it was announced, 32 hex digits.
+        role: its role among processes that share work, such as ``WORKER``; "" if it has none.
     """
 
     host: str
@@ -57,6 +60,7 @@ class RunningProcess:
     doing: str = ""
     seconds_left: float | None = None
     name: str = ""
+    role: str = ""
 
     def __str__(self) -> str:
         since, last = (f"{each:%Y-%m-%d %H:%M:%S} UTC" for each in (self.since, self.last_sign))
@@ -80,7 +84,7 @@ class Sign:
 
 
 @contextlib.contextmanager
-def announced(store: StoreLocation, what: str, name: str | None = None) -> Iterator[None]:
+def announced(store: StoreLocation, what: str, name: str | None = None, role: str = "") -> Iterator[None]:
     """Announce to other processes that this process works in the store until the block ends.
 
     A store that cannot be written is used anyway, with a warning: it may already hold what is needed.
@@ -88,11 +92,12 @@ def announced(store: StoreLocation, what: str, name: str | None = None) -> Itera
     Args:
         what: description of the work, without credentials.
         name: under which other processes look for this one, 32 hex digits; None if they do not.
+        role: see ``RunningProcess``.
 
     Raises:
         Unreachable: the storage does not answer.
     """
-    giver = _SignGiver(store, what, _path(store, name or uuid.uuid4().hex))
+    giver = _SignGiver(store, what, _path(store, name or uuid.uuid4().hex), role)
     giver.give(first=True)
     done = threading.Event()
     thread = threading.Thread(target=giver.keep_giving, args=(done,), name="sign of life", daemon=True)
@@ -166,6 +171,18 @@ def running_processes(store: StoreLocation, now: float, within: float = STALE_AF
     return sorted(found, key=lambda process: process.since)
 
 
+def living_processes(store: StoreLocation, role: str) -> list[RunningProcess]:
+    """Return the processes with a role that gave a sign of life within the last ``SILENT`` seconds.
+
+    Raises:
+        OSError: the storage cannot be reached.
+    """
+    # The clock is read only if it is needed: that writes a file, and the store may not exist yet.
+    found = [each for each in running_processes(store, 0.0) if each.role == role]
+    now = clock_for_display(store) if found else 0.0
+    return [each for each in found if each.last_sign.timestamp() > now - SILENT]
+
+
 def storage_clock(store: StoreLocation) -> float:
     """Return the current time in seconds since 1970, by the clock that dates the storage's files.
 
@@ -207,8 +224,8 @@ def clock_for_display(store: StoreLocation) -> float:
 class _SignGiver:
     """Keeps the file of one process up to date."""
 
-    def __init__(self, store: StoreLocation, what: str, path: str) -> None:
-        self._store, self._what, self._path = store, what, path
+    def __init__(self, store: StoreLocation, what: str, path: str, role: str) -> None:
+        self._store, self._what, self._path, self._role = store, what, path, role
         self._began = time.monotonic()
         self._since: datetime | None = None  # unknown until the storage's clock could be read
         self._failed = False
@@ -247,7 +264,13 @@ class _SignGiver:
         return {**self._known(), "since": self._since.isoformat()}
 
     def _known(self) -> dict[str, object]:
-        known = {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
+        known = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "what": self._what,
+            "doing": _doing,
+            "role": self._role,
+        }
         return known if _seconds_left is None else {**known, "seconds_left": round(_seconds_left, 1)}
 
     def _start(self) -> datetime:
@@ -272,12 +295,10 @@ def _read(store: StoreLocation, path: str, last_sign: float) -> RunningProcess:
     try:
         content = read_sealed(store.fs, path)
         since = datetime.fromisoformat(content["since"])
-        doing, left = (
-            content.get("doing", ""),
-            content.get("seconds_left"),
-        )  # missing in files of older versions
+        # Missing in files of older versions.
+        doing, left, role = content.get("doing", ""), content.get("seconds_left"), content.get("role", "")
         host, pid, what = content["host"], content["pid"], content["what"]
-        return RunningProcess(host, pid, what, since, last, doing, left, name)
+        return RunningProcess(host, pid, what, since, last, doing, left, name, role)
     except (Corrupt, ValueError, TypeError, KeyError) as error:
         # A process is at work there, and the age of its files is unknown.
         began = datetime.fromtimestamp(0, UTC)
