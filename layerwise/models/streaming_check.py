@@ -9,9 +9,6 @@ from transformers import PretrainedConfig
 from layerwise.models.skeleton import UnsupportedModel
 from layerwise.models.streaming import StreamedModel
 
-# More than one window, and different tokens in each.
-WINDOWS = torch.arange(24).view(3, 8)
-
 
 class MadeUpTensors(Mapping[str, Tensor]):
     """Tensors of given shapes that take the memory of one column: every row has a value of its own.
@@ -46,12 +43,10 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
         outer: shapes of the weights outside the decoder layers, by state-dict name.
 
     Raises:
-        UnsupportedModel: see ``StreamedModel.embed``; or the model does not run on tokens alone.
+        UnsupportedModel: see ``StreamedModel.layout``; or the model does not run on tokens alone.
     """
-    text_config = config.get_text_config()
     try:
-        model = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu"))
-        states = model.embed(WINDOWS % text_config.vocab_size)
+        _ = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu")).layout
     except UnsupportedModel:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -59,9 +54,3 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
             f"{config.model_type} does not run on text without its decoder layers ({type(error).__name__}: {error}), so they "
             "cannot be streamed. Use another model."
         ) from error
-    if states.shape[-1] != text_config.hidden_size:
-        raise UnsupportedModel(
-            f"{config.model_type} passes {states.shape[-1]} values for each token from layer to layer, but its hidden_size is "
-            f"{text_config.hidden_size}, so its layers cannot be streamed. Use another model."
-        )
-    model.require_independent_layers(tuple(WINDOWS.shape))

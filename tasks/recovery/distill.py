@@ -259,15 +259,14 @@ class _Distillation:
         counted = None if self.counted is None else self.counted[held_out]
         losses = window_losses(model, states[held_out], self.input_ids[held_out], counted)
         self.dense_held_out = perplexity(losses)
-        return states
+        return model.hidden_states(states)
 
     def _run(
         self, model: StreamedModel, layers: Iterator[Mapping[str, Tensor]], input_ids: Tensor, title: str
     ) -> Tensor:
-        """Return the output of the last layer, shape ``(windows, seqlen, hidden_size)``."""
+        """Return the states after the last layer, shape ``(windows, seqlen, layout.size)``."""
         room = self.execution.hidden_states_room()
-        hidden_size = self.pruned.config.get_text_config().hidden_size
-        hidden_states = room.empty((*input_ids.shape, hidden_size), model.dtype)
+        hidden_states = room.empty((*input_ids.shape, model.layout.size), model.dtype)
         embed_windows(model, input_ids, hidden_states, 0)
         with showing(title, model.num_layers) as show:
             for index, weights in enumerate(layers):
