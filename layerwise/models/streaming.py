@@ -198,6 +198,7 @@ class StreamedModel:
         self._embedding = self._untied(self.model.get_input_embeddings())
         self._head = self._untied(self.model.get_output_embeddings())
         self._load([name for name in outer if name != self._head])
+        self.model.tie_weights()  # only now: what is loaded later is not tied, and a layer may be loaded then
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -215,7 +216,6 @@ class StreamedModel:
     def _load(self, names: Iterable[str]) -> None:
         weights = {name: self._outer[name].to(self.device, self.dtype) for name in names}
         self.model.load_state_dict(weights, strict=False, assign=True)
-        self.model.tie_weights()
 
     def _is_released(self, name: str | None) -> bool:
         return name is not None and self.model.get_parameter(name).is_meta
