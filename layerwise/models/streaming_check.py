@@ -1,11 +1,13 @@
 """Check that a model can be streamed, before any work: its parts outside of the decoder layers run on made-up weights."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from layerwise.models.layer_state import StateLayout
 from layerwise.models.skeleton import UnsupportedModel
 from layerwise.models.streaming import StreamedModel
 
@@ -36,8 +38,16 @@ class MadeUpTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise if the model of ``config`` does not call its decoder layers as streaming requires.
+# What `layout_of` found, by configuration: a process opens the same model several times.
+_layouts: dict[tuple[str, torch.dtype], StateLayout] = {}
+
+
+def layout_of(
+    config: PretrainedConfig, outer: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> StateLayout:
+    """Return the layout of the state between the layers, computed in ``dtype``.
+
+    Raises if the model does not call its decoder layers as streaming requires.
 
     Args:
         outer: shapes of the weights outside the decoder layers, by state-dict name.
@@ -45,8 +55,12 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
     Raises:
         UnsupportedModel: see ``StreamedModel.layout``; or the model does not run on tokens alone.
     """
+    of_model = config.to_json_string(use_diff=False)
+    known = _layouts.get((of_model, dtype), _layouts.get((of_model, torch.float32)))
+    if known is not None and (known.is_plain or known.dtype == dtype):
+        return replace(known, dtype=dtype)
     try:
-        _ = StreamedModel(config, MadeUpTensors(outer), torch.float32, torch.device("cpu")).layout
+        layout = StreamedModel(config, MadeUpTensors(outer), dtype, torch.device("cpu")).layout
     except UnsupportedModel:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -54,3 +68,5 @@ def check_streamable(config: PretrainedConfig, outer: Mapping[str, tuple[int, ..
             f"{config.model_type} does not run on text without its decoder layers ({type(error).__name__}: {error}), so they "
             "cannot be streamed. Use another model."
         ) from error
+    _layouts[of_model, dtype] = layout
+    return layout

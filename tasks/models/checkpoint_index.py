@@ -107,6 +107,11 @@ class CheckpointIndex:
         """Return the weights outside of the decoder layers (embeddings, final norm, head) by state-dict name."""
         return self.weights(None)
 
+    @property
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights outside of the decoder layers, by state-dict name."""
+        return {name: tuple(weight.entry.shape) for name, weight in self.outer_tensors().items()}
+
     def weights(self, layer: int | None) -> dict[str, ModelWeight]:
         """Return the weights of one decoder layer, or those outside of the layers, by state-dict name."""
         stored = {tensor.model_name: tensor for tensor in self.groups[layer] if tensor.model_name is not None}

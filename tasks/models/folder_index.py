@@ -12,7 +12,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from layerwise.models.skeleton import layer_prefix, weights_of_several_layers
-from layerwise.models.streaming_check import check_streamable
+from layerwise.models.streaming_check import layout_of
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import read_ahead
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -120,10 +120,9 @@ def require_streamable(index: CheckpointIndex, name: str) -> None:
     """Raise if the model cannot be streamed layer by layer.
 
     Raises:
-        UnsupportedModel: see ``check_streamable``.
+        UnsupportedModel: see ``layout_of``.
     """
-    outer = {weight: tensor.entry.shape for weight, tensor in index.outer_tensors().items()}
-    check_streamable(config_from_document(index.config, name), outer)
+    layout_of(config_from_document(index.config, name), index.outer_shapes)
 
 
 def is_quantized(folder: Folder) -> bool:
