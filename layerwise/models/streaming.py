@@ -366,10 +366,12 @@ class StreamedModel:
         Raises:
             UnsupportedModel: a layer changes its arguments in another way.
         """
-        found = [self._stored_by_layers(input_ids) for input_ids in tokens]
+        if not (found := self._stored_by_layers(tokens[0])):
+            return ()
+        others = self._stored_by_layers(tokens[1])
         stored = []
-        for place, (layers, tensor) in found[0].items():
-            _, other = found[1].get(place, (layers, tensor))
+        for place, (layers, tensor) in found.items():
+            _, other = others.get(place, (layers, tensor))
             layout = token_tensor(tensor, other, PROBED_WINDOWS, PROBED_SEQLENS)
             if layout is None:
                 raise self._unsupported(SHARED_STATE)
