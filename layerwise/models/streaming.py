@@ -348,17 +348,27 @@ class StreamedModel:
             outputs: of all layers.
             arguments: of all layers, with these outputs.
         """
-        logits = self._logits_of(input_ids, outputs)
         kept = []
-        for layer, output in enumerate(outputs):
-            changed = [*outputs[:layer], -output, *outputs[layer + 1 :]]
-            _, others = self._calls(self._record(input_ids, changed))
-            is_last = layer == self.num_layers - 1
-            if not same_arguments(arguments, others) or not (
-                is_last or torch.equal(logits, self._logits_of(input_ids, changed))
-            ):
-                kept.append(layer)
+        with self._without_head():
+            result = self._logits_of(input_ids, outputs)
+            for layer, output in enumerate(outputs[:-1]):
+                changed = [*outputs[:layer], -output, *outputs[layer + 1 :]]
+                _, others = self._calls(self._record(input_ids, changed))
+                same_result = torch.equal(result, self._logits_of(input_ids, changed))
+                if not (same_result and same_arguments(arguments, others)):
+                    kept.append(layer)
         return tuple(kept)
+
+    @contextmanager
+    def _without_head(self) -> Iterator[None]:
+        """Within the block, let the model return the input of its head in place of logits."""
+        head = cast(nn.Module, self.model.get_output_embeddings())
+        forward = head.forward
+        head.forward = lambda hidden_states: hidden_states
+        try:
+            yield
+        finally:
+            head.forward = forward
 
     def _stored_tensors(self, tokens: Sequence[Tensor]) -> tuple[StoredTensor, ...]:
         """Return the tensors that layers store in mappings among their arguments, found without weights.
@@ -610,7 +620,6 @@ class StreamedModel:
 
     def _logits_of(self, input_ids: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """Run the model with given outputs of its layers; the last one is the output of the last layer."""
-        self._require(self._head)
         injectors = [
             Injector(output, self._outputs, layer)
             for output, layer in zip(outputs, self.layers, strict=False)

@@ -13,20 +13,23 @@ from layerwise.models.streaming import StreamedModel
 
 
 class MadeUpTensors(Mapping[str, Tensor]):
-    """Tensors of given shapes that take the memory of one column: every row has a value of its own.
+    """Tensors of given shapes that take the memory of a row and a column.
 
-    Rows differ, so that hidden states and layer arguments that depend on the tokens are noticed.
+    Rows differ, also after they are normalized, so that hidden states and layer arguments that depend on the tokens are
+    noticed.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._shapes, self._dtype = shapes, dtype
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if not shape:
-            return torch.ones(())
-        rows = 0.5 + torch.arange(shape[0]) % 89 / 89
-        return rows.view(-1, *(1 for _ in shape[1:])).expand(shape)
+            return torch.ones((), dtype=self._dtype)
+        rows, columns = shape[0], shape[-1] if len(shape) > 1 else 1
+        values = 0.5 + torch.arange(rows + columns) ** 2 % 89 / 89
+        matrix = values.to(self._dtype).as_strided((rows, columns), (1, 1))
+        return matrix.view(rows, *(1 for _ in shape[1:-1]), *shape[-1:][: len(shape) - 1]).expand(shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -60,7 +63,7 @@ def layout_of(
     if known is not None and (known.is_plain or known.dtype == dtype):
         return replace(known, dtype=dtype)
     try:
-        layout = StreamedModel(config, MadeUpTensors(outer), dtype, torch.device("cpu")).layout
+        layout = StreamedModel(config, MadeUpTensors(outer, dtype), dtype, torch.device("cpu")).layout
     except UnsupportedModel:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
