@@ -97,7 +97,9 @@ def _forward_pass(model: StreamedModel, index: int, layer: nn.Module, seqlen: in
     """Return the seconds of one window, from as many tokens of a batch as ``LONGEST`` allows."""
 
     def seconds(windows: int, tokens: int) -> float:
-        states = torch.randn(windows, tokens, _hidden_size(model)).to(model.dtype)
+        states = model.embed(torch.zeros(windows, tokens, dtype=torch.long)).clone()
+        hidden_states = model.hidden_states(states)
+        hidden_states.copy_(torch.randn(hidden_states.shape))
         return _seconds(lambda: states.copy_(model.run_layer(index, layer, states)), model.device)
 
     linears = model.linears[index]
@@ -130,7 +132,7 @@ def _inputs(model: StreamedModel, index: int, layer: nn.Module) -> list[tuple[in
         layer.get_submodule(linear.name).register_forward_pre_hook(note) for linear in model.linears[index]
     ]
     try:
-        model.run_layer(index, layer, torch.zeros(1, PROBED_TOKENS, _hidden_size(model), dtype=model.dtype))
+        model.run_layer(index, layer, model.embed(torch.zeros(1, PROBED_TOKENS, dtype=torch.long)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -26,7 +26,7 @@ class Lane:
 
     Attributes:
         removed: number of weights to remove from every linear of every layer; None for the dense model.
-        hidden_states: shape ``(windows, seqlen, hidden_size)``; the lane's own calibration windows, if any, come
+        hidden_states: states, shape ``(windows, seqlen, layout.size)``; the lane's own calibration windows, if any, come
             first. The dense lane may lack the scored windows, or all: then no errors are measured.
         statistics: input statistics from the lane's own calibration, by layer and linear; only with sequential
             calibration.
@@ -254,7 +254,7 @@ class LaneGroup:
         return removed[index]
 
     def _first_windows(self, lane: int) -> Tensor:
-        """Return the hidden states of the windows with local errors, shape ``(windows, seqlen, hidden_size)``."""
+        """Return the states of the windows with local errors, shape ``(windows, seqlen, layout.size)``."""
         scored = self.lanes[lane].hidden_states[self.calibration_windows :]
         return scored[: self.local_windows]
 
@@ -309,31 +309,33 @@ class LaneGroup:
             dense: what was measured in the dense lane; None for the dense lane.
             has_known_zeros: whether the weights are those of the checkpoint with the mask of the lane.
         """
-        device = self.model.device
+        device, hidden = self.model.device, self.model.hidden_states
         arriving = torch.zeros((), dtype=torch.float64, device=device)
         if dense_input is not None:
-            arriving = squared_difference(self._first_windows(lane).to(device), dense_input)
+            own_input = hidden(self._first_windows(lane).to(device))
+            arriving = squared_difference(own_input, hidden(dense_input))
         scored, reference = (self.lanes[each].hidden_states[self.calibration_windows :] for each in (lane, 0))
         error = torch.zeros((), dtype=torch.float64, device=device)
         energy = torch.zeros_like(error) if dense is None else dense.energy
         for number, states in enumerate(batches(scored)):
-            output = self.model.run_layer(index, layer, states)
-            states.copy_(output)
+            after = self.model.run_layer(index, layer, states)
+            states.copy_(after)
             if not len(reference):
                 continue
+            output = hidden(after)
             if dense is None:
                 energy = energy + squared_norm(output.to(states.dtype).contiguous())
             else:
-                error += squared_norm(output.float() - batches(reference)[number].to(device).float())
+                dense_output = hidden(batches(reference)[number].to(device))
+                error += squared_norm(output.float() - dense_output.float())
         parts = None
         if dense_input is not None and len(dense_input):
 
             def run(states: Tensor) -> Tensor:
-                return self.model.run_layer(index, layer, states)
+                return hidden(self.model.run_layer(index, layer, states))
 
-            parts = local_errors(
-                run, dense_input, arriving, self._first_windows(lane), self._first_windows(0)
-            )
+            own, dense_own = hidden(self._first_windows(lane)), hidden(self._first_windows(0))
+            parts = local_errors(run, dense_input, arriving, own, dense_own)
         zeros = self._zeros(lane, index, layer, dense, has_known_zeros)
         windows = 0 if dense_input is None else len(dense_input)
         return _Measured(error, energy, zeros, parts, bool(len(reference)), windows)

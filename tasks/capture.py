@@ -116,8 +116,9 @@ def capture_dense_states(
     def build(draft: Draft) -> None:
         input_ids = read_input_ids(store, selection)
         model = streamed_model(checkpoint, dtype, execution)
-        hidden_size = checkpoint.config.get_text_config().hidden_size
-        hidden_states = execution.hidden_states_room().empty((*input_ids.shape, hidden_size), model.dtype)
+        hidden_states = execution.hidden_states_room().empty(
+            (*input_ids.shape, model.layout.size), model.dtype
+        )
         embed_windows(model, input_ids, hidden_states, 0)
         first = 0
         if draft.resumed is not None:
@@ -161,8 +162,7 @@ class _Capture:
         self.input_ids = torch.cat(windows)
         self.model = streamed_model(checkpoint, settings.dtype, execution)
         room = execution.hidden_states_room()
-        hidden_size = checkpoint.config.get_text_config().hidden_size
-        self.hidden_states = room.empty((*self.input_ids.shape, hidden_size), self.model.dtype)
+        self.hidden_states = room.empty((*self.input_ids.shape, self.model.layout.size), self.model.dtype)
 
     def run(self, draft: Draft) -> None:
         first = self._start(draft)
@@ -217,6 +217,7 @@ class _Capture:
             "calibration": self.hidden_states[: self.calibration_windows][:kept],
             "selection": self.hidden_states[self.calibration_windows :][:kept],
         }
+        tensors = {role: self.model.hidden_states(states) for role, states in tensors.items()}
         write_tensors(draft, boundary_file(boundary), tensors)
 
 

@@ -67,8 +67,7 @@ def capture_grams(
         counted = read_counted(store, calibration, calibrate_on)
         model = streamed_model(checkpoint, dtype, execution)
         room = execution.hidden_states_room()
-        hidden_size = checkpoint.config.get_text_config().hidden_size
-        hidden_states = room.empty((*input_ids.shape, hidden_size), model.dtype)
+        hidden_states = room.empty((*input_ids.shape, model.layout.size), model.dtype)
         embed_windows(model, input_ids, hidden_states, len(input_ids))
         first = 0
         if draft.resumed is not None:

@@ -101,6 +101,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     "granitemoehybrid": {"mamba_d_head": 16, "num_local_experts": 0},
+    "inkling2": {"text_config.n_layers_per_attn_res_block": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "kimi_linear": {"topk_group": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"head_dim": 16},

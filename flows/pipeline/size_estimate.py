@@ -12,7 +12,9 @@ from layerwise.display.byte_size import size
 from layerwise.flows.pipeline.search_strategy import LaneRequest
 from layerwise.flows.settings import Search
 from layerwise.models.expert_names import expert_linear
+from layerwise.models.layer_state import StateLayout
 from layerwise.models.skeleton import Linear
+from layerwise.models.streaming_check import layout_of
 from layerwise.pruners.layer_pruning import MaskPruner
 from layerwise.pruners.masks import RANKED_ENTRIES
 from layerwise.pruners.pruning_memory import prepared_bytes, temporary_bytes
@@ -60,10 +62,16 @@ class SearchSizes:
         """All tensors of the model's files, including image and sound encoders, which are only copied."""
         return sum(tensor.entry.nbytes for tensor in self.index.tensors)
 
+    @cached_property
+    def layout(self) -> StateLayout:
+        """Layout of what a window carries from layer to layer."""
+        config = config_from_document(self.index.config, "the checkpoint")
+        return layout_of(config, self.index.outer_shapes, DTYPES[self.dtype])
+
     @property
     def window(self) -> int:
-        """Hidden states of one window."""
-        return self.settings.seqlen * self.config.hidden_size * DTYPES[self.dtype].itemsize
+        """Hidden states of one window, and what else it carries from layer to layer."""
+        return self.settings.seqlen * self.layout.size * DTYPES[self.dtype].itemsize
 
     @property
     def lane(self) -> int:
@@ -124,7 +132,8 @@ class SearchSizes:
         windows = [self.windows["calibration"], self.windows["selection"]]
         kept = {"none": 0, "sampled": SAMPLED_WINDOWS, "all": sum(windows)}[self.settings.retain]
         count = sum(min(kept, number) for number in windows)
-        return self.statistics + (self.index.num_layers + 1) * count * self.window
+        hidden_states = self.settings.seqlen * self.layout.hidden.numel * DTYPES[self.dtype].itemsize
+        return self.statistics + (self.index.num_layers + 1) * count * hidden_states
 
     @property
     def dense_states(self) -> int:

@@ -23,11 +23,11 @@ class CapturedLayer:
 
 
 def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor, first_part: int) -> None:
-    """Write the input of the first decoder layer for all windows, then release the model's embedding.
+    """Write the state before the first decoder layer for all windows, then release the model's embedding.
 
     Args:
         input_ids: shape ``(windows, seqlen)``.
-        hidden_states: shape ``(windows, seqlen, hidden_size)``; overwritten.
+        hidden_states: states, shape ``(windows, seqlen, layout.size)``; overwritten.
         first_part: number of leading windows that are batched separately from the others.
 
     Raises:
@@ -37,7 +37,7 @@ def embed_windows(model: StreamedModel, input_ids: Tensor, hidden_states: Tensor
     for part in (slice(0, first_part), slice(first_part, None)):
         for some_ids, some_states in zip(batches(input_ids[part]), batches(hidden_states[part]), strict=True):
             some_states.copy_(model.embed(some_ids))
-            outputs.add(some_states)
+            outputs.add(model.hidden_states(some_states))
     if not outputs.is_finite():
         raise ValueError(f"the embedding returns NaN or infinity in {_name(model)}. {OTHER_DTYPE}")
     model.release_embedding()
@@ -56,7 +56,7 @@ def capture_layers(
     Args:
         model: computes the layers.
         layers: weights of layer ``first`` and the following layers, by name relative to the layer.
-        hidden_states: input of layer ``first``, shape ``(windows, seqlen, hidden_size)``; contains a layer's output
+        hidden_states: states before layer ``first``, shape ``(windows, seqlen, layout.size)``; those after a layer
             when the layer is yielded.
         calibration_windows: number of leading windows that are included in the statistics.
         first: index of the first layer.
@@ -71,10 +71,10 @@ def capture_layers(
             with collect_statistics(layer, model.linears[index], counted) as statistics:
                 for states in batches(hidden_states[:calibration_windows]):
                     states.copy_(model.run_layer(index, layer, states))
-                    outputs.add(states)
+                    outputs.add(model.hidden_states(states))
             for states in batches(hidden_states[calibration_windows:]):
                 states.copy_(model.run_layer(index, layer, states))
-                outputs.add(states)
+                outputs.add(model.hidden_states(states))
         if not outputs.is_finite():
             raise _not_finite(model, index, weights)
         yield CapturedLayer(index, statistics)

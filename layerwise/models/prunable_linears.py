@@ -14,7 +14,7 @@ from torch import nn
 
 from layerwise.models.expert_names import expert_linear
 from layerwise.models.experts import SeparateExperts, separate_experts
-from layerwise.models.skeleton import Linear, layer_prefix, linears_of
+from layerwise.models.skeleton import Linear, layer_prefix, linears_of, weights_of_several_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +35,7 @@ UNCALLED_REASON = (
     "the model does not call it but uses its weight directly, or not at all, so its inputs cannot be measured"
 )
 ROUTER_REASON = "it decides which experts a token reaches"
+SHARED_REASON = "several layers share it, so its weights cannot be chosen for one layer"
 PROBE_TOKENS = 8
 
 # What `_called_linears` found, by configuration: a process opens the same model many times.
@@ -44,15 +45,15 @@ _called: dict[str, frozenset[str] | None] = {}
 def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
     """Return the linears of every decoder layer that are pruned, in the order of the module tree.
 
-    These are all except small gates (``KEPT_DENSE``), routers of experts, and linears that a forward pass does not call, because the
-    statistics of their inputs cannot be measured: Mamba multiplies by the weight of its ``dt_proj`` itself, and a layer
+    These are all except small gates (``KEPT_DENSE``), routers of experts, linears that several layers share (Zamba's attention),
+    and linears that a forward pass does not call, because the statistics of their inputs cannot be measured: Mamba multiplies by the weight of its ``dt_proj`` itself, and a layer
     that uses the keys and values of an earlier layer may have projections without use. A warning names the latter.
 
     Args:
         model: the model, with or without weights. Its experts get linears of their own, see ``separate_experts``.
     """
     layers = _linears_by_layer(model)
-    called = _called_linears(model)
+    called, shared, prefix = _called_linears(model), weights_of_several_layers(model), layer_prefix(model)
     if called is not None:
         uncalled = [
             f"{index}.{linear.name}"
@@ -68,6 +69,7 @@ def prunable_linears(model: PreTrainedModel) -> list[tuple[Linear, ...]]:
             for linear in layer
             if not KEPT_DENSE.search(linear.name)
             and linear.name not in routers
+            and f"{prefix}.{index}.{linear.weight_name}" not in shared
             and (called is None or f"{index}.{linear.name}" in called)
         )
         for index, (layer, routers) in enumerate(zip(layers, map(_routers, layers), strict=True))
@@ -117,10 +119,13 @@ def _routers(linears: tuple[Linear, ...]) -> set[str]:
 def dense_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Return the linears that are not pruned, with the reason, as plain values: one row for each name in the layers."""
     called, layers = _called_linears(model), dict[tuple[str, str], list[int]]()
+    shared, prefix = weights_of_several_layers(model), layer_prefix(model)
     for name in dense_linears(model):
         index, _, linear = name.partition(".")
         if KEPT_DENSE.search(linear):
             reason = SMALL_GATE_REASON
+        elif f"{prefix}.{name}.weight" in shared:
+            reason = SHARED_REASON
         else:
             reason = UNCALLED_REASON if called is not None and name not in called else ROUTER_REASON
         layers.setdefault((linear, reason), []).append(int(index))

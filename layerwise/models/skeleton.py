@@ -275,6 +275,20 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     }
 
 
+def weights_of_several_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Map the weights that decoder layers share to the one that a checkpoint contains, by state-dict name.
+
+    That one is mapped to itself.
+    """
+    inside = f"{layer_prefix(model)}."
+    tied = {
+        name: source
+        for name, source in model.all_tied_weights_keys.items()
+        if name.startswith(inside) and source.startswith(inside)
+    }
+    return tied | {source: source for source in tied.values()}
+
+
 def text_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the beginnings of the names of all modules and tensors that text needs, each with a dot at its end.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -96,11 +97,10 @@ class SplitModel:
         Returns:
             Logits, shape ``(windows, positions, vocab_size)``.
         """
-        embedding_size = cast(Tensor, self.model.get_input_embeddings().weight).shape[1]
-        # The injector ignores these values.
-        inputs_embeds = hidden_states.new_zeros(*hidden_states.shape[:2], embedding_size)
+        # The injector ignores them. Gemma 4 needs tokens: it looks up other embeddings than those of the input.
+        input_ids = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.long)
         with self._layers_replaced([Injector(hidden_states, self._outputs, self.layers[0])]):
-            return cast(Tensor, self.model(inputs_embeds=inputs_embeds, use_cache=False).logits)
+            return cast(Tensor, self.model(input_ids=input_ids, use_cache=False).logits)
 
     @contextmanager
     def _layers_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:

@@ -3,18 +3,24 @@
 There is no code per model family. The model's own forward pass runs with recording layers in place of its decoder
 layers; this gives the input of the first layer and the exact arguments of every layer. At the end, the forward pass
 runs with one layer that injects the last hidden states, so the final norm and the head are the model's own.
+
+Arguments that depend on the tokens or on the outputs of earlier layers are computed again for every batch, in the same
+way, from the state that the batch carries from layer to layer (``layerwise.models.layer_state``).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from itertools import repeat
+from dataclasses import replace
+from functools import cached_property
+from itertools import repeat, zip_longest
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from layerwise.models.layer_state import Place, StateLayout, StoredTensor, stored_tensors, token_tensor
 from layerwise.models.prunable_linears import prunable_linears
 from layerwise.models.skeleton import (
     UnsupportedModel,
@@ -31,7 +37,12 @@ LOSS_POSITIONS = 256
 MOST_OUTPUTS = 4
 
 
-# Why a model is refused whose layers write to their arguments.
+# Windows and their lengths in the two batches of made-up tokens that show what a model carries from layer to layer. Tensors
+# with values for every token are found by their sizes. The tokens of a batch differ.
+PROBED_WINDOWS, PROBED_SEQLENS = (3, 2), (7, 11)
+
+# Reasons why a model is refused: it computes between its layers, or these write to their arguments.
+CHANGED_BETWEEN = "changes the hidden states between its layers"
 SHARED_STATE = "lets a layer change the arguments of later layers, such as shared keys and values"
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -58,27 +69,37 @@ class Recorder(nn.Module):
 
     Args:
         layer: the replaced layer.
-        shape: expected shape of the hidden states without the last dimension.
+        before: the recorders of the layers before it.
         outputs: number of entries of the returned tuple; 0 returns the hidden states alone.
         last: whether to end the forward pass here.
+        returned: hidden states to return instead of those that it received.
     """
 
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...], outputs: int, last: bool) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        before: "Sequence[Recorder]",
+        outputs: int,
+        last: bool,
+        returned: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.layer = [layer]  # in a list, so that it is not registered as a submodule
-        self.shape, self.outputs, self.last = shape, outputs, last
+        self.first = [*before[:1]]
+        self.outputs, self.last, self.returned = outputs, last, returned
         self.hidden_states: Tensor | None = None
         self.arguments: LayerArguments | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
-        if tuple(hidden_states.shape[:-1]) != self.shape:
+        expected = self.first[0].hidden_states if self.first else None
+        if expected is not None and hidden_states.shape != expected.shape:
             raise OtherShape
         if any(isinstance(argument, ExtraOutput) for argument in (*args, *kwargs.values())):
             raise ExtraOutputUsed
         self.hidden_states, self.arguments = hidden_states, (args, kwargs)
         if self.last:
             raise LastLayerReached
-        return as_output(hidden_states, self.outputs)
+        return as_output(hidden_states if self.returned is None else self.returned, self.outputs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,6 +130,17 @@ class Injector(nn.Module):
             return getattr(self.layer[0], name)  # e.g. block_type, which selects the mask in Nemotron-H
 
 
+def _received(recorders: Sequence[Recorder]) -> list[Tensor]:
+    return [recorder.hidden_states for recorder in recorders if recorder.hidden_states is not None]
+
+
+def _made_up_outputs(hidden_states: Tensor, layers: int) -> list[Tensor]:
+    """Return hidden states for the outputs of layers, all different."""
+    generator = torch.Generator().manual_seed(0)
+    shape, device, dtype = hidden_states.shape, hidden_states.device, hidden_states.dtype
+    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(layers)]
+
+
 def as_output(hidden_states: Tensor, outputs: int) -> Tensor | tuple[Any, ...]:
     """Return the hidden states in a tuple of ``outputs`` entries, or alone if ``outputs`` is 0."""
     return (hidden_states, *(ExtraOutput() for _ in range(outputs - 1))) if outputs else hidden_states
@@ -118,7 +150,7 @@ def same_arguments(known: Any, other: Any) -> bool:
     """Return whether two recorded arguments are equal; values other than tensors, dicts and sequences count as equal."""
     if isinstance(known, Tensor):
         return isinstance(other, Tensor) and torch.equal(known, other)
-    if isinstance(known, dict):
+    if isinstance(known, Mapping):
         return all(same_arguments(value, other.get(name)) for name, value in known.items())
     if isinstance(known, list | tuple):
         return all(map(same_arguments, known, other))
@@ -166,6 +198,7 @@ class StreamedModel:
         self._embedding = self._untied(self.model.get_input_embeddings())
         self._head = self._untied(self.model.get_output_embeddings())
         self._load([name for name in outer if name != self._head])
+        self.model.tie_weights()  # only now: what is loaded later is not tied, and a layer may be loaded then
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -183,7 +216,6 @@ class StreamedModel:
     def _load(self, names: Iterable[str]) -> None:
         weights = {name: self._outer[name].to(self.device, self.dtype) for name in names}
         self.model.load_state_dict(weights, strict=False, assign=True)
-        self.model.tie_weights()
 
     def _is_released(self, name: str | None) -> bool:
         return name is not None and self.model.get_parameter(name).is_meta
@@ -202,55 +234,210 @@ class StreamedModel:
                 "Pass every tensor outside the decoder layers."
             )
 
+    @cached_property
+    def layout(self) -> StateLayout:
+        """Layout of the state between the layers. It is found on made-up tokens when it is first needed.
+
+        Raises:
+            UnsupportedModel: the model does not call its layers as streaming requires.
+        """
+        with self._embedding_for_a_moment():
+            return self._find_layout()
+
     def release_embedding(self) -> None:
-        """Free the input embedding, unless it is tied to the head. Embedding windows later loads it again."""
-        if self._embedding is not None:
+        """Free the input embedding, unless it is tied to the head. Embedding windows later loads it again.
+
+        A model that computes arguments of its layers from the tokens keeps it.
+        """
+        if self._embedding is not None and not self.layout.replays:
             _to_meta(self.model.get_input_embeddings())
+
+    @contextmanager
+    def _embedding_for_a_moment(self) -> Iterator[None]:
+        """Load the input embedding within the block, if it was released."""
+        released = self._is_released(self._embedding)
+        self._require(self._embedding)
+        try:
+            yield
+        finally:
+            if released:
+                _to_meta(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the input of the first decoder layer for ``input_ids``.
+        """Return the state before the first decoder layer for ``input_ids``.
 
         Args:
             input_ids: shape ``(windows, seqlen)``.
 
         Returns:
-            Hidden states, shape ``(windows, seqlen, hidden_size)``.
+            State, shape ``(windows, seqlen, layout.size)``: for most models the input of the first layer, shape
+            ``(windows, seqlen, hidden_size)``.
 
         Raises:
             UnsupportedModel: the model does not call its layers as streaming requires.
         """
         self._require(self._embedding)
+        layout = self.layout
+        if layout.replays:
+            first = self._record(input_ids, last=0)[0].hidden_states
+            assert first is not None, "the layout was found, so the layers are called"
+            return layout.begin(first, input_ids)
         recorders = self._record(input_ids)
+        first, arguments = self._calls(recorders)
+        if not all(states is first or torch.equal(states, first) for states in _received(recorders)):
+            raise self._unsupported(CHANGED_BETWEEN)
+        if tuple(input_ids.shape) not in self._arguments:
+            others = self._record((input_ids + 1) % self._vocabulary)
+            if not same_arguments(arguments, [recorder.arguments for recorder in others]):
+                raise self._unsupported(
+                    "calls its layers with arguments that depend on the tokens in long windows only"
+                )
+            self._arguments[tuple(input_ids.shape)] = arguments
+        return layout.begin(first, input_ids)
+
+    def hidden_states(self, states: Tensor) -> Tensor:
+        """Return the hidden states in a state, shape ``(windows, seqlen, width)``, as a view; of most models all of it."""
+        return self.layout.hidden_rows(states)
+
+    def _calls(self, recorders: Sequence[Recorder]) -> tuple[Tensor, list[LayerArguments]]:
+        """Return the input of the first layer, and the arguments of all."""
         first = recorders[0].hidden_states
         arguments = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
         if first is None or len(arguments) < self.num_layers:
             raise self._unsupported(
                 f"calls {len(arguments)} of its {self.num_layers} layers in {self.prefix} for text alone"
             )
-        received = [recorder.hidden_states for recorder in recorders]
-        if not all(
-            states is first or (states is not None and torch.equal(states, first)) for states in received
-        ):
-            raise self._unsupported("changes the hidden states between its layers")
-        if tuple(input_ids.shape) not in self._arguments:
-            others = self._record((input_ids + 1) % self._vocabulary)
-            if not same_arguments(arguments, [recorder.arguments for recorder in others]):
-                raise self._unsupported("calls its layers with arguments that depend on the tokens")
-            self._arguments[tuple(input_ids.shape)] = arguments
-        return first
+        return first, arguments
+
+    @torch.no_grad()
+    def _find_layout(self) -> StateLayout:
+        tokens = [
+            torch.arange(windows * seqlen).view(windows, seqlen) % self._vocabulary
+            for windows, seqlen in zip(PROBED_WINDOWS, PROBED_SEQLENS, strict=True)
+        ]
+        first, arguments = self._calls(recorders := self._record(tokens[0]))
+        if not all(torch.equal(states, first) for states in _received(recorders)):
+            raise self._unsupported(CHANGED_BETWEEN)
+        other = self._record(tokens[1], last=0)[0].hidden_states
+        hidden = None if other is None else token_tensor(first, other, PROBED_WINDOWS, PROBED_SEQLENS)
+        if hidden is None:
+            raise self._unsupported("changes the shape of the windows between its layers")
+        stored = self._stored_tensors(tokens)
+        others = (tokens[0] + 1) % self._vocabulary
+        outputs = _made_up_outputs(first, self.num_layers)
+        _, changed = self._calls(recorders := self._record(others, outputs))
+        if not all(map(torch.equal, _received(recorders)[1:], outputs)):
+            raise self._unsupported(CHANGED_BETWEEN)
+        layout = StateLayout(hidden, self.dtype, stored=stored)
+        if same_arguments(arguments, changed):
+            return layout
+        _, of_tokens = self._calls(self._record(tokens[0], outputs))
+        has_tokens = not same_arguments(of_tokens, changed)
+        kept = (
+            () if same_arguments(arguments, of_tokens) else self._kept_layers(tokens[0], outputs, of_tokens)
+        )
+        return replace(layout, has_tokens=has_tokens, kept=kept)
+
+    def _kept_layers(
+        self, input_ids: Tensor, outputs: Sequence[Tensor], arguments: Sequence[LayerArguments]
+    ) -> tuple[int, ...]:
+        """Return the layers whose output the model uses in the arguments of later layers or after the last one.
+
+        Args:
+            outputs: of all layers.
+            arguments: of all layers, with these outputs.
+        """
+        kept = []
+        with self._without_head():
+            result = self._logits_of(input_ids, outputs)
+            for layer, output in enumerate(outputs[:-1]):
+                changed = [*outputs[:layer], -output, *outputs[layer + 1 :]]
+                _, others = self._calls(self._record(input_ids, changed))
+                same_result = torch.equal(result, self._logits_of(input_ids, changed))
+                if not (same_result and same_arguments(arguments, others)):
+                    kept.append(layer)
+        return tuple(kept)
+
+    @contextmanager
+    def _without_head(self) -> Iterator[None]:
+        """Within the block, let the model return the input of its head in place of logits."""
+        head = cast(nn.Module, self.model.get_output_embeddings())
+        forward = head.forward
+        head.forward = lambda hidden_states: hidden_states
+        try:
+            yield
+        finally:
+            head.forward = forward
+
+    def _stored_tensors(self, tokens: Sequence[Tensor]) -> tuple[StoredTensor, ...]:
+        """Return the tensors that layers store in mappings among their arguments, found without weights.
+
+        Raises:
+            UnsupportedModel: a layer changes its arguments in another way.
+        """
+        if not (found := self._stored_by_layers(tokens[0])):
+            return ()
+        others = self._stored_by_layers(tokens[1])
+        stored = []
+        for place, (layers, tensor) in found.items():
+            _, other = others.get(place, (layers, tensor))
+            layout = token_tensor(tensor, other, PROBED_WINDOWS, PROBED_SEQLENS)
+            if layout is None:
+                raise self._unsupported(SHARED_STATE)
+            stored.append(StoredTensor(place, layers, layout))
+        return tuple(stored)
+
+    def _stored_by_layers(self, input_ids: Tensor) -> dict[Place, tuple[tuple[int, ...], Tensor]]:
+        """Run all layers that receive a mapping or list on tensors without values.
+
+        Returns:
+            What they store, by argument, key and position: the layers that store it, and a tensor without values.
+        """
+        first, arguments = self._calls(self._record(input_ids))
+        found: dict[Place, tuple[tuple[int, ...], Tensor]] = {}
+        for index, ((args, kwargs), layer) in enumerate(zip(arguments, self.layers, strict=True)):
+            if not any(isinstance(each, MutableMapping | list) for each in (*args, *kwargs.values())):
+                continue
+            on_meta = deepcopy(layer).to("meta")
+            for parameter in on_meta.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+            given_args, given_kwargs = _on_meta((args, kwargs))
+
+            def tried(*args: Any, on_meta: nn.Module = on_meta, **kwargs: Any) -> None:
+                with suppress(
+                    RuntimeError, TypeError, ValueError, AttributeError, LookupError
+                ):  # it needs values
+                    on_meta(*args, **kwargs)
+
+            states = torch.empty_like(first, device="meta", dtype=self.dtype)
+            known = {place: tensor for place, (_, tensor) in found.items()}
+            _, written = self._call(tried, states, given_args, given_kwargs, known)
+            for place, tensor in written.items():
+                layers, _ = found.get(place, ((), tensor))
+                found[place] = (*layers, index), tensor
+        return found
 
     def _unsupported(self, reason: str) -> UnsupportedModel:
         return UnsupportedModel(
             f"{self.model.config.model_type} {reason}; it cannot be streamed layer by layer. Use another model."
         )
 
-    def _record(self, input_ids: Tensor) -> list[Recorder]:
-        shape = tuple(input_ids.shape)
+    def _record(
+        self, input_ids: Tensor, returned: Sequence[Tensor] = (), last: int | None = None
+    ) -> list[Recorder]:
+        """Run the model with recorders in place of its layers, and return these.
+
+        Args:
+            returned: output of every layer; by default, each returns what it received.
+            last: layer at which the forward pass ends; None for the last one.
+        """
+        end = self.layers[-1 if last is None else last]
         # Older models return tuples and use the first entry (Falcon, BLOOM, GPT-J, MPT) or all entries (Bamba).
         for outputs in (self._outputs, *range(1, MOST_OUTPUTS + 1)):
-            last = self.layers[-1]
-            recorders = [Recorder(layer, shape, outputs, layer is last) for layer in self.layers]
+            recorders: list[Recorder] = []
+            for layer, output in zip_longest(self.layers, returned):
+                recorders.append(Recorder(layer, recorders, outputs, layer is end, output))
             try:
                 with self._layers_replaced(recorders), suppress(LastLayerReached):
                     self.model(input_ids=input_ids.to(self.device), use_cache=False)
@@ -295,83 +482,150 @@ class StreamedModel:
                 _to_meta(module)
 
     @torch.no_grad()
-    def run_layer(self, index: int, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Return the output of ``layer`` at position ``index`` for ``hidden_states``.
+    def run_layer(self, index: int, layer: nn.Module, states: Tensor) -> Tensor:
+        """Return the state after ``layer`` at position ``index``, given the ``states`` before it, shape as from ``embed``."""
+        output, written = self._run(index, layer, states)
+        return self.layout.following(states.to(self.device), index, output, written)
 
-        Input and output have the shape ``(windows, seqlen, hidden_size)``.
-        """
-        return self.run_layer_with_gradients(index, layer, hidden_states)
-
-    def run_layer_with_gradients(
-        self, index: int, layer: Callable[..., Any], hidden_states: Tensor
-    ) -> Tensor:
-        """Do the same as ``run_layer``, but let the output be differentiated where gradients are enabled.
+    def run_layer_with_gradients(self, index: int, layer: Callable[..., Any], states: Tensor) -> Tensor:
+        """Return the hidden states that a layer returns, in a form that can be differentiated where gradients are enabled.
 
         Args:
             layer: the layer, or a function that calls it with other weights.
         """
-        args, kwargs = self._arguments_for(tuple(hidden_states.shape[:2]))[index]
-        given = (hidden_states.to(self.device), args, kwargs)
-        before = state_of(given)
-        output = layer(given[0], *args, **kwargs)
-        if state_of(given) != before:
-            raise self._unsupported(SHARED_STATE)
-        if isinstance(output, Tensor):
-            return output
-        self._outputs = self._outputs or len(output)  # recording cannot detect it in a model with one layer
-        return output[0]
+        return self.layout.hidden.rows(self._run(index, layer, states)[0])
 
-    def _arguments_for(self, shape: tuple[int, ...]) -> list[LayerArguments]:
-        if shape not in self._arguments:
-            released = self._is_released(self._embedding)
-            # Masks and positions depend on the shape only, because there is no padding; the tokens do not matter.
-            self.embed(torch.zeros(shape, dtype=torch.long))
-            if released:
-                self.release_embedding()
-        return self._arguments[shape]
+    def stores(self, index: int) -> bool:
+        """Return whether a layer stores something for later layers, apart from its output."""
+        return any(index in each.layers for each in self.layout.stored)
 
-    @torch.no_grad()
-    def require_independent_layers(self, shape: tuple[int, ...]) -> None:
-        """Raise if a layer writes to a mapping or list that later layers receive. Needs no weights.
+    def _run(
+        self, index: int, layer: Callable[..., Any], states: Tensor
+    ) -> tuple[Tensor, dict[StoredTensor, Tensor]]:
+        """Return the output of a layer, and what it stored for later layers."""
+        layout, states = self.layout, states.to(self.device)
+        args, kwargs = self._arguments_for(index, states)
+        places = {each.place: each for each in layout.stored}
+        known = {
+            place: layout.stored_tensor(states, each)
+            for place, each in places.items()
+            if each.layers[0] < index
+        }
+        output, written = self._call(layer, layout.hidden_states(states), args, kwargs, known)
+        for place, tensor in written.items():
+            if place not in places or not places[place].tensor.fits(tensor, states.shape):
+                raise self._unsupported(SHARED_STATE)
+        if not isinstance(output, Tensor):
+            self._outputs = self._outputs or len(
+                output
+            )  # recording cannot detect it in a model with one layer
+            output = output[0]
+        return output, {places[place]: tensor for place, tensor in written.items()}
+
+    def _call(
+        self,
+        layer: Callable[..., Any],
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stored: Mapping[Place, Tensor],
+    ) -> tuple[Any, dict[Place, Tensor]]:
+        """Call a layer, and take what it stores out of its arguments.
 
         Args:
-            shape: of windows that were embedded.
+            stored: tensors that earlier layers have stored.
 
         Raises:
-            UnsupportedModel: see above.
+            UnsupportedModel: the layer changes its arguments in another way.
         """
-        for index, layer in enumerate(self.layers):
-            args, kwargs = self._arguments[shape][index]
-            if not any(isinstance(each, MutableMapping | list) for each in (*args, *kwargs.values())):
-                continue
-            on_meta = deepcopy(layer).to("meta")
-            given = _on_meta((args, kwargs))
-            before = state_of(given)
-            with suppress(
-                RuntimeError, TypeError, ValueError, AttributeError, LookupError
-            ):  # it needs values
-                on_meta(torch.empty(*shape, self._hidden_size(), device="meta"), *given[0], **given[1])
-            if state_of(given) != before:
-                raise self._unsupported(SHARED_STATE)
+        given = (hidden_states, args, kwargs)
+        before = state_of(given)
+        named: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+        own = dict(stored_tensors(named))
+        for (argument, key, position), tensor in stored.items():
+            if isinstance(mapping := named.get(argument), MutableMapping):
+                mapping[key] = tensor if position is None else (*mapping.get(key, ()), tensor)
+        versions = {id(tensor): tensor._version for tensor in stored.values()}
+        output = layer(*given[:1], *args, **kwargs)
+        found = {place: tensor for place, tensor in stored_tensors(named) if own.get(place) is not tensor}
+        for argument, key in {place[:2] for place in found}:
+            del named[argument][key]
+        if state_of(given) != before:
+            raise self._unsupported(SHARED_STATE)
+        return output, {
+            place: tensor for place, tensor in found.items() if versions.get(id(tensor)) != tensor._version
+        }
 
-    def _hidden_size(self) -> int:
-        return int(self.model.config.get_text_config().hidden_size)
+    def _arguments_for(self, index: int, states: Tensor) -> LayerArguments:
+        """Return the arguments of a layer for a batch of windows.
+
+        They depend on the shape only, because there is no padding, unless the layout says otherwise.
+        """
+        if self.layout.replays:
+            return self._replayed(index, states)
+        shape = tuple(states.shape[:2])
+        if shape not in self._arguments:
+            with self._embedding_for_a_moment():
+                self.embed(torch.zeros(shape, dtype=torch.long))
+        return self._arguments[shape][index]
 
     @torch.no_grad()
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Apply the model's norm and head to the output of the last layer.
+    def _replayed(self, index: int, states: Tensor) -> LayerArguments:
+        """Compute the arguments of a layer for one batch, without the arguments of the layers behind it."""
+        self._require(self._embedding)
+        input_ids = self._tokens_of(states)
+        arguments = self._record(input_ids, self._outputs_of(states), last=index)[index].arguments
+        assert arguments is not None, "the layout was found, so the layers are called"
+        return arguments
+
+    def _tokens_of(self, states: Tensor) -> Tensor:
+        """Return the tokens of a state, or any others if the arguments do not depend on them."""
+        return (
+            self.layout.tokens(states)
+            if self.layout.has_tokens
+            else states.new_zeros(states.shape[:2], dtype=torch.long)
+        )
+
+    def _outputs_of(self, states: Tensor) -> list[Tensor]:
+        """Return the outputs of all layers that the arguments depend on, and in place of the others the hidden states."""
+        layout, hidden_states = self.layout, self.layout.hidden_states(states)
+        return [
+            layout.kept_output(states, layer) if layer in layout.kept else hidden_states
+            for layer in range(self.num_layers)
+        ]
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """Apply the model's norm and head to the state after the last layer.
+
+        Args:
+            states: shape ``(windows, positions, layout.size)``; any positions.
 
         Returns:
-            Logits, shape ``(windows, seqlen, vocab_size)``.
+            Logits, shape ``(windows, positions, vocab_size)``.
         """
         self._require(self._head)
-        if not self._arguments:
-            self._arguments_for(tuple(hidden_states.shape[:2]))  # sets self._outputs
-        states = hidden_states.to(self.device)
-        with self._layers_replaced([Injector(states, self._outputs, self.layers[0])]):
-            # The injector ignores these values; passing them avoids loading the embedding.
-            inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
+        layout, states = self.layout, states.to(self.device)
+        if layout.kept:
+            outputs = [*self._outputs_of(states)[:-1], layout.hidden_states(states)]
+            return self._logits_of(self._tokens_of(states), outputs)
+        if (
+            layout.has_tokens
+        ):  # the model computes arguments of its layers from them, although the injector ignores these
+            return self._logits_of(self._tokens_of(states), [layout.hidden_states(states)])
+        # The injector ignores these values; passing them avoids loading the embedding.
+        inputs_embeds = states.new_zeros(*states.shape[:2], self._embedding_size)
+        with self._layers_replaced([Injector(layout.hidden_states(states), self._outputs, self.layers[0])]):
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+
+    def _logits_of(self, input_ids: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Run the model with given outputs of its layers; the last one is the output of the last layer."""
+        injectors = [
+            Injector(output, self._outputs, layer)
+            for output, layer in zip(outputs, self.layers, strict=False)
+        ]
+        with self._layers_replaced(injectors):
+            return cast(Tensor, self.model(input_ids=input_ids.to(self.device), use_cache=False).logits)
 
     def loss(self, hidden_states: Tensor, input_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy, in nats, of the ``seqlen - 1`` next tokens of one window, computed in float32.

@@ -22,7 +22,7 @@ class LinearInputs:
     is computed only once: the input of its last linear is kept for the passes to the linears behind it.
 
     Args:
-        hidden_states: input of the layer, shape ``(windows, seqlen, hidden_size)``.
+        hidden_states: states before the layer, shape ``(windows, seqlen, layout.size)``.
         block: the layer's first block, whose last linear's input is kept; None to compute everything in every pass.
         room: takes the kept inputs; contiguous, same shape as ``hidden_states``. They are not kept if they are wider.
     """
@@ -107,8 +107,11 @@ class FirstBlock:
 def find_first_block(pruned: LayerToRecover) -> FirstBlock | None:
     """Return the first direct submodule with linears to recover, if it returns the output of one of them and no more.
 
-    None for a layer without such a block, for example if attention also returns its weights.
+    None for a layer without such a block, for example if attention also returns its weights, and for a layer whose
+    attention stores its keys and values for later layers.
     """
+    if pruned.model.stores(pruned.index):
+        return None
     names = [each.linear.name for each in pruned.linears]
     for child, module in pruned.layer.named_children():
         if child in names:  # the layer itself calls its first linear, as XGLM's MLP

@@ -56,8 +56,8 @@ class LayerToRecover:
         index: index of the layer.
         layer: the layer, with its pruned weights; they are the same after the recovery.
         linears: linears that lost weights.
-        hidden_states: input of the layer in the pruned model, shape ``(windows, seqlen, hidden_size)``.
-        dense_states: input of the layer in the dense model, same shape.
+        hidden_states: states before the layer in the pruned model, shape ``(windows, seqlen, layout.size)``.
+        dense_states: states before the layer in the dense model, same shape.
         rooms: two tensors of the same shape that the recovery may overwrite.
         counted: mask of the tokens that targets and errors use, shape ``(windows, seqlen)``; None for all.
     """
@@ -76,8 +76,8 @@ class LayerToRecover:
         return None if self.counted is None else self.counted[windows]
 
     def run(self, hidden_states: Tensor) -> Tensor:
-        """Return the layer's output with its current weights."""
-        return self.model.run_layer(self.index, self.layer, hidden_states)
+        """Return the layer's output with its current weights for a state."""
+        return self.model.hidden_states(self.model.run_layer(self.index, self.layer, hidden_states))
 
     @property
     def dense_weights(self) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def advance(model: StreamedModel, index: int, weights: Mapping[str, Tensor], par
         model: computes the layer.
         index: index of the layer.
         weights: weights of the layer, by name relative to the layer.
-        parts: hidden states of each batch, shape ``(sequences, seqlen, hidden_size)``.
+        parts: states of each batch, shape ``(sequences, seqlen, layout.size)``.
     """
     with model.loaded(index, weights) as layer:
         for hidden_states in parts:

@@ -56,8 +56,8 @@ def local_errors(
         The norms of ``LocalErrors`` in their order, float64, on the device of the computation: reading them waits for it.
 
     Args:
-        run: applies the pruned layer to hidden states of shape ``(windows, seqlen, hidden_size)``.
-        dense_input: X, for the measured windows.
+        run: returns the output of the pruned layer for a state of the measured windows.
+        dense_input: state with X, shape ``(windows, seqlen, layout.size)``.
         arriving: squared Frobenius norm of Y - X, a scalar, because the output has overwritten Y.
         output: g(Y).
         dense_output: f(X).

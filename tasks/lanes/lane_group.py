@@ -231,7 +231,7 @@ class _Group:
         self.input_ids = torch.cat([own, self.scored])
         self.model = streamed_model(inputs.checkpoint, settings.dtype, execution)
         self.room = room = execution.hidden_states_room()
-        shape = (*self.input_ids.shape, inputs.checkpoint.config.get_text_config().hidden_size)
+        shape = (*self.input_ids.shape, self.model.layout.size)
         self.planned = planned
         dense_windows = len(self.input_ids)
         if local_windows is None:

@@ -117,9 +117,8 @@ class _Passes:
     def begin(self, number: int, draft: Draft, start: int) -> None:
         """Prepare the hidden states of a pass as inputs of layer ``start``."""
         room = self.execution.hidden_states_room()
-        hidden_size = self.checkpoint.config.get_text_config().hidden_size
         for _, batch in self.passes[number]:
-            states = room.empty((*batch.input_ids.shape, hidden_size), self.model.dtype)
+            states = room.empty((*batch.input_ids.shape, self.model.layout.size), self.model.dtype)
             self.hidden_states.append(states.copy_(self.model.embed(batch.input_ids)))
         self.model.release_embedding()
         if start:

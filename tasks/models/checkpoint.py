@@ -165,12 +165,14 @@ class Checkpoint:
     def layer_by_stored_name(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``weights`` of a decoder layer under the names and in the layout of the files.
 
-        The result includes stored tensors of the layer that the model does not use.
+        The result includes stored tensors of the layer that the model does not use. A weight that layers share belongs to
+        the layer that it is stored for.
 
         Args:
             weights: all weights of the layer, by name inside it, those of experts one by one.
         """
-        stored = stored_tensors_of(weights, self.layer_tensors(index), self._conversions, self._experts)
+        own = {name: weight for name, weight in self.layer_tensors(index).items() if weight.layer == index}
+        stored = stored_tensors_of(weights, own, self._conversions, self._experts)
         unused = {tensor.name: tensor for tensor in self.index.groups[index] if not tensor.is_used}
         return self._in_stored_dtype(stored) | self.read(unused)
 

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -85,15 +85,32 @@ class CheckpointIndex:
     in_place: bool  # the tensors are in the source folder, not in the artifact
     tensors: tuple[IndexedTensor, ...]
     converted: tuple[ConvertedWeight, ...] = ()
+    shared: Mapping[str, str] = field(
+        default_factory=dict
+    )  # weights of several layers: state-dict name of the stored one
 
     def layer_tensors(self, index: int) -> dict[str, ModelWeight]:
-        """Return the weights of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``."""
-        start = len(f"{self.layer_prefix}.{index}.")
-        return {name[start:]: weight for name, weight in self.weights(index).items()}
+        """Return the weights of one decoder layer by their name inside it, e.g. ``self_attn.q_proj.weight``.
+
+        A weight that layers share is stored once, and its ``layer`` may be another one.
+        """
+        start = f"{self.layer_prefix}.{index}."
+        of_layer = self.weights(index)
+        if self.shared:
+            every = {name: weight for layer in self.groups for name, weight in self.weights(layer).items()}
+            of_layer |= {name: every[stored] for name, stored in self.shared.items()}
+        return {
+            name.removeprefix(start): weight for name, weight in of_layer.items() if name.startswith(start)
+        }
 
     def outer_tensors(self) -> dict[str, ModelWeight]:
         """Return the weights outside of the decoder layers (embeddings, final norm, head) by state-dict name."""
         return self.weights(None)
+
+    @property
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights outside of the decoder layers, by state-dict name."""
+        return {name: tuple(weight.entry.shape) for name, weight in self.outer_tensors().items()}
 
     def weights(self, layer: int | None) -> dict[str, ModelWeight]:
         """Return the weights of one decoder layer, or those outside of the layers, by state-dict name."""
@@ -182,6 +199,8 @@ class CheckpointIndex:
             document["converted"] = [
                 {**vars(weight), "entry": weight.entry.to_json()} for weight in self.converted
             ]
+        if self.shared:
+            document["shared"] = self.shared
         return json.dumps(document, indent=1).encode()
 
     @staticmethod
@@ -201,4 +220,5 @@ class CheckpointIndex:
                 ConvertedWeight(**{**plain, "entry": TensorEntry.from_json(plain["entry"])})
                 for plain in document.get("converted", ())
             ),
+            document.get("shared", {}),
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
-from layerwise.models.skeleton import layer_prefix
-from layerwise.models.streaming_check import check_streamable
+from layerwise.models.skeleton import layer_prefix, weights_of_several_layers
+from layerwise.models.streaming_check import layout_of
 from layerwise.storage.draft import Draft
 from layerwise.storage.files.reading import read_ahead
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -84,7 +84,8 @@ def _matched(
     model = outline_from_document(document, name)
     tensors, converted = match_tensors(stored, model, name)
     num_layers = model.config.get_text_config().num_hidden_layers
-    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place, tensors, converted)
+    shared = weights_of_several_layers(model)
+    return CheckpointIndex(document, layer_prefix(model), num_layers, in_place, tensors, converted, shared)
 
 
 def _says_whether_tied(document: Mapping[str, Any]) -> bool:
@@ -119,10 +120,9 @@ def require_streamable(index: CheckpointIndex, name: str) -> None:
     """Raise if the model cannot be streamed layer by layer.
 
     Raises:
-        UnsupportedModel: see ``check_streamable``.
+        UnsupportedModel: see ``layout_of``.
     """
-    outer = {weight: tensor.entry.shape for weight, tensor in index.outer_tensors().items()}
-    check_streamable(config_from_document(index.config, name), outer)
+    layout_of(config_from_document(index.config, name), index.outer_shapes)
 
 
 def is_quantized(folder: Folder) -> bool:

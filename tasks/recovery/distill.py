@@ -10,6 +10,7 @@ from layerwise.calibration.capture import embed_windows
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear, auto_class
 from layerwise.models.streaming import StreamedModel
+from layerwise.models.streaming_check import layout_of
 from layerwise.recovery.distillation import in_stored_dtype, window_order
 from layerwise.scoring.perplexity import perplexity, window_losses
 from layerwise.storage.artifact import Artifact
@@ -80,16 +81,22 @@ class DistillInputs:
 
 
 def require_distillable(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose linears are not tensors of the checkpoint.
+    """Refuse a model whose linears are not tensors of the checkpoint, or whose head needs more than hidden states.
 
     Raises:
-        ValueError: the model is a mixture of experts.
+        ValueError: the model is a mixture of experts, or carries several hidden states.
     """
     if checkpoint.has_experts:
         raise ValueError(
             f"{checkpoint.config.model_type} is a mixture of experts: distillation trains linears that are tensors of their "
             "own, and transformers keeps all experts of a layer in one. Search with --recover train instead, which trains "
             "one layer at a time."
+        )
+    layout = layout_of(checkpoint.config, checkpoint.index.outer_shapes)
+    if layout.kept or not layout.hidden.has_windows_first:
+        raise ValueError(
+            f"{checkpoint.config.model_type} uses more than one hidden state of each token after its last layer: distillation "
+            "needs one. Search with --recover train instead, which trains one layer at a time."
         )
 
 
@@ -259,15 +266,14 @@ class _Distillation:
         counted = None if self.counted is None else self.counted[held_out]
         losses = window_losses(model, states[held_out], self.input_ids[held_out], counted)
         self.dense_held_out = perplexity(losses)
-        return states
+        return model.hidden_states(states)
 
     def _run(
         self, model: StreamedModel, layers: Iterator[Mapping[str, Tensor]], input_ids: Tensor, title: str
     ) -> Tensor:
-        """Return the output of the last layer, shape ``(windows, seqlen, hidden_size)``."""
+        """Return the states after the last layer, shape ``(windows, seqlen, layout.size)``."""
         room = self.execution.hidden_states_room()
-        hidden_size = self.pruned.config.get_text_config().hidden_size
-        hidden_states = room.empty((*input_ids.shape, hidden_size), model.dtype)
+        hidden_states = room.empty((*input_ids.shape, model.layout.size), model.dtype)
         embed_windows(model, input_ids, hidden_states, 0)
         with showing(title, model.num_layers) as show:
             for index, weights in enumerate(layers):

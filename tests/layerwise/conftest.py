@@ -14,6 +14,7 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -62,6 +63,25 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
         Gemma4TextConfig,
         MODERN
         | {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16, "sliding_window": 5},
+        "model.layers",
+    ),
+    "gemma4-small": (  # embeddings of the tokens for every layer, and two layers that use keys and values of earlier ones
+        Gemma4TextConfig,
+        MODERN
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "num_kv_shared_layers": 2}
+        | {"head_dim": 8, "global_head_dim": 16, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        "model.layers",
+    ),
+    "gemma3n": (  # as gemma4-small, with hidden states of shape (4, windows, seqlen, hidden_size)
+        Gemma3nTextConfig,
+        MODERN
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "num_kv_shared_layers": 2}
+        | {"head_dim": 8, "sliding_window": 5, "laurel_rank": 8, "intermediate_size": [48] * 4}
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
         "model.layers",
     ),
     "recurrent-gemma": (  # two layers with a recurrent block, one with attention

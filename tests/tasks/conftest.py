@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    Gemma4ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -55,6 +56,7 @@ from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.texts.token_windows import TOKENS_FILE, read_input_ids
 from tests.lm_task_files import give_words, some_documents, write_task
+from tests.tiny_configs import tiny_config
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -436,6 +438,8 @@ def folder_of(save_model) -> Callable[..., Path]:
             )
         elif family == "gpt2":
             model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_positions=64, **shape))
+        elif family == "gemma4":
+            model = Gemma4ForCausalLM(tiny_config("gemma4_text"))
         else:
             model = small_llama(num_hidden_layers=3, initializer_range=0.2)
         return give_words(save_model(lively(model), name=family))

@@ -30,8 +30,10 @@ def by_lm_eval(folder, task):
     return results, found["samples"][name]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [*((family, way) for family in ("llama", "opt", "gpt2") for way in WAYS), ("gemma4", "streamed")],
+)
 def test_every_number_agrees_with_lm_eval(local_store, folder_of, lm_tasks, family, way):
     folder = folder_of(family)
     artifacts = answered(local_store, folder, lm_tasks, way)

@@ -7,6 +7,8 @@ from transformers import (
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -22,6 +24,18 @@ MODELS = {
     ),
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SHAPE, intermediate_size=24, num_key_value_heads=1, head_dim=8)
+    ),
+    "gemma4": lambda: Gemma4ForCausalLM(  # with embeddings for every layer, and shared keys and values
+        Gemma4TextConfig(
+            **SHAPE | {"num_hidden_layers": 4},
+            intermediate_size=24,
+            num_key_value_heads=1,
+            head_dim=8,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=31,
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=32)

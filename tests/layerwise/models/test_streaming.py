@@ -16,6 +16,8 @@ FAMILIES = [
     "gemma",
     "gemma2-window",
     "gemma4",
+    "gemma4-small",
+    "gemma3n",
     "recurrent-gemma",
     "bamba",
     "phi3",
@@ -104,7 +106,9 @@ def test_a_bfloat16_checkpoint_can_be_computed_in_float32(tiny_model, random_win
     assert (logits - reference_logits(rounded, input_ids)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "opt-projected", "falcon-alibi"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-window", "gemma4-small", "opt-projected", "falcon-alibi"]
+)
 def test_batches_of_any_size_may_reach_the_layers_in_any_order(tiny_model, random_windows_of, family):
     tiny, input_ids = tiny_model(family), random_windows_of(5)
     model = tiny.streamed()
@@ -276,13 +280,6 @@ def test_a_layer_does_not_keep_the_weights_of_an_earlier_layer(tiny_model):
         pytest.fail("the layer was handed out")
 
 
-def test_a_model_whose_layers_depend_on_the_tokens_is_refused_by_name(tiny_model, random_windows_of):
-    """In Gemma-4's small models every layer has its own embedding of the tokens."""
-    tiny = tiny_model("gemma4", hidden_size_per_layer_input=8, vocab_size_per_layer_input=61)
-    with pytest.raises(UnsupportedModel, match="gemma4_text"):
-        tiny.streamed().embed(random_windows_of(2))
-
-
 def test_a_model_whose_layers_change_the_shape_of_the_windows_is_refused_by_name(random_windows_of):
     """CPM-Ant inserts its own prompt tokens before every window."""
     config = CpmAntConfig(
@@ -311,16 +308,28 @@ def test_a_layer_that_writes_to_its_input_is_refused_by_name(tiny_model, random_
         model.run_layer(0, lambda hidden_states, **_others: hidden_states.add_(1), states)
 
 
-def test_a_layer_that_keeps_something_for_later_layers_is_found_without_weights(
+def test_a_layer_that_keeps_something_but_tensors_for_later_layers_is_refused_by_name(
     tiny_model, random_windows_of
 ):
-    """Layers of Gemma 4 may store their keys and values in an object that later layers read."""
-    model, input_ids = tiny_model("gemma4").streamed(), random_windows_of(2)
-    model.embed(input_ids)
-    model.require_independent_layers(tuple(input_ids.shape))
-    model.layers[1].self_attn.store_full_length_kv = True
+    model = tiny_model("gemma4-small").streamed()
+    states = model.embed(random_windows_of(2))
+
+    def layer(hidden_states, per_layer_input, shared_kv_states, **others):
+        shared_kv_states["seen"] = True
+        return hidden_states
+
     with pytest.raises(UnsupportedModel, match="such as shared keys and values"):
-        model.require_independent_layers(tuple(input_ids.shape))
+        model.run_layer(0, layer, states)
+
+
+def test_the_state_has_what_later_layers_need_for_each_token(tiny_model):
+    """Tokens of four bytes, and keys and values of two heads, of 8 numbers in sliding and 16 in full attention."""
+    small = tiny_model("gemma4-small")
+    assert small.streamed().layout.size == 32 + 1 + 2 * 2 * (8 + 16)
+    assert small.streamed(torch.bfloat16).layout.size == 32 + 2 + 2 * 2 * (8 + 16)
+    assert small.streamed().stores(1)
+    assert not small.streamed().stores(2)
+    assert tiny_model("gemma4").streamed().layout.is_plain
 
 
 def test_a_new_shape_does_not_load_the_embedding_permanently(tiny_model, random_windows_of, layer_outputs):
