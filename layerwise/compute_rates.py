@@ -130,7 +130,9 @@ def _inputs(model: StreamedModel, index: int, layer: nn.Module) -> list[tuple[in
         layer.get_submodule(linear.name).register_forward_pre_hook(note) for linear in model.linears[index]
     ]
     try:
-        model.run_layer(index, layer, torch.zeros(1, PROBED_TOKENS, _hidden_size(model), dtype=model.dtype))
+        # Not zeros: experts may take tokens of zeros for those of other experts.
+        states = torch.randn(1, PROBED_TOKENS, _hidden_size(model)).to(model.dtype)
+        model.run_layer(index, layer, states)
     finally:
         for hook in hooks:
             hook.remove()

@@ -230,6 +230,35 @@ def model_weights(
     return result
 
 
+def parameter_names(
+    tensors: Iterable[IndexedTensor],
+    conversions: Iterable[Conversion],
+    experts: Mapping[str, FusedTensor],
+) -> dict[str, str]:
+    """Return the names of parameters in a streamed model by the names of the stored tensors, which hold their values.
+
+    Args:
+        tensors: all of a checkpoint; those that the model does not use have no entry in the result.
+        conversions: of the checkpoint, see ``StoredNames``.
+        experts: tensors with the weights of all experts of a layer, by state-dict name.
+
+    Raises:
+        ValueError: a stored tensor holds several parameters, or a part of one.
+    """
+    tensors = list(tensors)
+    names = {tensor.name: tensor.model_name for tensor in tensors if tensor.model_name is not None}
+    targets = {tensor.part_of for tensor in tensors}
+    for stored, name in names.items():
+        if name in experts:
+            raise ValueError(f"{stored} holds a weight of all experts of a layer")
+    for conversion in conversions:
+        if conversion.target in targets:
+            if not conversion.experts:
+                raise ValueError(f"{conversion.sources[0].name} has another layout than {conversion.target}")
+            names |= {stored: parameter for parameter, stored in conversion.experts.items()}
+    return names
+
+
 def stored_tensors_of(
     weights: Mapping[str, Tensor],
     places: Mapping[str, ModelWeight],
