@@ -42,7 +42,7 @@ is made by `docs/make_model_types.py`; do not edit it.
 
 - the perplexity of the dense model is that of transformers' own forward pass (relative difference at most 1e-5);
 - Wanda removes the weights with the lowest scores, computed from the inputs of the linears in transformers' own forward pass (of
-  experts, only the number of removed weights is compared here; a test compares the masks of Qwen3-MoE's experts);
+  experts, only the number of removed weights is compared here; a test compares the masks of the experts of four types);
 - the exported checkpoint is loaded by the model's own class, equals the model masked by hand, tensor by tensor, and has the
   perplexity that the search reports.
 

@@ -97,9 +97,7 @@ def _forward_pass(model: StreamedModel, index: int, layer: nn.Module, seqlen: in
     """Return the seconds of one window, from as many tokens of a batch as ``LONGEST`` allows."""
 
     def seconds(windows: int, tokens: int) -> float:
-        states = model.embed(torch.zeros(windows, tokens, dtype=torch.long)).clone()
-        hidden_states = model.hidden_states(states)
-        hidden_states.copy_(torch.randn(hidden_states.shape))
+        states = _random_states(model, windows, tokens)
         return _seconds(lambda: states.copy_(model.run_layer(index, layer, states)), model.device)
 
     linears = model.linears[index]
@@ -112,6 +110,14 @@ def _forward_pass(model: StreamedModel, index: int, layer: nn.Module, seqlen: in
     tokens = min(seqlen, max(few, int(few * LONGEST / first)))
     measured = first if tokens == few else seconds(1, tokens)
     return measured * _operations(linears, seqlen) / _operations(linears, tokens)
+
+
+def _random_states(model: StreamedModel, windows: int, seqlen: int) -> Tensor:
+    """Return states with random hidden states. Not zeros: experts may take tokens of zeros for those of other experts."""
+    states = model.embed(torch.zeros(windows, seqlen, dtype=torch.long)).clone()
+    hidden_states = model.hidden_states(states)
+    hidden_states.copy_(torch.randn(hidden_states.shape))
+    return states
 
 
 def _operations(linears: Sequence[Linear], tokens: int) -> int:
@@ -132,7 +138,7 @@ def _inputs(model: StreamedModel, index: int, layer: nn.Module) -> list[tuple[in
         layer.get_submodule(linear.name).register_forward_pre_hook(note) for linear in model.linears[index]
     ]
     try:
-        model.run_layer(index, layer, model.embed(torch.zeros(1, PROBED_TOKENS, dtype=torch.long)))
+        model.run_layer(index, layer, _random_states(model, 1, PROBED_TOKENS))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,11 +1,12 @@
 """Compress: write the exported checkpoint without its zeros, shard by shard."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from layerwise.models.skeleton import is_multimodal
+from layerwise.models.skeleton import is_multimodal, layer_prefix
 from layerwise.storage.artifact import Artifact, StoredFile
 from layerwise.storage.draft import Draft
 from layerwise.storage.formats.tensor_entry import TensorEntry
@@ -13,6 +14,7 @@ from layerwise.storage.integrity import require_whole
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.tensors import read_tensors, write_tensors
+from layerwise.tasks.compressed.compressed_folder import model_names
 from layerwise.tasks.compressed.file_format import (
     FORMAT,
     LAYOUT_FILE,
@@ -28,12 +30,19 @@ from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export
 from layerwise.tasks.results.run_names import title_of
-from layerwise.tasks.results.summary import sentences_on_dense_linears
+from layerwise.tasks.results.summary import sentence_on_experts, sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.checkpoint_files import DESCRIPTION_FILE, SPARSITY_FILE, copied_files
+from layerwise.tasks.sources.checkpoint_files import (
+    CONFIG,
+    DESCRIPTION_FILE,
+    SPARSITY_FILE,
+    StoredTensor,
+    copied_files,
+)
+from layerwise.tasks.sources.model_config import outline_from_document
 
 
 def compress_stage(
@@ -55,14 +64,16 @@ def require_compressible(checkpoint: Checkpoint) -> None:
     """Refuse a model that the compressed format cannot hold.
 
     Raises:
-        ValueError: the model is multimodal or a mixture of experts, or transformers stores its weights in another layout than it computes with.
+        ValueError: the model is multimodal, or is stored in another layout than it has in memory, such as experts that
+            are stored in one tensor per layer.
     """
-    if is_multimodal(checkpoint.config) or checkpoint.index.converted or checkpoint.has_experts:
-        kind = "is stored in another layout than it has in memory"
-        if is_multimodal(checkpoint.config):
-            kind = "is multimodal"
-        elif checkpoint.has_experts:
-            kind = "is a mixture of experts, whose weights transformers holds in one tensor per layer"
+    kind = "is multimodal" if is_multimodal(checkpoint.config) else ""
+    if not kind:
+        try:
+            checkpoint.parameter_names  # noqa: B018 (raises)
+        except ValueError as error:
+            kind = f"is stored in another layout than it has in memory ({error})"
+    if kind:
         raise ValueError(
             f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported "
             "folder of the search."
@@ -93,7 +104,7 @@ def compress(
     def build(draft: Draft) -> None:
         shards = _shards(exported)
         report = json.loads(store.read(exported, SPARSITY_FILE))
-        pruned = _pruned_weights(report["linears"])
+        pruned = _pruned_weights(report["linears"], exported, json.loads(store.read(exported, CONFIG)))
         _write_shards(store, draft, exported, shards, pruned, execution)
         for name in (*copied_files(exported.files), SPARSITY_FILE):
             draft.write(name, store.read(exported, name))
@@ -103,7 +114,16 @@ def compress(
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
         mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
         dense = sentences_on_dense_linears(report.get("dense", ()), len(report["layers"]))
-        content = model_card(card, "compressed", recovery, mix=mix, counted=counted, tasks=tasks, dense=dense)
+        content = model_card(
+            card,
+            "compressed",
+            recovery,
+            mix=mix,
+            counted=counted,
+            tasks=tasks,
+            dense=dense,
+            experts=sentence_on_experts(report.get("experts", ())),
+        )
         draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 
@@ -121,9 +141,28 @@ def _shards(exported: Artifact) -> dict[str, str]:
     return {name: name.replace("model-", "compressed-", 1) for name in dense}
 
 
-def _pruned_weights(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
-    """Return the endings of the names of pruned weights, which do not depend on the name of the layer list."""
-    return tuple(f".{row['layer']}.{row['linear']}.weight" for row in rows)
+def _pruned_weights(
+    rows: Iterable[Mapping[str, object]], exported: Artifact, config: Mapping[str, Any]
+) -> frozenset[str]:
+    """Return the names of the pruned weights in the exported files.
+
+    Args:
+        rows: layer and name of the pruned linears.
+        config: content of ``config.json``.
+    """
+    stored = {
+        name: StoredTensor(file, entry)
+        for file in exported.files
+        if file.endswith(".safetensors")
+        for name, entry in _tensors(exported.files[file]).items()
+    }
+    pruned = {f"{row['layer']}.{row['linear']}.weight" for row in rows}
+    prefix = f"{layer_prefix(outline_from_document(config, exported.key))}."
+    return frozenset(
+        stored_name
+        for stored_name, name in model_names(stored, config, exported.key).items()
+        if name.startswith(prefix) and name.removeprefix(prefix) in pruned
+    )
 
 
 def _write_shards(
@@ -131,7 +170,7 @@ def _write_shards(
     draft: Draft,
     exported: Artifact,
     shards: Mapping[str, str],
-    pruned: tuple[str, ...],
+    pruned: Collection[str],
     execution: Execution,
 ) -> None:
     """Write one file per exported file, with one compressed file and one dense tensor in memory."""
@@ -146,7 +185,7 @@ def _write_shards(
             for name in _tensors(exported.files[source]):
                 # One at a time: the tensors of one read share their memory, and any of them keeps all of it.
                 (weight,) = read_tensors(store, exported, source, [name]).values()
-                tensors |= compressed(name, weight) if name.endswith(pruned) else {name: weight}
+                tensors |= compressed(name, weight) if name in pruned else {name: weight}
             write_tensors(draft, target, tensors, metadata={"format": FORMAT})
             show(step)
             reached(step)
@@ -173,7 +212,7 @@ def _sparse_tensors(exported: Artifact, draft: Draft, shards: Mapping[str, str])
 
 
 def _sizes(
-    exported: Artifact, draft: Draft, shards: Mapping[str, str], pruned: tuple[str, ...]
+    exported: Artifact, draft: Draft, shards: Mapping[str, str], pruned: Collection[str]
 ) -> dict[str, float]:
     """Return the bytes of all tensors, and of the pruned linears, the only tensors that become smaller."""
     dense = {name: entry for source in shards for name, entry in _tensors(exported.files[source]).items()}
@@ -181,7 +220,7 @@ def _sizes(
     after = sum(
         entry.nbytes for target in shards.values() for entry in _tensors(draft.files[target]).values()
     )
-    linears = sum(entry.nbytes for name, entry in dense.items() if name.endswith(pruned))
+    linears = sum(entry.nbytes for name, entry in dense.items() if name in pruned)
     left = linears - (before - after)
     return {
         "dense bytes": before,

@@ -4,18 +4,21 @@ transformers keeps the experts of a layer in tensors of three dimensions, with t
 own linears, whose weights are views of these tensors: ``experts.3.gate_proj``, ``experts.3.up_proj``, ``experts.3.down_proj``.
 Everything that watches or replaces a linear then works for an expert as for any other linear.
 
-There is no code per model family. The classes of experts in transformers declare the layout of their tensors, because
-transformers itself computes all of them by the same function (``transformers.integrations.moe``). For every class, the
-computation with separate linears is compared with the class's own forward pass on small random weights before it is used.
+There is no code per model family. Most classes of experts in transformers declare the layout of their tensors, because
+transformers itself computes all of them by the same function (``transformers.integrations.moe``); here, too, one function
+computes them (``SeparateExperts``). The forward pass of any other class stays as it is, and calls the linears where it
+multiplies by the weights (``SlicedExperts``); the layout is recorded in a forward pass. For every class, the computation
+with separate linears is compared with the class's own forward pass on small random weights before it is used.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -24,17 +27,25 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.models.expert_names import expert_linear
+from layerwise.models.fused_weight import FusedWeight, LinearProducts, Products, RecordedProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Names of the number of experts in transformers' configurations and modules.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # What the classes of experts in transformers declare (use_experts_implementation).
 DECLARED = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 BIAS = "_bias"  # after the name of a weight
-# Sizes of the random experts of a comparison.
-SMALL_HIDDEN, SMALL_INTERMEDIATE, SMALL_TOKENS = 4, 3, 7
+POOL = "experts"  # last part of the name of the module that has the experts' linears
+SMALL_TOKENS, SMALLEST = 7, 2  # tokens of a comparison, and the smallest size of its random weights
 TOLERANCE = 1e-4  # of float32 results of size 1
+# What a forward pass raises that cannot be run here: it has another interface, or uses the weights in another way.
+NOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+
+
+Shape = tuple[int, int, int]  # experts, rows, columns
 
 
 @dataclass(frozen=True)
@@ -46,42 +57,53 @@ class FusedTensor:
         axis: axis of the outputs in the parameter of one expert.
         parts: parameters of each expert's linears, with their range of outputs, e.g. ``gate_proj.weight`` and
             ``up_proj.weight`` with half of the outputs each.
+        levels: number of parts of the tensor's name that the names of the linears do not have, from its end: 1 for
+            ``mlp.experts.down_proj``.
+        is_flat: whether the first two axes are one in the model.
     """
 
     shape: tuple[int, ...]
     axis: int
     parts: tuple[tuple[str, int, int], ...]
+    levels: int = 1
+    is_flat: bool = False
 
-    def names(self, owner: str) -> Iterator[str]:
-        """Yield the names of the parameters, in the order of ``split``."""
+    def names(self, name: str) -> Iterator[str]:
+        """Yield the names of the parameters, in the order of ``split``.
+
+        Args:
+            name: name of the tensor.
+        """
+        above = name.split(".")[: -self.levels]
+        pool = ".".join(above if above[-1:] == [POOL] else [*above, POOL])
         for expert in range(self.shape[0]):
             for part, _, _ in self.parts:
-                yield f"{owner}.{expert}.{part}"
+                yield f"{pool}.{expert}.{part}"
 
-    def split(self, owner: str, tensor: Tensor) -> dict[str, Tensor]:
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return the parameters of all experts as views of ``tensor``, by name.
 
         Args:
-            owner: name of the experts' module, which precedes the names.
+            name: name of the tensor.
         """
         views = (
             of_expert.narrow(self.axis, start, stop - start)
-            for of_expert in tensor.unbind(0)
+            for of_expert in tensor.view(self.shape).unbind(0)
             for _, start, stop in self.parts
         )
-        return dict(zip(self.names(owner), views, strict=True))
+        return dict(zip(self.names(name), views, strict=True))
 
-    def joined(self, owner: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    def joined(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of which ``parameters`` are the parts: the inverse of ``split``, without a copy of views."""
-        first = parameters[next(self.names(owner))]
-        if (whole := self._seen_through(owner, first, parameters)) is not None:
-            return whole
-        tensor = first.new_empty(self.shape)
-        for name, view in self.split(owner, tensor).items():
-            view.copy_(parameters[name])
-        return tensor
+        first = parameters[next(self.names(name))]
+        tensor = self._seen_through(name, first, parameters)
+        if tensor is None:
+            tensor = first.new_empty(self.shape)
+            for part, view in self.split(name, tensor).items():
+                view.copy_(parameters[part])
+        return tensor.flatten(0, 1) if self.is_flat else tensor
 
-    def _seen_through(self, owner: str, first: Tensor, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    def _seen_through(self, name: str, first: Tensor, parameters: Mapping[str, Tensor]) -> Tensor | None:
         """Return the tensor that ``parameters`` are views of; None if they are not."""
         left = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
         if math.prod(self.shape) > left:
@@ -89,23 +111,35 @@ class FusedTensor:
         strides = torch.empty(self.shape, device="meta").stride()
         whole = first.as_strided(self.shape, strides)
         same = all(
-            (view.data_ptr(), view.stride()) == (parameters[name].data_ptr(), parameters[name].stride())
-            for name, view in self.split(owner, whole).items()
+            (view.data_ptr(), view.stride()) == (parameters[part].data_ptr(), parameters[part].stride())
+            for part, view in self.split(name, whole).items()
         )
         return whole if same else None
 
 
 def fused_tensors(model: nn.Module) -> dict[str, FusedTensor]:
     """Return the tensors of experts in a model (or layer) of transformers, by state-dict name."""
-    found = {}
-    for name, module in model.named_modules():
-        for parameter, fused in _fused_of(module).items():
-            found[f"{name}.{parameter}" if name else parameter] = fused
-    return found
+    return {
+        f"{name}.{parameter}" if name else parameter: fused
+        for name, _, tensors in _expert_modules(model)
+        for parameter, fused in tensors.items()
+    }
 
 
-def _fused_of(module: nn.Module) -> dict[str, FusedTensor]:
-    """Return the fused tensors of a module by parameter name; none if it does not hold experts of a known layout."""
+def _expert_modules(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, FusedTensor]]]:
+    """Return the modules with fused experts: name, module, and fused tensors by name in the module."""
+    found: list[tuple[str, nn.Module, dict[str, FusedTensor]]] = []
+    inside = set[nn.Module]()
+    for name, module in reversed(list(model.named_modules())):  # a module comes after those within it
+        fused = _declared_tensors(module) or _sliced_tensors(name, module, inside)
+        if fused:
+            found.append((name, module, fused))
+            inside.update(module.modules())
+    return found[::-1]
+
+
+def _declared_tensors(module: nn.Module) -> dict[str, FusedTensor]:
+    """Return the fused tensors of a module by parameter name; none if it does not declare their layout."""
     if isinstance(module, SeparateExperts):
         return module.fused
     if not all(hasattr(module, name) for name in DECLARED):
@@ -123,6 +157,60 @@ def _fused_of(module: nn.Module) -> dict[str, FusedTensor]:
                 half = outputs // 2
                 parts = ((f"gate_proj.{leaf}", 0, half), (f"up_proj.{leaf}", half, outputs))
             found[name] = FusedTensor(tuple(parameter.shape), axis, parts)
+    return found
+
+
+def _sliced_tensors(name: str, module: nn.Module, known: Collection[nn.Module]) -> dict[str, FusedTensor]:
+    """Return the fused tensors that the forward pass of a module uses expert by expert, by name in the module.
+
+    Args:
+        name: name of the module.
+        known: modules whose experts are known already.
+    """
+    if isinstance(module, SlicedExperts):
+        return module.fused
+    shapes = {} if module in known else _possible_slices(name, module, known)
+    uses = _uses_of(module, shapes) if shapes else None
+    return {} if uses is None else _tensors_of(name, module, shapes, uses.transposed)
+
+
+def _tensors_of(
+    name: str, module: nn.Module, shapes: Mapping[str, Shape], transposed: Mapping[str, bool]
+) -> dict[str, FusedTensor]:
+    """Return fused tensors by name in the module; none if two would give an expert linears of the same name."""
+    of_module, found = name.split("."), {}
+    for path, shape in shapes.items():
+        full = [*of_module, *path.split(".")]
+        linear = full[-2 if full[-1] == "weight" else -1]
+        axis = 1 if transposed[path] else 0
+        levels = path.count(".") + (1 if of_module[-1] == POOL else 2)
+        is_flat = module.get_parameter(path).ndim < len(shape)
+        found[path] = FusedTensor(shape, axis, ((f"{linear}.weight", 0, shape[1 + axis]),), levels, is_flat)
+    names = {tensor.parts[0][0] for tensor in found.values()}
+    return found if len(names) == len(found) else {}
+
+
+def _possible_slices(name: str, module: nn.Module, known: Collection[nn.Module]) -> dict[str, Shape]:
+    """Return the shapes ``(experts, rows, columns)`` of the parameters in a module that may be weights of experts."""
+    from transformers.pytorch_utils import Conv1D
+
+    counts = (vars(module).get(count) for count in EXPERT_COUNTS)
+    number = next((count for count in counts if isinstance(count, int) and count > 1), 0)
+    found: dict[str, Shape] = {}
+    if not number:
+        return found
+    for path, owner in module.named_modules():
+        if owner in known or isinstance(owner, Conv1D) or type(owner).__module__.startswith("torch.nn."):
+            continue
+        for leaf, parameter in owner._parameters.items():
+            if parameter is None or not parameter.numel():
+                continue
+            rows = parameter.shape[0] // number
+            in_one_axis = parameter.ndim == 2 and rows > 1 and POOL in f"{name}.{path}".split(".")
+            if in_one_axis and len(parameter) == number * rows:
+                found[f"{path}.{leaf}".lstrip(".")] = (number, rows, parameter.shape[1])
+            elif parameter.ndim == 3 and len(parameter) == number:
+                found[f"{path}.{leaf}".lstrip(".")] = (number, parameter.shape[1], parameter.shape[2])
     return found
 
 
@@ -179,6 +267,26 @@ class SeparateExperts(nn.Module):
         return own.post_expert_norm(output) if own.has_post_expert_norm else output
 
 
+class SlicedExperts(nn.Module):
+    """Experts with linears of their own that the forward pass of their class calls, which is the other base.
+
+    A fused module is changed into this class in place, see ``separate_experts``. Every expert is called, also without
+    tokens. The linears are submodules of the nearest module that is named "experts", or of a new one.
+
+    Attributes:
+        fused: tensors of the experts, by name in the module.
+    """
+
+    fused: dict[str, FusedTensor]
+    products: LinearProducts
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        self.products.called.clear()
+        output = super().forward(*arguments, **named)
+        self.products.call_others()
+        return output
+
+
 def separate_experts(model: PreTrainedModel, prefix: str) -> None:
     """Give every expert in the decoder layers linears of its own, on the meta device. Does nothing the second time.
 
@@ -186,10 +294,21 @@ def separate_experts(model: PreTrainedModel, prefix: str) -> None:
         model: a model with known experts, see ``unknown_experts``.
         prefix: name of the list of decoder layers.
     """
+    layers = model.get_submodule(prefix)
     with _garbage_kept():
-        for module in list(model.get_submodule(prefix).modules()):
-            if not isinstance(module, SeparateExperts) and _fused_of(module):
-                _separate(module)
+        for name, module, fused in _expert_modules(layers):
+            if isinstance(module, SeparateExperts | SlicedExperts):
+                continue
+            path, tensor = next(iter(fused.items()))
+            above, _, _ = next(tensor.names(f"{name}.{path}")).partition(f".{POOL}.")
+            _separate(module, fused, _child(layers.get_submodule(above), POOL))
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    """Return a submodule, a new one if there is none."""
+    if name not in module._modules:
+        module._modules[name] = nn.Module()
+    return module.get_submodule(name)
 
 
 @contextmanager
@@ -210,63 +329,91 @@ def unknown_experts(model: PreTrainedModel, prefix: str) -> str | None:
     Args:
         prefix: name of the list of decoder layers.
     """
-    known: list[str] = []
-    for name, module in model.get_submodule(prefix).named_modules():
-        if _fused_of(module):
-            known.append(f"{name}.")
-            is_known = isinstance(module, SeparateExperts) or _is_understood(module)
-        else:
-            in_experts = "experts" in name.split(".") and not f"{name}.".startswith(tuple(known))
-            has_weights = any(each.ndim > 1 for each in module.parameters(recurse=False))
-            is_known = not in_experts or not has_weights or isinstance(module, nn.Linear)
-        if not is_known:
+    from transformers.pytorch_utils import Conv1D
+
+    layers = model.get_submodule(prefix)
+    modules = _expert_modules(layers)
+    for name, module, fused in modules:
+        separated = isinstance(module, SeparateExperts | SlicedExperts)
+        if not separated and _declared_tensors(module) and not _is_understood(module, fused):
+            return f"{prefix}.{name}"
+    known = tuple(f"{name}." for name, _, _ in modules)
+    for name, module in layers.named_modules():
+        in_experts = POOL in name.split(".") and not f"{name}.".startswith(known)
+        has_weights = any(each.ndim > 1 for each in module.parameters(recurse=False))
+        if in_experts and has_weights and not isinstance(module, nn.Linear | Conv1D):
             return f"{prefix}.{name}"
     return None
 
 
 def has_experts(model: PreTrainedModel, prefix: str) -> bool:
     """Return whether a decoder layer has experts that can be separated, or that are."""
-    return any(
-        _fused_of(module) or expert_linear(name) is not None
-        for name, module in model.get_submodule(prefix).named_modules()
+    layers = model.get_submodule(prefix)
+    return bool(_expert_modules(layers)) or any(
+        expert_linear(name) is not None for name, _ in layers.named_modules()
     )
 
 
-def _separate(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
-    """Change a module with fused experts into ``SeparateExperts``.
+def _separate(
+    module: nn.Module,
+    fused: dict[str, FusedTensor],
+    pool: nn.Module,
+    uses: Uses | None = None,
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Change a module with fused experts into ``SeparateExperts`` or ``SlicedExperts``.
 
     Args:
-        values: fused tensors by parameter name; None for parameters on the meta device.
+        fused: tensors of the experts by name in the module.
+        pool: module that gets the experts' linears as submodules.
+        uses: how the module's forward pass uses the tensors; None to find out.
+        values: the tensors by name; None for parameters on the meta device.
     """
-    fused = _fused_of(module)
-    parameters: dict[str, Tensor] = {}
+    is_declared = bool(_declared_tensors(module))
+    if uses is None and not is_declared:
+        uses = _uses_of(module, {name: _three(tensor.shape) for name, tensor in fused.items()})
+    parameters, transposed = dict[str, dict[str, Tensor]](), dict[str, bool]()  # by linear
     for name, tensor in fused.items():
-        parameter = module._parameters.pop(name)
-        assert parameter is not None, "_fused_of returns existing parameters"
+        owner, _, leaf = name.rpartition(".")
+        parameter = module.get_submodule(owner)._parameters.pop(leaf)
+        assert parameter is not None, "the tensors of experts are existing parameters"
         empty = torch.empty(tensor.shape, dtype=parameter.dtype, device="meta")
-        parameters |= tensor.split("", empty if values is None else values[name])
-    by_linear: dict[str, dict[str, Tensor]] = {}
-    for name, of_linear in parameters.items():
-        linear, _, leaf = name[1:].rpartition(".")
-        by_linear.setdefault(linear, {})[leaf] = of_linear
-    for name, own in by_linear.items():
-        number, _, leaf = name.partition(".")
-        if number not in module._modules:
-            module._modules[number] = nn.Module()
-        expert = module._modules[number]
-        assert expert is not None, "it was created above"
-        expert._modules[leaf] = _linear_of(own["weight"], own.get("bias"), bool(module.is_transposed))
+        for part, view in tensor.split(name, empty if values is None else values[name]).items():
+            linear, _, kind = part.rpartition(".")
+            parameters.setdefault(linear, {})[kind] = view
+            if kind == "weight":
+                transposed[linear] = tensor.axis == 1
+    for linear, own in parameters.items():
+        place = expert_linear(linear)
+        assert place is not None, "a fused tensor gives names of linears of experts"
+        expert = _child(pool, str(place.expert))
+        expert._modules[place.linear] = _linear_of(own["weight"], own.get("bias"), transposed[linear])
     module.fused = fused  # type: ignore[assignment]
-    module.__class__ = _separated_class(type(module))
+    if uses is not None:
+        names = {name: tensor.parts[0][0].removesuffix(".weight") for name, tensor in fused.items()}
+        experts = [pool.get_submodule(str(number)) for number in range(next(iter(fused.values())).shape[0])]
+        linears = {
+            name: [expert.get_submodule(linear) for expert in experts] for name, linear in names.items()
+        }
+        products = LinearProducts(linears, uses.transposed, uses.groups)
+        module.products = products  # type: ignore[assignment]
+        _use_products(module, fused, products)
+    module.__class__ = _separated_class(SeparateExperts if is_declared else SlicedExperts, type(module))
 
 
-def _separated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _separated:
-        _separated[cls] = type(f"Separate{cls.__name__}", (SeparateExperts, cls), {})
-    return _separated[cls]
+def _use_products(module: nn.Module, fused: Mapping[str, FusedTensor], products: Products) -> None:
+    """Let a module find a ``FusedWeight`` in place of every fused tensor."""
+    for name, tensor in fused.items():
+        path, _, leaf = name.rpartition(".")
+        owner, slices = module.get_submodule(path), _three(tensor.shape)
+        owner._parameters.pop(leaf, None)
+        shape = (slices[0] * slices[1], slices[2]) if tensor.is_flat else slices
+        owner.__dict__[leaf] = FusedWeight(products, name, slices, torch.Size(shape))
 
 
-_separated: dict[type[nn.Module], type[nn.Module]] = {}
+@cache
+def _separated_class(base: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{base.__name__.removesuffix('Experts')}{cls.__name__}", (base, cls), {})
 
 
 def _linear_of(weight: Tensor, bias: Tensor | None, is_transposed: bool) -> nn.Module:
@@ -298,59 +445,152 @@ def _transposed_linear() -> type[nn.Module]:
 _understood: dict[tuple[object, ...], bool] = {}  # by class and layout
 
 
-def _is_understood(module: nn.Module) -> bool:
+def _is_understood(module: nn.Module, fused: Mapping[str, FusedTensor]) -> bool:
     """Return whether separate linears compute what the class of ``module`` computes, on small random weights."""
-    key = (type(module), *(getattr(module, name) for name in DECLARED), *sorted(_fused_of(module)))
+    key = (type(module), *(getattr(module, name) for name in DECLARED), *sorted(fused))
     if key not in _understood:
-        _understood[key] = _same_as_own_forward(module)
+        _understood[key] = _same_as_own_forward(module, fused)
     return _understood[key]
 
 
 @torch.no_grad()
-def _same_as_own_forward(module: nn.Module) -> bool:
+def _same_as_own_forward(module: nn.Module, fused: Mapping[str, FusedTensor]) -> bool:
     eager = getattr(type(module).forward, "__wrapped__", None)  # without the choice of another implementation
     if eager is None:
         return False
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    random = _random_numbers()
     try:
-        small = _small_copy(module, random)
-        fused = _fused_of(small)
-        values = {name: cast(Tensor, small._parameters[name]) for name in fused}
-        number, hidden_size = len(values["down_proj"]), fused["down_proj"].shape[1 + fused["down_proj"].axis]
-        top_k = min(2, number)
-        states = random(SMALL_TOKENS, hidden_size)
-        chosen = torch.stack([random(number).topk(top_k).indices for _ in range(SMALL_TOKENS)])
-        weights = random(SMALL_TOKENS, top_k)
-        expected = eager(small, states, chosen, weights)
-        _separate(small, values)
-        found = small(states, chosen, weights)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return False  # it has another interface
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        small = _small_copy(module, {name: tensor.shape for name, tensor in fused.items()}, random)
+        tensors = _declared_tensors(small)
+        values = {name: cast(Tensor, small._parameters[name]) for name in tensors}
+        down = tensors["down_proj"]
+        arguments = _routed_tokens(down.shape[0], down.shape[1 + down.axis], random)
+        expected = eager(small, *arguments)
+        _separate(small, tensors, small, values=values)
+        found = small(*arguments)
+    except NOT_RUN:
+        return False
+    return _is_close(found, expected)
 
 
-def _small_copy(module: nn.Module, random: Callable[..., Tensor]) -> nn.Module:
-    """Return a copy of a module with experts, with small sizes and random parameters."""
-    down = _fused_of(module)["down_proj"]
-    hidden, intermediate = down.shape[1 + down.axis], down.shape[2 - down.axis]
-    small = {hidden: SMALL_HIDDEN, intermediate: SMALL_INTERMEDIATE, 2 * intermediate: 2 * SMALL_INTERMEDIATE}
-    copied = copy(module)
-    copied._parameters = {
-        name: None
-        if each is None
-        else nn.Parameter(random(len(each), *(small.get(n, n) for n in each.shape[1:])))
-        for name, each in module._parameters.items()
-    }
-    copied._modules = {name: deepcopy(each) for name, each in module._modules.items()}
-    for each in (each for child in copied.children() for each in child.modules()):
-        for name, parameter in each._parameters.items():
+@dataclass(frozen=True)
+class Uses:
+    """Use of the fused tensors of a module in its forward pass, see ``RecordedProducts``."""
+
+    transposed: Mapping[str, bool]
+    groups: Sequence[Sequence[str]]
+
+
+_known_uses: dict[tuple[object, ...], Uses | None] = {}  # by class and shapes
+
+
+def _uses_of(module: nn.Module, shapes: Mapping[str, Shape]) -> Uses | None:
+    """Return how a module uses the weights of its experts; None if it does not use them expert by expert.
+
+    Args:
+        shapes: of all weights of the experts, by name in the module.
+    """
+    key = (type(module), *shapes.items())
+    if key not in _known_uses:
+        _known_uses[key] = _recorded_uses(module, shapes)
+    return _known_uses[key]
+
+
+@torch.no_grad()
+def _recorded_uses(module: nn.Module, shapes: Mapping[str, Shape]) -> Uses | None:
+    random, number = _random_numbers(), next(iter(shapes.values()))[0]
+    small = _small_copy(module, shapes, random)
+    parameters = {name: small.get_parameter(name) for name in shapes}
+    values = {name: weight.view(number, -1, weight.shape[-1]) for name, weight in parameters.items()}
+    small_shapes = {name: _three(weight.shape) for name, weight in values.items()}
+    for arguments in _possible_arguments(number, small_shapes.values(), random):
+        products = RecordedProducts(values)
+        try:
+            expected = small(*arguments)
+            recorded = deepcopy(small)
+            _use_products(recorded, _tensors_of(POOL, small, small_shapes, defaultdict(bool)), products)
+            if not _is_close(recorded(*arguments), expected) or products.transposed.keys() != shapes.keys():
+                continue
+            uses = Uses(products.transposed, products.groups)
+            separated, pool = deepcopy(small), nn.Module()
+            fused = _tensors_of(POOL, small, small_shapes, uses.transposed)
+            _separate(separated, fused, pool, uses, values)
+            found = separated(*arguments)
+        except NOT_RUN:
+            continue
+        if _is_close(found, expected):
+            return uses
+    return None
+
+
+def _possible_arguments(
+    number: int, shapes: Collection[Shape], random: Callable[..., Tensor]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments of the forward passes of experts, for every width that their inputs may have.
+
+    Args:
+        number: number of experts.
+        shapes: of their weights.
+    """
+    for width in sorted({size for shape in shapes for size in shape[1:]}):
+        yield _routed_tokens(number, width, random)
+        sizes = [expert % 3 for expert in range(number)]
+        yield random(sum(sizes), width), sizes  # the tokens of the first expert, of the second, ...
+        every_token = random(number, SMALL_TOKENS, width)
+        every_token[:, ::2] = 0  # an expert's input for a token of another expert
+        yield (every_token.flatten(0, 1),)
+
+
+def _routed_tokens(number: int, width: int, random: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, the experts of every token, and their weights."""
+    top_k = min(2, number)
+    chosen = torch.stack([random(number).topk(top_k).indices for _ in range(SMALL_TOKENS)])
+    return random(SMALL_TOKENS, width), chosen, random(SMALL_TOKENS, top_k)
+
+
+def _is_close(found: object, expected: object) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor) or found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _random_numbers() -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def _small_copy(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], random: Callable[..., Tensor]
+) -> nn.Module:
+    """Return a copy of a module with experts, with small sizes in the same ratios, and random parameters.
+
+    Args:
+        shapes: of the weights of the experts, with the number of experts first, by name in the module.
+    """
+    sizes = {size for shape in shapes.values() for size in shape[1:]}
+    common = math.gcd(*sizes)
+    factors = (factor for factor in range(1, common) if common % factor == 0)
+    factor = next((factor for factor in factors if factor * min(sizes) >= SMALLEST * common), common)
+    small = {size: size * factor // common for size in sizes}
+    # The parameters are not copied.
+    copied = deepcopy(module, {id(each): each for each in module.parameters()})
+    for path, part in copied.named_modules():
+        for leaf, parameter in part._parameters.items():
             if parameter is not None:
-                each._parameters[name] = nn.Parameter(random(*(small.get(n, n) for n in parameter.shape)))
-    for name, value in vars(copied).items():
-        if isinstance(value, int) and name.endswith(("_dim", "_size")):
-            copied.__dict__[name] = small.get(value, value)
+                name = f"{path}.{leaf}".lstrip(".")
+                shape = [small.get(size, size) for size in parameter.shape]
+                if name in shapes:
+                    number, *rest = shapes[name]
+                    shape = [number, *(small[size] for size in rest)]
+                    if parameter.ndim < len(shape):
+                        shape = [number * shape[1], *shape[2:]]
+                part._parameters[leaf] = nn.Parameter(random(*shape))
+        for name, value in vars(part).items():
+            if isinstance(value, int) and name.endswith(("_dim", "_size")):
+                part.__dict__[name] = small.get(value, value)
     return copied
+
+
+def _three(shape: Sequence[int]) -> Shape:
+    experts, rows, columns = shape
+    return experts, rows, columns

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from layerwise.models.experts import has_experts, separate_experts, unknown_experts
+from layerwise.models.experts import EXPERT_COUNTS, has_experts, separate_experts, unknown_experts
 
 if TYPE_CHECKING:  # takes seconds: too long for a command that only validates settings
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Names of the number of experts in transformers' configurations.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 OTHER_TOWERS = (
     "vision",
     "audio",

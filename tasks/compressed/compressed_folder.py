@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from layerwise.models.experts import fused_tensors
 from layerwise.models.skeleton import build_skeleton
 from layerwise.sparse import semi_structured
 from layerwise.sparse.bitmask import PackedWeight
@@ -34,6 +36,7 @@ from layerwise.tasks.compressed.file_format import (
     shortened,
 )
 from layerwise.tasks.models.tensor_matching import layers_stored, match_tensors
+from layerwise.tasks.models.weight_conversion import StoredNames, parameter_names
 from layerwise.tasks.sources.checkpoint_files import (
     CONFIG,
     DESCRIPTION_FILE,
@@ -57,6 +60,29 @@ LARGEST_SIZE = 1 << 48  # limit of a tensor's dimension, so that torch's 64-bit 
 COPY_AGAIN = "Copy all files of the folder again from one place."
 
 
+def model_names(
+    stored: Mapping[str, StoredTensor], document: Mapping[str, Any], folder: str
+) -> dict[str, str]:
+    """Return the names of the model's parameters by the names of the stored tensors.
+
+    Args:
+        document: content of ``config.json``.
+        folder: name of the folder, for errors.
+
+    Raises:
+        ValueError: the tensors do not match the configuration, or hold several parameters or a part of one.
+    """
+    outline = outline_from_document(document, folder)
+    matched, converted = match_tensors(stored, outline, folder)
+    conversions = StoredNames(stored, outline).conversions if converted else ()
+    try:
+        return parameter_names(matched, conversions, fused_tensors(outline))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is not a compressed checkpoint that this version of layerwise reads: {error}."
+        ) from error
+
+
 class CompressedFolder:
     """A compressed checkpoint on a local disk that is complete according to its description and its file headers.
 
@@ -69,7 +95,7 @@ class CompressedFolder:
         config: configuration of the model.
         model: the model on the meta device.
         model_names: names in the model's state dict, by names in the files; without the tensors that the model does
-            not use.
+            not use. Experts have linears of their own.
         copied: names of the files that an ordinary checkpoint also has.
 
     Raises:
@@ -93,12 +119,9 @@ class CompressedFolder:
         document = read_config_document(self.folder)
         check_values(document, f"{CONFIG} of {self.folder.name}", layers_stored(stored))
         # Compares names and shapes before any memory of the sizes in the configuration is allocated.
-        matched, _ = match_tensors(
-            stored, outline_from_document(document, self.folder.name), self.folder.name
-        )
+        self.model_names = model_names(stored, document, self.folder.name)
         self.config = config_from_document(document, self.folder.name)
         self.model = build_skeleton(deepcopy(self.config))
-        self.model_names = {each.name: each.model_name for each in matched if each.model_name is not None}
 
     def files(self) -> Iterator[tuple[str, dict[str, Tensor | PackedWeight]]]:
         """Yield every file with tensors, with its weights by name. Weights of the layout bitmask stay packed.

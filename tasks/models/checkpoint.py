@@ -30,6 +30,7 @@ from layerwise.tasks.models.weight_conversion import (
     Conversion,
     StoredNames,
     model_weights,
+    parameter_names,
     require_same_conversions,
     stored_tensors_of,
 )
@@ -195,6 +196,15 @@ class Checkpoint:
     def _experts(self) -> Mapping[str, FusedTensor]:
         """Tensors with the weights of all experts of a layer, by state-dict name."""
         return fused_tensors(self._outline) if self.index.may_have_experts else {}
+
+    @property
+    def parameter_names(self) -> dict[str, str]:
+        """Names of the parameters by the names of the tensors in the files.
+
+        Raises:
+            ValueError: see ``weight_conversion.parameter_names``.
+        """
+        return parameter_names(self.index.tensors, self._conversions, self._experts)
 
     @property
     def has_experts(self) -> bool:

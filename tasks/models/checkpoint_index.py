@@ -143,9 +143,13 @@ class CheckpointIndex:
 
     @property
     def may_have_experts(self) -> bool:
-        """Whether a weight of a decoder layer has three dimensions, as weights of experts and convolutions."""
+        """Whether a weight of a decoder layer has three dimensions, as weights of experts and convolutions, or a name of experts."""
         weights: list[ModelWeight] = [*self.tensors, *self.converted]
-        return any(len(each.entry.shape) > 2 for each in weights if each.layer is not None)
+        return any(
+            len(each.entry.shape) > 2 or "experts" in (each.model_name or "").split(".")
+            for each in weights
+            if each.layer is not None
+        )
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:

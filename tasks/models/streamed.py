@@ -44,7 +44,7 @@ def model_of_shapes(
     weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         weight = values[: math.prod(shape)].view(shape)
-        weights |= experts[name].split(name.rpartition(".")[0], weight) if name in experts else {name: weight}
+        weights |= experts[name].split(name, weight) if name in experts else {name: weight}
     return model, weights
 
 

@@ -185,7 +185,8 @@ def _stored_experts(conversion: Conversion, fused: Mapping[str, FusedTensor]) ->
         shape = (fused[name].shape[0], SMALL[0] * len(parts), SMALL[1])
         if tensor.shape != shape:
             return {}
-        for parameter, values in FusedTensor(shape, 0, tuple(parts)).split(_owner(name), tensor).items():
+        small_fused = replace(fused[name], shape=shape, axis=0, parts=tuple(parts))
+        for parameter, values in small_fused.split(name, tensor).items():
             source = conversion.sources[int(values[0, 0]) // size].name
             if not torch.equal(values, small[source]):
                 return {}
@@ -221,12 +222,41 @@ def model_weights(
             and fused is not None
             and (known := used[weight.made_by].experts)
         ):
-            parameters = zip(fused.names(_owner(name)), fused.names(_owner(weight.name)), strict=True)
+            parameters = zip(fused.names(name), fused.names(weight.name), strict=True)
             result |= {parameter: stored[known[full]] for parameter, full in parameters}
             continue
         tensor = made[weight.name] if isinstance(weight, ConvertedWeight) else stored[weight.name]
-        result |= {name: tensor} if fused is None else fused.split(_owner(name), tensor)
+        result |= {name: tensor} if fused is None else fused.split(name, tensor)
     return result
+
+
+def parameter_names(
+    tensors: Iterable[IndexedTensor],
+    conversions: Iterable[Conversion],
+    experts: Mapping[str, FusedTensor],
+) -> dict[str, str]:
+    """Return the names of parameters in a streamed model by the names of the stored tensors, which hold their values.
+
+    Args:
+        tensors: all of a checkpoint; those that the model does not use have no entry in the result.
+        conversions: of the checkpoint, see ``StoredNames``.
+        experts: tensors with the weights of all experts of a layer, by state-dict name.
+
+    Raises:
+        ValueError: a stored tensor holds several parameters, or a part of one.
+    """
+    tensors = list(tensors)
+    names = {tensor.name: tensor.model_name for tensor in tensors if tensor.model_name is not None}
+    targets = {tensor.part_of for tensor in tensors}
+    for stored, name in names.items():
+        if name in experts:
+            raise ValueError(f"{stored} holds a weight of all experts of a layer")
+    for conversion in conversions:
+        if conversion.target in targets:
+            if not conversion.experts:
+                raise ValueError(f"{conversion.sources[0].name} has another layout than {conversion.target}")
+            names |= {stored: parameter for parameter, stored in conversion.experts.items()}
+    return names
 
 
 def stored_tensors_of(
@@ -251,10 +281,10 @@ def stored_tensors_of(
             and fused is not None
             and (known := by_target[place.made_by].experts)
         ):
-            parameters = zip(fused.names(_owner(name)), fused.names(_owner(place.name)), strict=True)
+            parameters = zip(fused.names(name), fused.names(place.name), strict=True)
             stored |= {known[full]: weights[parameter] for parameter, full in parameters}
             continue
-        weight = weights[name] if fused is None else fused.joined(_owner(name), weights)
+        weight = weights[name] if fused is None else fused.joined(name, weights)
         if isinstance(place, ConvertedWeight):
             made[place.made_by][place.name] = weight
         else:
@@ -262,11 +292,6 @@ def stored_tensors_of(
     for target, of_target in made.items():
         stored |= by_target[target].stored(of_target)
     return stored
-
-
-def _owner(name: str) -> str:
-    """Return the name of the module that has a parameter."""
-    return name.rpartition(".")[0]
 
 
 def require_same_conversions(

@@ -20,6 +20,7 @@ from transformers import (
     ViTConfig,
     XLMConfig,
 )
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from layerwise.models.skeleton import (
@@ -120,7 +121,15 @@ def test_an_encoder_decoder_is_refused_by_name(config_class):
         build_skeleton(config_class())
 
 
-def test_experts_that_are_computed_in_a_way_of_their_own_are_refused_by_name():
+class EinsumExperts(JetMoeParallelExperts):
+    """Experts whose weights are not multiplied one by one."""
+
+    def forward(self, inputs, expert_size):
+        return torch.einsum("ti,eoi->to", inputs, self.weight)
+
+
+def test_experts_that_are_computed_in_a_way_of_their_own_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts", EinsumExperts)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
     config = JetMoeConfig(**shape, kv_channels=8, num_local_experts=3, num_experts_per_tok=2)
     with pytest.raises(

@@ -4,12 +4,22 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from layerwise.sparse import accelerate as accelerate_module
 from layerwise.sparse.bitmask_linear import BitmaskLinear
 from layerwise.sparse.native import kernel
-from layerwise.tasks.compress import compress
+from layerwise.tasks.compress import compress, require_compressible
 from layerwise.tasks.compressed.checkpoint import load, load_packed
 from layerwise.tasks.running.execution import Execution
 from tests.lm_task_files import give_words
@@ -57,6 +67,33 @@ def test_the_packed_model_is_the_dense_one(folder):
     assert packed.dtype == model.dtype
     texts = [each.generate(tokens, max_new_tokens=5, do_sample=False) for each in (model, packed)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.usefixtures("any_size_gains")
+def test_experts_that_are_stored_one_by_one_are_packed_one_by_one(small_run):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    run = small_run(MixtralForCausalLM(MixtralConfig(**shape, **heads)), target=0.7)
+    require_compressible(run.checkpoint)
+    exported = run.export(run.branch(0.0)[0])
+    folder = run.store.location(compress.fn(run.store, exported, CARD, Execution()))
+    expected, loaded = AutoModelForCausalLM.from_pretrained(run.store.location(exported)), load(folder)
+    weights = loaded.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in expected.state_dict().items())
+    packed, done = load_packed(folder)
+    assert len(done.sparse) == 3 * (4 + 3 * 3)
+    assert {name.rpartition(".")[2] for name in done.dense} == {"lm_head"}
+    tokens = torch.randint(97, (2, 7))
+    assert torch.allclose(packed(tokens).logits, expected.eval()(tokens).logits, atol=1e-4)
+
+
+def test_experts_that_are_stored_in_one_tensor_are_refused(small_run):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    run = small_run(GptOssForCausalLM(GptOssConfig(**shape, num_attention_heads=4, num_local_experts=3)))
+    with pytest.raises(
+        ValueError, match=r"experts\.\w+ holds a weight of all experts of a layer\): such a model"
+    ):
+        require_compressible(run.checkpoint)
 
 
 @pytest.mark.usefixtures("any_size_gains")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -21,6 +23,10 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
     JambaConfig,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -101,9 +107,30 @@ def gpt_oss(**settings) -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**TEXT | experts | settings))
 
 
+def llama4() -> PreTrainedModel:
+    """A model whose experts get all tokens, those of other experts multiplied by zero."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layers": [1, 2], "head_dim": 8}
+    return Llama4ForCausalLM(Llama4TextConfig(**TEXT, **experts, intermediate_size_mlp=24))
+
+
+def jetmoe() -> PreTrainedModel:
+    """A model with experts of attention, too; those of the MLP are not in a module of the name."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
+    return JetMoeForCausalLM(JetMoeConfig(**TEXT | experts))
+
+
+def dbrx() -> PreTrainedModel:
+    """A model whose experts are in one axis of their tensor with the outputs, and are called only if they get tokens."""
+    experts = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    attention = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    shape = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+    return DbrxForCausalLM(DbrxConfig(**TOKENS, **shape, attn_config=attention, ffn_config=experts))
+
+
 FAMILIES = {
     each.__name__: each
     for each in (qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss)
+    + (llama4, jetmoe, dbrx)
 }
 
 
@@ -114,7 +141,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def linears_in(tensors: dict[str, torch.Tensor]) -> set[str]:
     """Return the tensors that hold weights of linears in decoder layers, by the names that the families give them."""
     linear = re.compile(
-        r".*\.layers\.\d+\..*((_proj|_proj_with_mqa|\.w[123])\.weight|experts\.(gate_up|down)_proj)"
+        r".*\.(layers|blocks)\.\d+\..*"
+        r"((_proj|_proj_with_mqa|\.w[123]|put_linear|Wqkv)\.weight|experts\.((gate_up|down)_proj|mlp\.[wv][12]))"
     )
     return {name for name in tensors if linear.fullmatch(name)}
 
@@ -140,6 +168,9 @@ def test_a_mixture_of_experts_is_streamed_pruned_and_exported_as_it_was_stored(s
     assert (folder / "config.json").read_bytes() == (run.folder / "config.json").read_bytes()
 
 
+PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.bmm)
+
+
 class InputsOfLinears(TorchFunctionMode):
     """Record the inputs of every product with a weight, by the memory of the weight."""
 
@@ -148,32 +179,82 @@ class InputsOfLinears(TorchFunctionMode):
         self.inputs: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.linear:
-            self.inputs[args[1].data_ptr()].append(args[0].reshape(-1, args[0].shape[-1]))
+        if function in PRODUCTS:
+            inputs, weight = args[:2]
+            pairs = zip(inputs, weight, strict=True) if weight.ndim == 3 else [(inputs, weight)]
+            for states, of_expert in pairs:
+                self.inputs[of_expert.data_ptr()].append(states.reshape(-1, states.shape[-1]))
         return function(*args, **(kwargs or {}))
 
 
 def inputs_by_expert(run, name: str) -> list[torch.Tensor]:
-    """Return the inputs that transformers routes to each expert for its slice of a fused weight, over the calibration."""
+    """Return the inputs that transformers routes to each expert for its slice of a fused weight, over the calibration.
+
+    A token of another expert, multiplied by zero, is no input.
+    """
     model = AutoModelForCausalLM.from_pretrained(run.folder, experts_implementation="eager").eval()
     with torch.no_grad(), InputsOfLinears() as mode:
         for window in run.input_ids("calibration"):
             model(input_ids=window[None])
-    weight = model.get_parameter(name)
-    nothing = weight.new_zeros(0, weight.shape[2])
-    return [torch.cat(mode.inputs[expert.data_ptr()] or [nothing]) for expert in weight]
+    found = [mode.inputs[expert.data_ptr()] for expert in by_expert(model.get_parameter(name))]
+    width = next(inputs.shape[1] for each in found for inputs in each)
+    return [
+        torch.cat([each[each.any(dim=1)] for each in every] or [torch.zeros(0, width)]) for every in found
+    ]
 
 
-@pytest.mark.parametrize("fused", ["gate_up_proj", "down_proj"])
-def test_wanda_prunes_every_expert_by_the_tokens_that_reach_it(small_run, fused):
-    run = small_run(qwen3_moe(), windows=ENOUGH)
-    pruned, name = run.exported_model(run.branch(0.0)[0]), f"model.layers.1.mlp.experts.{fused}"
-    dense = run.transformers_model().get_parameter(name)
-    for expert, inputs in enumerate(inputs_by_expert(run, name)):
-        assert len(inputs) > 64
-        scores = dense[expert].abs() * inputs.norm(dim=0)
-        expected = scores.argsort(dim=1, stable=True).argsort(dim=1) < scores.shape[1] // 2
-        assert torch.equal(pruned.get_parameter(name)[expert] == 0, expected)
+def by_expert(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight of four experts with the experts first."""
+    return weight.view(4, -1, weight.shape[-1])
+
+
+SLICES = {  # fused weights of a layer, whether they are (in_features, out_features), and the module of the linears
+    qwen3_moe: (
+        "model.layers.1.mlp.experts.{}",
+        {"gate_up_proj": False, "down_proj": False},
+        {"mlp.experts"},
+    ),
+    llama4: (
+        "model.layers.1.feed_forward.experts.{}",
+        {"gate_up_proj": True, "down_proj": True},
+        {"feed_forward.experts"},
+    ),
+    jetmoe: (
+        "model.layers.1.{}_linear.weight",
+        dict.fromkeys(
+            [f"{block}.{side}put" for block in ("mlp", "self_attention.experts") for side in ("in", "out")],
+            False,
+        ),
+        {"mlp.experts", "self_attention.experts"},
+    ),
+    dbrx: (
+        "transformer.blocks.1.ffn.experts.mlp.{}",
+        {"w1": False, "v1": False, "w2": True},
+        {"ffn.experts"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SLICES)
+def test_wanda_prunes_every_expert_by_the_tokens_that_reach_it(small_run, family):
+    name_of, slices, modules = SLICES[family]
+    run = small_run(family(), windows=ENOUGH)
+    pruned, dense = run.exported_model(run.branch(0.0)[0]), run.transformers_model()
+    counts = []
+    for fused, transposed in slices.items():
+        name = name_of.format(fused)
+        before, after = by_expert(dense.get_parameter(name)), by_expert(pruned.get_parameter(name))
+        every = inputs_by_expert(run, name)
+        counts.append([len(inputs) for inputs in every])
+        for old, new, inputs in zip(before, after, every, strict=True):
+            assert len(inputs) > 64
+            scores = (old.T if transposed else old).abs() * inputs.norm(dim=0)
+            expected = scores.argsort(dim=1, stable=True).argsort(dim=1) < scores.shape[1] // 2
+            assert torch.equal((new.T if transposed else new) == 0, expected)
+    tokens = json.loads(run.store.read(run.capture(), "statistics/tokens-00001.json"))
+    assert set(tokens) == modules
+    assert {tuple(each) for each in tokens.values()} == {tuple(each) for each in counts}
+    assert all(sum(each) == 2 * 40 * 12 for each in counts)
 
 
 def test_sparsegpt_corrects_every_expert_by_the_tokens_that_reach_it(small_run):
