@@ -185,7 +185,7 @@ def run_work(arguments: Namespace, began: float) -> None:
     done, seconds = run_flow(lambda: work(runtime, say), server, arguments, began)
     console = open_console()
     parts = "1 part of a search" if done == 1 else f"{done} parts of searches"
-    console.print(f"{parts}; no search of {runtime.store} needs this worker any more.", soft_wrap=True)
+    console.print(f"Ran {parts} in {runtime.store}.", soft_wrap=True)
     console.print(seconds)
 
 
