@@ -13,7 +13,7 @@ from layerwise.flows.compare import Compare
 from layerwise.flows.compress import Compress
 from layerwise.flows.distill import Distill
 from layerwise.flows.generate_calibration import GenerateCalibration
-from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
+from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime, WorkerRuntime
 from layerwise.flows.settings import Search
 from layerwise.flows.theory import Theory
 from layerwise.flows.zero_shot import ZeroShot
@@ -60,7 +60,8 @@ def settings() -> str:
         f"dashes ([Commands and options](cli.md)). {MADE}",
     ]
     for each in (
-        Search, Compare, Theory, ZeroShot, Compress, Distill, GenerateCalibration, Runtime, FanOutRuntime, SearchRuntime
+        Search, Compare, Theory, ZeroShot, Compress, Distill, GenerateCalibration, Runtime, FanOutRuntime, SearchRuntime,
+        WorkerRuntime,
     ):  # fmt: skip
         parent = each.__mro__[1]
         inherited = parent.model_fields if parent.__name__ in ("Runtime", "FanOutRuntime", "Search") else {}

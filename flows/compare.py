@@ -307,7 +307,7 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
         _publish(store, results, settings)
         return results
 
-    return run_announced(store, f"compare: {settings.title}", run)
+    return run_announced(store, f"compare: {settings.title}", run, runtime.role)
 
 
 def _require_tasks(settings: Compare) -> None:

@@ -108,7 +108,7 @@ def plan_search(settings: Search, runtime: SearchRuntime, measure: bool = False)
     lanes = found.next_lanes
     request, plans = lanes.step.request, lanes.step.plans
     sizes = found.inputs.sizes(settings, len(plans))
-    workers = _workers(runtime)
+    workers = _workers(store, runtime)
     groups = lane_groups(store, lanes, sizes.of(request), runtime, workers)
     together = max(map(len, groups), default=len(plans))
     most: LaneRequest | None = request
@@ -283,8 +283,12 @@ def _is_last(settings: Search, lanes: NextLanes) -> bool:
     return name != "auto" and settings.stop_after is not None and requested >= settings.stop_after
 
 
-def _workers(runtime: FanOutRuntime) -> int:
+def _workers(store: ArtifactStore, runtime: FanOutRuntime) -> int:
     """Return the number of groups that run at a time."""
+    if runtime.fan_out == "store":
+        from layerwise.flows.fan_out.store_workers import living_workers
+
+        return living_workers(store)
     if runtime.pool is None:
         return runtime.processes or 1
     from prefect.client.orchestration import get_client

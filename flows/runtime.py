@@ -10,17 +10,21 @@ from pydantic_core import PydanticCustomError
 from layerwise.flows.setting_types import BareUrl, Settings
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.layer_cache import LayerCache
+from layerwise.storage.signs_of_life import NEEDS_WORKERS
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lanes.group_membership import MOST_PLANS
 from layerwise.tasks.running.execution import Execution
 
-FAN_OUT = re.compile(r"^(local|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
+FAN_OUT = re.compile(r"^(local|store|processes:[1-9][0-9]{0,2}|pool:\S.*)$")
+
+KEPT = "finished stages and resume points are kept"  # after a process was stopped
 
 
 def _known_place(value: str) -> str:
     if not FAN_OUT.match(value):
         raise PydanticCustomError(
-            "fan_out", "give local, processes:N (N from 1 to 999), or pool:NAME with the name of a work pool"
+            "fan_out",
+            "give local, processes:N (N from 1 to 999), store, or pool:NAME with the name of a work pool",
         )
     return value
 
@@ -159,6 +163,11 @@ class Runtime(Settings):
         size = None if self.layer_cache_gib is None else int(self.layer_cache_gib * 2**30)
         return LayerCache(self.layer_cache, size)
 
+    @property
+    def alone(self) -> "Runtime":
+        """Runtime of one process that does a part of the work."""
+        return Runtime(**{name: getattr(self, name) for name in Runtime.model_fields})
+
     def execution(self) -> Execution:
         """Return the settings as the tasks take them.
 
@@ -197,7 +206,8 @@ class FanOutRuntime(Runtime):
         default="local",
         json_schema_extra={"pattern": FAN_OUT.pattern},
         description="Where the work is done. local: in this process. processes:N: in N processes on this machine, one "
-        "for each of its devices. pool:NAME: by the workers of a Prefect work pool, while this process only waits.",
+        "for each of its devices. store: by the processes `layerwise work STORE` on any machines, while this process only waits. "
+        "pool:NAME: by the workers of a Prefect work pool, while this process only waits.",
     )
     groups: int | None = Field(
         title="Groups of betas",
@@ -221,16 +231,25 @@ class FanOutRuntime(Runtime):
         return name if kind == "pool" else None
 
     @property
-    def alone(self) -> Runtime:
-        """Runtime of one process that does a part of the work."""
-        return Runtime(**{name: getattr(self, name) for name in Runtime.model_fields})
+    def role(self) -> str:
+        """Role of the process of this flow, see ``layerwise.storage.signs_of_life.RunningProcess``."""
+        return NEEDS_WORKERS if self.fan_out == "store" else ""
+
+    @property
+    def continues(self) -> str:
+        """What continues after this process was stopped, for a message."""
+        if self.pool is not None:
+            return f"runs on the work pool {self.pool!r} continue"
+        if self.fan_out == "store":
+            return "groups that workers have taken continue"
+        return KEPT
 
     @model_validator(mode="after")
     def _groups_need_processes(self) -> "FanOutRuntime":
         if self.groups is not None and self.fan_out == "local":
             raise ValueError(
                 f"groups is {self.groups}, but fan_out is local: one process advances all betas in one group. "
-                "Leave groups empty, or set fan_out to processes:N or pool:NAME."
+                "Leave groups empty, or set fan_out to processes:N, store or pool:NAME."
             )
         return self
 
@@ -244,4 +263,16 @@ class SearchRuntime(FanOutRuntime):
         gt=0,
         description="Time limit in minutes, for a strategy that does not try all plans: no further plans are started "
         "after it, and the best plan so far is chosen. The same search continues from there. Empty: no limit.",
+    )
+
+
+class WorkerRuntime(Runtime):
+    """Runtime of a worker, which runs parts of the searches of one store that have ``fan_out`` store."""
+
+    idle_minutes: float | None = Field(
+        title="Idle minutes",
+        default=None,
+        gt=0,
+        description="End after this number of minutes without a part to run, and wait that long for further searches. Empty: "
+        "end when the last search has ended; the first one may start up to 10 minutes after the worker.",
     )

@@ -40,7 +40,10 @@ def search(settings: Search, runtime: SearchRuntime) -> SearchResult:
     check_minutes(settings, runtime)
     store, deadline = runtime.open_store(), deadline_of(runtime)
     return run_announced(
-        store, f"search: {settings.title}", lambda: run_search(store, settings, runtime, deadline)
+        store,
+        f"search: {settings.title}",
+        lambda: run_search(store, settings, runtime, deadline),
+        runtime.role,
     )
 
 

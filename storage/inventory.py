@@ -19,7 +19,11 @@ ATTEMPT_FILE = re.compile(rf"(?P<attempt>{_ID})/.+")
 _SET_ASIDE = re.compile(rf"{_DOCUMENT}\.damaged-[0-9a-f]+")
 _DOCUMENT_TEMPORARY = re.compile(rf"{_DOCUMENT}(?:\.damaged-[0-9a-f]+)?\.{_ID}\.tmp")
 RUNNING_FILE = re.compile(rf"running/{_ID}\.json")
-_LOOSE_TEMPORARY = re.compile(rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|running/{_ID}\.json\.{_ID}\.tmp")
+# Parts of searches for workers, see ``layerwise.flows.fan_out.published_parts``.
+PART_FILE = re.compile(rf"parts/(?P<part>{_ID})(?:\.(?P<news>claim|end))?\.json")
+_LOOSE_TEMPORARY = re.compile(
+    rf"{_ID}\.clock|probe-{_ID}(?:\.{_ID}\.tmp)?|(?:running|parts)/{_ID}(?:\.\w+)?\.json\.{_ID}\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ class Inventory:
     Attributes:
         folders: stage folders by key, with or without a committed artifact.
         running: files of ``layerwise.storage.signs_of_life``.
+        parts: files of each part of a search that was published for workers, by the part's name.
         temporary: files outside of the stage folders that are needed only while they are being written.
         not_ours: paths, relative to the root, that this program has never written.
     """
 
     folders: dict[str, StageFolder] = field(default_factory=dict)
     running: list[Entry] = field(default_factory=list)
+    parts: dict[str, list[Entry]] = field(default_factory=dict)
     temporary: list[Entry] = field(default_factory=list)
     not_ours: list[str] = field(default_factory=list)
 
@@ -93,6 +99,8 @@ class Inventory:
         """Add a file to its class."""
         if RUNNING_FILE.fullmatch(entry.path):
             self.running.append(entry)
+        elif part := PART_FILE.fullmatch(entry.path):
+            self.parts.setdefault(part["part"], []).append(entry)
         elif is_temporary(entry.path):
             self.temporary.append(entry)
         elif not (

@@ -30,6 +30,8 @@ EVERY = 5.0  # seconds between two signs of life; costs less than ten cents a da
 SILENT = 60.0  # seconds without a sign, twelve missed ones, after which a waiting process considers it dead
 # Seconds without a sign after which a process is dead, even if the storage failed for minutes.
 STALE_AFTER = 600.0
+WORKER = "worker"  # role of a process that runs parts of searches
+NEEDS_WORKERS = "needs workers"  # role of a search whose parts are run by workers
 LAST_WAIT = 10.0  # seconds that a sign of life in progress may delay the end of the work
 
 _doing = ""  # current activity of this process
@@ -44,6 +46,8 @@ class RunningProcess:
         since: when it began; 1970 if its file cannot be read.
         last_sign: when it last rewrote its file.
         doing: its activity at that time; "" if unknown.
+        name: under which other processes look for it, 32 hex digits.
+        role: its role among processes that share work, such as ``WORKER``; "" if it has none.
     """
 
     host: str
@@ -52,6 +56,8 @@ class RunningProcess:
     since: datetime
     last_sign: datetime
     doing: str = ""
+    name: str = ""
+    role: str = ""
 
     def __str__(self) -> str:
         since, last = (f"{each:%Y-%m-%d %H:%M:%S} UTC" for each in (self.since, self.last_sign))
@@ -75,7 +81,7 @@ class Sign:
 
 
 @contextlib.contextmanager
-def announced(store: StoreLocation, what: str, name: str | None = None) -> Iterator[None]:
+def announced(store: StoreLocation, what: str, name: str | None = None, role: str = "") -> Iterator[None]:
     """Announce to other processes that this process works in the store until the block ends.
 
     A store that cannot be written is used anyway, with a warning: it may already hold what is needed.
@@ -83,11 +89,12 @@ def announced(store: StoreLocation, what: str, name: str | None = None) -> Itera
     Args:
         what: description of the work, without credentials.
         name: under which other processes look for this one, 32 hex digits; None if they do not.
+        role: see ``RunningProcess``.
 
     Raises:
         Unreachable: the storage does not answer.
     """
-    giver = _SignGiver(store, what, _path(store, name or uuid.uuid4().hex))
+    giver = _SignGiver(store, what, _path(store, name or uuid.uuid4().hex), role)
     giver.give(first=True)
     done = threading.Event()
     thread = threading.Thread(target=giver.keep_giving, args=(done,), name="sign of life", daemon=True)
@@ -160,6 +167,18 @@ def running_processes(store: StoreLocation, now: float, within: float = STALE_AF
     return sorted(found, key=lambda process: process.since)
 
 
+def living_processes(store: StoreLocation, role: str) -> list[RunningProcess]:
+    """Return the processes with a role that gave a sign of life within the last ``SILENT`` seconds.
+
+    Raises:
+        OSError: the storage cannot be reached.
+    """
+    # The clock is read only if it is needed: that writes a file, and the store may not exist yet.
+    found = [each for each in running_processes(store, 0.0) if each.role == role]
+    now = clock_for_display(store) if found else 0.0
+    return [each for each in found if each.last_sign.timestamp() > now - SILENT]
+
+
 def storage_clock(store: StoreLocation) -> float:
     """Return the current time in seconds since 1970, by the clock that dates the storage's files.
 
@@ -201,8 +220,8 @@ def clock_for_display(store: StoreLocation) -> float:
 class _SignGiver:
     """Keeps the file of one process up to date."""
 
-    def __init__(self, store: StoreLocation, what: str, path: str) -> None:
-        self._store, self._what, self._path = store, what, path
+    def __init__(self, store: StoreLocation, what: str, path: str, role: str) -> None:
+        self._store, self._what, self._path, self._role = store, what, path, role
         self._began = time.monotonic()
         self._since: datetime | None = None  # unknown until the storage's clock could be read
         self._failed = False
@@ -241,7 +260,8 @@ class _SignGiver:
         return {**self._known(), "since": self._since.isoformat()}
 
     def _known(self) -> dict[str, object]:
-        return {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
+        known = {"host": socket.gethostname(), "pid": os.getpid(), "what": self._what, "doing": _doing}
+        return {**known, "role": self._role}
 
     def _start(self) -> datetime:
         # Every rewrite changes the date of the file, and the clock of this machine may be wrong.
@@ -265,8 +285,12 @@ def _read(store: StoreLocation, path: str, last_sign: float) -> RunningProcess:
     try:
         content = read_sealed(store.fs, path)
         since = datetime.fromisoformat(content["since"])
-        doing = content.get("doing", "")  # missing in files of older versions
-        return RunningProcess(content["host"], content["pid"], content["what"], since, last, doing)
+        # Missing in files of older versions.
+        doing, role = content.get("doing", ""), content.get("role", "")
+        name = path.rpartition("/")[2].removesuffix(".json")
+        return RunningProcess(
+            content["host"], content["pid"], content["what"], since, last, doing, name, role
+        )
     except (Corrupt, ValueError, TypeError, KeyError) as error:
         # A process is at work there, and the age of its files is unknown.
         began = datetime.fromtimestamp(0, UTC)

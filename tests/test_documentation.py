@@ -16,7 +16,8 @@ from layerwise.flows.settings import Search
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "deployments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose commands are checked; docs/cli.md has none, and its options come from the parser itself.
-COMMANDS_IN = [*PAGES, *sorted((ROOT / "examples").glob("*.sh"))]
+SCRIPTS = [*sorted((ROOT / "examples").glob("*.sh")), *sorted((ROOT / "deployments" / "slurm").iterdir())]
+COMMANDS_IN = [*PAGES, *SCRIPTS]
 NEEDS_A_MODEL = ("search", "plan", "compare", "theory", "generate-calibration")
 PACKAGES = ["flows", "tasks", "layerwise", "storage"]
 
@@ -49,9 +50,18 @@ def test_modules_and_functions_exist(page):
 def commands_in(page: Path) -> list[list[str]]:
     """Arguments of every `layerwise ...` in the code blocks of a page; for an example, of the whole script."""
     text = page.read_text()
-    blocks = [text] if page.suffix == ".sh" else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    blocks = [text] if page in SCRIPTS else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("layerwise ")]
+    starts = re.compile(
+        r"\s*(?:srun .* )?layerwise (.*?)(?: &)?"
+    )  # a script starts some of them in the background
+    commands = [match[1] for line in lines if (match := starts.fullmatch(line))]
+    return [shlex.split(command, comments=True) for command in commands]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
 
 
 @pytest.mark.parametrize("page", COMMANDS_IN, ids=lambda page: str(page.relative_to(ROOT)))

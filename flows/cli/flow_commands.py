@@ -1,6 +1,8 @@
 """Commands that run a flow: read its settings from the options, run it, print its result."""
 
 import shlex
+import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from layerwise.flows.cli.errors import fail, stop
 from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.tasks.running.printable import printable
 
 if TYPE_CHECKING:  # imports Prefect
     from layerwise.flows.compare import Compare
@@ -28,7 +31,7 @@ def run_search(arguments: Namespace, began: float) -> None:
     from layerwise.flows.cli.tables import show_result
     from layerwise.flows.search import search
 
-    result, seconds = run_flow(lambda: search(settings, runtime), server, runtime.pool, began)
+    result, seconds = run_flow(lambda: search(settings, runtime), server, arguments, began, runtime.continues)
     console = open_console()
     show_result(console, result)
     console.print(seconds)
@@ -45,7 +48,9 @@ def run_compare(arguments: Namespace, began: float) -> None:
     runtime, settings = read_options(arguments, FanOutRuntime), comparison_of(arguments)
     server = ServerStart()
     try:
-        results, seconds = run_flow(lambda: compare(settings, runtime), server, runtime.pool, began)
+        results, seconds = run_flow(
+            lambda: compare(settings, runtime), server, arguments, began, runtime.continues
+        )
     except SearchFailed as failure:
         fail(str(failure))
     console = open_console()
@@ -86,7 +91,7 @@ def run_theory(arguments: Namespace, began: float) -> None:
     runtime = read_options(arguments, Runtime)
     settings = read_options(arguments, Theory, search=read_options(arguments, Search))
     server = ServerStart()
-    result, seconds = run_flow(lambda: theory(settings, runtime), server, None, began)
+    result, seconds = run_flow(lambda: theory(settings, runtime), server, arguments, began)
     console = open_console()
     show_theory(console, result)
     console.print(seconds)
@@ -104,7 +109,7 @@ def run_zero_shot(arguments: Namespace, began: float) -> None:
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
     existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
-    comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, None, began)
+    comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, arguments, began)
     console = open_console()
     show_rows(console, comparison_rows(comparison), left=("task",))
     console.print(seconds)
@@ -121,7 +126,7 @@ def run_compress(arguments: Namespace, began: float) -> None:
     settings, runtime = read_options(arguments, Compress), read_options(arguments, Runtime)
     store = existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
-    folder, seconds = run_flow(lambda: compress(settings, runtime), server, None, began)
+    folder, seconds = run_flow(lambda: compress(settings, runtime), server, arguments, began)
     console = open_console()
     show_compressed(console, folder, store.location(folder))
     console.print(seconds)
@@ -139,7 +144,7 @@ def run_distill(arguments: Namespace, began: float) -> None:
     settings, runtime = read_options(arguments, Distill), read_options(arguments, Runtime)
     store = existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
-    folder, seconds = run_flow(lambda: distill(settings, runtime), server, None, began)
+    folder, seconds = run_flow(lambda: distill(settings, runtime), server, arguments, began)
     console = open_console()
     show_distilled(console, read_distillation(store, folder), store.location(folder))
     console.print(seconds)
@@ -154,7 +159,7 @@ def run_generate_calibration(arguments: Namespace, began: float) -> None:
 
     settings, runtime = read_options(arguments, GenerateCalibration), read_options(arguments, Runtime)
     server = ServerStart()
-    artifact, seconds = run_flow(lambda: generate_calibration(settings, runtime), server, None, began)
+    artifact, seconds = run_flow(lambda: generate_calibration(settings, runtime), server, arguments, began)
     console = open_console()
     location = runtime.open_store().location(artifact, TEXT_FILE)
     console.print(f"{artifact.facts['responses']} responses: {location}", soft_wrap=True)
@@ -162,14 +167,37 @@ def run_generate_calibration(arguments: Namespace, began: float) -> None:
     console.print(seconds)
 
 
+def run_work(arguments: Namespace, began: float) -> None:
+    from layerwise.flows.cli.console import open_console
+    from layerwise.flows.options import read_options
+    from layerwise.flows.runtime import WorkerRuntime
+
+    runtime = read_options(arguments, WorkerRuntime)
+    from layerwise.flows.fan_out.worker import work
+
+    server = (
+        ServerStart()
+    )  # after the imports: nobody waits for the seconds that importing meanwhile would save
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{printable(line)}\n")
+
+    done, seconds = run_flow(lambda: work(runtime, say), server, arguments, began)
+    console = open_console()
+    parts = "1 part of a search" if done == 1 else f"{done} parts of searches"
+    console.print(f"Ran {parts} in {runtime.store}.", soft_wrap=True)
+    console.print(seconds)
+
+
 def run_flow(
-    run: Callable[[], Result], server: ServerStart, pool: str | None, began: float
+    run: Callable[[], Result], server: ServerStart, arguments: Namespace, began: float, continues: str = ""
 ) -> tuple[Result, str]:
     """Run a flow. If it does not finish, exit with a message and the command that resumes it.
 
     Args:
-        pool: work pool that continues without this process; None if there is none.
+        arguments: options of the command; ``on_signal`` is read here.
         began: start of the command, on the clock ``time.monotonic``.
+        continues: what continues after this process was stopped; empty for the usual text.
 
     Returns:
         The result of the flow, and a line with the times.
@@ -179,20 +207,17 @@ def run_flow(
 
     from layerwise.flows.fan_out.part import PartFailed
     from layerwise.flows.orchestration.server_check import is_about_server, server_problem
+    from layerwise.flows.runtime import KEPT
     from layerwise.tasks.running.stopping import TerminationSignal, stopping_on_sigterm
 
+    also = None if arguments.on_signal is None else signal.Signals[f"SIG{arguments.on_signal}"]
     try:
-        with stopping_on_sigterm():  # the flow defers SIGTERM too, but begins later and ends earlier
+        with stopping_on_sigterm(also):  # the flow defers SIGTERM too, but begins later and ends earlier
             server.wait()
             flow_began = time.monotonic()
             result = run()
-    except TerminationSignal:
-        after = (
-            f"runs on the work pool {pool!r} continue"
-            if pool
-            else "finished stages and resume points are kept"
-        )
-        stop(f"stopped by SIGTERM; {after}", 143)
+    except TerminationSignal as stopped:
+        stop(f"stopped by {signal.Signals(stopped.signal).name}; {continues or KEPT}", 143)
     except CancelledRun as cancelled:
         stop(str(cancelled), 1)
     except PartFailed as failure:

@@ -16,6 +16,7 @@ from layerwise.flows.cli.flow_commands import (
     run_generate_calibration,
     run_search,
     run_theory,
+    run_work,
     run_zero_shot,
 )
 from layerwise.flows.cli.parser import parse_command
@@ -29,6 +30,7 @@ FLOWS = {
     "distill": run_distill,
     "generate-calibration": run_generate_calibration,
     "theory": run_theory,
+    "work": run_work,
 }
 
 

@@ -23,6 +23,7 @@ WITH_SETTINGS = {
     "compress": "write the pruned checkpoint of a finished search without its zeros: smaller files",
     "generate-calibration": "let the dense model write a text to calibrate on, as answers to prompts",
     "distill": "train the weights that a finished search kept towards the dense model: lower perplexity",
+    "work": "run parts of the searches of a store that are started with --fan-out store",
 }
 ON_STORES = {
     "status": "show running processes, unfinished stages and finished searches of a store",
@@ -32,6 +33,11 @@ ON_STORES = {
     "gc": "show unreferenced files in a store, and delete them with --apply",
     "verify": "read every file of a store, and show the damaged ones",
 }
+SIGNALS = ("USR1", "USR2")
+ON_SIGNAL = (
+    "Treat this signal like SIGTERM: write a resume point at the next layer, and exit with status 143. For SLURM's "
+    "--signal=B:USR1@SECONDS. One of USR1, USR2."
+)
 DEBUG = "Show the traceback of an error, for a bug report."
 NO_MEASURE = "Do not measure this machine: show no times. Measuring reads up to 256 MB of the model, and takes about 5 seconds."
 BENCH = "measure the speed of a checkpoint on this machine's CPU, dense and with packed weights"
@@ -133,9 +139,11 @@ def command_parser(command: Sequence[str]) -> ArgumentParser:
 def _add_settings(parser: ArgumentParser, command: str) -> None:
     """Add one option for every setting of a flow."""
     from layerwise.flows.options import add_options
-    from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime
+    from layerwise.flows.runtime import FanOutRuntime, Runtime, SearchRuntime, WorkerRuntime
     from layerwise.flows.settings import Search
 
+    if command != "plan":
+        parser.add_argument("--on-signal", choices=SIGNALS, metavar="SIGNAL", help=ON_SIGNAL)
     if command == "compare":
         from layerwise.flows.compare import Compare
 
@@ -165,6 +173,10 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
         parser.add_argument("search", nargs="?", metavar="key", help=NEWEST_SEARCH)
         add_options(parser, Distill, without=["search"])
         add_options(parser, Runtime, without=["store"], group="runtime")
+        return
+    elif command == "work":
+        parser.add_argument("store", help=STORE)
+        add_options(parser, WorkerRuntime, without=["store"], group="runtime")
         return
     else:
         add_options(parser, Search)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from uuid import UUID, uuid4
 
 import httpx
@@ -77,9 +77,10 @@ class FanOut:
                 self._cancel(all_parts)
             raise
 
-    def running(self, flow: str) -> list[FlowRun]:
-        """Return the flow runs of a flow that an earlier run of this search started and that have not ended."""
-        return [run for run in self._earlier_runs() if not has_ended(run) and flow in run.tags]
+    def running(self, flow: str) -> list[Mapping[str, object]]:
+        """Return the parameters of a flow's runs that an earlier run of this search started and that have not ended."""
+        runs = [run for run in self._earlier_runs() if not has_ended(run) and flow in run.tags]
+        return [*(run.parameters for run in runs), *self._executor.taken(flow)]
 
     def _cancel(self, parts: Iterable[TrackedPart]) -> None:
         """Stop all flow runs that have not ended."""
@@ -157,6 +158,7 @@ class FanOut:
         outage does not count as silence.
         """
         try:
+            self._executor.update([each.run for each in active if each.run is not None])
             self._refresh(active)
             if self._server_answers:
                 for tracked in active:

@@ -131,7 +131,8 @@ class LivenessMonitor:
             Unreachable: the storage is too slow to tell a silent process from an outage.
         """
         before = time.monotonic()
-        sign = read_sign(self._store, run.id.hex)
+        name = self._executor.sign_of(run)
+        sign = None if name is None else read_sign(self._store, name)
         if (took := time.monotonic() - before) > EVERY:
             raise Unreachable(f"reading a sign of life took {took:.0f} s")
         if sign is not None and (tracked.sign is None or sign.token != tracked.sign.token):
@@ -173,9 +174,10 @@ class LivenessMonitor:
         """
         part, run = tracked.part, tracked.run
         assert run is not None
-        with suppress(Unreachable):
-            tracked.sign = read_sign(self._store, run.id.hex) or tracked.sign
-            remove_sign(self._store, run.id.hex)
+        if name := self._executor.sign_of(run):
+            with suppress(Unreachable):
+                tracked.sign = read_sign(self._store, name) or tracked.sign
+                remove_sign(self._store, name)
         doing = tracked.sign.doing if tracked.sign else ""
         at = f"at {doing!r}" if doing else "before it started"
         tracked.deaths[doing] += 1

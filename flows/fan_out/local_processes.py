@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,9 @@ class LocalProcesses:
     def has_room(self, active: int) -> bool:
         return len(self._taken()) < self.workers  # a process ends shortly after its flow run
 
+    def taken(self, flow: str) -> list[Mapping[str, object]]:
+        return []
+
     def start(self, part: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         # Without the key: the process ends with the search, so a later run never finds it running.
         run = self._client.create_flow_run(
@@ -97,6 +100,12 @@ class LocalProcesses:
             )
         self._children[run.id] = _Child(process, slot, log)
         return run
+
+    def update(self, runs: Collection[FlowRun]) -> None:
+        """Do nothing: the flow runs report to Prefect's server."""
+
+    def sign_of(self, run: FlowRun) -> str | None:
+        return run.id.hex
 
     def cause_of_death(self, run: FlowRun, pending: float) -> str | None:
         child = self._children.get(run.id)

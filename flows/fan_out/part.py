@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from prefect.client.schemas.objects import FlowRun
-
 from layerwise.flows.fan_out.lane_groups import lane_groups
 from layerwise.flows.pipeline.lookup import FoundSearch, NextLanes, look_up
 from layerwise.flows.pipeline.search_strategy import LaneRequest
@@ -66,11 +64,12 @@ class SearchParts:
             "capture", "capture", lambda: look_up(self.store, self.settings).next_lanes.are_known
         )
 
-    def groups(self, found: FoundSearch, running: Iterable[FlowRun], workers: int) -> list[Part]:
+    def groups(self, found: FoundSearch, running: Iterable[Mapping[str, object]], workers: int) -> list[Part]:
         """Return a part for each group of the next lanes that are missing.
 
         Args:
-            running: flow runs of groups that an earlier run of this search started. Their groups are kept as they are.
+            running: parameters of groups that an earlier run of this search started and that still run. These groups are
+                kept as they are.
             workers: number of groups that run at a time.
         """
         lanes = found.next_lanes
@@ -117,10 +116,10 @@ class SearchParts:
         return Part(flow, title, run_name, parameters_of(self.settings, self.runtime), is_done)
 
 
-def _lanes_of(run: FlowRun, request: LaneRequest) -> list[int]:
-    """Return the requested lanes that a run scores; none if it scores them on other windows."""
-    windows = run.parameters["windows"]
+def _lanes_of(parameters: Mapping[str, object], request: LaneRequest) -> list[int]:
+    """Return the requested lanes that a group scores; none if it scores them on other windows."""
+    windows = cast(list[int] | None, parameters["windows"])
     if (windows and tuple(windows)) != request.windows:
         return []
-    points = {tuple(point) for point in cast(list[list[float]], run.parameters["points"])}
+    points = {tuple(point) for point in cast(list[list[float]], parameters["points"])}
     return [number for number, plan in enumerate(request.plans) if (plan.beta, plan.offset) in points]

@@ -12,6 +12,7 @@ from layerwise.flows.fan_out.dispatch import FanOut
 from layerwise.flows.fan_out.executor import Executor
 from layerwise.flows.fan_out.local_processes import LocalProcesses
 from layerwise.flows.fan_out.part import PartFailed, SearchParts
+from layerwise.flows.fan_out.store_workers import StoreWorkers
 from layerwise.flows.fan_out.work_pool import WorkPool, require_server
 from layerwise.flows.orchestration.server_check import server_problem
 from layerwise.flows.pipeline.lookup import look_up
@@ -82,7 +83,10 @@ def _spread(store: ArtifactStore, shared: SharedSearch, deadline: float) -> Sear
     if not found.missing:
         return settings
     tag = f"search:{digest({'settings': settings.model_dump(mode='json'), 'store': runtime.store})[:12]}"
-    with get_client(sync_client=True) as client, closing(open_executor(client, runtime)) as executor:
+    with (
+        get_client(sync_client=True) as client,
+        closing(open_executor(client, store, runtime, tag)) as executor,
+    ):
         fan_out = FanOut(client, store, executor, tag)
         parts = SearchParts(store, settings, runtime)
         if not found.next_lanes.are_known:
@@ -108,12 +112,19 @@ def _spread(store: ArtifactStore, shared: SharedSearch, deadline: float) -> Sear
     return settings
 
 
-def open_executor(client: SyncPrefectClient, runtime: FanOutRuntime) -> Executor:
+def open_executor(
+    client: SyncPrefectClient, store: ArtifactStore, runtime: FanOutRuntime, tag: str
+) -> Executor:
     """Return the executor that ``runtime`` asks for.
+
+    Args:
+        tag: tag of the search, the same in every run of it.
 
     Raises:
         ValueError: there is no such work pool, or this run occupies one of the pool's own slots.
     """
+    if runtime.fan_out == "store":
+        return StoreWorkers(client, store, tag)
     if runtime.processes is not None:
         return LocalProcesses(client, runtime.processes, runtime.device)
     assert runtime.pool is not None, "a local search is not spread"

@@ -1,6 +1,6 @@
 """Executor that runs the parts of a search on the workers of a Prefect work pool."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -75,6 +75,9 @@ class WorkPool:
         # More than run at a time, so that workers never wait; but not thousands, as each one's state is polled.
         return active < max(QUEUED, 2 * self.workers)
 
+    def taken(self, flow: str) -> list[Mapping[str, object]]:
+        return []
+
     def start(self, part: Part, parent: UUID, tags: Collection[str], key: str) -> FlowRun:
         return self._client.create_flow_run_from_deployment(
             self._deployments[part.flow],
@@ -85,6 +88,12 @@ class WorkPool:
             idempotency_key=key,
             parent_task_run_id=parent,
         )
+
+    def update(self, runs: Collection[FlowRun]) -> None:
+        """Do nothing: the flow runs report to Prefect's server."""
+
+    def sign_of(self, run: FlowRun) -> str | None:
+        return run.id.hex
 
     def cause_of_death(self, run: FlowRun, pending: float) -> str | None:
         if pending > START_LIMIT:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.runtime import flow_run
 
 from layerwise.flows.orchestration.cancellation import cancelled
 from layerwise.storage.signs_of_life import announced
@@ -13,13 +14,15 @@ from layerwise.tasks.running.stopping import stopping_on_sigterm
 Result = TypeVar("Result")
 
 
-def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) -> Result:
+def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result], role: str = "") -> Result:
     """Do the work of a flow run in ``store``.
 
-    During the run the store shows a sign of life, and SIGTERM ends the run at its next resume point.
+    During the run the store shows a sign of life under the flow run's id, and SIGTERM ends the run at its next resume
+    point.
 
     Args:
         title: what the run does, for `layerwise status`.
+        role: role of the process, see ``RunningProcess``.
 
     Returns:
         The result of ``work``. If the run was cancelled, Prefect's state for that, which the flow has to return.
@@ -27,7 +30,8 @@ def run_announced(store: ArtifactStore, title: str, work: Callable[[], Result]) 
     Raises:
         TerminationSignal: SIGTERM arrived, and the run was not cancelled.
     """
-    with stopping_on_sigterm(), announced(store, title):
+    name = None if flow_run.id is None else flow_run.id.replace("-", "")
+    with stopping_on_sigterm(), announced(store, title, name, role):
         try:
             return work()
         except (CancelledRun, TerminationSignal) as ending:

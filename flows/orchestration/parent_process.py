@@ -22,9 +22,14 @@ def stop_with_parent() -> None:
 def end_with_parent(grace: float = inf) -> None:
     """Treat the end of our standard input as SIGTERM: then all processes that hold its other end have ended.
 
+    SIGUSR1 and SIGUSR2 are ignored from now on. SLURM sends them to all processes of a job step; only the parent process
+    (``--on-signal``) knows what they mean.
+
     Args:
         grace: seconds after SIGTERM until this process is killed.
     """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_wait_for_end_of_input, args=[grace], name="parent process", daemon=True).start()
 
 

@@ -206,6 +206,11 @@ def _garbage_outside_folders(
     for entry in inventory.running:
         if entry.modified < min(horizon, stale):
             yield Garbage(STALE, entry.path, entry.size)
+    for files in inventory.parts.values():
+        # The claim of a part that is still running may be newer than the part.
+        if max(entry.modified for entry in files) < min(horizon, stale):
+            for entry in files:
+                yield Garbage(STALE, entry.path, entry.size)
     for entry in inventory.temporary:
         if entry.modified < horizon:
             yield Garbage(TEMPORARY, entry.path, entry.size)

@@ -157,7 +157,12 @@ def test_the_container_in_an_azure_url_is_no_credential():
 
 @pytest.mark.parametrize(
     ("fan_out", "processes", "pool"),
-    [("local", None, None), ("processes:4", 4, None), ("pool:gpu workers", None, "gpu workers")],
+    [
+        ("local", None, None),
+        ("store", None, None),
+        ("processes:4", 4, None),
+        ("pool:gpu workers", None, "gpu workers"),
+    ],
 )
 def test_a_runtime_says_who_computes(fan_out, processes, pool):
     runtime = SearchRuntime(store="here", fan_out=fan_out)

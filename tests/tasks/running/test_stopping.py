@@ -11,7 +11,13 @@ from layerwise.storage.stage import Stage
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.layer_boundaries import boundaries
-from layerwise.tasks.running.stopping import Stopped, stop_deferred, stopping_on_sigterm
+from layerwise.tasks.running.stopping import (
+    Stopped,
+    Withdrawn,
+    stop_deferred,
+    stopping_on_sigterm,
+    withdrawable,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +68,43 @@ def test_the_previous_handler_is_restored():
     with stopping_on_sigterm():
         pass
     assert signal.getsignal(signal.SIGTERM) == ours
+
+
+def test_another_signal_stops_a_process_like_sigterm():
+    with stopping_on_sigterm(signal.SIGUSR1), pytest.raises(Stopped, match="stopped by SIGUSR1; finished"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_withdrawn_work_ends_at_its_boundary_with_a_resume_point_and_the_process_goes_on(local_store):
+    draft = Draft(local_store, Stage("capture", 1))
+
+    def work():
+        hourly = Execution(boundary_seconds=3600)
+        with boundaries(draft, hourly, lambda state: state.write("state", b"s")) as reached:
+            reached(1)
+            withdraw()
+            reached(2)
+            raise AssertionError("the work continued after it was withdrawn")
+
+    with withdrawable() as withdraw, pytest.raises(Withdrawn):
+        work()
+    again = local_store.draft(Stage("capture", 1))
+    again.resume()
+    assert again.resumed.step == 2
+    withdraw()  # too late: the next work is not concerned
+    with stop_deferred() as asked_to_stop:
+        assert not asked_to_stop()
+
+
+def test_a_signal_counts_more_than_a_withdrawal():
+    def work():
+        with withdrawable() as withdraw, stop_deferred():
+            withdraw()
+            terminate()
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        work()
 
 
 def test_a_resume_point_is_committed_before_the_stop(local_store):
