@@ -126,7 +126,10 @@ class _StoreHandler(logging.Handler):
         self._log, self._texts = log, LineFormatter("json", debug=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.add(document_of(record, self._texts.message(record)))
+        try:
+            self._log.add(document_of(record, self._texts.message(record)))
+        except Exception:  # as every handler of the standard library does
+            self.handleError(record)
 
 
 def document_of(record: logging.LogRecord, message: str) -> dict[str, Any]:

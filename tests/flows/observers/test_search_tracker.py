@@ -42,9 +42,16 @@ def mlflow_server(tmp_path_factory):
     folder, url = tmp_path_factory.mktemp("mlflow"), f"http://127.0.0.1:{free_port()}"
     where = ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", f"{folder}/files"]
     address = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "1"]
+    # The server may be installed apart from the client, and needs no jobs in the background.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
-            [SERVER, "server", *where, *address], stdout=log, stderr=log, start_new_session=True
+            [SERVER, "server", *where, *address],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
     try:
         end = time.monotonic() + START_LIMIT
