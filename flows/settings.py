@@ -4,7 +4,7 @@
 do not change the result; they are not part of any key.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -81,7 +81,16 @@ AUTO_WINDOWS: dict[Role, int] = {"calibration": 128, "selection": 64}
 class Search(Settings):
     """Find the best common difference beta for one model and one overall sparsity, and export the pruned model."""
 
-    essential = ("model", "sparsity", "pruner", "recover", "calibration", "selection", "strategy", "export")
+    essential: ClassVar[tuple[str, ...]] = (
+        "model",
+        "sparsity",
+        "pruner",
+        "recover",
+        "calibration",
+        "selection",
+        "strategy",
+        "export",
+    )
 
     model: BareUrl = Field(
         description="Model to prune: a hub id (owner/name[@revision]), a folder, an fsspec URL of a folder (s3://, "

@@ -173,9 +173,9 @@ def export(
         }
         if checkpoint.dense_rows:
             report["dense"] = checkpoint.dense_rows
-        section, results = "", ()
+        section = "" if recovery is None else recovery.section(store, inputs, settings)
+        results = () if recovery is None else recovery.results(store)
         if recovery is not None:
-            section, results = recovery.section(store, inputs, settings), recovery.results(store)
             report["recovery"] = {
                 **asdict(settings.recovery),
                 LAYERS_ROLLED_BACK: recovery.recovered.facts[LAYERS_ROLLED_BACK],
