@@ -408,12 +408,17 @@ def _use_products(module: nn.Module, fused: Mapping[str, FusedTensor], products:
         owner, slices = module.get_submodule(path), _three(tensor.shape)
         owner._parameters.pop(leaf, None)
         shape = (slices[0] * slices[1], slices[2]) if tensor.is_flat else slices
-        owner.__dict__[leaf] = FusedWeight(products, name, slices, torch.Size(shape))
+        owner.__dict__[leaf] = FusedWeight(products, name, slices, shape)
 
 
-@cache
+_separated: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _separated_class(base: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{base.__name__.removesuffix('Experts')}{cls.__name__}", (base, cls), {})
+    if (base, cls) not in _separated:
+        name = f"{base.__name__.removesuffix('Experts')}{cls.__name__}"
+        _separated[base, cls] = type(name, (base, cls), {})
+    return _separated[base, cls]
 
 
 def _linear_of(weight: Tensor, bias: Tensor | None, is_transposed: bool) -> nn.Module:

@@ -51,7 +51,7 @@ class FusedWeight:
     products: Products
     name: str
     slices: tuple[int, int, int]
-    shape: torch.Size
+    shape: tuple[int, ...]
 
     def __getitem__(self, expert: int | Tensor) -> WeightSlice:
         number = int(expert)
@@ -60,10 +60,9 @@ class FusedWeight:
         return WeightSlice(self, number)
 
     def view(self, *sizes: Any) -> FusedWeight:
-        shape = torch.empty(self.shape, device="meta").view(*sizes).shape
-        if shape != self.slices:
+        if tuple(torch.empty(self.shape, device="meta").view(*sizes).shape) != self.slices:
             raise NotImplementedError(f"{self.name} is not used expert by expert")
-        return FusedWeight(self.products, self.name, self.slices, shape)
+        return FusedWeight(self.products, self.name, self.slices, self.slices)
 
     @classmethod
     def __torch_function__(
