@@ -173,7 +173,8 @@ def export(
         }
         if checkpoint.dense_rows:
             report["dense"] = checkpoint.dense_rows
-        section, results = "", ()
+        section = ""
+        results: tuple[Result, ...] = ()
         if recovery is not None:
             section, results = recovery.section(store, inputs, settings), recovery.results(store)
             report["recovery"] = {

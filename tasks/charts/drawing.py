@@ -109,7 +109,7 @@ def line_encodings(looks: Mapping[str, Look]) -> dict[str, Any]:
     Args:
         looks: look of each line, by its name.
     """
-    ranges = {
+    ranges: dict[Any, list[Any]] = {
         altair.Color: [look.color for look in looks.values()],
         altair.StrokeDash: [list(look.dash) or [1, 0] for look in looks.values()],
         altair.Shape: [look.shape for look in looks.values()],
@@ -324,7 +324,9 @@ def line_names(
         heights: height of every name, in units from the top of the plot; negative above it.
     """
     encodings = line_encodings(looks)
-    rows = [{"line": name, "at": height, "width": looks[name].width} for name, height in heights.items()]
+    rows: list[dict[str, Any]] = [
+        {"line": name, "at": height, "width": looks[name].width} for name, height in heights.items()
+    ]
     at = altair.Y("at:Q", scale=None, axis=None)
     samples = chart_of(rows).mark_rule(aria=False)
     strong = chart_of([row for row in rows if looks[row["line"]].width > THIN])

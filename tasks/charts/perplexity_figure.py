@@ -1,6 +1,7 @@
 """The figure of perplexity, or of the divergence from the dense model, against beta."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair
 
@@ -73,7 +74,7 @@ def perplexity_by_beta(
             x=x, y=altair.value(8), description="label:N", **look
         ),
     )
-    text = {"fontSize": 13, "color": INK, "aria": False}
+    text: dict[str, Any] = {"fontSize": 13, "color": INK, "aria": False}
     of_uniform = chart_of([row for row in shown if row["kind"] == UNIFORM])
     of_best = chart_of([row for row in shown if row["kind"] == BEST])
     names = (
