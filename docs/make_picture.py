@@ -7,6 +7,7 @@ The store is that of ``layerwise compare ... --recoveries none,refit`` at one sp
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import altair
 
@@ -74,7 +75,7 @@ def picture(one_shot: FinishedSearch, refitted: FinishedSearch) -> Figure:
     best = [row for row in rows if row["kind"] == BEST]
     level = [{"perplexity": dense, "label": f"dense: {format_perplexity(dense)}"}]
     named = [{**row, "label": f"{row['perplexity']:.1f} at {row['beta']:.3g}"} for row in best]
-    text = {"fontSize": 13, "color": "black"}
+    text: dict[str, Any] = {"fontSize": 13, "color": "black"}
     layers = (
         chart_of(level).mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=GREY).encode(y=y),
         chart_of(level)
