@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -28,7 +28,7 @@ def _known_place(value: str) -> str:
 class Runtime(Settings):
     """Store, device and memory of a flow. They do not change its result."""
 
-    essential = ("store", "device")
+    essential: ClassVar[tuple[str, ...]] = ("store", "device")
 
     # Validate the runtime of another flow again, by the fields of this one.
     model_config = {**Settings.model_config, "revalidate_instances": "subclass-instances"}
@@ -194,7 +194,7 @@ class Runtime(Settings):
 class FanOutRuntime(Runtime):
     """Runtime of a flow whose work may be spread over processes. It does not change the result."""
 
-    essential = ("store", "device", "fan_out", "track")
+    essential: ClassVar[tuple[str, ...]] = ("store", "device", "fan_out", "track")
 
     fan_out: Annotated[str, AfterValidator(_known_place)] = Field(
         title="Fan-out",
@@ -249,7 +249,7 @@ class FanOutRuntime(Runtime):
 class SearchRuntime(FanOutRuntime):
     """Runtime of a search. It does not change the result, except that a time limit may end the search earlier."""
 
-    essential = ("store", "device", "fan_out", "minutes", "track")
+    essential: ClassVar[tuple[str, ...]] = ("store", "device", "fan_out", "minutes", "track")
 
     minutes: float | None = Field(
         title="Minutes for the search",
