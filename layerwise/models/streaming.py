@@ -334,10 +334,19 @@ class StreamedModel:
             return layout
         _, of_tokens = self._calls(self._record(tokens[0], outputs))
         has_tokens = not same_arguments(of_tokens, changed)
-        kept = (
-            () if same_arguments(arguments, of_tokens) else self._kept_layers(tokens[0], outputs, of_tokens)
-        )
+        only_last = same_arguments(arguments, of_tokens) and self._uses_only_last(tokens[0], first, outputs)
+        kept = () if only_last else self._kept_layers(tokens[0], outputs, of_tokens)
         return replace(layout, has_tokens=has_tokens, kept=kept)
+
+    def _uses_only_last(self, input_ids: Tensor, other: Tensor, outputs: Sequence[Tensor]) -> bool:
+        """Return whether the model uses the output of no other layer after the last one.
+
+        Args:
+            other: output of all layers but the last one, for comparison with ``outputs``.
+        """
+        changed = [*(other for _ in outputs[:-1]), outputs[-1]]
+        with self._without_head():
+            return torch.equal(self._logits_of(input_ids, outputs), self._logits_of(input_ids, changed))
 
     def _kept_layers(
         self, input_ids: Tensor, outputs: Sequence[Tensor], arguments: Sequence[LayerArguments]

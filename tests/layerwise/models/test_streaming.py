@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, CpmAntConfig, RwkvConfig
 
 from layerwise.models.skeleton import UnsupportedModel
 from layerwise.models.streaming import StreamedModel
+from tests.tiny_configs import tiny_config
 
 FAMILIES = [
     "llama",
@@ -330,6 +331,16 @@ def test_the_state_has_what_later_layers_need_for_each_token(tiny_model):
     assert small.streamed().stores(1)
     assert not small.streamed().stores(2)
     assert tiny_model("gemma4").streamed().layout.is_plain
+
+
+def test_an_output_that_the_model_uses_only_after_its_last_layer_is_kept():
+    """With three layers in blocks of two, no layer receives the output of the second one, but the final norm does."""
+    config = tiny_config("inkling2_text")
+    shape = {"num_hidden_layers": 3, "layer_types": config.layer_types[:3], "n_layers_per_attn_res_block": 2}
+    config.update(shape)
+    reference = AutoModelForCausalLM.from_config(config)
+    outer = {name: weight for name, weight in reference.state_dict().items() if ".layers." not in name}
+    assert StreamedModel(config, outer, torch.float32, torch.device("cpu")).layout.kept == (1,)
 
 
 def test_a_new_shape_does_not_load_the_embedding_permanently(tiny_model, random_windows_of, layer_outputs):
