@@ -157,6 +157,7 @@ def running_processes(store: StoreLocation, now: float, within: float = STALE_AF
         OSError: the storage cannot be reached.
     """
     folder = store.path(FOLDER)
+    store.fs.invalidate_cache(folder)  # other machines write there
     try:
         with reaching(store.fs, folder):
             rows = store.fs.ls(folder, detail=True)

@@ -55,7 +55,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 def stop(message: str, status: int) -> NoReturn:
     """Print one line on stderr and the command that resumes the work, and exit."""
-    command = printable(shlex.join(["layerwise", *sys.argv[1:]]))
+    command = without_secrets(printable(shlex.join(["layerwise", *sys.argv[1:]])))
     if is_json():
         _write_json(message, exit_status=status, command=command)
     else:

@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from layerwise.flows.cli.errors import fail, stop
 from layerwise.flows.orchestration.embedded_server import ServerStart
+from layerwise.tasks.running.log_lines import log_to_run, write_line
 from layerwise.tasks.running.printable import printable
 
 if TYPE_CHECKING:  # imports Prefect
@@ -180,7 +180,7 @@ def run_work(arguments: Namespace, began: float) -> None:
     )  # after the imports: nobody waits for the seconds that importing meanwhile would save
 
     def say(line: str) -> None:
-        sys.stderr.write(f"{printable(line)}\n")
+        write_line(log_to_run(printable(line)))
 
     done, seconds = run_flow(lambda: work(runtime, say), server, arguments, began)
     console = open_console()

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 
 from layerwise.flows.cli.errors import explain, fail, stop
@@ -48,7 +51,8 @@ def main() -> None:
         parsed = parse_command(sys.argv[1:])
         log_lines.formatter.log_format = parsed.log_format
         if parsed.command in FLOWS:
-            FLOWS[parsed.command](parsed, began)
+            with _exiting_on(parsed.on_signal):
+                FLOWS[parsed.command](parsed, began)
         else:
             commands = {"plan": _plan, "status": _status, "ls": _list, "show": _show, "report": _report}
             commands |= {"gc": _collect, "verify": _verify, "bench": _bench, "doctor": _doctor}
@@ -65,6 +69,25 @@ def main() -> None:
         )
     finally:
         _flush()
+
+
+@contextmanager
+def _exiting_on(name: str | None) -> Iterator[None]:
+    """Exit with status 143 on a signal that arrives before or after the run, which handles it itself.
+
+    Args:
+        name: value of --on-signal.
+    """
+    if name is None:
+        yield
+        return
+    number = signal.Signals[f"SIG{name}"]
+    kept = "finished stages and resume points are kept"
+    signal.signal(number, lambda *_: stop(f"stopped by {number.name}; {kept}", 143))
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_IGN)  # the status of the command is known
 
 
 def _flush() -> None:

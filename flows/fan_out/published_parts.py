@@ -78,6 +78,7 @@ def list_parts(store: ArtifactStore) -> dict[str, set[str]]:
         OSError: the storage does not answer.
     """
     folder = store.path(FOLDER)
+    store.fs.invalidate_cache(folder)  # other machines write there
     try:
         with reaching(store.fs, folder):
             rows = store.fs.ls(folder, detail=True)

@@ -5,6 +5,7 @@ server, in which every part has a flow run as with other executors.
 """
 
 import logging
+import shlex
 import time
 from collections.abc import Collection, Mapping
 from uuid import UUID
@@ -169,7 +170,7 @@ class StoreWorkers:
                 self._store.url,
                 now - self._alone_since,
                 waiting,
-                self._store.url,
+                shlex.quote(self._store.url),
             )
 
 

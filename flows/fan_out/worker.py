@@ -100,12 +100,15 @@ def _run(store: ArtifactStore, name: str, part: PublishedPart, runtime: WorkerRu
         OSError: the end cannot be reported. The search notices that this process ends.
     """
     host = socket.gethostname()
+    doing("")  # it does not wait any more
     try:
         with withdrawable() as withdraw, _watched(store, name, withdraw):
             parameters = {**part.parameters, "settings": Search(**part.parameters["settings"])}
             state = getattr(part_flows, part.flow)(**parameters, runtime=runtime.alone, return_state=True)
         end = PartEnd(state.type, str(state.message or state.name))
-    except Withdrawn:
+    except Withdrawn as withdrawn:
+        # Reported only if the part still exists, and a listing was wrong: its search would wait for ever.
+        report_end(store, name, PartEnd(StateType.CRASHED, f"{withdrawn} ({host})"))
         return "stopped, because its search does not need it any more"
     except (ValueError, TypeError) as error:  # settings or parameters of another version
         end = PartEnd(StateType.FAILED, f"{type(error).__name__}: {error}")

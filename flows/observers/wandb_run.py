@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from layerwise.flows.observers.search_tracker import KEY_TAG, SECONDS_PER_REQUEST, EndState, Metric
 
 PROJECT = "layerwise"
+FINISH_SECONDS = 60.0  # that a search waits at its end for what is not sent yet
 SERIES = ("layer_sparsity", "layer_error")  # metrics with a value for every layer
 
 
@@ -20,6 +21,8 @@ class WandbRun:
         quiet = wandb.Settings(
             console="off", silent=True, init_timeout=3 * SECONDS_PER_REQUEST, x_disable_stats=True
         )
+        if hasattr(quiet, "finish_timeout"):  # not in older versions; by default, it waits for the server without limit
+            quiet.finish_timeout, quiet.finish_timeout_raises = FINISH_SECONDS, True
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=search,

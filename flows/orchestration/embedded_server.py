@@ -35,6 +35,7 @@ PREFERENCES = {
 # Retries of a request to the embedded server: 14 s, enough for SQLite to release a lock. Prefect's default is a minute for
 # each of the requests at the end of a run, too long if the server has ended.
 RETRIES = "3"
+END_LIMIT = 6.0  # seconds that the server has to end; it kills itself after 5
 DATABASE_BYTES = 20_000_000  # a new database with its write-ahead log takes 12 MB
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Settings by which a user chooses a database.
@@ -170,12 +171,24 @@ def _start_embedded(settings: "Settings") -> None:
             "PREFECT_HOME to a folder on a local disk that you can write, or PREFECT_API_URL to a running server."
         ) from error
     server.running = True
-    atexit.register(server.stop)
+    atexit.register(_end_embedded)
     if "max_retries" not in settings.client.model_fields_set:
         os.environ["PREFECT_CLIENT_MAX_RETRIES"] = RETRIES
         refresh_global_settings_context()
     if own:
         remove_old_homes(folder)
+
+
+def _end_embedded() -> None:
+    """End the server, which ignores SIGTERM, and wait for its end."""
+    assert _process is not None, "it was started"
+    assert _process.stdin is not None, "it has a pipe"
+    _process.stdin.close()
+    try:
+        _process.wait(END_LIMIT)
+    except subprocess.TimeoutExpired:  # a child process still holds the pipe
+        _process.kill()
+        _process.wait()
 
 
 def _user_has_chosen_a_database(settings: "Settings") -> bool:

@@ -12,13 +12,14 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from layerwise.flows.setting_types import BareUrl
 from layerwise.flows.settings import Search
 from layerwise.flows.watcher.started_searches import look_at, start_once
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.running.printable import printable
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.sources.watched_checkpoints import Incomplete, WatchedCheckpoint, watched_checkpoints
 
@@ -43,7 +44,7 @@ class Row:
         """Return the row as text, with the state of its flow run."""
         state = None if self.run is None else states.get(self.run)
         name, detail = (self.state, self.detail) if state is None else (state.name, state.message)
-        return {"checkpoint": self.checkpoint, "state": name or "", "detail": detail or ""}
+        return {"checkpoint": printable(self.checkpoint), "state": name or "", "detail": detail or ""}
 
 
 class Watch(Search):
@@ -102,12 +103,18 @@ def _look(
 ) -> Row:
     """Look at one checkpoint, and start its search if it is due."""
     try:
+        search = settings.search_for(checkpoint.model)
+    except ValidationError as error:  # such as "#" in a URL, or bytes that are not UTF-8
+        problem = error.errors()[0]["msg"]
+        return Row(
+            checkpoint.model, "not searched", f"rename it: its name cannot be that of a model ({problem})"
+        )
+    try:
         sight = look_at(store, checkpoint)
     except Incomplete as error:
         return Row(checkpoint.model, "not complete", str(error))
     if not sight.settled:
         return Row(checkpoint.model, "new", "is searched if the next look finds it unchanged")
-    search = settings.search_for(checkpoint.model)
     run, is_new = start_once(store, client, deployment, search, sight)
     if is_new:
         get_run_logger().info("started a search for %s", checkpoint.model)

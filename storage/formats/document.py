@@ -1,5 +1,6 @@
 """Sealed documents: small JSON files that contain their own digest, such as manifests and resume points."""
 
+import errno
 import json
 import time
 import uuid
@@ -47,9 +48,14 @@ def read_sealed(fs: AbstractFileSystem, path: str) -> dict:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Corrupt) as error:
             problem = error
         except OSError as error:
-            if status_of(error) != RANGE_TOO_FAR:
+            if (
+                error.errno == errno.ESTALE
+            ):  # on NFS, another machine replaced the file between opening and reading it
+                problem = error
+            elif status_of(error) == RANGE_TOO_FAR:
+                problem = ValueError("it is empty")
+            else:
                 raise
-            problem = ValueError("it is empty")
     with reaching(fs, path):
         size = fs.info(path)["size"]
     if len(content) < size:

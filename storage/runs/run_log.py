@@ -109,7 +109,8 @@ def now() -> str:
 def _text(line: Mapping[str, object]) -> str:
     return json.dumps(
         {
-            name: without_secrets(value[:LONGEST_LINE]) if isinstance(value, str) else value
+            # In this order: a URL that is cut off is not recognized.
+            name: without_secrets(value)[:LONGEST_LINE] if isinstance(value, str) else value
             for name, value in line.items()
         }
     )

@@ -73,9 +73,13 @@ class WatchedCheckpoint:
             return digest(FolderSource(self.folder).identity)
         except (ValueError, Corrupt, SourceChanged, BrokenLink, FileNotFoundError, PermissionError) as error:
             raise Incomplete(str(error)) from error
+        except RecursionError as error:
+            raise Incomplete(f"a JSON file of {self.folder.name} is nested too deeply") from error
 
     def _require_complete(self) -> None:
         files = self.folder.files
+        if CONFIG not in files:  # removed since it was found
+            raise Incomplete(f"{self.folder.name} has no {CONFIG}")
         if not isinstance(json.loads(self.folder.read(CONFIG)), dict):
             raise Incomplete(f"{CONFIG} of {self.folder.name} is not a JSON object")
         shards = [match for name in files if (match := SHARD.fullmatch(name)) and int(match["count"]) > 1]

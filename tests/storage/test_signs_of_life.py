@@ -1,5 +1,6 @@
 """Signs of life: processes that work in a store are listed, and dead ones only for a limited time."""
 
+import errno
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from layerwise.storage.files.errors import Unreachable
 from layerwise.storage.files.publishing import overwrite
@@ -256,3 +258,18 @@ def test_reading_the_clock_keeps_an_empty_folder(tmp_path):
     store = ArtifactStore(str(tmp_path))
     assert abs(now_in(store) - time.time()) < 5 * MINUTES
     assert tmp_path.is_dir()
+
+
+def test_a_sign_that_another_machine_replaces_during_the_reading_on_nfs_is_read_again(tmp_path, monkeypatch):
+    store, read, failed = ArtifactStore(str(tmp_path)), LocalFileSystem.cat_file, []
+
+    def replaced_once(fs, path, *args, **options):
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(fs, path, *args, **options)
+
+    with announced(store, "search", "5" * 32):
+        monkeypatch.setattr(LocalFileSystem, "cat_file", replaced_once)
+        assert read_sign(store, "5" * 32).host == socket.gethostname()
+    assert failed

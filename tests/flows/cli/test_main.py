@@ -503,3 +503,28 @@ def test_a_missing_store_is_refused_before_a_server_starts(command, tmp_path):
     with pytest.raises(FileNotFoundError, match="missing is not a store: nothing is there"):
         FLOWS[command](arguments, 0.0)
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("end", ["before the run", "after it"])
+def test_the_signal_ends_a_command_that_does_not_run_its_flow_yet_and_not_one_that_has(
+    tmp_path, monkeypatch, capsys, end
+):
+    def signalled(arguments, began):
+        if end == "before the run":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise AssertionError("the command continued")
+
+    monkeypatch.setitem(FLOWS, "work", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(sys, "argv", ["layerwise", "work", str(tmp_path), "--on-signal", "USR1"])
+    try:
+        if end == "after it":
+            main()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        assert leaving.value.code == 143
+        assert "stopped by SIGUSR1; finished stages and resume points are kept" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGUSR1, before)

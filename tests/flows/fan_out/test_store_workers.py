@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
@@ -32,7 +33,7 @@ from layerwise.flows.fan_out.published_parts import (
 from layerwise.flows.fan_out.store_workers import StoreWorkers
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
-from layerwise.storage.signs_of_life import announced, storage_clock
+from layerwise.storage.signs_of_life import announced, running_processes, storage_clock
 from layerwise.storage.store import ArtifactStore
 from layerwise.storage.upkeep.garbage_collection import plan_collection
 
@@ -41,8 +42,8 @@ SIGN = "0123456789abcdef" * 2
 PART = PublishedPart(
     "f" * 32, "search:1", "key", "branch", "a group", {"points": [[0.1, 0.0]], "windows": None}
 )
-# A worker that gets a signal while it reads the second layer of its first lane group. Its Prefect server gets it, too:
-# SLURM signals all processes of a job step.
+# A worker that gets a signal while it reads the second layer of its first lane group. Its Prefect server gets it, too, and
+# SIGTERM: SLURM and systemd signal all processes of a job step.
 SIGNALLED = """
 import sys, psutil
 from prefect.runtime import flow_run
@@ -53,8 +54,10 @@ number, read = int(sys.argv.pop(1)), Checkpoint.layers
 def layers(checkpoint, first=0, *device):
     for index, layer in enumerate(read(checkpoint, first, *device), first):
         if flow_run.flow_name == "branch" and index == 1:
-            for process in (*psutil.Process().children(), psutil.Process()):
-                process.send_signal(number)
+            for server in psutil.Process().children():
+                server.send_signal(number)
+                server.terminate()
+            psutil.Process().send_signal(number)
         yield layer
 
 Checkpoint.layers = layers
@@ -84,6 +87,17 @@ def test_one_of_two_workers_gets_a_part_and_its_end_reaches_the_search(store):
     report_end(store, name, PartEnd(StateType.COMPLETED, "done"))
     assert not claim_part(store, name, SIGN)
     assert list_parts(store) == {}
+
+
+def test_a_listing_that_the_client_keeps_does_not_hide_processes_and_parts(s3_bucket):
+    url = f"s3://{s3_bucket}/{uuid.uuid4().hex}"
+    # As gcsfs does by default, and s3fs if the user's configuration says so.
+    here, elsewhere = ArtifactStore(url, use_listings_cache=True), ArtifactStore(url)
+    for number in (1, 2):
+        with announced(elsewhere, "search", f"{number}" * 32):
+            publish_part(elsewhere, PART)
+            assert [each.name for each in running_processes(here, 0.0)] == [f"{number}" * 32]
+        assert len(list_parts(here)) == number
 
 
 class Machine:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -150,7 +151,10 @@ def test_the_server_ends_when_its_parent_is_killed(first_starts):
 
 
 def test_the_server_ends_with_its_parent(first_starts):
-    first_starts[1].process.communicate("\n", timeout=30)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # of a whole job, as by scancel
+        first_starts[1].server.send_signal(number)
+    said, _ = first_starts[1].process.communicate("\n", timeout=30)
+    assert said == "None\n"
     assert not first_starts[1].server.is_running()
 
 

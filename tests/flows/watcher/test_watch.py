@@ -92,10 +92,14 @@ def test_each_new_checkpoint_is_searched_once_when_it_is_complete(
     fs.pipe_file(f"{root}/run/narrow/model.safetensors", weights[:-1000])
     fs.put(f"{workshop.model}/", f"{root}/pruned/", recursive=True)
     fs.pipe_file(f"{root}/pruned/sparsity.json", b"{}")
+    odd = "what?key=1"  # a search would take it for a secret
+    fs.pipe_file(f"{root}/{odd}/config.json", b"{}")
     fs.makedirs(f"{root}/notes", exist_ok=True)
     fs.pipe_file(f"{root}/notes/README.md", b"no checkpoint")
 
     first = look()
+    assert first.pop(odd)[0] == "not searched"
+    fs.rm(f"{root}/{odd}", recursive=True)
     assert {name: state for name, (state, _) in first.items()} == {
         "run/model": "new",
         "run/narrow": "not complete",

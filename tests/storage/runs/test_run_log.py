@@ -26,8 +26,10 @@ def lines_of(store, name: str) -> list[dict]:
 def test_a_log_has_a_description_and_its_lines_without_secrets(store):
     with logged(store, "a" * 32, ABOUT) as log:
         log.add({"message": "s3://id:secret@host/x failed", "layer": 3})
+        log.add({"message": " " * (run_log.LONGEST_LINE - 15) + "s3://id:secret@host/x"})
         log.describe(state="finished", result="search/1")
-    about, line = lines_of(store, "a" * 32)
+    about, line, cut = lines_of(store, "a" * 32)
+    assert "secret" not in cut["message"]
     assert line == {"message": "s3://***@host/x failed", "layer": 3}
     assert about.items() > {**ABOUT, "state": "finished"}.items()
     (record,) = read_records(store, take_inventory(store).logs)

@@ -88,3 +88,7 @@ def test_what_cannot_be_watched_is_refused(tmp_path, local_store, s3_bucket):
     assert broken.model == f"s3://{s3_bucket}/watched-too/model"
     with pytest.raises(Incomplete, match="Expecting property name"):
         broken.content()
+    fs.pipe_file(f"{path}/model/config.json", b"[" * 100_000)
+    [nested] = watched_checkpoints(f"s3://{s3_bucket}/watched-too", in_bucket)
+    with pytest.raises(Incomplete, match="nested too deeply"):
+        nested.content()
