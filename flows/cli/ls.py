@@ -39,7 +39,7 @@ def list_artifacts(store_url: str) -> None:
             f"{datetime.fromtimestamp(artifact.committed, UTC):%Y-%m-%d %H:%M}",
             f"{artifact.made['seconds']:.1f}",
             size(artifact.size),
-            Text(printable(", ".join(facts)), no_wrap=True, overflow="ellipsis"),
+            Text(printable("; ".join(facts)), no_wrap=True, overflow="ellipsis"),
         )
     console.print(table)
 

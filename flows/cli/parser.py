@@ -11,7 +11,7 @@ from layerwise.tasks.running.printable import one_line
 
 EXAMPLE = """example:
   layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --pruner wanda --store s3://bucket/prefix \\
-      --calibration hf:allenai/c4 --selection hf:Salesforce/wikitext --device cuda
+      --calibration c4 --selection wikitext2 --device cuda
 """
 # In the order of the help.
 WITH_SETTINGS = {
