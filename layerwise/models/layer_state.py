@@ -222,7 +222,12 @@ class StateLayout:
         rows = states[..., self._parts[part]].contiguous()
         if dtype == self.dtype:
             return rows
-        return rows.view(torch.uint8)[..., : numel * dtype.itemsize].contiguous().view(dtype)
+        # A copy: a view starts where its dtype may not.
+        return (
+            rows.view(torch.uint8)[..., : numel * dtype.itemsize]
+            .clone(memory_format=torch.contiguous_format)
+            .view(dtype)
+        )
 
 
 def stored_tensors(arguments: Mapping[int | str, object]) -> Iterator[tuple[Place, Tensor]]:
