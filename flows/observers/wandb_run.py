@@ -21,7 +21,9 @@ class WandbRun:
         quiet = wandb.Settings(
             console="off", silent=True, init_timeout=3 * SECONDS_PER_REQUEST, x_disable_stats=True
         )
-        if hasattr(quiet, "finish_timeout"):  # not in older versions; by default, it waits for the server without limit
+        if hasattr(
+            quiet, "finish_timeout"
+        ):  # not in older versions; by default, it waits for the server without limit
             quiet.finish_timeout, quiet.finish_timeout_raises = FINISH_SECONDS, True
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),

@@ -6,7 +6,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from layerwise.flows.orchestration.parent_process import wait_for_end_of_parent
@@ -26,8 +27,9 @@ def main() -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
-        def capture_signals(self) -> AbstractContextManager[None]:
-            return nullcontext()  # the signals stay ignored
+        @contextmanager
+        def capture_signals(self) -> Generator[None]:
+            yield  # the signals stay ignored
 
     listening = socket.socket(fileno=int(sys.argv[1]))
     config = uvicorn.Config(
