@@ -93,6 +93,7 @@ def test_each_new_checkpoint_is_searched_once_when_it_is_complete(
     fs.put(f"{workshop.model}/", f"{root}/pruned/", recursive=True)
     fs.pipe_file(f"{root}/pruned/sparsity.json", b"{}")
     odd = "what?key=1"  # a search would take it for a secret
+    fs.makedirs(f"{root}/{odd}", exist_ok=True)
     fs.pipe_file(f"{root}/{odd}/config.json", b"{}")
     fs.makedirs(f"{root}/notes", exist_ok=True)
     fs.pipe_file(f"{root}/notes/README.md", b"no checkpoint")
