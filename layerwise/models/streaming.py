@@ -136,9 +136,12 @@ def _received(recorders: Sequence[Recorder]) -> list[Tensor]:
 
 def _made_up_outputs(hidden_states: Tensor, layers: int) -> list[Tensor]:
     """Return hidden states for the outputs of layers, all different."""
-    generator = torch.Generator().manual_seed(0)
-    shape, device, dtype = hidden_states.shape, hidden_states.device, hidden_states.dtype
-    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(layers)]
+    # Computed on the device, so that nothing is copied to it.
+    steps = torch.arange(hidden_states.numel(), dtype=torch.float32, device=hidden_states.device)
+    return [
+        torch.sin((layer + 1) * steps).to(hidden_states.dtype).view_as(hidden_states)
+        for layer in range(layers)
+    ]
 
 
 def as_output(hidden_states: Tensor, outputs: int) -> Tensor | tuple[Any, ...]:
@@ -310,17 +313,24 @@ class StreamedModel:
             )
         return first, arguments
 
+    @property
+    def _probed_seqlens(self) -> tuple[int, int]:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions >= max(PROBED_SEQLENS):
+            return PROBED_SEQLENS
+        return positions - 1, positions
+
     @torch.no_grad()
     def _find_layout(self) -> StateLayout:
         tokens = [
             torch.arange(windows * seqlen).view(windows, seqlen) % self._vocabulary
-            for windows, seqlen in zip(PROBED_WINDOWS, PROBED_SEQLENS, strict=True)
+            for windows, seqlen in zip(PROBED_WINDOWS, self._probed_seqlens, strict=True)
         ]
         first, arguments = self._calls(recorders := self._record(tokens[0]))
         if not all(torch.equal(states, first) for states in _received(recorders)):
             raise self._unsupported(CHANGED_BETWEEN)
         other = self._record(tokens[1], last=0)[0].hidden_states
-        hidden = None if other is None else token_tensor(first, other, PROBED_WINDOWS, PROBED_SEQLENS)
+        hidden = None if other is None else token_tensor(first, other, PROBED_WINDOWS, self._probed_seqlens)
         if hidden is None:
             raise self._unsupported("changes the shape of the windows between its layers")
         stored = self._stored_tensors(tokens)
@@ -391,7 +401,7 @@ class StreamedModel:
         stored = []
         for place, (layers, tensor) in found.items():
             _, other = others.get(place, (layers, tensor))
-            layout = token_tensor(tensor, other, PROBED_WINDOWS, PROBED_SEQLENS)
+            layout = token_tensor(tensor, other, PROBED_WINDOWS, self._probed_seqlens)
             if layout is None:
                 raise self._unsupported(SHARED_STATE)
             stored.append(StoredTensor(place, layers, layout))

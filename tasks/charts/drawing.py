@@ -90,6 +90,10 @@ class Figure:
         chosen = [*layers[:own], *layers[own + len(self.only_wide) :]]
         return _svg({**self._spec, "width": NARROW, "layer": chosen})
 
+    def _repr_svg_(self) -> str:
+        """Return what a notebook shows."""
+        return self.wide
+
     @cached_property
     def _spec(self) -> dict[str, Any]:
         # In one call: each of Altair's methods, such as ``properties``, copies the chart with all its data.

@@ -15,6 +15,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
+from prefect.events.worker import EventsWorker
 
 AUTOMATIONS = Path(__file__).parents[2] / "deployments" / "automations.yaml"
 NAMES = {each["name"] for each in yaml.safe_load(AUTOMATIONS.read_text())["automations"]}
@@ -43,6 +44,7 @@ def webhook():
 @pytest.fixture
 def automations(prefect_backend, webhook, tmp_path):
     """Automations of the file on the server, by name."""
+    EventsWorker.drain_all(timeout=10)  # events of this process went to the server of an earlier test
     block = CustomWebhookNotificationBlock(
         name="layerwise", url=webhook[0], json_data={"text": "{{subject}}: {{body}}"}
     )

@@ -14,11 +14,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    JetMoeConfig,
-    JetMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from layerwise.flows.pipeline.result import SearchResult
@@ -67,8 +67,8 @@ def workshop(tmp_path_factory) -> Workshop:
     models = {
         "model": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.2)),
         "short": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=8)),
-        "experts": JetMoeForCausalLM(
-            JetMoeConfig(**SHAPE, kv_channels=8, num_local_experts=2, num_experts_per_tok=1)
+        "recurrent": RwkvForCausalLM(
+            RwkvConfig(vocab_size=97, hidden_size=32, attention_hidden_size=32, num_hidden_layers=3)
         ),
         "narrow": LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50}, **HEADS)),
         "mute": LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)),

@@ -62,5 +62,5 @@ def test_the_notebook_draws_the_newest_search_and_holds_no_output(examples_store
             drawn.append(eval(last, names))  # a figure, which the notebook shows
         except SyntaxError:
             exec(last, names)
-    curve, sparsities = (json.dumps(figure.to_dict()) for figure in drawn)
+    curve, sparsities = (figure._repr_svg_() for figure in drawn)
     assert all("uniform" in figure for figure in (curve, sparsities))

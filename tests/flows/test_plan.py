@@ -241,13 +241,13 @@ def test_a_model_with_another_name_for_its_width_can_be_planned(workshop, tmp_pa
     ("changes", "message"),
     [
         ({"betas": [0.6]}, "outside the legal range"),
-        ({"model": "experts"}, "mixture of experts"),
+        ({"model": "recurrent"}, "rwkv passes more than hidden states"),
         ({"selection_windows": 32}, "500 tokens, but 32 x 16 = 512 are needed"),
     ],
 )
 def test_a_plan_refuses_settings_that_the_search_would_refuse(workshop, tmp_path, changes, message):
     if "model" in changes:
-        changes = {"model": str(workshop.folder / "experts")}
+        changes = {"model": str(workshop.folder / "recurrent")}
     with pytest.raises(ValueError, match=message):
         plan_search(workshop.settings(**changes), SearchRuntime(store=str(tmp_path / "store")))
     assert not (tmp_path / "store").exists()

@@ -282,7 +282,7 @@ def test_a_search_is_calibrated_on_a_mix_and_shows_each_of_its_texts(workshop, p
     [
         ({"betas": [0.6]}, r"beta 0.6 is outside the legal range \[0, 0.50000\]"),
         ({"betas": None, "beta_step": 0.001}, "at most 255"),
-        ({"model": "experts"}, "jetmoe is a mixture of experts"),
+        ({"model": "recurrent"}, "rwkv passes more than hidden states"),
         ({"model": "short"}, "a window has 16 tokens, but gpt2 has learned 8 positions"),
         (
             {"model": "narrow"},
@@ -306,7 +306,7 @@ def test_a_search_is_calibrated_on_a_mix_and_shows_each_of_its_texts(workshop, p
 def test_a_search_that_cannot_work_is_refused_before_the_import(
     workshop, prefect_backend, tmp_path, changes, message
 ):
-    if changes.get("model") in ("experts", "short", "narrow", "mute"):
+    if changes.get("model") in ("recurrent", "short", "narrow", "mute"):
         changes = {"model": str(workshop.folder / changes["model"])}
     if changes.get("calibration") == "chat.jsonl":
         (tmp_path / "chat.jsonl").write_text('{"prompt": "w1", "completion": "w2"}')

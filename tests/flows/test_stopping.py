@@ -66,7 +66,9 @@ def test_a_terminated_search_prints_a_command_that_resumes_it(start, finished, w
     assert name == "layerwise"
     resumed = start("-m", "layerwise", *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"^branch: 3 betas.* resumed from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE)
+    assert re.search(
+        r"^\S+Z branch: 3 betas.* resumed from layer 2 of 3, saved ", resumed.stderr, re.MULTILINE
+    )
     assert finished[0].selection.verdict in resumed.stdout
     found = search(workshop.settings(), Runtime(store=store))
     assert found.built == ()

@@ -56,12 +56,12 @@ def test_a_store_on_s3_is_measured(doctor, s3_bucket):
 def test_a_store_that_cannot_be_written_and_a_refused_model_are_reported(doctor, workshop, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     status, lines, err = doctor(
-        "--store", str(tmp_path / "file" / "store"), "--model", str(workshop.folder / "experts")
+        "--store", str(tmp_path / "file" / "store"), "--model", str(workshop.folder / "recurrent")
     )
     assert status == 1
     store, model = (line for line in lines if line.startswith("  error: "))
     assert "the store cannot be used: " in store
-    assert "jetmoe is a mixture of experts" in model
+    assert "rwkv passes more than hidden states" in model
     assert "Traceback" not in err
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
