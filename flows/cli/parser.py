@@ -93,7 +93,9 @@ def parse_command(arguments: Sequence[str]) -> Namespace:
     Raises:
         SystemExit: the arguments are not valid (with one line on stderr), or the help or the version was printed.
     """
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    values = {number + 1 for number, argument in enumerate(arguments) if argument == "--log-format"}
+    words = [argument for number, argument in enumerate(arguments) if number not in values]
+    command = next((word for word in words if not word.startswith("-")), None)
     parser = command_parser([] if command is None else [command])
     if not arguments:
         parser.print_help()

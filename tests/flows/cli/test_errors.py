@@ -17,6 +17,7 @@ from layerwise.flows.cli.bug_report import KEPT
 from layerwise.flows.cli.errors import explain
 from layerwise.flows.cli.main import main
 from layerwise.sparse.speed_settings import SpeedSettings
+from layerwise.tasks.running import log_lines
 from layerwise.tasks.running.log_lines import LineFormatter
 
 
@@ -152,3 +153,16 @@ def test_a_closed_standard_output_is_no_error(monkeypatch):
     with pytest.raises(SystemExit) as ending:
         main()
     assert ending.value.code in (0, None)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_error_is_one_json_object(monkeypatch, tmp_path, capsys, before):
+    monkeypatch.setattr(log_lines.formatter, "log_format", "text")  # as before, after this test
+    command, how = ["status", str(tmp_path / "missing")], ["--log-format", "json"]
+    monkeypatch.setattr(sys, "argv", ["layerwise", *(how + command if before else command + how)])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    said = json.loads(capsys.readouterr().err)
+    assert ending.value.code == said["exit_status"] == 1
+    assert said["level"] == "ERROR"
+    assert "is not a store: nothing is there" in said["message"]
