@@ -1,4 +1,4 @@
-"""What the watcher has done, recorded in the store: states of checkpoints that it saw, and searches that it started."""
+"""Records of the watcher in the store: states of checkpoints that it saw, and searches that it started."""
 
 from dataclasses import dataclass
 from uuid import UUID
