@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from layerwise.storage.files.errors import Corrupt, Removed, Unreachable, reaching
 from layerwise.storage.files.filesystem import modified
@@ -156,15 +157,8 @@ def running_processes(store: StoreLocation, now: float, within: float = STALE_AF
     Raises:
         OSError: the storage cannot be reached.
     """
-    folder = store.path(FOLDER)
-    store.fs.invalidate_cache(folder)  # other machines write there
-    try:
-        with reaching(store.fs, folder):
-            rows = store.fs.ls(folder, detail=True)
-    except FileNotFoundError:
-        return []
     found = []
-    for row in rows:
+    for row in list_shared_folder(store, FOLDER):
         ours = RUNNING_FILE.fullmatch(store.relative(row["name"]))
         if ours and modified(store.fs, row) > now - within:
             with contextlib.suppress(FileNotFoundError):  # the process has ended since the listing
@@ -280,6 +274,22 @@ class _SignGiver:
         overwrite(fs, self._path, seal(self._known()))
         written = modified(fs, fs.info(self._path))
         return datetime.fromtimestamp(written - (time.monotonic() - self._began), UTC)
+
+
+def list_shared_folder(store: StoreLocation, name: str) -> list[dict[str, Any]]:
+    """Return the entries of a folder of the store to which other machines write, as the filesystem describes them.
+
+    Raises:
+        OSError: the storage cannot be reached.
+    """
+    folder = store.path(name)
+    store.fs.invalidate_cache(folder)
+    try:
+        with reaching(store.fs, folder):
+            rows: list[dict[str, Any]] = store.fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    return rows
 
 
 def _path(store: StoreLocation, name: str) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 from prefect.client.schemas.objects import StateType
 
 from layerwise.flows.fan_out.part import Part
-from layerwise.storage.files.errors import Corrupt, reaching
+from layerwise.storage.files.errors import Corrupt
 from layerwise.storage.files.publishing import create_once, overwrite, remove_quietly
 from layerwise.storage.formats.document import read_sealed, seal
 from layerwise.storage.inventory import PART_FILE
+from layerwise.storage.signs_of_life import list_shared_folder
 from layerwise.storage.store import ArtifactStore
 
 FOLDER = "parts"
@@ -77,15 +78,8 @@ def list_parts(store: ArtifactStore) -> dict[str, set[str]]:
     Raises:
         OSError: the storage does not answer.
     """
-    folder = store.path(FOLDER)
-    store.fs.invalidate_cache(folder)  # other machines write there
-    try:
-        with reaching(store.fs, folder):
-            rows = store.fs.ls(folder, detail=True)
-    except FileNotFoundError:
-        return {}
     parts: dict[str, set[str]] = {}
-    for row in rows:
+    for row in list_shared_folder(store, FOLDER):
         if match := PART_FILE.fullmatch(store.relative(row["name"])):
             parts.setdefault(match["part"], set()).add(f".{match['news']}" if match["news"] else DESCRIPTION)
     return parts

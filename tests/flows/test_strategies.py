@@ -102,6 +102,15 @@ def test_a_plan_shows_the_first_round_and_that_more_may_follow(settings, tmp_pat
     assert branch.state == "prune and score 7 of them, windows 0 to 7; more may follow"
 
 
+def test_a_race_over_processes_has_the_result_of_a_race_in_one_process(settings, grid, race, tmp_path):
+    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+    spread = search(settings(strategy="race"), runtime)
+    assert spread.selection == race.selection
+    assert {role: artifact.content for role, artifact in spread.stages.items()} == {
+        role: artifact.content for role, artifact in race.stages.items()
+    }
+
+
 def test_a_bayesian_search_starts_with_uniform_and_the_betas_and_keeps_its_budget(settings, grid):
     bayesian = search(settings(strategy="bayesian", trials=14, betas=[0.1]), grid[1])
     rows = bayesian.selection.rows
@@ -162,10 +171,14 @@ def test_a_search_that_makes_plans_has_the_same_result_over_processes(evolutiona
     }
 
 
-def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(settings, tmp_path):
+# The limit is asked for before each request, whatever the number of processes that share the request.
+@pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:1"}], ids=["here", "another process"])
+def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(
+    settings, fan_out, tmp_path
+):
     asked = settings(strategy="adaptive", trials=6)
     store = str(tmp_path / "store")
-    stopped = search(asked, SearchRuntime(store=store, minutes=1e-6))
+    stopped = search(asked, SearchRuntime(store=store, minutes=1e-6, **fan_out))
     tried = [0.0, BETAS[0], BETAS[2]]  # the first request of an adaptive search
     assert [row.beta for row in stopped.selection.rows] == tried
     assert stopped.settings == asked.model_copy(update={"stop_after": 3})
@@ -173,7 +186,7 @@ def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_contin
     plan = plan_search(stopped.settings, SearchRuntime(store=store))
     assert not [stage for stage in plan.stages if stage.to_do]
     assert search(stopped.settings, SearchRuntime(store=store)).built == ()
-    again = search(asked, SearchRuntime(store=store, minutes=60))
+    again = search(asked, SearchRuntime(store=store, minutes=60, **fan_out))
     assert again.settings == asked
     assert len(again.selection.rows) > 3
     assert "The search was stopped" not in Path(again.report).read_text()
