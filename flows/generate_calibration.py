@@ -12,8 +12,8 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import BareUrl, Settings
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.generation.generate_calibration import GenerationSettings
 from layerwise.tasks.generation.generate_calibration import generate_calibration as generate
+from layerwise.tasks.generation.generation_settings import GenerationSettings
 from layerwise.tasks.generation.prompts import read_prompts
 from layerwise.tasks.import_checkpoint import import_checkpoint, import_stage, inspect_source
 from layerwise.tasks.models.tokenizer import tokenizer_of_source
@@ -60,6 +60,11 @@ class GenerateCalibration(Settings):
         description="Number of prompts that are answered together. More are faster and need more memory.",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws.")
+    way: Literal["memory", "streamed"] = Field(
+        default="memory",
+        description="How the model is run. memory: the whole model at once. streamed: one decoder layer at a time, for models "
+        "that do not fit; every token is one pass over the weights, for all prompts together.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         title="Dtype of the computation",
         default="auto",
@@ -109,5 +114,7 @@ def _generated(store: ArtifactStore, settings: GenerateCalibration, execution: E
     require_known_ids(settings.model, corpus, largest_id, config.vocab_size)
     checkpoint = checkpoint or import_checkpoint(store, settings.model)
     dtype = index.dtype if settings.dtype == "auto" else settings.dtype
-    how = GenerationSettings(dtype, settings.max_tokens, settings.temperature, settings.batch, settings.seed)
+    how = GenerationSettings(
+        dtype, settings.max_tokens, settings.temperature, settings.batch, settings.seed, settings.way
+    )
     return generate(store, checkpoint, prompts, how, execution)

@@ -31,7 +31,8 @@ from layerwise.tasks.capture_grams import grams_stage
 from layerwise.tasks.compress import compress_stage
 from layerwise.tasks.evaluate import evaluate_stage
 from layerwise.tasks.export import RecoveredExport, export_stage
-from layerwise.tasks.generation.generate_calibration import GenerationSettings, generate_stage
+from layerwise.tasks.generation.generate_calibration import generate_stage
+from layerwise.tasks.generation.generation_settings import GenerationSettings
 from layerwise.tasks.generation.prompts import Prompt
 from layerwise.tasks.import_checkpoint import import_stage
 from layerwise.tasks.lanes.dense_states import dense_states_stage

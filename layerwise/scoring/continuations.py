@@ -89,7 +89,7 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
         rows[continuation.inputs].append((number, continuation))
     by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for inputs in sorted(rows):
-        by_length[max(len(inputs), min(_rounded_up(len(inputs)), longest))].append(inputs)
+        by_length[max(len(inputs), min(rounded_up(len(inputs)), longest))].append(inputs)
     found = []
     for seqlen, sequences in sorted(by_length.items(), reverse=True):
         padded = torch.full((len(sequences), seqlen), PADDING)
@@ -103,7 +103,7 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
     return found
 
 
-def _rounded_up(length: int) -> int:
+def rounded_up(length: int) -> int:
     """Round a length up to one of a few lengths, by at most an eighth: each length needs its own masks."""
     step = max(SMALLEST_STEP, 2 ** (length.bit_length() - 4))
     return -(-length // step) * step

@@ -1,8 +1,8 @@
 """Generate calibration: the dense model answers prompts, and the answers become a text to calibrate on."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from layerwise.storage.draft import Draft
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.generation.generation_settings import GenerationSettings, before_end
 from layerwise.tasks.generation.prompts import Prompt, prompts_identity
+from layerwise.tasks.generation.streamed_responses import prompt_groups, streamed_responses
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import DTYPES
 from layerwise.tasks.models.whole_model import whole_model
@@ -27,26 +29,9 @@ from layerwise.tasks.running.progress import showing
 from layerwise.tasks.running.stage_task import stage_task
 from layerwise.tasks.sources.checkpoint_files import GENERATION_CONFIG
 
+logger = logging.getLogger(__name__)
+
 TEXT_FILE = "calibration.jsonl"
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Settings that decide what the model writes.
-
-    Attributes:
-        dtype: dtype that the model computes in.
-        max_tokens: maximum length of a response, in tokens.
-        temperature: of the softmax that tokens are drawn from; 0 takes the most likely token.
-        batch: prompts per forward pass. It is part of the key, because the last bits of every logit depend on it.
-        seed: seed of the draws.
-    """
-
-    dtype: str
-    max_tokens: int
-    temperature: float
-    batch: int
-    seed: int
 
 
 def generate_stage(
@@ -62,7 +47,7 @@ def generate_stage(
         "tokenizer": checkpoint.encoding_identity,
         "prompts": prompts_identity(prompts),
     }
-    return Stage("generate_calibration", 1, {**asdict(settings), "ends": list(ends)}, inputs)
+    return Stage("generate_calibration", 1, {**settings.parameters, "ends": list(ends)}, inputs)
 
 
 @stage_task(about=lambda checkpoint, prompts, **_: f"{model_title(checkpoint)}: {len(prompts)} prompts")
@@ -73,7 +58,7 @@ def generate_calibration(
     settings: GenerationSettings,
     execution: Execution,
 ) -> Artifact:
-    """Let the model answer all prompts, with the whole model in memory.
+    """Let the model answer all prompts.
 
     Returns:
         An artifact with ``calibration.jsonl``: a row with the messages, or the text, of every prompt and its response.
@@ -85,35 +70,59 @@ def generate_calibration(
     ends = _ends(store, checkpoint, tokenizer)
 
     def build(draft: Draft) -> None:
-        _require_memory(checkpoint, settings.dtype, execution)
-        rows: list[dict[str, object]] = []
-        first = 0
-        if draft.resumed is not None:
-            first = draft.resumed.step
-            rows += map(json.loads, store.read(draft.resumed.state, TEXT_FILE).splitlines())
-        batches = range(0, len(prompts), settings.batch)
-
-        def write_rows(state: Draft) -> None:
-            state.write(TEXT_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-
-        model = whole_model(checkpoint, settings.dtype, execution)
-        title = f"generate calibration: {len(prompts)} responses"
-        with (
-            boundaries(draft, execution, write_rows) as reached,
-            showing(title, len(batches), first, draft.resumed, unit="batch") as show,
-        ):
-            for number, start in enumerate(batches[first:], first):
-                together = prompts[start : start + settings.batch]
-                seed = int(digest([settings.seed, number])[:15], 16)
-                written = write_responses(model, [each.token_ids for each in together], ends, settings, seed)
-                for prompt, token_ids in zip(together, written, strict=True):
-                    rows.append(prompt.with_response(token_ids, tokenizer))
-                show(number + 1)
-                reached(number + 1)
-        write_rows(draft)
-        draft.facts |= {"responses": len(rows), **asdict(settings)}
+        if settings.way == "streamed":
+            _log_cost(checkpoint, prompts, settings.max_tokens)
+            token_ids = [prompt.token_ids for prompt in prompts]
+            written = streamed_responses(store, draft, checkpoint, token_ids, ends, settings, execution)
+            rows = [
+                prompt.with_response(response, tokenizer)
+                for prompt, response in zip(prompts, written, strict=True)
+            ]
+        else:
+            _require_memory(checkpoint, prompts, settings, execution)
+            rows = _rows_in_memory(store, draft, checkpoint, prompts, ends, settings, execution)
+        _write_rows(draft, rows)
+        draft.facts |= {"responses": len(rows), **settings.parameters}
 
     return store.get_or_build(generate_stage(checkpoint, prompts, ends, settings), build)
+
+
+def _rows_in_memory(
+    store: ArtifactStore,
+    draft: Draft,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    ends: Sequence[int],
+    settings: GenerationSettings,
+    execution: Execution,
+) -> list[dict[str, object]]:
+    """Return the rows of all prompts, written by the whole model. Commits resume points, and resumes from one."""
+    tokenizer = checkpoint.tokenizer()
+    rows: list[dict[str, object]] = []
+    first = 0
+    if draft.resumed is not None:
+        first = draft.resumed.step
+        rows += map(json.loads, store.read(draft.resumed.state, TEXT_FILE).splitlines())
+    batches = range(0, len(prompts), settings.batch)
+    model = whole_model(checkpoint, settings.dtype, execution)
+    title = f"generate calibration: {len(prompts)} responses"
+    with (
+        boundaries(draft, execution, lambda state: _write_rows(state, rows)) as reached,
+        showing(title, len(prompts), len(rows), draft.resumed, unit="response") as show,
+    ):
+        for number, start in enumerate(batches[first:], first):
+            together = prompts[start : start + settings.batch]
+            seed = int(digest([settings.seed, number])[:15], 16)
+            written = write_responses(model, [each.token_ids for each in together], ends, settings, seed)
+            for prompt, token_ids in zip(together, written, strict=True):
+                rows.append(prompt.with_response(token_ids, tokenizer))
+            show(len(rows))
+            reached(number + 1)
+    return rows
+
+
+def _write_rows(draft: Draft, rows: Sequence[Mapping[str, object]]) -> None:
+    draft.write(TEXT_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def write_responses(
@@ -152,12 +161,7 @@ def write_responses(
         written: Tensor = model.generate(  # type: ignore[operator]
             input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how
         )
-    return [_before_end(row, ends) for row in written[:, longest:].tolist()]
-
-
-def _before_end(token_ids: list[int], ends: Sequence[int]) -> list[int]:
-    end = next((position for position, token in enumerate(token_ids) if token in ends), len(token_ids))
-    return token_ids[:end]
+    return [before_end(row, ends) for row in written[:, longest:].tolist()]
 
 
 def _ends(store: ArtifactStore, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -169,12 +173,24 @@ def _ends(store: ArtifactStore, checkpoint: Checkpoint, tokenizer: PreTrainedTok
     return sorted(number for number in numbers if isinstance(number, int))
 
 
-def _require_memory(checkpoint: Checkpoint, dtype: str, execution: Execution) -> None:
+def _require_memory(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], settings: GenerationSettings, execution: Execution
+) -> None:
     index, device = checkpoint.index, execution.torch_device
-    stored, computed = DTYPES[index.dtype].itemsize, DTYPES[dtype].itemsize
+    stored, computed = DTYPES[index.dtype].itemsize, DTYPES[settings.dtype].itemsize
     needed = (sum(index.layer_bytes) + index.outer_bytes) // stored * computed
     if needed > (free := free_memory(device)):
         raise ValueError(
-            f"the model needs {size(needed)} of memory in {dtype}, but {size(free)} are free on {device}. The whole model "
-            "generates in memory: use a larger machine, or generate the text with another program and give the file."
+            f"the model needs {size(needed)} of memory in {settings.dtype}, but {size(free)} are free on {device}. Use a "
+            f"larger machine, or --way streamed, which holds one layer: {_cost(checkpoint, prompts, settings.max_tokens)}."
         )
+
+
+def _cost(checkpoint: Checkpoint, prompts: Sequence[Prompt], max_tokens: int) -> str:
+    passes = len(prompt_groups([prompt.token_ids for prompt in prompts], max_tokens)) * max_tokens
+    layers = sum(checkpoint.index.layer_bytes)
+    return f"up to {passes} passes over the {size(layers)} of the layers, {size(passes * layers)} of reads"
+
+
+def _log_cost(checkpoint: Checkpoint, prompts: Sequence[Prompt], max_tokens: int) -> None:
+    logger.info("streamed: %s, one for every token", _cost(checkpoint, prompts, max_tokens))

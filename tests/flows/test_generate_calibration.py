@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerwise.flows.generate_calibration import GenerateCalibration, generate_calibration
 from layerwise.flows.runtime import Runtime
+from layerwise.scoring.continuations import advance
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import TEXT_FILE, write_responses
+from layerwise.tasks.generation.streamed_responses import next_tokens, prompt_groups, uniform_draws
 from layerwise.tasks.texts.corpora import open_corpus
 from layerwise.tasks.texts.token_stream import tokenise_corpus
 
@@ -75,6 +77,63 @@ def test_the_responses_are_those_of_transformers_and_a_text_to_calibrate_on(gene
         ]
     stream = tokenise_corpus(open_corpus(location, "calibration"), tokenizer)
     assert (stream.conversations, int(stream.responses.sum())) == (3, 3 * 8)
+
+
+def test_a_streamed_model_writes_what_the_model_in_memory_writes(generated, tmp_path):
+    """With the most likely token, in float32. The batches hold prompts of different lengths."""
+    for prompts in ("chat.jsonl", "texts.jsonl"):
+        same = {"prompts": prompts, "temperature": 0, "dtype": "float32"}
+        in_memory, _ = generated(tmp_path / "store", **same)
+        streamed, _ = generated(tmp_path / "store", **same, way="streamed")
+        assert streamed == in_memory
+
+
+def test_a_streamed_model_that_dies_in_a_pass_writes_the_same_after_it(generated, tmp_path, monkeypatch):
+    settings = {"way": "streamed", "temperature": 1.5, "seed": 3}
+    layers, dies_at = [], None
+
+    def counted(model, index, *arguments):
+        layers.append(index)
+        if len(layers) == dies_at:
+            raise OSError("the machine died")
+        return advance(model, index, *arguments)
+
+    monkeypatch.setattr("layerwise.tasks.generation.streamed_responses.advance", counted)
+    rows, location = generated(tmp_path / "one", **settings)
+    assert len({row["messages"][-1]["content"] for row in rows}) == 3
+    undisturbed = len(layers)
+    assert undisturbed == 8 * (max(layers) + 1)
+    layers, dies_at = [], undisturbed // 2 + 2
+    with pytest.raises(OSError, match="the machine died"):
+        generated(tmp_path / "two", **settings)
+    _, resumed = generated(tmp_path / "two", **settings)
+    assert Path(resumed).read_bytes() == Path(location).read_bytes()
+    assert len(layers) == undisturbed + 2  # the layer before the death, and the one in which it died
+
+
+def test_sequences_that_are_answered_together_fit_into_memory(monkeypatch):
+    monkeypatch.setattr("layerwise.tasks.generation.streamed_responses.TOKENS_AT_ONCE", 30)
+    groups = prompt_groups([[1] * length for length in (5, 5, 50, 1, 1, 1)], 8)
+    assert groups == [range(0, 2), range(2, 3), range(3, 6)]
+
+
+def test_tokens_are_drawn_from_the_softmax_of_all_logits():
+    logits = torch.tensor([0.0, -1.0, 2.0, 1.0, -30.0])
+    draws = uniform_draws(20_000, seed=1)
+    found = next_tokens(logits.expand(len(draws), -1), draws, temperature=2.0)
+    expected = (logits / 2).softmax(0) * len(draws)
+    counts = torch.bincount(found, minlength=5)
+    assert (counts - expected).abs().le(4 * expected.sqrt() + 1).all()
+    assert next_tokens(logits[None], torch.tensor([1 - 2**-53], dtype=torch.float64), 0.01).tolist() == [2]
+    assert next_tokens(logits[None], torch.tensor([0.99], dtype=torch.float64), 0).tolist() == [2]
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_cost_of_streaming(generated, tmp_path, monkeypatch):
+    monkeypatch.setattr("layerwise.tasks.generation.generate_calibration.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="needs .* of memory in float32, but 1 kB are free .*--way streamed, which "
+                       "holds one layer: up to 8 passes over the .* of the layers, .* of reads"):  # fmt: skip
+        generated(tmp_path / "store")
+    assert len(generated(tmp_path / "store", way="streamed")[0]) == 3
 
 
 def test_texts_are_continued_and_the_draws_follow_the_seed_also_after_an_interruption(
