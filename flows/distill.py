@@ -92,7 +92,7 @@ def distill(settings: Distill, runtime: Runtime) -> Artifact:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
-        ValueError: There is too little memory for the model, there are too few windows, or it is a mixture of experts.
+        ValueError: There is too little memory for the model, or there are too few windows.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(

@@ -81,17 +81,11 @@ class DistillInputs:
 
 
 def require_distillable(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose linears are not tensors of the checkpoint, or whose head needs more than hidden states.
+    """Refuse a model whose head needs more than hidden states.
 
     Raises:
-        ValueError: the model is a mixture of experts, or carries several hidden states.
+        ValueError: the model carries several hidden states.
     """
-    if checkpoint.has_experts:
-        raise ValueError(
-            f"{checkpoint.config.model_type} is a mixture of experts: distillation trains linears that are tensors of their "
-            "own, and transformers keeps all experts of a layer in one. Search with --recover train instead, which trains "
-            "one layer at a time."
-        )
     layout = layout_of(checkpoint.config, checkpoint.index.outer_shapes)
     if layout.kept or not layout.hidden.has_windows_first:
         raise ValueError(
@@ -192,10 +186,11 @@ class _Distillation:
         self.zeros = sum(row["zeros"] for row in rows)
         of_layers = [self.pruned.layer_tensors(index) for index in range(self.pruned.num_layers)]
         weights = [(row["layer"], f"{row['linear']}.weight") for row in rows]
-        self.trained = {  # name in the checkpoint by name in the model
-            f"{self.pruned.layer_prefix}.{layer}.{name}": of_layers[layer][name].name
-            for layer, name in weights
-        }
+        self.trained = {}  # name of the weight in resume points, by name in the model
+        for layer, name in weights:
+            model_name = f"{self.pruned.layer_prefix}.{layer}.{name}"
+            stored = of_layers[layer].get(name)  # None: the weight of an expert, a part of a tensor
+            self.trained[model_name] = model_name if stored is None else stored.name
         self.recompute = self._require_memory({(row["layer"], row["linear"]) for row in rows})
 
     def _require_memory(self, pruned: set[tuple[int, str]]) -> bool:
@@ -292,14 +287,17 @@ class _Distillation:
             model, self._distilled_layers(), test_ids, "distill: distilled model on the test windows"
         )
         distilled = perplexity(window_losses(model, states, test_ids))
-        zeros = 0
-        exported = self.inputs.exported
+        exported, layer_of = self.inputs.exported, self._layers_by_stored_name()
+        zeros, number, distilled_layer = 0, None, dict[str, Tensor]()
         for shard in sorted(name for name in exported.files if name.endswith(".safetensors")):
-            tensors = {
-                name: self._distilled(name, weight)
-                for name, weight in read_tensors(self.store, exported, shard).items()
-            }
-            zeros += sum(int((tensors[name] == 0).sum()) for name in tensors.keys() & student.best.keys())
+            tensors = read_tensors(self.store, exported, shard)
+            for name in tensors.keys() & layer_of.keys():
+                if layer_of[name] != number:
+                    number = layer_of[name]
+                    weights = self._distilled_layer(number)
+                    zeros += self._trained_zeros(number, weights)
+                    distilled_layer = self.pruned.layer_by_stored_name(number, weights)
+                tensors[name] = distilled_layer[name]
             write_tensors(draft, shard, tensors, metadata={"format": "pt"})
         assert zeros == self.zeros, "training changes no zero"
         for name in (*copied_files(exported.files), SPARSITY_FILE, WEIGHTS_INDEX):
@@ -342,17 +340,33 @@ class _Distillation:
             return used * self.input_ids.shape[1]
         return int(self.counted[window_order(windows, used, settings.seed)].sum()) if used else 0
 
-    def _distilled(self, name: str, before: Tensor) -> Tensor:
-        """Return a tensor of the distilled checkpoint, given the one of the pruned checkpoint."""
-        best = self.student.best.get(name)
-        return before if best is None else in_stored_dtype(best, before)
+    def _layers_by_stored_name(self) -> dict[str, int]:
+        """Return the layers with trained weights, by name of every tensor in the export that belongs to one."""
+        trained = {
+            int(name.removeprefix(f"{self.pruned.layer_prefix}.").split(".")[0]) for name in self.trained
+        }
+        groups = self.pruned.source_tensors()
+        return {tensor.name: layer for layer in sorted(trained) for tensor in groups[layer]}
+
+    def _distilled_layer(self, index: int) -> dict[str, Tensor]:
+        return self._with_best(index, self.pruned.read(self.pruned.layer_tensors(index)))
+
+    def _with_best(self, index: int, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a layer of the pruned checkpoint, the trained ones replaced by their best values."""
+        distilled = dict(layer)
+        for relative, before in layer.items():
+            name = self.trained.get(f"{self.pruned.layer_prefix}.{index}.{relative}")
+            if name is not None:
+                distilled[relative] = in_stored_dtype(self.student.best[name], before)
+        return distilled
+
+    def _trained_zeros(self, index: int, layer: Mapping[str, Tensor]) -> int:
+        names = (name for name in layer if f"{self.pruned.layer_prefix}.{index}.{name}" in self.trained)
+        return sum(int((layer[name] == 0).sum()) for name in names)
 
     def _distilled_layers(self) -> Iterator[Mapping[str, Tensor]]:
         for index, layer in enumerate(self.pruned.layers()):
-            names = self.pruned.layer_tensors(index)
-            yield {
-                relative: self._distilled(names[relative].name, weight) for relative, weight in layer.items()
-            }
+            yield self._with_best(index, layer)
 
 
 def _note(loss: float, evaluations: list[HeldOutLoss]) -> str:

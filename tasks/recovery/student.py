@@ -98,14 +98,14 @@ class Student:
 
     Args:
         checkpoint: pruned checkpoint.
-        trained: names of the pruned linears' weights in the checkpoint, by their names in the model.
+        trained: names of the pruned linears' weights in resume points, by their names in the model.
         dtype: dtype of the computation.
         recompute: see ``SplitModel``.
 
     Attributes:
         step: number of steps so far.
         evaluations: evaluations on the held-out windows so far.
-        best: weights of the best evaluation, in the dtype of the checkpoint, by name in the checkpoint.
+        best: weights of the best evaluation, in the dtype of the checkpoint, by name in resume points.
     """
 
     def __init__(

@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from layerwise.flows.distill import Distill, distill
 from layerwise.flows.plan import plan_search
-from layerwise.flows.runtime import Runtime, SearchRuntime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.scoring.perplexity import perplexity
 from layerwise.storage.store import ArtifactStore
@@ -69,5 +68,3 @@ def test_a_mixture_of_experts_is_planned_searched_and_exported(workshop, prefect
     assert [sum(row["tokens"]) for row in experts["layers"]] == [24 * 24 * 2] * 3
     assert experts["text"] in Path(result.report).read_text()
     assert experts["text"] in (Path(result.pruned) / "README.md").read_text()
-    with pytest.raises(ValueError, match="qwen3_moe is a mixture of experts"):
-        distill(Distill(search=result.artifact.key), Runtime(store=url))

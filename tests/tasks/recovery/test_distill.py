@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.recovery.distill import DistillInputs, distill, distill_stage
@@ -22,8 +31,32 @@ SETTINGS = DistillSettings(
     steps=6, learning_rate=0.01, batch=4, held_out=8, evaluate_every=2, patience=5, seed=0
 )
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
+MIXTURE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+    "num_experts_per_tok": 2,
+}
 
 
+def qwen3_moe() -> PreTrainedModel:
+    """A mixture that stores every expert in tensors of its own."""
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE, num_experts=4, moe_intermediate_size=16))
+
+
+def gpt_oss() -> PreTrainedModel:
+    """A mixture that stores all experts of a layer in one tensor."""
+    return GptOssForCausalLM(GptOssConfig(**MIXTURE, num_local_experts=4, intermediate_size=16))
+
+
+OTHER_MODELS = {
+    "GPT-2, bfloat16": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)).to(torch.bfloat16),
+    "Qwen3-MoE, bfloat16": lambda: qwen3_moe().to(torch.bfloat16),
+    "gpt-oss, float32": gpt_oss,
+}
 WINDOWS = {"calibration": 40}
 
 
@@ -48,10 +81,10 @@ def tensors_of(run, artifact):
     return {file.name: load_file(file) for file in files}
 
 
-@pytest.fixture(params=["float32", "bfloat16", "float16", "GPT-2, bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "float16", *OTHER_MODELS])
 def run(request, llama, small_run):
-    if request.param.startswith("GPT-2"):
-        return small_run(GPT2LMHeadModel(GPT2Config(**GPT2)).to(torch.bfloat16), windows=WINDOWS)
+    if request.param in OTHER_MODELS:
+        return small_run(OTHER_MODELS[request.param](), windows=WINDOWS)
     dtype = getattr(torch, request.param)
     return small_run(llama(num_hidden_layers=3, tie_word_embeddings=True).to(dtype), windows=WINDOWS)
 
@@ -70,7 +103,9 @@ def test_only_the_kept_weights_of_pruned_linears_change(run):
                 continue
             changed += 1
             assert torch.equal(found == 0, weight == 0), name
-    assert changed == len(json.loads(run.store.read(artifact, "sparsity.json"))["linears"])
+    linears = json.loads(run.store.read(artifact, "sparsity.json"))["linears"]
+    # Four of a layer's linears are in tensors of their own, and those of its experts in two.
+    assert changed == (3 * (4 + 2) if run.checkpoint.config.model_type == "gpt_oss" else len(linears))
     same = set(inputs.exported.files) - {*before, "README.md"}
     assert all(run.store.read(artifact, name) == run.store.read(inputs.exported, name) for name in same)
 
