@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_token
 
-from layerwise.flows.cli.console import open_console
+from layerwise.flows.cli.console import open_console, waiting
 from layerwise.flows.cli.diagnosis import (
     Hub,
     Kernel,
@@ -60,10 +60,12 @@ def examine(store_url: str | None, model: str | None, debug: bool) -> int:
     Returns:
         The exit code: 1 if a problem stops a search.
     """
-    setup = collect(store_url, debug)
+    with waiting("measuring this machine" if store_url is None else "measuring this machine and the store"):
+        setup = collect(store_url, debug)
     lines, problems = list(lines_of(setup)), list(problems_of(setup))
     if model is not None:
-        more_lines, more_problems = examine_model(model, setup, store_url, debug)
+        with waiting(f"planning a search of {model}"):
+            more_lines, more_problems = examine_model(model, setup, store_url, debug)
         lines, problems = [*lines, *more_lines], [*problems, *more_problems]
     console = open_console()
     for name, value in lines:

@@ -134,15 +134,19 @@ def _log_to_terminal(debug: bool) -> None:
 
 
 def _plan(arguments: Namespace) -> None:
-    from layerwise.flows.cli.console import open_console
-    from layerwise.flows.cli.tables import show_plan
-    from layerwise.flows.options import read_options
-    from layerwise.flows.plan import plan_search
-    from layerwise.flows.runtime import SearchRuntime
-    from layerwise.flows.settings import Search
+    from layerwise.flows.cli.console import open_console, waiting
 
-    settings, runtime = read_options(arguments, Search), read_options(arguments, SearchRuntime)
-    show_plan(open_console(), plan_search(settings, runtime, measure=not arguments.no_measure))
+    measure = not arguments.no_measure
+    with waiting("planning, and measuring this machine" if measure else "planning"):
+        from layerwise.flows.cli.tables import show_plan
+        from layerwise.flows.options import read_options
+        from layerwise.flows.plan import plan_search
+        from layerwise.flows.runtime import SearchRuntime
+        from layerwise.flows.settings import Search
+
+        settings, runtime = read_options(arguments, Search), read_options(arguments, SearchRuntime)
+        plan = plan_search(settings, runtime, measure=measure)
+    show_plan(open_console(), plan)
 
 
 def _status(arguments: Namespace) -> None:
