@@ -167,6 +167,18 @@ def test_the_values_are_valid_for_the_chart(pool):
         Draft7Validator(schema).validate(misspelt)
 
 
+def test_the_server_has_the_service_and_the_password_that_the_workers_expect():
+    values = yaml.safe_load((FOLDER / "server.yaml").read_text())
+    schema = json.loads((SCHEMAS / "prefect-server-chart.json").read_text())
+    Draft7Validator(schema).validate(values)
+    with pytest.raises(ValidationError, match="basicAut"):
+        Draft7Validator(schema).validate(merged(values, {"server": {"basicAut": {}}}))
+    worker = values_of("devices")["worker"]["selfHostedServerApiConfig"]
+    assert worker["apiUrl"].startswith(f"http://{values['fullnameOverride']}.layerwise.svc")
+    for key in ("enabled", "existingSecret"):
+        assert worker["basicAuth"][key] == values["server"]["basicAuth"][key]
+
+
 def test_the_two_releases_share_no_name():
     names = [
         (values["fullnameOverride"], values["worker"]["config"]["baseJobTemplate"]["name"])
@@ -175,6 +187,8 @@ def test_the_two_releases_share_no_name():
     assert len({name for pair in names for name in pair}) == 4  # fmt: skip
 
 
-def test_the_worker_has_the_version_that_is_tested():
+def test_workers_and_server_have_the_version_that_is_tested():
     prefect = re.search(r"^prefect==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert values_of("devices")["worker"]["image"]["prefectTag"] == f"{prefect[1]}-python3.11-kubernetes"
+    server = yaml.safe_load((FOLDER / "server.yaml").read_text())
+    assert server["global"]["prefect"]["image"]["prefectTag"] == f"{prefect[1]}-python3.11"
