@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from layerwise.allocators.sparsity_plan import Granularity, SparsityPlan
 from layerwise.flows.observers.search_tracker import require_tracking
-from layerwise.flows.options import parsed, search_command
+from layerwise.flows.options import compare_command, parsed, search_command
 from layerwise.flows.orchestration.flow_frame import run_announced
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.comparison_tables import (
@@ -54,6 +54,7 @@ from layerwise.flows.settings import Search
 from layerwise.flows.zero_shot import ZeroShot, compare_models
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.draft import Draft
+from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import evaluate_together
@@ -312,7 +313,14 @@ def compare(settings: Compare, runtime: FanOutRuntime) -> list[Compared]:
         _publish(store, results, settings)
         return results
 
-    return run_announced(store, f"compare: {settings.title}", run, role=runtime.role)
+    return run_announced(
+        store,
+        f"compare: {settings.title}",
+        run,
+        search=digest(settings.model_dump(mode="json")),
+        command=compare_command(settings.search, settings, runtime),
+        role=runtime.role,
+    )
 
 
 def _require_tasks(settings: Compare) -> None:

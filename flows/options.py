@@ -126,14 +126,24 @@ def search_command(settings: BaseModel, runtime: BaseModel | None = None) -> str
     return shlex.join(["layerwise", "search", *_given_options(settings), *where])
 
 
-def _given_options(settings: BaseModel) -> list[str]:
+def compare_command(search: BaseModel, settings: BaseModel, runtime: BaseModel) -> str:
+    """Return the command that repeats a comparison, as ``search_command`` does.
+
+    Args:
+        search: settings that all searches have in common, the field ``search`` of ``settings``.
+    """
+    own = _given_options(settings, without=("search",))
+    return shlex.join(["layerwise", "compare", *_given_options(search), *own, *_given_options(runtime)])
+
+
+def _given_options(settings: BaseModel, without: Collection[str] = ()) -> list[str]:
     """Return the options of the settings that differ from their defaults."""
     changed = settings.model_dump(mode="json", exclude_defaults=True)
     # A method is given by its name, or as a whole if one of its settings was changed.
     given = {
         name: value["method"] if changed[name] == {} else value
         for name, value in settings.model_dump(mode="json").items()
-        if name in changed
+        if name in changed and name not in without
     }
     return [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
 
@@ -145,8 +155,19 @@ def _spelt(name: str, value: object) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, list):
-        return ",".join(map(str, value)) if name in LISTS else json.dumps(value)
+        if name in LISTS and not any(each is None or isinstance(each, dict) for each in value):
+            return ",".join(map(str, value))
+        return json.dumps(list(map(_without_none, value)))
     return str(value)
+
+
+def _without_none(entry: object) -> object:
+    """Leave out what an entry of a list does not set, such as the settings that an allocation shares with the common search."""
+    return (
+        {name: value for name, value in entry.items() if value is not None}
+        if isinstance(entry, dict)
+        else entry
+    )
 
 
 def parsed(name: str, value: str) -> object:

@@ -1,5 +1,6 @@
 """Commands that run a flow: read its settings from the options, run it, print its result."""
 
+import json
 import shlex
 import signal
 import time
@@ -67,7 +68,7 @@ def comparison_of(arguments: Namespace) -> "Compare":
         ValueError: an option is not valid; see ``read_options``.
     """
     from layerwise.flows.compare import Compare
-    from layerwise.flows.options import read_options
+    from layerwise.flows.options import parsed, read_options
     from layerwise.flows.presets.atp_paper import preset_options
     from layerwise.flows.settings import Search
 
@@ -77,6 +78,12 @@ def comparison_of(arguments: Namespace) -> "Compare":
             setattr(arguments, name, text)
     if arguments.sparsity is None and arguments.sparsities:
         arguments.sparsity = arguments.sparsities.partition(",")[0]
+    if arguments.recover is None and arguments.recover_windows and arguments.recoveries:
+        # The windows are for the recoveries in the list; the common search alone would refuse them.
+        recoveries = parsed("recoveries", arguments.recoveries)
+        listed = recoveries if isinstance(recoveries, list) else []
+        first = next((each for each in listed if each not in ("none", None)), None)
+        arguments.recover = first if first is None or isinstance(first, str) else json.dumps(first)
     return read_options(arguments, Compare, search=read_options(arguments, Search))
 
 

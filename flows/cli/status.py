@@ -152,7 +152,7 @@ def _show_interrupted(
     if not newest:
         return
     console.print()
-    console.print("Interrupted searches, and the commands that resume them", style="bold")
+    console.print("Interrupted searches and comparisons, and the commands that resume them", style="bold")
     for each in list(newest.values())[:NEWEST]:
         reason = one_line(each.error) or "killed, or cut off from the store"
         console.print(f"{_ago(now, modified[each.path])}: {each.title}: {reason}", soft_wrap=True)

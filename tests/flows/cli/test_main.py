@@ -15,10 +15,11 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 
+from layerwise.flows.cli.flow_commands import comparison_of
 from layerwise.flows.cli.main import FLOWS, main
-from layerwise.flows.cli.parser import command_parser
-from layerwise.flows.options import add_options, read_options, search_command
-from layerwise.flows.runtime import SearchRuntime
+from layerwise.flows.cli.parser import command_parser, parse_command
+from layerwise.flows.options import add_options, compare_command, read_options, search_command
+from layerwise.flows.runtime import FanOutRuntime, SearchRuntime
 from layerwise.flows.settings import Search
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -482,6 +483,35 @@ def test_the_command_of_a_search_gives_the_same_settings(changes):
     parsed = parser.parse_args(options)
     assert read_options(parsed, Search) == settings
     assert parsed.store == "STORE"
+
+
+@pytest.mark.parametrize(
+    "given_options",
+    [
+        [
+            "--sparsity=0.5",
+            "--sparsities=0.5,0.7",
+            "--pruners=wanda,sparsegpt",
+            "--seeds=0,1",
+            "--betas=0.004",
+        ],
+        ["--sparsity=0.5", "--recoveries=none,refit", "--recover-windows=4"],
+        [
+            "--sparsity=0.6",
+            "--allocator=owl",
+            '--allocators=["atp", "owl", "atp+offset", {"strategy": "projections"}]',
+        ],
+        ["--sparsity=0.6", '--pruners=[{"method": "sparsegpt", "block_size": 64}]', "--tasks=arc_easy,piqa"],
+        ["--preset=atp-paper", "--table=2"],
+    ],
+)
+def test_the_command_of_a_comparison_gives_the_same_settings(given_options):
+    given = comparison_of(parse_command(["compare", "--model=demo", "--store=a", *given_options]))
+    where = FanOutRuntime(store="a store", boundary_layers=2)
+    program, *again = shlex.split(compare_command(given.search, given, where))
+    repeated = parse_command(again)
+    assert (program, comparison_of(repeated)) == ("layerwise", given)
+    assert read_options(repeated, FanOutRuntime) == where
 
 
 @pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])

@@ -243,7 +243,7 @@ def test_an_interrupted_search_is_listed_with_the_command_that_resumes_it(store,
         log.describe(state="finished")
     with announced(store, "search: at work", f"{3:032x}"):
         lines = shown(store, capsys)
-    first = lines.index("Interrupted searches, and the commands that resume them") + 1
+    first = lines.index("Interrupted searches and comparisons, and the commands that resume them") + 1
     shown_searches = {lines[row]: lines[row + 1 : row + 3] for row in (first, first + 3)}
     resume = "cd '/data/my runs' && layerwise search --model='a b'"
     assert shown_searches == {
