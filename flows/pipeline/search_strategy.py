@@ -24,7 +24,7 @@ from layerwise.strategies.trials import Point, Trial
 from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
 
-MOST_FINALISTS = 3  # plans that the strategy auto scores on all windows, in addition to uniform
+FINALISTS = 2  # plans that the strategy auto scores on all windows, in addition to uniform
 # Each implements the protocol layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
 KnownLosses = Mapping[SparsityPlan, Sequence[float]]
@@ -112,16 +112,15 @@ class SearchStrategy:
         return None
 
     def _narrowed(self, known: KnownLosses) -> LaneRequest | None:
-        """Search on the first windows, then score uniform and the best plans on the others too."""
+        """Search on the first windows, then score uniform and the best two plans on the others too."""
         few = FIRST_ROUND if self.windows >= 2 * FIRST_ROUND else self.windows
         if not self._is_stopped(known):
             request = self._next_proposed(self._over_parameters(), self._plan_of_parameters, known, few)
             if request is not None:
                 return request
         first = {plan: losses[:few] for plan, losses in known.items()}
-        out = beaten(first)
-        left = sorted((plan for plan in first if plan not in out), key=lambda plan: mean_loss(first[plan]))
-        finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in left[:MOST_FINALISTS])
+        best = sorted(first, key=lambda plan: mean_loss(first[plan]))[:FINALISTS]
+        finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in best)
         if all(len(known[plan]) == self.windows for plan in finalists):
             return None
         return LaneRequest(finalists, (few, self.windows))

@@ -7,7 +7,7 @@ pruned model, prune it, and measure the perplexity, on 32 calibration and 32 sel
 stores of their own, from the import up to the scores of their lanes. All in one process; the ratios are of CPU time.
 
 ``--replay`` runs the grid alone, and shows what ``auto`` chooses from the grid's losses: it scores the same lanes on the same
-windows, so its choice needs no run of its own.
+windows, so its choice needs no run of its own. ``--times`` runs ``auto`` and the loop, without the grid.
 
 Exits with 1 if ``auto`` takes more than 1 / 5.5 of the loop's time, or chooses a beta more than one step of .002 from the
 grid's best, or one with a perplexity outside of the grid's standard error.
@@ -57,12 +57,14 @@ def main() -> None:
         "--loop-betas", type=int, help="betas of the loop that are run; the time is scaled to all"
     )
     parser.add_argument("--replay", action="store_true", help="run the grid only")
+    parser.add_argument("--times", action="store_true", help="run auto and the loop only, for the ratio")
     arguments = parser.parse_args()
     ServerStart().wait()
     problems = []
     for sparsity in arguments.sparsities:
         for seed in arguments.seeds:
-            problems += (replay if arguments.replay else compare)(arguments, sparsity, seed)
+            measure = replay if arguments.replay else times if arguments.times else compare
+            problems += measure(arguments, sparsity, seed)
     print("\n".join(problems) or "all figures are in their ranges")
     sys.exit(bool(problems))
 
@@ -124,16 +126,7 @@ def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[s
         began = time.process_time()
         scored[strategy] = search(ArtifactStore(str(folder)), settings)
         seconds[strategy] = time.process_time() - began
-    betas = beta_grid(sparsity, layer_sizes_of(scored["grid"].captured.linears))
-    count = arguments.loop_betas or len(betas)
-    began = time.process_time()
-    loop(
-        ArtifactStore(str(arguments.store / f"grid-{sparsity}-{seed}")),
-        scored["grid"],
-        sparsity,
-        betas[:count],
-    )
-    seconds["loop"] = (time.process_time() - began) * len(betas) / count
+    seconds["loop"], betas = timed_loop(arguments, f"grid-{sparsity}-{seed}", scored["grid"], sparsity)
     losses = {score.plan.beta: score.losses for score in scored["grid"].scores}
     best = scored["grid"].best.plan.beta
     problems = []
@@ -148,12 +141,35 @@ def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[s
         within = difference.t is None or difference.t <= 1
         if name == "auto" and not (within and abs(beta - best) <= 1.01 * BETA_STEP):
             problems.append(f"OFF S={sparsity:g}, seed {seed}: auto chose {beta:g}, the grid {best:g}")
-    print(
-        f"S={sparsity:g}, seed {seed}, loop over {len(betas)} betas: {seconds['loop']:.0f} CPU s", flush=True
-    )
+    print(f"S={sparsity:g}, seed {seed}, loop over {betas} betas: {seconds['loop']:.0f} CPU s", flush=True)
     if seconds["loop"] < GOAL * seconds["auto"]:
         problems.append(f"OFF S={sparsity:g}, seed {seed}: auto is less than {GOAL:g} times faster")
     return problems
+
+
+def times(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[str]:
+    """Run ``auto`` and the loop, and print their times."""
+    folder = f"auto-{sparsity}-{seed}"
+    began = time.process_time()
+    scored = search(
+        ArtifactStore(str(arguments.store / folder)), settings_of(arguments, "auto", sparsity, seed)
+    )
+    seconds = time.process_time() - began
+    of_loop, betas = timed_loop(arguments, folder, scored, sparsity)
+    row = f"S={sparsity:g}, seed {seed}, auto: {seconds:.0f} CPU s; loop over {betas} betas: {of_loop:.0f} CPU s"
+    print(f"{row}; {of_loop / seconds:.2f} times faster", flush=True)
+    return [] if of_loop >= GOAL * seconds else [f"OFF {row}: less than {GOAL:g} times faster"]
+
+
+def timed_loop(
+    arguments: argparse.Namespace, folder: str, scored: Scored, sparsity: float
+) -> tuple[float, int]:
+    """Return the CPU time of the loop, scaled to all betas if ``--loop-betas`` runs fewer, and the number of all betas."""
+    betas = beta_grid(sparsity, layer_sizes_of(scored.captured.linears))
+    count = arguments.loop_betas or len(betas)
+    began = time.process_time()
+    loop(ArtifactStore(str(arguments.store / folder)), scored, sparsity, betas[:count])
+    return (time.process_time() - began) * len(betas) / count, len(betas)
 
 
 def search(store: ArtifactStore, settings: Search) -> Scored:
