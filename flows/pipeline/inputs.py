@@ -10,6 +10,7 @@ from layerwise.flows.pipeline.size_estimate import SearchSizes
 from layerwise.flows.pipeline.text_windows import Texts, count_texts, open_corpora
 from layerwise.flows.settings import Search
 from layerwise.models.expert_names import expert_linear
+from layerwise.models.experts import experts_of_unknown_tokens
 from layerwise.models.skeleton import Linear
 from layerwise.recovery.pruned_layer import held_out_windows
 from layerwise.storage.stage import Stage
@@ -21,7 +22,7 @@ from layerwise.tasks.models.streamed import linears_by_layer
 from layerwise.tasks.models.tokenizer import tokenizer_of_source
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.running.stage_task import stage_task
-from layerwise.tasks.sources.model_config import config_from_document
+from layerwise.tasks.sources.model_config import config_from_document, outline_from_document
 
 NAMED_LINEARS = 8  # linears listed in an error message, about those of one layer
 
@@ -77,6 +78,8 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
     linears = linears_by_layer(index, settings.seqlen)
     check_plans(settings, linears, _matrices(index))
+    if settings.calibrate_on == "responses":
+        _require_known_tokens(settings.model, index)
     vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
     if checkpoint is None:
         tokenizer = tokenizer_of_source(settings.model)
@@ -87,6 +90,16 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     if settings.recover is not None:
         held_out_windows(settings.recover, settings.windows_to_recover_on(texts.windows["calibration"]))
     return SearchInputs(stage, checkpoint, index, linears, texts)
+
+
+def _require_known_tokens(model: str, index: CheckpointIndex) -> None:
+    """Refuse a mixture of experts if it is not known which tokens an expert receives."""
+    outline = outline_from_document(index.config, model)
+    if (experts := experts_of_unknown_tokens(outline)) is not None:
+        raise ValueError(
+            f"calibrate_on is responses, and {outline.config.model_type} computes its experts in a forward pass of its own "
+            f"({experts}), so it is not known which tokens an expert receives. Set calibrate_on to all."
+        )
 
 
 def _matrices(index: CheckpointIndex) -> list[str]:
@@ -142,11 +155,6 @@ def check_plans(
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
     has_experts = any(expert_linear(linear.name) for layer in prunable for linear in layer)
-    if settings.calibrate_on == "responses" and has_experts:
-        raise ValueError(
-            "calibrate_on is responses, and the model is a mixture of experts: it is not known which tokens an expert "
-            "receives. Set calibrate_on to all."
-        )
     if settings.granularity == "expert" and not has_experts:
         raise ValueError(
             "granularity is expert, but no expert of the model is pruned. Use granularity linear or layer, or a mixture of "

@@ -8,6 +8,7 @@ from itertools import repeat
 
 from torch import Tensor
 
+from layerwise.models.experts import COUNT_ALL
 from layerwise.models.hidden_states import batches
 
 
@@ -27,7 +28,7 @@ def counted_rows(values: Tensor, counted: Tensor | None) -> Tensor:
     if counted.numel() != len(rows):
         raise ValueError(
             f"a linear received {len(rows)} rows for {counted.numel()} tokens, so it is not known which tokens they are. "
-            "Calibrate this model on all tokens (--calibrate-on all)."
+            f"{COUNT_ALL}"
         )
     return rows[counted.reshape(-1).to(rows.device)]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.calibration.upper_triangle import PANEL
+from layerwise.models.experts import counted_by
 from layerwise.models.skeleton import Linear
 
 
@@ -157,7 +158,8 @@ class _GramHooks:
         self._inputs.append((inputs, inputs._version, [name]))
         if name not in self.grams:
             self.grams[name] = InputGram.empty(inputs.shape[-1], inputs.device, self._with_sums)
-        self.grams[name].add(counted_rows(inputs, self._mask))
+        counted = None if self._mask is None else counted_by(self._layer, name, self._mask)
+        self.grams[name].add(counted_rows(inputs, counted))
 
     def _finish(self) -> None:
         groups = {frozenset(names) for _, _, names in self._inputs}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.calibration.counted_tokens import counted_batches, counted_rows
+from layerwise.models.experts import counted_by
 from layerwise.models.skeleton import Linear
 
 
@@ -68,7 +69,8 @@ def collect_statistics(
     def watch(linear: Linear) -> object:
         def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if not last_inputs or last_inputs[0][0] is not inputs[0]:
-                flat = counted_rows(inputs[0], mask[0]).reshape(-1, linear.in_features).float()
+                counted = None if mask[0] is None else counted_by(layer, linear.name, mask[0])
+                flat = counted_rows(inputs[0], counted).reshape(-1, linear.in_features).float()
                 last_inputs[:] = [(inputs[0], flat.square().sum(dim=0), len(flat))]
             statistics[linear.name].add(*last_inputs[0][1:])
 

@@ -41,6 +41,7 @@ BIAS = "_bias"  # after the name of a weight
 POOL = "experts"  # last part of the name of the module that has the experts' linears
 SMALL_TOKENS, SMALLEST = 7, 2  # tokens of a comparison, and the smallest size of its random weights
 TOLERANCE = 1e-4  # of float32 results of size 1
+COUNT_ALL = "Calibrate on all tokens (--calibrate-on all)."
 # What a forward pass raises that cannot be run here: it has another interface, or uses the weights in another way.
 NOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
@@ -214,10 +215,24 @@ def _possible_slices(name: str, module: nn.Module, known: Collection[nn.Module])
     return found
 
 
+@dataclass(frozen=True)
+class ReceivedTokens:
+    """Tokens that an expert received in its last call.
+
+    Attributes:
+        numbers: their numbers among all tokens of the pass, in the order of the rows of the expert's inputs.
+        total: number of tokens of the pass.
+    """
+
+    numbers: Tensor
+    total: int
+
+
 class SeparateExperts(nn.Module):
     """Experts with linears of their own; a class of transformers is the other base of every object.
 
-    A fused module is changed into this class in place, see ``separate_experts``. The experts are its submodules, by number.
+    A fused module is changed into this class in place, see ``separate_experts``. The experts are its submodules, by number;
+    each has its ``ReceivedTokens`` as ``received``.
     """
 
     fused: dict[str, FusedTensor]
@@ -241,7 +256,9 @@ class SeparateExperts(nn.Module):
         weights = top_k_weights.reshape(-1)
         outputs = []
         for expert, places in zip(self._modules_of_experts, order.split(counts), strict=False):
-            output = self._expert_output(expert, hidden_states[places // top_k])
+            received = ReceivedTokens(places // top_k, tokens)
+            expert.received = received  # type: ignore[assignment]
+            output = self._expert_output(expert, hidden_states[received.numbers])
             outputs.append(output * weights[places, None])
         of_pairs = torch.cat(outputs)
         if counts[number]:
@@ -285,6 +302,37 @@ class SlicedExperts(nn.Module):
         output = super().forward(*arguments, **named)
         self.products.call_others()
         return output
+
+
+def counted_by(layer: nn.Module, linear: str, counted: Tensor) -> Tensor:
+    """Return which rows of a linear's input count: an expert receives a part of the tokens.
+
+    Call it when the linear is called, before the next pass.
+
+    Args:
+        linear: name of the linear in ``layer``.
+        counted: mask of the tokens of the pass, any shape.
+
+    Returns:
+        ``counted`` itself for a linear that every token reaches; else shape ``(rows,)``.
+
+    Raises:
+        ValueError: it is not known which tokens the expert received, see ``experts_of_unknown_tokens``.
+    """
+    place = expert_linear(linear)
+    if place is None:
+        return counted
+    received = getattr(layer.get_submodule(place.name), "received", None)
+    if received is None or received.total != counted.numel():
+        raise ValueError(f"it is not known which tokens {place.name} received. {COUNT_ALL}")
+    return counted.reshape(-1).to(received.numbers.device)[received.numbers]
+
+
+def experts_of_unknown_tokens(model: PreTrainedModel) -> str | None:
+    """Return the name of a module whose experts do not tell which tokens they receive; None if there is none."""
+    pools = {place.pool for name, _ in model.named_modules() if (place := expert_linear(name)) is not None}
+    others = (pool for pool in sorted(pools) if not isinstance(model.get_submodule(pool), SeparateExperts))
+    return next(others, None)
 
 
 def separate_experts(model: PreTrainedModel, prefix: str) -> None:

@@ -21,6 +21,7 @@ from layerwise.calibration.counted_tokens import counted_batches, counted_rows
 from layerwise.calibration.few_tokens import tokens_for_moments
 from layerwise.calibration.gram import require_full_float32
 from layerwise.models.expert_names import expert_linear
+from layerwise.models.experts import counted_by
 from layerwise.models.skeleton import Linear
 from layerwise.pruners.conjugate_gradient import minimize
 from layerwise.recovery.linear_inputs import (
@@ -106,7 +107,9 @@ def refit_layer(pruned: LayerToRecover, settings: Refit) -> tuple[dict[str, Tens
             count = max(1, MOMENTS_BYTES // size)
             for first in range(0, len(groups), count):
                 some = groups[first : first + count]
-                for names, moments in _moments_of_experts(pruned, some, inputs, weights, by_name):
+                for names, moments in _moments_of_experts(
+                    pruned, some, inputs, pruned.counted_in(slice(fitted)), weights, by_name
+                ):
                     weights |= _refitted([by_name[name] for name in names], pruned, moments, settings)
             continue
         (names,) = groups
@@ -131,6 +134,7 @@ def _moments_of_experts(
     pruned: LayerToRecover,
     groups: Sequence[Sequence[str]],
     inputs: LinearInputs,
+    counted_windows: Tensor | None,
     weights: Mapping[str, Tensor],
     by_name: Mapping[str, PrunedLinear],
 ) -> Iterator[tuple[Sequence[str], Moments]]:
@@ -138,15 +142,20 @@ def _moments_of_experts(
 
     The target is the dense weight's output on the pruned model's inputs, whatever ``alpha``: the dense model may send other
     tokens to an expert.
+
+    Args:
+        counted_windows: mask of the tokens that count in ``inputs``; None for all.
     """
     every = [
         Moments.empty([by_name[name].linear for name in names], 0.0, pruned.model.device) for names in groups
     ]
     tokens = [0] * len(groups)
-    for batch in range(len(inputs)):
+    for batch, counted in zip(range(len(inputs)), counted_batches(counted_windows), strict=False):
         with weights_replaced(pruned.layer, weights):
             found = inputs.of_several(groups, batch)
-        for number, (moments, of_expert) in enumerate(zip(every, found, strict=True)):
+        for number, (names, moments, of_expert) in enumerate(zip(groups, every, found, strict=True)):
+            rows = None if counted is None else counted_by(pruned.layer, names[0], counted)
+            of_expert = counted_rows(of_expert, rows)
             moments.add(of_expert, None)
             tokens[number] += of_expert.shape[:-1].numel()
     for names, moments, count in zip(groups, every, tokens, strict=True):

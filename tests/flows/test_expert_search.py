@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from layerwise.flows.pipeline.inputs import inspect_inputs
 from layerwise.flows.plan import plan_search
 from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
@@ -68,3 +75,17 @@ def test_a_mixture_of_experts_is_planned_searched_and_exported(workshop, prefect
     assert [sum(row["tokens"]) for row in experts["layers"]] == [24 * 24 * 2] * 3
     assert experts["text"] in Path(result.report).read_text()
     assert experts["text"] in (Path(result.pruned) / "README.md").read_text()
+
+
+def test_experts_that_do_not_tell_their_tokens_are_not_calibrated_on_responses(workshop, tmp_path):
+    shutil.copytree(
+        workshop.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
+    )
+    experts = {"kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16}
+    shape = {name: value for name, value in (SHAPE | HEADS | experts).items() if name != "head_dim"}
+    JetMoeForCausalLM(JetMoeConfig(**shape)).save_pretrained(tmp_path / "model")
+    settings = workshop.settings(model=str(tmp_path / "model"), calibrate_on="responses")
+    with pytest.raises(
+        ValueError, match="responses, and jetmoe computes its experts in a forward pass of its own"
+    ):
+        inspect_inputs(ArtifactStore(str(tmp_path / "store")), settings)

@@ -20,6 +20,7 @@ from transformers import (
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -28,10 +29,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     RecurrentGemmaConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
+from layerwise.models.experts import fused_tensors
 from layerwise.models.streaming import StreamedModel
 from layerwise.sparse import native
 from layerwise.sparse.build import NoKernel, compile_kernel
@@ -116,6 +119,18 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
     "falcon-alibi": (FalconConfig, FALCON | {"alibi": True, "multi_query": False}, "transformer.h"),
     "bloom": (BloomConfig, TOKENS | {"hidden_size": 32, "n_layer": 4, "n_head": 4}, "transformer.h"),
 }
+MIXTURES: dict[str, tuple[type[PretrainedConfig], dict, str]] = {
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        MODERN | {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "model.layers",
+    ),
+    "gpt-oss": (
+        GptOssConfig,
+        MODERN | {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16},
+        "model.layers",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -139,16 +154,20 @@ class TinyModel:
         }
 
     def layers(self, first: int = 0) -> list[dict[str, Tensor]]:
-        """Yield copies of the weights of layer ``first`` and the following layers, by name within the layer."""
-        prefixes = [f"{self.layers_name}.{index}." for index in range(first, self.num_layers)]
-        return [
-            {
-                name.removeprefix(prefix): weight.clone()
-                for name, weight in self.checkpoint.items()
-                if name.startswith(prefix)
-            }
-            for prefix in prefixes
-        ]
+        """Return copies of the weights of layer ``first`` and the following layers, by name within the layer.
+
+        Those of experts one by one.
+        """
+        fused, found = fused_tensors(self.reference), []
+        for index in range(first, self.num_layers):
+            prefix = f"{self.layers_name}.{index}."
+            layer: dict[str, Tensor] = {}
+            for name, weight in self.checkpoint.items():
+                if name.startswith(prefix):
+                    parts = fused[name].split(name, weight) if name in fused else {name: weight}
+                    layer |= {part.removeprefix(prefix): each.clone() for part, each in parts.items()}
+            found.append(layer)
+        return found
 
     def streamed(self, dtype: torch.dtype = torch.float32) -> StreamedModel:
         config = deepcopy(self.reference.config)
@@ -164,10 +183,10 @@ class TinyModel:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., TinyModel]:
-    """Build a model of one of the FAMILIES; keywords go to its configuration."""
+    """Build a model of one of the FAMILIES or MIXTURES; keywords go to its configuration."""
 
     def build(family: str = "llama", **settings) -> TinyModel:
-        config_class, defaults, layers_name = FAMILIES[family]
+        config_class, defaults, layers_name = (FAMILIES | MIXTURES)[family]
         config = config_class(**(defaults | settings))
         generator = torch.Generator().manual_seed(0)
         reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)

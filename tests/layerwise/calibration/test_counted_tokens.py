@@ -8,6 +8,7 @@ from layerwise.calibration.capture import capture_grams, capture_layers
 from layerwise.calibration.counted_tokens import counted_rows, predicting
 from layerwise.calibration.gram import collect_grams
 from layerwise.calibration.statistics import collect_statistics
+from layerwise.models.experts import counted_by
 from layerwise.models.hidden_states import batches
 from layerwise.models.skeleton import Linear
 from layerwise.scoring.perplexity import window_losses
@@ -21,10 +22,10 @@ def first_tokens(states):
     return counted
 
 
-@pytest.fixture
-def passes(tiny_model):
-    """Return a function that runs the model over hidden states, and returns all sums, counts and last hidden states."""
-    tiny = tiny_model("llama")
+@pytest.fixture(params=["llama", "qwen3-moe", "gpt-oss"])
+def passes(request, tiny_model):
+    """Return a function that runs the model over hidden states, and returns all sums and counts of tokens."""
+    tiny = tiny_model(request.param)
     model = tiny.streamed()
 
     def run(states, counted=None):
@@ -33,8 +34,8 @@ def passes(tiny_model):
         statistics, grams = (list(each) for each in layers)
         sums = [each.sum_of_squares for layer in statistics for each in layer.statistics.values()]
         sums += [each.gram for layer in grams for each in layer.values()]
-        counts = {each.tokens for layer in statistics for each in layer.statistics.values()}
-        return sums, counts | {each.tokens for layer in grams for each in layer.values()}
+        counts = [each.tokens for layer in statistics for each in layer.statistics.values()]
+        return sums, counts + [each.tokens for layer in grams for each in layer.values()]
 
     return run, model
 
@@ -45,7 +46,11 @@ def test_statistics_and_second_moments_of_the_first_tokens_are_those_of_shorter_
     sums, counts = run(states, first_tokens(states))
     expected, tokens = run(states[:, :FIRST].contiguous())
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
-    assert counts == tokens == {3 * FIRST}
+    assert counts == tokens
+    assert (max(counts), counts[0]) == (
+        3 * FIRST,
+        3 * FIRST,
+    )  # attention comes first, and every token reaches it
 
 
 def test_a_mask_of_all_tokens_gives_the_bits_of_no_mask(passes):
@@ -54,7 +59,8 @@ def test_a_mask_of_all_tokens_gives_the_bits_of_no_mask(passes):
     everything = torch.ones(3, 12, dtype=torch.bool)
     (sums, counts), (expected, tokens) = run(states, everything), run(states)
     assert all(map(torch.equal, sums, expected))
-    assert counts == tokens == {36}
+    assert counts == tokens
+    assert (max(counts), counts[0]) == (36, 36)
     assert window_losses(model, states, input_ids, everything) == window_losses(model, states, input_ids)
 
 
@@ -79,6 +85,13 @@ def test_masked_rows_are_chosen_batch_by_batch():
     torch.testing.assert_close(statistics["0"].sum_of_squares, rows.square().sum(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(grams["0"].gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-2)
     assert statistics["0"].tokens == grams["0"].tokens == int(counted.sum())
+
+
+def test_experts_that_do_not_tell_their_tokens_are_refused():
+    layer = nn.Module()
+    layer.experts = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(2, 2)})])
+    with pytest.raises(ValueError, match="not known which tokens experts.0 received.*--calibrate-on all"):
+        counted_by(layer, "experts.0.up_proj", torch.ones(3, 4))
 
 
 def test_a_linear_that_does_not_receive_every_token_is_refused():

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from layerwise.models.experts import experts_of_unknown_tokens
 from layerwise.models.skeleton import (
     Linear,
     UnsupportedModel,
@@ -137,6 +138,17 @@ def test_experts_that_are_computed_in_a_way_of_their_own_are_refused_by_name(mon
         match=r"jetmoe is a mixture of experts \(num_local_experts = 3\) .*self_attention\.experts\.input_linear",
     ):
         build_skeleton(config)
+
+
+def test_experts_in_a_forward_pass_of_their_own_do_not_tell_their_tokens():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    jetmoe = JetMoeConfig(
+        **shape, intermediate_size=48, kv_channels=8, num_local_experts=3, num_experts_per_tok=2
+    )
+    qwen3_moe = Qwen3MoeConfig(**shape, **heads, num_experts=4, moe_intermediate_size=16)
+    found = [experts_of_unknown_tokens(build_skeleton(config)) for config in (jetmoe, qwen3_moe)]
+    assert found == ["model.layers.0.mlp.experts", None]
 
 
 class MisreadExperts(Qwen3MoeExperts):
