@@ -329,10 +329,16 @@ def counted_by(layer: nn.Module, linear: str, counted: Tensor) -> Tensor:
 
 
 def experts_of_unknown_tokens(model: PreTrainedModel) -> str | None:
-    """Return the name of a module whose experts do not tell which tokens they receive; None if there is none."""
+    """Return the name of a module whose experts do not tell which tokens they receive; None if there is none.
+
+    Args:
+        model: its experts may be separated or not, see ``separate_experts``.
+    """
+    modules = _expert_modules(model)
+    telling = {name for name, module, _ in modules if _declared_tensors(module)}
     pools = {place.pool for name, _ in model.named_modules() if (place := expert_linear(name)) is not None}
-    others = (pool for pool in sorted(pools) if not isinstance(model.get_submodule(pool), SeparateExperts))
-    return next(others, None)
+    others = [name for name, _, _ in modules if name not in telling]
+    return next(iter([*others, *sorted(pools - telling)]), None)
 
 
 def separate_experts(model: PreTrainedModel, prefix: str) -> None:

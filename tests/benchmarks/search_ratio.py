@@ -7,7 +7,7 @@ pruned model, prune it, and measure the perplexity, on 32 calibration and 32 sel
 stores of their own, from the import up to the scores of their lanes. All in one process; the ratios are of CPU time.
 
 ``--replay`` runs the grid alone, and shows what ``auto`` chooses from the grid's losses: it scores the same lanes on the same
-windows, so its choice needs no run of its own. ``--times`` runs ``auto`` and the loop, without the grid.
+windows, so its choice needs no run of its own; with ``--orders``, also from random orders of the windows. ``--times`` runs ``auto`` and the loop, without the grid.
 
 Exits with 1 if ``auto`` takes more than 1 / 5.5 of the loop's time, or chooses a beta more than one step of .002 from the
 grid's best, or one with a perplexity outside of the grid's standard error.
@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from layerwise.flows.orchestration.embedded_server import ServerStart
 from layerwise.flows.pipeline.build import build
 from layerwise.flows.pipeline.graph import Scored, scoring_steps
 from layerwise.flows.pipeline.inputs import check_inputs
-from layerwise.flows.pipeline.search_strategy import strategy_of
+from layerwise.flows.pipeline.search_strategy import SearchStrategy, strategy_of
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import Search
@@ -57,6 +58,7 @@ def main() -> None:
         "--loop-betas", type=int, help="betas of the loop that are run; the time is scaled to all"
     )
     parser.add_argument("--replay", action="store_true", help="run the grid only")
+    parser.add_argument("--orders", type=int, default=0, help="of the windows, for more choices by --replay")
     parser.add_argument("--times", action="store_true", help="run auto and the loop only, for the ratio")
     arguments = parser.parse_args()
     ServerStart().wait()
@@ -95,6 +97,39 @@ def replay(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[st
     strategy = strategy_of(
         settings_of(arguments, "auto", sparsity, seed), tuple(losses), grid.captured.linears, 32
     )
+    best = grid.best.plan
+    chosen, known, windows = choice_of(strategy, losses)
+    difference = paired_difference(losses[chosen], losses[best])
+    print(
+        f"S={sparsity:g}, seed {seed}: grid beta {best.beta:g}, perplexity {perplexity_of(losses[best]):.2f}; auto beta "
+        f"{chosen.beta:g}, {perplexity_of(losses[chosen]):.2f}, t {difference.t or 0:.1f}, {len(known)} lanes, {windows} "
+        "passes of a window",
+        flush=True,
+    )
+    far, worse, total = 0, 0, 0
+    for number in range(arguments.orders):
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(number)).tolist()
+        shuffled = {plan: tuple(each[window] for window in order) for plan, each in losses.items()}
+        found, _, passes = choice_of(strategy, shuffled)
+        far += abs(found.beta - best.beta) > 1.01 * BETA_STEP
+        worse += (paired_difference(losses[found], losses[best]).t or 0) > 1
+        total += passes
+    if arguments.orders:
+        print(
+            f"S={sparsity:g}, seed {seed}, {arguments.orders} random orders of the windows: {far} choices more than a step "
+            f"from the grid's, {worse} worse with t above 1; {total / arguments.orders:.0f} passes of a window on average",
+            flush=True,
+        )
+    within = difference.t is None or difference.t <= 1
+    if within and abs(chosen.beta - best.beta) <= 1.01 * BETA_STEP:
+        return []
+    return [f"OFF S={sparsity:g}, seed {seed}: auto chose {chosen.beta:g}, the grid {best.beta:g}"]
+
+
+def choice_of(
+    strategy: SearchStrategy, losses: Mapping[SparsityPlan, tuple[float, ...]]
+) -> tuple[SparsityPlan, Mapping[SparsityPlan, tuple[float, ...]], int]:
+    """Return the plan that a strategy chooses, the losses that it asks for, and their number."""
     known: dict[SparsityPlan, tuple[float, ...]] = {}
     windows = 0
     while request := strategy.next_lanes(known):
@@ -102,19 +137,7 @@ def replay(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[st
         known |= {plan: losses[plan][:end] for plan in request.plans if len(known.get(plan, ())) < end}
         windows += len(request.plans) * (end - first)
     complete = [plan for plan in known if len(known[plan]) == 32]
-    chosen = min(complete, key=lambda plan: perplexity_of(known[plan]))
-    best = grid.best.plan
-    difference = paired_difference(losses[chosen], losses[best])
-    print(
-        f"S={sparsity:g}, seed {seed}: grid beta {best.beta:g}, perplexity {perplexity_of(losses[best]):.2f}; auto beta "
-        f"{chosen.beta:g}, {perplexity_of(losses[chosen]):.2f}, t {difference.t or 0:.1f}, {len(known)} lanes, "
-        f"{len(complete)} on all windows, {windows} passes of a window",
-        flush=True,
-    )
-    within = difference.t is None or difference.t <= 1
-    if within and abs(chosen.beta - best.beta) <= 1.01 * BETA_STEP:
-        return []
-    return [f"OFF S={sparsity:g}, seed {seed}: auto chose {chosen.beta:g}, the grid {best.beta:g}"]
+    return min(complete, key=lambda plan: perplexity_of(known[plan])), known, windows
 
 
 def compare(arguments: argparse.Namespace, sparsity: float, seed: int) -> list[str]:

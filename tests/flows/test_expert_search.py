@@ -84,6 +84,9 @@ def test_experts_that_do_not_tell_their_tokens_are_not_calibrated_on_responses(w
     experts = {"kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16}
     shape = {name: value for name, value in (SHAPE | HEADS | experts).items() if name != "head_dim"}
     JetMoeForCausalLM(JetMoeConfig(**shape)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    )
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for _ in range(24)))
     texts = {"model": str(tmp_path / "model"), "calibration": str(tmp_path / "chat.jsonl")}
