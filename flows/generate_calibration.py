@@ -10,6 +10,7 @@ from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.text_windows import require_known_ids
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import BareUrl, Settings
+from layerwise.models.skeleton import positions_of
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import generate_calibration as generate
@@ -101,7 +102,7 @@ def _generated(store: ArtifactStore, settings: GenerateCalibration, execution: E
     checkpoint = import_checkpoint(store, settings.model) if is_imported else None
     index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
     config = config_from_document(index.config, settings.model).get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = positions_of(config)
     room = None if context is None else context - settings.max_tokens
     if room is not None and room < 1:
         raise ValueError(

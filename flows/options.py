@@ -132,18 +132,33 @@ def compare_command(search: BaseModel, settings: BaseModel, runtime: BaseModel) 
     Args:
         search: settings that all searches have in common, the field ``search`` of ``settings``.
     """
-    own = _given_options(settings, without=("search",))
-    return shlex.join(["layerwise", "compare", *_given_options(search), *own, *_given_options(runtime)])
+    # A preset has other defaults.
+    all_set = (
+        (search.model_fields_set, settings.model_fields_set)
+        if getattr(settings, "preset", None)
+        else ((), ())
+    )
+    of_search, own = (
+        _given_options(search, all_set[0]),
+        _given_options(settings, all_set[1], without=("search",)),
+    )
+    return shlex.join(["layerwise", "compare", *of_search, *own, *_given_options(runtime)])
 
 
-def _given_options(settings: BaseModel, without: Collection[str] = ()) -> list[str]:
-    """Return the options of the settings that differ from their defaults."""
+def _given_options(
+    settings: BaseModel, always: Collection[str] = (), without: Collection[str] = ()
+) -> list[str]:
+    """Return the options of the settings that differ from their defaults.
+
+    Args:
+        always: settings that are also given with their defaults.
+    """
     changed = settings.model_dump(mode="json", exclude_defaults=True)
     # A method is given by its name, or as a whole if one of its settings was changed.
     given = {
-        name: value["method"] if changed[name] == {} else value
+        name: value["method"] if isinstance(value, dict) and not changed.get(name) else value
         for name, value in settings.model_dump(mode="json").items()
-        if name in changed and name not in without
+        if (name in changed or name in always) and name not in without
     }
     return [f"{_flag(name)}={_spelt(name, value)}" for name, value in given.items()]
 

@@ -1,6 +1,5 @@
 """Commands that run a flow: read its settings from the options, run it, print its result."""
 
-import json
 import shlex
 import signal
 import time
@@ -78,13 +77,17 @@ def comparison_of(arguments: Namespace) -> "Compare":
             setattr(arguments, name, text)
     if arguments.sparsity is None and arguments.sparsities:
         arguments.sparsity = arguments.sparsities.partition(",")[0]
-    if arguments.recover is None and arguments.recover_windows and arguments.recoveries:
-        # The windows are for the recoveries in the list; the common search alone would refuse them.
-        recoveries = parsed("recoveries", arguments.recoveries)
-        listed = recoveries if isinstance(recoveries, list) else []
-        first = next((each for each in listed if each not in ("none", None)), None)
-        arguments.recover = first if first is None or isinstance(first, str) else json.dumps(first)
-    return read_options(arguments, Compare, search=read_options(arguments, Search))
+    windows = None
+    if arguments.recover is None and arguments.recoveries:
+        # They are for the recoveries in the list; the common search alone would refuse them.
+        windows, arguments.recover_windows = arguments.recover_windows, None
+    search = read_options(arguments, Search)
+    compared = read_options(arguments, Compare, search=search)
+    if windows is None:
+        return compared
+    common: dict[str, object] = {name: getattr(search, name) for name in search.model_fields_set}
+    common["recover_windows"] = parsed("recover_windows", windows)
+    return read_options(arguments, Compare, search=common)
 
 
 def run_theory(arguments: Namespace, began: float) -> None:

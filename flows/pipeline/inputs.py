@@ -78,7 +78,8 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     index = inspect_source(settings.model) if checkpoint is None else checkpoint.index
     linears = linears_by_layer(index, settings.seqlen)
     check_plans(settings, linears, _matrices(index))
-    if settings.calibrate_on == "responses":
+    prunable = settings.pruning("auto").prunable(linears)
+    if settings.calibrate_on == "responses" and _has_experts(prunable):
         _require_known_tokens(settings.model, index)
     vocabulary = config_from_document(index.config, settings.model).get_text_config().vocab_size
     if checkpoint is None:
@@ -92,13 +93,18 @@ def inspect_inputs(store: ArtifactStore, settings: Search) -> SearchInputs:
     return SearchInputs(stage, checkpoint, index, linears, texts)
 
 
+def _has_experts(linears: Sequence[Sequence[Linear]]) -> bool:
+    return any(expert_linear(linear.name) for layer in linears for linear in layer)
+
+
 def _require_known_tokens(model: str, index: CheckpointIndex) -> None:
     """Refuse a mixture of experts if it is not known which tokens an expert receives."""
     outline = outline_from_document(index.config, model)
     if (experts := experts_of_unknown_tokens(outline)) is not None:
         raise ValueError(
             f"calibrate_on is responses, and {outline.config.model_type} computes its experts in a forward pass of its own "
-            f"({experts}), so it is not known which tokens an expert receives. Set calibrate_on to all."
+            f"({experts}), so it is not known which tokens an expert receives. Set calibrate_on to all, or "
+            "leave the experts out (--exclude experts)."
         )
 
 
@@ -154,8 +160,7 @@ def check_plans(
                     f"layer {index}, {linear.name} has {linear.in_features} inputs, which the pattern "
                     f"{settings.pattern} does not divide. Use another M, or exclude it (--exclude '{linear.name}')."
                 )
-    has_experts = any(expert_linear(linear.name) for layer in prunable for linear in layer)
-    if settings.granularity == "expert" and not has_experts:
+    if settings.granularity == "expert" and not _has_experts(prunable):
         raise ValueError(
             "granularity is expert, but no expert of the model is pruned. Use granularity linear or layer, or a mixture of "
             "experts."

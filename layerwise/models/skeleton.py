@@ -327,6 +327,13 @@ def linears_of(layer: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model, its context; None if its configuration has no limit."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((number for number in found if number is not None), None)
+
+
 def require_positions(model: PreTrainedModel, seqlen: int) -> None:
     """Raise if windows are longer than a model's table of positions (GPT-2, OPT); warn if rotary positions end earlier.
 
@@ -336,10 +343,10 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
         ValueError: the table has fewer than ``seqlen`` positions.
     """
     config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    has_table = known is None  # MPT computes its ALiBi for max_seq_len positions
-    if known is None:
-        known = getattr(config, "max_seq_len", None)
+    known = positions_of(config)
+    has_table = (
+        getattr(config, "max_position_embeddings", None) is None
+    )  # MPT computes its ALiBi for all positions
     if known is None or seqlen <= known:
         return
     of_text = text_modules(model)  # an image encoder has a table of positions of its own

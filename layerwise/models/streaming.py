@@ -8,7 +8,7 @@ Arguments that depend on the tokens or on the outputs of earlier layers are comp
 way, from the state that the batch carries from layer to layer (``layerwise.models.layer_state``).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -246,6 +246,10 @@ class StreamedModel:
         """
         with self._embedding_for_a_moment():
             return self._find_layout()
+
+    def forget_other_shapes(self, shapes: Collection[tuple[int, ...]]) -> None:
+        """Free the arguments of layers, such as masks, for all shapes of token ids but these; others are computed again."""
+        self._arguments = {shape: each for shape, each in self._arguments.items() if shape in shapes}
 
     def release_embedding(self) -> None:
         """Free the input embedding, unless it is tied to the head. Embedding windows later loads it again.

@@ -71,7 +71,7 @@ def generate_calibration(
 
     def build(draft: Draft) -> None:
         if settings.way == "streamed":
-            _log_cost(checkpoint, prompts, settings.max_tokens)
+            logger.info("%s, one for every token", _cost(checkpoint, prompts, settings.max_tokens))
             token_ids = [prompt.token_ids for prompt in prompts]
             written = streamed_responses(store, draft, checkpoint, token_ids, ends, settings, execution)
             rows = [
@@ -190,7 +190,3 @@ def _cost(checkpoint: Checkpoint, prompts: Sequence[Prompt], max_tokens: int) ->
     passes = len(prompt_groups([prompt.token_ids for prompt in prompts], max_tokens)) * max_tokens
     layers = sum(checkpoint.index.layer_bytes)
     return f"up to {passes} passes over the {size(layers)} of the layers, {size(passes * layers)} of reads"
-
-
-def _log_cost(checkpoint: Checkpoint, prompts: Sequence[Prompt], max_tokens: int) -> None:
-    logger.info("streamed: %s, one for every token", _cost(checkpoint, prompts, max_tokens))

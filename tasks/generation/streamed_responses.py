@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.models.skeleton import positions_of
 from layerwise.models.streaming import StreamedModel
 from layerwise.scoring.continuations import PADDING, advance, rounded_up
 from layerwise.storage.draft import Draft
@@ -25,6 +26,8 @@ from layerwise.tasks.running.progress import showing
 
 # Tokens whose hidden states are kept at a time: 2 GiB in 16 bits at the width of a 7B model.
 TOKENS_AT_ONCE = 1 << 18
+
+ROWS_AT_ONCE = 64  # whose probabilities are in memory, in float64: 78 MB for a vocabulary of 152k
 
 WRITTEN_FILE = "written.json"
 
@@ -96,6 +99,7 @@ def streamed_responses(
                 tokens = next_tokens(part.last_logits(model), draws[list(part.numbers)], settings.temperature)
                 for number, token in zip(part.numbers, tokens.tolist(), strict=True):
                     written[number].append(token)
+            del part, parts  # before those of the next token are made
             show(step + 1)
             reached(step + 1)
         show(total)
@@ -128,7 +132,7 @@ def _parts(
 ) -> list[_Part]:
     """Embed sequences, those of similar length together. Attention is causal, so the padding changes no other token."""
     room = execution.hidden_states_room()
-    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.model.config)
     parts = []
     ordered = sorted(sequences, key=lambda number: (len(sequences[number]), number))
     for start in range(0, len(ordered), batch):
@@ -143,6 +147,7 @@ def _parts(
         states = room.empty((*input_ids.shape, model.layout.size), model.dtype).copy_(model.embed(input_ids))
         parts.append(_Part(numbers, torch.tensor([len(sequences[number]) for number in numbers]), states))
     model.release_embedding()
+    model.forget_other_shapes({tuple(part.states.shape[:2]) for part in parts})
     return parts
 
 
@@ -161,10 +166,23 @@ def next_tokens(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
 
     Returns:
         Token ids, shape ``(rows,)``: the first token whose cumulative probability is above the draw.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
     """
+    # A NaN or an infinity is also the largest logit of its row; -inf hides a token.
+    highest, most_likely = logits.max(-1)
+    if not highest.isfinite().all():
+        raise ValueError(
+            f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}. Use another dtype (--dtype), or "
+            "check the weights."
+        )
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits.double().cpu() / temperature).softmax(-1).cumsum(-1)
-    # Scaled by the last sum, which rounding moves from 1, so that no draw is beyond the last token.
-    found = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return found.clamp(max=logits.shape[-1] - 1)
+        return most_likely
+    found = []
+    for some, draw in zip(logits.split(ROWS_AT_ONCE), draws.split(ROWS_AT_ONCE), strict=True):
+        below = (some.double() - some.double().amax(-1, keepdim=True)).cpu()
+        cumulative = (below / temperature).softmax(-1).cumsum(-1)
+        # Scaled by the last sum, which rounding moves from 1, so that no draw is beyond the last token.
+        found.append(torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)[:, 0])
+    return torch.cat(found).clamp(max=logits.shape[-1] - 1)

@@ -95,3 +95,6 @@ def test_experts_that_do_not_tell_their_tokens_are_not_calibrated_on_responses(w
         ValueError, match="responses, and jetmoe computes its experts in a forward pass of its own"
     ):
         inspect_inputs(ArtifactStore(str(tmp_path / "store")), settings)
+    # Without the experts, nothing depends on their tokens. JetMoE has experts in attention and in the MLP.
+    others = settings.model_copy(update={"exclude": "experts"})
+    assert inspect_inputs(ArtifactStore(str(tmp_path / "store")), others).linears

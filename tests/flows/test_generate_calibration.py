@@ -17,7 +17,6 @@ from layerwise.scoring.continuations import advance
 from layerwise.storage.draft import Draft
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import TEXT_FILE, write_responses
-from layerwise.tasks.generation.streamed_responses import next_tokens, prompt_groups, uniform_draws
 from layerwise.tasks.texts.corpora import open_corpus
 from layerwise.tasks.texts.token_stream import tokenise_corpus
 
@@ -109,23 +108,6 @@ def test_a_streamed_model_that_dies_in_a_pass_writes_the_same_after_it(generated
     _, resumed = generated(tmp_path / "two", **settings)
     assert Path(resumed).read_bytes() == Path(location).read_bytes()
     assert len(layers) == undisturbed + 2  # the layer before the death, and the one in which it died
-
-
-def test_sequences_that_are_answered_together_fit_into_memory(monkeypatch):
-    monkeypatch.setattr("layerwise.tasks.generation.streamed_responses.TOKENS_AT_ONCE", 30)
-    groups = prompt_groups([[1] * length for length in (5, 5, 50, 1, 1, 1)], 8)
-    assert groups == [range(0, 2), range(2, 3), range(3, 6)]
-
-
-def test_tokens_are_drawn_from_the_softmax_of_all_logits():
-    logits = torch.tensor([0.0, -1.0, 2.0, 1.0, -30.0])
-    draws = uniform_draws(20_000, seed=1)
-    found = next_tokens(logits.expand(len(draws), -1), draws, temperature=2.0)
-    expected = (logits / 2).softmax(0) * len(draws)
-    counts = torch.bincount(found, minlength=5)
-    assert (counts - expected).abs().le(4 * expected.sqrt() + 1).all()
-    assert next_tokens(logits[None], torch.tensor([1 - 2**-53], dtype=torch.float64), 0.01).tolist() == [2]
-    assert next_tokens(logits[None], torch.tensor([0.99], dtype=torch.float64), 0).tolist() == [2]
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_cost_of_streaming(generated, tmp_path, monkeypatch):

@@ -503,6 +503,7 @@ def test_the_command_of_a_search_gives_the_same_settings(changes):
         ],
         ["--sparsity=0.6", '--pruners=[{"method": "sparsegpt", "block_size": 64}]', "--tasks=arc_easy,piqa"],
         ["--preset=atp-paper", "--table=2"],
+        ["--preset=atp-paper", "--strategy=auto", "--calibration-windows=auto"],
     ],
 )
 def test_the_command_of_a_comparison_gives_the_same_settings(given_options):
@@ -512,6 +513,12 @@ def test_the_command_of_a_comparison_gives_the_same_settings(given_options):
     repeated = parse_command(again)
     assert (program, comparison_of(repeated)) == ("layerwise", given)
     assert read_options(repeated, FanOutRuntime) == where
+
+
+def test_a_wrong_recovery_in_a_list_is_named_by_its_own_option():
+    options = ["--sparsity=0.5", "--recoveries=refti", "--recover-windows=8"]
+    with pytest.raises(ValueError, match="^--recoveries: .*'refti'"):
+        comparison_of(parse_command(["compare", "--model=demo", "--store=a", *options]))
 
 
 @pytest.mark.parametrize("command", ["ls", "status", "show", "report", "bench", "gc", "verify"])

@@ -93,6 +93,21 @@ def test_pruned_weights_stay_zero_and_kept_weights_move_by_the_relative_rate():
     assert (small == 0).tolist() == (large == 0).tolist() == [[True, False], [False, True]]
 
 
+def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero():
+    """A class that skips the expert gives it no gradient at all."""
+    reached, skipped, zero = (nn.Parameter(torch.tensor([[0.0, 1.0]])) for _ in range(3))
+    names = ("experts.0.up.weight", "experts.1.up.weight", "experts.2.up.weight")
+    optimizer = MaskedAdamW(dict(zip(names, (reached, skipped, zero), strict=True)), 0.01)
+    for gradients in ((1.0, None, 0.0), (1.0, 1.0, 1.0)):
+        for weight, gradient in zip((reached, skipped, zero), gradients, strict=True):
+            weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+        optimizer.step(factor=1.0)
+    assert torch.equal(skipped, zero)
+    assert not torch.equal(skipped, reached)
+    with pytest.raises(AssertionError, match="the loss depends on q_proj.weight"):
+        MaskedAdamW({"q_proj.weight": nn.Parameter(torch.ones(1, 2))}, 0.01).step(factor=1.0)
+
+
 def test_the_gradient_of_pruned_weights_does_not_count_in_its_norm():
     weight = nn.Parameter(torch.tensor([[0.0, 1.0]]))
     optimizer = MaskedAdamW({"weight": weight}, 0.01)
