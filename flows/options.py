@@ -132,16 +132,10 @@ def compare_command(search: BaseModel, settings: BaseModel, runtime: BaseModel) 
     Args:
         search: settings that all searches have in common, the field ``search`` of ``settings``.
     """
-    # A preset has other defaults.
-    all_set = (
-        (search.model_fields_set, settings.model_fields_set)
-        if getattr(settings, "preset", None)
-        else ((), ())
-    )
-    of_search, own = (
-        _given_options(search, all_set[0]),
-        _given_options(settings, all_set[1], without=("search",)),
-    )
+    # A preset has defaults of its own, so all options are given with it.
+    has_preset = getattr(settings, "preset", None) is not None
+    of_search = _given_options(search, search.model_fields_set if has_preset else ())
+    own = _given_options(settings, settings.model_fields_set if has_preset else (), without=("search",))
     return shlex.join(["layerwise", "compare", *of_search, *own, *_given_options(runtime)])
 
 

@@ -344,9 +344,8 @@ def require_positions(model: PreTrainedModel, seqlen: int) -> None:
     """
     config = model.config.get_text_config()
     known = positions_of(config)
-    has_table = (
-        getattr(config, "max_position_embeddings", None) is None
-    )  # MPT computes its ALiBi for all positions
+    # MPT, whose number of positions has another name, computes its ALiBi for exactly these.
+    has_table = getattr(config, "max_position_embeddings", None) is None
     if known is None or seqlen <= known:
         return
     of_text = text_modules(model)  # an image encoder has a table of positions of its own
