@@ -69,7 +69,13 @@ def pages_of_search(folder: Path) -> list[Page]:
     )
     runtime = Runtime(store=str(folder / "store"))
     deployment = search.to_deployment("screenshots", entrypoint_type=EntrypointType.MODULE_PATH).apply()
-    pages = [Page("form", f"deployments/deployment/{deployment}/run", "Fraction of the weights of all decoder linears")]
+    pages = [
+        Page(
+            "form",
+            f"deployments/deployment/{deployment}/run",
+            "Fraction of the weights of all decoder linears",
+        )
+    ]
     for name, says in (("first", "built now"), ("cached", "Everything was in the store already")):
         state = search(settings, runtime, return_state=True)
         run, verdict = state.state_details.flow_run_id, state.result().selection.verdict
