@@ -331,7 +331,7 @@ def positions_of(config: PretrainedConfig) -> int | None:
     """Return the number of positions of a model, its context; None if its configuration has no limit."""
     text = config.get_text_config()
     found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((number for number in found if number is not None), None)
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 def require_positions(model: PreTrainedModel, seqlen: int) -> None:

@@ -28,6 +28,7 @@ from layerwise.models.skeleton import (
     expected_tensors,
     fill_unused_parts,
     layer_prefix,
+    positions_of,
     with_plain_forward,
 )
 
@@ -319,8 +320,8 @@ class StreamedModel:
 
     @property
     def _probed_seqlens(self) -> tuple[int, int]:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(positions, int) or positions >= max(PROBED_SEQLENS):
+        positions = positions_of(self.model.config)
+        if positions is None or positions >= max(PROBED_SEQLENS):
             return PROBED_SEQLENS
         return positions - 1, positions
 

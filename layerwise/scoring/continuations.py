@@ -89,7 +89,7 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
         rows[continuation.inputs].append((number, continuation))
     by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for inputs in sorted(rows):
-        by_length[max(len(inputs), min(rounded_up(len(inputs)), longest))].append(inputs)
+        by_length[padded_length(len(inputs), longest)].append(inputs)
     found = []
     for seqlen, sequences in sorted(by_length.items(), reverse=True):
         padded = torch.full((len(sequences), seqlen), PADDING)
@@ -103,10 +103,15 @@ def continuation_batches(continuations: Sequence[Continuation], longest: int) ->
     return found
 
 
-def rounded_up(length: int) -> int:
-    """Round a length up to one of a few lengths, by at most an eighth: each length needs its own masks."""
+def padded_length(length: int, longest: int | None) -> int:
+    """Return the length to pad a sequence to: one of a few, as each needs its own masks, and at most an eighth more.
+
+    Args:
+        longest: number of positions of the model, beyond which no sequence is padded; None for no limit.
+    """
     step = max(SMALLEST_STEP, 2 ** (length.bit_length() - 4))
-    return -(-length // step) * step
+    rounded = -(-length // step) * step
+    return rounded if longest is None else max(length, min(rounded, longest))
 
 
 @torch.no_grad()

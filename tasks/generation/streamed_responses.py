@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.models.skeleton import positions_of
 from layerwise.models.streaming import StreamedModel
-from layerwise.scoring.continuations import PADDING, advance, rounded_up
+from layerwise.scoring.continuations import PADDING, advance, padded_length
 from layerwise.storage.draft import Draft
 from layerwise.storage.formats.canonical_json import digest
 from layerwise.storage.store import ArtifactStore
@@ -137,10 +137,7 @@ def _parts(
     ordered = sorted(sequences, key=lambda number: (len(sequences[number]), number))
     for start in range(0, len(ordered), batch):
         numbers = tuple(ordered[start : start + batch])
-        longest = len(sequences[numbers[-1]])
-        seqlen = (
-            rounded_up(longest) if positions is None else max(longest, min(rounded_up(longest), positions))
-        )
+        seqlen = padded_length(len(sequences[numbers[-1]]), positions)
         input_ids = torch.full((len(numbers), seqlen), PADDING)
         for row, number in zip(input_ids, numbers, strict=True):
             row[: len(sequences[number])] = torch.tensor(sequences[number])

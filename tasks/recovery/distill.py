@@ -287,17 +287,17 @@ class _Distillation:
             model, self._distilled_layers(), test_ids, "distill: distilled model on the test windows"
         )
         distilled = perplexity(window_losses(model, states, test_ids))
-        exported, layer_of = self.inputs.exported, self._layers_by_stored_name()
-        zeros, number, distilled_layer = 0, None, dict[str, Tensor]()
+        zeros, exported = 0, self.inputs.exported
+        groups = self.pruned.source_tensors().items()
+        layer_of = {tensor.name: layer for layer, group in groups if layer is not None for tensor in group}
         for shard in sorted(name for name in exported.files if name.endswith(".safetensors")):
             tensors = read_tensors(self.store, exported, shard)
-            for name in tensors.keys() & layer_of.keys():
-                if layer_of[name] != number:
-                    number = layer_of[name]
-                    weights = self._distilled_layer(number)
-                    zeros += self._trained_zeros(number, weights)
-                    distilled_layer = self.pruned.layer_by_stored_name(number, weights)
-                tensors[name] = distilled_layer[name]
+            # The export writes every layer into a shard of its own.
+            for layer in sorted({layer_of[name] for name in tensors.keys() & layer_of.keys()}):
+                weights = self._with_best(layer, self.pruned.read(self.pruned.layer_tensors(layer)))
+                zeros += self._trained_zeros(layer, weights)
+                stored = self.pruned.layer_by_stored_name(layer, weights)
+                tensors |= {name: stored[name] for name in tensors.keys() & stored.keys()}
             write_tensors(draft, shard, tensors, metadata={"format": "pt"})
         assert zeros == self.zeros, "training changes no zero"
         for name in (*copied_files(exported.files), SPARSITY_FILE, WEIGHTS_INDEX):
@@ -339,17 +339,6 @@ class _Distillation:
         if self.counted is None:
             return used * self.input_ids.shape[1]
         return int(self.counted[window_order(windows, used, settings.seed)].sum()) if used else 0
-
-    def _layers_by_stored_name(self) -> dict[str, int]:
-        """Return the layers with trained weights, by name of every tensor in the export that belongs to one."""
-        trained = {
-            int(name.removeprefix(f"{self.pruned.layer_prefix}.").split(".")[0]) for name in self.trained
-        }
-        groups = self.pruned.source_tensors()
-        return {tensor.name: layer for layer in sorted(trained) for tensor in groups[layer]}
-
-    def _distilled_layer(self, index: int) -> dict[str, Tensor]:
-        return self._with_best(index, self.pruned.read(self.pruned.layer_tensors(index)))
 
     def _with_best(self, index: int, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a layer of the pruned checkpoint, the trained ones replaced by their best values."""
