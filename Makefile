@@ -12,11 +12,11 @@ demo: $(VENV)/.ready
 	    --seqlen 512 --calibration-windows 16 --selection-windows 12 --test-windows 12
 	$(BIN)/layerwise bench $(STORE)
 
-# Types are checked while the tests run, and shown after them. The many processes of the tests compile our code only once.
+# Types are checked while the tests run, and shown after them; no test runs the benchmarks. The many processes of the tests compile our code only once.
 test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & mypy=$$!; \
+	{ $(BIN)/mypy && $(BIN)/mypy --explicit-package-bases tests/benchmarks; } >$(VENV)/mypy.log 2>&1 & mypy=$$!; \
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile \
 	    --no-loadscope-reorder --durations 25; tests=$$?; \
 	wait $$mypy; types=$$?; cat $(VENV)/mypy.log; exit $$((tests || types))

@@ -11,6 +11,7 @@ import torch
 from layerwise.flows.orchestration.embedded_server import PREFERENCES
 from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
+from tests.prefect_server import SEND_LIMIT
 from tests.s3_server import s3_server, weed_command
 
 # These files take a minute or more each. They come first, so that no worker is left alone with one of them at the end.
@@ -87,7 +88,7 @@ def prefect_backend(tmp_path_factory) -> Iterator[str]:
             environment.setenv(name, value)
         environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
         # The harness would wait without end for the events to a server of a test that no longer exists.
-        environment.setattr(EventsWorker, "drain_all", partial(EventsWorker.drain_all, timeout=10))
+        environment.setattr(EventsWorker, "drain_all", partial(EventsWorker.drain_all, timeout=SEND_LIMIT))
         # The server starts in 16 s on two idle cores. The heartbeat would delay the end of every flow by a second.
         quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with prefect_test_harness(server_startup_timeout=120), quick:

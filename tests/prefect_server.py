@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +17,7 @@ from layerwise.flows.orchestration.embedded_server import PREFERENCES
 
 # Seconds; it takes 6 on two cores, and 10 more with an empty home, to create the database.
 START_LIMIT = 180.0
+SEND_LIMIT = 10.0  # seconds to send the last events; without end if the server no longer exists
 
 
 def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
@@ -36,6 +39,34 @@ FEW_WRITES = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
 }
+
+
+@contextmanager
+def flows_of_this_process_use(server: "PrefectServer", home: Path) -> Iterator[None]:
+    """Let flows of this process use ``server``.
+
+    Prefect's worker that sends events keeps the server it began with. It would send the events of later tests, from which
+    the server gets to know the runs of tasks, to a server that no longer exists.
+
+    Args:
+        home: Prefect home of this process.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_HOME,
+        temporary_settings,
+    )
+
+    # The heartbeat would delay the end of every flow by a second.
+    ours = {PREFECT_API_URL: server.url, PREFECT_HOME: home, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    EventsWorker.drain_all(timeout=SEND_LIMIT)
+    with temporary_settings(ours):
+        try:
+            yield
+        finally:
+            EventsWorker.drain_all(timeout=SEND_LIMIT)
 
 
 class PrefectServer:

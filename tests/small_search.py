@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
@@ -11,7 +12,7 @@ TOKENS = ["<unk>", "<s>", "</s>", *ALPHABET, "ab"]
 HIDDEN, FEED_FORWARD, HEADS, KEY_VALUE_HEADS = 256, 512, 4, 2
 
 
-def small_search(folder: Path, layers: int = 12, letters: int = 12000) -> dict[str, object]:
+def small_search(folder: Path, layers: int = 12, letters: int = 12000) -> dict[str, Any]:
     """Write a model and a text to ``folder``; return the settings of a search with them, as plain JSON.
 
     The model is a GGUF file, because importing it into the store leaves a resume point after every layer.

@@ -144,24 +144,15 @@ def test_the_checkout_is_not_importable_in_the_clean_environment(installed, tmp_
         assert installed.run("python", "-c", code, cwd=tmp_path) == "None\n"
 
 
-@pytest.mark.parametrize("variables", [{}, {"PYTHONPATH": "."}], ids=["plain", "PYTHONPATH=."])
-def test_a_script_next_to_a_tasks_module_of_the_user_gets_both(installed, project, variables):
-    lines = installed.run("python", "script.py", cwd=project, **variables).splitlines()
+def test_a_script_next_to_a_tasks_module_of_the_user_gets_both(installed, project):
+    lines = installed.run("python", "script.py", cwd=project, PYTHONPATH=".").splitlines()
     assert Path(lines[0].split()[0]).is_relative_to(installed.folder)
     assert lines[1:] == ["search demo at 0.5 store", "the user"]
 
 
-@pytest.mark.parametrize(
-    ("command", "variables"),
-    [
-        (["python", "-m", "layerwise"], {}),
-        (["python", "-m", "layerwise"], {"PYTHONPATH": "."}),
-        (["layerwise"], {"PYTHONPATH": "."}),
-    ],
-    ids=["module", "module with PYTHONPATH=.", "command with PYTHONPATH=."],
-)
-def test_the_command_runs_next_to_a_flows_package_of_the_user(installed, project, command, variables):
-    assert "--beta-step" in installed.run(*command, "search", "--help", cwd=project, **variables)
+@pytest.mark.parametrize("command", [["python", "-m", "layerwise"], ["layerwise"]], ids=["module", "command"])
+def test_the_command_runs_next_to_a_flows_package_of_the_user(installed, project, command):
+    assert "--beta-step" in installed.run(*command, "search", "--help", cwd=project, PYTHONPATH=".")
 
 
 def test_prefect_deploys_from_a_project_that_has_a_flows_package(installed, project, prefect_backend):

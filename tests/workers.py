@@ -5,16 +5,20 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import yaml
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.deployments.runner import RunnerDeployment
+from prefect.flows import EntrypointType
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH
 
 from tests.prefect_server import prefect_environment
@@ -183,6 +187,17 @@ class Worker(Machine):
         if self._worker is not None:
             self._worker.wait()
             self._worker = None
+
+
+def deploy(flow: Flow, pool: str | None, name: str, **options: Any) -> uuid.UUID:
+    """Create a deployment whose workers import the flow by its module path, and return its id."""
+    deployment = flow.to_deployment(
+        name, entrypoint_type=EntrypointType.MODULE_PATH, work_pool_name=pool, **options
+    )
+    assert isinstance(deployment, RunnerDeployment), "outside of an event loop"
+    made = deployment.apply()
+    assert isinstance(made, uuid.UUID), "outside of an event loop"
+    return made
 
 
 def create_pool(client: SyncPrefectClient, name: str) -> None:

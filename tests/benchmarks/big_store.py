@@ -14,6 +14,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from layerwise.storage.draft import Draft
 from layerwise.storage.files.filesystem import is_local
 from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
@@ -57,7 +58,7 @@ def fill(store: ArtifactStore, objects: int) -> None:
     def write(number: int) -> None:
         folder = f"{store.root}/lane/{number:032x}"
         if number == 0:
-            store.get_or_build(Stage("lane", 1, "first"), lambda draft: draft.write("x", b"x"))
+            store.get_or_build(Stage("lane", 1, "first"), write_one_byte)
         for name in ["manifest.json", *(f"{uuid.uuid4().hex}/{n}" for n in range(per_artifact - 1))]:
             path = f"{folder}/{name}"
             if is_local(store.fs):
@@ -73,7 +74,11 @@ def start(store: ArtifactStore, round_number: int) -> None:
     with announced(store, "benchmark"):
         for number in range(LOOKUPS):
             store.find(Stage("lane", 1, number))
-        store.get_or_build(Stage("lane", 1, ["round", round_number]), lambda draft: draft.write("x", b"x"))
+        store.get_or_build(Stage("lane", 1, ["round", round_number]), write_one_byte)
+
+
+def write_one_byte(draft: Draft) -> None:
+    draft.write("x", b"x")
 
 
 if __name__ == "__main__":

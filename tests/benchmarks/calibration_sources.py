@@ -35,7 +35,7 @@ from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.generation.generate_calibration import TEXT_FILE
 from layerwise.tasks.lm_eval_tasks.comparison import compare_zero_shot
-from layerwise.tasks.lm_eval_tasks.task_loading import load_questions
+from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.zero_shot import ZeroShotSettings
 from layerwise.tasks.zero_shot import zero_shot as answer
 
@@ -43,13 +43,13 @@ SPARSITIES = (0.5, 0.6)
 BETAS = (0.002, 0.004, 0.008)
 # Windows of calibration, selection and test; tokens of a window; prompts to answer, tokens of an answer; documents of a task.
 FULL = {
-    "calibration": 128,
-    "selection": 32,
+    "calibration": 64,
+    "selection": 16,
     "test": 32,
     "seqlen": 512,
-    "prompts": 1000,
+    "prompts": 500,
     "answer": 128,
-    "documents": 500,
+    "documents": 250,
 }
 TINY = {
     "calibration": 4,
@@ -112,10 +112,14 @@ def written_texts(arguments: argparse.Namespace, size: Mapping[str, int]) -> dic
         Path(texts[name]).write_text("\n".join(json.dumps({"messages": conversation(row)}) for row in rows))
     for name in ("valid", "test"):
         texts[f"wikitext2-{name}"] = str(data / "wikitext2" / f"wiki.{name}.raw")
-    prompts = {"prompts": texts["chats"], "documents": size["prompts"], "max_tokens": size["answer"]}
-    generated = generate_calibration(
-        GenerateCalibration(model=arguments.model, **prompts), Runtime(store=str(arguments.store))
+    settings = GenerateCalibration(
+        model=arguments.model,
+        prompts=texts["chats"],
+        documents=size["prompts"],
+        max_tokens=size["answer"],
+        batch=32,
     )
+    generated = generate_calibration(settings, Runtime(store=str(arguments.store)))
     texts["own"] = ArtifactStore(str(arguments.store)).location(generated, TEXT_FILE)
     return texts
 
@@ -161,6 +165,7 @@ def searches(
             selection_windows=size["selection"],
             test_windows=size["test"],
             seqlen=size["seqlen"],
+            dtype="bfloat16",
         )
         found[name] = search(settings, SearchRuntime(store=str(arguments.store)))
     return found
@@ -185,7 +190,7 @@ def answers_of(
     """Return the answers of the chosen model to the questions of all tasks."""
     runtime = Runtime(store=str(arguments.store))
     store, execution = ArtifactStore(runtime.store), runtime.execution()
-    questions = load_questions(tuple(arguments.tasks.split(",")), size["documents"], 0, False)
+    questions = load_tasks(tuple(arguments.tasks.split(",")), size["documents"]).questions
 
     @flow(name="answers of calibration_sources")
     def ask() -> Mapping[str, Artifact]:

@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -26,7 +27,6 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import FlowRun
-from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from layerwise.flows.fan_out import part_flows
@@ -38,7 +38,7 @@ from tests.fault_proxy import FaultProxy
 from tests.faults import stall_before_head
 from tests.prefect_server import FEW_WRITES, PrefectServer
 from tests.small_search import small_search
-from tests.workers import Worker, create_pool
+from tests.workers import Worker, create_pool, deploy
 
 WORKERS = (1, 2, 4)
 GROUPS, LAYERS, BETAS = 4, 12, [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]  # and beta 0
@@ -120,7 +120,7 @@ def copy_all_but_lanes(source: ArtifactStore, target: ArtifactStore) -> None:
 
 def measure(
     client: SyncPrefectClient,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     store: ArtifactStore,
     count: int,
     folder: Path,
@@ -131,7 +131,7 @@ def measure(
     pool = f"lanes-{count}"
     create_pool(client, pool)
     for each in (part_flows.capture, part_flows.branch, part_flows.evaluate):
-        each.to_deployment(pool, entrypoint_type=EntrypointType.MODULE_PATH, work_pool_name=pool).apply()
+        deploy(each, pool, pool)
     with ExitStack() as stack:
         workers = [
             stack.enter_context(
@@ -155,12 +155,18 @@ def timing_of(
     assert len(runs) == GROUPS, f"{len(runs)} flow runs for {GROUPS} groups"
     noticed = noticed_at(client, store)
     starts, notices, works = [], [], []
+    times = []
+    for run in runs:
+        started, created, ended = (
+            at.timestamp() for at in (run.start_time, run.created, run.end_time) if at is not None
+        )
+        times.append((started, created, ended, run.infrastructure_pid))
     for worker in workers:
         free = began
-        for run in sorted(runs, key=lambda run: run.start_time):
-            said = [each.at for each in worker.said() if str(each.pid) == run.infrastructure_pid]
+        for _, created, end, process in sorted(times):
+            said = [each.at for each in worker.said() if str(each.pid) == process]
             if said:
-                ready, end = max(free, run.created.timestamp()), run.end_time.timestamp()
+                ready = max(free, created)
                 starts.append(said[0] - ready)
                 works.append(end - said[0])
                 notices.append(min(at for at in noticed if at > end) - end)

@@ -34,6 +34,7 @@ from layerwise.tasks.capture import CaptureSettings, capture
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
+from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.texts.token_windows import TOKENS_FILE
 from tests.benchmarks.memory_by_depth import write_model
@@ -118,7 +119,7 @@ def measure(
     if traffic is not None:
         traffic.restart()
     began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CUDA]) if on_cuda else nullcontext() as profiled:
+    with profile(activities=[ProfilerActivity.CUDA]) if on_cuda else nullcontext(None) as profiled:
         run.branch(captured)
         if on_cuda:
             torch.cuda.synchronize()
@@ -135,7 +136,7 @@ def measure(
         print(
             f"  to the host {traffic.to_host / 1e6:.3f} MB, peak memory {traffic.peak / layer:.1f} times a layer"
         )
-    if not on_cuda:
+    if profiled is None:
         return
     by_kind, busy = Counter[str](), []
     for event in profiled.events():
@@ -175,7 +176,7 @@ class Run:
         self.checkpoint = import_checkpoint(self.store, str(model))
         self.linears = linears_by_layer(self.checkpoint.index, seqlen)
         self.dtype, self.execution = dtype, execution
-        self.windows = [self._tokens(seed, windows, seqlen) for seed in (1, 2)]
+        self.calibration, self.selection = (self._tokens(seed, windows, seqlen) for seed in (1, 2))
 
     def _tokens(self, seed: int, windows: int, seqlen: int) -> Artifact:
         vocabulary = self.checkpoint.config.vocab_size
@@ -189,12 +190,14 @@ class Run:
     def capture(self) -> Artifact:
         """Run the dense model."""
         settings = CaptureSettings(self.dtype)
-        return capture.fn(self.store, self.checkpoint, *self.windows, settings, self.execution)
+        return capture.fn(
+            self.store, self.checkpoint, self.calibration, self.selection, settings, self.execution
+        )
 
-    def branch(self, captured: Artifact):
+    def branch(self, captured: Artifact) -> list[LaneScore]:
         """Run the lanes, and return their scores."""
         plans = [arithmetic(SPARSITY, beta, layer_sizes_of(self.linears)) for beta in BETAS]
-        inputs = LaneInputs(self.checkpoint, captured, *self.windows)
+        inputs = LaneInputs(self.checkpoint, captured, self.calibration, self.selection)
         settings = Search(model="-", sparsity=SPARSITY).pruning(self.dtype)
         return branch.fn(self.store, inputs, plans, self.linears, settings, self.execution)
 

@@ -29,10 +29,15 @@ from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.models.streamed import layer_sizes_of, linears_by_layer
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.texts.documents import Role
 from tests.benchmarks.memory_by_depth import SEQLEN, WINDOWS, memory, tokens, write_model
 
 # The number of steps does not matter for the memory.
-PRUNERS = {"sparsegpt": SparseGPT(), "alps": ALPS(iterations=1, refit_steps=1), "wanda_swaps": WandaSwaps()}
+PRUNERS: dict[str, SparseGPT | ALPS | WandaSwaps] = {
+    "sparsegpt": SparseGPT(),
+    "alps": ALPS(iterations=1, refit_steps=1),
+    "wanda_swaps": WandaSwaps(),
+}
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 2048}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 512}
 SPARSITY = 0.5
@@ -62,13 +67,13 @@ def main() -> None:
     sys.exit(wrong)
 
 
-def measure(folder: Path, pruner: str) -> dict[str, object]:
+def measure(folder: Path, pruner: str) -> dict[str, int | dict[str, int]]:
     """Return the peak above the start and what ``plan`` states, in bytes."""
     run_stages(ArtifactStore(str(folder / f"store-small-{pruner}")), str(folder / "model-small"), pruner)
     before = memory("VmRSS")
     sizes = run_stages(ArtifactStore(str(folder / f"store-{pruner}")), str(folder / "model"), pruner)
     states = sizes.hidden_states(1, None)
-    return {"peak": memory("VmHWM") - before, "stated": sizes.memory | {"hidden states": states}}
+    return {"peak": memory("VmHWM") - before, "stated": sizes.memory("cpu")[0] | {"hidden states": states}}
 
 
 def run_stages(store: ArtifactStore, model: str, pruner: str) -> SearchSizes:
@@ -86,7 +91,7 @@ def run_stages(store: ArtifactStore, model: str, pruner: str) -> SearchSizes:
     plans = [arithmetic(SPARSITY, 0.0, layer_sizes_of(linears))]
     (lane,) = branch.fn(store, inputs, plans, linears, settings, execution)
     export.fn(store, inputs, lane, lane, linears, settings, execution)
-    windows = dict.fromkeys(("calibration", "selection", "test"), WINDOWS)
+    windows: dict[Role, int] = {"calibration": WINDOWS, "selection": WINDOWS, "test": WINDOWS}
     return SearchSizes(search, checkpoint.index, linears, "bfloat16", len(plans), windows)
 
 

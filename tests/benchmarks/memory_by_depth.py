@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -67,7 +68,7 @@ def main() -> None:
     sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
 
 
-def write_model(folder: Path, depth: int, **sizes: int) -> None:
+def write_model(folder: Path, depth: int, **sizes: Any) -> None:
     """Write a random LLaMA, of 7B width by default. All layers have the same values, which do not matter here."""
     if (folder / "config.json").exists():
         return
@@ -92,7 +93,7 @@ def write_model(folder: Path, depth: int, **sizes: int) -> None:
         "lm_head.weight": torch.randn(config.vocab_size, width, dtype=torch.bfloat16) * 0.02,
     }
     groups = [outer, *({f"model.layers.{n}.{name}": t for name, t in layer.items()} for n in range(depth))]
-    place = {}
+    place: dict[str, str] = {}
     for number, tensors in enumerate(groups):
         save_file(tensors, folder / f"model-{number:05d}.safetensors")
         place |= dict.fromkeys(tensors, f"model-{number:05d}.safetensors")

@@ -17,7 +17,7 @@ from typing import Any
 from layerwise.flows.orchestration.embedded_server import ServerStart
 from layerwise.flows.pipeline import graph
 from layerwise.flows.pipeline.inputs import check_inputs
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from tests.demo_search import DEMO
@@ -48,7 +48,7 @@ def main() -> None:
         task.fn = timed(task.fn, inside)
     settings = Search.model_validate(DEMO)
     began = time.monotonic()
-    search(settings, Runtime(store=str(store)))
+    search(settings, SearchRuntime(store=str(store)))
     total = time.monotonic() - began
     share = 1 - sum(inside) / total
     print(

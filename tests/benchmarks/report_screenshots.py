@@ -14,7 +14,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Request
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
@@ -62,15 +65,17 @@ def problems_of(page: Path, folder: Path, chromium: str) -> list[str]:
     from playwright.sync_api import sync_playwright
 
     problems: list[str] = []
+
+    def note_request(request: "Request") -> None:
+        if request.url != page.as_uri():
+            problems.append(f"requests {request.url}")
+
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
         browser = playwright.chromium.launch_persistent_context(
             profile, executable_path=chromium, args=FLAGS.split()
         )
         tab = browser.pages[0]
-        tab.on(
-            "request",
-            lambda request: request.url == page.as_uri() or problems.append(f"requests {request.url}"),
-        )
+        tab.on("request", note_request)
         tab.on("console", lambda message: problems.append(f"console: {message.text}"))
         for view in VIEWS:
             tab.emulate_media(color_scheme=view.scheme)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from prefect import flow
+from transformers import PreTrainedModel
 
 from layerwise.allocators.atp import arithmetic
 from layerwise.allocators.beta_grid import BETA_STEP, beta_grid
@@ -223,19 +224,32 @@ def loop(store: ArtifactStore, scored: Scored, sparsity: float, betas: tuple[flo
     for beta in betas:
         model = whole_model(captured.checkpoint, "bfloat16", execution)
         plan = arithmetic(sparsity, beta, layer_sizes_of(captured.linears))
-        prune_model(model, calibration, plan.layers)
+        prune_model(model, calibration, sparsities_by_layer(plan))
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in selection]
         print(f"loop, beta {beta:g}: perplexity {perplexity_of(tuple(losses)):.1f}", flush=True)
 
 
-def prune_model(model: torch.nn.Module, calibration: torch.Tensor, sparsities: tuple[float, ...]) -> None:
+def sparsities_by_layer(plan: SparsityPlan) -> tuple[float, ...]:
+    """Return one sparsity for each layer, as a plan by ATP has it."""
+    sparsities = [sparsity for sparsity in plan.layers if isinstance(sparsity, float)]
+    assert len(sparsities) == len(plan.layers), "a plan by ATP"
+    return tuple(sparsities)
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    layers = model.base_model.layers
+    assert isinstance(layers, torch.nn.ModuleList), "the demo model has decoder layers"
+    return layers
+
+
+def prune_model(model: PreTrainedModel, calibration: torch.Tensor, sparsities: tuple[float, ...]) -> None:
     """Prune layer after layer by Wanda, each calibrated on the outputs of the pruned layers before it."""
     states, arguments = first_inputs(model, calibration)
-    for layer, sparsity in zip(model.model.layers, sparsities, strict=True):
+    for layer, sparsity in zip(layers_of(model), sparsities, strict=True):
         linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
         squares = {linear: torch.zeros(linear.in_features) for linear in linears}
 
-        def observe(linear: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def observe(linear: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
             squares[linear] += inputs[0].reshape(-1, inputs[0].shape[-1]).float().square().sum(dim=0)  # noqa: B023
 
         hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
@@ -253,7 +267,7 @@ def prune_model(model: torch.nn.Module, calibration: torch.Tensor, sparsities: t
 
 
 def first_inputs(
-    model: torch.nn.Module, calibration: torch.Tensor
+    model: PreTrainedModel, calibration: torch.Tensor
 ) -> tuple[list[torch.Tensor], dict[str, object]]:
     """Return the first layer's input of every window, and the other arguments of a layer."""
     states: list[torch.Tensor] = []
@@ -267,7 +281,7 @@ def first_inputs(
         others.update(named)
         raise Caught
 
-    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    hook = layers_of(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
     for window in calibration:
         with suppress(Caught):
             model(input_ids=window[None], use_cache=False)

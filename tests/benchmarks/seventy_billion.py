@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -31,6 +32,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tests.benchmarks.memory_by_depth import memory
+
+if TYPE_CHECKING:
+    from layerwise.flows.settings import Search
 
 FICLONE = 0x40049409  # ioctl of Linux: let a file share the blocks of another
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # flags of fallocate
@@ -178,7 +182,7 @@ def free_exported(store: Path, finished: threading.Event) -> None:
                     freed.add(shard)
 
 
-def search_settings(arguments: argparse.Namespace):
+def search_settings(arguments: argparse.Namespace) -> "Search":
     """Return the settings of the search."""
     from layerwise.flows.settings import Search
 

@@ -41,14 +41,16 @@ def main() -> None:
     share = (speeds[SPARSE].weight_bytes - head) / (speeds[BFLOAT16].weight_bytes - head)
     floor = FASTER.get(table.level or LEVELS[0], LEAST_FASTER)
     print(f"pruned linears: {share:.3f} of their dense size (at most {MOST_BYTES})")
-    print(f"{speeds[SPARSE].to_bfloat16:.2f} times torch bfloat16 (at least {floor})")
-    sys.exit(share > MOST_BYTES or speeds[SPARSE].to_bfloat16 < floor)
+    faster = speeds[SPARSE].to_bfloat16
+    assert faster is not None, "torch in bfloat16 was measured"
+    print(f"{faster:.2f} times torch bfloat16 (at least {floor})")
+    sys.exit(share > MOST_BYTES or faster < floor)
 
 
 def pruned_llama(layers: int) -> LlamaForCausalLM:
     """Build a model with random bfloat16 weights, the same for all layers, pruned to the sparsities of the plan."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).bfloat16()
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     model.model.rotary_emb.__init__(model.config)  # its frequencies are buffers
     sizes = [
@@ -66,7 +68,9 @@ def pruned_llama(layers: int) -> LlamaForCausalLM:
             drawn[parameter.shape] = 0.02 * torch.randn(parameter.shape, dtype=torch.bfloat16)
         parameter.copy_(drawn[parameter.shape])
         if ".layers." in name:
-            parameter.masked_fill_(torch.rand(parameter.shape) < plan.layers[int(name.split(".")[2])], 0)
+            sparsity = plan.layers[int(name.split(".")[2])]
+            assert isinstance(sparsity, float), "a plan by ATP has one sparsity for each layer"
+            parameter.masked_fill_(torch.rand(parameter.shape) < sparsity, 0)
     return model
 
 

@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
@@ -65,16 +66,16 @@ def main() -> None:
 
 
 def _in_a_process(folder: Path, model: str, way: str) -> int:
-    command = [sys.executable, __file__, "--folder", folder, "--model", model, "--way", way]
+    command = [sys.executable, __file__, "--folder", str(folder), "--model", model, "--way", way]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def write_opt(folder: Path, **shape: int) -> Path:
+def write_opt(folder: Path, **shape: Any) -> Path:
     """Write a random OPT in bfloat16, with a tokenizer for the words of the tasks."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         config = OPTConfig(**({"num_attention_heads": 4} | shape))
-        OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        OPTForCausalLM(config).bfloat16().save_pretrained(folder)
         give_words(folder)
     return folder
 

@@ -28,7 +28,6 @@ import psutil
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Completed, Pending, Running
 
@@ -38,11 +37,12 @@ from layerwise.flows.fan_out.part import Part, parameters_of
 from layerwise.flows.fan_out.work_pool import WorkPool
 from layerwise.flows.runtime import FanOutRuntime
 from layerwise.flows.settings import Search
+from layerwise.storage.draft import Draft
 from layerwise.storage.signs_of_life import announced
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from tests.prefect_server import PrefectServer, prefect_environment
-from tests.workers import create_pool
+from tests.workers import create_pool, deploy
 
 COUNTS = (250, 500, 1000)
 POOL, WORKERS = "lanes", 20
@@ -101,8 +101,7 @@ def main() -> None:
             with get_client(sync_client=True) as client:
                 create_pool(client, POOL)
             for each in (part_flows.capture, part_flows.branch, part_flows.evaluate):
-                module = EntrypointType.MODULE_PATH
-                each.to_deployment(each.name, entrypoint_type=module, work_pool_name=POOL).apply()
+                deploy(each, POOL, each.name)
             command = [sys.executable, __file__, "--folder", str(arguments.folder), "--work"]
             worker = subprocess.Popen(command, env=environment)
             try:
@@ -149,8 +148,8 @@ def measure(count: int, folder: Path) -> Cost:
     def parent() -> None:
         with get_client(sync_client=True) as client:
             fan_out = FanOut(client, store, WorkPool(client, POOL), f"groups:{count}")
-            fan_out._start = timed(fan_out._start, cost.spent["begin"])
-            fan_out._poll = timed(fan_out._poll, cost.spent["poll"])
+            for name, method in (("begin", "_start"), ("poll", "_poll")):
+                setattr(fan_out, method, timed(getattr(fan_out, method), cost.spent[name]))
             fan_out.run([part(number) for number in range(count)])
 
     before, began = process.cpu_times(), time.monotonic()
@@ -229,7 +228,11 @@ def sleep_and_build(run: FlowRun) -> None:
     store = ArtifactStore(run.parameters["runtime"]["store"])
     with announced(store, run.name, run.id.hex):
         time.sleep(GROUP_SECONDS)
-        store.get_or_build(lane(run.parameters["points"][0][0]), lambda draft: draft.write("lane", b"done"))
+        store.get_or_build(lane(run.parameters["points"][0][0]), write_lane)
+
+
+def write_lane(draft: Draft) -> None:
+    draft.write("lane", b"done")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
-from prefect.deployments.runner import EntrypointType
 
-from layerwise.flows.runtime import Runtime
+from layerwise.flows.runtime import SearchRuntime
 from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from tests.small_search import small_search
+from tests.workers import deploy
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
@@ -67,8 +67,8 @@ def pages_of_search(folder: Path) -> list[Page]:
     settings = Search.model_validate(
         small_search(folder / "model") | {"betas": [0.01, 0.02, 0.03, 0.05, 0.07]}
     )
-    runtime = Runtime(store=str(folder / "store"))
-    deployment = search.to_deployment("screenshots", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    runtime = SearchRuntime(store=str(folder / "store"))
+    deployment = deploy(search, None, "screenshots")
     pages = [
         Page(
             "form",
@@ -80,7 +80,9 @@ def pages_of_search(folder: Path) -> list[Page]:
         state = search(settings, runtime, return_state=True)
         run, verdict = state.state_details.flow_run_id, state.result().selection.verdict
         with get_client(sync_client=True) as client:
-            found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [run]}))
+            found = client.read_artifacts(
+                artifact_filter=ArtifactFilter.model_validate({"flow_run_id": {"any_": [run]}})
+            )
         artifact = {each.key: f"artifacts/artifact/{each.id}" for each in found}
         pages += [
             Page(f"{name}-run", f"runs/flow-run/{run}?tab=Logs", settings.title),

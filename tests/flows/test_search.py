@@ -3,12 +3,9 @@
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -337,22 +334,6 @@ def test_a_run_is_named_after_model_and_sparsity(finished, workshop):
         run = client.read_flow_run(state.state_details.flow_run_id)
     assert run.state.is_completed()
     assert run.name == "model at 0.5"
-
-
-def test_a_deployment_runs_with_json_parameters(finished, workshop, prefect_backend, pytestconfig):
-    """As on a worker, another process imports the flow by its module path and gets its parameters as JSON."""
-    result, runtime = finished
-    deployment = search.to_deployment("test", entrypoint_type=EntrypointType.MODULE_PATH).apply()
-    parameters = {"settings": workshop.parameters(seed=2), "runtime": {"store": runtime.store}}
-    with get_client(sync_client=True) as client:
-        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
-        command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run.id)]
-        environment = {**os.environ, "PREFECT_API_URL": prefect_backend}
-        subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, check=True)
-        assert client.read_flow_run(run.id).state.is_completed()
-    again = search(workshop.settings(seed=2), runtime)
-    assert again.built == ()
-    assert keys_of(again)["calibration"] != keys_of(result)["calibration"]
 
 
 @pytest.mark.parametrize("windows", [{}, {"calibration_windows": 4, "selection_windows": None}])

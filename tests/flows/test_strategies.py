@@ -102,8 +102,8 @@ def test_a_plan_shows_the_first_round_and_that_more_may_follow(settings, tmp_pat
     assert branch.state == "prune and score 7 of them, windows 0 to 7; more may follow"
 
 
-def test_a_race_over_processes_has_the_result_of_a_race_in_one_process(settings, grid, race, tmp_path):
-    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
+def test_a_race_in_another_process_has_the_result_of_a_race_in_this_one(settings, grid, race, tmp_path):
+    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:1")
     spread = search(settings(strategy="race"), runtime)
     assert spread.selection == race.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
@@ -162,23 +162,25 @@ def test_a_search_over_projections_shares_its_first_lanes_with_the_grid_and_is_n
     )
 
 
-def test_a_search_that_makes_plans_has_the_same_result_over_processes(evolutionary, tmp_path):
-    runtime = SearchRuntime(store=str(tmp_path / "store"), fan_out="processes:2", groups=2)
-    spread = search(evolutionary.settings, runtime)
+def test_a_search_that_makes_plans_is_stopped_and_continued_over_processes_with_the_same_result(
+    evolutionary, tmp_path
+):
+    # The time limit is asked for before each request, whatever the number of processes that share the request.
+    spread_out = {"store": str(tmp_path / "store"), "fan_out": "processes:2", "groups": 2}
+    stopped = search(evolutionary.settings, SearchRuntime(minutes=1e-6, **spread_out))
+    assert stopped.settings == evolutionary.settings.model_copy(update={"stop_after": 3})
+    assert stopped.selection.rows == evolutionary.selection.rows[:3]
+    spread = search(evolutionary.settings, SearchRuntime(**spread_out))
     assert spread.selection == evolutionary.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
         role: artifact.content for role, artifact in evolutionary.stages.items()
     }
 
 
-# The limit is asked for before each request, whatever the number of processes that share the request.
-@pytest.mark.parametrize("fan_out", [{}, {"fan_out": "processes:1"}], ids=["here", "another process"])
-def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(
-    settings, fan_out, tmp_path
-):
+def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_continue(settings, tmp_path):
     asked = settings(strategy="adaptive", trials=6)
     store = str(tmp_path / "store")
-    stopped = search(asked, SearchRuntime(store=store, minutes=1e-6, **fan_out))
+    stopped = search(asked, SearchRuntime(store=store, minutes=1e-6))
     tried = [0.0, BETAS[0], BETAS[2]]  # the first request of an adaptive search
     assert [row.beta for row in stopped.selection.rows] == tried
     assert stopped.settings == asked.model_copy(update={"stop_after": 3})
@@ -186,7 +188,7 @@ def test_a_search_at_its_time_limit_chooses_among_the_tried_plans_and_can_contin
     plan = plan_search(stopped.settings, SearchRuntime(store=store))
     assert not [stage for stage in plan.stages if stage.to_do]
     assert search(stopped.settings, SearchRuntime(store=store)).built == ()
-    again = search(asked, SearchRuntime(store=store, minutes=60, **fan_out))
+    again = search(asked, SearchRuntime(store=store, minutes=60))
     assert again.settings == asked
     assert len(again.selection.rows) > 3
     assert "The search was stopped" not in Path(again.report).read_text()

@@ -1,5 +1,6 @@
 """Small random models of every family, and reference results computed by transformers."""
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from layerwise.models.experts import fused_tensors
 from layerwise.models.streaming import StreamedModel
 from layerwise.sparse import native
-from layerwise.sparse.build import NoKernel, compile_kernel
+from layerwise.sparse.build import LIBRARY, SOURCES, NoKernel, compile_kernel
 from layerwise.sparse.native import Kernel
 
 VOCABULARY = 61
@@ -292,7 +293,11 @@ def layer_outputs() -> Callable[[PreTrainedModel, str, Tensor], list[Tensor]]:
 
 @pytest.fixture(scope="session")
 def library_path(tmp_path_factory) -> Path:
+    """Return a copy of the installed kernel if it is newer than its source; otherwise compile it."""
     path = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(source.stat().st_mtime for source in SOURCES):
+        shutil.copy(LIBRARY, path)
+        return path
     try:
         compile_kernel(path)
     except NoKernel as reason:

@@ -16,7 +16,6 @@ from time import monotonic, sleep, time
 import psutil
 import pytest
 import torch
-from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -28,13 +27,6 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.flows import EntrypointType
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-    PREFECT_HOME,
-    temporary_settings,
-)
 from prefect.states import Cancelling
 
 from layerwise.flows.fan_out import part_flows
@@ -45,10 +37,10 @@ from layerwise.flows.search import search
 from layerwise.flows.settings import Search
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.report import REPORT_STAGE
-from tests.prefect_server import FEW_WRITES, PrefectServer
+from tests.prefect_server import FEW_WRITES, PrefectServer, flows_of_this_process_use
 from tests.small_search import small_search
 from tests.work_log import Log, Run, mark_of
-from tests.workers import Machine, Worker, create_pool
+from tests.workers import Machine, Worker, create_pool, deploy
 
 LAYERS = 8
 NEEDED = list(range(1, LAYERS + 1))
@@ -87,15 +79,11 @@ def settings(folder) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[PrefectServer]:
-    with PrefectServer(folder / "server", **FEW_WRITES) as server:
-        # The heartbeat would delay the end of every flow of this process by a second.
-        ours = {
-            PREFECT_API_URL: server.url,
-            PREFECT_HOME: folder / "home",
-            PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
-        }
-        with temporary_settings(ours):
-            yield server
+    with (
+        PrefectServer(folder / "server", **FEW_WRITES) as server,
+        flows_of_this_process_use(server, folder / "home"),
+    ):
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +173,6 @@ def begin(server) -> Iterator[Callable[..., Future[SearchResult]]]:
 
 def pool_runtime(store: ArtifactStore, groups: int = 3) -> dict[str, object]:
     return {"store": store.url, "fan_out": "pool:lanes", "groups": groups, "boundary_layers": 1}
-
-
-def deploy(flow: Flow, pool: str, name: str, **options) -> uuid.UUID:
-    """Create a deployment whose workers import the flow by its module path."""
-    module_path = {"entrypoint_type": EntrypointType.MODULE_PATH, "work_pool_name": pool}
-    return flow.to_deployment(name, **module_path, **options).apply()
 
 
 def contents(store: ArtifactStore) -> dict[str, str]:
@@ -325,7 +307,7 @@ def test_work_is_not_repeated_after_deaths_of_a_machine_the_parent_and_the_serve
 ):
     store = before_the_lanes
     parents = [Machine(folder / f"parent-{number}", server.url) for number in range(2)]
-    parameters = json.dumps([settings, pool_runtime(store, groups=4)])
+    parameters = json.dumps([settings, pool_runtime(store, groups=2)])
     try:
         began = time()
         parents[0].run("-c", PARENT, parameters)
@@ -346,11 +328,11 @@ def test_work_is_not_repeated_after_deaths_of_a_machine_the_parent_and_the_serve
             parent.kill()
     assert contents(store) == contents(undisturbed)
     groups = groups_of(runs_of(client, store, "branch"))
-    assert sorted(len(betas) for betas in groups) == [2, 2, 2, 3]
+    assert sorted(len(betas) for betas in groups) == [4, 5]
     for runs in groups.values():
         assert repeated(runs, workers, "branch, layer", NEEDED) == []
     # Only the group that died was restarted.
-    assert sorted(len(runs) for runs in groups.values()) == [1, 1, 1, 2]
+    assert sorted(len(runs) for runs in groups.values()) == [1, 2]
     ((dead, successor),) = [runs for runs in groups.values() if len(runs) == 2]
     assert (dead.state.name, dead.state.message) == ("Crashed", "no sign of life for 60 s")
     assert successor.state.is_completed()
@@ -362,7 +344,7 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_search_continues_from
 ):
     store, began = before_the_lanes, time()
     deployment = deploy(search, "parents", "cancelled")
-    parameters = {"settings": settings, "runtime": pool_runtime(store)}
+    parameters = {"settings": settings, "runtime": pool_runtime(store, groups=2)}
     parent = client.create_flow_run_from_deployment(deployment, parameters=parameters)
 
     def ended() -> list[FlowRun]:
@@ -374,7 +356,7 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_search_continues_from
         until(lambda: held, "layer 2 of a group")
         client.set_flow_run_state(parent.id, Cancelling())
         until(ended, "the end of the search and its groups")
-    assert [run.state.name for run in ended()] == ["Cancelled"] * 4
+    assert [run.state.name for run in ended()] == ["Cancelled"] * 3
     branches = runs_of(client, store, "branch")
     layers = [log.work.get("branch, layer", [0])[-1] for log in logs_of(branches, workers)]
     assert 0 < max(layers) < LAYERS
@@ -384,7 +366,7 @@ def test_cancelling_a_search_stops_its_groups_and_the_next_search_continues_from
     assert contents(store) == contents(undisturbed)
     said = [f"DEBUG layerwise.tasks.running.progress - {record.getMessage()}" for record in caplog.records]
     resumed = [number for line in said if (number := mark_of(line)) and number.startswith("branch, layer")]
-    assert len(resumed) <= 3 * LAYERS - sum(layers) + len(layers)
+    assert len(resumed) <= 2 * LAYERS - sum(layers) + len(layers)
 
 
 def test_a_part_that_cannot_work_fails_the_search_at_once_with_its_reason(
