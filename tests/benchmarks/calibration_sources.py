@@ -43,13 +43,13 @@ SPARSITIES = (0.5, 0.6)
 BETAS = (0.002, 0.004, 0.008)
 # Windows of calibration, selection and test; tokens of a window; prompts to answer, tokens of an answer; documents of a task.
 FULL = {
-    "calibration": 64,
-    "selection": 16,
-    "test": 32,
+    "calibration": 32,
+    "selection": 8,
+    "test": 16,
     "seqlen": 512,
     "prompts": 500,
     "answer": 128,
-    "documents": 250,
+    "documents": 200,
 }
 TINY = {
     "calibration": 4,

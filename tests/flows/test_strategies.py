@@ -169,7 +169,8 @@ def test_a_search_that_makes_plans_is_stopped_and_continued_over_processes_with_
     spread_out = {"store": str(tmp_path / "store"), "fan_out": "processes:2", "groups": 2}
     stopped = search(evolutionary.settings, SearchRuntime(minutes=1e-6, **spread_out))
     assert stopped.settings == evolutionary.settings.model_copy(update={"stop_after": 3})
-    assert stopped.selection.rows == evolutionary.selection.rows[:3]
+    assert losses_by_beta(stopped).items() <= losses_by_beta(evolutionary).items()
+    assert len(stopped.selection.rows) == 3
     spread = search(evolutionary.settings, SearchRuntime(**spread_out))
     assert spread.selection == evolutionary.selection
     assert {role: artifact.content for role, artifact in spread.stages.items()} == {
