@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from layerwise.flows.orchestration.embedded_server import PREFERENCES
 from layerwise.storage.store import ArtifactStore
 from tests.fault_proxy import FaultProxy
-from tests.prefect_server import SEND_LIMIT
+from tests.prefect_server import FEW_WRITES, SEND_LIMIT, PrefectServer, flows_of_this_process_use
 from tests.s3_server import s3_server, weed_command
 
 # These files take a minute or more each. They come first, so that no worker is left alone with one of them at the end.
@@ -78,7 +79,10 @@ def quick_retries(monkeypatch):
 
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory) -> Iterator[str]:
-    """Start a real Prefect server with an empty database, used by flows of this process; return its URL."""
+    """Start a real Prefect server with an empty database, used by flows of this process; return its URL.
+
+    It does not record task runs and events, which would take twice its time; ``recording_server`` does.
+    """
     from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
@@ -91,5 +95,22 @@ def prefect_backend(tmp_path_factory) -> Iterator[str]:
         environment.setattr(EventsWorker, "drain_all", partial(EventsWorker.drain_all, timeout=SEND_LIMIT))
         # The server starts in 16 s on two idle cores. The heartbeat would delay the end of every flow by a second.
         quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
-        with prefect_test_harness(server_startup_timeout=120), quick:
+        with ExitStack() as stack:
+            # Not for servers that commands of the tests start.
+            with pytest.MonkeyPatch.context() as at_start:
+                for name, value in FEW_WRITES.items():
+                    at_start.setenv(name, value)
+                stack.enter_context(prefect_test_harness(server_startup_timeout=120))
+            stack.enter_context(quick)
             yield PREFECT_API_URL.value()
+
+
+@pytest.fixture(scope="module")
+def recording_server(tmp_path_factory) -> Iterator[str]:
+    """Start a Prefect server with all its services, used by flows of this process; return its URL."""
+    folder = tmp_path_factory.mktemp("recording")
+    with (
+        PrefectServer(folder / "server") as server,
+        flows_of_this_process_use(server, folder / "home"),
+    ):
+        yield server.url

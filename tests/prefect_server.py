@@ -32,8 +32,8 @@ def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
     return own | PREFERENCES | {"PREFECT_HOME": str(home)} | changes
 
 
-# Disables services that write to the database continuously. With several workers, they sometimes block SQLite for a
-# minute: a task of the server waits for a lock held by another one. The tests do not need these services.
+# Disables services that write to the database continuously, which takes half of the server's time. With several workers,
+# they sometimes block SQLite for a minute: a task of the server waits for a lock held by another one. Few tests need them.
 FEW_WRITES = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "false",

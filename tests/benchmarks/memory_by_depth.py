@@ -1,10 +1,10 @@
-"""Peak memory by depth: random models with 4 and 16 layers of LLaMA-7B width, in bfloat16, read from disk.
+"""Peak memory by depth: random models of LLaMA-7B width with 4 and 16 layers, in bfloat16, read from disk.
 
     .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth [--recover]
 
-Needs 9 GB of disk and about 15 minutes; 20 GB and an hour with ``--recover``. For each depth, a separate process runs
-import, capture, branch and export, first on a tiny model that loads all code. With ``--recover``, lanes are refitted, and
-one plan is recovered before the export. The peak is the largest memory of the process minus its memory before the large
+Needs 9 GB of disk and about 15 minutes. For each depth, a separate process runs import, capture, branch and export, first on
+a tiny model that loads all code. With ``--recover``, the models have 2 and 6 layers, lanes are refitted, and one plan is
+recovered before the export. The peak is the largest memory of the process minus its memory before the large
 model. Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states and, with
 ``--recover``, what ``recovery_bytes`` allows for.
 """
@@ -42,7 +42,7 @@ from layerwise.tasks.texts.token_windows import TOKENS_FILE
 
 WINDOWS, SEQLEN = 2, 256
 BETAS = (0.0, 0.005)
-DEPTHS = (4, 16)
+DEPTHS, RECOVERED_DEPTHS = (4, 16), (2, 6)
 
 
 def main() -> None:
@@ -54,14 +54,14 @@ def main() -> None:
     if arguments.depth:
         sys.stdout.write(json.dumps(measure(arguments.folder, arguments.depth, arguments.recover)))
         return
-    found = {}
-    for depth in DEPTHS:
+    found, depths = {}, RECOVERED_DEPTHS if arguments.recover else DEPTHS
+    for depth in depths:
         write_model(arguments.folder / f"model-{depth}", depth)
         command = [sys.executable, __file__, "--folder", arguments.folder, "--depth", str(depth)]
         command += ["--recover"] if arguments.recover else []
         found[depth] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{depth} layers: {found[depth]}")
-    first, last = (found[depth] for depth in DEPTHS)
+    first, last = (found[depth] for depth in depths)
     limit = 3 * last["layer"] + last["hidden states"] + last["recovery"]
     growth = last["peak"] / first["peak"] - 1
     print(f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit")

@@ -15,7 +15,6 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
-from prefect.events.worker import EventsWorker
 
 AUTOMATIONS = Path(__file__).parents[2] / "deployments" / "automations.yaml"
 NAMES = {each["name"] for each in yaml.safe_load(AUTOMATIONS.read_text())["automations"]}
@@ -42,9 +41,8 @@ def webhook():
 
 
 @pytest.fixture
-def automations(prefect_backend, webhook, tmp_path):
+def automations(recording_server, webhook, tmp_path):
     """Automations of the file on the server, by name."""
-    EventsWorker.drain_all(timeout=10)  # events of this process went to the server of an earlier test
     block = CustomWebhookNotificationBlock(
         name="layerwise", url=webhook[0], json_data={"text": "{{subject}}: {{body}}"}
     )
@@ -61,7 +59,7 @@ def automations(prefect_backend, webhook, tmp_path):
         "--from-file",
         str(file),
     ]
-    environment = {**os.environ, "PREFECT_API_URL": prefect_backend}
+    environment = {**os.environ, "PREFECT_API_URL": recording_server}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     with get_client(sync_client=True) as client:

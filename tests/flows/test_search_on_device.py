@@ -144,7 +144,7 @@ def test_the_number_of_waits_in_a_layer_does_not_depend_on_the_windows(
 
     monkeypatch.setattr(LaneGroup, "advance", counted)
     found = []
-    for windows in (4, 12):
+    for windows in (2, 6):
         changes = {"calibration_windows": windows + 2, "selection_windows": windows, "test_windows": windows}
         runtime = SearchRuntime(store=str(tmp_path / f"{windows}"), device="sim:0", device_memory_gib=1)
         waits.clear()

@@ -23,12 +23,12 @@ def bucket_of_secrets(s3_bucket):
 
 
 @pytest.fixture(scope="module")
-def run(prefect_backend, s3_bucket, workshop, pytestconfig, tmp_path_factory):
+def run(recording_server, s3_bucket, workshop, pytestconfig, tmp_path_factory):
     """Return a function that runs a search with all logs on the terminal, and returns the exit code and the output."""
 
     def search(store: str, **environment: str) -> tuple[int, str]:
         own = {
-            "PREFECT_API_URL": prefect_backend,
+            "PREFECT_API_URL": recording_server,
             "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
             "PREFECT_LOGGING_LEVEL": "DEBUG",
             "HF_TOKEN": HUB_TOKEN,

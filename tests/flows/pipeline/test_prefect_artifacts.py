@@ -118,7 +118,7 @@ def test_prefect_gets_table_report_paths_and_a_log_line(finished, page, caplog):
         assert artifact.description == f"model at 0.5: {result.selection.verdict}"
 
 
-def test_task_runs_are_named_by_model_sparsity_and_beta(finished, workshop):
+def test_task_runs_are_named_by_model_sparsity_and_beta(finished, workshop, recording_server):
     settings, runtime = workshop.settings(), finished[1]
     state = search(settings, runtime, return_state=True)
     best = state.result().selection.best_row.beta
