@@ -78,18 +78,22 @@ def main() -> None:
     ServerStart().wait()
     size = TINY if arguments.tiny else FULL
     texts = written_texts(arguments, size)
-    rows = []
+    rows: list[dict[str, object]] = []
     for sparsity in SPARSITIES[:1] if arguments.tiny else SPARSITIES:
         answers: dict[str, Mapping[str, Artifact]] = {}
         for source, calibration in sources(texts, size).items():
             began = time.monotonic()
             results = searches(arguments, size, sparsity, source, calibration, texts)
-            row = figures(sparsity, source, results)
+            row, first = figures(sparsity, source, results), next(iter(results.values()))
             if arguments.tasks:
-                answers[source] = answers_of(arguments, size, next(iter(results.values())))
+                answers[source] = answers_of(arguments, size, first, dense=False)
                 row |= accuracy(arguments, answers, source)
             rows.append(row | {"seconds": round(time.monotonic() - began)})
             print(json.dumps(rows[-1]), flush=True)
+    rows.append(dense_figures(results))
+    if arguments.tasks:
+        dense = {"c4": answers_of(arguments, size, first, dense=True)}
+        rows[-1] |= accuracy(arguments, dense, "c4")
     show(rows)
     sys.exit(any(value is None for row in rows for value in row.values()))
 
@@ -184,10 +188,20 @@ def figures(sparsity: float, source: str, results: Mapping[str, SearchResult]) -
     return row
 
 
+def dense_figures(results: Mapping[str, SearchResult]) -> dict[str, object]:
+    """Return the perplexities of the dense model on the test texts."""
+    row: dict[str, object] = {"sparsity": 0, "calibration": "dense"}
+    for name, result in results.items():
+        row[f"perplexity, {name.removesuffix('-test')}"] = round(result.test.dense, 2)
+    responses = results["chats-test"].test.responses
+    row["perplexity, responses"] = None if responses is None else round(responses.dense, 2)
+    return row
+
+
 def answers_of(
-    arguments: argparse.Namespace, size: Mapping[str, int], result: SearchResult
+    arguments: argparse.Namespace, size: Mapping[str, int], result: SearchResult, dense: bool
 ) -> Mapping[str, Artifact]:
-    """Return the answers of the chosen model to the questions of all tasks."""
+    """Return the answers of the dense or the chosen model to the questions of all tasks."""
     runtime = Runtime(store=str(arguments.store))
     store, execution = ArtifactStore(runtime.store), runtime.execution()
     questions = load_tasks(tuple(arguments.tasks.split(",")), size["documents"]).questions
@@ -196,8 +210,11 @@ def answers_of(
     def ask() -> Mapping[str, Artifact]:
         assert result.artifact is not None, "the search is in the store"
         finished = reopen_search(store, result.artifact.key, execution)
-        how = ZeroShotSettings(finished.scored.captured.pruning.dtype, "streamed")
-        return answer(store, finished.checkpoint(store, finished.best, execution), questions, how, execution)
+        captured = finished.scored.captured
+        asked = captured.checkpoint if dense else finished.checkpoint(store, finished.best, execution)
+        return answer(
+            store, asked, questions, ZeroShotSettings(captured.pruning.dtype, "streamed"), execution
+        )
 
     return ask()
 
