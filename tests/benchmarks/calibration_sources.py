@@ -10,9 +10,8 @@ texts that have to be made lie next to the store.
 Plans are chosen by the KL divergence on the validation text of WikiText-2. Prints one row per sparsity and source: perplexity
 on three test texts, perplexity of the responses of the chats, KL divergence on the three texts, and with ``--tasks`` the
 average zero-shot accuracy, with its difference to C4 and McNemar's p. Everything in the store is reused. ``--tiny`` takes a few
-small windows and questions, to try the script (7 minutes on a busy machine). At full size about 2 hours on two cores without
-``--tasks``, and 6 to 8 with the eight tasks of ``layerwise zero-shot``; both estimated from the number of tokens, not measured.
-Exits with 1 if a figure is missing.
+small windows and questions, to try the script (7 minutes on a busy machine). At full size, a source at one sparsity takes 20
+minutes on a busy machine with three short tasks, and the responses 25. Exits with 1 if a figure is missing.
 """
 
 import argparse
