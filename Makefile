@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	    --seqlen 512 --calibration-windows 16 --selection-windows 12 --test-windows 12
 	$(BIN)/layerwise bench $(STORE)
 
-# Types are checked while the tests run, and shown after them; no test runs the benchmarks. The many processes of the tests compile our code only once.
+# Types are checked while the tests run, also those of the benchmarks, which no test runs, and shown after them. The many processes of the tests compile our code only once.
 test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from layerwise.flows.orchestration.embedded_server import PREFERENCES
 
 # Seconds; it takes 6 on two cores, and 10 more with an empty home, to create the database.
 START_LIMIT = 180.0
-SEND_LIMIT = 10.0  # seconds to send the last events; without end if the server no longer exists
+SEND_LIMIT = 10.0  # seconds to send the last events; sending would never end if the server no longer exists
 
 
 def prefect_environment(home: Path, **changes: str) -> dict[str, str]:
@@ -45,8 +45,8 @@ FEW_WRITES = {
 def flows_of_this_process_use(server: "PrefectServer", home: Path) -> Iterator[None]:
     """Let flows of this process use ``server``.
 
-    Prefect's worker that sends events keeps the server it began with. It would send the events of later tests, from which
-    the server gets to know the runs of tasks, to a server that no longer exists.
+    Prefect's events worker keeps the server that it began with. Without this, it would send the events of later tests to a
+    server that no longer exists, and their own server would not learn of task runs.
 
     Args:
         home: Prefect home of this process.
