@@ -14,7 +14,7 @@ from layerwise.flows.setting_types import StrategyName
 from layerwise.flows.settings import OVER_LAYERS, TRIALS, Search
 from layerwise.models.expert_names import kind_of
 from layerwise.models.skeleton import Linear
-from layerwise.scoring.perplexity import mean_loss
+from layerwise.scoring.perplexity import mean_loss, paired_difference
 from layerwise.strategies.adaptive import AdaptiveSearch
 from layerwise.strategies.bayesian import BayesianSearch, require_optuna
 from layerwise.strategies.evolutionary import EvolutionarySearch
@@ -25,6 +25,9 @@ from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
 
 FINALISTS = 2  # plans that the strategy auto scores on all windows, in addition to uniform
+# A third plan is scored too if its paired t to the second is at most this. At 50 %, where the curve is flat, the first windows do not
+# tell the best plans apart.
+T_OF_FINALISTS = 1.0
 # Each implements the protocol layerwise.strategies.trials.Strategy.
 Proposals = AdaptiveSearch | TwoParameterSearch | ProjectionSearch | BayesianSearch | EvolutionarySearch
 KnownLosses = Mapping[SparsityPlan, Sequence[float]]
@@ -112,15 +115,18 @@ class SearchStrategy:
         return None
 
     def _narrowed(self, known: KnownLosses) -> LaneRequest | None:
-        """Search on the first windows, then score uniform and the best two plans on the others too."""
+        """Search on the first windows, then score uniform and the best two or three plans on the others too."""
         few = FIRST_ROUND if self.windows >= 2 * FIRST_ROUND else self.windows
         if not self._is_stopped(known):
             request = self._next_proposed(self._over_parameters(), self._plan_of_parameters, known, few)
             if request is not None:
                 return request
         first = {plan: losses[:few] for plan, losses in known.items()}
-        best = sorted(first, key=lambda plan: mean_loss(first[plan]))[:FINALISTS]
-        finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in best)
+        ranking = sorted(first, key=lambda plan: mean_loss(first[plan]))
+        count = FINALISTS
+        if len(ranking) > count and not _is_worse(first[ranking[count]], first[ranking[count - 1]]):
+            count += 1
+        finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in ranking[:count])
         if all(len(known[plan]) == self.windows for plan in finalists):
             return None
         return LaneRequest(finalists, (few, self.windows))
@@ -202,6 +208,12 @@ class SearchStrategy:
         if self.name == "evolutionary":
             return EvolutionarySearch(self._layer_sizes, starts, self.trials)
         return BayesianSearch(self.allocation.target, starts, budget=self.trials)
+
+
+def _is_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether a plan is worse than another one on the same windows, by more than ``T_OF_FINALISTS``."""
+    difference = paired_difference(losses, others)
+    return difference.mean > 0 if difference.t is None else difference.t > T_OF_FINALISTS
 
 
 @lru_cache(maxsize=1 << 12)

@@ -110,7 +110,7 @@ def test_auto_narrows_down_on_the_first_windows_and_scores_uniform_and_the_best_
     assert len(tried) == len(set(tried)) <= 8
     assert final.windows == (8, 40)
     assert {0.0, betas[best]} <= set(betas_of(final)) <= set(tried)
-    assert len(final.plans) <= 3
+    assert len(final.plans) <= 4
 
 
 def test_auto_scores_uniform_and_the_best_two_plans_on_all_windows():
@@ -118,9 +118,32 @@ def test_auto_scores_uniform_and_the_best_two_plans_on_all_windows():
         levels = dict(zip((0.0, 0.002, 0.004, 0.006, 0.008), levels, strict=True))
         return betas_of(play(strategy("auto", levels, 6, 16), lambda plan: levels[plan.beta])[-1])
 
-    assert finalists((3.0, 2.0, 1.0, 2.0, 3.0)) == (0.0, 0.002, 0.004)
-    assert finalists((3.0, 1.001, 1.0, 1.002, 3.0)) == (0.0, 0.002, 0.004)
-    assert finalists((0.9, 1.001, 1.0, 1.002, 3.0)) == (0.0, 0.004)
+    assert finalists((3.0, 2.0, 1.0, 2.1, 3.0)) == (0.0, 0.002, 0.004)
+    assert finalists((3.0, 1.1, 1.0, 1.2, 3.0)) == (0.0, 0.002, 0.004)
+    assert finalists((0.9, 1.1, 1.0, 1.2, 3.0)) == (0.0, 0.004)
+
+
+@pytest.mark.parametrize(
+    ("above", "finalists"),
+    [
+        ((0.1, -0.1) * 4, (0.0, 0.002, 0.004, 0.006)),  # t 0
+        (
+            (0.1, 0.1, 0.1, 0.1, 0.1, -0.1, -0.1, -0.1),
+            (0.0, 0.002, 0.004, 0.006),
+        ),  # mean .025, standard error .0366
+        ((0.1, 0.1, 0.1, 0.1, 0.1, 0.1, -0.1, -0.1), (0.0, 0.002, 0.004)),  # mean .05, standard error .0327
+        ((0.0,) * 8, (0.0, 0.002, 0.004, 0.006)),
+        ((0.1,) * 8, (0.0, 0.002, 0.004)),  # no t
+    ],
+)
+def test_auto_scores_a_third_plan_if_the_first_windows_do_not_tell_it_from_the_second(above, finalists):
+    first = {0.0: (3.0,) * 8, 0.002: (1.1,) * 8, 0.004: (1.0,) * 8, 0.008: (3.0,) * 8}
+    first[0.006] = tuple(1.1 + each for each in above)
+    auto = strategy("auto", sorted(first), 6, 16)
+    known = {plan: first[plan.beta] for plan in auto.plans}
+    assert auto.next_lanes(known) == LaneRequest(
+        tuple(plan for plan in auto.plans if plan.beta in finalists), (8, 16)
+    )
 
 
 def test_auto_that_is_stopped_still_scores_the_best_plans_on_all_windows():
