@@ -233,7 +233,7 @@ class Search(Settings):
         default="auto",
         description="Method that searches the plans. auto: narrow down the best beta on the first 8 selection windows, "
         "then score uniform and the best two plans on all windows, or three if the first windows do not tell the third "
-        "from the second; betas that you list are all scored on all windows. grid: score every beta on all selection windows. "
+        "from the best; betas that you list are all scored on all windows. grid: score every beta on all selection windows. "
         "race: score the betas in rounds of windows, and stop those that are clearly worse (paired t above 4, or worse on every window). "
         "adaptive: narrow down the minimum of the U-shaped curve with a few betas. two-parameter: the same for beta and "
         "offset. projections: first beta, then a difference for every kind of linear (q_proj, ..., down_proj). bayesian "

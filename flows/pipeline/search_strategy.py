@@ -25,7 +25,7 @@ from layerwise.strategies.two_parameter import TwoParameterSearch
 from layerwise.tasks.allocate import AllocateSettings
 
 FINALISTS = 2  # plans that the strategy auto scores on all windows, in addition to uniform
-# A third plan is scored too if its paired t to the second is at most this. At 50 %, where the curve is flat, the first windows do not
+# A third plan is scored too if its paired t to the best is at most this. At 50 %, where the curve is flat, the first windows do not
 # tell the best plans apart.
 T_OF_FINALISTS = 1.0
 # Each implements the protocol layerwise.strategies.trials.Strategy.
@@ -124,7 +124,7 @@ class SearchStrategy:
         first = {plan: losses[:few] for plan, losses in known.items()}
         ranking = sorted(first, key=lambda plan: mean_loss(first[plan]))
         count = FINALISTS
-        if len(ranking) > count and not _is_worse(first[ranking[count]], first[ranking[count - 1]]):
+        if len(ranking) > count and not _is_worse(first[ranking[count]], first[ranking[0]]):
             count += 1
         finalists = tuple(plan for plan in known if plan == self.plans[0] or plan in ranking[:count])
         if all(len(known[plan]) == self.windows for plan in finalists):

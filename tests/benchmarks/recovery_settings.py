@@ -166,7 +166,9 @@ def by_windows(lanes: Lanes) -> list[str]:
         show(f"{512 * windows:,} tokens, not recovered", plain, seconds)
         refit, seconds = lanes.perplexities(captured, BETAS[1:2], Refit())
         show(f"{512 * windows:,} tokens, refit", refit, seconds)
-        print(f"{min(refit.values()) / min(plain.values()):.2f} of the best perplexity without it", flush=True)
+        print(
+            f"{min(refit.values()) / min(plain.values()):.2f} of the best perplexity without it", flush=True
+        )
     return []
 
 
