@@ -17,7 +17,7 @@ test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	{ $(BIN)/mypy && $(BIN)/mypy --explicit-package-bases tests/benchmarks; } >$(VENV)/mypy.log 2>&1 & mypy=$$!; \
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --max-worker-restart 0 --dist loadfile \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile \
 	    --no-loadscope-reorder --durations 25; tests=$$?; \
 	wait $$mypy; types=$$?; cat $(VENV)/mypy.log; exit $$((tests || types))
 
