@@ -1,12 +1,13 @@
 """Peak memory by depth: random models of LLaMA-7B width with 4 and 16 layers, in bfloat16, read from disk.
 
-    .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth [--recover]
+    .venv/bin/python tests/benchmarks/memory_by_depth.py --folder /tmp/memory_by_depth [--recover --hidden-size 2048]
 
 Needs 9 GB of disk and about 15 minutes. For each depth, a separate process runs import, capture, branch and export, first on
-a tiny model that loads all code. With ``--recover``, the models have 2 and 6 layers, lanes are refitted, and one plan is
-recovered before the export. The peak is the largest memory of the process minus its memory before the large
-model. Exits with 1 if the peaks differ by more than 10 %, or exceed three layers plus the hidden states and, with
-``--recover``, what ``recovery_bytes`` allows for.
+a tiny model that loads all code. With ``--recover``, the models have 2 and 8 layers, lanes are refitted, and one plan is
+recovered before the export; a layer of 7B width then takes four minutes, one of half the width 25 seconds. The peak is the
+largest memory of the process minus its memory before the large model. Exits with 1 if the peaks differ by more than 10 %, or
+exceed three layers plus the hidden states and, with ``--recover``, what ``plan`` adds for it: the memory of the recovery, one
+byte per weight for the order of removal, embeddings and head.
 """
 
 import argparse
@@ -42,13 +43,15 @@ from layerwise.tasks.texts.token_windows import TOKENS_FILE
 
 WINDOWS, SEQLEN = 2, 256
 BETAS = (0.0, 0.005)
-DEPTHS, RECOVERED_DEPTHS = (4, 16), (2, 6)
+DEPTHS, RECOVERED_DEPTHS = (4, 16), (2, 8)
+HIDDEN_SIZE, INTERMEDIATE_SIZE, HEADS = 4096, 11008, 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--recover", action="store_true", help="recover lanes and the exported plan")
+    parser.add_argument("--hidden-size", type=int, default=HIDDEN_SIZE, help="the width; other sizes follow")
     parser.add_argument("--depth", type=int, help="measure one depth in this process")
     arguments = parser.parse_args()
     if arguments.depth:
@@ -56,7 +59,7 @@ def main() -> None:
         return
     found, depths = {}, RECOVERED_DEPTHS if arguments.recover else DEPTHS
     for depth in depths:
-        write_model(arguments.folder / f"model-{depth}", depth)
+        write_model(arguments.folder / f"model-{depth}", depth, **sizes_of(arguments.hidden_size))
         command = [sys.executable, __file__, "--folder", arguments.folder, "--depth", str(depth)]
         command += ["--recover"] if arguments.recover else []
         found[depth] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -66,6 +69,15 @@ def main() -> None:
     growth = last["peak"] / first["peak"] - 1
     print(f"growth {100 * growth:+.1f} % (at most 10 %); peak {last['peak'] / limit:.2f} of the limit")
     sys.exit(abs(growth) > 0.1 or last["peak"] > limit)
+
+
+def sizes_of(hidden_size: int) -> dict[str, int]:
+    """Return the sizes of a LLaMA of this width, in the proportions of LLaMA-7B."""
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": INTERMEDIATE_SIZE * hidden_size // HIDDEN_SIZE,
+        "num_attention_heads": HEADS * hidden_size // HIDDEN_SIZE,
+    }
 
 
 def write_model(folder: Path, depth: int, **sizes: Any) -> None:
@@ -115,11 +127,14 @@ def measure(folder: Path, depth: int, recover: bool) -> dict[str, int]:
     checkpoint = run_stages(store, str(folder / f"model-{depth}"), recovery)
     window = SEQLEN * checkpoint.config.hidden_size * 2
     linears = linears_by_layer(checkpoint.index, SEQLEN)[0]
+    order = sum(linear.numel for linear in linears)
     return {
         "peak": memory("VmHWM") - before,
         "layer": checkpoint.index.layer_bytes[0],
         "hidden states": window * WINDOWS * (len(BETAS) + 1) * (1 if recovery is None else 2),
-        "recovery": 0 if recovery is None else recovery_bytes(recovery, linears, 2),
+        "recovery": 0
+        if recovery is None
+        else recovery_bytes(recovery, linears, 2) + order + checkpoint.index.outer_bytes,
     }
 
 
