@@ -28,7 +28,7 @@ from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.lanes.statistics_table import read_statistics, statistics_identity, write_statistics
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import streamed_model
-from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.running.execution import Execution, return_freed_memory
 from layerwise.tasks.running.layer_boundaries import boundaries
 from layerwise.tasks.running.progress import showing
 from layerwise.tasks.texts.token_windows import read_counted, read_input_ids, read_responses
@@ -322,6 +322,8 @@ class _Group:
             recovered = lane.recovered.pop() if lane.recovered else None
             if recovered is not None and (keep := self.planned[plan].keep) is not None:
                 keep(index, recovered, outcome[plan + 1].recovery)
+        if self.settings.recover is not None:
+            return_freed_memory()
 
     def write_state(self, state: Draft) -> None:
         write_tensors(

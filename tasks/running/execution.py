@@ -1,5 +1,6 @@
 """Machine-side settings of a run. They do not change results, so they are not part of any key."""
 
+import ctypes
 import gc
 import tempfile
 from dataclasses import dataclass
@@ -88,3 +89,14 @@ def release_memory(device: torch.device) -> None:
     module = torch.get_device_module(device)
     if hasattr(module, "empty_cache"):
         module.empty_cache()
+
+
+def return_freed_memory() -> None:
+    """Return freed memory of this process to the system, where the C library can (glibc).
+
+    After the temporary tensors of many sizes that a recovery needs, glibc keeps freed blocks that later ones do not fit into: the
+    process would grow with the number of layers.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
