@@ -92,10 +92,10 @@ def release_memory(device: torch.device) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory of this process to the system, where the C library can (glibc).
+    """Return freed memory of this process to the system, if the C library can do that (glibc).
 
-    After the temporary tensors of many sizes that a recovery needs, glibc keeps freed blocks that later ones do not fit into: the
-    process would grow with the number of layers.
+    A recovery needs temporary tensors of many sizes. glibc keeps freed blocks that later tensors do not fit into, so the process
+    would grow from layer to layer.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -82,9 +82,8 @@ def test_a_machine_whose_clock_was_behind_does_not_make_its_artifact_the_oldest(
 def test_a_copy_without_times_keeps_the_order(tmp_path, by_older_version):
     store, now = ArtifactStore(str(tmp_path / "store")), time.time()
     build_weights(store, FIRST)
-    time.sleep(
-        1.1
-    )  # a recorded time is early by the delay between writing a file and reading its date, on a busy machine
+    # A recorded time is early by the delay between writing a file and reading its date, which a busy machine extends.
+    time.sleep(1.1)
     build_weights(store, SECOND)
     if by_older_version:
         as_older_version(store, FIRST, now - 3 * HOUR)

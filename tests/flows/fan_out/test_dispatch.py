@@ -284,9 +284,8 @@ def has_waiting(process: psutil.Process, wanted: signal.Signals) -> bool:
 def test_work_is_not_repeated_after_deaths_of_a_machine_the_parent_and_the_server(
     client, settings, bucket, undisturbed, workers, server, folder
 ):
-    store = bucket
     parents = [Machine(folder / f"parent-{number}", server.url) for number in range(2)]
-    parameters = json.dumps([settings, pool_runtime(store, groups=4)])
+    parameters = json.dumps([settings, pool_runtime(bucket, groups=4)])
     try:
         began = time()
         parents[0].run("-c", PARENT, parameters)
@@ -306,11 +305,11 @@ def test_work_is_not_repeated_after_deaths_of_a_machine_the_parent_and_the_serve
     finally:
         for parent in parents:
             parent.kill()
-    assert contents(store) == contents(undisturbed)
+    assert contents(bucket) == contents(undisturbed)
     for name in ("capture", "evaluate"):  # the export is written in the pass of the evaluation
-        runs = runs_of(client, store, name)
+        runs = runs_of(client, bucket, name)
         assert [log.work[f"{name}, layer"] for log in logs_of(runs, workers)] == [NEEDED]
-    groups = groups_of(runs_of(client, store, "branch"))
+    groups = groups_of(runs_of(client, bucket, "branch"))
     assert sorted(len(betas) for betas in groups) == [2, 2, 2, 3]
     for runs in groups.values():
         assert repeated(runs, workers, "branch, layer", NEEDED) == []
