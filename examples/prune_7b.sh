@@ -8,6 +8,6 @@ layerwise doctor --store runs --model meta-llama/Llama-2-7b-hf
 layerwise search --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --store runs --recover refit --recover-windows 32 \
     --calibration c4 --selection wikitext2 --device cuda
 
-layerwise zero-shot --store runs --documents 500 # needs pip install '.[zeroshot]'
 layerwise compress --store runs
-layerwise report runs --output report.html # once more, with the accuracies and sizes
+layerwise report runs --output report.html # with the sizes of the compressed model
+layerwise zero-shot --store runs --documents 500 # needs pip install '.[zeroshot]'; adds the accuracies to the report in the store
