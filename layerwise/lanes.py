@@ -32,14 +32,15 @@ class Lane:
             calibration.
         recovered_weights: returns the weights of a layer that an earlier recovery has found, by linear, in the
             checkpoint's dtype; empty if the layer keeps its pruned weights. None if the layer is still to be recovered.
-        recovered: weights of each layer that this group has recovered, by linear; empty if they were not accepted.
+        recovered: weights of each layer that this group has recovered, by linear; empty if they were not accepted. None if
+            they are not kept: those of a layer take as much memory as the layer.
     """
 
     removed: tuple[tuple[int, ...], ...] | None
     hidden_states: Tensor
     statistics: list[Mapping[str, InputStatistics]] = field(default_factory=list)
     recovered_weights: Callable[[int], Mapping[str, Tensor] | None] = lambda layer: None
-    recovered: list[Mapping[str, Tensor]] = field(default_factory=list)
+    recovered: list[Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class LaneGroup:
                 has_known_zeros = not found.weights
                 outcomes[lane] = self._score(lane, index, layer, dense_input, outcomes[0], has_known_zeros)
             recoveries[lane] = found.outcome
+            del found  # its weights would be in memory while the next lane is recovered
         if self.recovery is not None:
             with weights_replaced(layer, dense):  # last: every lane's recovery needs the dense model's input
                 self._calibrate(0, index, layer)
@@ -187,8 +189,7 @@ class LaneGroup:
             if counts[pruning.linear]
         ]
         if not linears:
-            self.lanes[lane].recovered.append({})
-            return RecoveredLayer({})
+            return self._kept(lane, RecoveredLayer({}))
         assert self.rooms is not None, "a group that recovers has them"
         calibration = slice(0, self.calibration_windows)
         pruned = LayerToRecover(
@@ -201,8 +202,12 @@ class LaneGroup:
             self.rooms,
             self.counted,
         )
-        recovered = recover_layer(pruned, self.recovery)
-        self.lanes[lane].recovered.append(recovered.weights)
+        return self._kept(lane, recover_layer(pruned, self.recovery))
+
+    def _kept(self, lane: int, recovered: RecoveredLayer) -> RecoveredLayer:
+        kept = self.lanes[lane].recovered
+        if kept is not None:
+            kept.append(recovered.weights)
         return recovered
 
     def _sequentially(

@@ -239,7 +239,8 @@ class _Group:
         self.lanes = [Lane(None, room.empty((dense_windows, *shape[1:]), self.model.dtype))]
         for each in planned:
             states = room.empty(shape, self.model.dtype)
-            self.lanes.append(Lane(each.removed, states, recovered_weights=each.recovered))
+            kept: list[Mapping[str, Tensor]] | None = None if each.keep is None else []
+            self.lanes.append(Lane(each.removed, states, recovered_weights=each.recovered, recovered=kept))
         self.rooms: tuple[Tensor, Tensor] | None = None
         if settings.recover is not None:
             own_shape = (self.calibration_windows, *shape[1:])

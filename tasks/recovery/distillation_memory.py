@@ -44,9 +44,10 @@ class DistillationMemory:
         free = free_memory(device)
         if self.total > free:
             parts = ", ".join(f"{name} {size(count)}" for name, count in self.parts.items() if count)
+            slowly = "" if device.type == "cpu" else ", or --device cpu, which is slow"
             raise ValueError(
                 f"the distillation needs about {size(self.total)} of memory ({parts}), but {size(free)} are free on "
-                f"{device}. The whole model is trained in memory: use a smaller model or a larger machine."
+                f"{device}. The whole model is trained in memory: use a smaller model or a larger machine{slowly}."
             )
         return self.total + self.activations > free
 

@@ -1,8 +1,11 @@
 """Recovery within the lanes: each lane recovers its own layers, on its own calibration windows."""
 
+from weakref import ref
+
 import pytest
 import torch
 
+from layerwise import lanes
 from layerwise.calibration.capture import capture_layers, embed_windows
 from layerwise.lanes import Lane, LaneGroup
 from layerwise.pruners.wanda import Wanda
@@ -36,7 +39,7 @@ def group_of(random_windows_of):
         windows = torch.cat([calibration, random_windows_of(3)])
         embedded = torch.empty(len(windows), 16, 32, dtype=dtype)
         embed_windows(model, windows, embedded, calibration_windows)
-        lanes = [Lane(removed, embedded.clone()) for removed in (None, *plans)]
+        lanes = [Lane(removed, embedded.clone(), recovered=[]) for removed in (None, *plans)]
         for lane, weights in zip(lanes[1:], found or [], strict=False):
             lane.recovered_weights = weights.__getitem__
         rooms = torch.empty(2, calibration_windows, 16, 32, dtype=dtype).unbind()
@@ -137,3 +140,25 @@ def test_the_recovered_weights_are_those_that_the_lane_advances_through(tiny_mod
     ):
         expected = model.run_layer(0, layer, states)
     torch.testing.assert_close(group.lanes[1].hidden_states, expected)
+
+
+def test_recovered_weights_that_nobody_wants_are_freed_before_the_next_lane_is_recovered(
+    tiny_model, group_of, monkeypatch
+):
+    """Otherwise the memory would grow by a layer for every lane."""
+    tiny, accepted = tiny_model(), []
+
+    def recover_layer(pruned, settings):
+        assert not any(weight() is not None for weight in accepted)
+        found = lanes_recover_layer(pruned, settings)
+        accepted.extend(map(ref, found.weights.values()))
+        return found
+
+    lanes_recover_layer = lanes.recover_layer
+    monkeypatch.setattr(lanes, "recover_layer", recover_layer)
+    plans = [removed_of(tiny, sparsities) for sparsities in SPARSITIES]
+    group = group_of(tiny, plans, Refit(alpha=0), calibration_windows=64)
+    for lane in group.lanes:
+        lane.recovered = None
+    list(group.advance(tiny.layers()))
+    assert len(accepted) > len(tiny.layers()) * len(tiny.streamed().linears[0])  # more than one lane in each layer
