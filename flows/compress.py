@@ -1,12 +1,12 @@
-"""Compress: write the pruned checkpoint of a finished search without its zeros, with a model card."""
+"""Compress: write the pruned or the distilled checkpoint of a finished search without its zeros, with a model card."""
 
-import json
 from dataclasses import replace
 
 from prefect import flow
 from pydantic import Field
 
 from layerwise.flows.orchestration.flow_frame import run_announced
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.finished_search import ReopenedSearch, reopen_search
 from layerwise.flows.report import make_report, newest_speed, newest_task_rows
@@ -17,17 +17,24 @@ from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.compress import compress as compress_export
 from layerwise.tasks.compress import require_compressible
 from layerwise.tasks.pages.model_card import ModelCard
-from layerwise.tasks.pages.model_card_data import card_of_lane, results_on_test
+from layerwise.tasks.pages.model_card_data import results_of_distillation, results_on_test
+from layerwise.tasks.results.distillation import newest_distilled, read_distillation
+from layerwise.tasks.results.roles import EVALUATE
+from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.running.execution import Execution
-from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 
 
 class Compress(Settings):
-    """Write the pruned checkpoint of a finished search without its zeros."""
+    """Write the pruned or the distilled checkpoint of a finished search without its zeros."""
 
     search: str | None = Field(
         default=None,
         description="Key of the search, as `layerwise ls` prints it, or its beginning. Empty: the newest search.",
+    )
+    distilled: bool = Field(
+        default=False,
+        description="Write the model that `layerwise distill` made of the search's export, the newest if there are several, "
+        "instead of the export.",
     )
 
 
@@ -43,7 +50,7 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
     Raises:
         FileNotFoundError: There is no such store.
         KeyError: The store has no such search.
-        ValueError: The model cannot be stored without its zeros.
+        ValueError: The model cannot be stored without its zeros, or the search has no distilled model.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
     return run_announced(
@@ -54,25 +61,36 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
 
 
 def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
-    finished = reopen_search(store, settings.search, execution)
+    search = read_search(store, artifact_by_key(store, settings.search))
+    distilled = _require_distilled(store, search) if settings.distilled else None
+    finished = reopen_search(store, search.artifact.key, execution)
     require_compressible(finished.scored.captured.checkpoint)
     exported = finished.exported(store, finished.best, execution)
-    card, section = _card(store, finished, exported), finished.recovery_section
-    tasks = newest_task_rows(store, finished.search.artifact)
-    folder = compress_export(store, exported, card, execution, section, tasks)
-    make_report(store.url, finished.search.artifact.key)
+    if distilled is None:
+        card = _card(store, finished, exported)
+    else:
+        results = results_of_distillation(read_distillation(store, distilled))
+        card = replace(finished.card(store, exported), results=results)
+    section, tasks = finished.recovery_section, newest_task_rows(store, search.artifact, distilled)
+    folder = compress_export(store, exported, card, execution, section, tasks, distilled)
+    make_report(store.url, search.artifact.key)
     return folder
+
+
+def _require_distilled(store: ArtifactStore, search: FinishedSearch) -> Artifact:
+    """Return the newest distilled model of a search."""
+    distilled = newest_distilled(store.artifacts(), search.stages[EVALUATE])
+    if distilled is None:
+        key = search.artifact.key
+        raise ValueError(
+            f"{key} has no distilled model. Make one with `layerwise distill STORE {key}`, or leave out --distilled to "
+            "compress the export of the search."
+        )
+    return distilled
 
 
 def _card(store: ArtifactStore, finished: ReopenedSearch, exported: Artifact) -> ModelCard:
     """Return the model card, with the test results and, if it was measured, the speed."""
-    before, uniform = finished.scored.captured, finished.scored.uniform
-    rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
-    card = card_of_lane(before.inputs("selection"), finished.best, uniform, before.pruning, rows)
-    tested = results_on_test(finished.search.test, before.windows["test"])
-    return replace(
-        card,
-        allocator=finished.settings.allocation_title,
-        results=card.results + tested,
-        speed=newest_speed(store, exported),
-    )
+    card = finished.card(store, exported)
+    tested = results_on_test(finished.search.test, finished.scored.captured.windows["test"])
+    return replace(card, results=card.results + tested, speed=newest_speed(store, exported))

@@ -1,6 +1,5 @@
 """Distill: train the weights that a finished search kept, so that the pruned model's output follows the dense one's."""
 
-import json
 from dataclasses import replace
 from typing import Annotated
 
@@ -16,15 +15,12 @@ from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.pages.model_card import ModelCard
-from layerwise.tasks.pages.model_card_data import card_of_lane
 from layerwise.tasks.recovery.distill import DistillInputs, require_distillable
 from layerwise.tasks.recovery.distill import distill as distill_export
 from layerwise.tasks.recovery.student import DistillSettings
 from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.sample_tokens import require_responses
-from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 from layerwise.tasks.texts.token_windows import shape_of
 
 
@@ -116,7 +112,8 @@ def _distilled(store: ArtifactStore, settings: Distill, execution: Execution) ->
         before.pruning.dtype,
         before.pruning.calibrate_on,
     )
-    card, section = _card(store, finished, exported), finished.recovery_section
+    # The results of the search are not of the distilled model.
+    card, section = replace(finished.card(store, exported), results=()), finished.recovery_section
     folder = distill_export(store, inputs, settings.training, card, execution, section)
     make_report(store.url, finished.search.artifact.key)
     return folder
@@ -133,13 +130,3 @@ def _calibration(store: ArtifactStore, finished: ReopenedSearch, windows: int | 
     if finished.settings.calibrate_on == "responses":
         require_responses(store, checkpoint.tokenizer, checkpoint.encoding_identity, request)
     return sample_windows(store, checkpoint, request)
-
-
-def _card(store: ArtifactStore, finished: ReopenedSearch, exported: Artifact) -> ModelCard:
-    """Return the model card without results: those of the search are not of the distilled model."""
-    before = finished.scored.captured
-    rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
-    card = card_of_lane(
-        before.inputs("selection"), finished.best, finished.scored.uniform, before.pruning, rows
-    )
-    return replace(card, allocator=finished.settings.allocation_title, results=())

@@ -4,7 +4,7 @@ These are zero-shot accuracies, sizes of checkpoints, speed, distillation, and A
 exists. Everything is read from the store: no model is opened, and Prefect's server is not needed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,22 @@ from layerwise.flows.options import search_command
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key, finished_searches
 from layerwise.flows.pipeline.finished_search import settings_of
 from layerwise.sparse.speed import SpeedTable
-from layerwise.storage.artifact import Artifact
+from layerwise.storage.artifact import Artifact, newest, newest_from
 from layerwise.storage.existing_store import existing_store
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.lm_eval_tasks.comparison import (
     TABLE_STAGE,
     ZeroShotComparison,
     comparison_rows,
+    has_distilled,
     is_plain,
     read_comparison,
+    without_distilled,
 )
 from layerwise.tasks.pages.report_data import CheckpointSizes, Extras, ZeroShotAccuracies
 from layerwise.tasks.report import PAGE_FILE, report
-from layerwise.tasks.results.distillation import DISTILL_STAGE
+from layerwise.tasks.results.distillation import newest_distilled
+from layerwise.tasks.results.roles import EVALUATE, EXPORT
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.results.speed_table import SPEED_STAGE, read_speed
 from layerwise.tasks.results.theory_findings import THEORY_STAGE
@@ -76,12 +79,12 @@ def find_extras(store: ArtifactStore, search: FinishedSearch, table: Artifact | 
         table: zero-shot table to use; None for the newest table of the search.
     """
     artifacts = list(store.artifacts())
-    table = table or _newest_from(artifacts, TABLE_STAGE, "search", search.artifact)
-    comparison = None if table is None else read_comparison(store, table)
-    exported = search.stages.get("export")
-    compressed = None if exported is None else _newest_from(artifacts, "compress", "export", exported)
-    distilled = None if exported is None else _newest_from(artifacts, DISTILL_STAGE, "export", exported)
-    theory = _newest(artifacts, lambda each: _is_theory_of(each, search))
+    table = table or newest_from(artifacts, TABLE_STAGE, "search", search.artifact)
+    exported = search.stages.get(EXPORT)
+    distilled = newest_distilled(artifacts, search.stages[EVALUATE])
+    comparison = None if table is None else _comparison(store, table, distilled)
+    compressed = _newest_compressed(artifacts, exported, distilled)
+    theory = newest(artifacts, lambda each: _is_theory_of(each, search))
     return Extras(
         zero_shot=() if comparison is None else _zero_shot_rows(comparison),
         tasks=_task_rows(comparison),
@@ -92,10 +95,18 @@ def find_extras(store: ArtifactStore, search: FinishedSearch, table: Artifact | 
     )
 
 
-def newest_task_rows(store: ArtifactStore, search: Artifact) -> tuple[dict[str, str], ...]:
-    """Return the newest table of few-shot tasks of a search for people, see ``Extras.tasks``; empty if there is none."""
-    table = _newest_from(store.artifacts(), TABLE_STAGE, "search", search)
-    return _task_rows(None if table is None else read_comparison(store, table))
+def newest_task_rows(
+    store: ArtifactStore, search: Artifact, distilled: Artifact | None = None
+) -> tuple[dict[str, str], ...]:
+    """Return the newest table of few-shot tasks of a search for people, see ``Extras.tasks``; empty if there is none.
+
+    Args:
+        distilled: distilled model that the table must have; None for a table without one.
+    """
+    table = newest_from(store.artifacts(), TABLE_STAGE, "search", search)
+    if table is None or (distilled is not None and not has_distilled(table, distilled)):
+        return ()
+    return _task_rows(_comparison(store, table, distilled))
 
 
 def newest_speed(store: ArtifactStore, exported: Artifact) -> SpeedTable | None:
@@ -106,15 +117,33 @@ def newest_speed(store: ArtifactStore, exported: Artifact) -> SpeedTable | None:
 def _newest_speed(
     store: ArtifactStore, exported: Artifact, artifacts: Iterable[Artifact]
 ) -> SpeedTable | None:
-    measured = _newest_from(artifacts, SPEED_STAGE, "export", exported)
+    measured = newest_from(artifacts, SPEED_STAGE, "export", exported)
     return None if measured is None else read_speed(store, measured)
+
+
+def _comparison(store: ArtifactStore, table: Artifact, distilled: Artifact | None) -> ZeroShotComparison:
+    """Return a table of tasks, without its distilled model unless that is ``distilled``."""
+    comparison = read_comparison(store, table)
+    if distilled is not None and has_distilled(table, distilled):
+        return comparison
+    return without_distilled(comparison)
+
+
+def _newest_compressed(
+    artifacts: Iterable[Artifact], exported: Artifact | None, distilled: Artifact | None
+) -> Artifact | None:
+    """Return the compressed model, exported or distilled: both have the same zeros, and therefore the same sizes."""
+    found = None if exported is None else newest_from(artifacts, "compress", "export", exported)
+    if found is None and distilled is not None:
+        found = newest_from(artifacts, "compress", "distill", distilled)
+    return found
 
 
 def _is_theory_of(artifact: Artifact, search: FinishedSearch) -> bool:
     """Return whether an artifact holds theorems measured on the model, windows and pruning of a search."""
     if artifact.recipe.get("name") != THEORY_STAGE:
         return False
-    tested = search.stages["evaluate"]
+    tested = search.stages[EVALUATE]
     windows = {"scored": search.stages["selection"].content}
     return artifact.recipe["inputs"] == _part(tested, "inputs") | windows and (
         _part(artifact, "settings")["prune"] == _part(tested, "settings")["prune"]
@@ -125,25 +154,6 @@ def _part(artifact: Artifact, name: str) -> dict[str, Any]:
     part = artifact.recipe[name]
     assert isinstance(part, dict), f"the recipe of {artifact.key} has {name} as a mapping"
     return part
-
-
-def _newest_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:
-    """Return the newest artifact of the stage ``name`` that has ``source`` as its input ``role``."""
-
-    def reads_source(artifact: Artifact) -> bool:
-        inputs = artifact.recipe.get("inputs")
-        return (
-            artifact.recipe.get("name") == name
-            and isinstance(inputs, dict)
-            and inputs.get(role) == source.key
-        )
-
-    return _newest(artifacts, reads_source)
-
-
-def _newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -> Artifact | None:
-    found = [each for each in artifacts if wanted(each)]
-    return max(found, key=lambda each: each.committed, default=None)
 
 
 def _sizes(compressed: Artifact) -> CheckpointSizes:
@@ -162,6 +172,9 @@ def _zero_shot_rows(comparison: ZeroShotComparison) -> tuple[ZeroShotAccuracies,
             row.best.standard_error or 0.0,
             0.0 if row.to_uniform is None else row.to_uniform.difference / 100,
             None if row.to_uniform is None else row.to_uniform.p_value,
+            None if row.distilled is None else row.distilled.value,
+            None if row.distilled_to_best is None else row.distilled_to_best.difference / 100,
+            None if row.distilled_to_best is None else row.distilled_to_best.p_value,
         )
         for row in (*comparison.rows, *comparison.groups, comparison.average)
     )

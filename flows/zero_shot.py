@@ -1,4 +1,4 @@
-"""Zero-shot and few-shot: accuracy of the dense, the uniform and the best model of a finished search on tasks of lm-eval."""
+"""Zero-shot and few-shot: accuracy of the dense, uniform, best and distilled model of a search on tasks of lm-eval."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,9 @@ from layerwise.flows.report import make_report
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.setting_types import Settings
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.lm_eval_tasks.comparison import (
+    DISTILLED,
     ZeroShotComparison,
     compare_zero_shot,
     comparison_rows,
@@ -21,6 +23,8 @@ from layerwise.tasks.lm_eval_tasks.comparison import (
 )
 from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.pages.markdown import plain
+from layerwise.tasks.results.distillation import newest_distilled
+from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.zero_shot import ZeroShotSettings, require_affordable
@@ -116,13 +120,22 @@ def compare_models(store: ArtifactStore, settings: ZeroShot, execution: Executio
     models |= {name: finished.checkpoint(store, lane, execution) for name, lane in lanes.items()}
     if finished.settings.recover is not None:
         models["pruned"] = finished.checkpoint_without_recovery(store, execution)
+    distilled = newest_distilled(store.artifacts(), finished.search.stages[EVALUATE])
+    if distilled is not None:
+        models[DISTILLED] = open_exported(store, distilled)
     answers = {
         name: answer(store, checkpoint, questions, how, execution) for name, checkpoint in models.items()
     }
     comparison = compare_zero_shot(
-        store, answers["dense"], answers.get("uniform"), answers["best"], answers.get("pruned"), groups
+        store,
+        answers["dense"],
+        answers.get("uniform"),
+        answers["best"],
+        answers.get("pruned"),
+        groups,
+        answers.get(DISTILLED),
     )
-    table = store_comparison(store, finished.search.artifact, answers, comparison, groups)
+    table = store_comparison(store, finished.search.artifact, answers, comparison, groups, distilled)
     make_report(store.url, finished.search.artifact.key, table=table)
     with going_on_without_prefect():
         title = f"{plain(finished.settings.title)}: accuracy on tasks in per cent"

@@ -1,6 +1,6 @@
 """Artifacts: committed, immutable sets of files, as their manifests describe them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -130,6 +130,26 @@ class Artifact:
         """
         attempts = {"/".join(file.path.split("/")[:3]) for file in self.files.values()}
         return attempts.pop() if len(attempts) == 1 else self.key
+
+
+def newest(artifacts: Iterable[Artifact], wanted: Callable[[Artifact], bool]) -> Artifact | None:
+    """Return the artifact that was committed last among the wanted ones; None if there is none."""
+    return max(filter(wanted, artifacts), key=lambda each: each.committed, default=None)
+
+
+def newest_from(artifacts: Iterable[Artifact], name: str, role: str, source: Artifact) -> Artifact | None:
+    """Return the newest artifact of the stage ``name`` that has ``source`` as its input ``role``; None if there is none."""
+
+    def reads_source(artifact: Artifact) -> bool:
+        return artifact.recipe.get("name") == name and input_of(artifact, role) == source.key
+
+    return newest(artifacts, reads_source)
+
+
+def input_of(artifact: Artifact, role: str) -> object:
+    """Return the key of the input ``role`` of an artifact; None if it has no such input."""
+    inputs = artifact.recipe.get("inputs")
+    return inputs.get(role) if isinstance(inputs, dict) else None
 
 
 def files_to_json(files: Mapping[str, StoredFile]) -> dict[str, object]:

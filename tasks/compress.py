@@ -1,4 +1,4 @@
-"""Compress: write the exported checkpoint without its zeros, shard by shard."""
+"""Compress: write the exported or the distilled checkpoint without its zeros, shard by shard."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,6 +29,7 @@ from layerwise.tasks.export import CARD_FILE
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, model_card
 from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export
+from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.results.run_names import title_of
 from layerwise.tasks.results.summary import sentence_on_experts, sentences_on_dense_linears
 from layerwise.tasks.running.execution import Execution
@@ -46,18 +47,25 @@ from layerwise.tasks.sources.model_config import outline_from_document
 
 
 def compress_stage(
-    exported_key: str, card: ModelCard, recovery: str = "", tasks: Sequence[Mapping[str, str]] = ()
+    checkpoint_key: str,
+    card: ModelCard,
+    recovery: str = "",
+    tasks: Sequence[Mapping[str, str]] = (),
+    distillation: str = "",
 ) -> Stage:
-    """Describe the compression of an export, given by its key.
+    """Describe the compression of an exported or a distilled checkpoint, given by its key.
 
     Args:
         recovery: section on the recovery in README.md; empty without recovery.
         tasks: table of few-shot tasks in README.md; empty if there is none.
+        distillation: how the checkpoint was distilled; empty if it is an export.
     """
-    section: dict[str, object] = {"recovery": recovery} if recovery else {}
+    sections: dict[str, object] = {"recovery": recovery, "distillation": distillation}
     if tasks:
-        section["tasks"] = [dict(row) for row in tasks]
-    return Stage("compress", 1, {"card": card, **section}, {"export": exported_key})
+        sections["tasks"] = [dict(row) for row in tasks]
+    present = {name: section for name, section in sections.items() if section}
+    role = "distill" if distillation else "export"
+    return Stage("compress", 1, {"card": card, **present}, {role: checkpoint_key})
 
 
 def require_compressible(checkpoint: Checkpoint) -> None:
@@ -88,36 +96,43 @@ def compress(
     execution: Execution,
     recovery: str = "",
     tasks: Sequence[Mapping[str, str]] = (),
+    distilled: Artifact | None = None,
 ) -> Artifact:
-    """Write ``exported`` to a new folder, with every pruned weight stored without its zeros where that is smaller.
+    """Write a checkpoint to a new folder, with every pruned weight stored without its zeros where that is smaller.
 
     Configuration, tokenizer and ``sparsity.json`` stay the same. ``compressed.json`` maps stored tensors to weights;
     ``COMPRESSED.md`` describes the format. transformers refuses the folder, because it finds no weights under their
     usual names; ``layerwise.tasks.compressed.checkpoint`` opens it.
 
     Args:
-        card: content of README.md, with the results of the evaluation.
+        exported: the pruned checkpoint, an artifact of ``export``. It is written unless ``distilled`` is given.
+        card: content of README.md, with the results of the written checkpoint.
         recovery: section on the recovery in README.md; empty without recovery.
         tasks: table of few-shot tasks in README.md; empty if there is none.
+        distilled: the checkpoint that was distilled from ``exported``, to be written instead.
     """
+    written = exported if distilled is None else distilled
+    distillation = "" if distilled is None else read_distillation(store, distilled).sentence
 
     def build(draft: Draft) -> None:
-        shards = _shards(exported)
-        report = json.loads(store.read(exported, SPARSITY_FILE))
-        pruned = _pruned_weights(report["linears"], exported, json.loads(store.read(exported, CONFIG)))
-        _write_shards(store, draft, exported, shards, pruned, execution)
-        for name in (*copied_files(exported.files), SPARSITY_FILE):
-            draft.write(name, store.read(exported, name))
-        sizes = _sizes(exported, draft, shards, pruned)
-        description = Description(tuple(shards.values()), _sparse_tensors(exported, draft, shards), sizes)
+        shards = _shards(written)
+        report = json.loads(store.read(written, SPARSITY_FILE))
+        pruned = _pruned_weights(report["linears"], written, json.loads(store.read(written, CONFIG)))
+        _write_shards(store, draft, written, shards, pruned, execution)
+        for name in (*copied_files(written.files), SPARSITY_FILE):
+            draft.write(name, store.read(written, name))
+        sizes = _sizes(written, draft, shards, pruned)
+        description = Description(tuple(shards.values()), _sparse_tensors(written, draft, shards), sizes)
         draft.write(DESCRIPTION_FILE, description.to_json())
         draft.write(LAYOUT_FILE, LAYOUT_TEXT.encode())
+        # A distilled checkpoint has these facts in its export only.
         mix, counted = mix_of_export(exported.facts), counted_of_export(exported.facts)
         dense = sentences_on_dense_linears(report.get("dense", ()), len(report["layers"]))
         content = model_card(
             card,
             "compressed",
             recovery,
+            distillation,
             mix=mix,
             counted=counted,
             tasks=tasks,
@@ -127,7 +142,8 @@ def compress(
         draft.write(CARD_FILE, content.encode())
         draft.facts |= sizes
 
-    result = store.get_or_build(compress_stage(exported.key, card, recovery, tasks), build)
+    stage = compress_stage(written.key, card, recovery, tasks, distillation)
+    result = store.get_or_build(stage, build)
     require_whole(store, result)  # a reused artifact is not read by any later stage
     return result
 

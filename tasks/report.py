@@ -43,7 +43,7 @@ KL_TITLE = f"{KL} from the dense model on the selection text"
 
 def report_stage(data: ReportData, compared: Mapping[str, Artifact]) -> Stage:
     """Describe a report. The times of the stages are a setting, because the keys of the stages do not cover them."""
-    extras = asdict(data.extras)
+    extras = asdict(data.extras) | {"zero_shot": [row.columns for row in data.extras.zero_shot]}
     keys = {"theory": extras.pop("theory"), "distill": extras.pop("distilled")}
     settings = {
         "made": [

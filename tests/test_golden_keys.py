@@ -175,6 +175,7 @@ def keys() -> dict[str, str]:
         ),
         "evaluate": evaluate_stage(inputs, UNIFORM, ASCENDING, WANDA),
         "compress": compress_stage(artifact("export", 8).key, card),
+        "compress, distilled": compress_stage(artifact("distill", 13).key, card, distillation="4 steps."),
         "generate_calibration": generate_stage(
             checkpoint,
             [Prompt(None, "text", (1, 2)), Prompt([{"role": "user", "content": "Why?"}], "Why?", (3,))],
@@ -241,6 +242,7 @@ GOLDEN = {
     "export, recovered": "export/7a72f34fb565262bf4518fb122df4043",
     "evaluate": "evaluate/e60e777ab3b25aa8d9af9ff878188112",
     "compress": "compress/bfa52348d82b7164d6700b6e1885d1f8",
+    "compress, distilled": "compress/b84474c21b32ee22c355a4f69feca1d9",
     "generate_calibration": "generate_calibration/27b76a3bd997d70f38ba935ecaae0ad7",
     "distill": "distill/acdfc494ca07669cdc552f8dd29c7849",
     "theory": "theory/ac73bfc4bba7b4c56b8b011c933f0dd9",

@@ -20,7 +20,7 @@ WITH_SETTINGS = {
     "theory": "measure the theorems of the ATP paper on a model: numbers and a page",
     "plan": "show what a search would run and need, without running it",
     "zero-shot": "test the models of a finished search on lm-eval's zero-shot tasks",
-    "compress": "write the pruned checkpoint of a finished search without its zeros: smaller files",
+    "compress": "write the pruned or the distilled checkpoint of a finished search without its zeros: smaller files",
     "generate-calibration": "let the dense model write a text to calibrate on, as answers to prompts",
     "distill": "train the weights that a finished search kept towards the dense model: lower perplexity",
     "work": "run parts of the searches of a store that are started with --fan-out store",

@@ -1,7 +1,8 @@
 """A finished search, reopened with its lanes for zero-shot tasks, a compressed or a distilled checkpoint."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from pydantic import ValidationError
@@ -17,11 +18,13 @@ from layerwise.tasks.branch import branch
 from layerwise.tasks.export import export
 from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.checkpoint import Checkpoint
-from layerwise.tasks.pages.model_card import recovery_section
+from layerwise.tasks.pages.model_card import ModelCard, recovery_section
+from layerwise.tasks.pages.model_card_data import card_of_lane
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.results.summary import recovery_rows
 from layerwise.tasks.running.execution import Execution
+from layerwise.tasks.sources.checkpoint_files import SPARSITY_FILE
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class ReopenedSearch:
     def exported(self, store: ArtifactStore, lane: LaneScore, execution: Execution) -> Artifact:
         """Return the checkpoint pruned by the plan of ``lane``; export it if the store does not have it."""
         return export_lane(store, self.scored, lane, execution)
+
+    def card(self, store: ArtifactStore, exported: Artifact) -> ModelCard:
+        """Return the model card of the export of the best lane, with the results on the selection text."""
+        before = self.scored.captured
+        rows = json.loads(store.read(exported, SPARSITY_FILE))["linears"]
+        card = card_of_lane(before.inputs("selection"), self.best, self.scored.uniform, before.pruning, rows)
+        return replace(card, allocator=self.settings.allocation_title)
 
     @property
     def recovery_section(self) -> str:

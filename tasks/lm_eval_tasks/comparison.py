@@ -1,4 +1,4 @@
-"""Compare the accuracy on tasks of lm-eval of the dense, the uniform and the best model, document by document."""
+"""Compare the accuracy on tasks of lm-eval of the models of a search, document by document."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.scoring.accuracy import Accuracy, average, average_by_size, combined_error, pooled_error
 from layerwise.scoring.mcnemar import paired_answers, pooled
-from layerwise.storage.artifact import Artifact
+from layerwise.storage.artifact import Artifact, input_of
 from layerwise.storage.draft import Draft
 from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
@@ -18,14 +18,15 @@ from layerwise.tasks.lm_eval_tasks.task_groups import TaskGroup
 
 TABLE_STAGE, TABLE_FILE = "zero_shot_table", "table.json"
 AVERAGE = "average"
+DISTILLED = "distilled"  # name of the model, and role of its artifact in the inputs of the table
 
 
 @dataclass(frozen=True)
 class PairedAccuracy:
-    """Difference in accuracy between the best model and another one, on the same documents.
+    """Difference in accuracy between two models on the same documents.
 
     Attributes:
-        difference: best minus other, in percentage points.
+        difference: first minus second model, in percentage points.
         standard_error: standard error of the difference, in percentage points; None for a single document.
         p_value: p-value of McNemar's exact test. In the average, all documents of all tasks are tested together.
         significant: whether the p-value is below 5 %.
@@ -44,15 +45,18 @@ class ZeroShotRow:
     Attributes:
         documents: number of documents; in the average, those of all tasks.
         uniform: None if the uniform model is the best one, or was not tested.
-        to_dense: cost of pruning.
-        to_uniform: gain over the uniform plan.
+        to_dense: cost of pruning: best minus dense.
+        to_uniform: gain over the uniform plan: best minus uniform.
         pruned: the best plan without recovery; None if the search does not recover.
-        to_pruned: gain by the recovery.
+        to_pruned: gain by the recovery: best minus pruned.
         metric: metric whose mean the accuracy is, with its filter, as in lm-eval; empty if the tasks differ.
         shots: number of examples in front of every document; None if the tasks differ.
         truncated: number of documents whose prompt was cut at the start, because the model has too few positions.
         group: name of the group that the task or the inner group belongs to; empty without a group.
         lengths: length of the generated answers by model; empty if there are none.
+        distilled: the distilled model; None if the search has none.
+        distilled_to_best: gain by the distillation: distilled minus best.
+        distilled_to_dense: cost that is left: distilled minus dense.
     """
 
     task: str
@@ -69,6 +73,9 @@ class ZeroShotRow:
     truncated: int = 0
     group: str = ""
     lengths: Mapping[str, ResponseLength] = field(default_factory=dict)
+    distilled: Accuracy | None = None
+    distilled_to_best: PairedAccuracy | None = None
+    distilled_to_dense: PairedAccuracy | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ def compare_zero_shot(
     best: Mapping[str, Artifact],
     pruned: Mapping[str, Artifact] | None = None,
     groups: Sequence[TaskGroup] = (),
+    distilled: Mapping[str, Artifact] | None = None,
 ) -> ZeroShotComparison:
     """Compare the artifacts of ``zero_shot`` by the accuracy of each task.
 
@@ -103,15 +111,14 @@ def compare_zero_shot(
         best: those of the chosen model.
         pruned: those of the chosen plan without recovery; None if the search does not recover.
         groups: groups of the tasks.
+        distilled: artifacts of the distilled model; None if the search has none.
 
     Raises:
         ValueError: the models were not asked the same questions.
     """
     answers = {name: _answers(store, model) for name, model in (("dense", dense), ("best", best))}
-    if uniform is not None:
-        answers["uniform"] = _answers(store, uniform)
-    if pruned is not None:
-        answers["pruned"] = _answers(store, pruned)
+    others = {"uniform": uniform, "pruned": pruned, DISTILLED: distilled}
+    answers |= {name: _answers(store, model) for name, model in others.items() if model is not None}
     for name, of_model in answers.items():
         _check_same_questions(answers["best"], of_model, name)
     tasks = list(answers["best"])
@@ -132,6 +139,7 @@ def store_comparison(
     answers: Mapping[str, Mapping[str, Artifact]],
     comparison: ZeroShotComparison,
     groups: Sequence[TaskGroup] = (),
+    distilled: Artifact | None = None,
 ) -> Artifact:
     """Commit the table.
 
@@ -139,8 +147,10 @@ def store_comparison(
         search: search whose models were tested.
         answers: artifacts of ``zero_shot`` by model and task that ``comparison`` was made from.
         groups: groups of the tasks.
+        distilled: artifact of the distilled model; None if the search has none.
     """
-    by_role = {
+    by_role = {} if distilled is None else {DISTILLED: distilled.key}
+    by_role |= {
         f"{model} {task}": artifact.key
         for model, of_model in answers.items()
         for task, artifact in of_model.items()
@@ -160,6 +170,24 @@ def read_comparison(store: ArtifactStore, table: Artifact) -> ZeroShotComparison
     return ZeroShotComparison(rows, _parsed(found["average"]), groups, others)
 
 
+def has_distilled(table: Artifact, distilled: Artifact) -> bool:
+    """Return whether the artifact of a table has the accuracies of this distilled model."""
+    return input_of(table, DISTILLED) == distilled.key
+
+
+def without_distilled(comparison: ZeroShotComparison) -> ZeroShotComparison:
+    """Return the table without the distilled model."""
+
+    def without(row: ZeroShotRow) -> ZeroShotRow:
+        lengths = {name: length for name, length in row.lengths.items() if name != DISTILLED}
+        return replace(row, lengths=lengths, distilled=None, distilled_to_best=None, distilled_to_dense=None)
+
+    rows, groups, others = (
+        tuple(map(without, each)) for each in (comparison.rows, comparison.groups, comparison.others)
+    )
+    return ZeroShotComparison(rows, without(comparison.average), groups, others)
+
+
 def is_plain(comparison: ZeroShotComparison) -> bool:
     """Return whether all tasks are zero-shot, have the metric acc and no group, and no prompt was truncated."""
     return not comparison.groups and all(
@@ -173,9 +201,8 @@ def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | floa
     Columns on examples, metrics and generated answers are left out if ``is_plain``.
     """
     rows = in_reading_order(comparison)
-    written = [
-        name for name in ("dense", "uniform", "best", "pruned") if any(name in row.lengths for row in rows)
-    ]
+    models = ("dense", "uniform", "best", "pruned", DISTILLED)
+    written = [name for name in models if any(name in row.lengths for row in rows)]
     return [_cells(row, is_plain(comparison), written) for row in rows]
 
 
@@ -221,6 +248,10 @@ def _cells(row: ZeroShotRow, plain: bool, written: Sequence[str]) -> dict[str, s
     if row.pruned is not None and row.to_pruned is not None:
         cells |= {"without recovery": round(100 * row.pruned.value, 2)}
         cells |= _shown("by recovery", row.to_pruned)
+    if row.distilled is not None and row.distilled_to_best is not None and row.distilled_to_dense is not None:
+        cells |= {"distilled": round(100 * row.distilled.value, 2)}
+        cells |= _shown("distilled to best", row.distilled_to_best)
+        cells |= _shown("distilled to dense", row.distilled_to_dense)
     for name in written:
         length = row.lengths.get(name)
         title = "without recovery" if name == "pruned" else name
@@ -233,11 +264,12 @@ def _cells(row: ZeroShotRow, plain: bool, written: Sequence[str]) -> dict[str, s
 def _parsed(row: Mapping[str, Any]) -> ZeroShotRow:
     """Return a row from its JSON."""
     accuracies = {
-        name: row.get(name) and Accuracy(**row[name]) for name in ("dense", "uniform", "best", "pruned")
+        name: row.get(name) and Accuracy(**row[name])
+        for name in ("dense", "uniform", "best", "pruned", "distilled")
     }
     paired = {
         name: row.get(name) and PairedAccuracy(**row[name])
-        for name in ("to_dense", "to_uniform", "to_pruned")
+        for name in ("to_dense", "to_uniform", "to_pruned", "distilled_to_best", "distilled_to_dense")
     }
     lengths = {name: ResponseLength(**length) for name, length in row.get("lengths", {}).items()}
     return ZeroShotRow(**{**row, **accuracies, **paired, "lengths": lengths})
@@ -296,7 +328,8 @@ def _row(title: str, answers: Mapping[str, Mapping[str, TaskAnswers]], units: Se
     accuracies = {
         name: average([_accuracy(model, unit) for unit in units]) for name, model in answers.items()
     }
-    best, uniform, pruned = answers["best"], answers.get("uniform"), answers.get("pruned")
+    dense, best = answers["dense"], answers["best"]
+    uniform, pruned, distilled = (answers.get(name) for name in ("uniform", "pruned", DISTILLED))
     found = [best[task].metrics for unit in units for task in unit.tasks]
     metrics, shots = {each.metric for each in found}, {each.shots for each in found}
     return ZeroShotRow(
@@ -305,7 +338,7 @@ def _row(title: str, answers: Mapping[str, Mapping[str, TaskAnswers]], units: Se
         accuracies["dense"],
         accuracies.get("uniform"),
         accuracies["best"],
-        _paired(best, answers["dense"], units),
+        _paired(best, dense, units),
         None if uniform is None else _paired(best, uniform, units),
         accuracies.get("pruned"),
         None if pruned is None else _paired(best, pruned, units),
@@ -313,6 +346,9 @@ def _row(title: str, answers: Mapping[str, Mapping[str, TaskAnswers]], units: Se
         shots.pop() if len(shots) == 1 else None,
         sum(each.truncated for each in found),
         lengths=_lengths(answers, units) if len(units) == 1 else {},
+        distilled=accuracies.get(DISTILLED),
+        distilled_to_best=None if distilled is None else _paired(distilled, best, units),
+        distilled_to_dense=None if distilled is None else _paired(distilled, dense, units),
     )
 
 
@@ -326,12 +362,12 @@ def _accuracy(answers: Mapping[str, TaskAnswers], unit: _Unit) -> Accuracy:
 
 
 def _paired(
-    best: Mapping[str, TaskAnswers], other: Mapping[str, TaskAnswers], units: Sequence[_Unit]
+    first: Mapping[str, TaskAnswers], second: Mapping[str, TaskAnswers], units: Sequence[_Unit]
 ) -> PairedAccuracy:
-    """Average the differences of the units."""
+    """Average the differences of the units, first minus second model."""
     means, pairs = [], []
     for unit in units:
-        tasks = [paired_answers(best[task].correct, other[task].correct) for task in unit.tasks]
+        tasks = [paired_answers(first[task].correct, second[task].correct) for task in unit.tasks]
         means.append(
             unit.mean(
                 [task.difference for task in tasks],

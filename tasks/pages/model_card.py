@@ -21,6 +21,12 @@ ON_TASKS = (
     "Accuracy in per cent by lm-eval's rules; this model is the best one. Differences are those of this model, with p-values of "
     "McNemar's test. Tokens: mean length of the generated answers, and how many were cut at their maximum length."
 )
+ON_TASKS_DISTILLED = (
+    "Accuracy in per cent by lm-eval's rules; this model is the distilled one, and the best one is the model before the "
+    "distillation. Distilled to best: distilled minus best. Distilled to dense: distilled minus dense. The other differences are those "
+    "of the best one. p-values are of McNemar's test. Tokens: mean length of the generated answers, and how many were cut at their "
+    "maximum length."
+)
 LOAD_DENSE = """The zeros are stored, so the files are as large as those of the dense model.
 
 ```python
@@ -180,7 +186,7 @@ every linear.{f" {plain(dense)}" if dense else ""}
 
 {_layer_table(card.layers)}
 
-{_calibration(mix, counted)}{tokens}{recovery}{training}{_results(card.results, note)}{_tasks(tasks)}{_speed(card.speed)}## How to load
+{_calibration(mix, counted)}{tokens}{recovery}{training}{_results(card.results, note)}{_tasks(tasks, ON_TASKS_DISTILLED if distillation else ON_TASKS)}{_speed(card.speed)}## How to load
 
 {LOAD_DENSE.format(auto_class=auto_class) if form == "dense" else LOAD_COMPRESSED}
 
@@ -274,12 +280,12 @@ def _results(results: Sequence[Result], note: str) -> str:
 {chr(10) if note else ""}"""
 
 
-def _tasks(rows: Sequence[Mapping[str, str]]) -> str:
+def _tasks(rows: Sequence[Mapping[str, str]], note: str) -> str:
     if not rows:
         return ""
     head = f"| {' | '.join(rows[0])} |\n|:--|{'--:|' * (len(rows[0]) - 1)}"
     lines = [f"| {' | '.join(plain(value) for value in row.values())} |" for row in rows]
-    return "\n".join(["## Tasks", "", ON_TASKS, "", head, *lines, "", ""])
+    return "\n".join(["## Tasks", "", note, "", head, *lines, "", ""])
 
 
 def _speed(table: SpeedTable | None) -> str:

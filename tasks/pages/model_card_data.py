@@ -9,6 +9,7 @@ from layerwise.tasks.lanes.lane_group import LaneInputs
 from layerwise.tasks.lanes.prune_settings import PruneSettings
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.pages.model_card import ModelCard, Result, ResultByKL
+from layerwise.tasks.results.distillation import Distillation
 from layerwise.tasks.results.evaluation import TestResult
 from layerwise.tasks.results.lane_scores import LaneScore
 from layerwise.tasks.results.selection import dense_perplexity
@@ -64,6 +65,21 @@ def results_on_test(test: TestResult, windows: Artifact) -> tuple[Result, ...]:
     """
     divergences = None if test.kl is None else (test.kl.uniform, test.kl.best)
     return _results("test text", windows, test.dense, test.uniform, test.best, divergences)
+
+
+def results_of_distillation(result: Distillation) -> tuple[Result, ...]:
+    """Return the rows of a distilled model's card: its perplexities next to those of the dense and the pruned model."""
+    names = {"dense": "dense", "pruned": "pruned, before the distillation", "distilled": "**this model**"}
+    held_out = [row.held_out for row in result.rows]
+    texts = [
+        ("test text", result.test_windows, [row.test for row in result.rows]),
+        ("calibration text, held-out windows", result.held_out_windows, held_out),
+    ]
+    return tuple(
+        Result(names[row.model], text, windows, result.seqlen, value)
+        for text, windows, values in texts
+        for row, value in zip(result.rows, values, strict=True)
+    )
 
 
 def source_name(checkpoint: Checkpoint) -> str:

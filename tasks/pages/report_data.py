@@ -44,6 +44,9 @@ class ZeroShotAccuracies:
         stderr: standard error of the best plan's accuracy.
         difference: accuracy of the best plan minus that of the uniform one, on the same questions.
         p: p-value of McNemar's test of that difference; None if all answers are equal.
+        distilled: accuracy of the distilled model; None if it was not tested.
+        distilled_difference: accuracy of the distilled model minus that of the best plan.
+        distilled_p: p-value of McNemar's test of that difference.
     """
 
     task: str
@@ -53,6 +56,19 @@ class ZeroShotAccuracies:
     stderr: float
     difference: float
     p: float | None
+    distilled: float | None = None
+    distilled_difference: float | None = None
+    distilled_p: float | None = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Fields by name, without those of the distilled model if it was not tested: reports without one keep their keys."""
+        untested = self.distilled is None
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not (untested and name.startswith("distilled"))
+        }
 
 
 @dataclass(frozen=True)
@@ -249,7 +265,9 @@ def _texts(search: FinishedSearch) -> Rows:
 
 def _tables_of_extras(extras: Extras) -> dict[str, Rows]:
     found: dict[str, Rows] = {}
-    sequences: dict[str, Sequence[object]] = {"zero_shot": extras.zero_shot}
+    sequences: dict[str, Sequence[object]] = {}
+    if extras.zero_shot:
+        found["zero_shot"] = [row.columns for row in extras.zero_shot]
     if extras.tasks:
         found["tasks"] = [dict(row) for row in extras.tasks]
     if extras.sizes is not None:

@@ -101,9 +101,13 @@ def sentences_on_more_costs(data: ReportData) -> str:
             f"{format_divergence(uniform['test_kl'])}."
         )
     if data.extras.zero_shot and (average := data.extras.zero_shot[-1]).task == "average":
+        cost = f"{100 * average.dense:.1f} % → "
+        if average.distilled is None:
+            cost += f"{100 * average.best:.1f} %"
+        else:
+            cost += f"{100 * average.distilled:.1f} % ({100 * average.best:.1f} % before the distillation)"
         sentences.append(
-            f"Average accuracy on the tasks below: {100 * average.dense:.1f} % → {100 * average.best:.1f} %; uniform "
-            f"{100 * average.uniform:.1f} %."
+            f"Average accuracy on the tasks below: {cost}; uniform {100 * average.uniform:.1f} %."
         )
     return " ".join(sentences)
 

@@ -23,7 +23,8 @@ from layerwise.tasks.export import CARD_FILE, WEIGHTS_INDEX
 from layerwise.tasks.import_checkpoint import open_exported
 from layerwise.tasks.models.checkpoint import Checkpoint
 from layerwise.tasks.models.streamed import DTYPES, linears_by_layer, streamed_model
-from layerwise.tasks.pages.model_card import ModelCard, Result, model_card
+from layerwise.tasks.pages.model_card import ModelCard, model_card
+from layerwise.tasks.pages.model_card_data import results_of_distillation
 from layerwise.tasks.recovery.distillation_memory import distillation_memory
 from layerwise.tasks.recovery.student import DistillSettings, Student, TaughtWindows
 from layerwise.tasks.results.calibration_mix import counted_of_export, mix_of_export, text_name
@@ -141,7 +142,7 @@ def distill(
         run.train(draft)
         result = run.write_checkpoint(draft)
         draft.write(DISTILLATION_FILE, result.to_json())
-        with_results = replace(card, results=_results(result))
+        with_results = replace(card, results=results_of_distillation(result))
         mix, counted = mix_of_export(inputs.exported.facts), counted_of_export(inputs.exported.facts)
         loaded_by = auto_class(inputs.dense.config)
         dense = sentences_on_dense_linears(inputs.dense.dense_rows, inputs.dense.num_layers)
@@ -155,20 +156,6 @@ def distill(
     artifact = store.get_or_build(distill_stage(inputs, settings, card, recovery), build)
     require_whole(store, artifact)  # a reused artifact is not read by any later stage
     return artifact
-
-
-def _results(result: Distillation) -> tuple[Result, ...]:
-    names = {"dense": "dense", "pruned": "pruned, before the distillation", "distilled": "**this model**"}
-    held_out = [row.held_out for row in result.rows]
-    texts = [
-        ("test text", result.test_windows, [row.test for row in result.rows]),
-        ("calibration text, held-out windows", result.held_out_windows, held_out),
-    ]
-    return tuple(
-        Result(names[row.model], text, windows, result.seqlen, value)
-        for text, windows, values in texts
-        for row, value in zip(result.rows, values, strict=True)
-    )
 
 
 class _Distillation:

@@ -1,13 +1,14 @@
 """Result of a distillation: perplexities before and after it, next to the dense model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerwise.scoring.perplexity import format_perplexity
-from layerwise.storage.artifact import Artifact
+from layerwise.storage.artifact import Artifact, newest_from
 from layerwise.storage.store import ArtifactStore
+from layerwise.tasks.results.roles import EVALUATE
 
 DISTILL_STAGE = "distill"
 DISTILLATION_FILE = "distillation.json"
@@ -86,6 +87,18 @@ class Distillation:
             f"of the calibration text ({self.calibration}), relative learning rate {self.learning_rate:g}. "
             f"Pruned weights stayed zero.{stop}"
         )
+
+
+def newest_distilled(artifacts: Iterable[Artifact], tested: Artifact) -> Artifact | None:
+    """Return the newest distilled model of a search; None if the search has none.
+
+    A distilled model belongs to the searches whose test it is compared with: their plan and their test windows are the same.
+
+    Args:
+        artifacts: artifacts of the store.
+        tested: artifact of ``evaluate`` of the search.
+    """
+    return newest_from(artifacts, DISTILL_STAGE, EVALUATE, tested)
 
 
 def read_distillation(store: ArtifactStore, artifact: Artifact) -> Distillation:

@@ -1,4 +1,4 @@
-"""Work after a finished search: zero-shot tasks and the compressed checkpoint, also in the report."""
+"""Work after a finished search: zero-shot tasks, the compressed and the distilled checkpoint, also in the report."""
 
 import os
 import random
@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,16 @@ from layerwise.flows.distill import Distill, distill
 from layerwise.flows.runtime import Runtime
 from layerwise.flows.search import search
 from layerwise.flows.zero_shot import ZeroShot, zero_shot
+from layerwise.storage.artifact import Artifact
 from layerwise.storage.store import ArtifactStore
-from layerwise.tasks.compressed.checkpoint import load
+from layerwise.tasks.compressed.checkpoint import load, unpack_checkpoint
+from layerwise.tasks.lm_eval_tasks.answers import DOCUMENTS_FILE
+from layerwise.tasks.lm_eval_tasks.comparison import without_distilled
 from layerwise.tasks.report import PAGE_FILE
 from layerwise.tasks.results.distillation import read_distillation
 from layerwise.tasks.results.garbage import keys_of_results
 from tests.lm_task_files import WORDS, give_words, some_documents, write_generated_task, write_task
+from tests.lm_task_files import answered as answered_by
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,23 @@ def answered(done, tasks):
 def newest(runtime: Runtime, name: str):
     found = [each for each in ArtifactStore(runtime.store).artifacts() if each.recipe["name"] == name]
     return max(found, key=lambda each: each.made["at"])
+
+
+def first_search(runtime: Runtime) -> Artifact:
+    """Return the search of ``done``: tests add other ones to its store."""
+    found = [each for each in ArtifactStore(runtime.store).artifacts() if each.recipe["name"] == "search"]
+    return min(found, key=lambda each: each.made["at"])
+
+
+@pytest.fixture(scope="module")
+def distilled(done) -> tuple[Artifact, str]:
+    """Distilled model of the first search, trained on more windows than the search was calibrated on; what was printed."""
+    options = ["--steps", "4", "--windows", "20", "--held-out", "2", "--batch", "2", "--evaluate-every", "2"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as shown:
+        command = ["layerwise", "distill", done[1].store, first_search(done[1]).key, *options]
+        patch.setattr(sys, "argv", command)
+        cli.main()
+    return newest(done[1], "distill"), shown.getvalue()
 
 
 def names_in(runtime: Runtime) -> list[str]:
@@ -114,23 +137,19 @@ def test_compress_exports_the_model_of_a_search_without_export(done, workshop):
     settings = result.settings.model_copy(update={"export": False, "sparsity": 0.4})
     search(settings, runtime)
     before = names_in(runtime)
+    with pytest.raises(
+        ValueError, match="has no distilled model. Make one with `layerwise distill STORE search/"
+    ):
+        compress(Compress(distilled=True), runtime)
+    assert names_in(runtime) == before
     compress(Compress(), runtime)
     added = set(names_in(runtime)) - set(before)
     assert [key for key in added if key.startswith("export/")]
 
 
-def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, monkeypatch, capsys):
-    """It is trained on more windows than the search was calibrated on; the second search of this module is not used."""
-    store = ArtifactStore(done[1].store)
-    first = min(
-        (each for each in store.artifacts() if each.recipe["name"] == "search"), key=lambda a: a.made["at"]
-    )
-    options = ["--steps", "4", "--windows", "20", "--held-out", "2", "--batch", "2", "--evaluate-every", "2"]
-    monkeypatch.setattr(sys, "argv", ["layerwise", "distill", done[1].store, first.key, *options])
-    cli.main()
-    folder = newest(done[1], "distill")
+def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, distilled, monkeypatch, capsys):
+    store, (folder, shown) = ArtifactStore(done[1].store), distilled
     result = read_distillation(store, folder)
-    shown = capsys.readouterr().out
     assert [row.model for row in result.rows] == ["dense", "pruned", "distilled"]
     assert all(f"{row.test:.2f}" in shown and f"{row.held_out:.2f}" in shown for row in result.rows)
     assert store.location(folder) in shown
@@ -143,6 +162,62 @@ def test_the_distilled_checkpoint_is_shown_next_to_the_pruned_one(done, monkeypa
     assert "<h2>Distillation</h2>" in page
     assert f"{result.rows[2].test:.2f}" in page
     assert folder.key in keys_of_results(list(store.artifacts()))
+    monkeypatch.setattr(sys, "argv", ["layerwise", "show", done[1].store, first_search(done[1]).key])
+    cli.main()
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == [f"Pruned model: {done[0].pruned}", f"Distilled model: {store.location(folder)}"]
+
+
+def test_the_distilled_model_answers_the_questions_of_the_others(done, distilled, tasks, answered, tmp_path):
+    store, (folder, _) = ArtifactStore(done[1].store), distilled
+    comparison = zero_shot(ZeroShot(search=first_search(done[1]).key, tasks=tasks, documents=12), done[1])
+    direct = ArtifactStore(str(tmp_path / "direct"))
+    expected = answered_by(direct, Path(store.location(folder)), tasks, documents=12)
+    table = newest(done[1], "zero_shot_table")
+    assert without_distilled(comparison) == without_distilled(answered)
+    for row in (*comparison.rows, comparison.average):
+        assert row.distilled_to_best.difference == pytest.approx(100 * (row.distilled.value - row.best.value))
+        assert row.distilled_to_dense.difference == pytest.approx(
+            100 * (row.distilled.value - row.dense.value)
+        )
+    for row in comparison.rows:
+        answers = store.get(table.recipe["inputs"][f"distilled {row.task}"])
+        assert store.read(answers, DOCUMENTS_FILE) == direct.read(expected[row.task], DOCUMENTS_FILE)
+        assert answers.key != table.recipe["inputs"][f"best {row.task}"]
+        assert row.distilled.value == expected[row.task].facts["acc"]
+    average, page = comparison.average, store.read(newest(done[1], "report"), PAGE_FILE).decode()
+    assert "<th>distilled minus best, points</th>" in page
+    assert (
+        f"{100 * average.distilled.value:.1f} % ({100 * average.best.value:.1f} % before the distillation)"
+        in page
+    )
+
+
+def test_the_compressed_distilled_checkpoint_is_the_distilled_one_bit_for_bit(
+    done, distilled, tmp_path, monkeypatch, capsys
+):
+    store, (folder, _) = ArtifactStore(done[1].store), distilled
+    options = ["--store", done[1].store, "--search", first_search(done[1]).key, "--distilled"]
+    monkeypatch.setattr(sys, "argv", ["layerwise", "compress", *options])
+    cli.main()
+    packed = newest(done[1], "compress")
+    assert store.location(packed) in capsys.readouterr().out
+    unpack_checkpoint(store.location(packed), tmp_path / "unpacked")
+    names = {path.name for path in (tmp_path / "unpacked").iterdir()}
+    assert names == {*folder.files} - {"README.md", "distillation.json"}
+    index = "model.safetensors.index.json"  # equal, but not written in the same order
+    for name in names - {index}:
+        assert (tmp_path / "unpacked" / name).read_bytes() == store.read(folder, name), name
+    card, result = store.read(packed, "README.md").decode(), read_distillation(store, folder)
+    of_folder = store.read(folder, "README.md").decode()
+    for section in ("Distillation", "Results"):
+        assert section_of(card, section) == section_of(of_folder, section)
+    assert f"| **this model** | test text | {result.test_windows} x 16 | {result.rows[2].test:.2f} |" in card
+    assert "from layerwise.tasks.compressed.checkpoint import load" in card
+
+
+def section_of(card: str, title: str) -> str:
+    return card.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def test_a_recovered_model_is_compared_with_the_pruned_one_and_compressed(
@@ -183,11 +258,7 @@ def test_more_windows_than_the_calibration_text_has_are_refused(done):
 
 
 def test_the_command_shows_no_progress_bars_of_lm_eval(done, tasks, answered, prefect_backend):
-    store = ArtifactStore(done[1].store)
-    first = min(
-        (each for each in store.artifacts() if each.recipe["name"] == "search"), key=lambda a: a.made["at"]
-    )
-    options = ["--search", first.key, "--tasks", ",".join(tasks), "--documents", "12"]
+    options = ["--search", first_search(done[1]).key, "--tasks", ",".join(tasks), "--documents", "12"]
     command = subprocess.run(
         [sys.executable, "-m", "layerwise", "zero-shot", "--store", done[1].store, *options],
         cwd=Path(__file__).parents[2],
@@ -209,10 +280,7 @@ def test_artifacts_made_from_a_result_are_kept_with_the_results(done, answered):
 
 def test_zero_shot_and_compress_are_commands(done, tasks, answered, monkeypatch, capsys):
     """The first search is named, as the newest may belong to another test."""
-    key = [each for each in names_in(done[1]) if each.startswith("search/")]
-    store = ArtifactStore(done[1].store)
-    first = min(key, key=lambda each: store.get(each).made["at"])
-    given = ["--store", done[1].store, "--search", first]
+    given = ["--store", done[1].store, "--search", first_search(done[1]).key]
     options = ["--tasks", ",".join(tasks), "--documents", "12"]
     for command in (["zero-shot", *given, *options], ["compress", *given]):
         monkeypatch.setattr(sys, "argv", ["layerwise", *command])
@@ -222,11 +290,11 @@ def test_zero_shot_and_compress_are_commands(done, tasks, answered, monkeypatch,
     assert "Compressed model:" in shown
 
 
-def test_few_shot_accuracies_and_lengths_of_answers_are_shown_everywhere(done, tmp_path, capsys, monkeypatch):
-    store = ArtifactStore(done[1].store)
+def test_few_shot_accuracies_and_lengths_of_answers_are_shown_everywhere(
+    done, distilled, tmp_path, capsys, monkeypatch
+):
+    store, first = ArtifactStore(done[1].store), first_search(done[1]).key
     task = write_generated_task(tmp_path, "writing", some_documents(10, 5))
-    searches = [each for each in store.artifacts() if each.recipe["name"] == "search"]
-    first = min(searches, key=lambda each: each.made["at"]).key
     streamed = {"search": first, "tasks": (f"{task}:2",)}
     before = names_in(done[1])
     with pytest.raises(ValueError, match="Use --way memory"):
@@ -241,9 +309,14 @@ def test_few_shot_accuracies_and_lengths_of_answers_are_shown_everywhere(done, t
     assert row.to_uniform.difference == pytest.approx(100 * (row.best.value - row.uniform.value))
     length = f"{row.lengths['best'].tokens:.1f} ({row.lengths['best'].cut} cut)"
     page = store.read(newest(done[1], "report"), PAGE_FILE).decode()
-    card = store.read(compress(Compress(search=first), done[1]), "README.md").decode()
-    for text in (page, card):
+    card, card_of_distilled = (
+        store.read(compress(Compress(search=first, distilled=each), done[1]), "README.md").decode()
+        for each in (False, True)
+    )
+    for text in (page, card, card_of_distilled):
         assert all(
             each in text for each in ("writing", "exact_match,first-word", "tokens, best", length, average)
         )
     assert "writing" in shown
+    assert ["distilled to best" in text for text in (page, card, card_of_distilled)] == [True, False, True]
+    assert "this model is the distilled one" in card_of_distilled

@@ -265,11 +265,16 @@ def test_a_distilled_model_is_the_headline_and_is_loaded(data):
     rows = (DistilledRow("pruned", 9.0, 9.0, 5), DistilledRow("distilled", 6.5, 6.5, 5))
     training = Distillation("text", 8, 2, 3, 16, 4, 4, 2, 128, 0.001, (), rows)
     folders = {**data.folders, "distilled model": "distill/0/1"}
-    changed = replace(data, distillation=training, folders=folders)
+    average = ZeroShotAccuracies("average", 0.61, 0.32, 0.4, 0.015, 0.08, 0.0021, 0.45, 0.05, 0.03)
+    extras = replace(data.extras, zero_shot=(average,))
+    changed = replace(data, distillation=training, folders=folders, extras=extras)
     page = Page(report_page(changed, {figure: "" for figure in figures_of(data)}))
     dense, best = (data.tables["models"][row]["test_perplexity"] for row in (0, 2))
     cost = f"perplexity {dense:.2f} → 6.50 ({best:.2f} before the distillation)"
     assert f"50 % removed, distilled: {cost} on unseen text" in page.said
+    assert "61.0 % → 45.0 % (40.0 % before the distillation); uniform 32.0 %." in page.said
+    assert page.tables["models"][1][1][-3:] == ["45.0 %", "+5.0", "0.03"]
+    assert "--distilled writes those of the distilled model without the zeros" in page.said
     assert any('folder = "STORE/distill/0/1"' in block for block in page.blocks)
 
 
@@ -315,6 +320,7 @@ def test_measurements_made_after_the_search_are_on_the_page(store, found):
     best = found.selection.name(found.selection.best)
     assert f"owl, {best}" in page.tables["sparsity"][0][0]
     assert {"data/sizes.parquet", "data/zero_shot.parquet"} <= set(made.files)
+    assert "distilled" not in read_table(store, made, "data/zero_shot.parquet").column_names
     assert made.key != report.fn(store, found.artifact).key
 
 

@@ -9,7 +9,15 @@ from layerwise.scoring.continuations import Score
 from layerwise.storage.stage import Stage
 from layerwise.tasks.import_checkpoint import import_checkpoint
 from layerwise.tasks.lm_eval_tasks.answers import read_answers, write_answers
-from layerwise.tasks.lm_eval_tasks.comparison import TABLE_FILE, compare_zero_shot, is_plain, read_comparison
+from layerwise.tasks.lm_eval_tasks.comparison import (
+    TABLE_FILE,
+    compare_zero_shot,
+    has_distilled,
+    is_plain,
+    read_comparison,
+    store_comparison,
+    without_distilled,
+)
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.zero_shot import ZeroShotSettings, zero_shot
 from tests.lm_task_files import give_words, load_questions, some_documents, write_task
@@ -66,6 +74,28 @@ def test_differences_are_paired_by_document_and_in_percentage_points(local_store
     assert not two.to_uniform.significant
 
 
+def test_the_distilled_model_is_compared_with_the_best_and_the_dense_one(local_store, questions, answer):
+    dense = answer(questions, {"one": {0, 1, 2, 3, 4, 5}, "two": set(range(8))})
+    best = answer(questions, {"one": {0, 1, 2, 7}, "two": {1, 2}})
+    distilled = answer(questions, {"one": {0, 1, 2, 3, 4, 7}, "two": {1, 2, 3}})
+    comparison = compare_zero_shot(local_store, dense, None, best, distilled=distilled)
+    one, _ = comparison.rows
+    assert one.distilled.value == 0.75
+    # Only the distilled model got 3 and 4 right: 2 / 4. And only it got 7 right, only the dense model 5.
+    assert (one.distilled_to_best.difference, one.distilled_to_best.p_value) == (25, pytest.approx(0.5))
+    assert (one.distilled_to_dense.difference, one.distilled_to_dense.p_value) == (0, 1)
+    assert comparison.average.distilled_to_best.difference == pytest.approx((25 + 12.5) / 2)
+    search, folder, other = (
+        local_store.get_or_build(Stage(name, 1, None, {}), lambda draft: draft.write("file", b""))
+        for name in ("search", "distill", "later")
+    )
+    answers = {"dense": dense, "best": best, "distilled": distilled}
+    table = store_comparison(local_store, search, answers, comparison, distilled=folder)
+    assert read_comparison(local_store, table) == comparison
+    assert (has_distilled(table, folder), has_distilled(table, other)) == (True, False)
+    assert without_distilled(comparison) == compare_zero_shot(local_store, dense, None, best)
+
+
 def test_the_average_weights_tasks_equally_and_tests_all_documents_together(local_store, questions, answer):
     dense = answer(questions, {"one": set(range(8)), "two": set(range(4))})
     best = answer(questions, {"one": set(range(2)), "two": {7}})
@@ -77,10 +107,13 @@ def test_the_average_weights_tasks_equally_and_tests_all_documents_together(loca
     assert (average.uniform, average.to_uniform) == (None, None)
 
 
-def test_a_table_of_a_version_without_few_shot_tasks_is_still_read(local_store, questions, answer):
+def test_a_table_of_a_version_without_few_shot_tasks_and_distilled_model_is_still_read(
+    local_store, questions, answer
+):
     models = [answer(questions, {"one": right, "two": right}) for right in ({0, 1}, {1}, {1, 2})]
     comparison = compare_zero_shot(local_store, *models)
-    added = ("metric", "shots", "truncated", "group", "lengths")
+    added = {"metric", "shots", "truncated", "group", "lengths"}
+    added |= {"distilled", "distilled_to_best", "distilled_to_dense"}
 
     def older(row):
         return {name: value for name, value in row.items() if name not in added}

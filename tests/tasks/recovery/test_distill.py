@@ -22,7 +22,7 @@ from transformers import (
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.recovery.distill import DistillInputs, distill, distill_stage
 from layerwise.tasks.recovery.student import DistillSettings, Student
-from layerwise.tasks.results.distillation import read_distillation
+from layerwise.tasks.results.distillation import newest_distilled, read_distillation
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.stopping import Stopped, stopping_on_sigterm
 
@@ -108,6 +108,9 @@ def test_only_the_kept_weights_of_pruned_linears_change(run):
     assert changed == (3 * (4 + 2) if run.checkpoint.config.model_type == "gpt_oss" else len(linears))
     same = set(inputs.exported.files) - {*before, "README.md"}
     assert all(run.store.read(artifact, name) == run.store.read(inputs.exported, name) for name in same)
+    artifacts = list(run.store.artifacts())
+    assert newest_distilled(artifacts, inputs.tested) == artifact
+    assert newest_distilled(artifacts, inputs.exported) is None
 
 
 def test_the_result_is_that_of_the_written_checkpoint(run):
