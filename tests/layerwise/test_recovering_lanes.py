@@ -161,4 +161,6 @@ def test_recovered_weights_that_nobody_wants_are_freed_before_the_next_lane_is_r
     for lane in group.lanes:
         lane.recovered = None
     list(group.advance(tiny.layers()))
-    assert len(accepted) > len(tiny.layers()) * len(tiny.streamed().linears[0])  # more than one lane in each layer
+    assert len(accepted) > len(tiny.layers()) * len(
+        tiny.streamed().linears[0]
+    )  # more than one lane in each layer
