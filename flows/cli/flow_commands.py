@@ -114,14 +114,17 @@ def run_zero_shot(arguments: Namespace, began: float) -> None:
     from layerwise.flows.runtime import Runtime
     from layerwise.flows.zero_shot import ZeroShot, zero_shot
     from layerwise.storage.existing_store import existing_store
-    from layerwise.tasks.lm_eval_tasks.comparison import comparison_rows
+    from layerwise.tasks.lm_eval_tasks.comparison import comparison_rows, in_two_tables
 
     settings, runtime = read_options(arguments, ZeroShot), read_options(arguments, Runtime)
     existing_store(runtime.store)  # raises before the server is waited for
     server = ServerStart()
     comparison, seconds = run_flow(lambda: zero_shot(settings, runtime), server, arguments, began)
     console = open_console()
-    show_rows(console, comparison_rows(comparison), left=("task",))
+    accuracies, differences = in_two_tables(comparison_rows(comparison))
+    show_rows(console, accuracies, left=("task",))
+    console.print("\nDifferences in percentage points, with p-values of McNemar's test:")
+    show_rows(console, differences, left=("task",))
     console.print(seconds)
 
 

@@ -206,6 +206,19 @@ def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | floa
     return [_cells(row, is_plain(comparison), written) for row in rows]
 
 
+def in_two_tables(
+    rows: Sequence[Mapping[str, str | float]],
+) -> tuple[list[dict[str, str | float]], list[dict[str, str | float]]]:
+    """Split ``comparison_rows`` into accuracies and differences, which together are too wide for a terminal."""
+    differences = {name for row in rows for name in row if f"p {name}" in row}
+    differences |= {f"p {name}" for name in differences}
+    kept, compared = [], []
+    for row in rows:
+        kept.append({name: value for name, value in row.items() if name not in differences})
+        compared.append({name: value for name, value in row.items() if name in {"task", *differences}})
+    return kept, compared
+
+
 def in_reading_order(comparison: ZeroShotComparison) -> list[ZeroShotRow]:
     """Return all rows: tasks without a group, each with its other metrics; groups, each with its tasks; the average."""
     others: dict[str, list[ZeroShotRow]] = {}

@@ -286,7 +286,10 @@ def test_zero_shot_and_compress_are_commands(done, tasks, answered, monkeypatch,
         monkeypatch.setattr(sys, "argv", ["layerwise", *command])
         cli.main()
     shown = capsys.readouterr().out
-    assert "average" in shown
+    accuracies, differences = shown.split("Differences in percentage points")
+    assert re.search(r"^task +documents +dense +(uniform +)?best +standard error", accuracies, re.MULTILINE)
+    assert re.search(r"^task +to dense +p to dense", differences, re.MULTILINE)
+    assert all(re.search(r"^average ", table, re.MULTILINE) for table in (accuracies, differences))
     assert "Compressed model:" in shown
 
 
