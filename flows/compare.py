@@ -59,6 +59,7 @@ from layerwise.storage.stage import Stage
 from layerwise.storage.store import ArtifactStore
 from layerwise.tasks.evaluate import evaluate_together
 from layerwise.tasks.lanes.group_membership import MOST_PLANS
+from layerwise.tasks.lm_eval_tasks.comparison import DISTILLED
 from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.pages.markdown import plain
 from layerwise.tasks.report import PAGE_FILE, report
@@ -501,7 +502,9 @@ def _publish(store: ArtifactStore, results: Sequence[Compared], settings: Compar
     if settings.preset or settings.tasks:  # a comparison without them has the key of older versions
         names.append([settings.preset, settings.table, settings.tasks, settings.way])
         # The data of a task may have changed since another run of the same comparison.
-        names.append([asdict(each.accuracy) for each in results if each.accuracy is not None])
+        # The distilled model is not asked; without its columns, the key is that of older versions.
+        accuracies = [asdict(each.accuracy) for each in results if each.accuracy is not None]
+        names.append([{k: v for k, v in row.items() if not k.startswith(DISTILLED)} for row in accuracies])
     notes = [] if settings.preset is None else preset_notes(settings.table)
     title = f"{plain(results[0].result.source)}. {COLUMNS}"
 

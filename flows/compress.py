@@ -1,6 +1,7 @@
 """Compress: write the pruned or the distilled checkpoint of a finished search without its zeros, with a model card."""
 
 from dataclasses import replace
+from functools import cache
 
 from prefect import flow
 from pydantic import Field
@@ -18,7 +19,12 @@ from layerwise.tasks.compress import compress as compress_export
 from layerwise.tasks.compress import require_compressible
 from layerwise.tasks.pages.model_card import ModelCard
 from layerwise.tasks.pages.model_card_data import results_of_distillation, results_on_test
-from layerwise.tasks.results.distillation import newest_distilled, read_distillation
+from layerwise.tasks.results.distillation import (
+    DISTILL_STAGE,
+    chosen_distilled,
+    newest_distilled,
+    read_distillation,
+)
 from layerwise.tasks.results.roles import EVALUATE
 from layerwise.tasks.results.search_result import FinishedSearch, read_search
 from layerwise.tasks.running.execution import Execution
@@ -53,17 +59,25 @@ def compress(settings: Compress, runtime: Runtime) -> Artifact:
         ValueError: The model cannot be stored without its zeros, or the search has no distilled model.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
+
+    @cache  # chosen once: no other model takes the place of a damaged one
+    def chosen() -> tuple[str, str | None]:
+        search = read_search(store, artifact_by_key(store, settings.search))
+        return search.artifact.key, _newest_distilled(store, search) if settings.distilled else None
+
     return run_announced(
         store,
         "compress",
-        lambda: rebuild_damaged(store, lambda: _write_compressed(store, settings, execution)),
+        lambda: rebuild_damaged(store, lambda: _write_compressed(store, *chosen(), execution)),
     )
 
 
-def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execution) -> Artifact:
-    search = read_search(store, artifact_by_key(store, settings.search))
-    distilled = _require_distilled(store, search) if settings.distilled else None
-    finished = reopen_search(store, search.artifact.key, execution)
+def _write_compressed(
+    store: ArtifactStore, search_key: str, distilled_key: str | None, execution: Execution
+) -> Artifact:
+    distilled = None if distilled_key is None else chosen_distilled(store, distilled_key)
+    finished = reopen_search(store, search_key, execution)
+    search = finished.search
     require_compressible(finished.scored.captured.checkpoint)
     exported = finished.exported(store, finished.best, execution)
     if distilled is None:
@@ -77,16 +91,16 @@ def _write_compressed(store: ArtifactStore, settings: Compress, execution: Execu
     return folder
 
 
-def _require_distilled(store: ArtifactStore, search: FinishedSearch) -> Artifact:
-    """Return the newest distilled model of a search."""
-    distilled = newest_distilled(store.artifacts(), search.stages[EVALUATE])
+def _newest_distilled(store: ArtifactStore, search: FinishedSearch) -> str:
+    """Return the key of the newest distilled model of a search."""
+    distilled = newest_distilled(store.artifacts(f"{DISTILL_STAGE}/"), search.stages[EVALUATE])
     if distilled is None:
         key = search.artifact.key
         raise ValueError(
             f"{key} has no distilled model. Make one with `layerwise distill STORE {key}`, or leave out --distilled to "
             "compress the export of the search."
         )
-    return distilled
+    return distilled.key
 
 
 def _card(store: ArtifactStore, finished: ReopenedSearch, exported: Artifact) -> ModelCard:

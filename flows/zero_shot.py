@@ -1,5 +1,6 @@
 """Zero-shot and few-shot: accuracy of the dense, uniform, best and distilled model of a search on tasks of lm-eval."""
 
+from functools import cache
 from typing import Annotated, Literal
 
 from prefect import flow
@@ -7,6 +8,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from layerwise.flows.orchestration.flow_frame import run_announced
+from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.flows.pipeline.damage_repair import rebuild_damaged
 from layerwise.flows.pipeline.finished_search import reopen_search
 from layerwise.flows.report import make_report
@@ -23,8 +25,9 @@ from layerwise.tasks.lm_eval_tasks.comparison import (
 )
 from layerwise.tasks.lm_eval_tasks.task_loading import load_tasks
 from layerwise.tasks.pages.markdown import plain
-from layerwise.tasks.results.distillation import newest_distilled
+from layerwise.tasks.results.distillation import DISTILL_STAGE, chosen_distilled, newest_distilled
 from layerwise.tasks.results.roles import EVALUATE
+from layerwise.tasks.results.search_result import read_search
 from layerwise.tasks.running.execution import Execution
 from layerwise.tasks.running.progress import going_on_without_prefect
 from layerwise.tasks.zero_shot import ZeroShotSettings, require_affordable
@@ -96,15 +99,29 @@ def zero_shot(settings: ZeroShot, runtime: Runtime) -> ZeroShotComparison:
         ImportError: lm-eval is not installed.
     """
     store, execution = runtime.open_existing_store(), runtime.execution()
-    return run_announced(
-        store,
-        f"zero-shot: {', '.join(settings.tasks)}",
-        lambda: rebuild_damaged(store, lambda: compare_models(store, settings, execution)),
-    )
+
+    @cache  # chosen once: no other model takes the place of a damaged one
+    def chosen() -> tuple[str, str | None]:
+        search = read_search(store, artifact_by_key(store, settings.search))
+        distilled = newest_distilled(store.artifacts(f"{DISTILL_STAGE}/"), search.stages[EVALUATE])
+        return search.artifact.key, None if distilled is None else distilled.key
+
+    def compared() -> ZeroShotComparison:
+        search, distilled = chosen()
+        return compare_models(store, settings.model_copy(update={"search": search}), execution, distilled)
+
+    title = f"zero-shot: {', '.join(settings.tasks)}"
+    return run_announced(store, title, lambda: rebuild_damaged(store, compared))
 
 
-def compare_models(store: ArtifactStore, settings: ZeroShot, execution: Execution) -> ZeroShotComparison:
-    """Let the models of a finished search answer the tasks, and make the report of the search again."""
+def compare_models(
+    store: ArtifactStore, settings: ZeroShot, execution: Execution, distilled_key: str | None = None
+) -> ZeroShotComparison:
+    """Let the models of a finished search answer the tasks, and make the report of the search again.
+
+    Args:
+        distilled_key: key of a distilled model of the search that answers too.
+    """
     loaded = load_tasks(
         settings.tasks, settings.documents, settings.seed, settings.trust_task_code, settings.fewshot
     )
@@ -120,7 +137,7 @@ def compare_models(store: ArtifactStore, settings: ZeroShot, execution: Executio
     models |= {name: finished.checkpoint(store, lane, execution) for name, lane in lanes.items()}
     if finished.settings.recover is not None:
         models["pruned"] = finished.checkpoint_without_recovery(store, execution)
-    distilled = newest_distilled(store.artifacts(), finished.search.stages[EVALUATE])
+    distilled = None if distilled_key is None else chosen_distilled(store, distilled_key)
     if distilled is not None:
         models[DISTILLED] = open_exported(store, distilled)
     answers = {

@@ -83,8 +83,8 @@ def require_compressible(checkpoint: Checkpoint) -> None:
             kind = f"is stored in another layout than it has in memory ({error})"
     if kind:
         raise ValueError(
-            f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported "
-            "folder of the search."
+            f"{checkpoint.config.model_type} {kind}: such a model cannot be stored without its zeros. Use the exported or "
+            "the distilled folder as it is."
         )
 
 

@@ -123,7 +123,8 @@ def run_zero_shot(arguments: Namespace, began: float) -> None:
     console = open_console()
     accuracies, differences = in_two_tables(comparison_rows(comparison))
     show_rows(console, accuracies, left=("task",))
-    console.print("\nDifferences in percentage points, with p-values of McNemar's test:")
+    console.print()
+    console.print("Differences in percentage points, in brackets the p-value of McNemar's test:")
     show_rows(console, differences, left=("task",))
     console.print(seconds)
 

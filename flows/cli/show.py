@@ -9,7 +9,7 @@ from layerwise.flows.cli.console import open_console
 from layerwise.flows.cli.tables import show_recovery, show_selection, show_stop, show_test
 from layerwise.flows.pipeline.artifact_by_key import artifact_by_key
 from layerwise.storage.existing_store import existing_store
-from layerwise.tasks.results.distillation import newest_distilled
+from layerwise.tasks.results.distillation import DISTILL_STAGE, newest_distilled
 from layerwise.tasks.results.evaluation import read_recovery, read_test
 from layerwise.tasks.results.measured_on import MeasuredOn, summary_of
 from layerwise.tasks.results.search_result import RESULT_FILE, RESULT_STAGE
@@ -54,7 +54,7 @@ def show_key(store_url: str, key: str | None) -> None:
             exported = store.location(store.get(stages["export"]))
             console.print()
             console.print(f"Pruned model: {exported}", soft_wrap=True)
-        if (distilled := newest_distilled(store.artifacts(), tested)) is not None:
+        if (distilled := newest_distilled(store.artifacts(f"{DISTILL_STAGE}/"), tested)) is not None:
             console.print(f"Distilled model: {store.location(distilled)}", soft_wrap=True)
 
 

@@ -118,9 +118,8 @@ def train_layer(
         fused=True,  # without temporary tensors
     )
     steps = settings.epochs * windows
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, steps, settings.warm_up)
-    )
+    # Set by hand: a schedule of torch and its optimizer refer to each other, so their memory would be freed late.
+    largest_rates = [group["lr"] for group in optimizer.param_groups]
     evaluations = settings.epochs * EVALUATIONS_PER_EPOCH
     evaluated = {round(steps * number / evaluations) for number in range(1, evaluations + 1)}
     best = weights
@@ -140,8 +139,9 @@ def train_layer(
         for each, gradient in zip(trained, gradients, strict=True):
             # Adam does not move a weight whose gradient is always 0, so removed weights stay exactly zero.
             each.weight.grad = gradient.masked_fill_(each.mask, 0)
+        for group, largest in zip(optimizer.param_groups, largest_rates, strict=True):
+            group["lr"] = largest * learning_rate_share(step - 1, steps, settings.warm_up)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         if step in evaluated:
             found = {each.linear.name: each.result() for each in trained}

@@ -320,9 +320,8 @@ class _Group:
         for plan, lane in enumerate(self.lanes[1:]):
             if lane.statistics:
                 write_statistics(draft, index, lane.statistics.pop(), f"{lane_folder(plan)}/statistics")
-            recovered = lane.recovered.pop() if lane.recovered else None
-            if recovered is not None and (keep := self.planned[plan].keep) is not None:
-                keep(index, recovered, outcome[plan + 1].recovery)
+            if lane.recovered and (keep := self.planned[plan].keep) is not None:
+                keep(index, lane.recovered.pop(), outcome[plan + 1].recovery)
         if self.settings.recover is not None:
             return_freed_memory()
 

@@ -209,14 +209,20 @@ def comparison_rows(comparison: ZeroShotComparison) -> list[dict[str, str | floa
 def in_two_tables(
     rows: Sequence[Mapping[str, str | float]],
 ) -> tuple[list[dict[str, str | float]], list[dict[str, str | float]]]:
-    """Split ``comparison_rows`` into accuracies and differences, which together are too wide for a terminal."""
-    differences = {name for row in rows for name in row if f"p {name}" in row}
-    differences |= {f"p {name}" for name in differences}
-    kept, compared = [], []
-    for row in rows:
-        kept.append({name: value for name, value in row.items() if name not in differences})
-        compared.append({name: value for name, value in row.items() if name in {"task", *differences}})
-    return kept, compared
+    """Split ``comparison_rows`` into accuracies, and differences with their p-values: one table would be too wide to read."""
+    compared = {name for row in rows for name in row if f"p {name}" in row}
+    p_values = {f"p {name}" for name in compared}
+    accuracies = [
+        {name: value for name, value in row.items() if name not in compared | p_values} for row in rows
+    ]
+    differences = [
+        {
+            "task": row["task"],
+            **{name: f"{row[name]} ({row[f'p {name}']})" for name in row if name in compared},
+        }
+        for row in rows
+    ]
+    return accuracies, differences
 
 
 def in_reading_order(comparison: ZeroShotComparison) -> list[ZeroShotRow]:

@@ -91,19 +91,19 @@ def cost_sentence(data: ReportData) -> str:
 def sentences_on_more_costs(data: ReportData) -> str:
     """State the cost by other measures: without recovery, in divergence and in accuracy, as far as measured."""
     _, uniform, best = data.tables["models"]
-    sentences = []
+    sentences, before = [], "" if data.distillation is None else " before the distillation"
     for row in data.tables.get("recovery", ()):
         if row["model"] == "best, pruned":
             sentences.append(f"Without recovery, the chosen plan has perplexity {row['test text']}.")
     if "test_kl" in best:
         sentences.append(
-            f"{KL} from the dense model: {format_divergence(best['test_kl'])} nats per token; uniform "
+            f"{KL} from the dense model: {format_divergence(best['test_kl'])} nats per token{before}; uniform "
             f"{format_divergence(uniform['test_kl'])}."
         )
     if data.extras.zero_shot and (average := data.extras.zero_shot[-1]).task == "average":
         cost = f"{100 * average.dense:.1f} % → "
         if average.distilled is None:
-            cost += f"{100 * average.best:.1f} %"
+            cost += f"{100 * average.best:.1f} %{before}"
         else:
             cost += f"{100 * average.distilled:.1f} % ({100 * average.best:.1f} % before the distillation)"
         sentences.append(

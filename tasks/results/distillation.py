@@ -101,6 +101,21 @@ def newest_distilled(artifacts: Iterable[Artifact], tested: Artifact) -> Artifac
     return newest_from(artifacts, DISTILL_STAGE, EVALUATE, tested)
 
 
+def chosen_distilled(store: ArtifactStore, key: str) -> Artifact:
+    """Return a distilled model that was chosen earlier in this run.
+
+    Raises:
+        ValueError: it is gone, for example because it was damaged and set aside.
+    """
+    try:
+        return store.get(key)
+    except KeyError:
+        raise ValueError(
+            f"the distilled model {key} is damaged or deleted. Run `layerwise distill` again, with the options that it was made "
+            "with."
+        ) from None
+
+
 def read_distillation(store: ArtifactStore, artifact: Artifact) -> Distillation:
     """Read an artifact of ``distill``."""
     document: Mapping[str, Any] = json.loads(store.read(artifact, DISTILLATION_FILE))

@@ -276,6 +276,16 @@ def test_a_distilled_model_is_the_headline_and_is_loaded(data):
     assert page.tables["models"][1][1][-3:] == ["45.0 %", "+5.0", "0.03"]
     assert "--distilled writes those of the distilled model without the zeros" in page.said
     assert any('folder = "STORE/distill/0/1"' in block for block in page.blocks)
+    untested = replace(
+        average, distilled=None, distilled_difference=None, distilled_p=None
+    )  # tested before the distillation
+    models = [row | {"test_kl": 0.7} for row in data.tables["models"]]
+    changed = replace(
+        changed, tables={**data.tables, "models": models}, extras=replace(extras, zero_shot=(untested,))
+    )
+    page = Page(report_page(changed, {figure: "" for figure in figures_of(data)}))
+    assert "61.0 % → 40.0 % before the distillation; uniform 32.0 %." in page.said
+    assert "from the dense model: 0.7 nats per token before the distillation; uniform 0.7." in page.said
 
 
 def test_a_search_without_export_says_how_to_write_the_model(data):
