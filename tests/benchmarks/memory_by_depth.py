@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="measure one depth in this process")
     arguments = parser.parse_args()
     if arguments.depth:
+        write_model(
+            arguments.folder / f"model-{arguments.depth}", arguments.depth, **sizes_of(arguments.hidden_size)
+        )
         sys.stdout.write(json.dumps(measure(arguments.folder, arguments.depth, arguments.recover)))
         return
     found, depths = {}, RECOVERED_DEPTHS if arguments.recover else DEPTHS
