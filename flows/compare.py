@@ -504,7 +504,12 @@ def _publish(store: ArtifactStore, results: Sequence[Compared], settings: Compar
         # The data of a task may have changed since another run of the same comparison.
         # The distilled model is not asked; without its columns, the key is that of older versions.
         accuracies = [asdict(each.accuracy) for each in results if each.accuracy is not None]
-        names.append([{k: v for k, v in row.items() if not k.startswith(DISTILLED)} for row in accuracies])
+        names.append(
+            [
+                {name: value for name, value in row.items() if not name.startswith(DISTILLED)}
+                for row in accuracies
+            ]
+        )
     notes = [] if settings.preset is None else preset_notes(settings.table)
     title = f"{plain(results[0].result.source)}. {COLUMNS}"
 
