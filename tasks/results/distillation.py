@@ -83,7 +83,7 @@ class Distillation:
         stop = "" if self.best_step == self.steps else f" The weights after step {self.best_step} were best."
         return (
             f"The weights that pruning kept were trained towards the output of the dense model: {self.steps} steps of "
-            f"{self.batch} windows, {self.tokens} tokens in all, from {self.windows} windows of {self.seqlen} tokens "
+            f"{self.batch} window{'s' * (self.batch != 1)}, {self.tokens} tokens in all, from {self.windows} windows of {self.seqlen} tokens "
             f"of the calibration text ({self.calibration}), relative learning rate {self.learning_rate:g}. "
             f"Pruned weights stayed zero.{stop}"
         )
