@@ -31,7 +31,8 @@ def gc(store: BareUrl, apply: bool = False, results_only: bool = False) -> None:
     Args:
         store: Folder or fsspec URL (s3://bucket/prefix) of the store, without credentials.
         apply: Delete the files. If off, the run only reports what it would delete.
-        results_only: Keep only the results of finished searches (choice, pruned model, test). Refused while a search runs.
+        results_only: Keep only results: finished searches with their models, reports, comparisons, compressed and distilled
+            models, tables, generated texts and the records of the watcher. Refused while a search runs.
 
     Raises:
         FileNotFoundError: There is no store at ``store``.

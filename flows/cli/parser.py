@@ -240,8 +240,8 @@ def _add_arguments_of_a_store(parser: ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--results-only",
             action="store_true",
-            help="Keep only the results of finished searches (selection, pruned model, test, pages) and generated texts. Stop all "
-            "searches first.",
+            help="Keep only results: finished searches with their models, reports, comparisons, compressed and distilled models, "
+            "tables, generated texts and the records of the watcher. Stop all searches first.",
         )
     if command == "verify":
         parser.add_argument(
