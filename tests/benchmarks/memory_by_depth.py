@@ -4,7 +4,7 @@
 
 Needs 9 GB of disk and about 15 minutes. For each depth, a separate process runs import, capture, branch and export, first on
 a tiny model that loads all code. With ``--recover``, the models have 2 and 8 layers, lanes are refitted, and one plan is
-recovered before the export; a layer of 7B width then takes four minutes, one of half the width 25 seconds. The peak is the
+recovered before the export; a layer of 7B width then takes three to four minutes, one of half the width 25 seconds. The peak is the
 largest memory of the process minus its memory before the large model. Exits with 1 if the peaks differ by more than 10 %, or
 exceed three layers plus the hidden states and, with ``--recover``, what ``plan`` adds for it: the memory of the recovery, one
 byte per weight for the order of removal, embeddings and head.
